@@ -1,0 +1,1 @@
+"""bigdet: a scale-out trainer for object detectors with large backbones."""

@@ -1,0 +1,37 @@
+"""How every command ends: a user's mistake is one message and exit code 1, never a traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from bigdet import distributed
+
+logger = logging.getLogger(__name__)
+
+STOPPED = 75
+"""Exit code of a run that stopped on request, with a checkpoint written."""
+
+
+def run_command(main: Callable[[Sequence[str]], int]) -> None:
+    """Run a command's ``main`` and end the process with its exit code.
+
+    ``ValueError`` and ``OSError`` are what a user can cause: they end in one message and exit
+    code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all ranks share is told once.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("BIGDET_TRACEBACK") == "1":
+            raise
+        shared = distributed.is_on_all_ranks(error)
+        if distributed.is_main() or not shared:
+            where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
+            sys.stderr.write(f"error{where}: {error}\n")
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The group is not torn down after a failure: that is a collective and would hang.
+    os._exit(code)

@@ -1,0 +1,234 @@
+"""Every rule that ties options together; each message names the full key.
+
+``check_config`` needs the config alone and runs in a second on a laptop; what depends on the data
+or on the number of ranks is checked by the parts that know them, also before the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from typing import Any
+
+from bigdet.config.derived import (
+    TRANSFORMERS,
+    has_batch_norm,
+    model_parts,
+    parts_with_batch_norm,
+    phase_source,
+)
+from bigdet.config.load import ConfigError
+from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
+
+_STRIDE = 32
+_BACKBONE_STAGES = 5
+
+
+def check_config(config: RunConfig) -> None:
+    """Check everything that can be checked without data and without a GPU.
+
+    Raises:
+        ConfigError: with the full key, what was found and what to write instead.
+    """
+    _check_model(config.model)
+    _check_numbers(config)
+    if not config.phases:
+        raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
+    for name, phase in config.phases.items():
+        key, source = f"phases.{name}", phase_source(config, name)
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+            raise ConfigError(
+                f"{key}: a phase names files, so letters, digits and _ only, a letter first."
+            )
+        if source == "previous" and name == next(iter(config.phases)):
+            raise ConfigError(
+                f"{key}.start_from.source: found previous, but this is the first phase. Write "
+                f"random, timm, or the path of a run or a model.safetensors."
+            )
+        _check_phase(key, phase, config.model, source)
+
+
+def _check_numbers(config: RunConfig) -> None:
+    engine = config.engine
+    _require(engine.zero_stage in (0, 1, 2), "engine.zero_stage", engine.zero_stage, "0, 1 or 2")
+    for key, value in (
+        ("engine.clip_norm", engine.clip_norm),
+        ("evaluation.every", config.evaluation.every),
+        ("evaluation.images_per_gpu", config.evaluation.images_per_gpu),
+        ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("log.every", config.log.every),
+    ):
+        _positive(key, value)
+    for key, count in (
+        ("engine.max_bad_steps", engine.max_bad_steps),
+        ("data.workers", config.data.workers),
+        ("data.train.max_damaged", config.data.train.max_damaged),
+        ("evaluation.pictures", config.evaluation.pictures),
+    ):
+        _not_negative(key, count)
+    if config.evaluation.resize is not None:
+        _check_resize("evaluation.resize", config.evaluation.resize)
+
+
+def _check_model(model: ModelConfig) -> None:
+    is_transformer = model.backbone in TRANSFORMERS
+    if model.drop_path and not is_transformer:
+        raise ConfigError(
+            f"model.drop_path: found {model.drop_path}, but {model.backbone} has no drop path. "
+            f"Remove it, or choose one of {', '.join(TRANSFORMERS)}."
+        )
+    _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
+    if model.norm == "none" and model.norm_scope is not None:
+        raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
+    if is_transformer and model.norm != "bn" and model.norm_scope == "backbone":
+        raise ConfigError(
+            f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
+            f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
+        )
+    for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
+        _positive(key, value)
+    rpn, roi = model.rpn, model.roi
+    _require(
+        len(rpn.anchor_sizes) == 5 and all(size > 0 for size in rpn.anchor_sizes),
+        "model.rpn.anchor_sizes", rpn.anchor_sizes, "five sizes above 0, one for each of P2 to P6",
+    )  # fmt: skip
+    _require(
+        bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
+        "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
+    )  # fmt: skip
+    for name in ("anchors_per_image", "train_proposals", "test_proposals"):
+        _positive(f"model.rpn.{name}", getattr(rpn, name))
+    for name in ("rois_per_image", "detections_per_image"):
+        _positive(f"model.roi.{name}", getattr(roi, name))
+    for key, fraction in (
+        ("model.rpn.nms_iou", rpn.nms_iou),
+        ("model.roi.positive_fraction", roi.positive_fraction),
+        ("model.roi.positive_iou", roi.positive_iou),
+        ("model.roi.score_threshold", roi.score_threshold),
+        ("model.roi.nms_iou", roi.nms_iou),
+    ):
+        _require(0 <= fraction <= 1, key, fraction, "in [0, 1]")
+
+
+def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
+    for name in ("steps", "images_per_gpu", "images_per_step", "lr", "reference_images_per_step"):
+        _positive(f"{key}.{name}", getattr(phase, name))
+    for name in ("warmup_steps", "weight_decay"):
+        _not_negative(f"{key}.{name}", getattr(phase, name))
+    _require(0 <= phase.flip <= 1, f"{key}.flip", phase.flip, "in [0, 1]")
+    _require(
+        0 <= phase.freeze_stages <= _BACKBONE_STAGES,
+        f"{key}.freeze_stages", phase.freeze_stages, f"0 to {_BACKBONE_STAGES}",
+    )  # fmt: skip
+    if phase.images_per_step is not None and phase.images_per_step % phase.images_per_gpu:
+        raise ConfigError(
+            f"{key}.images_per_step: found {phase.images_per_step}, expected a multiple of "
+            f"images_per_gpu, {phase.images_per_gpu}."
+        )
+    _check_resize(f"{key}.resize", phase.resize)
+    _check_schedule(key, phase)
+    _check_norm_mode(key, phase, model)
+    _check_start(key, phase, model, source)
+
+
+def _check_resize(key: str, resize: ResizeConfig) -> None:
+    _positive(f"{key}.size", resize.size)
+    if resize.kind == "direct":
+        _unused(key, resize, "cap", "is for kind: short_side")
+        _require(resize.size % _STRIDE == 0, f"{key}.size", resize.size, f"a multiple of {_STRIDE}")
+        low, high = resize.scale_range
+        _require(
+            0 < low <= high, f"{key}.scale_range", resize.scale_range, "two numbers above 0, rising"
+        )
+    else:
+        _unused(key, resize, "scale_range", "is for kind: direct")
+        if resize.cap is not None and resize.cap < resize.size:
+            raise ConfigError(
+                f"{key}.cap: found {resize.cap}, expected at least size, {resize.size}."
+            )
+
+
+def _check_schedule(key: str, phase: PhaseConfig) -> None:
+    if phase.warmup_steps >= phase.steps:
+        raise ConfigError(
+            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {phase.steps} "
+            f"steps. Write fewer, or 0 for no warm-up."
+        )
+    _require(0 < phase.warmup_factor <= 1, f"{key}.warmup_factor", phase.warmup_factor, "in (0, 1]")
+    unused = "momentum" if phase.optimizer == "adamw" else "betas"
+    _unused(key, phase, unused, f"is not used by {phase.optimizer}")
+    if phase.schedule == "constant":
+        for name in ("drops", "decay_factor"):
+            _unused(key, phase, name, "is for schedule: step")
+    drops = phase.drops or []
+    if any(second <= first for first, second in itertools.pairwise([0, *drops, phase.steps])):
+        raise ConfigError(
+            f"{key}.drops: found {drops}, expected rising steps above 0 and below the phase's "
+            f"{phase.steps} steps."
+        )
+
+
+def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
+    if has_batch_norm(model) and phase.norm_mode is None:
+        raise ConfigError(
+            f"{key}.norm_mode: not set, but the model has BN. Write live (statistics of the "
+            f"batch), affine, or fixed (paper 2's fine-tuning)."
+        )
+    if not has_batch_norm(model) and phase.norm_mode is not None:
+        raise ConfigError(
+            f"{key}.norm_mode: found {phase.norm_mode}, but the model has no BN ({model.backbone} "
+            f"with norm: {model.norm}). Remove it, or write null."
+        )
+
+
+def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
+    parts = phase.start_from.parts
+    if parts is not None and not parts:
+        raise ConfigError(f"{key}.start_from.parts: found none. Write source: random instead.")
+    absent = [part for part in parts or [] if part not in model_parts(model)]
+    if absent:
+        raise ConfigError(
+            f"{key}.start_from.parts: {model.detector} has no {', '.join(absent)}. It has "
+            f"{', '.join(model_parts(model))}."
+        )
+    if source == "random" and parts:
+        raise ConfigError(
+            f"{key}.start_from.parts: found {parts}, but source is random, so nothing is loaded. "
+            f"Remove parts, or name a source."
+        )
+    if source == "timm" and parts not in (None, ["backbone"]):
+        raise ConfigError(f"{key}.start_from.parts: timm has weights of the backbone only.")
+    loaded = {"random": [], "timm": ["backbone"]}.get(source, parts or model_parts(model))
+    if phase.freeze_stages and "backbone" not in loaded:
+        raise ConfigError(
+            f"{key}.freeze_stages: found {phase.freeze_stages}, but the backbone starts from "
+            f"random weights, and frozen random filters cost about 3 AP. Write 0."
+        )
+    untrained = [part for part in parts_with_batch_norm(model) if part not in loaded]
+    if phase.norm_mode in ("affine", "fixed") and untrained:
+        raise ConfigError(
+            f"{key}.norm_mode: found {phase.norm_mode}, but {', '.join(untrained)} start anew, so "
+            f"the BN statistics there were never trained. Write live."
+        )
+
+
+def _unused(key: str, section: Any, name: str, reason: str) -> None:
+    """Refuse an option that was set and would be ignored."""
+    field = next(field for field in dataclasses.fields(section) if field.name == name)
+    if getattr(section, name) != field.default:
+        raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
+
+
+def _require(holds: bool, key: str, found: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}: found {found}, expected {expected}.")
+
+
+def _positive(key: str, value: float | None) -> None:
+    _require(value is None or value > 0, key, value, "a number above 0")
+
+
+def _not_negative(key: str, value: float) -> None:
+    _require(value >= 0, key, value, "0 or more")

@@ -1,0 +1,48 @@
+"""Values that follow from options: functions, so that nothing is stored twice."""
+
+from __future__ import annotations
+
+from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
+
+TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
+"""Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
+
+
+def model_parts(model: ModelConfig) -> list[str]:
+    """Return the parts of a detector, in the order in which data flows through them."""
+    parts = ["backbone", "fpn", "rpn", "box_head"]
+    return [*parts, "mask_head"] if model.detector == "mask_rcnn" else parts
+
+
+def parts_with_batch_norm(model: ModelConfig) -> list[str]:
+    """Return the parts of a detector that have BN layers (the RPN head never has)."""
+    if model.norm != "bn":
+        return []
+    parts = [] if model.backbone in TRANSFORMERS else ["backbone"]
+    if model.norm_scope != "all":
+        return parts
+    with_convolutions = model.box_head == "4conv1fc"
+    parts += ["fpn", *(["box_head"] if with_convolutions else [])]
+    return [*parts, "mask_head"] if model.detector == "mask_rcnn" else parts
+
+
+def has_batch_norm(model: ModelConfig) -> bool:
+    """Tell whether the model has any BN layer, so that a phase must say its ``norm_mode``."""
+    return bool(parts_with_batch_norm(model))
+
+
+def phase_source(config: RunConfig, name: str) -> str:
+    """Return where the weights of a phase come from, with the default filled in."""
+    is_first = name == next(iter(config.phases))
+    return config.phases[name].start_from.source or ("random" if is_first else "previous")
+
+
+def num_lanes(phase: PhaseConfig) -> int:
+    """Return the micro-batches of one step over all ranks; ``images_per_step`` must be known."""
+    assert phase.images_per_step is not None
+    return phase.images_per_step // phase.images_per_gpu
+
+
+def test_resize(config: RunConfig, name: str) -> ResizeConfig:
+    """Return how the model of a phase sees the images that it is tested on."""
+    return config.evaluation.resize or config.phases[name].resize

@@ -1,0 +1,179 @@
+"""From YAML files and ``key=value`` overrides to a ``RunConfig``: names and types are checked here.
+
+Composition is one level deep: an experiment lists fragments under ``include``; the experiment
+overrides its fragments, the command line overrides all. Lists are replaced, never merged.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from bigdet.config.schema import RunConfig
+
+
+class ConfigError(ValueError):
+    """Something that a user wrote in a config file or on the command line."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read an experiment with its fragments and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` words, applied last; a phase may be changed, not added.
+
+    Returns:
+        The config, every required option present and every value of its type. The rules that tie
+        options together are ``config/check.py``'s.
+
+    Raises:
+        ConfigError: with the file and the full key.
+    """
+    path = Path(path)
+    experiment = _read(path)
+    merged = OmegaConf.structured(RunConfig)
+    owner: dict[str, Path] = {}
+    for fragment_path in _included(path, experiment):
+        fragment = _read(fragment_path)
+        if "include" in fragment:
+            raise ConfigError(
+                f"{fragment_path}: include: a fragment includes nothing. List its fragments in "
+                f"{path}."
+            )
+        for key in _leaves(OmegaConf.to_container(fragment)):
+            if key in owner:
+                raise ConfigError(
+                    f"{fragment_path}: {key}: {owner[key]} sets it too. Two fragments may not set "
+                    f"the same key; set it in {path}."
+                )
+            owner[key] = fragment_path
+        merged = _merge(merged, fragment, str(fragment_path))
+    merged = _merge(merged, experiment, str(path))
+    return _complete(_override(merged, overrides), str(path))
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a resolved config, as a run folder and its weights carry it.
+
+    Args:
+        text: YAML, as ``dump_config`` writes it.
+        source: where it came from, for messages.
+        overrides: as for ``load_config``.
+    """
+    try:
+        values = OmegaConf.create(text)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{source}: not a config: {_one_line(error)}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{source}: not a config: expected a mapping of sections.")
+    merged = _merge(OmegaConf.structured(RunConfig), values, source)
+    return _complete(_override(merged, overrides), source)
+
+
+def dump_config(config: RunConfig) -> str:
+    """Write a config as YAML that repeats the run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flat_options(config: RunConfig) -> dict[str, Any]:
+    """Return every option by its full key, for comparing two configs."""
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    return dict(_leaf_items(container))
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such config file.") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of sections, such as `output: runs/x`.")
+    return values
+
+
+def _included(path: Path, experiment: DictConfig) -> list[Path]:
+    """Take ``include`` out of an experiment and return its files, relative to the experiment."""
+    names = experiment.pop("include", [])
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names or []):
+        raise ConfigError(f"{path}: include: expected a list of files, found {names!r}.")
+    return [path.parent / name for name in names or []]
+
+
+def _merge(base: DictConfig, values: DictConfig, source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, values)
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _override(merged: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    phases = [] if OmegaConf.is_missing(merged, "phases") else list(merged.phases)
+    for word in overrides:
+        key, found, _ = word.partition("=")
+        if not found or not key or key.startswith("-"):
+            raise ConfigError(f"command line: {word!r}: expected key=value, such as seed=1.")
+        parts = key.split(".")
+        if parts[0] == "phases" and len(parts) > 1 and parts[1] not in phases:
+            raise ConfigError(
+                f"command line: {key}: there is no phase {parts[1]!r}{_nearest(parts[1], phases)} "
+                f"The config has {', '.join(phases)}; the command line can change a phase, not add "
+                f"one."
+            )
+        try:
+            value = OmegaConf.from_dotlist([word])
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"command line: {word!r}: {_one_line(error)}") from error
+        merged = _merge(merged, value, f"command line: {word}")
+    return merged
+
+
+def _complete(merged: DictConfig, source: str) -> RunConfig:
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(
+            f"{source}: required and not set: {', '.join(missing)}. Set them in the file, or on "
+            f"the command line as {missing[0]}=VALUE."
+        )
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _leaf_items(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _leaf_items(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+def _leaves(values: Any) -> list[str]:
+    return [key for key, _ in _leaf_items(values)]
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """Turn OmegaConf's message of several lines into ``full.key: what is wrong``."""
+    message = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {message}" if key else message

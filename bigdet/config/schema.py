@@ -1,0 +1,274 @@
+"""Every option of a run: one frozen dataclass per section, one docstring per option.
+
+Read with OmegaConf by ``config/load.py``; rules that tie options together stand in
+``config/check.py``. ``MISSING`` marks what the config must say; ``None`` means "off" or "derived",
+and the docstring below the option says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+Detector = Literal["faster_rcnn", "mask_rcnn"]
+Backbone = Literal[
+    "resnet10", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext152_32x8d",
+    "swin_t", "swin_s", "swin_b",
+]  # fmt: skip
+BoxHead = Literal["2fc", "4conv1fc"]
+Norm = Literal["bn", "gn", "none"]
+NormScope = Literal["backbone", "all"]
+NormMode = Literal["live", "affine", "fixed"]
+Precision = Literal["fp32", "bf16"]
+Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSplitConfig:
+    """The images to learn from."""
+
+    shards: str = MISSING
+    """Folder of a shard set (``tools/make_shards.py`` makes one)."""
+    keep_empty: bool = False
+    """Train on images without objects too. The papers' code leaves them out."""
+    max_damaged: int = 100
+    """Damaged samples, over all ranks, that may be replaced before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValSplitConfig:
+    """The images to measure on; every one of them is used."""
+
+    shards: str = MISSING
+    """Folder of a shard set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and how they are read."""
+
+    train: TrainSplitConfig = field(default_factory=TrainSplitConfig)
+    """The training split."""
+    val: ValSplitConfig = field(default_factory=ValSplitConfig)
+    """The validation split."""
+    workers: int = 2
+    """Loader processes per rank; 0 decodes in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpnConfig:
+    """Region proposals."""
+
+    anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    """Side of the square anchor of each pyramid level P2 to P6, pixels."""
+    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    """Height over width of the anchors, area kept."""
+    anchors_per_image: int = 256
+    """Sampled anchors per image in the loss, at most half of them positive."""
+    train_proposals: int = 2000
+    """Proposals per level before NMS, and per image after it, in training."""
+    test_proposals: int = 1000
+    """The same at test time."""
+    nms_iou: float = 0.7
+    """Proposals of one level that overlap a better one by more than this are dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoiConfig:
+    """Regions of interest: which are trained on and which are reported."""
+
+    rois_per_image: int = 512
+    """Sampled regions per image in the box loss."""
+    positive_fraction: float = 0.25
+    """At most this part of them on objects."""
+    positive_iou: float = 0.5
+    """A region on an object overlaps it by at least this."""
+    score_threshold: float = 0.05
+    """Detections with a lower score are not reported."""
+    nms_iou: float = 0.5
+    """Detections of one class that overlap a better one by more than this are dropped."""
+    detections_per_image: int = 100
+    """At most this many detections are reported per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The detector."""
+
+    detector: Detector = MISSING
+    """Which detector."""
+    backbone: Backbone = MISSING
+    """Which backbone."""
+    box_head: BoxHead = "2fc"
+    """Two fully connected layers, or four 3x3 convolutions and one."""
+    norm: Norm = "bn"
+    """Normalization of convolutional backbones and, by scope, of FPN and heads."""
+    norm_scope: NormScope | None = None
+    """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
+    bn, ``all`` with gn."""
+    width: int = 256
+    """Channels of the FPN and of the convolutions in the heads."""
+    fc_width: int = 1024
+    """Channels of the fully connected layers of the box head."""
+    drop_path: float = 0.0
+    """Highest rate of stochastic depth in a transformer backbone, in [0, 1)."""
+    rpn: RpnConfig = field(default_factory=RpnConfig)
+    """Region proposals."""
+    roi: RoiConfig = field(default_factory=RoiConfig)
+    """Regions of interest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How weights are updated."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    """Which engine."""
+    zero_stage: int = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+    precision: Precision = "bf16"
+    """Of activations and matrix products; master weights are fp32 always."""
+    clip_norm: float | None = None
+    """Gradients are scaled down to this global L2 norm. None: no clipping."""
+    max_bad_steps: int = 20
+    """Steps with a loss or gradient that is not finite are skipped; more than this many in a run
+    stop it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeConfig:
+    """The size at which a phase sees its images."""
+
+    kind: Literal["short_side", "direct"] = MISSING
+    """``short_side``: short side to ``size``, long side at most ``cap``. ``direct``: long side to
+    ``size`` times a random factor, then cropped or padded to (size, size); paper 2, section 3.2,
+    as released."""
+    size: int = MISSING
+    """Pixels: of the short side, or of the square."""
+    cap: int | None = None
+    """Longest long side for ``short_side``, pixels. None: 1333 / 800 of ``size``."""
+    scale_range: tuple[float, float] = (0.8, 1.2)
+    """Range of the random factor of ``direct`` in training; 1 at test time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFromConfig:
+    """Which weights a phase starts from."""
+
+    source: str | None = None
+    """``random``, ``timm`` (the backbone's published ImageNet weights), ``previous`` (the phase
+    before), or the path of a run or a ``model.safetensors``. None: ``random`` in the first phase,
+    ``previous`` in the others."""
+    parts: list[Part] | None = None
+    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``:
+    the backbone)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One part of a run with settings of its own."""
+
+    steps: int = MISSING
+    """Optimizer steps."""
+    images_per_gpu: int = MISSING
+    """Images in one forward pass of one rank (micro-batch)."""
+    images_per_step: int | None = None
+    """Images per optimizer step over all ranks; what exceeds ranks x ``images_per_gpu`` is
+    accumulated. None: one micro-batch per rank."""
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
+    """Size of the images."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: float = MISSING
+    """Learning rate at ``reference_images_per_step``."""
+    reference_images_per_step: int | None = None
+    """Linear scaling rule: the rate used is ``lr`` x images per step / this. None: ``lr`` as it
+    stands."""
+    momentum: float = 0.9
+    """Of SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    weight_decay: float = 1e-4
+    """On weights; not on normalization layers, biases of them, and Swin's position tables."""
+    schedule: Literal["constant", "step"] = "step"
+    """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
+    drops: list[int] | None = None
+    """Steps of the drops. None: at 2/3 and 11/12 of ``steps`` (8 and 11 of 12 passes)."""
+    decay_factor: float = 0.1
+    """Of each drop."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up."""
+    warmup_factor: float = 0.001
+    """Part of the rate at which the warm-up begins."""
+    norm_mode: NormMode | None = None
+    """For BN only. ``live``: statistics of the batch. ``affine``: statistics fixed, scale and shift
+    trained. ``fixed``: both fixed. Must be null without BN."""
+    freeze_stages: int = 0
+    """So many first stages of the backbone (the stem is the first) are not trained."""
+    start_from: StartFromConfig = field(default_factory=StartFromConfig)
+    """Where the weights come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When and how AP is measured; every phase also ends with an evaluation."""
+
+    every: int | None = None
+    """Steps between evaluations. None: only at the end of a phase."""
+    images_per_gpu: int = 1
+    """Images in one forward pass of one rank."""
+    resize: ResizeConfig | None = None
+    """Size of the images. None: that of the phase."""
+    pictures: int = 8
+    """Validation images drawn with their detections at the end of a phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved; every phase also ends with a checkpoint."""
+
+    every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run tells."""
+
+    every: int = 20
+    """Steps between lines of the log and of ``metrics.jsonl``."""
+    tensorboard: bool = True
+    """Write TensorBoard event files too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run."""
+
+    output: str = MISSING
+    """The run folder."""
+    seed: int = 0
+    """Seed of everything: weights, order, augmentation, sampling."""
+    resume: str = "auto"
+    """``auto``: go on if the run folder has a checkpoint. ``never``: refuse a folder that has one.
+    Else the path of a checkpoint to go on from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the images are."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The detector."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How weights are updated."""
+    phases: dict[str, PhaseConfig] = MISSING
+    """The phases by name, in the order in which they run."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """When and how AP is measured."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run is saved."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What the run tells."""

@@ -1,0 +1,1 @@
+"""From annotated images to batches: shards, order, transforms, stream."""

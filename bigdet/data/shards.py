@@ -1,0 +1,336 @@
+"""A shard set on disk and its reader: WebDataset tars with an index and a manifest beside them.
+
+    DIR/manifest.json      what the set holds, its categories, its tars with their hashes
+    DIR/index.npy          one 48-byte record per sample; the row number is the sample's index
+    DIR/000000.tar ...     per sample KEY.jpg (or .png, .webp) and KEY.json, KEY the image id
+    DIR/skipped.jsonl      what was left out when the set was made, one object per line, if any
+
+``manifest.json`` is written last, so a folder without it is not a finished set. Writing is in
+``shard_writer.py``; ``tools/check_shards.py`` reads every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("image_id", "<i8"),
+        ("image_offset", "<u8"),  # of the image's first byte in its tar
+        ("image_size", "<u4"),
+        ("annotation_offset", "<u8"),
+        ("annotation_size", "<u4"),
+        ("crc32", "<u4"),  # over the image bytes, then the annotation bytes
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("flags", "<u2"),
+        ("num_boxes", "<u2"),  # crowds not counted
+        ("shard", "<u4"),
+    ]
+)
+FLAG_CROWD = 1
+FLAG_MASKS = 2
+FLAG_KEYPOINTS = 4
+FLAG_PROGRESSIVE = 8
+FLAG_NOT_JPEG = 16
+
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.npy"
+SKIPPED_NAME = "skipped.jsonl"
+MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
+
+
+class ShardError(ValueError):
+    """A shard set that is missing, damaged or not what its manifest says.
+
+    Attributes:
+        finding: of a damaged sample, what is wrong, without the place and the advice.
+    """
+
+    finding = ""
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class; its place in the manifest's list is its label.
+
+    Attributes:
+        id: the data set's own number of it.
+        name: the data set's own name of it.
+        supercategory: the group it belongs to, where the data set has groups.
+    """
+
+    id: int
+    name: str
+    supercategory: str | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar.
+
+    Attributes:
+        file: its name in the folder.
+        bytes: its size.
+        samples: how many samples it holds.
+        sha256: of the whole file, hexadecimal.
+    """
+
+    file: str
+    bytes: int
+    samples: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard set says about itself.
+
+    Attributes:
+        version: of the format.
+        name: what people call the set.
+        source: the kind of data it was made from: ``coco``, ``shapes``.
+        images: number of samples.
+        instances: annotations that are not crowd.
+        crowd: crowd annotations.
+        pixels: sum of height x width over the images.
+        skipped: images left out, by reason.
+        changed: annotations left out or clipped, by reason.
+        categories: in the order of the labels.
+        shards: the tars, in order.
+        options: what the set was made with.
+    """
+
+    version: int
+    name: str
+    source: str
+    images: int
+    instances: int
+    crowd: int
+    pixels: int
+    skipped: dict[str, int]
+    changed: dict[str, int]
+    categories: list[Category]
+    shards: list[Shard]
+    options: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest of a shard set; ``ShardError`` if there is none that makes sense."""
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            found = (
+                "the folder has no manifest.json" if folder.is_dir() else "there is no such folder"
+            )
+            raise ShardError(
+                f"{folder}: expected a shard set, but {found}. Give the folder that "
+                "tools/make_shards.py wrote, or run it again if it did not finish."
+            )
+        try:
+            values = json.loads(path.read_bytes())
+            if values["version"] != VERSION:
+                raise ShardError(
+                    f"{path}: shard format version {values['version']!r}, this bigdet reads "
+                    f"{VERSION}. Make the shards again with tools/make_shards.py."
+                )
+            values["categories"] = [Category(**category) for category in values["categories"]]
+            values["shards"] = [Shard(**shard) for shard in values["shards"]]
+            return cls(**values)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ShardError(
+                f"{path}: not the manifest of a shard set ({error!r}). Make the shards again with "
+                "tools/make_shards.py."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its annotations, as stored.
+
+    Attributes:
+        image_bytes: the encoded image.
+        record: ``image_id, file_name, height, width, annotations``; each annotation has
+            ``id, label, bbox`` (xywh, pixels), ``area, iscrowd`` and maybe ``segmentation``.
+    """
+
+    image_bytes: bytes
+    record: dict[str, Any]
+
+
+class ShardSet:
+    """Reads samples by row, in any order, from any process.
+
+    The index is mapped, not read, so all processes of a host share it. Tars are opened when they
+    are first read from, anew in every process that gets a pickled copy. Not for several threads.
+    """
+
+    def __init__(self, path: str | Path, *, check_files: bool = True) -> None:
+        """Open a shard set.
+
+        Args:
+            path: its folder.
+            check_files: see first that every tar is there and as long as the manifest says.
+        """
+        self.folder = Path(path)
+        self.manifest = Manifest.load(self.folder)
+        self.index = load_index(self.folder, self.manifest)
+        self._files: dict[int, int] = {}
+        if check_files:
+            for shard in self.manifest.shards:
+                if problem := size_problem(self.folder, shard):
+                    raise ShardError(
+                        f"{self.folder / shard.file}: {problem}. Copy the set again, or make it "
+                        "again with tools/make_shards.py."
+                    )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def categories(self) -> list[Category]:
+        """The classes in the order of the labels."""
+        return self.manifest.categories
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, background not counted."""
+        return len(self.manifest.categories)
+
+    def index_hash(self) -> str:
+        """Return a hash of ``index.npy``: two sets with the same one hold the same samples."""
+        return hashlib.blake2b((self.folder / INDEX_NAME).read_bytes(), digest_size=16).hexdigest()
+
+    def key(self, row: int) -> str:
+        """Return the name of a sample in its tar, without extension."""
+        return sample_key(int(self.index[row]["image_id"]))
+
+    def path(self, row: int) -> Path:
+        """Return the tar that holds a sample."""
+        return self.folder / self.manifest.shards[int(self.index[row]["shard"])].file
+
+    def read(self, row: int) -> Sample:
+        """Return one sample; ``ShardError`` if its bytes are not those that were written."""
+        entry = self.index[row]
+        image = self._bytes(row, int(entry["image_offset"]), int(entry["image_size"]))
+        text = self._bytes(row, int(entry["annotation_offset"]), int(entry["annotation_size"]))
+        found, expected = zlib.crc32(text, zlib.crc32(image)), int(entry["crc32"])
+        if found != expected:
+            raise self._damaged(row, f"CRC-32 is {found:08x}, expected {expected:08x}")
+        return Sample(image, self._parse(row, text))
+
+    def record(self, row: int) -> dict[str, Any]:
+        """Return the annotations of one sample, see ``Sample``, without reading its image."""
+        entry = self.index[row]
+        offset, size = int(entry["annotation_offset"]), int(entry["annotation_size"])
+        return self._parse(row, self._bytes(row, offset, size))
+
+    def close(self) -> None:
+        """Close the tars; they are opened again when needed."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder, self.manifest = state["folder"], state["manifest"]
+        self.index = load_index(self.folder, self.manifest)
+        self._files = {}
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+    def _bytes(self, row: int, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._file(int(self.index[row]["shard"])), size, offset)
+        except OSError as error:
+            raise self._damaged(row, f"cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise self._damaged(row, f"the tar ends after {len(data)} of {size} bytes")
+        return data
+
+    def _file(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            path = self.folder / self.manifest.shards[shard].file
+            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[shard]
+
+    def _parse(self, row: int, text: bytes) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = json.loads(text)
+            if record["image_id"] != self.index[row]["image_id"]:
+                raise self._damaged(row, f"annotations are of image {record['image_id']}")
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise self._damaged(row, f"annotations are not readable ({error!r})") from error
+        return record
+
+    def _damaged(self, row: int, what: str) -> ShardError:
+        offset = int(self.index[row]["image_offset"])
+        error = ShardError(
+            f"{self.path(row)}: sample {self.key(row)} (row {row}, offset {offset}): {what}. The "
+            f"shard is damaged: tools/check_shards.py {self.folder} lists all that is; copy or "
+            "make it again."
+        )
+        error.finding = what
+        return error
+
+
+def sample_key(image_id: int) -> str:
+    """Return the name of a sample's files without extension: its zero-padded image id."""
+    return f"{image_id:012d}"
+
+
+def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
+    """Map the index of a shard set into memory, read-only, as an array of ``INDEX_DTYPE``."""
+    path = folder / INDEX_NAME
+    try:
+        index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ShardError(
+            f"{path}: not the index of a shard set ({error}). Make the shards again with "
+            "tools/make_shards.py."
+        ) from error
+    num_shards = len(manifest.shards)
+    if index.dtype != INDEX_DTYPE or index.shape != (manifest.images,):
+        what = f"has {index.shape} records of {index.dtype.itemsize} bytes"
+    elif len(index) and int(index["shard"].max()) >= num_shards:
+        what = f"names shard {index['shard'].max()} of {num_shards}"
+    else:
+        return index
+    raise ShardError(
+        f"{path}: {what}; {MANIFEST_NAME} beside it says {manifest.images} samples of "
+        f"{INDEX_DTYPE.itemsize} bytes in {num_shards} shards. The two files are not of one set: "
+        "copy or make it again."
+    )
+
+
+def size_problem(folder: Path, shard: Shard) -> str | None:
+    """Say what is wrong with a tar that is absent or of another size than the manifest says."""
+    path = folder / shard.file
+    if not path.is_file():
+        return "the file is missing"
+    size = path.stat().st_size
+    return None if size == shard.bytes else f"{size} bytes, {MANIFEST_NAME} says {shard.bytes}"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Annotation formats to samples, one module each."""

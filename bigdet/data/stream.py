@@ -1,0 +1,356 @@
+"""The batches of training and of evaluation: which, in which order, read by whom.
+
+``TrainStream`` is endless, starts at any step, and gives every group of images the same ids,
+pixels and seed whatever the number of ranks and loader processes (``order.py`` says which group
+is whose). ``EvalStream`` gives every image once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigdet.config.schema import DataConfig, PhaseConfig, ResizeConfig
+from bigdet.data.collate import Example, PackedGroup, num_dropped, pack, unpack
+from bigdet.data.loader import Loader
+from bigdet.data.order import Order, evaluation_groups, lanes_of_rank
+from bigdet.data.samples import (
+    Damage,
+    DamagedSampleError,
+    aspect_ratios,
+    damaged,
+    load_sample,
+)
+from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.transforms import draw_view, no_objects, objects_in_view, whole_view
+from bigdet.ops.random import Words, seed_of
+from bigdet.structures import Batch
+
+logger = logging.getLogger(__name__)
+
+REPLACEMENT_TRIES = 100
+"""Samples that are tried in place of a damaged one before the set is given up."""
+
+LISTED_DAMAGES = 20
+"""Damaged samples that the message of a run that stops for them names."""
+
+
+class _TrainGroups:
+    """Makes any group of a phase from nothing but its step and lane.
+
+    Args: see ``TrainStream``.
+    """
+
+    def __init__(
+        self, shards: ShardSet, rows: NDArray[np.int64], order: Order, resize: ResizeConfig,
+        flip: float, with_masks: bool, phase: str, seed: int,
+    ) -> None:  # fmt: skip
+        self.shards = shards
+        self.rows = rows
+        self.order = order
+        self._resize = resize
+        self._flip = flip
+        self._with_masks = with_masks
+        self._key = (seed, phase)
+
+    def read(self, key: tuple[int, int]) -> PackedGroup:
+        """Return the group of (step, lane)."""
+        step, lane = key
+        group = self.order.group(step, lane)
+        damages: list[Damage] = []
+        examples = [
+            self._sound_example(int(sample), float(weight), group.pass_number, damages)
+            for sample, weight in zip(group.samples, group.weights, strict=True)
+        ]
+        canvas = (self._resize.size, self._resize.size) if self._resize.kind == "direct" else None
+        seed = seed_of("model", *self._key, step, lane)
+        return pack(examples, canvas=canvas, seed=seed, notes=damages)
+
+    def _sound_example(
+        self, sample: int, weight: float, pass_number: int, damages: list[Damage]
+    ) -> Example:
+        """Return the example of a sample, or of one drawn in its place when it is damaged."""
+        row = int(self.rows[sample])
+        replacement_words = Words("replacement", *self._key, pass_number, row)
+        for _ in range(REPLACEMENT_TRIES):
+            try:
+                return self._example(row, weight, pass_number)
+            except DamagedSampleError as error:
+                damages.append(Damage(row, error.kind, str(error)))
+                row = int(self.rows[replacement_words.integer(len(self.rows))])
+        raise ShardError(
+            f"{self.shards.folder}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
+            f"last one: {damages[-1].message}"
+        )
+
+    def _example(self, row: int, weight: float, pass_number: int) -> Example:
+        image, record = load_sample(self.shards, row)
+        sample_words = Words("augmentation", *self._key, pass_number, row)
+        view = draw_view(record, self._resize, self._flip, sample_words)
+        try:
+            objects = objects_in_view(record["annotations"], view, with_masks=self._with_masks)
+        except ValueError as error:
+            raise damaged(self.shards, row, "bad_annotation", f"has an {error}") from error
+        size = (record["height"], record["width"])
+        return Example(view.move_image(image), size, record["image_id"], weight, objects)
+
+
+class TrainStream:
+    """The batches that one rank trains on in one phase.
+
+    Attributes:
+        damaged: samples that this rank found damaged and replaced, by kind; each counts once.
+        dropped_boxes: boxes, so far, that a random crop left nothing of.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        keep_empty: bool,
+        max_damaged: int,
+        resize: ResizeConfig,
+        flip: float,
+        with_masks: bool,
+        phase: str,
+        seed: int,
+        images_per_gpu: int,
+        images_per_step: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        first_step: int = 0,
+    ) -> None:
+        """Work out the order; nothing is read and no process started before iteration.
+
+        Args:
+            shards: the training set.
+            keep_empty: use images without boxes (crowds do not count) too.
+            max_damaged: damaged samples that may be replaced before iteration raises.
+            resize: of the phase.
+            flip: probability of a horizontal flip.
+            with_masks: give the targets' masks.
+            phase: name of the phase; another name is another order.
+            seed: of the run.
+            images_per_gpu: images of a batch.
+            images_per_step: images of a step, over all ranks.
+            rank: this process.
+            world_size: number of ranks.
+            workers: loader processes; 0 reads in this process.
+            first_step: finished steps of this phase; iteration starts with the next one.
+        """
+        if images_per_step % images_per_gpu:
+            raise ValueError(
+                f"phases.{phase}.images_per_step: {images_per_step} is no multiple of "
+                f"images_per_gpu, {images_per_gpu}. Change one of them."
+            )
+        rows = np.arange(len(shards))
+        if not keep_empty:
+            rows = np.flatnonzero(shards.index["num_boxes"])
+        order = Order(
+            aspect_ratios(shards.index)[rows],
+            seed=seed,
+            phase=phase,
+            images_per_gpu=images_per_gpu,
+            num_lanes=images_per_step // images_per_gpu,
+        )
+        self._groups = _TrainGroups(shards, rows, order, resize, flip, with_masks, phase, seed)
+        self.lanes = lanes_of_rank(order.num_lanes, rank, world_size)
+        self.damaged: dict[str, int] = {}
+        self.dropped_boxes = 0
+        self._damages: dict[int, Damage] = {}
+        self._max_damaged = max_damaged
+        self._workers = workers
+        self._first_step = first_step
+        self._loader: Loader[tuple[int, int]] | None = None
+        self._state = {
+            "order": order.name,
+            "seed": seed,
+            "phase": phase,
+            "lanes": order.num_lanes,
+            "images_per_gpu": images_per_gpu,
+            "samples": len(rows),
+            "index": shards.index_hash(),
+        }
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Steps that show every sample once."""
+        return self._groups.order.steps_per_pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's lanes of step ``first_step + 1``, in order, then of the next, ..."""
+        self.close()
+        self._loader = Loader(self._groups.read, _Keys(self._first_step, self.lanes), self._workers)
+        for packed in self._loader:
+            self._note(packed)
+            yield unpack(packed)
+
+    def read_group(self, step: int, lane: int) -> Batch:
+        """Make one group of any step, from 1, and any lane, in this process."""
+        packed = self._groups.read((step, lane))
+        self._note(packed)
+        return unpack(packed)
+
+    def group_ids(self, step: int, lane: int) -> list[int | None]:
+        """Return the image ids of one group, from the index alone; None for a masked slot."""
+        group = self._groups.order.group(step, lane)
+        ids = self._groups.shards.index["image_id"][self._groups.rows[group.samples]]
+        return [
+            int(image_id) if weight else None
+            for image_id, weight in zip(ids, group.weights, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a number of finished steps is relative to, for a checkpoint."""
+        return dict(self._state)
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """Raise ``ValueError`` unless a saved position means the same in this stream."""
+        wrong = [
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in self._state.items()
+            if saved.get(name) != value
+        ]
+        if wrong:
+            raise ValueError(
+                f"phase {self._state['phase']}: the checkpoint was written on another data stream: "
+                f"{'; '.join(wrong)}. Go on with the data, seed, images_per_gpu and "
+                "images_per_step of the checkpoint (ranks and workers may change), or start a new "
+                "run in another output folder."
+            )
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def _note(self, packed: PackedGroup) -> None:
+        """Count what a group reports; too many damaged samples are an error."""
+        self.dropped_boxes += num_dropped(packed)
+        for damage in packed.notes:
+            if damage.row in self._damages:
+                continue
+            self._damages[damage.row] = damage
+            self.damaged[damage.kind] = self.damaged.get(damage.kind, 0) + 1
+            logger.warning("damaged sample replaced by another one: %s", damage.message)
+        if len(self._damages) > self._max_damaged:
+            messages = [f"\n  {damage.message}" for damage in self._damages.values()]
+            raise ShardError(
+                f"{self._groups.shards.folder}: {len(messages)} damaged training samples, "
+                f"data.train.max_damaged allows {self._max_damaged}. Repair the shards or raise "
+                f"the limit. The first ones:{''.join(messages[:LISTED_DAMAGES])}"
+            )
+
+
+def open_train_stream(
+    shards: ShardSet,
+    data: DataConfig,
+    phase: PhaseConfig,
+    *,
+    name: str,
+    with_masks: bool,
+    seed: int,
+    rank: int,
+    world_size: int,
+    first_step: int = 0,
+) -> TrainStream:
+    """Return the stream of a phase as its config says.
+
+    Args: as for ``TrainStream``, and ``name``: of the phase.
+    """
+    return TrainStream(
+        shards,
+        keep_empty=data.train.keep_empty,
+        max_damaged=data.train.max_damaged,
+        resize=phase.resize,
+        flip=phase.flip,
+        with_masks=with_masks,
+        phase=name,
+        seed=seed,
+        images_per_gpu=phase.images_per_gpu,
+        images_per_step=phase.images_per_step or world_size * phase.images_per_gpu,
+        rank=rank,
+        world_size=world_size,
+        workers=data.workers,
+        first_step=first_step,
+    )
+
+
+class _Keys:
+    """The endless (step, lane) of one rank; iterable from the start any number of times."""
+
+    def __init__(self, first_step: int, lanes: range) -> None:
+        self._first_step = first_step
+        self._lanes = lanes
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        steps = itertools.count(self._first_step + 1)
+        return ((step, lane) for step in steps for lane in self._lanes)
+
+
+class EvalStream:
+    """One rank's share of all images, scaled whole, without targets.
+
+    Every rank has the same number of batches. Surplus slots repeat an image with weight 0; every
+    image comes once with weight 1 over all ranks. A damaged image is an error: a score over fewer
+    images would be another score. Images of a batch have similar aspect ratios, to save padding.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        size_cap: tuple[int, int],
+        images_per_gpu: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+    ) -> None:
+        """Work out which images this rank gets.
+
+        Args:
+            shards: the set; all of it is used.
+            size_cap: short side and longest long side, pixels.
+            images_per_gpu: images of a batch.
+            rank: this process.
+            world_size: number of ranks.
+            workers: loader processes; 0 reads in this process.
+        """
+        ratios = aspect_ratios(shards.index)
+        rows, weights = evaluation_groups(ratios, images_per_gpu, world_size)
+        self._rows, self._weights = rows[:, rank], weights[:, rank]
+        self._shards = shards
+        self._size_cap = size_cap
+        self._workers = workers
+
+    def __len__(self) -> int:
+        """Return the number of batches, equal on all ranks."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = Loader(self._read, range(len(self)), self._workers)
+        try:
+            for packed in loader:
+                yield unpack(packed)
+        finally:
+            loader.close()
+
+    def _read(self, batch: int) -> PackedGroup:
+        examples = [
+            self._example(int(row), float(weight))
+            for row, weight in zip(self._rows[batch], self._weights[batch], strict=True)
+        ]
+        return pack(examples, canvas=None, seed=0)
+
+    def _example(self, row: int, weight: float) -> Example:
+        image, record = load_sample(self._shards, row)
+        size = (record["height"], record["width"])
+        seen = whole_view(size, self._size_cap).move_image(image)
+        return Example(seen, size, record["image_id"], weight, no_objects())

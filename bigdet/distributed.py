@@ -1,0 +1,160 @@
+"""Ranks: who this process is, the process group, reductions. Nobody else reads RANK."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number, 0 when started without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on the rank that writes files and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def start() -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs; one process makes a group of its own.
+
+    Without a launcher the group has one member and needs no port.
+    """
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = datetime.timedelta(minutes=30)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store = dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add up a tensor of equal shape over all ranks; every rank gets the result."""
+    total = tensor.clone()
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Average a tensor of equal shape over all ranks; every rank gets the result."""
+    return sum_over_ranks(tensor) / world_size()
+
+
+def max_over_ranks(value: float) -> float:
+    """Return the highest of the ranks' numbers, on every rank."""
+    highest = torch.tensor(value, dtype=torch.float64)
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest.item()
+
+
+def any_rank(flag: bool) -> bool:
+    """Tell on every rank whether the flag is set on at least one."""
+    return bool(sum_over_ranks(torch.tensor(int(flag))).item() > 0)
+
+
+def broadcast_object(value: T) -> T:
+    """Give every rank the value of rank 0 (small: it is pickled between our own processes)."""
+    if not dist.is_initialized() or world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Collect the values of all ranks, in order of rank, on rank 0; others get an empty list."""
+    if not dist.is_initialized() or world_size() == 1:
+        return [value]
+    values: list[T | None] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, dst=0)
+    return [] if values is None else [item for item in values if item is not None]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized() and world_size() > 1:
+        sum_over_ranks(torch.zeros(()))
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Collect the values of all ranks, in order of rank, on every rank (small values)."""
+    if not dist.is_initialized() or world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+class SharedError(ValueError):
+    """An error that every rank raises at the same point, so that it is told once."""
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Tell whether every rank raises this error: then rank 0 alone needs to print it."""
+    return isinstance(error, SharedError) or not dist.is_initialized() or world_size() == 1
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block without collectives in it; what fails on one rank is raised on all.
+
+    Raises:
+        SharedError: on every rank, with the message of the lowest rank that failed.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = error
+    messages = all_gather_objects(None if problem is None else str(problem))
+    failed = [(number, text) for number, text in enumerate(messages) if text is not None]
+    if failed:
+        number, text = failed[0]
+        where = "" if len(failed) == len(messages) else f"rank {number}: "
+        raise SharedError(f"{where}{text}") from problem
+
+
+def broadcast_tensor(tensor: Tensor) -> Tensor:
+    """Give every rank the values of rank 0; the shape and type are the same on all ranks."""
+    sent = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if dist.is_initialized() and world_size() > 1:
+        dist.broadcast(sent, src=0)
+    return sent

@@ -1,0 +1,1 @@
+"""How weights are updated: sharding, precision, checkpoints. Knows nothing of detection."""

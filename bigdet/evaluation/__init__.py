@@ -1,0 +1,1 @@
+"""Detections of a model over a split, and their AP."""

@@ -1,0 +1,62 @@
+"""Anchors: boxes of fixed shapes, centered on the grid of every pyramid level.
+
+Letters: A anchors over all levels, R aspect ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cell_anchors(size: float, ratios: Sequence[float], rounded: bool) -> Tensor:
+    """Give the anchors of one grid point, around the origin.
+
+    Args:
+        size: side of the square anchor, pixels.
+        ratios: height over width; all anchors have the area of the square.
+        rounded: round the corners to whole pixels.
+
+    Returns:
+        ``(R, 4)`` float64.
+    """
+    roots = torch.tensor(ratios, dtype=torch.float64).sqrt()
+    corners = torch.stack([size / roots, size * roots], dim=1) / 2  # (R, 2) half width, height
+    if rounded:
+        corners = corners.round()
+    return torch.cat([-corners, corners], dim=1)
+
+
+def grid_anchors(
+    feature_sizes: Sequence[tuple[int, int]],
+    strides: Sequence[tuple[int, int]],
+    cells: Sequence[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Repeat each level's anchors at every point of its grid; the first point is the origin.
+
+    Args:
+        feature_sizes: height, width of each level.
+        strides: distance of grid points down and across, pixels, for each level.
+        cells: ``(R, 4)`` anchors of one point, for each level.
+        device: where the anchors go.
+        dtype: type of the anchors.
+
+    Returns:
+        ``(A, 4)``: level after level, row after row, all shapes of a point together.
+    """
+    levels = []
+    for (height, width), (stride_y, stride_x), cell in zip(
+        feature_sizes, strides, cells, strict=True
+    ):
+        ys = torch.arange(height, device=device, dtype=dtype) * stride_y
+        xs = torch.arange(width, device=device, dtype=dtype) * stride_x
+        points = torch.stack(
+            [xs.expand(height, width), ys[:, None].expand(height, width)], dim=-1
+        ).repeat(1, 1, 2)  # (height, width, 4) x, y, x, y
+        moved = cell.to(device=device, dtype=dtype)
+        levels.append((points[:, :, None] + moved).view(-1, 4))
+    return torch.cat(levels)

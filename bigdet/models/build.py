@@ -1,0 +1,48 @@
+"""From the config to a detector."""
+
+from __future__ import annotations
+
+import torch
+
+from bigdet.config.schema import ModelConfig
+from bigdet.models.backbones import build_backbone
+from bigdet.models.conventions import Conventions
+from bigdet.models.detector import Detector
+from bigdet.models.heads.box import BoxHead
+from bigdet.models.heads.mask import MaskHead
+from bigdet.models.heads.rpn import RegionProposals
+from bigdet.models.necks.fpn import FPN
+from bigdet.models.norms import Kind
+
+HAS_MASK_HEAD = {"faster_rcnn": False, "mask_rcnn": True}
+
+
+def head_norm(config: ModelConfig) -> Kind:
+    """Give the normalization of FPN and heads: the model's, where its scope is ``all``."""
+    scope = config.norm_scope or ("all" if config.norm == "gn" else "backbone")
+    return config.norm if scope == "all" else "none"
+
+
+def build_detector(
+    config: ModelConfig, num_classes: int, conventions: Conventions | None = None
+) -> Detector:
+    """Build a detector with random weights, from torch's generator, in training mode.
+
+    Args:
+        config: the model section.
+        num_classes: K, without background.
+        conventions: None for bigdet's own.
+    """
+    conventions = conventions or Conventions()
+    norm = head_norm(config)
+    backbone = build_backbone(config.backbone, config.norm, config.drop_path)
+    mask_head = None
+    fpn = FPN(backbone.channels, config.width, norm)
+    rpn = RegionProposals(config.rpn, config.width, conventions)
+    box_head = BoxHead(
+        config.box_head, norm, config.width, config.fc_width, num_classes, config.roi, conventions
+    )
+    if HAS_MASK_HEAD[config.detector]:
+        mask_head = MaskHead(norm, config.width, num_classes)
+    detector = Detector(backbone, fpn, rpn, box_head, mask_head)
+    return detector.to(memory_format=torch.channels_last)

@@ -1,0 +1,1 @@
+"""Heads: predictions, losses, decoding."""

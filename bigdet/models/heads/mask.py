@@ -1,0 +1,128 @@
+"""Mask head: a bitmap per class on a grid over each region (He et al., Mask R-CNN).
+
+Letters: N regions of all images, K classes, S sampled regions of one image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bigdet.models.heads.box import Regions
+from bigdet.models.losses import at_least_fp32, binary_losses, masked_mean
+from bigdet.models.norms import Kind as Norm
+from bigdet.models.norms import conv_norm
+from bigdet.ops.masks import sample_masks
+from bigdet.structures import Masks
+
+POOLED_SIZE = 14
+MASK_SIZE = 28
+NUM_CONVS = 4
+BUCKET = 32
+
+
+def pad_to_bucket(count: int) -> int:
+    """Round a number of regions up to a full bucket; none becomes one bucket.
+
+    So memory is allotted in few sizes, and a rank without regions runs the same modules as others.
+    """
+    return max(-(-count // BUCKET), 1) * BUCKET
+
+
+@dataclass(frozen=True)
+class MaskRegions:
+    """The regions that the mask head is trained on.
+
+    Attributes:
+        boxes: ``(N, 4)``.
+        images: ``(N,)`` int64.
+        labels: ``(N,)`` int64 in ``0..K-1``.
+        object_rows: ``(N,)`` int64, place of the object in the flat targets.
+        is_valid: ``(N,)`` bool; False in the slots that fill a bucket.
+    """
+
+    boxes: Tensor
+    images: Tensor
+    labels: Tensor
+    object_rows: Tensor
+    is_valid: Tensor
+
+
+@torch.no_grad()
+def select_positives(regions: Regions, masks: Masks, num_classes: int) -> MaskRegions:
+    """Take the sampled regions that lie on an object with a mask; one wait for the device.
+
+    Args:
+        regions: B x S sampled regions.
+        masks: bitmaps of all objects.
+        num_classes: K.
+    """
+    sizes = torch.nn.functional.pad(masks.sizes, (0, 0, 0, 1))  # to read from without any object
+    has_mask = (sizes > 0).all(dim=1)[regions.object_rows]
+    is_positive = (regions.is_positive & has_mask).flatten()
+    num_slots = pad_to_bucket(int(is_positive.sum()))  # the host waits here
+    chosen = torch.argsort(is_positive, descending=True, stable=True)[:num_slots]
+    return MaskRegions(
+        boxes=regions.boxes.flatten(0, 1)[chosen],
+        images=chosen // regions.boxes.shape[1],
+        labels=regions.labels.flatten()[chosen].clamp(max=num_classes - 1),
+        object_rows=regions.object_rows.flatten()[chosen],
+        is_valid=is_positive[chosen],
+    )
+
+
+class MaskHead(nn.Module):
+    """Four 3x3 convolutions, a transposed one that doubles the size, then logits per class."""
+
+    def __init__(self, norm: Norm, width: int, num_classes: int) -> None:
+        """Build for pooled features of ``width`` channels; all weights MSRA, biases 0."""
+        super().__init__()
+        self.num_classes = num_classes
+        self.convs = nn.Sequential(
+            *[conv_norm(width, width, 3, norm, relu=True) for _ in range(NUM_CONVS)]
+        )
+        self.deconv = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.predictor = nn.Conv2d(width, num_classes, 1)
+        for layer in (self.deconv, self.predictor):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Give mask logits ``(N, K, 28, 28)`` of ``(N, C, 14, 14)``."""
+        logits: Tensor = self.predictor(torch.relu_(self.deconv(self.convs(pooled))))
+        return logits
+
+    def losses(self, logits: Tensor, regions: MaskRegions, masks: Masks) -> dict[str, Tensor]:
+        """Give the mean binary cross entropy over the grid points of all valid regions.
+
+        Args:
+            logits: ``(N, K, 28, 28)``.
+            regions: what they belong to.
+            masks: bitmaps of all objects.
+        """
+        rows = torch.where(regions.is_valid, regions.object_rows, 0)
+        own = at_least_fp32(own_class(logits, regions.labels))
+        boxes = regions.boxes.to(own.dtype)
+        padded = _with_empty_object(masks)
+        targets = sample_masks(padded, rows, boxes, MASK_SIZE) >= 0.5
+        losses = binary_losses(own, targets).mean(dim=(1, 2))
+        return {"mask": masked_mean(losses, regions.is_valid, regions.is_valid.sum())}
+
+
+def own_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """Take of ``(N, K, 28, 28)`` each region's class: ``(N, 28, 28)``."""
+    return logits[torch.arange(len(labels), device=labels.device), labels]
+
+
+def _with_empty_object(masks: Masks) -> Masks:
+    """Add an object without a mask, so that there is something to read when there are none."""
+    pad = torch.nn.functional.pad
+    return Masks(
+        bits=masks.bits,
+        offsets=masks.offsets,
+        origins=pad(masks.origins, (0, 0, 0, 1)),
+        sizes=pad(masks.sizes, (0, 0, 0, 1)),
+    )

@@ -1,0 +1,191 @@
+"""Region proposal network (Ren et al., Faster R-CNN) over a feature pyramid.
+
+Letters: A anchors over all levels, N candidates of one image before NMS, P proposals of one image,
+S sampled anchors of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bigdet.config.schema import RpnConfig
+from bigdet.models.anchors import cell_anchors, grid_anchors
+from bigdet.models.assign import Objects, Sample, draw_sample, label_anchors, match
+from bigdet.models.conventions import Conventions
+from bigdet.models.losses import at_least_fp32, binary_losses, delta_losses, masked_mean
+from bigdet.models.norms import conv_norm
+from bigdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas
+from bigdet.ops.nms import grouped_nms
+
+POSITIVE_FRACTION = 0.5
+MIN_SIDE = 1e-3  # proposals of less than this many pixels are dropped
+DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class AnchorPredictions:
+    """What the network says about every anchor.
+
+    Attributes:
+        logits: ``(B, A)`` of holding an object.
+        deltas: ``(B, A, 4)`` from the anchor to the object.
+        anchors: ``(A, 4)``.
+        counts: anchors of each level.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    anchors: Tensor
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Regions that may hold an object, best first.
+
+    Attributes:
+        boxes: ``(B, P, 4)``, cut at the images.
+        is_valid: ``(B, P)`` bool; False in empty slots, which stand last.
+    """
+
+    boxes: Tensor
+    is_valid: Tensor
+
+
+class RegionProposals(nn.Module):
+    """One 3x3 convolution, shared by the levels, then logits and deltas of the anchors.
+
+    Never with normalization, whatever the rest has (RECIPES.md, C.1).
+    """
+
+    def __init__(self, config: RpnConfig, width: int, conventions: Conventions) -> None:
+        """Build for pyramid features of ``width`` channels; weights N(0, 0.01), biases 0."""
+        super().__init__()
+        self.config = config
+        self.conventions = conventions
+        num_shapes = len(config.anchor_ratios)
+        self.conv = conv_norm(width, width, 3, "none", relu=True)
+        self.objectness = nn.Conv2d(width, num_shapes, 1)
+        self.deltas = nn.Conv2d(width, 4 * num_shapes, 1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, features: Sequence[Tensor], strides: Sequence[int], canvas_size: tuple[int, int]
+    ) -> AnchorPredictions:
+        """Predict for every anchor of a pyramid.
+
+        Args:
+            features: ``(B, C, h, w)`` of each level.
+            strides: pixels per cell of each level.
+            canvas_size: height, width of the images.
+        """
+        logits, deltas = [], []
+        for level in features:
+            hidden = self.conv(level)
+            logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
+            deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).flatten(1))
+        all_logits = at_least_fp32(torch.cat(logits, dim=1))
+        sizes = [(level.shape[2], level.shape[3]) for level in features]
+        spacings = [(stride, stride) for stride in strides]
+        if self.conventions.anchor_strides_from_canvas:
+            spacings = [(canvas_size[0] // height, canvas_size[1] // width) for height, width in sizes]
+        cells = [
+            cell_anchors(size, self.config.anchor_ratios, self.conventions.anchors_rounded)
+            for size in self.config.anchor_sizes
+        ]
+        return AnchorPredictions(
+            logits=all_logits,
+            deltas=at_least_fp32(torch.cat(deltas, dim=1)).unflatten(1, (-1, 4)),
+            anchors=grid_anchors(sizes, spacings, cells, all_logits.device, all_logits.dtype),
+            counts=[level.shape[1] for level in logits],
+        )
+
+    @torch.no_grad()
+    def propose(self, predictions: AnchorPredictions, image_sizes: Tensor) -> Proposals:
+        """Turn the best anchors of each level into proposals, without near duplicates.
+
+        Predictions that are not finite are left out, so that one bad value costs one anchor.
+
+        Args:
+            predictions: of B images.
+            image_sizes: ``(B, 2)`` height, width.
+        """
+        config = self.config
+        limit = config.train_proposals if self.training else config.test_proposals
+        logits = torch.where(predictions.logits.isfinite(), predictions.logits, -torch.inf)
+        index, levels, offset = [], [], 0
+        for number, level in enumerate(logits.split(predictions.counts, dim=1)):
+            best = level.topk(min(limit, level.shape[1]), dim=1).indices
+            index.append(best + offset)
+            levels.append(torch.full_like(best, number))
+            offset += level.shape[1]
+        taken = torch.cat(index, dim=1)  # (B, N)
+        deltas = predictions.deltas.gather(1, taken[..., None].expand(-1, -1, 4))
+        boxes = decode_deltas(deltas, predictions.anchors[taken], DELTA_WEIGHTS)
+        boxes = clip_boxes(boxes, image_sizes)
+        is_usable = boxes.isfinite().all(-1) & (boxes[..., 2:] - boxes[..., :2] >= MIN_SIDE).all(-1)
+        boxes = torch.where(is_usable[..., None], boxes, 0)
+        scores = torch.where(is_usable, logits.gather(1, taken), -torch.inf)
+
+        images = torch.arange(len(boxes), device=boxes.device)[:, None]
+        num_levels = len(predictions.counts)
+        groups = images * num_levels + torch.cat(levels, dim=1)
+        kept = grouped_nms(
+            boxes.flatten(0, 1),
+            scores.flatten(),
+            groups.flatten(),
+            len(boxes) * num_levels,
+            config.nms_iou,
+        ).view_as(scores)
+        scores = torch.where(kept, scores, -torch.inf)
+        best_scores, best = scores.topk(min(limit, scores.shape[1]), dim=1)
+        return Proposals(
+            boxes=boxes.gather(1, best[..., None].expand(-1, -1, 4)),
+            is_valid=best_scores > -torch.inf,
+        )
+
+    def losses(
+        self, predictions: AnchorPredictions, objects: Objects, weights: Tensor
+    ) -> dict[str, Tensor]:
+        """Give the losses of a random sample of anchors.
+
+        Args:
+            predictions: of B images.
+            objects: what is in them.
+            weights: ``(B,)`` 0 for an image that counts nothing.
+        """
+        sample, slots = self._sample(predictions.anchors, objects)
+        logits = predictions.logits.gather(1, sample.index)  # (B, S)
+        index = sample.index[..., None].expand(-1, -1, 4)
+        deltas = predictions.deltas.gather(1, index)
+        boxes = objects.boxes.gather(1, slots.gather(1, sample.index)[..., None].expand_as(index))
+        targets = encode_deltas(boxes, predictions.anchors[sample.index], DELTA_WEIGHTS)
+
+        is_counted = weights > 0
+        is_valid = sample.is_valid & is_counted[:, None]
+        is_positive = sample.is_positive & is_counted[:, None]
+        if self.conventions.rpn_normalizer == "slots":
+            count = self.config.anchors_per_image * is_counted.sum()
+        else:
+            count = is_valid.sum()
+        box_losses = delta_losses(deltas, targets, is_positive, self.conventions.rpn_beta)
+        object_losses = binary_losses(logits, sample.is_positive)
+        return {
+            "rpn_objectness": masked_mean(object_losses, is_valid, count),
+            "rpn_box": masked_mean(box_losses, is_positive, count),
+        }
+
+    @torch.no_grad()
+    def _sample(self, anchors: Tensor, objects: Objects) -> tuple[Sample, Tensor]:
+        """Draw anchors to train on; also give each anchor's object as a slot ``(B, A)``."""
+        iou, slots, is_best = match(objects, anchors, keep_best=True)
+        labels = label_anchors(iou, is_best)
+        return draw_sample(labels, self.config.anchors_per_image, POSITIVE_FRACTION), slots

@@ -1,0 +1,1 @@
+"""Tensor operations without state: boxes, random words, resizing, pooling."""

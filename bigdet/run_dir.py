@@ -1,0 +1,74 @@
+"""Every path inside a run folder, and which of its checkpoints is which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run; nothing is created by asking for a path.
+
+    Attributes:
+        root: the folder, ``output`` of the config.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, which repeats the run."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logging interval and per evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard."""
+        return self.root / "tensorboard"
+
+    @property
+    def pictures(self) -> Path:
+        """Drawn batches and detections."""
+        return self.root / "pictures"
+
+    @property
+    def weights(self) -> Path:
+        """The final weights in fp32, with config and categories in the metadata."""
+        return self.root / "model.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        """A text file with the name of the newest complete checkpoint."""
+        return self.checkpoints / "latest"
+
+    @property
+    def best(self) -> Path:
+        """A text file with the name of the checkpoint of the best box AP."""
+        return self.checkpoints / "best"
+
+    @property
+    def stop(self) -> Path:
+        """A file that asks the run to write a checkpoint and end with exit code 75."""
+        return self.root / "stop"
+
+    def log(self, rank: int) -> Path:
+        """The log file of one rank."""
+        return self.root / "logs" / f"rank-{rank}.log"
+
+    def checkpoint(self, phase: str, step: int) -> Path:
+        """The folder of one checkpoint, ``PHASE-STEP``."""
+        return self.checkpoints / f"{phase}-{step}"
+
+    def evaluation(self, phase: str, step: int) -> Path:
+        """The numbers of one evaluation."""
+        return self.root / "evaluation" / f"{phase}-{step}.json"

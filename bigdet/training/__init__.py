@@ -1,0 +1,1 @@
+"""Phases, the loop, schedules and metrics."""

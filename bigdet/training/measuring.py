@@ -1,0 +1,111 @@
+"""The evaluation during training: AP to a file, the log and the best checkpoint; pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigdet import distributed
+from bigdet.config.derived import test_resize
+from bigdet.config.schema import RunConfig
+from bigdet.data.decode import decode_image
+from bigdet.data.shards import ShardSet
+from bigdet.drawing import draw_detections
+from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds
+from bigdet.evaluation.predict import predict_split
+from bigdet.models.detector import Detector
+from bigdet.ops.resize import plan_of
+from bigdet.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+def test_size(config: RunConfig, phase: str) -> tuple[int, int]:
+    """Return the short side and the longest long side, pixels, at which a phase is tested."""
+    resize = test_resize(config, phase)
+    return plan_of(resize.kind, resize.size, resize.cap)
+
+
+def evaluate(
+    config: RunConfig, detector: Detector, val_set: ShardSet, size_cap: tuple[int, int]
+) -> dict[str, Any]:
+    """Measure the detector on the whole validation set; every rank must call it.
+
+    Returns:
+        On every rank the numbers of ``evaluate_detections``.
+    """
+    results = predict_split(
+        detector,
+        val_set,
+        size_cap,
+        config.evaluation.images_per_gpu,
+        config.data.workers,
+        next(detector.parameters()).device,
+    )
+    kinds = evaluation_kinds(val_set, config.model.detector == "mask_rcnn")
+    metrics = evaluate_detections(val_set, results, kinds) if distributed.is_main() else {}
+    return distributed.broadcast_object(metrics)
+
+
+def write_evaluation(metrics: dict[str, Any], file: Path) -> None:
+    """Write the numbers of one evaluation as JSON, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def flat_metrics(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Return the numbers of an evaluation by the names of ``metrics.jsonl``: ``bbox/AP``, ..."""
+    return {
+        f"{kind}/{name}": value
+        for kind, numbers in metrics.items()
+        if kind != "per_class"
+        for name, value in numbers.items()
+    }
+
+
+def one_line(flat: dict[str, float | None]) -> str:
+    """Return the headline numbers, in percent: ``bbox AP 41.2, segm AP 37.0``."""
+    shown = [
+        f"{key.replace('/', ' ')} {100 * value:.1f}"
+        for key, value in flat.items()
+        if key.endswith(("/AP", "/AP50")) and value is not None
+    ]
+    return ", ".join(shown) or "nothing to measure"
+
+
+def draw_validation(
+    detector: Detector,
+    val_set: ShardSet,
+    size_cap: tuple[int, int],
+    count: int,
+    run_dir: RunDir,
+    prefix: str,
+) -> list[Path]:
+    """Draw the first validation images with their detections (one rank, no collective).
+
+    Returns:
+        The files written, ``pictures/PREFIX-KEY.jpg``.
+    """
+    names = [category.name for category in val_set.categories]
+    run_dir.pictures.mkdir(parents=True, exist_ok=True)
+    files = []
+    was_training = detector.training
+    detector.eval()
+    detector.test_size = size_cap
+    for row in range(min(count, len(val_set))):
+        image = decode_image(val_set.read(row).image_bytes)
+        with torch.no_grad():
+            found = detector.predict([image])[0].to(torch.device("cpu"))
+        picture = draw_detections(image.permute(1, 2, 0).numpy(), found, names, 0.5)
+        file = run_dir.pictures / f"{prefix}-{val_set.key(row)}.jpg"
+        picture.save(file, quality=90)
+        files.append(file)
+    detector.train(was_training)
+    return files

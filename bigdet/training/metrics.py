@@ -1,0 +1,118 @@
+"""What a run measures of itself: losses, speed, memory, and what it has seen."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigdet import distributed
+from bigdet.structures import Batch
+from bigdet.training.state import RunState
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+
+
+class StepMeter:
+    """Counts this rank's images and seconds between two times when all ranks add them up."""
+
+    def __init__(self) -> None:
+        self._interval_steps = 0
+        self._interval = torch.zeros(3, dtype=torch.float64)  # images, step and data seconds
+        self._unsynced = torch.zeros(4, dtype=torch.float64)  # images, instances, pixels, seconds
+
+    def add(self, micro_batches: Sequence[Batch], step_seconds: float, data_seconds: float) -> None:
+        """Count one step of this rank; the batches are on the host, so nothing waits.
+
+        Args:
+            micro_batches: what the step trained on.
+            step_seconds: of the whole step, the wait for data included.
+            data_seconds: of the wait for data.
+        """
+        counts = sum((_count(batch) for batch in micro_batches), torch.zeros(3))
+        seconds = torch.tensor([step_seconds, data_seconds])
+        self._interval += torch.cat([counts[:1], seconds])
+        self._unsynced += torch.cat([counts, seconds[:1]])
+        self._interval_steps += 1
+
+    def sync(self, state: RunState) -> None:
+        """Add what all ranks have seen since the last time to the state (a collective)."""
+        images, instances, pixels, seconds = distributed.sum_over_ranks(self._unsynced).tolist()
+        state.seen.images += round(images)
+        state.seen.instances += round(instances)
+        state.seen.pixels += round(pixels)
+        state.seen.gpu_seconds += seconds
+        self._unsynced.zero_()
+
+    def rates(self) -> dict[str, float]:
+        """Return speed and memory of the interval since the last call (a collective)."""
+        images, step_seconds, data_seconds = distributed.sum_over_ranks(self._interval).tolist()
+        rank_steps = self._interval_steps * distributed.world_size()
+        self._interval.zero_()
+        self._interval_steps = 0
+        return {
+            "time/step_seconds": step_seconds / rank_steps,
+            "time/data_seconds": data_seconds / rank_steps,
+            "images_per_second": images * distributed.world_size() / step_seconds,
+            "memory_gib": distributed.max_over_ranks(peak_memory_gib()),
+        }
+
+
+def _count(batch: Batch) -> Tensor:
+    """Return images, instances that are not crowd, and pixels, without masked slots: ``(3,)``."""
+    counts = batch.weights > 0
+    image_of_object = torch.repeat_interleave(batch.targets.offsets.diff())
+    instances = (counts[image_of_object] & ~batch.targets.is_crowd).sum()
+    pixels = (batch.image_sizes.prod(dim=1) * counts).sum()
+    return torch.stack([counts.sum(), instances, pixels]).double()
+
+
+def peak_memory_gib() -> float:
+    """Return the highest memory of this rank so far: of its GPU, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / _GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / _GIB if sys.platform == "darwin" else peak * 1024 / _GIB
+
+
+def mean_losses(losses: dict[str, Tensor]) -> dict[str, float]:
+    """Return the losses as means over all lanes of the step (a collective), by logged name."""
+    names = list(losses)
+    values = torch.stack([losses[name].detach().double() for name in names])
+    means = distributed.mean_over_ranks(values).tolist()
+    return {f"loss/{name}": mean for name, mean in zip(names, means, strict=True)}
+
+
+def progress_line(values: dict[str, Any], steps: int, seconds_left: float) -> str:
+    """Return the line that people read while a run goes on.
+
+    Args:
+        values: what ``metrics.jsonl`` gets.
+        steps: of the phase.
+        seconds_left: of the phase.
+    """
+    parts = " ".join(
+        f"{key.removeprefix('loss/')} {value:.3f}"
+        for key, value in values.items()
+        if key.startswith("loss/") and key != "loss/total"
+    )
+    wait = values["time/data_seconds"] / values["time/step_seconds"]
+    return (
+        f"{values['phase']} {values['step']}/{steps}  loss {values['loss/total']:.3f} ({parts})  "
+        f"lr {values['lr']:.2e}  {values['images_per_second']:.1f} images/s  "
+        f"data wait {wait:.0%}  {values['memory_gib']:.1f} GiB  {clock(seconds_left)} left"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Return a time span as ``h:mm:ss``."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"

@@ -1,0 +1,83 @@
+"""Parameter groups, optimizers and the learning rate of each step."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from bigdet.config.schema import PhaseConfig
+
+# Swin's position tables: offsets added to attention scores or features, not weights of a map.
+POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed")
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split what is trained into at most two groups: with and without weight decay.
+
+    Scale and shift of normalization layers and position tables are not decayed. Ordinary biases
+    are, as in detectron2 and mmdetection (Detectron of 2018 gave them no decay and twice the
+    rate). Few groups, because multi-tensor updates work within a group.
+
+    Returns:
+        Groups for a torch optimizer; an empty one is left out.
+    """
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for layer in module.modules():
+        weight = getattr(layer, "weight", None)
+        # Of all layers only normalizations have a weight with one dimension.
+        is_norm = isinstance(weight, Tensor) and weight.ndim == 1
+        for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                is_plain = is_norm or name in POSITION_TABLES
+                (plain if is_plain else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(module: nn.Module, phase: PhaseConfig) -> Optimizer:
+    """Make the optimizer of a phase over what is trained in the module.
+
+    Its learning rate is set anew for every step.
+    """
+    groups = parameter_groups(module, phase.weight_decay)
+    if phase.optimizer == "adamw":
+        return AdamW(groups, lr=phase.lr, betas=phase.betas, foreach=True)
+    return SGD(groups, lr=phase.lr, momentum=phase.momentum, foreach=True)
+
+
+def scaled_lr(phase: PhaseConfig, images_per_step: int) -> float:
+    """The learning rate after the warm-up, by the linear scaling rule where it is asked for."""
+    if phase.reference_images_per_step is None:
+        return phase.lr
+    return phase.lr * images_per_step / phase.reference_images_per_step
+
+
+def lr_factor(phase: PhaseConfig, step: int) -> float:
+    """Part of ``scaled_lr`` that a step uses.
+
+    Linear warm-up from ``warmup_factor``; times ``decay_factor`` for each drop that so many
+    finished steps have reached.
+
+    Args:
+        phase: schedule of the phase.
+        step: counted from 1.
+    """
+    finished = step - 1
+    factor = 1.0
+    if phase.schedule == "step":
+        factor = phase.decay_factor ** sum(finished >= drop for drop in drop_steps(phase))
+    if finished < phase.warmup_steps:
+        progress = finished / phase.warmup_steps
+        factor *= phase.warmup_factor * (1 - progress) + progress
+    return factor
+
+
+def drop_steps(phase: PhaseConfig) -> list[int]:
+    """Finished steps after which the rate drops; by default 8/12 and 11/12 of the phase."""
+    if phase.drops is not None:
+        return list(phase.drops)
+    return [round(phase.steps * 2 / 3), round(phase.steps * 11 / 12)]

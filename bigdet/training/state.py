@@ -1,0 +1,63 @@
+"""What a resume needs beside weights and optimizer state: where the run is and what it has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Seen:
+    """What a run has consumed so far, over all ranks and phases (paper 1, figure 2).
+
+    Attributes:
+        images: training images, repeats counted, masked slots not.
+        instances: objects on them that are not crowd.
+        pixels: pixels of them at the size the model saw, padding not counted.
+        gpu_seconds: seconds of training steps times ranks.
+    """
+
+    images: int = 0
+    instances: int = 0
+    pixels: int = 0
+    gpu_seconds: float = 0.0
+
+
+@dataclass
+class RunState:
+    """Where a run is. Written to ``state.json`` of every checkpoint.
+
+    Attributes:
+        phase: name of the current phase.
+        step: finished steps of it.
+        total_steps: finished steps of all phases.
+        seen: what has been consumed.
+        bad_steps: steps skipped because a loss or gradient was not finite.
+        damaged: damaged training samples that were replaced, by kind, over all ranks.
+        best_ap: highest box AP of an evaluation so far, in [0, 1]; None before the first.
+        stream: what the position in the stream is relative to.
+    """
+
+    phase: str
+    step: int = 0
+    total_steps: int = 0
+    seen: Seen = field(default_factory=Seen)
+    bad_steps: int = 0
+    damaged: dict[str, int] = field(default_factory=dict)
+    best_ap: float | None = None
+    stream: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def position(self) -> str:
+        """Where the run is, as people read it."""
+        return f"{self.phase} step {self.step}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RunState:
+        """Read what ``to_json`` wrote."""
+        return cls(**{**values, "seen": Seen(**values["seen"])})

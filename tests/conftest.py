@@ -1,0 +1,31 @@
+"""Fixtures that several test folders use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bigdet.data.sources.shapes import make_shapes
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def coco_dir() -> Path:
+    """The folder of a real COCO subset with train2017, val2017 and annotations."""
+    data = os.environ.get("BIGDET_TEST_DATA", PROJECT.parent / "shared" / "data")
+    folder = Path(data) / "coco"
+    if not (folder / "annotations").is_dir():
+        pytest.skip(f"no COCO subset in {folder}; BIGDET_TEST_DATA names the folder that holds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shard sets train (16 images) and val (8 images), 128 pixels."""
+    folder = tmp_path_factory.mktemp("shapes")
+    make_shapes(folder / "train", split="train", images=16)
+    make_shapes(folder / "val", split="val", images=8)
+    return folder

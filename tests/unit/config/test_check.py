@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+
+from bigdet.config.check import check_config
+from bigdet.config.load import ConfigError, load_config
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_passes_the_checks(path: Path):
+    check_config(load_config(path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "reason"),
+    [
+        (["model.drop_path=0.1"], "model.drop_path", "resnet10 has no drop path"),
+        (["model.norm=none", "model.norm_scope=all"], "model.norm_scope", "norm is none"),
+        (["model.rpn.anchor_sizes=[32]"], "model.rpn.anchor_sizes", "five sizes"),
+        (["model.roi.nms_iou=1.5"], "model.roi.nms_iou", "in [0, 1]"),
+        (["engine.zero_stage=3"], "engine.zero_stage", "0, 1 or 2"),
+        (["checkpoint.every=0"], "checkpoint.every", "above 0"),
+        (["data.workers=-1"], "data.workers", "0 or more"),
+        (["phases.pretrain.steps=0"], "phases.pretrain.steps", "above 0"),
+        (["phases.pretrain.warmup_steps=400"], "phases.pretrain.warmup_steps", "400 steps"),
+        (["phases.pretrain.drops=[10]"], "phases.pretrain.drops", "schedule: step"),
+        (["phases.finetune.drops=[10,10]"], "phases.finetune.drops", "rising"),
+        (["phases.finetune.drops=[10,2000]"], "phases.finetune.drops", "below"),
+        (["phases.pretrain.images_per_step=12"], "phases.pretrain.images_per_step", "multiple"),
+        (["phases.pretrain.resize.size=100"], "phases.pretrain.resize.size", "multiple of 32"),
+        (["phases.pretrain.resize.cap=200"], "phases.pretrain.resize.cap", "short_side"),
+        (["phases.finetune.resize.cap=64"], "phases.finetune.resize.cap", "at least size"),
+        (
+            ["phases.finetune.resize.scale_range=[0.5,1]"],
+            "phases.finetune.resize.scale_range",
+            "direct",
+        ),
+        (["phases.finetune.optimizer=adamw", "phases.finetune.momentum=0.5"],
+         "phases.finetune.momentum", "not used by adamw"),
+        (["phases.pretrain.norm_mode=null"], "phases.pretrain.norm_mode", "the model has BN"),
+        (["model.norm=gn"], "phases.pretrain.norm_mode", "has no BN"),
+        (["phases.pretrain.norm_mode=fixed"], "phases.pretrain.norm_mode", "never trained"),
+        (["phases.pretrain.freeze_stages=1"], "phases.pretrain.freeze_stages", "3 AP"),
+        (["phases.pretrain.start_from.source=previous"], "phases.pretrain.start_from.source",
+         "first phase"),
+        (["phases.pretrain.start_from.parts=[fpn]"], "phases.pretrain.start_from.parts", "random"),
+        (["model.detector=faster_rcnn", "phases.finetune.start_from.parts=[mask_head]"],
+         "phases.finetune.start_from.parts", "faster_rcnn has no mask_head"),
+        (["phases.finetune.start_from.parts=[fpn]"], "phases.finetune.norm_mode", "backbone"),
+        (["phases.finetune.start_from.source=timm", "phases.finetune.start_from.parts=[fpn]"],
+         "phases.finetune.start_from.parts", "backbone only"),
+    ],
+)  # fmt: skip
+def test_rules_name_the_key_and_the_reason(overrides: list[str], key: str, reason: str):
+    config = load_config(CONFIGS / "quickstart.yaml", overrides)
+    with pytest.raises(ConfigError) as caught:
+        check_config(config)
+    assert str(caught.value).startswith(f"{key}: ")
+    assert reason in str(caught.value)
+
+
+def test_swin_with_default_norm_has_no_norm_mode():
+    config = load_config(CONFIGS / "swin_t_direct.yaml", ["model.norm=bn"])
+    check_config(config)

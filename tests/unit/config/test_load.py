@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+
+from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
+from bigdet.config.schema import RunConfig
+
+EXPERIMENT = """
+include: [data.yaml]
+output: runs/x
+model: {detector: mask_rcnn, backbone: resnet50}
+phases:
+  pretrain: {steps: 1_000, images_per_gpu: 8, lr: 4e-4, resize: {kind: direct, size: 448}}
+  finetune: {steps: 500, images_per_gpu: 2, lr: 1e-4, resize: {kind: short_side, size: 800}}
+"""
+FRAGMENT = "data: {train: {shards: a}, val: {shards: b}, workers: 3}\n"
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    (tmp_path / "data.yaml").write_text(FRAGMENT)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+def test_experiment_overrides_fragment_and_command_line_overrides_both(experiment: Path):
+    experiment.write_text(EXPERIMENT + "data: {workers: 5}\n")
+    assert load_config(experiment).data.workers == 5
+    config = load_config(experiment, ["data.workers=7", "phases.finetune.lr=3e-5"])
+    assert config.data.workers == 7
+    assert config.data.train.shards == "a"
+    assert config.phases["finetune"].lr == 3e-5
+    assert list(config.phases) == ["pretrain", "finetune"]
+    assert config.phases["pretrain"].steps == 1000
+
+
+def test_resolved_config_repeats_the_run(experiment: Path):
+    config = load_config(experiment, ["phases.pretrain.drops=[10,20]"])
+    again = parse_config(dump_config(config), "config.yaml")
+    assert again == config
+    assert isinstance(again, RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.detctor=x", ["model.detctor", "detector"]),
+        ("phases.pretran.steps=3", ["phases.pretran.steps", "did you mean 'pretrain'"]),
+        ("seed=abc", ["seed", "abc", "Integer"]),
+        ("model.detector=yolo", ["model.detector", "yolo", "faster_rcnn"]),
+        ("data=3", ["data=3"]),
+        ("phases.pretrain.resize.scale_range=[1.0]", ["phases.pretrain.resize.scale_range"]),
+        ("--steps", ["--steps", "key=value"]),
+    ],
+)
+def test_mistakes_on_the_command_line_name_the_key(
+    experiment: Path, override: str, words: list[str]
+):
+    with pytest.raises(ConfigError) as caught:
+        load_config(experiment, [override])
+    for word in ["command line", *words]:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("output: x\nphasez: {}\n", ["phasez"]),
+        ("output: [", ["cannot be read as YAML"]),
+        ("- a\n- b\n", ["mapping"]),
+        ("include: [absent.yaml]\noutput: x\n", ["absent.yaml", "no such"]),
+        ("output: x\n", ["required and not set", "data.train.shards", "phases"]),
+        ("output: x\nphases: {train: {steps: 3e5}}\n", ["phases.train.steps"]),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file_and_the_key(tmp_path: Path, text: str, words: list[str]):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(tmp_path) in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_two_fragments_may_not_set_the_same_key(experiment: Path):
+    (experiment.parent / "more.yaml").write_text("data: {workers: 1}\n")
+    experiment.write_text(EXPERIMENT.replace("[data.yaml]", "[data.yaml, more.yaml]"))
+    with pytest.raises(ConfigError, match=r"more\.yaml: data\.workers: .*data\.yaml sets it too"):
+        load_config(experiment)
+
+
+def test_a_fragment_includes_nothing(experiment: Path):
+    (experiment.parent / "data.yaml").write_text("include: [more.yaml]\n" + FRAGMENT)
+    with pytest.raises(ConfigError, match="a fragment includes nothing"):
+        load_config(experiment)

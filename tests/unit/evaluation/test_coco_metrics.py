@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from bigdet.evaluation.coco_metrics import (
+    METRICS,
+    coco_ground_truth,
+    evaluate_detections,
+    evaluation_kinds,
+    metrics_table,
+)
+
+
+def truth(label, box, number=1, **more):
+    x, y, width, height = box
+    corners = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    annotation = {"id": number, "label": label, "bbox": box, "area": width * height, "iscrowd": 0}
+    return annotation | {"segmentation": corners} | more
+
+
+def run_lengths(left, top, width, height):
+    bitmap = np.zeros((100, 100), dtype=np.uint8, order="F")
+    bitmap[top : top + height, left : left + width] = 1
+    encoded = coco_mask.encode(bitmap)
+    return {"size": [100, 100], "counts": encoded["counts"].decode()}
+
+
+def found(category_id, box, score, image_id=7, mask=None):
+    mask = run_lengths(*map(round, mask or box))
+    result = {"image_id": image_id, "category_id": category_id, "bbox": box}
+    return result | {"score": score, "segmentation": mask}
+
+
+def test_perfect_detection_scores_one_and_what_has_no_objects_is_none(make_shards):
+    shards = make_shards([[truth(0, [10, 10, 40, 40])], []])  # 1600 pixels: medium
+    metrics = evaluate_detections(shards, [found(17, [10, 10, 40, 40], 0.9)], ("bbox", "segm"))
+    expected = dict.fromkeys(METRICS, 1.0) | {"APs": None, "APl": None}
+    assert metrics["bbox"] == pytest.approx(expected)
+    assert metrics["segm"] == pytest.approx(expected)
+    assert metrics["per_class"]["bbox"] == pytest.approx({"cat": 1.0, "car": None})
+
+
+def test_overlap_of_062_counts_at_three_of_ten_thresholds(make_shards):
+    # 24.8 of 40 pixels of height, the width equal: IoU 0.62 reaches 0.5, 0.55 and 0.6
+    shards = make_shards([[truth(1, [10, 10, 40, 40])]])
+    metrics = evaluate_detections(shards, [found(3, [10, 10, 40, 24.8], 0.9)], ("bbox",))
+    assert metrics["bbox"]["AP"] == pytest.approx(0.3)
+    assert metrics["bbox"]["AR100"] == pytest.approx(0.3)
+    assert (metrics["bbox"]["AP50"], metrics["bbox"]["AP75"]) == (pytest.approx(1.0), 0.0)
+    assert "segm" not in metrics
+    assert list(metrics["per_class"]) == ["bbox"]
+
+
+def test_no_detections_at_all_score_zero(make_shards):
+    shards = make_shards([[truth(0, [10, 10, 40, 40])]])
+    metrics = evaluate_detections(shards, [], ("bbox", "segm"))
+    assert metrics["segm"] == dict.fromkeys(METRICS, 0.0) | {"APs": None, "APl": None}
+
+
+def test_without_any_object_nothing_is_defined(make_shards):
+    shards = make_shards([[], []])
+    metrics = evaluate_detections(shards, [found(17, [1, 1, 9, 9], 0.5)], ("bbox",))
+    assert metrics["bbox"] == dict.fromkeys(METRICS)
+    assert metrics["per_class"]["bbox"] == {"cat": None, "car": None}
+
+
+def test_label_order_of_the_manifest_not_the_order_of_ids_names_the_classes(make_shards):
+    shards = make_shards([[truth(0, [10, 10, 40, 40]), truth(1, [50, 50, 30, 30], 2)]])
+    metrics = evaluate_detections(shards, [found(3, [50, 50, 30, 30], 0.9)], ("bbox",))
+    assert metrics["per_class"]["bbox"] == pytest.approx({"cat": 0.0, "car": 1.0})
+
+
+def test_better_scored_false_positive_halves_ap(make_shards):
+    # The object comes second, so precision is 1/2 at every recall.
+    results = [found(17, [60, 60, 20, 20], 0.9), found(17, [10, 10, 40, 40], 0.8)]
+    shards = make_shards([[truth(0, [10, 10, 40, 40])]])
+    metrics = evaluate_detections(shards, results, ("bbox", "segm"))
+    assert metrics["bbox"]["AP"] == pytest.approx(0.5)
+    assert metrics["segm"]["AP"] == pytest.approx(0.5)
+
+
+def test_detection_inside_a_crowd_is_not_a_false_positive(make_shards):
+    counts = [60 * 100 + 55, 45] + [55, 45] * 39  # columns 60 to 99, rows 55 to 99, uncompressed
+    runs = {"size": [100, 100], "counts": counts}
+    crowd = truth(0, [60, 55, 40, 45], 2, segmentation=runs, iscrowd=1)
+    results = [found(17, [60, 60, 20, 20], 0.9), found(17, [10, 10, 40, 40], 0.8)]
+    shards = make_shards([[truth(0, [10, 10, 40, 40]), crowd]])
+    metrics = evaluate_detections(shards, results, ("bbox", "segm"))
+    assert metrics["bbox"]["AP"] == pytest.approx(1.0)
+    assert metrics["segm"]["AP"] == pytest.approx(1.0)
+
+
+def test_size_of_a_detected_mask_is_its_area_and_not_its_box(make_shards):
+    # A false positive of 10x10 mask pixels in a 40x40 box: small by its mask, so it halves APs.
+    shards = make_shards([[truth(0, [10, 10, 20, 20])]])
+    wrong = found(17, [50, 50, 40, 40], 0.9, mask=[50, 50, 10, 10])
+    metrics = evaluate_detections(shards, [wrong, found(17, [10, 10, 20, 20], 0.8)], ("segm",))
+    assert metrics["segm"]["APs"] == pytest.approx(0.5)
+
+
+def test_area_of_the_record_decides_the_size_of_an_object(make_shards):
+    shards = make_shards([[truth(0, [10, 10, 40, 40], area=500)]])  # thin: small in a medium box
+    metrics = evaluate_detections(shards, [found(17, [10, 10, 40, 40], 0.8)], ("bbox",))
+    assert metrics["bbox"]["APs"] == pytest.approx(1.0)
+    assert metrics["bbox"]["APm"] is None
+
+
+def test_annotation_id_zero_can_be_matched(make_shards):
+    shards = make_shards([[truth(0, [10, 10, 40, 40], number=0)]])
+    metrics = evaluate_detections(shards, [found(17, [10, 10, 40, 40], 0.8)], ("bbox",))
+    assert metrics["bbox"]["AP"] == pytest.approx(1.0)
+    assert coco_ground_truth(shards)["annotations"][0]["id"] == 1
+
+
+def test_object_without_a_mask_is_ignored_in_mask_ap(make_shards):
+    boxed = truth(0, [60, 60, 20, 20], 2)
+    del boxed["segmentation"]
+    shards = make_shards([[truth(0, [10, 10, 40, 40]), boxed]])
+    results = [found(17, [60, 60, 20, 20], 0.9), found(17, [10, 10, 40, 40], 0.8)]
+    metrics = evaluate_detections(shards, results, ("segm",))
+    assert metrics["segm"]["AP"] == pytest.approx(1.0)
+    assert metrics["segm"]["AR100"] == pytest.approx(1.0)
+
+
+def test_masks_are_measured_where_both_model_and_data_have_them(make_shards):
+    shards = make_shards([[truth(0, [10, 10, 40, 40])]])
+    assert evaluation_kinds(shards, has_mask_head=True) == ("bbox", "segm")
+    assert evaluation_kinds(shards, has_mask_head=False) == ("bbox",)
+
+
+def test_masks_are_not_measured_on_data_of_boxes(make_shards):
+    boxed = truth(0, [10, 10, 40, 40])
+    del boxed["segmentation"]
+    assert evaluation_kinds(make_shards([[boxed]]), has_mask_head=True) == ("bbox",)
+
+
+def test_pycocotools_prints_nothing(make_shards, capsys):
+    evaluate_detections(make_shards([[truth(0, [1, 1, 9, 9])]]), [], ("bbox", "segm"))
+    assert capsys.readouterr().out == ""
+
+
+def test_table_has_a_line_per_kind_and_a_dash_for_what_is_undefined(make_shards):
+    shards = make_shards([[truth(0, [10, 10, 40, 40])]])
+    metrics = evaluate_detections(shards, [found(17, [10, 10, 40, 40], 0.9)], ("bbox", "segm"))
+    lines = metrics_table(metrics, per_class=True).splitlines()
+    assert lines[0].split() == list(METRICS)
+    assert lines[1].split() == ["box", "1.000", "1.000", "1.000", "-", "1.000", "-", "1.000"]
+    assert lines[2].split()[0] == "mask"
+    assert [line.split() for line in lines[-2:]] == [["cat", "1.000", "1.000"], ["car", "-", "-"]]

@@ -1,0 +1,117 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from bigdet.evaluation import predict
+from bigdet.evaluation.coco_metrics import evaluate_detections
+from bigdet.evaluation.predict import coco_results, predict_split
+from bigdet.ops.masks import paste_mask
+from bigdet.structures import Detections
+from tests.unit.evaluation.oracle import Oracle
+
+CPU = torch.device("cpu")
+
+
+def truth(label, box):
+    x, y, width, height = box
+    corners = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    annotation = {"id": 1, "label": label, "bbox": box, "area": width * height, "iscrowd": 0}
+    return annotation | {"segmentation": corners}
+
+
+FIVE_IMAGES = [
+    [truth(0, [10, 10, 40, 40]), truth(1, [50, 60, 30, 20])],
+    [],
+    [truth(1, [0, 0, 100, 100])],
+    [truth(0, [20, 30, 10, 60])],
+    [truth(0, [70, 80, 30, 20])],
+]
+
+
+def test_detections_on_resized_images_come_back_in_original_pixels_and_category_ids(make_shards):
+    shards = make_shards(FIVE_IMAGES)
+    oracle = Oracle(shards).train()
+    results = predict_split(oracle, shards, (64, 107), 2, 0, CPU)
+    assert [result["image_id"] for result in results] == [7, 7, 9, 10, 11]
+    assert [result["category_id"] for result in results] == [17, 3, 3, 17, 17]
+    assert results[1]["bbox"] == pytest.approx([50, 60, 30, 20])
+    assert results[1]["score"] == pytest.approx(0.8)
+    assert oracle.training  # as it was before
+    assert oracle.passes == 3  # 5 images by twos: the surplus slot is not among the results
+    metrics = evaluate_detections(shards, results, ("bbox", "segm"))
+    assert metrics["bbox"]["AP"] == pytest.approx(1.0)
+    assert metrics["segm"]["AP"] == pytest.approx(1.0)
+
+
+def test_boxes_are_cut_at_the_border_of_the_image(make_shards):
+    shards = make_shards([[truth(0, [80, 90, 40, 30])]])
+    (result,) = predict_split(Oracle(shards), shards, (100, 100), 1, 0, CPU)
+    assert result["bbox"] == pytest.approx([80, 90, 20, 10])
+    assert coco_mask.toBbox(result["segmentation"]).tolist() == [80, 90, 20, 10]
+
+
+def test_split_without_any_detection_gives_no_results(make_shards):
+    shards = make_shards([[], []])
+    assert predict_split(Oracle(shards), shards, (100, 100), 1, 0, CPU) == []
+
+
+def test_forward_is_called_in_place_of_the_module(make_shards):
+    shards = make_shards(FIVE_IMAGES)
+    oracle, calls = Oracle(shards), []
+
+    def engine(batch):
+        calls.append(batch.image_ids.tolist())
+        return oracle(batch)
+
+    assert len(predict_split(oracle, shards, (100, 100), 1, 0, CPU, forward=engine)) == 5
+    assert sorted(calls) == [[7], [8], [9], [10], [11]]
+
+
+def test_damaged_image_is_an_error_that_names_it(make_shards):
+    shards = make_shards(FIVE_IMAGES)
+    with open(shards.path(3), "r+b") as file:
+        file.seek(int(shards.index[3]["image_offset"]) + 200)
+        file.write(b"damage")
+    oracle = Oracle(shards).train()
+    with pytest.raises(ValueError, match=f"{shards.path(3)}.*{shards.key(3)}"):
+        predict_split(oracle, shards, (100, 100), 1, 0, CPU)
+    assert oracle.training
+
+
+def test_progress_is_told_with_the_time_left(make_shards, monkeypatch, caplog):
+    monkeypatch.setattr(predict, "PROGRESS_SECONDS", 0.0)
+    shards = make_shards(FIVE_IMAGES)
+    with caplog.at_level(logging.INFO, "bigdet"):
+        predict_split(Oracle(shards), shards, (100, 100), 2, 0, CPU)
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "evaluation: 2 of 5 images",
+        "evaluation: 4 of 5 images",
+        "evaluation: 5 of 5 images",
+    ]
+
+
+def test_run_lengths_are_those_of_the_mask_pasted_into_the_whole_image():
+    generator = torch.Generator().manual_seed(3)
+    corners = torch.rand(20, 2, generator=generator) * torch.tensor([60.0, 40.0])
+    sizes = torch.rand(20, 2, generator=generator) * 20
+    detections = Detections(
+        boxes=torch.cat([corners, corners + sizes], dim=1),
+        scores=torch.ones(20),
+        labels=torch.zeros(20, dtype=torch.int64),
+        masks=torch.rand(20, 28, 28, generator=generator),
+    )
+    results = coco_results(detections, 5, (64, 96), [17])
+    for result, mask, box in zip(results, detections.masks, detections.boxes, strict=True):
+        expected = paste_mask(mask, box, 64, 96).numpy()
+        encoded = coco_mask.encode(np.asfortranarray(expected.astype(np.uint8)))
+        assert result["segmentation"] == {"size": [64, 96], "counts": encoded["counts"].decode()}
+        assert coco_mask.area(result["segmentation"]) == expected.sum()
+
+
+def test_detections_without_masks_give_results_without_segmentation():
+    found = Detections(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([0.5]), torch.tensor([1]))
+    expected = {"image_id": 5, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}
+    assert coco_results(found, 5, (64, 96), [17, 3]) == [expected]

@@ -1,0 +1,57 @@
+"""Imports point down: a module may import lower levels and its own package, nothing else."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LEVELS = {
+    "structures": 0, "run_dir": 0, "distributed": 0, "log": 0,
+    "ops": 1,
+    "config": 2, "drawing": 2,
+    "data": 3, "models": 3, "engine": 3,
+    "evaluation": 4,
+    "training": 5,
+    "commands": 6,
+    "train": 7, "evaluate": 7, "predict": 7,
+}  # fmt: skip
+
+
+def bigdet_imports(path: Path) -> set[str]:
+    """Names of the parts of bigdet that a file imports."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+            if node.module == "bigdet":
+                modules = [f"bigdet.{name.name}" for name in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [name.name for name in node.names]
+        else:
+            continue
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+        parts |= {name.split(".")[1] for name in modules if name.startswith("bigdet.")}
+        assert not {"tools", "tests"} & {name.split(".")[0] for name in modules}
+    return parts
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "bigdet").rglob("*.py")) if path.name != "__init__.py"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_imports_point_down(path: Path):
+    own = path.relative_to(ROOT / "bigdet").with_suffix("").parts[0]
+    for part in bigdet_imports(path) - {own}:
+        assert LEVELS[part] < LEVELS[own], f"{own} imports {part}"
+
+
+def test_config_is_free_of_torch():
+    for path in (ROOT / "bigdet" / "config").glob("*.py"):
+        assert "import torch" not in path.read_text(), path
+
+
+def test_packages_hold_no_code():
+    for path in (ROOT / "bigdet").rglob("__init__.py"):
+        assert len(ast.parse(path.read_text()).body) == 1, f"{path}: more than a docstring"

@@ -1,0 +1,49 @@
+"""Check a shard set: read every byte, compare hashes, decode every image, count.
+
+python tools/check_shards.py DIR
+
+Ends with 1 if anything is wrong, one line per problem: shard, key, what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdet.commands import run_command
+from bigdet.data.shard_check import check_shards
+from bigdet.data.shards import Manifest
+
+MAX_LINES = 100
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the shard set that the arguments name."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="the shard set")
+    folder: Path = parser.parse_args(argv).folder
+    start = time.monotonic()
+    num_problems = 0
+    for problem in check_shards(folder):
+        num_problems += 1
+        if num_problems <= MAX_LINES:
+            print(f"{problem.place}: {problem.what}", flush=True)
+    if num_problems > MAX_LINES:
+        print(f"... and {num_problems - MAX_LINES} more")
+    manifest = Manifest.load(folder)
+    print(
+        f"{folder}: {len(manifest.shards)} shards, {manifest.images} images, "
+        f"{manifest.instances} instances, {manifest.crowd} crowd regions, "
+        f"{len(manifest.categories)} classes; read and decoded in "
+        f"{time.monotonic() - start:.1f} s: "
+        + (f"{num_problems} problems" if num_problems else "all is well")
+    )
+    return 1 if num_problems else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,146 @@
+"""Show what a run is, was or will be fed: the exact batch of any step of a phase.
+
+python tools/show_batch.py configs/swin_t_direct.yaml --phase pretrain --step 1000
+python tools/show_batch.py CONFIG --phase pretrain --step 1000 --world 8 --rank 3 --out pictures
+python tools/show_batch.py CONFIG --phase pretrain --step 1000 --world 8 --ids
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bigdet.commands import run_command
+from bigdet.config.load import load_config
+from bigdet.config.schema import RunConfig
+from bigdet.data.shards import ShardSet
+from bigdet.data.stream import TrainStream, open_train_stream
+from bigdet.drawing import draw
+from bigdet.run_dir import RunDir
+from bigdet.structures import Batch, Masks
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the pictures or print the ids that the arguments ask for."""
+    arguments = _parser().parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.phase not in config.phases:
+        raise ValueError(
+            f"--phase {arguments.phase}: {arguments.config} has {', '.join(config.phases)}."
+        )
+    if arguments.step < 1:
+        raise ValueError(f"--step {arguments.step}: steps are counted from 1.")
+    if arguments.rank is not None and not 0 <= arguments.rank < arguments.world:
+        raise ValueError(f"--rank {arguments.rank}: --world {arguments.world} has ranks from 0.")
+    shards = ShardSet(config.data.train.shards)
+    ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]
+    streams = {rank: _open_stream(config, shards, arguments, rank) for rank in ranks}
+    if arguments.ids:
+        print(json.dumps({str(rank): _ids(streams[rank], arguments.step) for rank in ranks}))
+        return 0
+    folder = arguments.out
+    if folder is None:
+        folder = RunDir(Path(config.output)).pictures / f"batch-{arguments.phase}-{arguments.step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [category.name for category in shards.manifest.categories]
+    for rank, stream in streams.items():
+        for lane in stream.lanes:
+            path = folder / f"rank-{rank}-lane-{lane}.png"
+            batch = stream.read_group(arguments.step, lane)
+            _sheet(batch, names).save(path)
+            print(f"{path}: image ids {batch.image_ids.tolist()}, weights {batch.weights.tolist()}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="The exact batch of any step of a phase.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--phase", required=True)
+    parser.add_argument("--step", type=int, required=True, help="of the phase, from 1")
+    parser.add_argument("--world", type=int, default=1, help="number of ranks; default 1")
+    parser.add_argument("--rank", type=int, help="only this rank; default all of them")
+    parser.add_argument("--ids", action="store_true", help="print image ids, draw nothing")
+    parser.add_argument("--out", type=Path, help="default OUTPUT/pictures/batch-PHASE-STEP")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def _open_stream(
+    config: RunConfig, shards: ShardSet, arguments: argparse.Namespace, rank: int
+) -> TrainStream:
+    return open_train_stream(
+        shards,
+        config.data,
+        config.phases[arguments.phase],
+        name=arguments.phase,
+        with_masks=config.model.detector == "mask_rcnn",
+        seed=config.seed,
+        rank=rank,
+        world_size=arguments.world,
+    )
+
+
+def _ids(stream: TrainStream, step: int) -> list[int | None]:
+    """Return the image ids of a rank's lanes of a step, None for masked slots."""
+    return [image_id for lane in stream.lanes for image_id in stream.group_ids(step, lane)]
+
+
+def _sheet(batch: Batch, names: Sequence[str]) -> Image.Image:
+    """Draw a batch, padding included, on one sheet; images of masked slots are darkened."""
+    pictures = [_picture(batch, slot, names) for slot in range(len(batch.images))]
+    num_columns = math.ceil(math.sqrt(len(pictures)))
+    num_rows = -(-len(pictures) // num_columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (num_columns * (width + 4), num_rows * (height + 4)), "white")
+    for slot, picture in enumerate(pictures):
+        row, column = divmod(slot, num_columns)
+        sheet.paste(picture, (column * (width + 4), row * (height + 4)))
+    return sheet
+
+
+def _picture(batch: Batch, slot: int, names: Sequence[str]) -> Image.Image:
+    """Draw one image of a batch with its objects."""
+    targets = batch.targets
+    first, last = targets.offsets[slot : slot + 2].tolist()
+    pixels = batch.images[slot].permute(1, 2, 0).numpy()
+    labels = targets.labels[first:last].tolist()
+    is_crowd = targets.is_crowd[first:last].tolist()
+    picture = draw(
+        pixels,
+        targets.boxes[first:last].numpy(),
+        [
+            f"{names[label]}{' (crowd)' if crowd else ''}"
+            for label, crowd in zip(labels, is_crowd, strict=True)
+        ],
+        labels,
+        masks=_bitmaps(targets.masks, first, last, pixels.shape[:2]),
+    )
+    return picture if batch.weights[slot] else picture.point(lambda value: value // 3)
+
+
+def _bitmaps(
+    masks: Masks | None, first: int, last: int, size: tuple[int, int]
+) -> list[NDArray[np.bool_] | None] | None:
+    """Return the masks of some objects, each on the whole canvas."""
+    if masks is None:
+        return None
+    bitmaps: list[NDArray[np.bool_] | None] = []
+    for i in range(first, last):
+        height, width = masks.sizes[i].tolist()
+        x, y = masks.origins[i].tolist()
+        bitmap = np.zeros(size, dtype=np.bool_)
+        crop = masks.bits[masks.offsets[i] : masks.offsets[i + 1]].view(height, width)
+        bitmap[y : y + height, x : x + width] = crop.numpy()
+        bitmaps.append(bitmap if crop.numel() else None)
+    return bitmaps
+
+
+if __name__ == "__main__":
+    run_command(main)
