@@ -60,7 +60,7 @@ def start() -> None:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
         return
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 

@@ -39,7 +39,14 @@ def setup_logging(rank: int, file: Path | None = None) -> None:
 class MetricsWriter:
     """Appends objects to ``metrics.jsonl`` and scalars to TensorBoard; exists on rank 0 alone."""
 
-    def __init__(self, file: Path, tensorboard: Path | None) -> None:
+    def __init__(self, file: Path, tensorboard: Path | None, first_step: int) -> None:
+        """Open both for appending.
+
+        Args:
+            file: ``metrics.jsonl``.
+            tensorboard: folder of the event files; None for none.
+            first_step: TensorBoard forgets what an earlier process wrote from this step on.
+        """
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file.open("a", encoding="utf-8")
         self._board: Any = None
@@ -47,7 +54,7 @@ class MetricsWriter:
             # Imported here: it takes a second and only rank 0 of a training run needs it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(tensorboard))  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(tensorboard), purge_step=first_step)
 
     def write(self, values: Mapping[str, Any], total_step: int) -> None:
         """Add one line.

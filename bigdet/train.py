@@ -14,22 +14,23 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import load_config
-from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
-from bigdet.data.stream import TrainStream
+from bigdet.data.stream import open_train_stream
+from bigdet.engine import checkpoint
+from bigdet.engine.base import EngineState
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
-from bigdet.log import MetricsWriter, setup_logging
+from bigdet.log import setup_logging
 from bigdet.run_dir import RunDir
-from bigdet.training import resume, saving, stopping
-from bigdet.training.loop import PhaseRun, train_phase
+from bigdet.training import optim, resume, saving, stopping
+from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
-from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -45,55 +46,58 @@ def main(arguments: Sequence[str]) -> int:
     with distributed.together():
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
         train_set, val_set = ShardSet(config.data.train.shards), ShardSet(config.data.val.shards)
-        resume.check_categories(train_set, val_set)
-        config, state, checkpoint = resume.start(config, run_dir)
-    metrics = saving.open_run(config, run_dir, state, is_resumed=checkpoint is not None)
-    for name in list(config.phases)[list(config.phases).index(state.phase) :]:
+        resume.check_data(config, train_set, val_set)
+        folder = resume.find_checkpoint(config, run_dir)
+    saved = None if folder is None else checkpoint.load(folder)
+    with distributed.together():
+        config = resume.settle_config(config, saved, folder)
+        state, metrics = resume.begin(config, run_dir, saved)
+    run = Run(config, run_dir, train_set, val_set, metrics, state)
+    run.log_start(folder)
+
+    names = list(config.phases)
+    for name in names[names.index(state.phase) :]:
         if name != state.phase:
             state.begin(name)
-        if not run_phase(config, name, run_dir, train_set, val_set, state, checkpoint, metrics):
+        if not run_phase(run, saved.engine if saved is not None else None):
             return STOPPED
-        checkpoint = None
-    saving.finish(config, run_dir)
+        saved = None
+    saving.write_final_weights(config, run_dir)
     return 0
 
 
-def run_phase(
-    config: RunConfig,
-    name: str,
-    run_dir: RunDir,
-    train_set: ShardSet,
-    val_set: ShardSet,
-    state: RunState,
-    checkpoint: Path | None,
-    metrics: MetricsWriter | None,
-) -> bool:
-    """Build the detector, the engine and the stream of one phase, and train it.
+def run_phase(run: Run, engine_state: EngineState | None) -> bool:
+    """Build the stream, the detector and the engine of the current phase, and train it.
 
     Args:
-        config: of the run.
-        name: of the phase.
-        run_dir: where everything is written.
-        train_set: images to learn from.
-        val_set: images to measure on.
-        state: where the run is; changed in place.
-        checkpoint: to go on from inside this phase; None to begin it.
-        metrics: rank 0's log, None on other ranks.
+        run: the run, at the phase ``run.state.phase``.
+        engine_state: of the checkpoint to go on from inside this phase; None to begin it.
 
     Returns:
         True when the phase is complete, False when the run was asked to stop.
     """
+    config, state, name = run.config, run.state, run.state.phase
     phase, device = config.phases[name], distributed.device()
-    stream = TrainStream(...)
-    detector = build_for_phase(config, name, train_set.num_classes, run_dir, device)
-    engine = DeepSpeedEngine(detector, phase, config.engine, stream.lanes_of_rank, device)
+    stream = open_train_stream(
+        run.train_set,
+        config.data,
+        phase,
+        name=name,
+        with_masks=config.model.detector == "mask_rcnn",
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        first_step=state.step,
+    )
+    detector = build_for_phase(config, name, run.train_set.num_classes, run.run_dir, device)
+    make_optimizer = partial(optim.build_optimizer, phase=phase)
+    engine = DeepSpeedEngine(detector, make_optimizer, config.engine, len(stream.lanes), device)
     try:
-        if checkpoint is not None:
-            saving.load_checkpoint(checkpoint, engine, stream)
-        run = PhaseRun(
-            config, name, run_dir, detector, engine, stream, val_set, metrics, state, device
-        )
-        return train_phase(run)
+        if engine_state is not None:
+            stream.check_state(state.stream)
+            engine.load_state(engine_state)
+        state.stream = stream.state()
+        return PhaseTrainer(run, detector, engine, stream, device).train()
     finally:
         stream.close()
         engine.close()

@@ -29,7 +29,7 @@ from bigdet.structures import Batch, Masks
 
 def main(argv: Sequence[str]) -> int:
     """Write the pictures or print the ids that the arguments ask for."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.phase not in config.phases:
         raise ValueError(

@@ -49,6 +49,8 @@ def check_shards(folder: Path, progress: Progress = lambda done, total: None) ->
             yield Problem(shard.file, problem)
     found: Counter[str] = Counter()
     for row in range(len(shards)):
+        if not shards.path(row).is_file():
+            continue  # told once for all of its samples
         place = f"{shards.path(row).name} {shards.key(row)}"
         try:
             sample = shards.read(row)
@@ -57,6 +59,7 @@ def check_shards(folder: Path, progress: Progress = lambda done, total: None) ->
         else:
             yield from (Problem(place, what) for what in sample_problems(shards, row, sample))
             crowd = sum(bool(entry["iscrowd"]) for entry in sample.record["annotations"])
+            found["images"] += 1
             found["crowd"] += crowd
             found["instances"] += len(sample.record["annotations"]) - crowd
             found["pixels"] += sample.record["height"] * sample.record["width"]
@@ -102,12 +105,13 @@ def _annotation_problem(
 
 
 def _count_problems(shards: ShardSet, found: Counter[str]) -> Iterator[Problem]:
-    """Compare the counts of the manifest with what is there."""
+    """Compare the counts of the manifest with what is there, if all of it could be read."""
     manifest = shards.manifest
-    for name in ("instances", "crowd", "pixels"):
-        expected = getattr(manifest, name)
-        if found[name] != expected:
-            yield Problem("manifest.json", f"{name}: {expected}, found {found[name]}")
+    if found["images"] == manifest.images:
+        for name in ("instances", "crowd", "pixels"):
+            expected = getattr(manifest, name)
+            if found[name] != expected:
+                yield Problem("manifest.json", f"{name}: {expected}, found {found[name]}")
     per_shard = np.bincount(shards.index["shard"], minlength=len(manifest.shards))
     for shard, count in zip(manifest.shards, per_shard.tolist(), strict=True):
         if shard.samples != count:

@@ -6,6 +6,7 @@ the manifest last, so nothing unfinished ever looks finished; after an error not
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -107,19 +108,16 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
+        with contextlib.ExitStack() as clean_up:  # does all of it even if a part fails
+            clean_up.callback(self._remove_made_folders)
+            clean_up.callback(os.close, self._lock)
+            clean_up.callback(shutil.rmtree, self.folder / UNFINISHED)
+            if self._log is not None:
+                clean_up.callback(self._log.close)
             if kind is None:
                 self._finish()
-        finally:
-            if self._tar is not None:
-                self._tar.file.close()
-            if self._log is not None:
-                self._log.close()
-            shutil.rmtree(self.folder / UNFINISHED)
-            os.close(self._lock)
-            if self.manifest is None:
-                for folder in self._made_folders[1:]:  # innermost first; .unfinished is gone
-                    folder.rmdir()
+            elif self._tar is not None:
+                self._tar.close()
 
     def add(self, image: bytes, record: dict[str, Any]) -> None:
         """Append one sample.
@@ -164,6 +162,11 @@ class ShardWriter:
         """Count an annotation that is left out or altered, and list it in ``skipped.jsonl``."""
         self.changed[reason] += 1
         self._write_log({"changed": reason, **details})
+
+    def _remove_made_folders(self) -> None:
+        if self.manifest is None:
+            for folder in self._made_folders[1:]:  # innermost first; the first was .unfinished
+                folder.rmdir()
 
     def _write_log(self, line: dict[str, Any]) -> None:
         if self._log is None:

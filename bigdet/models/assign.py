@@ -80,7 +80,7 @@ def match(objects: Objects, boxes: Tensor, keep_best: bool) -> tuple[Tensor, Ten
     """
     batch, num_slots = objects.is_object.shape
     size = max(CHUNK // (batch * num_slots), 1)
-    chunks = boxes.split(size, dim=-2)
+    chunks = torch.split(boxes, size, dim=-2)
     overlaps = [_overlaps(objects, chunk) for chunk in chunks] if len(chunks) == 1 else None
     best, slots, tops = [], [], []
     for position, chunk in enumerate(chunks):
@@ -120,7 +120,7 @@ def crowd_parts(objects: Objects, boxes: Tensor) -> Tensor:
     batch, num_slots = objects.is_crowd.shape
     size = max(CHUNK // (batch * num_slots), 1)
     parts = []
-    for chunk in boxes.split(size, dim=1):
+    for chunk in torch.split(boxes, size, dim=1):
         shared = pairwise_intersections(objects.boxes, chunk).mul_(objects.is_crowd[..., None])
         parts.append(shared.amax(dim=1) / box_areas(chunk).clamp(min=1e-6))
     return torch.cat(parts, dim=1)

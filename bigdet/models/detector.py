@@ -75,7 +75,9 @@ class Detector(nn.Module):
         """Give the pyramid P2 to P6 of a batch; everything outside an image is 0."""
         mean, deviation = self.get_buffer("pixel_mean"), self.get_buffer("pixel_deviation")
         height, width = batch.images.shape[-2:]
-        lines = torch.arange(height, device=mean.device)[:, None] < batch.image_sizes[:, 0, None, None]
+        lines = (
+            torch.arange(height, device=mean.device)[:, None] < batch.image_sizes[:, 0, None, None]
+        )
         columns = torch.arange(width, device=mean.device) < batch.image_sizes[:, 1, None, None]
         pixels = batch.images.to(mean.dtype, memory_format=torch.channels_last)
         pixels = (pixels - mean).div_(deviation)
@@ -102,7 +104,8 @@ class Detector(nn.Module):
         pooled = self._pool(
             table, regions.boxes.flatten(0, 1), images.repeat_interleave(num_slots), BOX_POOLED_SIZE
         )
-        losses |= self.box_head.losses(*self.box_head(pooled), regions)
+        logits, deltas = self.box_head(pooled)
+        losses |= self.box_head.losses(logits, deltas, regions)
 
         if self.mask_head is not None:
             masks = batch.targets.masks
@@ -126,16 +129,20 @@ class Detector(nn.Module):
         images = torch.arange(num_images, device=proposals.boxes.device)
         table = tabulate(features[:-1], self.strides[:-1])
         pooled = self._pool(
-            table, proposals.boxes.flatten(0, 1), images.repeat_interleave(num_slots), BOX_POOLED_SIZE
+            table,
+            proposals.boxes.flatten(0, 1),
+            images.repeat_interleave(num_slots),
+            BOX_POOLED_SIZE,
         )
-        found = self.box_head.detect(*self.box_head(pooled), proposals, batch.image_sizes)
+        logits, deltas = self.box_head(pooled)
+        found = self.box_head.detect(logits, deltas, proposals, batch.image_sizes)
         masks = None if self.mask_head is None else self._masks(self.mask_head, table, found)
         counts = torch.bincount(found.images, minlength=num_images).tolist()
         parts = zip(
-            found.boxes.float().split(counts),
-            found.scores.float().split(counts),
-            found.labels.split(counts),
-            [None] * num_images if masks is None else masks.split(counts),
+            torch.split(found.boxes.float(), counts),
+            torch.split(found.scores.float(), counts),
+            torch.split(found.labels, counts),
+            [None] * num_images if masks is None else torch.split(masks, counts),
             strict=True,
         )
         return [Detections(*part) for part in parts]
@@ -180,7 +187,10 @@ class Detector(nn.Module):
 def _collate(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:
     """Resize images and put them on one canvas, without targets."""
     sizes = [test_size(image.shape[1], image.shape[2], *short_and_long) for image in images]
-    height, width = (-(-max(side) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE for side in zip(*sizes))
+    height, width = (
+        -(-max(size[axis] for size in sizes) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+        for axis in (0, 1)
+    )
     canvas = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     canvas = canvas.to(memory_format=torch.channels_last)
     for place, image, size in zip(canvas, images, sizes, strict=True):

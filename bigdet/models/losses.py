@@ -46,7 +46,5 @@ def binary_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 def class_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Give the softmax cross entropy of ``(..., K)`` logits with ``(...)`` labels."""
-    flat = F.cross_entropy(
-        at_least_fp32(logits).flatten(0, -2), labels.flatten(), reduction="none"
-    )
+    flat = F.cross_entropy(at_least_fp32(logits).flatten(0, -2), labels.flatten(), reduction="none")
     return flat.view(labels.shape)

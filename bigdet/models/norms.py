@@ -140,7 +140,7 @@ class _FixedNorm(torch.autograd.Function):
     """Normalization by constants that keeps nothing of the size of its input for backward.
 
     torch's own keeps the input for the gradient of the scale, which fixed layers do not have: that
-    is a third of a ResNet's activation memory.
+    is half of what a ResNet-50 keeps for backward.
     """
 
     @staticmethod

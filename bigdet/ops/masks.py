@@ -66,7 +66,9 @@ def _neighbors(
     return pixels, is_inside, torch.stack([1 - part, part], dim=-1)
 
 
-def paste_mask(prob: Tensor, box: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
+def paste_mask(
+    prob: Tensor, box: Tensor, height: int, width: int, threshold: float = 0.5
+) -> Tensor:
     """Draw one predicted mask at the size of its image.
 
     Pixels whose center lies outside the box are never set: there the interpolation with the zeros

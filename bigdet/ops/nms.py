@@ -37,7 +37,7 @@ def grouped_nms(
     groups = torch.where(is_candidate, groups, num_groups)
     order = torch.argsort(groups, stable=True)
     counts = torch.bincount(groups, minlength=num_groups + 1)[:num_groups]
-    for rows in order[: int(counts.sum())].split(counts.tolist()):
+    for rows in torch.split(order[: int(counts.sum())], counts.tolist()):
         if len(rows):
             kept[rows[nms(boxes[rows], scores[rows], iou)]] = True
     return kept

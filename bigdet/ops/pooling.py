@@ -90,7 +90,9 @@ def roi_align(
         features are 0, nearer ones take the border's value.
     """
     index, weights = _bins(table, boxes, images, output_size, aligned)
-    bins = _WeightedBags.apply(table.rows, index, weights.to(table.rows.dtype))  # (N * P * P, C)
+    bins: Tensor = _WeightedBags.apply(
+        table.rows, index, weights.to(table.rows.dtype)
+    )  # (N * P * P, C)
     channels = table.rows.shape[1]
     return bins.view(len(boxes), output_size, output_size, channels).permute(0, 3, 1, 2)
 
@@ -111,7 +113,7 @@ class _WeightedBags(torch.autograd.Function):
         return functional.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Give each row the weighted sum of the gradients of the bins that took it."""
         index, weights = ctx.saved_tensors
         taken, order = index.view(-1).sort(stable=True)
@@ -150,9 +152,7 @@ def _bins(
     return index.view(-1, index.shape[3] * 4), weights.view(-1, index.shape[3] * 4)
 
 
-def _axis(
-    starts: Tensor, sides: Tensor, limits: Tensor, output_size: int
-) -> tuple[Tensor, Tensor]:
+def _axis(starts: Tensor, sides: Tensor, limits: Tensor, output_size: int) -> tuple[Tensor, Tensor]:
     """Give the cells along one axis that each bin takes, and their weights: both ``(N, P, 4)``.
 
     Args:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from bigdet import distributed
-from bigdet.config.schema import PhaseConfig, RunConfig
+from bigdet.config.derived import num_lanes
+from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream
 from bigdet.engine.base import Engine, StepResult
@@ -29,160 +32,207 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PhaseRun:
-    """Everything that one phase works with.
+class Run:
+    """What all phases of a run share.
 
     Attributes:
-        config: of the run, resolved.
-        name: of the phase.
+        config: resolved.
         run_dir: where everything is written.
-        detector: the model that the engine trains.
-        engine: does the steps.
-        stream: gives this rank's groups.
-        val_set: what AP is measured on.
+        train_set: the images to learn from.
+        val_set: the images to measure on.
         metrics: rank 0's log for machines, None on the other ranks.
         state: where the run is; changed in place.
-        device: of this rank.
     """
 
     config: RunConfig
-    name: str
     run_dir: RunDir
-    detector: Detector
-    engine: Engine
-    stream: TrainStream
+    train_set: ShardSet
     val_set: ShardSet
     metrics: MetricsWriter | None
     state: RunState
-    device: torch.device
 
-    @property
-    def phase(self) -> PhaseConfig:
-        """The phase's own section."""
-        return self.config.phases[self.name]
+    def log_start(self, folder: Path | None) -> None:
+        """Log the decisions that the run was started with.
 
-
-def train_phase(run: PhaseRun) -> bool:
-    """Train from ``run.state.step`` to the end of the phase.
-
-    Returns:
-        True when the phase is complete, False when the run was asked to stop. Either way a
-        checkpoint is written.
-
-    Raises:
-        SharedError: too many steps were not finite, or too many samples damaged.
-    """
-    config, phase, state = run.config, run.phase, run.state
-    assert phase.images_per_step is not None
-    lanes_of_rank = phase.images_per_step // phase.images_per_gpu // distributed.world_size()
-    lr = optim.scaled_lr(phase, phase.images_per_step)
-    batches, meter = iter(run.stream), StepMeter()
-    for step in range(state.step + 1, phase.steps + 1):
-        started = time.perf_counter()
-        micro_batches = list(islice(batches, lanes_of_rank))
-        data_seconds = time.perf_counter() - started
-
-        step_lr = lr * optim.lr_factor(phase, step)
-        run.engine.set_lr(step_lr)
-        result = run.engine.train_step([batch.to(run.device) for batch in micro_batches])
-        _finish_step(run, result, micro_batches, step)
-        meter.add(micro_batches, time.perf_counter() - started, data_seconds)
-
-        is_last = step == phase.steps
-        if is_last or step % config.log.every == 0:
-            _log_step(run, result, meter, step_lr)
-        must_stop = not is_last and stop_requested(run.run_dir.stop)
-        is_best = False
-        if is_last or (config.evaluation.every and step % config.evaluation.every == 0):
-            is_best = _evaluate(run)
-        if is_last or is_best or must_stop or step % config.checkpoint.every == 0:
-            meter.sync(state)
-            saving.save_checkpoint(config, run.run_dir, run.engine, run.val_set, state, is_best)
-        if must_stop:
-            logger.info("stopped on request at %s; start again to go on", state.position)
-            return False
-    return True
-
-
-def _finish_step(
-    run: PhaseRun, result: StepResult, micro_batches: Sequence[Batch], step: int
-) -> None:
-    """Move the state on; a step that was not finite changed no weight and leaves no statistics."""
-    run.state.step = step
-    run.state.total_steps += 1
-    if result.is_finite:
-        norms.update_running_statistics(run.detector)
-        return
-    norms.discard_statistics(run.detector)
-    run.state.bad_steps += 1
-    ids = [number for batch in micro_batches for number in batch.image_ids.tolist()]
-    logger.warning(
-        "%s: loss or gradient not finite, step skipped (%d so far); images of this rank: %s",
-        run.state.position, run.state.bad_steps, ids,
-    )  # fmt: skip
-    if run.state.bad_steps > run.config.engine.max_bad_steps:
-        raise distributed.SharedError(
-            f"{run.state.position}: {run.state.bad_steps} steps had a loss or gradient that is not "
-            f"finite, more than engine.max_bad_steps. Lower phases.{run.name}.lr, or set "
-            f"engine.clip_norm. Last good checkpoint: {saving.newest(run.run_dir) or 'none'}."
-        )
-
-
-def _log_step(run: PhaseRun, result: StepResult, meter: StepMeter, lr: float) -> None:
-    """Write one line for people and one object for machines (a collective)."""
-    state, phase = run.state, run.phase
-    meter.sync(state)
-    _count_damage(run)
-    values = {
-        "phase": run.name,
-        "step": state.step,
-        **mean_losses(result.losses),
-        "lr": lr,
-        **meter.rates(),
-        "seen/images": state.seen.images,
-        "seen/instances": state.seen.instances,
-        "seen/pixels": state.seen.pixels,
-        "seen/gpu_seconds": state.seen.gpu_seconds,
-        "bad_steps": state.bad_steps,
-        "damaged_samples": sum(state.damaged.values()),
-    }
-    seconds_left = values["time/step_seconds"] * (phase.steps - state.step)
-    logger.info(progress_line(values, phase.steps, seconds_left))
-    if run.metrics is not None:
-        run.metrics.write(values, state.total_steps)
-
-
-def _count_damage(run: PhaseRun) -> None:
-    """Add up over the ranks the damaged samples that were replaced (a collective)."""
-    for kinds in distributed.all_gather_objects(run.stream.take_damaged()):
-        for kind, count in kinds.items():
-            run.state.damaged[kind] = run.state.damaged.get(kind, 0) + count
-    total = sum(run.state.damaged.values())
-    if total > run.config.data.train.max_damaged:
-        raise distributed.SharedError(
-            f"{run.config.data.train.shards}: {total} damaged samples had to be replaced "
-            f"({run.state.damaged}), more than data.train.max_damaged. The logs name them; "
-            f"tools/check_shards.py lists all that is damaged."
-        )
-
-
-def _evaluate(run: PhaseRun) -> bool:
-    """Measure AP, write it down, and tell whether it is the best box AP so far."""
-    state, config = run.state, run.config
-    size_cap = measuring.test_size(config, run.name)
-    metrics = measuring.evaluate(config, run.detector, run.val_set, size_cap)
-    flat = measuring.flat_metrics(metrics)
-    logger.info("%s: %s", state.position, measuring.one_line(flat))
-    if run.metrics is not None:
-        measuring.write_evaluation(metrics, run.run_dir.evaluation(run.name, state.step))
-        run.metrics.write({"phase": run.name, "step": state.step, **flat}, state.total_steps)
-        if state.step == run.phase.steps:
-            measuring.draw_validation(
-                run.detector, run.val_set, size_cap, config.evaluation.pictures,
-                run.run_dir, run.name,
+        Args:
+            folder: of the checkpoint it goes on from, None for a fresh start.
+        """
+        logger.info("run folder %s, %s", self.run_dir.root,
+                    "a fresh start" if folder is None else f"going on from {folder}")  # fmt: skip
+        for what, shards in (("training", self.train_set), ("validation", self.val_set)):
+            logger.info(
+                "%s: %s images, %s instances, %d categories, %d shards in %s",
+                what, f"{len(shards):,}", f"{shards.manifest.instances:,}", shards.num_classes,
+                len(shards.manifest.shards), shards.folder,
             )  # fmt: skip
-    box_ap = flat["bbox/AP"] or 0.0
-    is_best = state.best_ap is None or box_ap > state.best_ap
-    if is_best:
-        state.best_ap = box_ap
-    return is_best
+        engine = self.config.engine
+        logger.info(
+            "%d ranks on %s, %s ZeRO-%d, %s",
+            distributed.world_size(), distributed.device().type, engine.kind, engine.zero_stage,
+            engine.precision,
+        )  # fmt: skip
+        for name, phase in self.config.phases.items():
+            assert phase.images_per_step is not None
+            lr = optim.scaled_lr(phase, phase.images_per_step)
+            logger.info(
+                "phase %s: %d steps of %d images (%d ranks x %d micro-batches of %d), lr %.3g%s",
+                name, phase.steps, phase.images_per_step, distributed.world_size(),
+                num_lanes(phase) // distributed.world_size(), phase.images_per_gpu, lr,
+                "" if lr == phase.lr else
+                f" ({phase.lr:.3g} at {phase.reference_images_per_step} images per step)",
+            )  # fmt: skip
+
+
+class PhaseTrainer:
+    """Trains the current phase of a run, from ``run.state.step`` to its end."""
+
+    def __init__(
+        self,
+        run: Run,
+        detector: Detector,
+        engine: Engine,
+        stream: TrainStream,
+        device: torch.device,
+    ) -> None:
+        """Take what the phase works with.
+
+        Args:
+            run: at the phase ``run.state.phase``.
+            detector: the model that the engine trains.
+            engine: does the steps.
+            stream: gives this rank's groups, from the step after ``run.state.step`` on.
+            device: of this rank.
+        """
+        self.run, self.config, self.state = run, run.config, run.state
+        self.name = run.state.phase
+        self.phase = run.config.phases[self.name]
+        self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
+        self.meter = StepMeter()
+        assert self.phase.images_per_step is not None
+        self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
+
+    def train(self) -> bool:
+        """Take all steps that are left.
+
+        Returns:
+            True when the phase is complete, False when the run was asked to stop. Either way a
+            checkpoint is written.
+
+        Raises:
+            SharedError: too many steps were not finite, or too many samples damaged.
+        """
+        state, batches = self.state, iter(self.stream)
+        if state.needs_evaluation:  # a request to stop came between the step and its evaluation
+            self._save(is_best=self._evaluate())
+        while state.step < self.phase.steps:
+            result, lr = self._step(batches)
+            is_last = state.step == self.phase.steps
+            state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
+            if is_last or _is_due(state.step, self.config.log.every):
+                self._log(result, lr)
+            if stop_requested(self.run.run_dir.stop):
+                self._save(is_best=False)
+                logger.info("stopped on request at %s; start again to go on", state.position)
+                return False
+            is_best = self._evaluate() if state.needs_evaluation else False
+            if is_last or is_best or _is_due(state.step, self.config.checkpoint.every):
+                self._save(is_best)
+        return True
+
+    def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
+        """Take one optimizer step; return what it saw and its learning rate."""
+        started = time.perf_counter()
+        micro_batches = list(islice(batches, len(self.stream.lanes)))
+        data_seconds = time.perf_counter() - started
+        lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
+        self.engine.set_lr(lr)
+        result = self.engine.train_step([batch.to(self.device) for batch in micro_batches])
+        self.state.step += 1
+        self.state.total_steps += 1
+        if result.is_finite:
+            norms.update_running_statistics(self.detector)
+        else:
+            self._note_bad_step(micro_batches)
+        self.meter.add(micro_batches, time.perf_counter() - started, data_seconds)
+        return result, lr
+
+    def _note_bad_step(self, micro_batches: Sequence[Batch]) -> None:
+        """Count a step that changed no weight, on all ranks alike; too many stop the run."""
+        norms.discard_statistics(self.detector)
+        self.state.bad_steps += 1
+        ids = [number for batch in micro_batches for number in batch.image_ids.tolist()]
+        logger.warning(
+            "%s: loss or gradient not finite, step skipped (%d so far); images of this rank: %s",
+            self.state.position, self.state.bad_steps, ids,
+        )  # fmt: skip
+        if self.state.bad_steps > self.config.engine.max_bad_steps:
+            last = saving.newest_checkpoint(self.run.run_dir)
+            raise distributed.SharedError(
+                f"{self.state.position}: {self.state.bad_steps} steps had a loss or gradient that "
+                f"is not finite, more than engine.max_bad_steps. Lower phases.{self.name}.lr, or "
+                f"set engine.clip_norm. Last good checkpoint: {last or 'none'}."
+            )
+
+    def _log(self, result: StepResult, lr: float) -> None:
+        """Write one line for people and one object for machines (a collective)."""
+        self.meter.sync(self.state, self.stream.damaged)
+        self._check_damage()
+        seen = {f"seen/{name}": value for name, value in asdict(self.state.seen).items()}
+        values: dict[str, Any] = {
+            "phase": self.name,
+            "step": self.state.step,
+            **mean_losses(result.losses),
+            "grad_norm": result.grad_norm if result.is_finite else None,
+            "lr": lr,
+            **self.meter.rates(),
+            **seen,
+            "bad_steps": self.state.bad_steps,
+            "damaged_samples": sum(self.state.damaged.values()),
+        }
+        logger.info(progress_line(values, self.phase.steps))
+        if self.run.metrics is not None:
+            self.run.metrics.write(values, self.state.total_steps)
+
+    def _check_damage(self) -> None:
+        """Stop on all ranks when too many training samples had to be replaced."""
+        total, train = sum(self.state.damaged.values()), self.config.data.train
+        if total > train.max_damaged:
+            raise distributed.SharedError(
+                f"{train.shards}: {total} damaged samples had to be replaced "
+                f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
+                f"The logs name them; tools/check_shards.py lists all that is damaged."
+            )
+
+    def _evaluate(self) -> bool:
+        """Measure AP, write it down, and tell whether it is the best box AP so far."""
+        run, state = self.run, self.state
+        size_cap = measuring.test_size(self.config, self.name)
+        metrics = measuring.evaluate(self.config, self.detector, run.val_set, size_cap)
+        flat = measuring.flat_metrics(metrics)
+        logger.info("%s: %s", state.position, measuring.one_line(flat))
+        if run.metrics is not None:
+            measuring.write_evaluation(metrics, run.run_dir.evaluation(self.name, state.step))
+            run.metrics.write({"phase": self.name, "step": state.step, **flat}, state.total_steps)
+            if state.step == self.phase.steps:
+                count = self.config.evaluation.pictures
+                measuring.draw_validation(
+                    self.detector, run.val_set, size_cap, count, run.run_dir, self.name
+                )
+        box_ap = flat["bbox/AP"] or 0.0
+        is_best = state.best_ap is None or box_ap > state.best_ap
+        if is_best:
+            state.best_ap = box_ap
+        state.needs_evaluation = False
+        return is_best
+
+    def _save(self, is_best: bool) -> None:
+        """Write a checkpoint of this moment (a collective)."""
+        self.meter.sync(self.state, self.stream.damaged)
+        run = self.run
+        saving.save_checkpoint(
+            self.config, run.run_dir, self.engine, run.train_set, self.state, is_best
+        )
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class StepMeter:
         self._interval_steps = 0
         self._interval = torch.zeros(3, dtype=torch.float64)  # images, step and data seconds
         self._unsynced = torch.zeros(4, dtype=torch.float64)  # images, instances, pixels, seconds
+        self._damaged: Counter[str] = Counter()  # of all ranks, since this process started
 
     def add(self, micro_batches: Sequence[Batch], step_seconds: float, data_seconds: float) -> None:
         """Count one step of this rank; the batches are on the host, so nothing waits.
@@ -42,14 +44,23 @@ class StepMeter:
         self._unsynced += torch.cat([counts, seconds[:1]])
         self._interval_steps += 1
 
-    def sync(self, state: RunState) -> None:
-        """Add what all ranks have seen since the last time to the state (a collective)."""
+    def sync(self, state: RunState, damaged: Mapping[str, int]) -> None:
+        """Add what all ranks have seen since the last time to the state (a collective).
+
+        Args:
+            state: changed in place.
+            damaged: samples that this rank's stream has replaced so far, by kind.
+        """
         images, instances, pixels, seconds = distributed.sum_over_ranks(self._unsynced).tolist()
         state.seen.images += round(images)
         state.seen.instances += round(instances)
         state.seen.pixels += round(pixels)
         state.seen.gpu_seconds += seconds
         self._unsynced.zero_()
+        of_all_ranks = sum(map(Counter, distributed.all_gather_objects(dict(damaged))), Counter())
+        new = of_all_ranks - self._damaged
+        self._damaged = of_all_ranks
+        state.damaged = dict(Counter(state.damaged) + new)
 
     def rates(self) -> dict[str, float]:
         """Return speed and memory of the interval since the last call (a collective)."""
@@ -90,14 +101,14 @@ def mean_losses(losses: dict[str, Tensor]) -> dict[str, float]:
     return {f"loss/{name}": mean for name, mean in zip(names, means, strict=True)}
 
 
-def progress_line(values: dict[str, Any], steps: int, seconds_left: float) -> str:
+def progress_line(values: dict[str, Any], steps: int) -> str:
     """Return the line that people read while a run goes on.
 
     Args:
         values: what ``metrics.jsonl`` gets.
-        steps: of the phase.
-        seconds_left: of the phase.
+        steps: of the phase; the time left is that of the phase, by the speed of the last steps.
     """
+    seconds_left = values["time/step_seconds"] * (steps - values["step"])
     parts = " ".join(
         f"{key.removeprefix('loss/')} {value:.3f}"
         for key, value in values.items()

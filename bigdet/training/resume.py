@@ -1,4 +1,4 @@
-"""Where a run begins: fresh, or at a checkpoint whose config and weights fit."""
+"""Where a run begins: fresh, or at a checkpoint whose config fits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import logging
 import shutil
 from pathlib import Path
 
-from bigdet.config.load import ConfigError, dump_config, flat_options, load_config
+from bigdet import distributed
+from bigdet.config.derived import num_lanes
+from bigdet.config.load import ConfigError, dump_config, flat_options, parse_config
 from bigdet.config.schema import RunConfig
+from bigdet.data.shards import FLAG_MASKS, ShardSet
 from bigdet.engine import checkpoint
-from bigdet.log import cut_metrics
+from bigdet.engine.checkpoint import Checkpoint
+from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.run_dir import RunDir
+from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -21,7 +26,26 @@ CHANGEABLE = (
     "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.max_bad_steps",
     "evaluation", "checkpoint", "log",
 )  # fmt: skip
-"""Options (or sections) that a resumed run may change without changing what it trains."""
+"""Options and sections that a resumed run may change: they do not change what it trains."""
+
+
+def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
+    """Check that the two sets and the model go together."""
+    train_names = [category.name for category in train_set.categories]
+    val_names = [category.name for category in val_set.categories]
+    if train_names != val_names:
+        differing = sorted(set(train_names) ^ set(val_names)) or ["the order"]
+        raise ConfigError(
+            f"data.val.shards: {val_set.folder} has other categories than {train_set.folder}: "
+            f"{', '.join(differing[:5])}. Make both with the same list of categories."
+        )
+    if not len(val_set):
+        raise ConfigError(f"data.val.shards: {val_set.folder} has no images.")
+    if config.model.detector == "mask_rcnn" and not (train_set.index["flags"] & FLAG_MASKS).any():
+        raise ConfigError(
+            f"model.detector: mask_rcnn needs masks, but {train_set.folder} has none. Write "
+            f"faster_rcnn, or make shards from annotations with segmentations."
+        )
 
 
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
@@ -38,89 +62,88 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
                 f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
             )
         return folder
-    if not run_dir.latest.is_file():
-        return None
-    if config.resume == "never":
+    newest = newest_checkpoint(run_dir)
+    if newest is not None and config.resume == "never":
         raise ConfigError(
             f"resume: found never, but {run_dir.root} has checkpoints. Choose another output, "
             f"remove the folder, or write resume=auto to go on."
         )
-    if run_dir.weights.is_file():
+    if newest is not None and run_dir.weights.is_file():
         raise ConfigError(
             f"output: {run_dir.root} holds a finished run ({run_dir.weights.name} is there). "
             f"Choose another output, or remove the folder to run again."
         )
-    return run_dir.checkpoints / run_dir.latest.read_text(encoding="utf-8").strip()
+    return newest
 
 
-def adopt_batch_sizes(config: RunConfig, saved: RunConfig | None, world_size: int) -> RunConfig:
-    """Fill in ``images_per_step`` where the config leaves it open.
+def settle_config(config: RunConfig, saved: Checkpoint | None, folder: Path | None) -> RunConfig:
+    """Fill in ``images_per_step`` where it was left open, and check it against ranks and resume.
 
     Args:
         config: as the user wrote it.
-        saved: the resolved config of the run that goes on, whose numbers stay; None when fresh.
-        world_size: number of ranks; a fresh phase takes one micro-batch of each per step.
+        saved: the checkpoint to go on from; its images per step stay. None for a fresh start,
+            where a phase takes one micro-batch of each rank per step.
+        folder: of the checkpoint, for messages.
     """
+    world_size = distributed.world_size()
+    before = None if saved is None else parse_config(saved.run["config"], f"{folder}")
     phases = {}
     for name, phase in config.phases.items():
         images_per_step = phase.images_per_step
-        if images_per_step is None and saved is not None and name in saved.phases:
-            images_per_step = saved.phases[name].images_per_step
+        if images_per_step is None and before is not None and name in before.phases:
+            images_per_step = before.phases[name].images_per_step
         if images_per_step is None:
             images_per_step = phase.images_per_gpu * world_size
         phases[name] = dataclasses.replace(phase, images_per_step=images_per_step)
-    return dataclasses.replace(config, phases=phases)
-
-
-def check_ranks(config: RunConfig, world_size: int) -> None:
-    """Check that every rank gets the same number of micro-batches in every phase."""
-    for name, phase in config.phases.items():
-        assert phase.images_per_step is not None
-        lanes = phase.images_per_step // phase.images_per_gpu
-        if lanes % world_size:
+        if num_lanes(phases[name]) % world_size:
             raise ConfigError(
-                f"phases.{name}.images_per_step: {phase.images_per_step} images are {lanes} "
-                f"micro-batches of {phase.images_per_gpu}, which {world_size} ranks cannot share "
-                f"equally. Change images_per_step, images_per_gpu or the number of ranks."
+                f"phases.{name}.images_per_step: {images_per_step} images are "
+                f"{num_lanes(phases[name])} micro-batches of {phase.images_per_gpu}, which "
+                f"{world_size} ranks cannot share equally. Change images_per_step, images_per_gpu "
+                f"or the number of ranks."
             )
+    config = dataclasses.replace(config, phases=phases)
+    if before is not None:
+        _check_unchanged(config, before, folder)
+    return config
 
 
-def check_unchanged(config: RunConfig, saved: RunConfig, folder: Path) -> None:
-    """Refuse to go on with options that would make it another run.
+def begin(
+    config: RunConfig, run_dir: RunDir, saved: Checkpoint | None
+) -> tuple[RunState, MetricsWriter | None]:
+    """Prepare the run folder, and return where the run is and rank 0's log for machines.
 
-    Raises:
-        ConfigError: naming each changed option with both values.
+    The resolved config is written, and ``metrics.jsonl`` is cut back to where the run goes on.
     """
-    now, before = flat_options(config), flat_options(saved)
+    names = list(config.phases)
+    state = RunState(names[0]) if saved is None else RunState.from_json(saved.run["run"])
+    if not distributed.is_main():
+        return state, None
+    if saved is None:
+        run_dir.metrics.unlink(missing_ok=True)
+        shutil.rmtree(run_dir.tensorboard, ignore_errors=True)
+    here = (names.index(state.phase), state.step)
+    cut_metrics(run_dir.metrics, lambda line: (names.index(line["phase"]), line["step"]) <= here)
+    run_dir.config.write_text(dump_config(config), encoding="utf-8")
+    run_dir.stop.unlink(missing_ok=True)
+    board = run_dir.tensorboard if config.log.tensorboard else None
+    return state, MetricsWriter(run_dir.metrics, board, first_step=state.total_steps + 1)
+
+
+def _check_unchanged(config: RunConfig, before: RunConfig, folder: Path | None) -> None:
+    """Refuse to go on with options that would make it another run."""
+    new, old = flat_options(config), flat_options(before)
     changed = [
-        f"{key} (was {before.get(key)}, now {now.get(key)})"
-        for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key) and not _is_changeable(key)
+        f"{key} (was {old.get(key)}, now {new.get(key)})"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key) != old.get(key) and not _is_changeable(key)
     ]
     if changed:
         raise ConfigError(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
-            f"them back, or choose another output. A resumed run may change "
+            f"them back, or choose another output. A resumed run may change only "
             f"{', '.join(CHANGEABLE)}."
         )
-
-
-def saved_config(folder: Path) -> RunConfig:
-    """Read the resolved config of the run that a checkpoint belongs to."""
-    return load_config(RunDir(folder.resolve().parent.parent).config)
-
-
-def prepare_run_dir(config: RunConfig, run_dir: RunDir, state: RunState, is_resumed: bool) -> None:
-    """Write the resolved config and cut the log back to where the run goes on (rank 0 only)."""
-    run_dir.root.mkdir(parents=True, exist_ok=True)
-    names = list(config.phases)
-    if not is_resumed:
-        run_dir.metrics.unlink(missing_ok=True)
-        shutil.rmtree(run_dir.tensorboard, ignore_errors=True)
-    current = (names.index(state.phase), state.step)
-    cut_metrics(run_dir.metrics, lambda line: (names.index(line["phase"]), line["step"]) <= current)
-    run_dir.config.write_text(dump_config(config), encoding="utf-8")
-    run_dir.stop.unlink(missing_ok=True)
 
 
 def _is_changeable(key: str) -> bool:

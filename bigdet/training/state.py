@@ -33,16 +33,18 @@ class RunState:
         step: finished steps of it.
         total_steps: finished steps of all phases.
         seen: what has been consumed.
+        needs_evaluation: the evaluation due at this step was not done yet.
         bad_steps: steps skipped because a loss or gradient was not finite.
         damaged: damaged training samples that were replaced, by kind, over all ranks.
         best_ap: highest box AP of an evaluation so far, in [0, 1]; None before the first.
-        stream: what the position in the stream is relative to.
+        stream: what ``step`` is relative to in the order of the data.
     """
 
     phase: str
     step: int = 0
     total_steps: int = 0
     seen: Seen = field(default_factory=Seen)
+    needs_evaluation: bool = False
     bad_steps: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
     best_ap: float | None = None
@@ -52,6 +54,10 @@ class RunState:
     def position(self) -> str:
         """Where the run is, as people read it."""
         return f"{self.phase} step {self.step}"
+
+    def begin(self, phase: str) -> None:
+        """Move on to the start of another phase."""
+        self.phase, self.step = phase, 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as plain values."""

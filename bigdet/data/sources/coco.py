@@ -119,7 +119,8 @@ def load_coco(path: Path) -> CocoFile:
     known = {entry["id"] for entry in categories}
     unknown = {entry["category_id"] for entry in annotations} - known
     _refuse(path, "annotations of category ids that are not in its categories", unknown)
-    _refuse(path, "negative image ids", [e["id"] for e in images if e["id"] < 0])
+    strange = [entry["id"] for entry in images if not 0 <= entry["id"] < 2**63]
+    _refuse(path, "image ids that are negative or above 2**63 - 1", strange)
     listed = {entry["id"] for entry in images}
     by_image: dict[int, list[Json]] = defaultdict(list)
     for entry in annotations:
@@ -212,7 +213,11 @@ def _read_image(folder: Path, image: Json, writer: ShardWriter) -> bytes | None:
     if not path.is_file():
         writer.skip("file missing", **about)
         return None
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        writer.skip("file not readable", **about, error=str(error))
+        return None
     if image_suffix(data) is None:
         writer.skip("not JPEG, PNG or WebP", **about)
         return None

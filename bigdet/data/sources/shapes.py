@@ -26,6 +26,7 @@ from bigdet.ops.random import Words, words
 
 CLASSES = ["circle", "square", "triangle", "star"]
 NUM_IMAGES = {"train": 1200, "val": 200}
+MIN_SIZE = 48  # pixels of the long side
 MAX_OBJECTS = 5
 EMPTY_IMAGES = 0.02  # part of the images that show nothing but background
 OBJECT_SIZE = (0.18, 0.6)  # diameter of an object, in long sides of the image
@@ -76,7 +77,13 @@ def make_shapes(
 
     Returns:
         The manifest of the new set.
+
+    Raises:
+        ValueError: the images would be too small.
+        ShardError: ``out`` has shards already.
     """
+    if size < MIN_SIZE:
+        raise ValueError(f"size: {size} pixels; shapes cannot be told apart below {MIN_SIZE}.")
     writer = ShardWriter(
         out,
         name=f"shapes_{split}",

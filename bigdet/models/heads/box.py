@@ -105,14 +105,15 @@ class BoxHead(nn.Module):
             *[conv_norm(width, width, 3, norm, relu=True) for _ in range(num_convs)]
         )
         inputs = [width * POOLED_SIZE**2] + [fc_width] * (num_fcs - 1)
-        self.fcs = nn.ModuleList(nn.Linear(size, fc_width) for size in inputs)
+        fcs = [nn.Linear(size, fc_width) for size in inputs]
+        self.fcs = nn.ModuleList(fcs)
         self.classifier = nn.Linear(fc_width, num_classes + 1)
         self.regressor = nn.Linear(fc_width, 4 * num_classes)
-        for layer in self.fcs:
+        for layer in fcs:
             nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's XavierFill, fan-in
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.normal_(self.regressor.weight, std=0.001)
-        for layer in [*self.fcs, self.classifier, self.regressor]:
+        for layer in [*fcs, self.classifier, self.regressor]:
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +121,7 @@ class BoxHead(nn.Module):
         hidden = self.convs(pooled).permute(0, 2, 3, 1).flatten(1)
         for layer in self.fcs:
             hidden = torch.relu_(layer(hidden))
-        deltas = self.regressor(hidden).unflatten(1, (-1, 4))
+        deltas = self.regressor(hidden).view(-1, self.num_classes, 4)
         return at_least_fp32(self.classifier(hidden)), at_least_fp32(deltas)
 
     @torch.no_grad()
@@ -190,7 +191,8 @@ class BoxHead(nn.Module):
         """
         num_images, num_proposals = proposals.is_valid.shape
         num_classes = self.num_classes
-        probabilities = logits.softmax(dim=-1)[:, :-1].unflatten(0, (num_images, num_proposals))
+        probabilities = logits.softmax(dim=-1)[:, :-1]
+        probabilities = probabilities.reshape(num_images, num_proposals, num_classes)
         # Not a number is not above the threshold either.
         is_candidate = probabilities > self.config.score_threshold
         is_candidate &= proposals.is_valid[..., None]

@@ -96,14 +96,16 @@ class RegionProposals(nn.Module):
         sizes = [(level.shape[2], level.shape[3]) for level in features]
         spacings = [(stride, stride) for stride in strides]
         if self.conventions.anchor_strides_from_canvas:
-            spacings = [(canvas_size[0] // height, canvas_size[1] // width) for height, width in sizes]
+            spacings = [
+                (canvas_size[0] // height, canvas_size[1] // width) for height, width in sizes
+            ]
         cells = [
             cell_anchors(size, self.config.anchor_ratios, self.conventions.anchors_rounded)
             for size in self.config.anchor_sizes
         ]
         return AnchorPredictions(
             logits=all_logits,
-            deltas=at_least_fp32(torch.cat(deltas, dim=1)).unflatten(1, (-1, 4)),
+            deltas=at_least_fp32(torch.cat(deltas, dim=1)).view(*all_logits.shape, 4),
             anchors=grid_anchors(sizes, spacings, cells, all_logits.device, all_logits.dtype),
             counts=[level.shape[1] for level in logits],
         )
@@ -122,7 +124,7 @@ class RegionProposals(nn.Module):
         limit = config.train_proposals if self.training else config.test_proposals
         logits = torch.where(predictions.logits.isfinite(), predictions.logits, -torch.inf)
         index, levels, offset = [], [], 0
-        for number, level in enumerate(logits.split(predictions.counts, dim=1)):
+        for number, level in enumerate(torch.split(logits, predictions.counts, dim=1)):
             best = level.topk(min(limit, level.shape[1]), dim=1).indices
             index.append(best + offset)
             levels.append(torch.full_like(best, number))

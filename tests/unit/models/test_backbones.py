@@ -168,7 +168,9 @@ def test_swin_output_norms_normalize_over_channels():
     with torch.no_grad():
         for feature in backbone(torch.randn(1, 3, 64, 64)):
             # A LayerNorm at its start: mean 0, variance 1 at every position.
-            torch.testing.assert_close(feature.mean(1), torch.zeros(feature.mean(1).shape), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                feature.mean(1), torch.zeros(feature.mean(1).shape), atol=1e-5, rtol=0
+            )
             assert feature.var(1, unbiased=False).sub(1).abs().max() < 0.01
 
 

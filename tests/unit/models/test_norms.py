@@ -161,7 +161,9 @@ def test_bf16_inputs_are_normalized_in_fp32_and_stay_bf16(mode):
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-10)
     if mode == "live":
         assert norm.lane_mean.dtype == torch.float32
-        torch.testing.assert_close(norm.lane_mean.double(), reference.running_mean, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            norm.lane_mean.double(), reference.running_mean, rtol=1e-5, atol=0
+        )
         torch.testing.assert_close(norm.lane_var.double(), reference.running_var, rtol=1e-4, atol=0)
 
 

@@ -1,0 +1,281 @@
+"""Checkpoints on disk: complete or absent, checked when read, independent of the engine.
+
+A checkpoint is a folder ``PHASE-STEP``: ``model.safetensors`` (parameters and buffers, fp32),
+``optimizer.safetensors`` (``NAME/exp_avg`` and so on) and ``state.json`` (what the caller gives,
+with size and hash of the other two). Beside the folders, the text files ``latest`` and ``best``
+hold the name of one each. Rank 0 alone reads and writes; all ranks learn how it went.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bigdet import distributed
+from bigdet.engine.base import EngineState
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+PARTIAL = ".part-"
+"""Prefix of what is being written, or was when the process died."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read back.
+
+    Attributes:
+        engine: weights and optimizer state; empty on ranks but 0.
+        run: what the caller gave to ``save`` for ``state.json``.
+    """
+
+    engine: EngineState = field(default_factory=EngineState)
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+def save(folder: Path, state: EngineState, metadata: dict[str, str], run: dict[str, Any]) -> None:
+    """Write a checkpoint and make it the latest. Called by all ranks; rank 0 writes.
+
+    Args:
+        folder: ``CHECKPOINTS/PHASE-STEP``; a checkpoint of that name is replaced.
+        state: from the engine.
+        metadata: of ``model.safetensors``.
+        run: plain values for ``state.json``.
+
+    Raises:
+        ValueError: on all ranks, when it cannot be written; earlier checkpoints are untouched.
+    """
+    with distributed.together():
+        if distributed.is_main():
+            try:
+                _write(folder, state, metadata, run)
+            except (OSError, SafetensorError) as error:
+                free_gib = shutil.disk_usage(_existing(folder.parent)).free / 2**30
+                raise ValueError(
+                    f"{folder}: cannot write the checkpoint: {error}; {free_gib:.2f} GiB are free. "
+                    f"Earlier checkpoints are untouched: make room and start the run again."
+                ) from error
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and check a checkpoint. Called by all ranks; rank 0 reads.
+
+    Raises:
+        ValueError: on all ranks, naming the file that is missing or altered, and the newest
+            checkpoint before this one that can be used.
+    """
+    checkpoint = Checkpoint()
+    with distributed.together():
+        if distributed.is_main():
+            try:
+                run, _ = check(folder)
+            except ValueError as error:
+                before = _usable_before(folder)
+                advice = f"Go on with resume={before}" if before else "No earlier one can be used"
+                raise ValueError(f"{error} {advice}.") from error
+            checkpoint = Checkpoint(_read_engine_state(folder), run)
+    return Checkpoint(checkpoint.engine, distributed.broadcast_object(checkpoint.run))
+
+
+def check(folder: Path) -> tuple[dict[str, Any], int]:
+    """Check that the files of a checkpoint are those that were written.
+
+    Returns:
+        What the caller of ``save`` gave for ``state.json``, and the checkpoint's number: 1 for
+        the first that was written beside it, and so on.
+
+    Raises:
+        ValueError: naming the first file that is missing, cut short or altered.
+    """
+    path = folder / STATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        hash_found, files, number = content.pop("sha256"), content["files"], content["number"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: missing, cut short or altered ({error!r}).") from error
+    if _hash_of_json(content) != hash_found:
+        raise ValueError(f"{path}: altered since it was written (its hash differs).")
+    for name, written in files.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or size != written["bytes"]:
+            found = "missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{file}: {found}, expected {written['bytes']} bytes.")
+        if _hash_of_file(file) != written["sha256"]:
+            raise ValueError(f"{file}: altered since it was written (its hash differs).")
+    run = {key: value for key, value in content.items() if key not in ("files", "number")}
+    return run, number
+
+
+def mark_best(folder: Path) -> None:
+    """Let ``best`` name a checkpoint (rank 0 only)."""
+    _write_name(folder.parent / "best", folder.name)
+
+
+def clean(checkpoints: Path, keep: int, protected: Collection[str]) -> None:
+    """Delete what is not needed: old checkpoints and what a crash has left (rank 0 only).
+
+    Args:
+        checkpoints: the folder of all checkpoints.
+        keep: so many of the newest stay, beside the latest and the best.
+        protected: names that stay too, such as the ends of phases.
+    """
+    if not checkpoints.is_dir():
+        return
+    for leftover in checkpoints.glob(f"{PARTIAL}*"):
+        _delete(leftover)
+    numbers = _numbers(checkpoints)
+    newest = sorted(numbers, key=lambda name: numbers[name])[-keep:] if keep else []
+    named = [_read_name(checkpoints / "latest"), _read_name(checkpoints / "best")]
+    for name in numbers.keys() - {*newest, *named, *protected}:
+        doomed = checkpoints / f"{PARTIAL}{name}"
+        (checkpoints / name).rename(doomed)  # so that a crash here leaves no half a checkpoint
+        _delete(doomed)
+
+
+def _write(folder: Path, state: EngineState, metadata: dict[str, str], run: dict[str, Any]) -> None:
+    """Write all files under a temporary name, then put the folder and ``latest`` in place."""
+    assert not {"files", "number", "sha256"} & run.keys(), run.keys()
+    checkpoints = folder.parent
+    partial = checkpoints / f"{PARTIAL}{folder.name}"
+    _delete(partial)
+    partial.mkdir(parents=True)
+    try:
+        optimizer = {
+            f"{name}/{key}": value
+            for name, values in state.optimizer.items()
+            for key, value in values.items()
+        }
+        save_file(state.model, partial / MODEL_FILE, metadata)
+        save_file(optimizer, partial / OPTIMIZER_FILE)
+        files = {
+            name: {
+                "bytes": (partial / name).stat().st_size,
+                "sha256": _hash_of_file(partial / name),
+            }
+            for name in (MODEL_FILE, OPTIMIZER_FILE)
+        }
+        number = max(_numbers(checkpoints).values(), default=0) + 1
+        content = {**run, "files": files, "number": number}
+        content["sha256"] = _hash_of_json(content)
+        text = json.dumps(content, indent=1)
+        (partial / STATE_FILE).write_text(text, encoding="utf-8")
+        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
+            _sync(partial / name)
+    except BaseException:
+        _delete(partial)  # on a full disk its bytes are missed
+        raise
+    replaced = checkpoints / f"{PARTIAL}replaced-{folder.name}"
+    if folder.exists():
+        _delete(replaced)
+        folder.rename(replaced)  # a folder cannot be renamed over another one
+    partial.rename(folder)
+    _sync(checkpoints)
+    _write_name(checkpoints / "latest", folder.name)
+    _delete(replaced)
+
+
+def _read_engine_state(folder: Path) -> EngineState:
+    """Read the tensors of a checkpoint that has been checked."""
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for full_name, value in _read_tensors(folder / OPTIMIZER_FILE).items():
+        name, key = full_name.rsplit("/", 1)
+        optimizer.setdefault(name, {})[key] = value
+    return EngineState(_read_tensors(folder / MODEL_FILE), optimizer)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file to the CPU."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _usable_before(folder: Path) -> Path | None:
+    """Find the newest intact checkpoint that was written before a broken one."""
+    numbers = _numbers(folder.parent)
+    limit = numbers.get(folder.name) or max(numbers.values(), default=0) + 1
+    for name in sorted(numbers, key=lambda name: -numbers[name]):
+        if name != folder.name and numbers[name] < limit:
+            try:
+                check(folder.parent / name)
+            except ValueError:
+                continue
+            return folder.parent / name
+    return None
+
+
+def _numbers(checkpoints: Path) -> dict[str, int]:
+    """Number of each complete checkpoint by name, 0 if its ``state.json`` is unreadable."""
+    numbers = {}
+    for path in checkpoints.glob(f"*/{STATE_FILE}"):
+        if not path.parent.name.startswith(PARTIAL):
+            try:
+                number = json.loads(path.read_text(encoding="utf-8"))["number"]
+                numbers[path.parent.name] = number if isinstance(number, int) else 0
+            except (OSError, ValueError, KeyError, TypeError):
+                numbers[path.parent.name] = 0
+    return numbers
+
+
+def _hash_of_file(path: Path) -> str:
+    """SHA-256 of a file, as hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_of_json(content: dict[str, Any]) -> str:
+    """SHA-256 of plain values, whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_name(path: Path) -> str:
+    """The name that ``latest`` or ``best`` holds; empty if there is none."""
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _write_name(path: Path, name: str) -> None:
+    """Replace a file that holds a name, at once."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.write_text(name + "\n", encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return path if path.exists() else _existing(path.parent)

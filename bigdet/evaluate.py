@@ -1,0 +1,141 @@
+"""Measure the AP of a checkpoint on a shard set.
+
+    python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
+    torchrun --nproc-per-node 8 -m bigdet.evaluate runs/x/checkpoints/train-90000 --shards data/val
+    python -m bigdet.evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
+
+The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
+model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
+(size, batch), model.roi.* (thresholds) and data.workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+
+from bigdet import distributed
+from bigdet.commands import run_command
+from bigdet.config.check import check_config
+from bigdet.config.load import ConfigError, parse_config
+from bigdet.config.schema import RunConfig
+from bigdet.data.shards import ShardSet
+from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds, metrics_table
+from bigdet.evaluation.predict import predict_split
+from bigdet.log import setup_logging
+from bigdet.models.detector import Detector
+from bigdet.models.weights import find_weights, load_detector
+from bigdet.ops.resize import plan_of
+
+logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
+
+CHANGEABLE = (
+    "evaluation.resize",
+    "evaluation.images_per_gpu",
+    "model.roi.score_threshold",
+    "model.roi.nms_iou",
+    "model.roi.detections_per_image",
+    "data.workers",
+)
+"""The options that an evaluation reads; another one would be ignored in silence."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure a detector and return the exit code."""
+    options = parse_arguments(arguments)
+    distributed.start()
+    setup_logging(distributed.rank())
+    with distributed.together():
+        detector = load_detector(options.model)
+        config = read_config(options.model, options.overrides)
+        shards = ShardSet(options.shards)
+        check_categories(detector, options.model, shards)
+    detector.box_head.config = config.model.roi
+    if config.evaluation.resize is not None:
+        resize = config.evaluation.resize
+        detector.test_size = plan_of(resize.kind, resize.size, resize.cap)
+    device = distributed.device()
+    logger.info(
+        "%s on %d images of %s: short side %d, long side at most %d, %d ranks on %s",
+        find_weights(options.model), len(shards), shards.folder, *detector.test_size,
+        distributed.world_size(), device.type,
+    )  # fmt: skip
+    results = predict_split(
+        detector.to(device),
+        shards,
+        detector.test_size,
+        config.evaluation.images_per_gpu,
+        config.data.workers,
+        device,
+    )
+    if distributed.is_main():
+        kinds = evaluation_kinds(shards, has_mask_head=detector.mask_head is not None)
+        metrics = evaluate_detections(shards, results, kinds)
+        sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+            logger.info("written to %s", options.out)
+    distributed.barrier()
+    return 0
+
+
+def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
+    """Return the config in a weights file, with the overrides that an evaluation may make."""
+    for word in overrides:
+        key = word.partition("=")[0]
+        if not any(key == option or key.startswith(f"{option}.") for option in CHANGEABLE):
+            raise ConfigError(
+                f"command line: {key}: an evaluation does not read this option, only "
+                f"{', '.join(CHANGEABLE)}. Leave it out."
+            )
+    file = find_weights(model)
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get("config", "")
+    config = parse_config(text, str(file), overrides)
+    check_config(config)
+    return config
+
+
+def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:
+    """Raise ``ValueError`` unless the labels mean the same in the detector and in the shards."""
+    known = [category["name"] for category in detector.categories]
+    found = [category.name for category in shards.categories]
+    if known == found:
+        return
+    pairs = zip(known, found, strict=False)
+    first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(found)))
+    raise ValueError(
+        f"{shards.folder}: its {len(found)} categories are not the {len(known)} that {model} was "
+        f"trained on: label {first} is {_name(found, first)}, expected {_name(known, first)}. Give "
+        "shards of the same data set, with the categories in the same order."
+    )
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    return repr(names[label]) if label < len(names) else "absent"
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; launchers add --local_rank, which the environment says too."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bigdet.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument("--shards", type=Path, required=True, help="folder of a shard set")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

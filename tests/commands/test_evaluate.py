@@ -1,0 +1,101 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigdet.data.shards import ShardSet
+from bigdet.evaluate import check_categories, read_config
+from bigdet.evaluation.coco_metrics import METRICS
+from bigdet.models.weights import load_detector
+from tests.commands.tiny_detector import ROOT, save_detector
+
+
+@pytest.fixture(scope="module")
+def run_and_shards(shapes_shards, tmp_path_factory):
+    """A run folder with a model for the classes of a validation set, and that set."""
+    val = ShardSet(shapes_shards / "val")
+    categories = [{"id": category.id, "name": category.name} for category in val.categories]
+    return save_detector(tmp_path_factory.mktemp("evaluate") / "run", categories), val
+
+
+def call(*words, ranks=None):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks else []
+    return subprocess.run(
+        [sys.executable, *map(str, launcher), "-m", "bigdet.evaluate", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_command_prints_a_table_and_writes_the_same_numbers_on_one_and_two_ranks(
+    run_and_shards, tmp_path
+):
+    model, val = run_and_shards
+    words = ["--local_rank=0", model, "--shards", val.folder, "data.workers=0", "--out"]
+    one = call(*words, tmp_path / "one.json")
+    assert one.returncode == 0, one.stderr
+    lines = one.stdout.splitlines()
+    assert lines[0].split() == list(METRICS)
+    assert [line.split()[0] for line in lines[1:3]] == ["box", "mask"]
+    assert len(lines) == 5 + val.num_classes
+    metrics = json.loads((tmp_path / "one.json").read_text())
+    assert list(metrics) == ["bbox", "segm", "per_class"]
+    assert list(metrics["segm"]) == list(METRICS)
+    assert list(metrics["per_class"]["bbox"]) == [category.name for category in val.categories]
+
+    two = call(*words, tmp_path / "two.json", ranks=2)
+    assert two.returncode == 0, two.stderr
+    assert json.loads((tmp_path / "two.json").read_text()) == metrics
+    assert two.stdout == one.stdout
+
+
+def test_command_ends_with_one_message_on_shards_that_are_not_there(run_and_shards, tmp_path):
+    ended = call(run_and_shards[0], "--shards", tmp_path / "nowhere")
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'nowhere'}: ")
+
+
+def test_shards_with_other_categories_are_refused(run_and_shards):
+    model, val = run_and_shards
+    detector = load_detector(model)
+    check_categories(detector, model, val)
+    first = detector.categories[0]["name"]
+    detector.categories[0] = {"id": 1, "name": "person"}
+    with pytest.raises(ValueError, match=f"label 0 is '{first}', expected 'person'"):
+        check_categories(detector, model, val)
+
+
+def test_shards_with_more_categories_are_refused(run_and_shards):
+    model, val = run_and_shards
+    detector = load_detector(model)
+    last = detector.categories.pop()["name"]
+    place = val.num_classes - 1
+    with pytest.raises(ValueError, match=f"label {place} is '{last}', expected absent"):
+        check_categories(detector, model, val)
+
+
+def test_overrides_change_the_config_of_the_weights(run_and_shards):
+    config = read_config(
+        run_and_shards[0],
+        ["evaluation.resize={kind: short_side, size: 64}", "model.roi.nms_iou=0.7"],
+    )
+    assert config.evaluation.resize is not None
+    assert config.evaluation.resize.size == 64
+    assert config.model.roi.nms_iou == 0.7
+
+
+@pytest.mark.parametrize(
+    "word", ["model.width=8", "evaluation.every=5", "seed=1", "model.roi.rois_per_image=4", "tta"]
+)
+def test_options_that_an_evaluation_does_not_read_are_refused(run_and_shards, word):
+    with pytest.raises(ValueError, match="does not read this option") as caught:
+        read_config(run_and_shards[0], [word])
+    assert word.partition("=")[0] in str(caught.value)
+
+
+def test_value_that_breaks_a_rule_is_refused(run_and_shards: tuple[Path, ShardSet]):
+    with pytest.raises(ValueError, match=r"model\.roi\.nms_iou"):
+        read_config(run_and_shards[0], ["model.roi.nms_iou=7"])

@@ -1,0 +1,91 @@
+"""The commands of the README that make and check shards, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+
+
+def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+
+
+def test_shapes_are_made_checked_and_their_damage_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    made = run_tool("tools/make_shards.py", "shapes", "--out", folder, "--images", "12")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert "12 / 12 images" in made.stdout
+    assert "12  images" in made.stdout
+
+    checked = run_tool("tools/check_shards.py", folder)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert checked.stdout.endswith(": all is well\n")
+    assert "1 shards, 12 images" in checked.stdout
+
+    tar = folder / "000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1  # in the first image, which begins at byte 512
+    tar.write_bytes(data)
+    damaged = run_tool("tools/check_shards.py", folder)
+    assert (damaged.returncode, damaged.stderr) == (1, "")
+    first, second, last = damaged.stdout.splitlines()
+    assert first == "000000.tar: SHA-256 is not that of the manifest"
+    assert second.startswith("000000.tar 000000000001: CRC-32 is ")
+    assert last.endswith(": 2 problems")
+
+
+def test_coco_with_flaws_is_converted_and_the_flaws_are_counted(
+    tmp_path: Path, coco_dir: Path
+) -> None:
+    source = json.loads((coco_dir / "annotations" / "instances_val2017.json").read_text())
+    source["images"].append({**source["images"][0], "id": 1, "file_name": "gone.jpg"})
+    source["annotations"][0]["bbox"] = [-10, 10, 30, 40]
+    annotations = tmp_path / "instances.json"
+    annotations.write_text(json.dumps(source))
+    made = run_tool(
+        *("tools/make_shards.py", "coco", "--images", coco_dir / "val2017"),
+        *("--annotations", annotations, "--out", tmp_path / "shards", "--shard-megabytes", "8"),
+    )
+    assert (made.returncode, made.stderr) == (0, "")
+    table = [line.split(maxsplit=1) for line in made.stdout.splitlines() if line[:2] == "  "]
+    assert ["192", "images"] in table
+    assert ["16", "crowd regions"] in table
+    assert ["1", "skipped images: file missing"] in table
+    assert ["1", "box clipped to the image"] in table
+    assert len((tmp_path / "shards" / "skipped.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        (
+            ["tools/make_shards.py", "coco", "--images", "IMAGES", "--annotations", "missing.json"],
+            "missing.json: cannot be read (No such file or directory). Give the annotation file.",
+        ),
+        (["tools/check_shards.py", "IMAGES"], "expected a shard set, but the folder has no"),
+    ],
+)
+def test_a_user_error_is_one_message_and_exit_code_1(
+    tmp_path: Path, tool: list[str], message: str
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "1.jpg").write_bytes(b"")
+    arguments = [str(images) if argument == "IMAGES" else argument for argument in tool]
+    if "coco" in arguments:
+        arguments += ["--out", str(tmp_path / "out")]
+    result = run_tool(*arguments)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]

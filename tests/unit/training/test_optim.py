@@ -1,0 +1,105 @@
+"""Learning rate by step, parameter groups, optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bigdet.config.schema import PhaseConfig
+from bigdet.models.norms import BatchNorm2d
+from bigdet.training.optim import (
+    build_optimizer,
+    drop_steps,
+    lr_factor,
+    parameter_groups,
+    scaled_lr,
+)
+
+
+def make_phase(**options: Any) -> PhaseConfig:
+    return PhaseConfig(**{"steps": 30, "images_per_gpu": 2, "lr": 5.0, **options})
+
+
+def test_warm_up_and_drops_equal_detectron2() -> None:
+    # d2 tests/test_scheduler.py: lr 5, factor 0.001, 5 steps of warm-up, drops at 10, 15, 20.
+    phase = make_phase(warmup_steps=5, warmup_factor=0.001, drops=[10, 15, 20])
+    rates = [phase.lr * lr_factor(phase, step) for step in range(1, 31)]
+    assert rates[:5] == pytest.approx([0.005, 1.004, 2.003, 3.002, 4.001])
+    assert rates[5:10] == pytest.approx([5.0] * 5)
+    assert rates[10:15] == pytest.approx([0.5] * 5)
+    assert rates[15:20] == pytest.approx([0.05] * 5)
+    assert rates[20:] == pytest.approx([0.005] * 10)
+
+
+def test_constant_schedule_has_a_warm_up_and_no_drops() -> None:
+    phase = make_phase(schedule="constant", warmup_steps=2, warmup_factor=0.5, drops=[3])
+    assert [lr_factor(phase, step) for step in (1, 2, 3, 4, 30)] == [0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_no_warm_up_starts_at_the_full_rate() -> None:
+    assert lr_factor(make_phase(warmup_steps=0), 1) == 1.0
+
+
+def test_drops_are_by_default_after_8_and_11_of_12_passes() -> None:
+    assert drop_steps(make_phase(steps=12)) == [8, 11]
+    assert drop_steps(make_phase(steps=88_000)) == [58_667, 80_667]
+    phase = make_phase(steps=12, warmup_steps=0, decay_factor=0.02)
+    factors = [lr_factor(phase, step) for step in (8, 9, 11, 12)]
+    assert factors == pytest.approx([1.0, 0.02, 0.02, 0.0004])
+
+
+def test_drops_in_the_warm_up_multiply_with_it() -> None:
+    phase = make_phase(warmup_steps=4, warmup_factor=0.0, drops=[2])
+    # 3 finished steps: 3/4 of the warm-up, one drop.
+    assert lr_factor(phase, 4) == pytest.approx(0.075)
+
+
+def test_linear_scaling_rule_follows_the_images_per_step() -> None:
+    # Paper 2: 0.02 at 16 images gives 0.08 at 64.
+    phase = make_phase(lr=0.02, reference_images_per_step=16)
+    assert scaled_lr(phase, 64) == pytest.approx(0.08)
+    assert scaled_lr(make_phase(lr=0.02), 64) == 0.02
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.batch_norm = BatchNorm2d(4)
+        self.group_norm = nn.GroupNorm(2, 4)
+        self.layer_norm = nn.LayerNorm(4)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.linear = nn.Linear(4, 2)
+
+
+def test_norms_and_position_tables_are_not_decayed_and_biases_are() -> None:
+    module = Layers()
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    decayed, plain = parameter_groups(module, 0.05)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert sorted(names[id(parameter)] for parameter in decayed["params"]) == [
+        "convolution.bias", "convolution.weight", "linear.bias", "linear.weight",
+    ]  # fmt: skip
+    assert sorted(names[id(parameter)] for parameter in plain["params"]) == [
+        "batch_norm.bias", "batch_norm.weight", "group_norm.bias", "group_norm.weight",
+        "layer_norm.bias", "layer_norm.weight", "relative_position_bias_table",
+    ]  # fmt: skip
+
+
+def test_empty_groups_are_left_out() -> None:
+    (group,) = parameter_groups(nn.Linear(2, 2), 0.1)
+    assert group["weight_decay"] == 0.1
+    assert parameter_groups(nn.ReLU(), 0.1) == []
+
+
+def test_optimizer_has_the_settings_of_the_phase() -> None:
+    sgd = build_optimizer(Layers(), make_phase(momentum=0.8, weight_decay=0.3))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert [(g["momentum"], g["weight_decay"]) for g in sgd.param_groups] == [(0.8, 0.3), (0.8, 0)]
+    adamw = build_optimizer(Layers(), make_phase(optimizer="adamw", betas=(0.8, 0.9)))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.param_groups[0]["betas"] == (0.8, 0.9)

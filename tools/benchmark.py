@@ -1,0 +1,40 @@
+"""Measure one part of bigdet beside something else in the same process; print one JSON object.
+
+python tools/benchmark.py stream configs/swin_t_direct.yaml --workers 2
+python tools/benchmark.py step configs/quickstart.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdet.commands import run_command
+from bigdet.config.load import load_config
+
+PARTS = ("stream", "step")
+"""What can be measured, by ``benchmark_PART.py`` beside this file: ``add_arguments(parser)`` says
+what it wants to know beside the config, ``run(config, arguments)`` returns the numbers."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure the part that the arguments name and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("part", choices=PARTS, help="PART --help tells more")
+    part = parser.parse_args(argv[:1]).part
+    module = importlib.import_module(f"benchmark_{part}")  # each has heavy imports of its own
+    parser = argparse.ArgumentParser(prog=f"benchmark.py {part}", description=module.__doc__)
+    parser.add_argument("config", type=Path)
+    module.add_arguments(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args(argv[1:])
+    config = load_config(arguments.config, arguments.overrides)
+    print(json.dumps(module.run(config, arguments)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

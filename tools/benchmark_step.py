@@ -1,0 +1,303 @@
+"""How long a training step takes, beside torchvision's R-CNN with the same backbone and pyramid.
+
+Both train on the same random scene: noise with elliptic objects of all sizes. They take turns, one
+step each, since the speed of a shared machine drifts; medians over the rounds count. ``ratio`` is
+bigdet's images per second over torchvision's in the same precision, ``ratio_bf16`` those of bigdet
+in bf16 over torchvision's in fp32 (CPU) or under the same autocast (CUDA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import resource
+import statistics
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import (
+    FastRCNNConvFCHead,
+    FastRCNNPredictor,
+    TwoMLPHead,
+)
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+
+from bigdet.config.schema import ModelConfig, RunConfig
+from bigdet.models.build import HAS_MASK_HEAD, build_detector, head_norm
+from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
+from bigdet.models.norms import set_norm_mode
+from bigdet.structures import Batch, Masks, Targets
+
+NUM_CLASSES = 80
+PARTS = ("forward", "backward", "optimizer")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be set beside the config."""
+    parser.add_argument("--phase", help="whose batch, size and norm mode; default: the first")
+    parser.add_argument("--objects", type=int, default=20, help="per image; default 20")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps each; default 5")
+
+
+def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure; return seconds, images per second, memory and ratios."""
+    phase = config.phases[arguments.phase or next(iter(config.phases))]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    side = phase.resize.size
+    height, width = side, side
+    if phase.resize.kind == "short_side" and phase.resize.cap is not None:
+        width = phase.resize.cap // 32 * 32
+    torch.manual_seed(config.seed)
+    detector = build_detector(config.model, NUM_CLASSES).to(device)
+    other = torchvision_detector(detector, config.model).to(device)
+    for model in (detector, other):
+        if phase.norm_mode is not None:
+            set_norm_mode(model, phase.norm_mode)
+        model.train()
+    batch = make_scene(phase.images_per_gpu, (height, width), arguments.objects, config.seed)
+    batch = batch.to(device)
+    images, targets = as_torchvision(batch)
+
+    def bf16() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16)
+
+    fp32 = contextlib.nullcontext
+    ours = functools.partial(detector, batch)
+    theirs = functools.partial(other, images, targets)
+    takers = {
+        "bigdet_fp32": Taker(detector, ours, fp32, device),
+        "torchvision_fp32": Taker(other, theirs, fp32, device),
+        "bigdet_bf16": Taker(detector, ours, bf16, device),
+    }
+    rival = "torchvision_fp32"
+    if device.type == "cuda":
+        rival = "torchvision_bf16"
+        takers[rival] = Taker(other, theirs, bf16, device)
+    for _ in range(arguments.rounds + 1):
+        for taker in takers.values():
+            taker.step()
+    report = {name: taker.report(phase.images_per_gpu) for name, taker in takers.items()}
+    speed = {name: numbers["images_per_second"] for name, numbers in report.items()}
+    return {
+        "what": "step",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "images_per_gpu": phase.images_per_gpu,
+        "canvas_size": [height, width],
+        "objects_per_image": arguments.objects,
+        **report,
+        "ratio": round(speed["bigdet_fp32"] / speed["torchvision_fp32"], 3),
+        "ratio_bf16": round(speed["bigdet_bf16"] / speed[rival], 3),
+    }
+
+
+@dataclass
+class Taker:
+    """One of those that take turns.
+
+    Attributes:
+        model: what is trained; counts the regions of its mask head.
+        losses: runs it on the batch.
+        precision: gives the context of the forward pass.
+        device: where it runs.
+    """
+
+    model: nn.Module
+    losses: Callable[[], dict[str, Tensor]]
+    precision: Callable[[], contextlib.AbstractContextManager[Any]]
+    device: torch.device
+    times: list[dict[str, float]] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    mask_regions: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Give the model an optimizer of its own, with a rate too small to change anything."""
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-9, momentum=0.9)
+
+    def step(self) -> None:
+        """Take and time one training step."""
+        head = getattr(self.model, "mask_head", None)
+        if isinstance(self.model, FasterRCNN):
+            head = self.model.roi_heads.mask_head
+        count = []
+        hook = (
+            head.register_forward_pre_hook(lambda _, x: count.append(len(x[0]))) if head else None
+        )
+        before = self._start_memory()
+        clock = [self._now()]
+        with self.precision():
+            losses = self.losses()
+        clock.append(self._now())
+        torch.stack(list(losses.values())).sum().backward()
+        clock.append(self._now())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        clock.append(self._now())
+        self.peaks.append(self._peak_memory() - before)
+        self.times.append(dict(zip(PARTS, [b - a for a, b in zip(clock, clock[1:])])))
+        self.mask_regions += count
+        if hook is not None:
+            hook.remove()
+
+    def report(self, num_images: int) -> dict[str, Any]:
+        """Give the medians of all steps but the first."""
+        times = self.times[1:]
+        seconds = statistics.median(sum(one.values()) for one in times)
+        return {
+            "step_seconds": round(seconds, 4),
+            **{
+                f"{part}_seconds": round(statistics.median(one[part] for one in times), 4)
+                for part in PARTS
+            },
+            "images_per_second": round(num_images / seconds, 3),
+            "peak_memory_gib": round(max(self.peaks) / 2**30, 3),
+            "mask_regions": statistics.median(self.mask_regions) if self.mask_regions else 0,
+        }
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _start_memory(self) -> int:
+        """Begin to watch for a peak; give the bytes in use now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        refs = Path("/proc/self/clear_refs")
+        if refs.exists():
+            refs.write_text("5")  # Linux: forget the largest resident size so far
+        return self._peak_memory()
+
+    def _peak_memory(self) -> int:
+        """Give the largest number of bytes in use since then (since the start, off Linux)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status")
+        if status.exists():
+            line = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
+            return int(line.split()[1]) * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Pyramid(nn.Module):
+    """bigdet's backbone and FPN in the form that torchvision's detectors take."""
+
+    def __init__(self, detector: Detector, width: int) -> None:
+        """Copy them, so that the two models share no gradient."""
+        super().__init__()
+        self.backbone = copy.deepcopy(detector.backbone)
+        self.fpn = copy.deepcopy(detector.fpn)
+        self.out_channels = width
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Give the levels by name."""
+        features = self.fpn(self.backbone(images))
+        return OrderedDict(zip(["0", "1", "2", "3", "pool"], features, strict=True))
+
+
+def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
+    """Build torchvision's detector with the settings of ours, in channels_last memory."""
+    width, rpn, roi = config.width, config.rpn, config.roi
+    norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(nn.GroupNorm, 32)}[
+        head_norm(config)
+    ]
+    head = TwoMLPHead(width * 49, config.fc_width)
+    if config.box_head == "4conv1fc":
+        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
+    options = {
+        "image_mean": [value / 255 for value in PIXEL_MEAN],
+        "image_std": [value / 255 for value in PIXEL_DEVIATION],
+        "rpn_anchor_generator": AnchorGenerator(
+            tuple((size,) for size in rpn.anchor_sizes),
+            (tuple(rpn.anchor_ratios),) * len(rpn.anchor_sizes),
+        ),
+        "rpn_pre_nms_top_n_train": rpn.train_proposals,
+        "rpn_post_nms_top_n_train": rpn.train_proposals,
+        "rpn_batch_size_per_image": rpn.anchors_per_image,
+        "rpn_nms_thresh": rpn.nms_iou,
+        "box_batch_size_per_image": roi.rois_per_image,
+        "box_positive_fraction": roi.positive_fraction,
+        "box_fg_iou_thresh": roi.positive_iou,
+        "box_bg_iou_thresh": roi.positive_iou,
+        "box_head": head,
+        "box_predictor": FastRCNNPredictor(config.fc_width, NUM_CLASSES + 1),
+        "_skip_resize": True,
+    }
+    pyramid = Pyramid(detector, width)
+    if HAS_MASK_HEAD[config.detector]:
+        options |= {
+            "mask_roi_pool": MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
+            "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm),
+            "mask_predictor": MaskRCNNPredictor(width, width, NUM_CLASSES + 1),
+        }
+        return MaskRCNN(pyramid, **options).to(memory_format=torch.channels_last)
+    return FasterRCNN(pyramid, **options).to(memory_format=torch.channels_last)
+
+
+def make_scene(num_images: int, size: tuple[int, int], num_objects: int, seed: int) -> Batch:
+    """Draw noise with elliptic objects whose sides are 5 to 60 percent of the canvas."""
+    generator = torch.Generator().manual_seed(seed)
+    total = num_images * num_objects
+    canvas = torch.tensor([size[1], size[0]])
+    sides = (canvas * 0.05 * 12 ** torch.rand(total, 2, generator=generator)).long() + 1
+    corners = ((canvas - sides) * torch.rand(total, 2, generator=generator)).long()
+    bitmaps = []
+    for width, height in sides.tolist():
+        y = (torch.arange(height) + 0.5) / height * 2 - 1
+        x = (torch.arange(width) + 0.5) / width * 2 - 1
+        bitmaps.append((y[:, None] ** 2 + x**2 <= 1).to(torch.uint8).flatten())
+    lengths = torch.tensor([0, *[len(bits) for bits in bitmaps]])
+    sizes = torch.tensor([size] * num_images)
+    images = torch.randint(0, 256, (num_images, 3, *size), dtype=torch.uint8, generator=generator)
+    return Batch(
+        images=images.contiguous(memory_format=torch.channels_last),
+        image_sizes=sizes,
+        original_sizes=sizes,
+        image_ids=torch.arange(num_images),
+        weights=torch.ones(num_images),
+        targets=Targets(
+            boxes=torch.cat([corners, corners + sides], dim=1).float(),
+            labels=torch.randint(0, NUM_CLASSES, (total,), generator=generator),
+            is_crowd=torch.zeros(total, dtype=torch.bool),
+            offsets=torch.arange(num_images + 1) * num_objects,
+            masks=Masks(torch.cat(bitmaps), lengths.cumsum(0), corners, sides.flip(1)),
+        ),
+        seed=seed,
+    )
+
+
+def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Give the batch in torchvision's form: float images, dictionaries with full-size bitmaps."""
+    offsets, masks = batch.targets.offsets.tolist(), batch.targets.masks
+    assert masks is not None
+    images, targets = [], []
+    for number, (start, stop) in enumerate(zip(offsets, offsets[1:])):
+        image = batch.images[number]
+        bitmaps = image.new_zeros(stop - start, *image.shape[1:])
+        for row in range(start, stop):
+            (x, y), (height, width) = masks.origins[row].tolist(), masks.sizes[row].tolist()
+            crop = masks.bits[masks.offsets[row] : masks.offsets[row + 1]]
+            bitmaps[row - start, y : y + height, x : x + width] = crop.view(height, width)
+        images.append(image.float() / 255)
+        targets.append(
+            {
+                "boxes": batch.targets.boxes[start:stop],
+                "labels": batch.targets.labels[start:stop] + 1,
+                "masks": bitmaps,
+            }
+        )
+    return images, targets
