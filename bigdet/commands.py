@@ -23,6 +23,8 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """
     try:
         code = main(sys.argv[1:])
+    except SystemExit as end:  # argparse: it has told what is wrong, and its own code for it is 2
+        code = 1 if end.code else 0
     except (ValueError, OSError) as error:
         if os.environ.get("BIGDET_TRACEBACK") == "1":
             raise

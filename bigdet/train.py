@@ -1,6 +1,6 @@
 """Train a detector: all phases of a config, from the data to the final weights.
 
-    deepspeed --num_gpus 8 -m bigdet.train configs/swin_t_direct.yaml
+    deepspeed --num_gpus 8 --module bigdet.train configs/swin_t_direct.yaml
     torchrun --nproc-per-node 8 -m bigdet.train configs/swin_t_direct.yaml seed=1
     python -m bigdet.train configs/quickstart.yaml
 
@@ -12,7 +12,6 @@ a checkpoint written: start it again.
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,6 @@ from bigdet.run_dir import RunDir
 from bigdet.training import optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
-
-logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:

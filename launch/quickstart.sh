@@ -17,7 +17,7 @@ done
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ranks=$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
-deepspeed --num_gpus "$ranks" -m bigdet.train configs/quickstart.yaml
+deepspeed --num_gpus "$ranks" --module bigdet.train configs/quickstart.yaml
 
 python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
 echo
@@ -26,5 +26,5 @@ ls runs/quickstart/pictures/*
 echo
 echo "Your own data (COCO format), then training on it:"
 echo "  python tools/make_shards.py coco --images IMAGES --annotations FILE.json --out data/mine/train"
-echo "  deepspeed --num_gpus $ranks -m bigdet.train configs/swin_t_direct.yaml \\"
+echo "  deepspeed --num_gpus $ranks --module bigdet.train configs/swin_t_direct.yaml \\"
 echo "    data.train.shards=data/mine/train data.val.shards=data/mine/val output=runs/mine"

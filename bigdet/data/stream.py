@@ -76,12 +76,14 @@ class _TrainGroups:
     ) -> Example:
         """Return the example of a sample, or of one drawn in its place when it is damaged."""
         row = int(self.rows[sample])
-        replacement_words = Words("replacement", *self._key, pass_number, row)
+        replacement_words: Words | None = None
         for _ in range(REPLACEMENT_TRIES):
             try:
                 return self._example(row, weight, pass_number)
             except DamagedSampleError as error:
                 damages.append(Damage(row, error.kind, str(error)))
+                if replacement_words is None:
+                    replacement_words = Words("replacement", *self._key, pass_number, row)
                 row = int(self.rows[replacement_words.integer(len(self.rows))])
         raise ShardError(
             f"{self.shards.folder}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "

@@ -11,21 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from bigdet.config.schema import ResizeConfig
+from bigdet.data.masks import Bitmap, rasterize_polygons, sample_rle
 from bigdet.ops.random import Words
 from bigdet.ops.resize import plan_of, resize_image, test_size
 
 CROP_TRIES = 10
 """Crops that are drawn before one is centered on a box."""
-
-_NO_MASK = np.zeros((0, 0), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,23 @@ class View:
         low, high = moved.min(axis=1), moved.max(axis=1)  # a flip exchanges left and right
         return np.concatenate([low, high], axis=1).clip(0, (width, height) * 2).astype(np.float32)
 
+    def stored_points(
+        self, low: NDArray[np.int64], high: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return where the centers of canvas pixels between two corners lie in stored pixels.
+
+        Args:
+            low: x, y of the first pixel.
+            high: x, y of the one past the last.
+
+        Returns:
+            The x of each column and the y of each row.
+        """
+        x, y = np.arange(low[0], high[0]) + 0.5, np.arange(low[1], high[1]) + 0.5
+        if self.is_flipped:
+            x = self.size[1] - x
+        return (x + self.origin[0]) / self.scale[0], (y + self.origin[1]) / self.scale[1]
+
     def move_image(self, image: Tensor) -> Tensor:
         """Return the part of a ``(3, H, W)`` uint8 image that is seen, ``(3, *size)``."""
         # Scaling only what the crop keeps would need crops between stored pixels; at most a
@@ -95,7 +111,7 @@ class Objects:
     labels: NDArray[np.int64]
     is_crowd: NDArray[np.bool_]
     mask_origins: NDArray[np.int64]
-    masks: list[NDArray[np.uint8]] | None
+    masks: list[Bitmap] | None
     num_dropped: int
 
 
@@ -186,10 +202,7 @@ def objects_in_view(
     low, high = _pixel_bounds(boxes, view.size)
     masks = None
     if with_masks:
-        masks = [
-            _mask_crop(annotation, view, (int(x0), int(y0)), (int(y1 - y0), int(x1 - x0)))
-            for annotation, (x0, y0), (x1, y1) in zip(seen, low, high, strict=True)
-        ]
+        masks = _mask_crops(seen, view, low, high)
     return Objects(
         boxes=boxes,
         labels=np.array([annotation["label"] for annotation in seen], dtype=np.int64),
@@ -216,56 +229,37 @@ def _pixel_bounds(
     return low, high
 
 
-def _mask_crop(
-    annotation: dict[str, Any], view: View, origin: tuple[int, int], size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """Return the ``(height, width)`` part of an object's mask that begins at ``origin``."""
-    segmentation = annotation.get("segmentation")
-    if not segmentation or annotation["iscrowd"]:
-        return _NO_MASK
-    if isinstance(segmentation, list):
-        return _rasterize(segmentation, view, origin, size)
-    if isinstance(segmentation, dict) and segmentation.get("size") == [*view.original_size]:
-        return _sample_rle(segmentation, view, origin, size)
-    raise ValueError(
-        f"annotation {annotation['id']}: its segmentation is neither polygons nor RLE of size "
-        f"{[*view.original_size]}"
-    )
-
-
-def _rasterize(
-    polygons: list[list[float]], view: View, origin: tuple[int, int], size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """Return the pixels of a crop that lie in any of the polygons, as pycocotools decides."""
-    outlines = [
-        (view.move_points(np.array(polygon).reshape(-1, 2)) - origin).reshape(-1)
-        for polygon in polygons
-        if len(polygon) >= 6  # fewer than three corners cover nothing; pycocotools sees a box
-    ]
-    if not outlines:
-        return np.zeros(size, dtype=np.uint8)
-    runs = coco_mask.frPyObjects(outlines, *size)
-    mask: NDArray[np.uint8] = coco_mask.decode(coco_mask.merge(runs) if len(runs) > 1 else runs[0])
-    return mask
-
-
-def _sample_rle(
-    segmentation: dict[str, Any], view: View, origin: tuple[int, int], size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """Return for each pixel of a crop what the mask has under the pixel's center.
-
-    A polygon's pixels are decided at their centers as well, so both kinds of masks agree.
-    """
-    if isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, *view.original_size)
-    stored = coco_mask.decode(segmentation)  # (H, W)
-    x = origin[0] + np.arange(size[1]) + 0.5
-    y = origin[1] + np.arange(size[0]) + 0.5
-    if view.is_flipped:
-        x = view.size[1] - x
-    columns = ((x + view.origin[0]) / view.scale[0]).astype(np.int64)
-    rows = ((y + view.origin[1]) / view.scale[1]).astype(np.int64)
-    mask: NDArray[np.uint8] = stored[rows.clip(0, stored.shape[0] - 1)][
-        :, columns.clip(0, stored.shape[1] - 1)
-    ]
-    return mask
+def _mask_crops(
+    annotations: Sequence[dict[str, Any]],
+    view: View,
+    low: NDArray[np.int64],
+    high: NDArray[np.int64],
+) -> list[Bitmap]:
+    """Return each object's mask between two pixels, x, y of its crop; (0, 0) without a mask."""
+    sizes = (high - low)[:, ::-1]
+    masks: list[Bitmap] = []
+    polygons: list[list[float]] = []
+    owners: list[int] = []
+    for i, annotation in enumerate(annotations):
+        segmentation = annotation.get("segmentation")
+        if not segmentation or annotation["iscrowd"]:
+            masks.append(np.zeros((0, 0), dtype=np.uint8))
+        elif isinstance(segmentation, list) and not any(len(part) % 2 for part in segmentation):
+            masks.append(np.zeros(sizes[i], dtype=np.uint8))
+            parts = [part for part in segmentation if len(part) >= 6]  # two corners cover nothing
+            polygons += parts
+            owners += [i] * len(parts)
+        elif isinstance(segmentation, dict) and segmentation.get("size") == [*view.original_size]:
+            masks.append(sample_rle(segmentation, *view.stored_points(low[i], high[i])))
+        else:
+            raise ValueError(
+                f"annotation {annotation['id']} whose segmentation is neither polygons nor RLE of "
+                f"size {[*view.original_size]}"
+            )
+    corners = view.move_points(np.array(list(chain.from_iterable(polygons))).reshape(-1, 2))
+    num_corners = np.array([len(polygon) // 2 for polygon in polygons], dtype=np.int64)
+    corners -= np.repeat(low[owners], num_corners, axis=0)
+    layers = rasterize_polygons(corners, num_corners, sizes[owners])
+    for i, layer in zip(owners, layers, strict=True):
+        masks[i] |= layer  # an object of several parts is all of them
+    return masks

@@ -1,0 +1,100 @@
+"""Segmentations as stored, polygons or RLE, to bitmaps: each object within its own crop.
+
+A pixel belongs to a mask if its center does. All polygons of an image are worked out together, as
+an object at a time costs more in calls than in work.
+
+Letters: L polygons, P corners of all of them, E edges, T crossings of edges with columns of pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+Bitmap = NDArray[np.uint8]
+
+_WORD = 8  # bytes of the words in which rows are added up; crops are that much aligned
+
+
+def rasterize_polygons(
+    corners: NDArray[np.float64], num_corners: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> list[Bitmap]:
+    """Return which pixels of its crop each polygon covers.
+
+    A polygon that meets itself covers what an odd number of its turns goes around. What lies
+    outside the crop is cut off.
+
+    Args:
+        corners: ``(P, 2)`` x, y in pixels from the polygon's crop, polygon after polygon.
+        num_corners: ``(L,)``, at least 1 each.
+        sizes: ``(L, 2)`` height and width of the crops, at least 1.
+
+    Returns:
+        L bitmaps ``(height, width)`` uint8, 0 or 1.
+    """
+    strides = -(-sizes[:, 1] // _WORD) * _WORD
+    num_bytes = (sizes[:, 0] + 1) * strides  # a row below the crop takes what leaves it there
+    starts = np.cumsum(num_bytes) - num_bytes
+    flips = np.zeros(int(num_bytes.sum()), dtype=np.uint8)
+    layer, column, row = _crossings(corners, num_corners, sizes)
+    np.add.at(flips, starts[layer] + row * strides[layer] + column, np.uint8(1))
+    flips &= 1
+    masks: list[Bitmap] = []
+    for (height, width), start, stride in zip(
+        sizes.tolist(), starts.tolist(), strides.tolist(), strict=True
+    ):
+        # Down a column a pixel is inside after an odd number of crossings; 8 columns at a time.
+        rows = flips[start : start + (height + 1) * stride].view(np.uint64).reshape(height + 1, -1)
+        np.bitwise_xor.accumulate(rows, axis=0, out=rows)
+        masks.append(rows.view(np.uint8)[:height, :width])
+    return masks
+
+
+def _crossings(
+    corners: NDArray[np.float64], num_corners: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return where the polygons' edges cross the center lines of columns of pixels.
+
+    Returns:
+        ``(T,)`` each: number of the polygon; column; the first row whose center is not above the
+        crossing, ``0..height``.
+    """
+    layer = np.repeat(np.arange(len(num_corners)), num_corners)  # (E,)
+    following = np.arange(1, len(corners) + 1)
+    ends = np.cumsum(num_corners)
+    following[ends - 1] = ends - num_corners  # the last corner is joined to the first
+    x0, y0 = corners[:, 0], corners[:, 1]
+    x1, y1 = x0[following], y0[following]
+    widths = sizes[layer, 1]
+    low = np.clip(np.ceil(np.minimum(x0, x1) - 0.5), 0, widths).astype(np.int64)
+    high = np.clip(np.ceil(np.maximum(x0, x1) - 0.5), 0, widths).astype(np.int64)
+    counts = high - low
+    edge = np.repeat(np.arange(len(counts)), counts)  # (T,)
+    column = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts - low, counts)
+    slopes = (y1 - y0) / np.where(counts > 0, x1 - x0, 1.0)
+    y = y0[edge] + (column + 0.5 - x0[edge]) * slopes[edge]
+    layer = layer[edge]
+    row = np.clip(np.ceil(y - 0.5), 0, sizes[layer, 0]).astype(np.int64)
+    return layer, column, row
+
+
+def sample_rle(
+    segmentation: dict[str, Any], x: NDArray[np.float64], y: NDArray[np.float64]
+) -> Bitmap:
+    """Return what a run-length encoded mask has at a grid of points.
+
+    Args:
+        segmentation: COCO's RLE, compressed or not.
+        x: ``(width,)`` of the points, in pixels of the stored mask.
+        y: ``(height,)`` of the points.
+    """
+    if isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+    stored: Bitmap = coco_mask.decode(segmentation)  # (H, W)
+    rows = y.astype(np.int64).clip(0, stored.shape[0] - 1)
+    columns = x.astype(np.int64).clip(0, stored.shape[1] - 1)
+    sampled: Bitmap = stored[rows][:, columns]
+    return sampled

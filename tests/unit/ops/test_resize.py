@@ -1,0 +1,77 @@
+"""Sizes as torchvision has them, pixels as Pillow has them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bigdet.ops import resize
+
+
+@pytest.mark.parametrize(
+    ("original", "expected"),
+    [
+        ((480, 640), (800, 1066)),  # RECIPES.md E.3
+        ((427, 640), (800, 1199)),
+        ((640, 1280), (666, 1333)),  # 640 * 1333 / 1280 = 666.5
+        ((1280, 640), (1333, 666)),
+        ((800, 800), (800, 800)),
+        ((1, 4000), (1, 1333)),  # 1333 / 4000 of a pixel is still one pixel
+    ],
+)
+def test_short_side_800_and_long_side_at_most_1333(original, expected):
+    assert resize.test_size(*original, 800, 1333) == expected
+
+
+def test_the_short_side_is_never_a_pixel_off():
+    # In float arithmetic short * (800 / short) is below 800 for some, and rounds down to 799.
+    assert any(int(short * (800 / short)) == 799 for short in range(160, 2000))
+    assert all(resize.test_size(short, 2000, 800, 10_000)[0] == 800 for short in range(160, 2000))
+
+
+def test_direct_brings_the_long_side_to_the_size():
+    plan = resize.plan_of("direct", 448, None)
+    assert plan == (448, 448)
+    assert resize.test_size(480, 640, *plan) == (336, 448)
+    assert resize.test_size(640, 480, *plan) == (448, 336)
+
+
+def test_the_cap_is_in_proportion_unless_given():
+    assert resize.plan_of("short_side", 800, None) == (800, 1333)
+    assert resize.plan_of("short_side", 400, None) == (400, 666)  # 666.5, to the even number
+    assert resize.plan_of("short_side", 600, 1000) == (600, 1000)
+
+
+@pytest.mark.parametrize("size", [(30, 40), (100, 77), (33, 150), (61, 90)])
+def test_resized_pixels_equal_pillow_to_one_grey_level(size):
+    pixels = torch.randint(0, 256, (61, 90, 3), generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(torch.uint8)
+    found = resize.resize_image(pixels.permute(2, 0, 1), size)
+    picture = Image.fromarray(pixels.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    assert found.shape == (3, *size)
+    assert found.dtype == torch.uint8
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("is_channels_last", [True, False])
+def test_the_result_is_in_channels_last_memory(is_channels_last):
+    image = torch.zeros((3, 10, 20), dtype=torch.uint8)
+    if is_channels_last:
+        image = torch.zeros((10, 20, 3), dtype=torch.uint8).permute(2, 0, 1)
+    assert resize.resize_image(image, (5, 8)).stride() == (1, 8 * 3, 3)
+
+
+def test_a_crop_of_an_image_can_be_resized():
+    image = torch.arange(48, dtype=torch.uint8).reshape(4, 4, 3).permute(2, 0, 1)
+    crop = image[:, 1:3, 1:3]
+    torch.testing.assert_close(
+        resize.resize_image(crop, (6, 6)), resize.resize_image(crop.clone(), (6, 6))
+    )
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    image = torch.zeros((3, 10, 20), dtype=torch.uint8)
+    assert resize.resize_image(image, (10, 20)) is image
