@@ -24,6 +24,7 @@ from bigdet.data.shards import ShardSet
 from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.base import EngineState
+from bigdet.engine.checkpoint import Checkpoint
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 from bigdet.log import setup_logging
 from bigdet.run_dir import RunDir
@@ -52,14 +53,28 @@ def main(arguments: Sequence[str]) -> int:
     run = Run(config, run_dir, train_set, val_set, metrics, state)
     run.log_start(folder)
 
-    names = list(config.phases)
-    for name in names[names.index(state.phase) :]:
-        if name != state.phase:
-            state.begin(name)
+    try:
+        return run_phases(run, saved)
+    finally:
+        if metrics is not None:
+            metrics.close()
+
+
+def run_phases(run: Run, saved: Checkpoint | None) -> int:
+    """Run the current phase and those after it, and return the exit code.
+
+    Args:
+        run: at the phase ``run.state.phase``.
+        saved: the checkpoint to go on from; None for a fresh start.
+    """
+    names = list(run.config.phases)
+    for name in names[names.index(run.state.phase) :]:
+        if name != run.state.phase:
+            run.state.begin(name)
         if not run_phase(run, saved.engine if saved is not None else None):
             return STOPPED
         saved = None
-    saving.write_final_weights(config, run_dir)
+    saving.write_final_weights(run.config, run.run_dir)
     return 0
 
 

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import resource
 import statistics
 import sys
@@ -146,7 +147,8 @@ class Taker:
         self.optimizer.zero_grad()
         clock.append(self._now())
         self.peaks.append(self._peak_memory() - before)
-        self.times.append(dict(zip(PARTS, [b - a for a, b in zip(clock, clock[1:])])))
+        spans = [end - start for start, end in itertools.pairwise(clock)]
+        self.times.append(dict(zip(PARTS, spans, strict=True)))
         self.mask_regions += count
         if hook is not None:
             hook.remove()
@@ -285,7 +287,7 @@ def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]
     offsets, masks = batch.targets.offsets.tolist(), batch.targets.masks
     assert masks is not None
     images, targets = [], []
-    for number, (start, stop) in enumerate(zip(offsets, offsets[1:])):
+    for number, (start, stop) in enumerate(itertools.pairwise(offsets)):
         image = batch.images[number]
         bitmaps = image.new_zeros(stop - start, *image.shape[1:])
         for row in range(start, stop):

@@ -81,6 +81,8 @@ def load(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint()
     with distributed.together():
         if distributed.is_main():
+            if not folder.exists() and _replaced(folder).exists():
+                _replaced(folder).rename(folder)  # the process died while it was replaced
             try:
                 run, _ = check(folder)
             except ValueError as error:
@@ -179,14 +181,18 @@ def _write(folder: Path, state: EngineState, metadata: dict[str, str], run: dict
     except BaseException:
         _delete(partial)  # on a full disk its bytes are missed
         raise
-    replaced = checkpoints / f"{PARTIAL}replaced-{folder.name}"
     if folder.exists():
-        _delete(replaced)
-        folder.rename(replaced)  # a folder cannot be renamed over another one
+        _delete(_replaced(folder))
+        folder.rename(_replaced(folder))  # a folder cannot be renamed over another one
     partial.rename(folder)
     _sync(checkpoints)
     _write_name(checkpoints / "latest", folder.name)
-    _delete(replaced)
+    _delete(_replaced(folder))
+
+
+def _replaced(folder: Path) -> Path:
+    """Where a checkpoint lies while one of the same name takes its place."""
+    return folder.with_name(f"{PARTIAL}replaced-{folder.name}")
 
 
 def _read_engine_state(folder: Path) -> EngineState:

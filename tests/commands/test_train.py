@@ -1,18 +1,23 @@
 """The training command on a tiny set: whole, killed, stopped, resumed, misused."""
 
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from bigdet import train
 from bigdet.data.shards import ShardSet
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +33,13 @@ TINY = [
 ]  # fmt: skip
 
 
+def arguments(output: Path, shards: Path, *more: str) -> list[str]:
+    """The words of a command line for a tiny run."""
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    data = [f"data.train.shards={shards}/train", f"data.val.shards={shards}/val"]
+    return [config, *TINY, *data, f"output={output}", *more]
+
+
 class Command:
     """One run of the training command in processes of its own."""
 
@@ -39,8 +51,7 @@ class Command:
             port = 20000 + os.getpid() % 20000
             launcher = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)]
             launcher += ["--module", "bigdet.train"]
-        data = [f"data.train.shards={shards}/train", f"data.val.shards={shards}/val"]
-        command = [*launcher, "configs/quickstart.yaml", *TINY, *data, f"output={output}", *more]
+        command = [*launcher, *arguments(output, shards, *more)]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -95,6 +106,24 @@ def assert_same_run(output: Path, expected: Path) -> None:
     assert own.keys() == other.keys()
     different = [name for name in own if not torch.equal(own[name], other[name])]
     assert not different, different
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets the command run in this process, and leaves no trace of it."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    loggers = logging.getLogger("bigdet").handlers[:]
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for handler in set(logging.getLogger("bigdet").handlers) - set(loggers):
+        handler.close()
+    logging.getLogger("bigdet").handlers[:] = loggers
+    logging.getLogger("bigdet").propagate = True
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +241,6 @@ def test_a_stop_request_ends_with_75_and_a_checkpoint(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ([], ["output", "finished run", "model.safetensors"]),
         (["resume=never"], ["resume", "has checkpoints"]),
         (["resume=nowhere"], ["resume", "nowhere", "not a checkpoint"]),
         (["output=OTHER", "resume=CHECKPOINT", "seed=3"], ["seed (was 0, now 3)", "data.workers"]),
@@ -225,23 +253,29 @@ def test_a_stop_request_ends_with_75_and_a_checkpoint(
         (["phases.pretrian.steps=1"], ["phases.pretrian", "did you mean 'pretrain'"]),
     ],
 )
-def test_mistakes_end_in_one_message_and_lose_nothing(
-    whole: Path, tmp_path: Path, shapes_shards: Path, more: list[str], words: list[str]
-):
+def test_mistakes_are_told_and_lose_nothing(
+    whole: Path, tmp_path: Path, shapes_shards: Path, in_process: None,
+    more: list[str], words: list[str],
+):  # fmt: skip
     before = sorted(path.relative_to(whole) for path in whole.rglob("*"))
     checkpoint = whole / "checkpoints/finetune-2"
     more = [
         word.replace("OTHER", str(tmp_path / "o")).replace("CHECKPOINT", str(checkpoint))
         for word in more
     ]
-    code, printed = Command(whole, shapes_shards, *more).finish()
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        train.main(arguments(whole, shapes_shards, *more))
+    for word in words:
+        assert word in str(caught.value)
+    assert sorted(path.relative_to(whole) for path in whole.rglob("*")) == before
+
+
+def test_a_mistake_is_one_message_without_traceback(whole: Path, shapes_shards: Path):
+    code, printed = Command(whole, shapes_shards).finish()
     assert code == 1
     assert "Traceback" not in printed
-    messages = [line for line in printed.splitlines() if "error:" in line]
-    assert len(messages) == 1, printed
-    for word in words:
-        assert word in messages[0]
-    assert sorted(path.relative_to(whole) for path in whole.rglob("*")) == before
+    assert len([line for line in printed.splitlines() if line.startswith("error: ")]) == 1
+    assert "finished run" in printed
 
 
 def test_a_damaged_validation_image_is_an_error_that_names_it(tmp_path: Path, shapes_shards: Path):

@@ -29,11 +29,11 @@ NUM_IMAGES = {"train": 1200, "val": 200}
 MIN_SIZE = 48  # pixels of the long side
 MAX_OBJECTS = 5
 EMPTY_IMAGES = 0.02  # part of the images that show nothing but background
-OBJECT_SIZE = (0.18, 0.6)  # diameter of an object, in long sides of the image
-MAX_NEWLY_HIDDEN = 0.6  # part of an object that the next one on top may hide
-MIN_VISIBLE = 0.25  # objects of which less is to be seen are not annotated
-MIN_PIXELS = 40  # nor are those with less pixels to be seen
-MIN_CONTRAST = 140  # between an object and the mean of what is behind it, summed over RGB
+OBJECT_SIZE = (0.2, 0.6)  # diameter of an object, in long sides of the image
+MAX_NEWLY_HIDDEN = 0.35  # part of an object that the next one on top may hide
+MIN_VISIBLE = 0.4  # objects of which less is to be seen are not annotated
+MIN_PIXELS = 60  # nor are those with less pixels to be seen
+MIN_CONTRAST = 180  # between an object and the mean of what is behind it, summed over RGB
 JPEG_QUALITY = 92
 SUPERSAMPLING = 4
 
@@ -186,12 +186,12 @@ def _place(draws: Words, visible: list[Mask], height: int, width: int, size: int
     for _ in range(10):
         label = draws.integer(len(CLASSES))
         low, high = OBJECT_SIZE
-        # Evenly over the logarithm: as many from 23 to 40 pixels as from 40 to 70.
+        # Evenly over the logarithm: as many from 26 to 45 pixels as from 45 to 77.
         diameter = size * low * (high / low) ** draws.uniform(0, 1)
         center = np.array(
             [
-                draws.uniform(0.35 * diameter, width - 0.35 * diameter),
-                draws.uniform(0.35 * diameter, height - 0.35 * diameter),
+                draws.uniform(0.4 * diameter, width - 0.4 * diameter),
+                draws.uniform(0.4 * diameter, height - 0.4 * diameter),
             ]
         )
         corners = _unit_outline(label) * diameter / 2

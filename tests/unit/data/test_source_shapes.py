@@ -50,11 +50,11 @@ def test_an_object_in_full_view_is_a_polygon() -> None:
 def test_box_and_mask_of_a_hidden_object_are_those_of_its_visible_part() -> None:
     shape = square()
     visible = shape.mask.copy()
-    visible[:, :9] = 0  # the left half is hidden: columns 9 to 13 are left
+    visible[:, :7] = 0  # the left part is hidden: columns 7 to 13 are left
     annotation = annotate(shape, visible)
     assert annotation is not None
-    assert annotation["bbox"] == [9, 2, 5, 10]
-    assert annotation["area"] == 50
+    assert annotation["bbox"] == [7, 2, 7, 10]
+    assert annotation["area"] == 70
     assert (coco_mask.decode(annotation["segmentation"]) == visible).all()
 
 
@@ -67,12 +67,12 @@ def test_an_object_that_is_mostly_hidden_is_not_annotated(last_visible_row: int)
 
 
 def test_an_object_that_leaves_the_image_is_described_inside_of_it() -> None:
-    outline = square().outline - [9.0, 0.0]  # x from -5 to 5
+    outline = square().outline - [7.0, 0.0]  # x from -3 to 7
     mask = np.zeros((20, 30), dtype=np.uint8)
-    mask[2:12, :5] = 1
+    mask[2:12, :7] = 1
     annotation = annotate(Shape(1, outline, mask), mask)
     assert annotation is not None
-    assert annotation["bbox"] == [0, 2, 5, 10]
+    assert annotation["bbox"] == [0, 2, 7, 10]
     assert isinstance(annotation["segmentation"], dict)
 
 

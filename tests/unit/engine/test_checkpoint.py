@@ -119,46 +119,46 @@ def test_full_disk_is_one_error_and_earlier_checkpoints_stay(tmp_path: Path) -> 
     assert checkpoint.load(first).run["step"] == 1
 
 
+@pytest.mark.parametrize("name", ["train-2", "train-1"])
 def test_death_at_any_point_of_a_save_leaves_a_usable_latest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    # A kill is simulated before each rename, sync and deletion in turn: nothing after it happens.
-    calls = {"left": 0}
+    # train-1 is there; then train-2 is written, or train-1 again. A kill is simulated before each
+    # rename, sync and deletion in turn: nothing after it happens.
+    left = 0
 
     def deadly(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            calls["left"] -= 1
-            if calls["left"] < 0:
+            nonlocal left
+            left -= 1
+            if left < 0:
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
 
         return call
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sync", deadly(checkpoint._sync))
-        patch.setattr(checkpoint, "_delete", deadly(checkpoint._delete))
-        patch.setattr(Path, "rename", deadly(Path.rename))
-        patch.setattr(Path, "replace", deadly(Path.replace))
-        num_deaths = 0
-        while True:
-            folder = tmp_path / str(num_deaths)
-            calls["left"] = 1000
-            save(folder, "train", 1)
-            calls["left"] = num_deaths
-            try:
-                save(folder, "train", 2)
-            except KeyboardInterrupt:
-                calls["left"] = 1000
-                latest = (folder / "latest").read_text().strip()
-                assert latest in ("train-1", "train-2")
-                assert checkpoint.load(folder / latest).run["step"] == int(latest[-1])
-                save(folder, "train", 2)  # the run, started again
-                assert checkpoint.load(folder / "train-2").run["step"] == 2
-                checkpoint.clean(folder, keep=2, protected=[])
-                assert names(folder) == ["latest", "train-1", "train-2"]
-                num_deaths += 1
-            else:
-                break
+    monkeypatch.setattr(checkpoint, "_sync", deadly(checkpoint._sync))
+    monkeypatch.setattr(checkpoint, "_delete", deadly(checkpoint._delete))
+    monkeypatch.setattr(Path, "rename", deadly(Path.rename))
+    monkeypatch.setattr(Path, "replace", deadly(Path.replace))
+    num_deaths, is_dead = 0, True
+    while is_dead:
+        folder = tmp_path / str(num_deaths)
+        left = 1000
+        save(folder, "train", 1)
+        left = num_deaths
+        try:
+            checkpoint.save(folder / name, make_state(2), {}, {"step": 2})
+            is_dead = False
+        except KeyboardInterrupt:
+            num_deaths += 1
+        left = 1000
+        latest = (folder / "latest").read_text().strip()
+        assert checkpoint.load(folder / latest).run["step"] in (1, 2)
+        checkpoint.save(folder / name, make_state(2), {}, {"step": 2})  # the run, started again
+        assert checkpoint.load(folder / name).run["step"] == 2
+        checkpoint.clean(folder, keep=2, protected=[])
+        assert names(folder) == sorted({"latest", "train-1", name})
     assert num_deaths > 8
 
 

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import torch
+
+from bigdet.models.anchors import cell_anchors, grid_anchors
+
+CPU = torch.device("cpu")
+
+
+def test_anchors_of_a_point_keep_the_area_and_have_the_ratio_of_height_to_width() -> None:
+    # RECIPES.md, E.3: side 32, ratios 1/4, 1, 4.
+    expected = [[-32.0, -8.0, 32.0, 8.0], [-16.0, -16.0, 16.0, 16.0], [-8.0, -32.0, 8.0, 32.0]]
+    assert cell_anchors(32, [0.25, 1.0, 4.0], rounded=False).tolist() == expected
+
+
+def test_rounded_anchors_are_torchvisions() -> None:
+    # RECIPES.md, E.3: 32 / sqrt(1/2) / 2 = 22.6 and 11.3.
+    expected = [[-23.0, -11.0, 23.0, 11.0], [-16.0, -16.0, 16.0, 16.0], [-11.0, -23.0, 11.0, 23.0]]
+    assert cell_anchors(32, [0.5, 1.0, 2.0], rounded=True).tolist() == expected
+
+
+def test_the_grid_starts_at_the_origin_and_goes_along_rows() -> None:
+    cell = torch.tensor([[-1.0, -1.0, 1.0, 1.0], [-2.0, -1.0, 2.0, 1.0]])
+    anchors = grid_anchors([(2, 2)], [(8, 4)], [cell], CPU, torch.float32)
+    expected = [
+        [-1.0, -1.0, 1.0, 1.0],
+        [-2.0, -1.0, 2.0, 1.0],
+        [3.0, -1.0, 5.0, 1.0],  # 4 to the right
+        [2.0, -1.0, 6.0, 1.0],
+        [-1.0, 7.0, 1.0, 9.0],  # 8 down
+        [-2.0, 7.0, 2.0, 9.0],
+        [3.0, 7.0, 5.0, 9.0],
+        [2.0, 7.0, 6.0, 9.0],
+    ]
+    assert anchors.tolist() == expected
+
+
+def test_anchors_of_an_800_by_1344_canvas_are_as_many_as_published() -> None:
+    # RECIPES.md, E.2.
+    strides = [4, 8, 16, 32, 64]
+    sizes = [(-(-800 // s), -(-1344 // s)) for s in strides]
+    cells = [cell_anchors(8 * s, [0.5, 1.0, 2.0], rounded=False) for s in strides]
+    anchors = grid_anchors(sizes, [(s, s) for s in strides], cells, CPU, torch.float32)
+    assert anchors.shape == (268_569, 4)

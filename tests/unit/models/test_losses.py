@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bigdet.models.losses import (
+    at_least_fp32,
+    binary_losses,
+    class_losses,
+    delta_losses,
+    masked_mean,
+)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1 / 9, 0.5, 1.0])
+def test_delta_losses_are_square_below_beta_and_linear_above(beta: float) -> None:
+    # RECIPES.md, E.3: 1, 2, 3 against 1.1, 2, 4.5: .5 x .1^2 / beta, 0, 1.5 - .5 beta.
+    deltas = torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64)
+    targets = torch.tensor([[1.1, 2.0, 4.5, 0.0]], dtype=torch.float64)
+    square = 0.5 * 0.1**2 / beta if beta else 0.1
+    expected = torch.tensor([square + 1.5 - 0.5 * beta], dtype=torch.float64)
+    losses = delta_losses(deltas, targets, torch.tensor([True]), beta)
+    torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_targets_that_are_no_numbers_spoil_nothing_where_the_mask_is_not_set(beta: float) -> None:
+    deltas = torch.ones(2, 4, requires_grad=True)
+    targets = torch.tensor([[0.0] * 4, [math.nan, math.inf, -math.inf, math.nan]])
+    mask = torch.tensor([True, False])
+    masked_mean(delta_losses(deltas, targets, mask, beta), mask, 1).backward()
+    assert deltas.grad is not None
+    assert deltas.grad.tolist() == [[1.0] * 4, [0.0] * 4]
+
+
+def test_masked_mean_divides_by_the_count_it_is_given() -> None:
+    values, mask = torch.tensor([1.0, 5.0, 100.0]), torch.tensor([True, True, False])
+    assert masked_mean(values, mask, 4).item() == 1.5
+    assert masked_mean(values, mask, torch.tensor(2)).item() == 3.0
+
+
+def test_masked_mean_of_nothing_is_zero_with_zero_gradients() -> None:
+    values = torch.tensor([1.0, math.nan], requires_grad=True)
+    mean = masked_mean(values, torch.tensor([False, False]), torch.tensor(0))
+    mean.backward()
+    assert mean.item() == 0
+    assert values.grad is not None
+    assert values.grad.tolist() == [0.0, 0.0]
+
+
+def test_binary_losses_of_a_zero_logit_are_log_two() -> None:
+    losses = binary_losses(torch.zeros(2), torch.tensor([True, False]))
+    torch.testing.assert_close(losses, torch.full((2,), math.log(2)))
+
+
+def test_class_losses_of_equal_logits_are_the_log_of_the_classes() -> None:
+    losses = class_losses(torch.zeros(3, 5), torch.tensor([0, 2, 4]))
+    torch.testing.assert_close(losses, torch.full((3,), math.log(5)))
+
+
+def test_losses_of_bfloat16_predictions_are_single_precision() -> None:
+    logits = torch.zeros(2, 4, dtype=torch.bfloat16)
+    assert at_least_fp32(logits).dtype == torch.float32
+    assert at_least_fp32(logits.double()).dtype == torch.float64
+    mask = torch.tensor([True, True])
+    assert delta_losses(logits, torch.zeros(2, 4), mask, 0.0).dtype == torch.float32
+    assert class_losses(logits, torch.tensor([0, 1])).dtype == torch.float32
+    assert binary_losses(logits, logits).dtype == torch.float32
