@@ -8,6 +8,7 @@ Letters: B images of the group, M objects of all of them, H and W the canvas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -130,6 +131,18 @@ def _lay_on_canvas(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     for place, image in zip(canvas, images, strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
     return canvas
+
+
+def group_bytes(num_images: int, plan: tuple[int, int], *, with_masks: bool) -> int:
+    """Return how many bytes a packed group usually takes at most.
+
+    Args:
+        num_images: of the group.
+        plan: short side and longest long side, pixels.
+        with_masks: masks travel too; overlapping ones may take more than is reckoned here.
+    """
+    area = math.prod(canvas_size([plan]))
+    return num_images * ((4 if with_masks else 3) * area + 65_536)
 
 
 def num_dropped(packed: PackedGroup) -> int:

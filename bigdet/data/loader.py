@@ -1,14 +1,15 @@
 """Loader processes: read groups ahead of the training process, in order, and die with it.
 
-What the processes read is the caller's function; this file knows of processes, signals and errors.
-Start method is fork, by choice: a start takes milliseconds and the index stays shared, where spawn
-and forkserver would import the whole command again in each process, seconds each. It is safe here,
-as the children run one thread, never touch CUDA or the process group, and call nothing that a
-thread of the parent may hold a lock of.
+What the processes read is the caller's function; this file knows of processes, signals, errors and
+shared memory. Start method is fork, by choice: a start takes milliseconds and the index stays
+shared, where spawn and forkserver would import the whole command again in each process, seconds
+each. It is safe here, as the children run one thread, never touch CUDA or the process group, and
+call nothing that a thread of the parent may hold a lock of.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import warnings
@@ -17,34 +18,39 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bigdet.data.collate import PackedGroup
 from bigdet.data.shards import ShardError
+from bigdet.data.slots import Slots, Stored
 
 Key = TypeVar("Key")
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 """What asks a run to stop; launchers send it to loader processes too, which must go on."""
 
-PREFETCHED_GROUPS = 2  # per process, beside the one in work
+PREFETCHED_GROUPS = 2  # per process: begun or ready, not yet asked for
 STOP_SECONDS = 10  # what a process gets to finish its group before it is killed
 
 
 class _Reads(Dataset[Any], Generic[Key]):
-    """A function as torch's DataLoader wants it; a ``ShardError`` is handed over, not raised.
+    """A function as torch's DataLoader wants it, which hands over through shared memory.
 
-    Raised in a loader process it would come out wrapped in two tracebacks.
+    A ``ShardError`` is handed over, not raised: raised in a loader process it would come out
+    wrapped in two tracebacks.
     """
 
-    def __init__(self, read: Callable[[Key], PackedGroup]) -> None:
+    def __init__(self, read: Callable[[Key], PackedGroup], slots: Slots | None) -> None:
         self._read = read
+        self._slots = slots
 
-    def __getitem__(self, key: Key) -> PackedGroup | ShardError:
+    def __getitem__(self, key: Key) -> PackedGroup | Stored | ShardError:
         try:
-            return self._read(key)
+            group = self._read(key)
         except ShardError as error:
             return error
+        worker = get_worker_info()
+        return group if self._slots is None else self._slots.store(group, worker.id)
 
 
 class Loader(Generic[Key]):
@@ -54,18 +60,26 @@ class Loader(Generic[Key]):
         read: makes a group; a function of the key and of nothing that changes.
         keys: may be endless.
         workers: processes; 0 reads in this one, when asked.
+        group_bytes: what a group usually takes at most; a larger one travels more slowly.
     """
 
     def __init__(
-        self, read: Callable[[Key], PackedGroup], keys: Iterable[Key], workers: int
+        self,
+        read: Callable[[Key], PackedGroup],
+        keys: Iterable[Key],
+        *,
+        workers: int,
+        group_bytes: int,
     ) -> None:
+        # One more than are read ahead: the one that is being copied out.
+        per_worker = PREFETCHED_GROUPS + 1
+        self._slots = Slots(workers, per_worker, group_bytes) if workers else None
         loader: DataLoader[Any] = DataLoader(
-            _Reads(read),
+            _Reads(read, self._slots),
             sampler=keys,
             batch_size=None,  # a key is a whole group
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCHED_GROUPS if workers else None,
             worker_init_fn=_begin_worker,
             multiprocessing_context="fork" if workers else None,
@@ -87,6 +101,9 @@ class Loader(Generic[Key]):
         if isinstance(item, ShardError):
             self.close()
             raise item
+        if isinstance(item, Stored):
+            assert self._slots is not None
+            return self._slots.take(item)
         assert isinstance(item, PackedGroup)
         return item
 
@@ -112,6 +129,7 @@ def _begin_worker(_: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    gc.freeze()  # never look through what the parent left, hundreds of thousands of objects
 
 
 def _stop(items: list[Iterator[Any]], processes: set[Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.schema import DataConfig, PhaseConfig, ResizeConfig
-from bigdet.data.collate import Example, PackedGroup, num_dropped, pack, unpack
+from bigdet.data.collate import Example, PackedGroup, group_bytes, num_dropped, pack, unpack
 from bigdet.data.loader import Loader
 from bigdet.data.order import Order, evaluation_groups, lanes_of_rank
 from bigdet.data.samples import (
@@ -29,6 +29,7 @@ from bigdet.data.samples import (
 from bigdet.data.shards import ShardError, ShardSet
 from bigdet.data.transforms import draw_view, no_objects, objects_in_view, whole_view
 from bigdet.ops.random import Words, seed_of
+from bigdet.ops.resize import plan_of
 from bigdet.structures import Batch
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,8 @@ class TrainStream:
         self._damages: dict[int, Damage] = {}
         self._max_damaged = max_damaged
         self._workers = workers
+        plan = plan_of(resize.kind, resize.size, resize.cap)
+        self._group_bytes = group_bytes(images_per_gpu, plan, with_masks=with_masks)
         self._first_step = first_step
         self._loader: Loader[tuple[int, int]] | None = None
         self._state = {
@@ -188,7 +191,12 @@ class TrainStream:
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's lanes of step ``first_step + 1``, in order, then of the next, ..."""
         self.close()
-        self._loader = Loader(self._groups.read, _Keys(self._first_step, self.lanes), self._workers)
+        self._loader = Loader(
+            self._groups.read,
+            _Keys(self._first_step, self.lanes),
+            workers=self._workers,
+            group_bytes=self._group_bytes,
+        )
         for packed in self._loader:
             self._note(packed)
             yield unpack(packed)
@@ -337,7 +345,12 @@ class EvalStream:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Batch]:
-        loader = Loader(self._read, range(len(self)), self._workers)
+        loader = Loader(
+            self._read,
+            range(len(self)),
+            workers=self._workers,
+            group_bytes=group_bytes(self._rows.shape[1], self._size_cap, with_masks=False),
+        )
         try:
             for packed in loader:
                 yield unpack(packed)
