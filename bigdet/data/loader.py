@@ -50,7 +50,9 @@ class _Reads(Dataset[Any], Generic[Key]):
         except ShardError as error:
             return error
         worker = get_worker_info()
-        return group if self._slots is None else self._slots.store(group, worker.id)
+        if self._slots is None or worker is None:
+            return group
+        return self._slots.store(group, worker.id)
 
 
 class Loader(Generic[Key]):

@@ -62,22 +62,26 @@ def _crossings(
         ``(T,)`` each: number of the polygon; column; the first row whose center is not above the
         crossing, ``0..height``.
     """
-    layer = np.repeat(np.arange(len(num_corners)), num_corners)  # (E,)
+    layer = np.repeat(np.arange(len(num_corners)), num_corners)  # (P,)
     following = np.arange(1, len(corners) + 1)
     ends = np.cumsum(num_corners)
     following[ends - 1] = ends - num_corners  # the last corner is joined to the first
-    x0, y0 = corners[:, 0], corners[:, 1]
-    x1, y1 = x0[following], y0[following]
-    widths = sizes[layer, 1]
-    low = np.clip(np.ceil(np.minimum(x0, x1) - 0.5), 0, widths).astype(np.int64)
-    high = np.clip(np.ceil(np.maximum(x0, x1) - 0.5), 0, widths).astype(np.int64)
-    counts = high - low
-    edge = np.repeat(np.arange(len(counts)), counts)  # (T,)
-    column = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts - low, counts)
-    slopes = (y1 - y0) / np.where(counts > 0, x1 - x0, 1.0)
-    y = y0[edge] + (column + 0.5 - x0[edge]) * slopes[edge]
+    # The first column whose center is not left of the corner, cut off at the sides of the crop.
+    first = np.ceil(corners[:, 0] - 0.5).astype(np.int64).clip(0, sizes[layer, 1])
+    steps = first[following] - first
+    edges = np.flatnonzero(steps)  # (E,): most edges of a fine outline cross no center line
+    start, end, layer = corners[edges], corners[following[edges]], layer[edges]
+    counts = np.abs(steps[edges])
+    low = np.minimum(first[edges], first[following[edges]])
+    slopes = (end[:, 1] - start[:, 1]) / (end[:, 0] - start[:, 0])
+    heights = (
+        start[:, 1] + (0.5 - start[:, 0]) * slopes
+    )  # where an edge crosses the center of column 0
+    edge = np.repeat(np.arange(len(edges)), counts)  # (T,)
+    column = np.arange(len(edge)) + (low - np.cumsum(counts) + counts)[edge]
     layer = layer[edge]
-    row = np.clip(np.ceil(y - 0.5), 0, sizes[layer, 0]).astype(np.int64)
+    y = heights[edge] + column * slopes[edge]
+    row = np.ceil(y - 0.5).clip(0, sizes[layer, 0]).astype(np.int64)
     return layer, column, row
 
 

@@ -83,7 +83,8 @@ class Slots:
             for place in self._places(stored.slot, stored.layouts)
         ]
         assert self._stamp(stored.slot).item() == stored.stamp, "a slot was written too early"
-        return PackedGroup(*tensors, stored.notes)
+        images, floats, integers, byte_tensor = tensors
+        return PackedGroup(images, floats, integers, byte_tensor, stored.notes)
 
     def _stamp(self, slot: int) -> Tensor:
         start = slot * self._slot_bytes

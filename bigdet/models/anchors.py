@@ -1,6 +1,6 @@
 """Anchors: boxes of fixed shapes, centered on the grid of every pyramid level.
 
-Letters: A anchors over all levels, R aspect ratios.
+Letters: A anchors over all levels, L levels, R aspect ratios.
 """
 
 from __future__ import annotations
@@ -32,31 +32,27 @@ def cell_anchors(size: float, ratios: Sequence[float], rounded: bool) -> Tensor:
 def grid_anchors(
     feature_sizes: Sequence[tuple[int, int]],
     strides: Sequence[tuple[int, int]],
-    cells: Sequence[Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
+    cells: Tensor,
 ) -> Tensor:
     """Repeat each level's anchors at every point of its grid; the first point is the origin.
 
     Args:
         feature_sizes: height, width of each level.
         strides: distance of grid points down and across, pixels, for each level.
-        cells: ``(R, 4)`` anchors of one point, for each level.
-        device: where the anchors go.
-        dtype: type of the anchors.
+        cells: ``(L, R, 4)`` anchors of one point, for each level.
 
     Returns:
-        ``(A, 4)``: level after level, row after row, all shapes of a point together.
+        ``(A, 4)``: level after level, row after row, all shapes of a point together; on the device
+        and in the type of ``cells``.
     """
     levels = []
     for (height, width), (stride_y, stride_x), cell in zip(
         feature_sizes, strides, cells, strict=True
     ):
-        ys = torch.arange(height, device=device, dtype=dtype) * stride_y
-        xs = torch.arange(width, device=device, dtype=dtype) * stride_x
+        ys = torch.arange(height, device=cells.device, dtype=cells.dtype) * stride_y
+        xs = torch.arange(width, device=cells.device, dtype=cells.dtype) * stride_x
         points = torch.stack(
             [xs.expand(height, width), ys[:, None].expand(height, width)], dim=-1
         ).repeat(1, 1, 2)  # (height, width, 4) x, y, x, y
-        moved = cell.to(device=device, dtype=dtype)
-        levels.append((points[:, :, None] + moved).view(-1, 4))
+        levels.append((points[:, :, None] + cell).view(-1, 4))
     return torch.cat(levels)

@@ -13,9 +13,8 @@ from bigdet.models.backbones import Backbone
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
 from bigdet.models.heads.box import BoxHead, FlatDetections
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
-from bigdet.models.heads.mask import MaskHead, own_class, pad_to_bucket, select_positives
+from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
 from bigdet.models.heads.rpn import Proposals, RegionProposals
-from bigdet.models.losses import at_least_fp32
 from bigdet.models.necks.fpn import FPN
 from bigdet.models.norms import collect_statistics
 from bigdet.ops.boxes import scale_boxes
@@ -116,7 +115,8 @@ class Detector(nn.Module):
                 )
             positives = select_positives(regions, masks, self.mask_head.num_classes)
             pooled = self._pool(table, positives.boxes, positives.images, MASK_POOLED_SIZE)
-            losses |= self.mask_head.losses(self.mask_head(pooled), positives, masks)
+            mask_logits = self.mask_head(pooled, positives.labels)
+            losses |= self.mask_head.losses(mask_logits, positives, masks)
         return losses
 
     @torch.no_grad()
@@ -153,8 +153,9 @@ class Detector(nn.Module):
         more = pad_to_bucket(num_found) - num_found
         boxes = torch.nn.functional.pad(found.boxes, (0, 0, 0, more))
         images = torch.nn.functional.pad(found.images, (0, more))
-        logits = mask_head(self._pool(table, boxes, images, MASK_POOLED_SIZE))
-        return at_least_fp32(own_class(logits[:num_found], found.labels)).sigmoid().float()
+        labels = torch.nn.functional.pad(found.labels, (0, more))
+        logits: Tensor = mask_head(self._pool(table, boxes, images, MASK_POOLED_SIZE), labels)
+        return logits[:num_found].sigmoid().float()
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> list[Detections]:

@@ -85,15 +85,13 @@ def scale_boxes(boxes: Tensor, from_size: tuple[int, int], to_size: tuple[int, i
     return clip_boxes(scaled.unsqueeze(0), torch.tensor([to_size], device=boxes.device)).squeeze(0)
 
 
-def encode_deltas(
-    boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]
-) -> Tensor:
+def encode_deltas(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
     """Give the deltas that move and scale anchors onto boxes.
 
     Args:
         boxes: ``(..., 4)`` where to go.
         anchors: ``(..., 4)`` from where, of positive width and height.
-        weights: factors of dx, dy, dw, dh, which bring them to a deviation of about 1.
+        weights: factors of shifts and of scales, which bring them to a deviation of about 1.
 
     Returns:
         ``(..., 4)`` dx, dy in anchor widths and heights; dw, dh as log scales; all times
@@ -101,14 +99,12 @@ def encode_deltas(
     """
     sizes, anchor_sizes = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
     centers, anchor_centers = boxes[..., :2] + sizes / 2, anchors[..., :2] + anchor_sizes / 2
-    shifts = (centers - anchor_centers) / anchor_sizes
-    scales = torch.log(sizes / anchor_sizes)
-    return torch.cat([shifts, scales], dim=-1) * boxes.new_tensor(weights)
+    shifts = (centers - anchor_centers) / anchor_sizes * weights[0]
+    scales = torch.log(sizes / anchor_sizes) * weights[1]
+    return torch.cat([shifts, scales], dim=-1)
 
 
-def decode_deltas(
-    deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]
-) -> Tensor:
+def decode_deltas(deltas: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
     """Move and scale anchors by the deltas that a head predicts.
 
     Args:
@@ -119,8 +115,8 @@ def decode_deltas(
     Returns:
         ``(..., 4)`` boxes, not cut at the image. Scales stop at ``MAX_LOG_SCALE``.
     """
-    deltas = deltas / deltas.new_tensor(weights)
+    shifts, scales = deltas[..., :2] / weights[0], deltas[..., 2:] / weights[1]
     anchor_sizes = anchors[..., 2:] - anchors[..., :2]
-    centers = anchors[..., :2] + anchor_sizes / 2 + deltas[..., :2] * anchor_sizes
-    halves = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE)) * anchor_sizes / 2
+    centers = anchors[..., :2] + anchor_sizes / 2 + shifts * anchor_sizes
+    halves = torch.exp(scales.clamp(max=MAX_LOG_SCALE)) * anchor_sizes / 2
     return torch.cat([centers - halves, centers + halves], dim=-1)

@@ -27,17 +27,24 @@ def grouped_nms(
     if len(boxes) == 0:
         return kept
     if boxes.is_cuda:
-        # One call (and one wait) for all: groups lie side by side, too far apart to overlap, and
-        # what is left out has no area, so that it overlaps nothing.
-        shifts = groups.to(boxes) * (boxes.max() - boxes.min() + 1)
-        apart = (boxes + shifts[:, None]) * is_candidate[:, None]
-        kept[nms(apart, scores, iou)] = True
-        return kept & is_candidate
+        return shifted_nms(boxes, scores, groups, iou)
     # On a CPU the cost grows with the square of the number of boxes in one call.
     groups = torch.where(is_candidate, groups, num_groups)
     order = torch.argsort(groups, stable=True)
     counts = torch.bincount(groups, minlength=num_groups + 1)[:num_groups]
     for rows in torch.split(order[: int(counts.sum())], counts.tolist()):
         if len(rows):
-            kept[rows[nms(boxes[rows], scores[rows], iou)]] = True
+            kept.index_fill_(0, rows[nms(boxes[rows], scores[rows], iou)], True)
     return kept
+
+
+def shifted_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
+    """Do what ``grouped_nms`` does in a single call, with one wait for the device.
+
+    Groups lie side by side, too far apart to overlap.
+    """
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    shifts = groups.to(boxes.dtype) * (boxes.max() - boxes.min() + 1)
+    kept.index_fill_(0, nms(boxes + shifts[:, None], scores, iou), True)
+    # What is left out comes last, by its score, so it drops nothing that stays.
+    return kept & (scores > -torch.inf)

@@ -36,7 +36,7 @@ from bigdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas
 from bigdet.ops.nms import grouped_nms
 
 POOLED_SIZE = 7
-DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+DELTA_WEIGHTS = (10.0, 5.0)  # of shifts and scales
 MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
 NUM_LAYERS = {"2fc": (0, 2), "4conv1fc": (4, 1)}  # convolutions, fully connected layers
 

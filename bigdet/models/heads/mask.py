@@ -73,6 +73,26 @@ def select_positives(regions: Regions, masks: Masks, num_classes: int) -> MaskRe
     )
 
 
+class OwnClass(nn.Conv2d):
+    """A 1x1 convolution to K classes, of which each region takes its own and no other is computed.
+
+    Logits of 80 classes are the largest tensor of the head, and 79 of them are of no use.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        """Have the parameters of the whole convolution."""
+        super().__init__(width, num_classes, 1)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        """Give the logits ``(N, h, w)`` of ``(N, C, h, w)`` for the labels ``(N,)``."""
+        number, channels, height, width = features.shape
+        rows = features.permute(0, 2, 3, 1).reshape(number, height * width, channels)
+        columns = self.weight.view(-1, channels)[labels].unsqueeze(2)  # (N, C, 1)
+        logits = torch.bmm(rows, columns).view(number, height, width)
+        assert self.bias is not None
+        return logits + self.bias[labels].view(-1, 1, 1)
+
+
 class MaskHead(nn.Module):
     """Four 3x3 convolutions, a transposed one that doubles the size, then logits per class."""
 
@@ -84,37 +104,37 @@ class MaskHead(nn.Module):
             *[conv_norm(width, width, 3, norm, relu=True) for _ in range(NUM_CONVS)]
         )
         self.deconv = nn.ConvTranspose2d(width, width, 2, stride=2)
-        self.predictor = nn.Conv2d(width, num_classes, 1)
+        self.predictor = OwnClass(width, num_classes)
         for layer in (self.deconv, self.predictor):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Give mask logits ``(N, K, 28, 28)`` of ``(N, C, 14, 14)``."""
-        logits: Tensor = self.predictor(torch.relu_(self.deconv(self.convs(pooled))))
-        return logits
+    def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """Give the mask logits of each region's class.
+
+        Args:
+            pooled: ``(N, C, 14, 14)``.
+            labels: ``(N,)`` int64 in ``0..K-1``.
+
+        Returns:
+            ``(N, 28, 28)`` in at least single precision.
+        """
+        hidden = torch.relu_(self.deconv(self.convs(pooled)))
+        return at_least_fp32(self.predictor(hidden, labels))
 
     def losses(self, logits: Tensor, regions: MaskRegions, masks: Masks) -> dict[str, Tensor]:
         """Give the mean binary cross entropy over the grid points of all valid regions.
 
         Args:
-            logits: ``(N, K, 28, 28)``.
+            logits: ``(N, 28, 28)`` of the objects' classes.
             regions: what they belong to.
             masks: bitmaps of all objects.
         """
         rows = torch.where(regions.is_valid, regions.object_rows, 0)
-        own = at_least_fp32(own_class(logits, regions.labels))
-        boxes = regions.boxes.to(own.dtype)
-        padded = _with_empty_object(masks)
-        targets = sample_masks(padded, rows, boxes, MASK_SIZE) >= 0.5
-        losses = binary_losses(own, targets).mean(dim=(1, 2))
+        targets = sample_masks(_with_empty_object(masks), rows, regions.boxes, MASK_SIZE) >= 0.5
+        losses = binary_losses(logits, targets).mean(dim=(1, 2))
         return {"mask": masked_mean(losses, regions.is_valid, regions.is_valid.sum())}
-
-
-def own_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """Take of ``(N, K, 28, 28)`` each region's class: ``(N, 28, 28)``."""
-    return logits[torch.arange(len(labels), device=labels.device), labels]
 
 
 def _with_empty_object(masks: Masks) -> Masks:

@@ -23,7 +23,7 @@ from bigdet.ops.nms import grouped_nms
 
 POSITIVE_FRACTION = 0.5
 MIN_SIDE = 1e-3  # proposals of less than this many pixels are dropped
-DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+DELTA_WEIGHTS = (1.0, 1.0)  # of shifts and scales
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ class RegionProposals(nn.Module):
         self.config = config
         self.conventions = conventions
         num_shapes = len(config.anchor_ratios)
+        cells = [
+            cell_anchors(size, config.anchor_ratios, conventions.anchors_rounded)
+            for size in config.anchor_sizes
+        ]
+        # A buffer, for it waits on the device: a copy at every step would stop the host.
+        self.register_buffer("cells", torch.stack(cells).float(), persistent=False)
         self.conv = conv_norm(width, width, 3, "none", relu=True)
         self.objectness = nn.Conv2d(width, num_shapes, 1)
         self.deltas = nn.Conv2d(width, 4 * num_shapes, 1)
@@ -99,14 +105,11 @@ class RegionProposals(nn.Module):
             spacings = [
                 (canvas_size[0] // height, canvas_size[1] // width) for height, width in sizes
             ]
-        cells = [
-            cell_anchors(size, self.config.anchor_ratios, self.conventions.anchors_rounded)
-            for size in self.config.anchor_sizes
-        ]
+        cells = self.get_buffer("cells").to(all_logits.dtype)
         return AnchorPredictions(
             logits=all_logits,
             deltas=at_least_fp32(torch.cat(deltas, dim=1)).view(*all_logits.shape, 4),
-            anchors=grid_anchors(sizes, spacings, cells, all_logits.device, all_logits.dtype),
+            anchors=grid_anchors(sizes, spacings, cells),
             counts=[level.shape[1] for level in logits],
         )
 

@@ -4,8 +4,6 @@ import torch
 
 from bigdet.models.anchors import cell_anchors, grid_anchors
 
-CPU = torch.device("cpu")
-
 
 def test_anchors_of_a_point_keep_the_area_and_have_the_ratio_of_height_to_width() -> None:
     # RECIPES.md, E.3: side 32, ratios 1/4, 1, 4.
@@ -21,7 +19,7 @@ def test_rounded_anchors_are_torchvisions() -> None:
 
 def test_the_grid_starts_at_the_origin_and_goes_along_rows() -> None:
     cell = torch.tensor([[-1.0, -1.0, 1.0, 1.0], [-2.0, -1.0, 2.0, 1.0]])
-    anchors = grid_anchors([(2, 2)], [(8, 4)], [cell], CPU, torch.float32)
+    anchors = grid_anchors([(2, 2)], [(8, 4)], cell[None])
     expected = [
         [-1.0, -1.0, 1.0, 1.0],
         [-2.0, -1.0, 2.0, 1.0],
@@ -40,5 +38,5 @@ def test_anchors_of_an_800_by_1344_canvas_are_as_many_as_published() -> None:
     strides = [4, 8, 16, 32, 64]
     sizes = [(-(-800 // s), -(-1344 // s)) for s in strides]
     cells = [cell_anchors(8 * s, [0.5, 1.0, 2.0], rounded=False) for s in strides]
-    anchors = grid_anchors(sizes, [(s, s) for s in strides], cells, CPU, torch.float32)
+    anchors = grid_anchors(sizes, [(s, s) for s in strides], torch.stack(cells))
     assert anchors.shape == (268_569, 4)

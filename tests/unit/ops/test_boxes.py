@@ -14,8 +14,8 @@ from bigdet.ops.boxes import (
     scale_boxes,
 )
 
-ONES = (1.0, 1.0, 1.0, 1.0)
-DETECTRON = (10.0, 10.0, 5.0, 5.0)
+ONES = (1.0, 1.0)
+DETECTRON = (10.0, 5.0)
 
 
 def test_areas_have_continuous_edges() -> None:

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigdet.config.schema import RoiConfig
+from bigdet.models.assign import pad_objects
+from bigdet.models.conventions import Conventions
+from bigdet.models.heads.box import BoxHead, Regions
+from bigdet.models.heads.rpn import Proposals
+from bigdet.structures import Targets
+
+K = 2
+A, B, C = [0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 11.0, 10.0], [20.0, 20.0, 40.0, 30.0]
+
+
+def head_of(kind: str = "2fc", conventions: Conventions | None = None, **config) -> BoxHead:
+    torch.manual_seed(0)
+    roi = RoiConfig(**{"rois_per_image": 8, **config})
+    return BoxHead(kind, "none", 16, 32, K, roi, conventions or Conventions())
+
+
+def proposals_of(boxes: list[list[list[float]]]) -> Proposals:
+    tensor = torch.tensor(boxes)
+    return Proposals(tensor, torch.ones(tensor.shape[:2], dtype=torch.bool))
+
+
+def objects_of(boxes: list[list[float]], crowd: list[bool] | None = None):
+    targets = Targets(
+        boxes=torch.tensor(boxes).view(-1, 4),
+        labels=torch.ones(len(boxes), dtype=torch.int64),
+        is_crowd=torch.tensor(crowd or [False] * len(boxes), dtype=torch.bool),
+        offsets=torch.tensor([0, len(boxes)]),
+    )
+    return pad_objects(targets, torch.float32)
+
+
+ONE = torch.ones(1)
+
+
+def test_the_objects_own_boxes_are_sampled_too() -> None:
+    far = [50.0, 50.0, 60.0, 60.0]
+    regions = head_of().sample(proposals_of([[far]]), objects_of([A]), ONE)
+    assert regions.is_positive[0].tolist() == [True, False]
+    assert regions.boxes[0].tolist() == [A, far]
+    assert regions.labels[0].tolist() == [1, K]
+    assert regions.object_rows[0, 0] == 0
+
+
+def test_a_region_is_positive_from_half_overlap_on() -> None:
+    half, less = [0.0, 0.0, 5.0, 10.0], [0.0, 0.0, 4.9, 10.0]
+    head = head_of(positive_fraction=1.0)
+    regions = head.sample(proposals_of([[half, less]]), objects_of([A]), ONE)
+    pairs = zip(regions.boxes[0].tolist(), regions.labels[0], strict=True)
+    labels = {tuple(box): label for box, label in pairs}
+    assert labels[tuple(half)] == 1
+    assert labels[tuple(torch.tensor(less).tolist())] == K
+
+
+def test_background_inside_a_crowd_is_not_sampled() -> None:
+    # In the crowd A: 8 of 10 columns (ignored) and 6 of 10 (a negative as any other).
+    deep, shallow = [2.0, 0.0, 12.0, 10.0], [4.0, 0.0, 14.0, 10.0]
+    objects = objects_of([A, C], [True, False])
+    regions = head_of().sample(proposals_of([[deep, shallow]]), objects, ONE)
+    taken = regions.boxes[0, regions.is_valid[0]].tolist()
+    assert taken == [C, shallow]
+    ignoring = head_of(conventions=Conventions(crowd_coverage=None))
+    regions = ignoring.sample(proposals_of([[deep, shallow]]), objects, ONE)
+    assert regions.is_valid.sum() == 3
+
+
+def test_empty_proposal_slots_and_images_of_weight_zero_are_not_valid() -> None:
+    proposals = Proposals(torch.tensor([[A, C]]), torch.tensor([[True, False]]))
+    regions = head_of().sample(proposals, objects_of([]), ONE)
+    assert regions.boxes[0, regions.is_valid[0]].tolist() == [A]
+    regions = head_of().sample(proposals, objects_of([A]), torch.zeros(1))
+    assert not regions.is_valid.any()
+    assert not regions.is_positive.any()
+
+
+def test_without_any_proposal_or_object_nothing_is_valid_and_losses_are_zero() -> None:
+    head = head_of()
+    proposals = Proposals(torch.zeros(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool))
+    regions = head.sample(proposals, objects_of([]), ONE)
+    assert not regions.is_valid.any()
+    num_slots = regions.is_valid.numel()
+    losses = head.losses(*head(torch.randn(num_slots, 16, 7, 7)), regions)
+    sum(losses.values()).backward()
+    assert losses == {"box_class": 0, "box_delta": 0}
+    assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+
+
+def regions_of(labels: list[int], boxes: list[list[float]], targets: list[list[float]]) -> Regions:
+    tensor = torch.tensor([labels])
+    return Regions(
+        boxes=torch.tensor([boxes]),
+        labels=tensor,
+        is_valid=torch.ones_like(tensor, dtype=torch.bool),
+        is_positive=tensor < K,
+        object_boxes=torch.tensor([targets]),
+        object_rows=torch.zeros_like(tensor),
+    )
+
+
+def test_losses_of_silent_predictions_are_worked_out_by_hand() -> None:
+    # RECIPES.md, E.3: the two deltas' absolute values add up to 2.018324 and 6.054133, and half of
+    # their sum is 4.0362: here over 4 regions, half of them background.
+    boxes = [[0.8, 1.1, 3.2, 2.8], [2.3, 2.5, 7.0, 8.0], A, B]
+    targets = [[1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 6.0, 6.0], A, A]
+    regions = regions_of([0, 1, K, K], boxes, targets)
+    losses = head_of().losses(torch.zeros(4, K + 1), torch.zeros(4, K, 4), regions)
+    torch.testing.assert_close(losses["box_class"], torch.tensor(math.log(3)))
+    assert abs(losses["box_delta"].item() - 4.0362 / 2) < 1e-4
+
+
+def test_the_box_loss_reads_the_deltas_of_the_objects_class() -> None:
+    deltas = torch.zeros(1, K, 4)
+    deltas[0, 0] = 100.0  # of the other class
+    losses = head_of().losses(torch.zeros(1, K + 1), deltas, regions_of([1], [A], [A]))
+    assert losses["box_delta"] == 0
+
+
+def logits_of(probabilities: list[list[float]]) -> Tensor:
+    rest = [[*row, 1 - sum(row)] for row in probabilities]
+    return torch.tensor(rest).log()
+
+
+def test_detections_are_suppressed_within_a_class_and_sorted() -> None:
+    # A and B overlap by 0.818. B loses to A in class 0, and has class 1 for itself.
+    proposals = proposals_of([[A, B, C]])
+    logits = logits_of([[0.9, 0.01], [0.6, 0.3], [0.01, 0.7]])
+    found = head_of().detect(logits, torch.zeros(3, K, 4), proposals, torch.tensor([[64, 64]]))
+    assert found.boxes.tolist() == [A, C, B]
+    torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.7, 0.3]))
+    assert found.labels.tolist() == [0, 1, 1]
+
+
+def test_detections_of_several_images_are_limited_and_cut_at_each_image() -> None:
+    proposals = proposals_of([[A, C], [A, C]])
+    logits = logits_of([[0.5, 0.01], [0.8, 0.01], [0.9, 0.01], [0.6, 0.01]])
+    head = head_of(detections_per_image=1)
+    found = head.detect(logits, torch.zeros(4, K, 4), proposals, torch.tensor([[64, 30], [8, 64]]))
+    assert found.images.tolist() == [0, 1]
+    assert found.boxes.tolist() == [[20.0, 20.0, 30.0, 30.0], [0.0, 0.0, 10.0, 8.0]]
+
+
+def test_low_scores_empty_slots_and_bad_numbers_are_no_detections() -> None:
+    proposals = Proposals(
+        torch.tensor([[A, C, B, [40.0, 40.0, 50.0, 50.0]]]),
+        torch.tensor([[True, True, False, True]]),
+    )
+    logits = logits_of([[0.04, 0.05], [0.5, 0.01], [0.9, 0.01], [0.9, 0.05]])
+    logits[1] = math.nan
+    deltas = torch.zeros(4, K, 4)
+    deltas[3, 0, 0] = math.inf
+    deltas[3, 1] = math.nan
+    found = head_of().detect(logits, deltas, proposals, torch.tensor([[64, 64]]))
+    assert len(found.boxes) == 0
+
+
+@pytest.mark.parametrize("kind", ["2fc", "4conv1fc"])
+def test_both_kinds_take_no_regions_at_all(kind: str) -> None:
+    logits, deltas = head_of(kind)(torch.zeros(0, 16, 7, 7))
+    assert logits.shape == (0, K + 1)
+    assert deltas.shape == (0, K, 4)
+
+
+def test_the_first_layer_reads_features_as_they_lie_in_memory() -> None:
+    head = head_of()
+    pooled = torch.randn(3, 16, 7, 7).contiguous(memory_format=torch.channels_last)
+    weight = head.fcs[0].weight.view(32, 7, 7, 16).permute(0, 3, 1, 2).flatten(1)
+    hidden = torch.relu(pooled.flatten(1) @ weight.T)
+    hidden = torch.relu(head.fcs[1](hidden))
+    torch.testing.assert_close(head(pooled)[0], head.classifier(hidden))
