@@ -43,7 +43,9 @@ def main(arguments: Sequence[str]) -> int:
     run_dir = RunDir(Path(config.output))
     with distributed.together():
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
-        train_set, val_set = ShardSet(config.data.train.shards), ShardSet(config.data.val.shards)
+        data = config.data
+        train_set = ShardSet(data.train.shards, cache=data.cache)
+        val_set = ShardSet(data.val.shards, cache=data.cache)
         resume.check_data(config, train_set, val_set)
         folder = resume.find_checkpoint(config, run_dir)
     saved = None if folder is None else checkpoint.load(folder)

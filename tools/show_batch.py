@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--step {arguments.step}: steps are counted from 1.")
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world:
         raise ValueError(f"--rank {arguments.rank}: --world {arguments.world} has ranks from 0.")
-    shards = ShardSet(config.data.train.shards)
+    shards = ShardSet(config.data.train.shards, cache=config.data.cache)
     ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]
     streams = {rank: _open_stream(config, shards, arguments, rank) for rank in ranks}
     if arguments.ids:

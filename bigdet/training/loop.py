@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -16,7 +17,7 @@ from bigdet import distributed
 from bigdet.config.derived import num_lanes
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
-from bigdet.data.stream import TrainStream
+from bigdet.data.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, StepResult
 from bigdet.log import MetricsWriter
 from bigdet.models import norms
@@ -63,7 +64,7 @@ class Run:
             logger.info(
                 "%s: %s images, %s instances, %d categories, %d shards in %s",
                 what, f"{len(shards):,}", f"{shards.manifest.instances:,}", shards.num_classes,
-                len(shards.manifest.shards), shards.folder,
+                len(shards.manifest.shards), shards.address,
             )  # fmt: skip
         engine = self.config.engine
         logger.info(
@@ -175,7 +176,7 @@ class PhaseTrainer:
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Write one line for people and one object for machines (a collective)."""
-        self.meter.sync(self.state, self.stream.damaged)
+        self.meter.sync(self.state, self.stream.damages)
         self._check_damage()
         seen = {f"seen/{name}": value for name, value in asdict(self.state.seen).items()}
         values: dict[str, Any] = {
@@ -197,10 +198,13 @@ class PhaseTrainer:
         """Stop on all ranks when too many training samples had to be replaced."""
         total, train = sum(self.state.damaged.values()), self.config.data.train
         if total > train.max_damaged:
+            messages = {row: damage.message for row, damage in self.stream.damages.items()}
+            listed = dict(ChainMap(*distributed.all_gather_objects(messages)))
             raise distributed.SharedError(
                 f"{train.shards}: {total} damaged samples had to be replaced "
                 f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
-                f"The logs name them; tools/check_shards.py lists all that is damaged."
+                f"Repair the shards or raise the limit; tools/check_shards.py lists all that is "
+                f"damaged. The first ones:{list_damages(listed[row] for row in sorted(listed))}"
             )
 
     def _evaluate(self) -> bool:
@@ -227,7 +231,7 @@ class PhaseTrainer:
 
     def _save(self, is_best: bool) -> None:
         """Write a checkpoint of this moment (a collective)."""
-        self.meter.sync(self.state, self.stream.damaged)
+        self.meter.sync(self.state, self.stream.damages)
         run = self.run
         saving.save_checkpoint(
             self.config, run.run_dir, self.engine, run.train_set, self.state, is_best
