@@ -106,7 +106,7 @@ def fetch(remote: RemoteFile, file: IO[bytes], start: int = 0, stop: int | None 
                 position = found + len(block)
             if end is not None and position < end:
                 raise OSError(f"it ends after {position} of {end} bytes")
-            if problem := _content_problem(remote, end, position, digest.hexdigest()):
+            if problem := _content_problem(remote, start, end, position, digest.hexdigest()):
                 if problem == reason:
                     raise UnreachableError(problem)
                 position, digest = start, hashlib.sha256()
@@ -123,11 +123,13 @@ def fetch(remote: RemoteFile, file: IO[bytes], start: int = 0, stop: int | None 
     raise UnreachableError(f"{len(RETRY_SECONDS) + 1} attempts failed, the last one: {reason}")
 
 
-def _content_problem(remote: RemoteFile, end: int | None, position: int, sha256: str) -> str | None:
-    """Say how a whole file differs from what it should be."""
+def _content_problem(
+    remote: RemoteFile, start: int, end: int | None, position: int, sha256: str
+) -> str | None:
+    """Say how fetched bytes, ``start`` to ``position``, differ from what they should be."""
     if end is not None and position > end:
         return f"it has {position} bytes, expected {end}"
-    is_whole = end == remote.bytes
+    is_whole = start == 0 and end == remote.bytes
     if is_whole and remote.sha256 is not None and sha256 != remote.sha256:
         return f"its SHA-256 is {sha256[:16]}..., expected {remote.sha256[:16]}..."
     return None

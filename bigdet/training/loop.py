@@ -143,8 +143,9 @@ class PhaseTrainer:
     def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
         """Take one optimizer step; return what it saw and its learning rate."""
         started = time.perf_counter()
-        micro_batches = list(islice(batches, len(self.stream.lanes)))
-        data_seconds = time.perf_counter() - started
+        with distributed.together():  # a shard that one rank cannot get ends the run on all
+            micro_batches = list(islice(batches, len(self.stream.lanes)))
+            data_seconds = time.perf_counter() - started
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
         result = self.engine.train_step([batch.to(self.device) for batch in micro_batches])

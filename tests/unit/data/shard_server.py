@@ -18,16 +18,24 @@ class ShardServer:
         folder: what is served.
         fault_rate: part of the requests that fail, each in one of the ways of ``FAULTS``.
         seed: of the faults.
-        has_ranges: answer requests for parts of files with the part alone.
+        last_request: after so many requests all others are refused; None: never.
 
     Attributes:
+        has_ranges: answer requests for parts of files with the part alone.
         requests: number of requests by file, those that failed too.
         ranges: the Range headers by file.
         faults: number of faults by kind.
         planned: faults of the next requests, before random ones.
     """
 
-    def __init__(self, folder: Path, *, fault_rate: float = 0.0, seed: int = 0, has_ranges=True):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fault_rate: float = 0.0,
+        seed: int = 0,
+        last_request: int | None = None,
+    ) -> None:
         self.requests: Counter[str] = Counter()
         self.ranges: dict[str, list[str | None]] = {}
         self.faults: Counter[str] = Counter()
@@ -36,7 +44,8 @@ class ShardServer:
         self._fault_rate = fault_rate
         self._words = random.Random(seed)
         self._lock = threading.Lock()
-        self.has_ranges = has_ranges
+        self.has_ranges = True
+        self._last_request = last_request
         self.released = threading.Event()  # ends all stalls
 
         class Handler(BaseHTTPRequestHandler):
@@ -66,6 +75,8 @@ class ShardServer:
             self._server.server_close()
 
     def _fault(self) -> str | None:
+        if self._last_request is not None and self.requests.total() >= self._last_request:
+            return "refuse"
         if self.planned:
             return self.planned.pop(0)
         return self._words.choice(FAULTS) if self._words.random() < self._fault_rate else None
@@ -84,13 +95,17 @@ class ShardServer:
         if fault == "500" or not (self._folder / name).is_file():
             handler.send_error(500 if fault else 404)
             return
-        data = (self._folder / name).read_bytes()
+        path = self._folder / name
+        start, stop = 0, path.stat().st_size
         if wanted is not None and self.has_ranges:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            if int(first) >= len(data):
+            if int(first) >= stop:
                 handler.send_error(416)
                 return
-            data = data[int(first) : int(last) + 1 if last else None]
+            start, stop = int(first), int(last) + 1 if last else stop
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(stop - start)
         handler.send_response(206 if wanted is not None and self.has_ranges else 200)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()

@@ -268,6 +268,20 @@ def test_ranges_fetch_the_runs_that_are_read_and_each_once(local, cache, monkeyp
             shards.read(PER_SHARD)
 
 
+def test_any_span_of_a_tar_can_be_read_in_runs(local, cache, monkeypatch):
+    monkeypatch.setattr(tars, "RUN_BYTES", 4096)
+    config = CacheConfig(folder=cache.folder, gib=cache.gib, mode="ranges")
+    shard = local.manifest.shards[0]
+    data = local.path(0).read_bytes()
+    with ShardServer(local.folder) as server:
+        reader = tars.open_tars(server.address, local.manifest.shards, config)
+        spans = [(0, 1), (4095, 2), (4096, 4096), (100, 9000), (shard.bytes - 5, 5), (0, 10**6)]
+        for start, size in [*spans, (shard.bytes, 3)]:
+            assert reader.read(0, start, size) == data[start : start + size]
+        assert len(server.ranges[shard.file]) == -(-shard.bytes // 4096)
+        reader.close()
+
+
 def test_a_shard_that_is_not_that_of_the_manifest_is_never_used(local, cache, tmp_path):
     other = write_set(tmp_path / "other", num_shards=1, per_shard=PER_SHARD, seed=900)
     folder = tmp_path / "copy"
