@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from bigdet.config.load import ConfigError
 from bigdet.config.schema import CacheConfig
 from bigdet.data.cache import Cache, locked, name_of, write_whole
-from bigdet.data.remote import RemoteFile, fetch, file_address, is_remote, shown
+from bigdet.data.remote import RemoteFile, UnreachableError, fetch, file_address, is_remote, shown
 
 if TYPE_CHECKING:
     from bigdet.data.shards import Shard
@@ -105,9 +105,13 @@ class CachedTars:
         name = name_of(file.address, file.sha256, start, stop)
         if self._open is None or self._open[0] != name:
             self.close()
-            whole = stop - start == file.bytes
-            part = (0, None) if whole else (start, stop)
-            opened = self._cache.open(name, stop - start, lambda to: fetch(file, to, *part))
+            part = (0, None) if stop - start == file.bytes else (start, stop)
+            try:
+                opened = self._cache.open(name, stop - start, lambda to: fetch(file, to, *part))
+            except UnreachableError:
+                raise
+            except OSError as error:  # no damage of a shard either
+                raise UnreachableError(f"the cache cannot be written: {error}") from error
             self._open = (name, opened)
         return self._open[1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from itertools import islice
@@ -16,7 +15,7 @@ from bigdet.data.decode import decode_image
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardError, ShardSet
 from bigdet.data.stream import TrainStream
-from tests.unit.data.small_shards import noise_jpeg, write_set
+from tests.unit.data.small_shards import forget_hashes, noise_jpeg, write_set
 
 NUM_SHARDS, PER_SHARD = 3, 8
 ROWS = NUM_SHARDS * PER_SHARD
@@ -144,13 +143,6 @@ def test_a_wrong_crc_in_the_index_is_refused_and_in_an_old_set_loses_its_sample(
     forget_hashes(folder)
     damaged, seen = damage_of_a_pass(ShardSet(folder))
     assert (damaged, seen) == ({"unreadable": 1}, set(range(ROWS)) - {4})
-
-
-def forget_hashes(folder: Path) -> None:
-    """Make a set one of a version before manifest and index had hashes."""
-    values = json.loads((folder / "manifest.json").read_text())
-    del values["sha256"], values["index_sha256"]
-    (folder / "manifest.json").write_text(json.dumps(values))
 
 
 def test_a_shard_in_the_place_of_another_is_refused_at_once_or_loses_all_its_samples(

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from bigdet.data.shards import Sample, ShardError, ShardSet
-from tests.unit.data.small_shards import write_set
-from tests.unit.data.test_damage import forget_hashes
+from tests.unit.data.small_shards import forget_hashes, write_set
 
 NUM_MUTATIONS = 250
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -311,6 +312,21 @@ def test_a_cached_shard_that_was_cut_is_fetched_again(local, cache):
         os.truncate(cached(cache)[0], 100)
         assert_same(ShardSet(server.address, cache=cache), local, [0, 1])
         assert server.requests["000000.tar"] == 2
+
+
+def test_a_full_disk_ends_the_run_and_leaves_no_half_file(local, cache, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ShardServer(local.folder) as server:
+        shards = ShardSet(server.address, cache=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(UnavailableShardError, match=r"cannot be written: .* No space"):
+                shards.read(0)
+        assert server.requests["000000.tar"] == 1
+        assert cached(cache) == list(Path(cache.folder).rglob("*.part")) == []
+        assert_same(shards, local, [0])
 
 
 def test_pipes_and_other_protocols_give_the_same(local, cache, tmp_path):
