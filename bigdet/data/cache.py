@@ -74,10 +74,9 @@ class Cache:
             for other in self.folder.iterdir():
                 if other.suffix == _PART and _remove_leftover(other):
                     continue
-                try:
-                    found = other.stat()
-                except FileNotFoundError:  # a .part that was renamed just now
-                    found = other.with_suffix("").stat()
+                found = _stat(other) or _stat(other.with_suffix(""))  # a .part may be done by now
+                if found is None:
+                    continue
                 used += found.st_size
                 if not other.suffix and other.name != "lock":
                     old.append((found.st_mtime_ns, other, found.st_size))
@@ -132,8 +131,15 @@ def _open_for_use(path: Path, size: int) -> int | None:
     return file
 
 
+def _stat(path: Path) -> os.stat_result | None:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat()
+    return None
+
+
 def _is_complete(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
+    found = _stat(path)
+    return found is not None and found.st_size == size
 
 
 def _remove_unused(path: Path) -> bool:
