@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import random
@@ -28,8 +29,12 @@ MASK_TENSORS = ["bits", "offsets", "origins", "sizes"]
 
 def open_stream(shards, **options) -> TrainStream:
     """16 images in 2 steps of 4 lanes x 3 images, so 8 masked slots."""
+    split = {"shards": "unused", "keep_empty": True, "max_damaged": 0}
+    for field in dataclasses.fields(TrainSplitConfig):
+        if field.name in options:
+            split[field.name] = options.pop(field.name)
     settings = {
-        "keep_empty": True, "max_damaged": 0, "resize": DIRECT, "flip": 0.5, "with_masks": True,
+        "split": TrainSplitConfig(**split), "resize": DIRECT, "flip": 0.5, "with_masks": True,
         "phase": "train", "seed": 0, "images_per_gpu": 3, "images_per_step": 12, "rank": 0,
         "world_size": 1, "workers": 0,
     }  # fmt: skip
