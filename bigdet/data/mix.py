@@ -21,6 +21,9 @@ from bigdet.data.shards import Category, Sample, ShardError, ShardSet
 
 logger = logging.getLogger(__name__)
 
+LISTED_NAMES = 10
+"""Categories that a message names."""
+
 
 class MixedSet(ShardSet):
     """Sets one behind the other, read like one set with one list of categories.
@@ -144,7 +147,7 @@ def open_train_set(data: DataConfig) -> ShardSet:
             logger.warning(
                 "data.train.more_shards: %s does not know %d of the %d classes of the mix; objects "
                 "of these on its images are background: %s",
-                part.folder, len(absent), len(categories), ", ".join(absent),
+                part.folder, len(absent), len(categories), _shortened(absent),
             )  # fmt: skip
     return MixedSet(parts, categories)
 
@@ -156,7 +159,7 @@ def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSe
     if unknown:
         raise ShardError(
             f"{shards.folder}: {len(unknown)} of its categories are not among the {len(known)} of "
-            f"the training data: {', '.join(unknown[:5])}. Give a set of the same classes."
+            f"the training data: {_shortened(unknown)}. Give a set of the same classes."
         )
     _check_names(shards)
     return MixedSet([shards], categories)
@@ -183,6 +186,11 @@ def _check_names(shards: ShardSet) -> None:
             f"{shards.folder}: several categories are named {', '.join(map(repr, twice))}, "
             f"capitals and blanks aside, so categories cannot be matched by name. Rename them."
         )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(names[:LISTED_NAMES]) + more
 
 
 def _name_key(category: Category) -> str:

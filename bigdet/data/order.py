@@ -167,9 +167,9 @@ class Order:
             shards = np.repeat(shards, np.diff(ends, prepend=0))
         entries, lane_starts = windowed(shards, windows.size, self.num_lanes, *self._key, number)
         m = self._images_per_gpu
-        places = np.arange(self.steps_per_pass * m).reshape(-1, m)  # of a lane
+        places = np.arange(self.steps_per_pass * m, dtype=np.int32).reshape(-1, m)  # of a lane
         is_real = places[-1] < np.diff(lane_starts)[:, None]  # (L, m)
-        slots = lane_starts[:-1, None] + places[:, None]  # (steps, L, m)
+        slots = lane_starts[:-1, None].astype(np.int32) + places[:, None]  # (steps, L, m)
         slots[-1][~is_real] -= m
         return entries[slots % len(entries)], is_real.astype(np.float32)
 

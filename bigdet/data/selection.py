@@ -32,14 +32,14 @@ class Selection:
     """The samples of a phase; N of them.
 
     Attributes:
-        rows: ``(N,)`` rows of the set, rising.
+        rows: ``(N,)`` int32 rows of the set, rising.
         repeats: how often a pass shows each; None is once.
         windows: for the order ``windowed``; None is ``shuffled``.
         state: what of this a position in the order depends on, as plain values; None stands for
             options that are not in use, so that a checkpoint from before they existed fits.
     """
 
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int32]
     repeats: Repeats | None
     windows: Windows | None
     state: dict[str, Any]
@@ -47,17 +47,11 @@ class Selection:
 
 def select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
     """Return the samples that a config asks for."""
-    rows = np.arange(len(shards))
+    rows = np.arange(len(shards), dtype=np.int32)
     if not split.keep_empty:
-        rows = np.flatnonzero(shards.index["num_boxes"])
+        rows = np.flatnonzero(shards.index["num_boxes"]).astype(np.int32)
     if split.subset is not None:
         rows = _subset(shards, rows, split.subset)
-    repeats = np.ones(len(rows))
-    if split.weights is not None:
-        repeats *= _weights_of_rows(shards, rows, split.weights)
-    if split.repeat_threshold is not None:
-        classes, offsets = read_classes(shards, rows)
-        repeats *= repeat_factors(classes, offsets, shards.num_classes, split.repeat_threshold)
     windows = None
     if split.order == "windowed":
         windows = Windows(shards.index["shard"][rows], split.window)
@@ -72,11 +66,11 @@ def select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
         "weights": None if split.weights is None else list(split.weights),
         "repeat_threshold": split.repeat_threshold,
     }
-    return Selection(rows, Repeats(repeats) if (repeats != 1).any() else None, windows, state)
+    return Selection(rows, _repeats(shards, rows, split), windows, state)
 
 
 def read_classes(
-    shards: ShardSet, rows: NDArray[np.int64]
+    shards: ShardSet, rows: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return which classes are on which image, from the annotations; crowds do not count.
 
@@ -98,7 +92,7 @@ def read_classes(
     return np.array(labels, np.int64), np.array(offsets)
 
 
-def _subset(shards: ShardSet, rows: NDArray[np.int64], subset: SubsetConfig) -> NDArray[np.int64]:
+def _subset(shards: ShardSet, rows: NDArray[np.int32], subset: SubsetConfig) -> NDArray[np.int32]:
     """Return some of the rows, rising."""
     if subset.images is not None:
         if subset.images > len(rows):
@@ -143,8 +137,21 @@ def _read_ids(path: Path) -> NDArray[np.int64]:
     return unique
 
 
+def _repeats(shards: ShardSet, rows: NDArray[np.int32], split: TrainSplitConfig) -> Repeats | None:
+    """Return how often a pass shows each row, None if each comes once."""
+    if split.weights is None and split.repeat_threshold is None:
+        return None
+    repeats = np.ones(len(rows))
+    if split.weights is not None:
+        repeats *= _weights_of_rows(shards, rows, split.weights)
+    if split.repeat_threshold is not None:
+        classes, offsets = read_classes(shards, rows)
+        repeats *= repeat_factors(classes, offsets, shards.num_classes, split.repeat_threshold)
+    return Repeats(repeats) if (repeats != 1).any() else None
+
+
 def _weights_of_rows(
-    shards: ShardSet, rows: NDArray[np.int64], weights: list[float]
+    shards: ShardSet, rows: NDArray[np.int32], weights: list[float]
 ) -> NDArray[np.float64]:
     """Return the weight of the set that each row is of, ``(N,)``."""
     starts = shards.starts if isinstance(shards, MixedSet) else np.array([0, len(shards)])

@@ -49,7 +49,7 @@ class _TrainGroups:
     """
 
     def __init__(
-        self, shards: ShardSet, rows: NDArray[np.int64], order: Order, resize: ResizeConfig,
+        self, shards: ShardSet, rows: NDArray[np.int32], order: Order, resize: ResizeConfig,
         flip: float, with_masks: bool, phase: str, seed: int,
     ) -> None:  # fmt: skip
         self.shards = shards
@@ -156,7 +156,7 @@ class TrainStream:
         selection = select(shards, split)
         rows = selection.rows
         order = Order(
-            aspect_ratios(shards.index)[rows],
+            aspect_ratios(shards.index, rows),
             seed=seed,
             phase=phase,
             images_per_gpu=images_per_gpu,

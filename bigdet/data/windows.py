@@ -58,7 +58,8 @@ def windowed(
     ends = np.cumsum(num_windows)[num_windows > 0]
     window_sizes[ends - 1] = (lengths - (num_windows - 1) * size)[num_windows > 0]
     # One sort for all windows: the number of its window above, 40 random bits below.
-    ranks = words("window", *key, count=len(entries)) >> np.uint64(24)
+    ranks = words("window", *key, count=len(entries))
+    ranks >>= np.uint64(24)
     ranks |= np.repeat(np.arange(len(window_sizes), dtype=np.uint64) << np.uint64(40), window_sizes)
     return entries[np.argsort(ranks, kind="stable")], starts
 
@@ -67,7 +68,9 @@ def _permute_runs(shards: NDArray[np.uint32], *key: int | str) -> NDArray[np.int
     """Return all entries, ``(P,)`` int32: shards permuted, and the runs within each."""
     count = len(shards)
     by_shard = np.argsort(shards, kind="stable").astype(np.int32)
-    firsts = np.flatnonzero(np.diff(shards[by_shard], prepend=-1))
+    sorted_shards = shards[by_shard]
+    firsts = np.flatnonzero(sorted_shards[1:] != sorted_shards[:-1]) + 1
+    firsts = np.concatenate([[0], firsts])
     sizes = np.diff(firsts, append=count)
     runs_per_shard = -(-sizes // RUN_SAMPLES)
     shard_of_run = np.repeat(np.arange(len(sizes)), runs_per_shard)
@@ -78,6 +81,7 @@ def _permute_runs(shards: NDArray[np.uint32], *key: int | str) -> NDArray[np.int
     run_ranks = permutation("run", *key, count=len(starts))
     order = np.lexsort((run_ranks, shard_of_run, shard_ranks[shard_of_run]))
     lengths = np.diff(starts, append=count)[order]
-    places = np.repeat(starts[order] - (np.cumsum(lengths) - lengths), lengths)
-    entries: NDArray[np.int32] = by_shard[places + np.arange(count)]
+    shifts = (starts[order] - (np.cumsum(lengths) - lengths)).astype(np.int32)
+    places = np.repeat(shifts, lengths) + np.arange(count, dtype=np.int32)
+    entries: NDArray[np.int32] = by_shard[places]
     return entries
