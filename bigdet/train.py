@@ -20,7 +20,7 @@ from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import load_config
-from bigdet.data.shards import ShardSet
+from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.base import EngineState
@@ -43,9 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     run_dir = RunDir(Path(config.output))
     with distributed.together():
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
-        data = config.data
-        train_set = ShardSet(data.train.shards, cache=data.cache)
-        val_set = ShardSet(data.val.shards, cache=data.cache)
+        train_set, val_set = open_sets(config.data)
         resume.check_data(config, train_set, val_set)
         folder = resume.find_checkpoint(config, run_dir)
     saved = None if folder is None else checkpoint.load(folder)

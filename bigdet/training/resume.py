@@ -22,10 +22,9 @@ from bigdet.training.state import RunState
 logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    "output", "resume", "data.train.shards", "data.val.shards", "data.cache",
-    "data.workers",
-    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.max_bad_steps",
-    "evaluation", "checkpoint", "log",
+    "output", "resume", "data.train.shards", "data.train.more_shards", "data.train.subset.ids",
+    "data.val.shards", "data.cache", "data.workers", "data.train.max_damaged", "engine.kind",
+    "engine.zero_stage", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
 
@@ -40,8 +39,9 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
             f"data.val.shards: {val_set.address} has other categories than {train_set.address}: "
             f"{', '.join(differing[:5])}. Make both with the same list of categories."
         )
-    for shards in (train_set, val_set):
-        shards.check_random_reads()
+    val_set.check_random_reads()
+    if config.data.train.order != "windowed":
+        train_set.check_random_reads()
     if not len(val_set):
         raise ConfigError(f"data.val.shards: {val_set.address} has no images.")
     if config.model.detector == "mask_rcnn" and not (train_set.index["flags"] & FLAG_MASKS).any():

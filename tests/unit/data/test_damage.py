@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigdet.config.schema import ResizeConfig
+from bigdet.config.schema import ResizeConfig, TrainSplitConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardError, ShardSet
@@ -28,9 +28,10 @@ def folder(tmp_path: Path) -> Path:
 
 def open_stream(shards: ShardSet, **options) -> TrainStream:
     settings = {
-        "keep_empty": True, "max_damaged": ROWS, "resize": ResizeConfig(kind="direct", size=32),
-        "flip": 0.5, "with_masks": False, "phase": "train", "seed": 0, "images_per_gpu": 2,
-        "images_per_step": 4, "rank": 0, "world_size": 1, "workers": 0,
+        "split": TrainSplitConfig(keep_empty=True, max_damaged=ROWS),
+        "resize": ResizeConfig(kind="direct", size=32), "flip": 0.5, "with_masks": False,
+        "phase": "train", "seed": 0, "images_per_gpu": 2, "images_per_step": 4, "rank": 0,
+        "world_size": 1, "workers": 0,
     }  # fmt: skip
     return TrainStream(shards, **{**settings, **options})
 
