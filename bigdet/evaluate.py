@@ -25,7 +25,8 @@ from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import RunConfig
-from bigdet.data.shards import ShardSet
+from bigdet.data.mix import with_categories
+from bigdet.data.shards import Category, ShardSet
 from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds, metrics_table
 from bigdet.evaluation.predict import predict_split
 from bigdet.log import setup_logging
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         detector = load_detector(options.model)
         config = read_config(options.model, options.overrides)
         shards = ShardSet(options.shards)
+        if config.data.train.more_shards:  # its classes are those of a mix of sets
+            shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
     detector.box_head.config = config.model.roi
     if config.evaluation.resize is not None:

@@ -20,7 +20,13 @@ from bigdet.config.derived import (
     phase_source,
 )
 from bigdet.config.load import ConfigError
-from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
+from bigdet.config.schema import (
+    ModelConfig,
+    PhaseConfig,
+    ResizeConfig,
+    RunConfig,
+    TrainSplitConfig,
+)
 
 _STRIDE = 32
 _BACKBONE_STAGES = 5
@@ -34,6 +40,7 @@ def check_config(config: RunConfig) -> None:
     """
     _check_model(config.model)
     _check_numbers(config)
+    check_train_split(config.data.train)
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
     for name, phase in config.phases.items():
@@ -71,6 +78,38 @@ def _check_numbers(config: RunConfig) -> None:
         _not_negative(key, count)
     if config.evaluation.resize is not None:
         _check_resize("evaluation.resize", config.evaluation.resize)
+
+
+def check_train_split(split: TrainSplitConfig) -> None:
+    """Check what says which images are trained on, in which order."""
+    key = "data.train"
+    num_sets = 1 + len(split.more_shards)
+    weights = split.weights
+    if weights is not None and (len(weights) != num_sets or min(weights) <= 0):
+        raise ConfigError(
+            f"{key}.weights: found {weights}, expected a number above 0 for each of {num_sets} "
+            f"sets: shards, then more_shards."
+        )
+    threshold = split.repeat_threshold
+    _require(
+        threshold is None or 0 < threshold <= 1,
+        f"{key}.repeat_threshold", threshold, "above 0, at most 1",
+    )  # fmt: skip
+    if split.order == "windowed":
+        _require(256 <= split.window <= 2048, f"{key}.window", split.window, "256 to 2048")
+    else:
+        _unused(key, split, "window", "is for order: windowed")
+    if (subset := split.subset) is not None:
+        if (subset.images is None) == (subset.ids is None):
+            raise ConfigError(f"{key}.subset: write one of images (a number) and ids (a file).")
+        _positive(f"{key}.subset.images", subset.images)
+        if subset.ids is not None:
+            _unused(f"{key}.subset", subset, "seed", "is for a number of images")
+            if split.more_shards:
+                raise ConfigError(
+                    f"{key}.subset.ids: image ids may mean several images when sets are mixed. "
+                    f"Write subset.images, or make shards of the images that you want."
+                )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -26,9 +26,9 @@ from bigdet.training.state import RunState
 logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    "output", "resume", "data.train.shards", "data.val.shards", "data.workers",
-    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.max_bad_steps",
-    "evaluation", "checkpoint", "log",
+    "output", "resume", "data.train.shards", "data.train.more_shards", "data.train.subset.ids",
+    "data.val.shards", "data.workers", "data.train.max_damaged", "engine.kind",
+    "engine.zero_stage", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
 
