@@ -300,9 +300,10 @@ def _padded(size: int) -> int:
 
 def _manifest_text(manifest: Manifest) -> str:
     values = asdict(manifest)
-    for category in values["categories"]:
-        if category["supercategory"] is None:
-            del category["supercategory"]
+    values["categories"] = [
+        {name: value for name, value in category.items() if value is not None}
+        for category in values["categories"]
+    ]
     return json.dumps(values, indent=1) + "\n"
 
 
