@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bigdet.data.decode import decode_image
-from bigdet.data.shard_writer import annotation_flags, image_flags
+from bigdet.data.shard_tar import annotation_flags, image_flags
 from bigdet.data.shards import Sample, ShardError, ShardSet, file_sha256, size_problem
 
 Progress = Callable[[int, int], None]
