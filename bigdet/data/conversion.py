@@ -324,7 +324,8 @@ def _read_note(storage: Storage, number: int) -> FinishedShard | None:
 
 def _clear_if_useless(storage: Storage, num_shards: int, making: Making) -> int:
     """Return how many tars are finished; if none is, leave the folder as it was before."""
-    kept = sum(_read_note(storage, number) is not None for number in range(num_shards))
+    notes = [_read_note(storage, number) for number in range(num_shards)]
+    kept = sum(note is not None and note.shard.samples > 0 for note in notes)
     if not kept and making.part is None:
         storage.clear()
     return kept
@@ -353,7 +354,6 @@ def _finish(storage: Storage) -> Manifest:
     log = io.StringIO()
     manifest, index = summarize(info, finished(), log)
     if manifest is None:
-        storage.clear()
         reasons = Counter(
             line["skipped"]
             for line in map(json.loads, log.getvalue().splitlines())

@@ -67,18 +67,23 @@ def run_jobs(
                     if not waiting:
                         break
                     finished, waiting = wait(waiting, REPORT_SECONDS, FIRST_COMPLETED)
-                    progress(done.get_obj().value)  # without its lock, which a killed worker may hold
+                    progress(
+                        done.get_obj().value
+                    )  # without its lock, which a killed worker may hold
                     for future in finished:
                         yield future.result()
             except BaseException:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
-    except BrokenProcessPool as error:
+    except BrokenProcessPool:
         raise ShardError(
             "a process of the conversion was killed, maybe for want of memory. Start it again, "
             "with fewer --processes if it happens again; finished shards stay."
-        ) from error
+        ) from None
+    finally:
+        # A traceback keeps these, and semaphores that are left at the end make Python warn.
+        del pool, waiting, done, stop
 
 
 def _run_here(

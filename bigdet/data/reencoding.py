@@ -75,7 +75,7 @@ def reencode(
         return image_bytes, record
     size = test_size(height, width, how.long_side, how.long_side)
     resized = resize_image(pixels, size).permute(1, 2, 0).contiguous().numpy()  # (h, w, 3)
-    data: bytes = simplejpeg.encode_jpeg(resized, quality=how.quality, colorsubsamp="444")
+    data: bytes = simplejpeg.encode_jpeg(resized, quality=how.quality, colorsubsampling="444")
     annotations = []
     for annotation in record["annotations"]:
         scaled = scale_annotation(annotation, (height, width), size)
