@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from bigdet import distributed
 
-logger = logging.getLogger(__name__)
+try:
+    import torchvision  # noqa: F401
+except (ImportError, RuntimeError) as error:
+    # Commands import this module first, so that a broken pair is told before it is used.
+    sys.exit(
+        f"error: this torchvision does not work with this torch: {error}. Install both from the "
+        f"same place: pip install --force-reinstall --constraint launch/constraints.txt torch "
+        f"torchvision"
+    )
 
 STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
@@ -28,8 +35,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
-        shared = distributed.is_on_all_ranks(error)
-        if distributed.is_main() or not shared:
+        if distributed.is_main() or not distributed.is_on_all_ranks(error):
             where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
             sys.stderr.write(f"error{where}: {error}\n")
         code = 1

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bigdet.config.derived import test_resize
 from bigdet.config.load import dump_config, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
@@ -110,7 +111,7 @@ def load_detector(path: str | Path) -> Detector:
     detector = build_detector(config.model, len(categories))
     load_parts(detector, tensors, sorted({part_of(name) for name in tensors}), str(file))
     set_norm_mode(detector, "fixed")
-    resize = config.evaluation.resize or config.phases[metadata["phase"]].resize
+    resize = test_resize(config, metadata["phase"])
     detector.test_size = plan_of(resize.kind, resize.size, resize.cap)
     detector.categories = categories
     return detector.eval()
@@ -216,6 +217,15 @@ def load_parts(
     return rows
 
 
+def check_published(name: str) -> None:
+    """Raise ``ValueError`` if timm has no weights for a backbone."""
+    if name not in PUBLISHED:
+        raise ValueError(
+            f"start_from.source: timm has no weights for model.backbone {name}, only for "
+            f"{', '.join(PUBLISHED)}. Choose one of them, or start from random."
+        )
+
+
 def load_timm_backbone(detector: nn.Module, name: str) -> list[LoadedPart]:
     """Load the published ImageNet weights of a backbone into the detector's.
 
@@ -225,11 +235,7 @@ def load_timm_backbone(detector: nn.Module, name: str) -> list[LoadedPart]:
         detector: a detector whose backbone is ``name``.
         name: ``model.backbone`` of the config.
     """
-    if name not in PUBLISHED:
-        raise ValueError(
-            f"start_from.source: timm has no weights for model.backbone {name}, only for "
-            f"{', '.join(PUBLISHED)}. Choose one of them, or start from random."
-        )
+    check_published(name)
     model_name = PUBLISHED[name]
     try:
         timm_model = timm.create_model(model_name, pretrained=True)
