@@ -83,27 +83,6 @@ def _check_numbers(config: RunConfig) -> None:
         _check_resize("evaluation.resize", config.evaluation.resize)
 
 
-def _check_addresses(data: DataConfig) -> None:
-    """Check what can be told of remote shards without asking for them."""
-    _require(bool(data.cache.folder), "data.cache.folder", "nothing", "a folder")
-    for key, address in (
-        ("data.train.shards", data.train.shards),
-        *(("data.train.more_shards", address) for address in data.train.more_shards),
-        ("data.val.shards", data.val.shards),
-    ):
-        if not address.startswith("pipe:"):
-            continue
-        _require(
-            "{}" in address, key, address,
-            "{} in the command where the name of a file goes, such as pipe:ssh HOST cat /data/{}",
-        )  # fmt: skip
-        if data.cache.mode == "ranges":
-            raise ConfigError(
-                f"data.cache.mode: found ranges, but {key} is a pipe:, which can only be read "
-                f"whole. Write shards."
-            )
-
-
 def check_train_split(split: TrainSplitConfig) -> None:
     """Check what says which images are trained on, in which order."""
     key = "data.train"
@@ -134,6 +113,27 @@ def check_train_split(split: TrainSplitConfig) -> None:
                     f"{key}.subset.ids: image ids may mean several images when sets are mixed. "
                     f"Write subset.images, or make shards of the images that you want."
                 )
+
+
+def _check_addresses(data: DataConfig) -> None:
+    """Check what can be told of remote shards without asking for them."""
+    _require(bool(data.cache.folder), "data.cache.folder", "nothing", "a folder")
+    for key, address in (
+        ("data.train.shards", data.train.shards),
+        *(("data.train.more_shards", address) for address in data.train.more_shards),
+        ("data.val.shards", data.val.shards),
+    ):
+        if not address.startswith("pipe:"):
+            continue
+        _require(
+            "{}" in address, key, address,
+            "{} in the command where the name of a file goes, such as pipe:ssh HOST cat /data/{}",
+        )  # fmt: skip
+        if data.cache.mode == "ranges":
+            raise ConfigError(
+                f"data.cache.mode: found ranges, but {key} is a pipe:, which can only be read "
+                f"whole. Write shards."
+            )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -147,7 +147,7 @@ def open_train_set(data: DataConfig) -> ShardSet:
     first = ShardSet(data.train.shards, cache=data.cache)
     if not data.train.more_shards:
         return first
-    parts = [first, *(ShardSet(path, cache=data.cache) for path in data.train.more_shards)]
+    parts = [first, *(ShardSet(folder, cache=data.cache) for folder in data.train.more_shards)]
     categories = _union([part.categories for part in parts])
     for part in parts:
         _check_names(part)

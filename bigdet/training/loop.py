@@ -155,17 +155,20 @@ class PhaseTrainer:
     def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
         """Take one optimizer step; return what it saw and its learning rate."""
         started = time.perf_counter()
+        with distributed.together():  # a shard that one rank cannot get ends the run on all
+            micro_batches = list(islice(batches, len(self.stream.lanes)))
+            data_seconds = time.perf_counter() - started
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
-        drawn = _Drawn(islice(batches, len(self.stream.lanes)), self.device)
-        result = self.engine.train_step(drawn)
+        # Moved one by one: all at once would fill the device when many are accumulated.
+        result = self.engine.train_step(batch.to(self.device) for batch in micro_batches)
         self.state.step += 1
         self.state.total_steps += 1
         if result.is_finite:
             norms.update_running_statistics(self.detector)
         else:
-            self._note_bad_step(drawn.batches)
-        self.meter.add(drawn.batches, time.perf_counter() - started, drawn.wait_seconds)
+            self._note_bad_step(micro_batches)
+        self.meter.add(micro_batches, time.perf_counter() - started, data_seconds)
         return result, lr
 
     def _note_bad_step(self, micro_batches: Sequence[Batch]) -> None:
@@ -263,31 +266,6 @@ class PhaseTrainer:
         self.meter.sync(self.state, self.stream.damages)
         run = self.run
         saving.save_checkpoint(self.config, run.run_dir, self.engine, run.train_set, self.state)
-
-
-class _Drawn:
-    """The micro-batches of one step, drawn one at a time while the step is computed.
-
-    Attributes:
-        batches: those drawn so far, on the host.
-        wait_seconds: time spent waiting for them.
-    """
-
-    def __init__(self, source: Iterator[Batch], device: torch.device) -> None:
-        self._source, self._device = source, device
-        self.batches: list[Batch] = []
-        self.wait_seconds = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            with distributed.together():  # a shard that one rank cannot get ends the run on all
-                started = time.perf_counter()
-                batch = next(self._source, None)
-                self.wait_seconds += time.perf_counter() - started
-            if batch is None:
-                return
-            self.batches.append(batch)
-            yield batch.to(self._device)
 
 
 def _is_due(step: int, every: int | None) -> bool:

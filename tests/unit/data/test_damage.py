@@ -27,11 +27,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def open_stream(shards: ShardSet, **options) -> TrainStream:
+    split = TrainSplitConfig(
+        shards="", keep_empty=True, max_damaged=options.pop("max_damaged", ROWS)
+    )
     settings = {
-        "split": TrainSplitConfig(keep_empty=True, max_damaged=ROWS),
-        "resize": ResizeConfig(kind="direct", size=32), "flip": 0.5, "with_masks": False,
-        "phase": "train", "seed": 0, "images_per_gpu": 2, "images_per_step": 4, "rank": 0,
-        "world_size": 1, "workers": 0,
+        "split": split, "resize": ResizeConfig(kind="direct", size=32),
+        "flip": 0.5, "with_masks": False, "phase": "train", "seed": 0, "images_per_gpu": 2,
+        "images_per_step": 4, "rank": 0, "world_size": 1, "workers": 0,
     }  # fmt: skip
     return TrainStream(shards, **{**settings, **options})
 
