@@ -8,6 +8,7 @@ Ends with 1 if anything is wrong, one line per problem: shard, key, what.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +26,12 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="the shard set")
-    folder: Path = parser.parse_args(argv).folder
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.folder
     start = time.monotonic()
     num_problems = 0
-    for problem in check_shards(folder):
+    for problem in check_shards(folder, processes=arguments.processes):
         num_problems += 1
         if num_problems <= MAX_LINES:
             print(f"{problem.place}: {problem.what}", flush=True)

@@ -1,71 +1,79 @@
 """Make a shard set.
 
-python tools/make_shards.py coco --images DIR --annotations FILE --out DIR [--shard-megabytes 256]
+python tools/make_shards.py coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
+python tools/make_shards.py objects365 --images DIR --annotations FILE --out DIR
+python tools/make_shards.py voc --root DIR --split trainval [--categories FILE] --out DIR
 python tools/make_shards.py shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
+
+After a kill the same command goes on; what comes out is the same, byte for byte. Over 3 machines:
+
+python tools/make_shards.py coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
+python tools/make_shards.py merge --out DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.commands import run_command
-from bigdet.data.shard_writer import ShardWriter
+from bigdet.data.conversion import Making, merge_parts
+from bigdet.data.reencoding import Reencoding
 from bigdet.data.shards import SKIPPED_NAME, Manifest
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.sources.categories import load_categories
+from bigdet.data.sources.coco import convert_coco, convert_objects365
 from bigdet.data.sources.shapes import NUM_IMAGES, make_shapes
+from bigdet.data.sources.voc import convert_voc
+
+BAR_WIDTH = 24
 
 
-class ProgressLine:
+class ProgressBar:
     """Prints how far a conversion is: once a second on a terminal, twice a minute to a file."""
 
     def __init__(self) -> None:
         self._start = self._last = time.monotonic()
+        self._before: int | None = None
+        self._is_complete = False
         self._is_terminal = sys.stdout.isatty()
 
-    def __call__(self, writer: ShardWriter, num_images: int) -> None:
+    def __call__(self, done: int, total: int) -> None:
         """Print a line if it is time for one, and the last one in any case."""
-        done = writer.images + writer.skipped.total()
-        now = time.monotonic()
-        if done < num_images and now - self._last < (1.0 if self._is_terminal else 30.0):
+        if self._is_complete:
+            return
+        self._is_complete, now = done >= total, time.monotonic()
+        if self._before is None:  # images of shards that are finished already take no time
+            self._before, self._start = done, now
+        if done < total and now - self._last < (1.0 if self._is_terminal else 30.0):
             return
         self._last = now
-        rate = done / max(now - self._start, 1e-9)
-        left_minutes = (num_images - done) / rate / 60 if rate else 0.0
-        line = f"{done} / {num_images} images, {rate:.0f} a second, {left_minutes:.1f} min left"
-        end = "\r" if self._is_terminal and done < num_images else "\n"
-        print(f"{line:70}", end=end, flush=True)
+        rate = (done - self._before) / max(now - self._start, 1e-9)
+        left = f", {(total - done) / rate / 60:.1f} min left" if rate else ""
+        bar = "#" * (BAR_WIDTH * done // max(total, 1))
+        line = f"[{bar:{BAR_WIDTH}}] {done} / {total} images, {rate:.0f} a second{left}"
+        end = "\r" if self._is_terminal and done < total else "\n"
+        print(f"{line:78}", end=end, flush=True)
 
 
 def main(argv: Sequence[str]) -> int:
     """Make shards as the arguments say."""
     arguments = _parser().parse_args(argv)
-    progress = ProgressLine()
-    if arguments.source == "coco":
-        manifest = convert_coco(
-            arguments.images,
-            arguments.annotations,
-            arguments.out,
-            shard_megabytes=arguments.shard_megabytes,
-            progress=progress,
+    manifest = _make(arguments)
+    if manifest is None:
+        print(
+            f"{arguments.out}: part {arguments.part} is made. When all are in one folder: "
+            "tools/make_shards.py merge --out that folder"
         )
     else:
-        manifest = make_shapes(
-            arguments.out,
-            split=arguments.split,
-            images=arguments.images or NUM_IMAGES[arguments.split],
-            seed=arguments.seed,
-            size=arguments.size,
-            progress=progress,
-        )
-    print_counts(arguments.out, manifest)
+        print_counts(arguments.out, manifest)
     return 0
 
 
-def print_counts(folder: Path, manifest: Manifest) -> None:
+def print_counts(folder: str, manifest: Manifest) -> None:
     """Print what a shard set holds and what was left out of it."""
     size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(f"{folder}: {len(manifest.shards)} shards, {size_mb:.1f} MB")
@@ -80,7 +88,55 @@ def print_counts(folder: Path, manifest: Manifest) -> None:
     for name, count in rows:
         print(f"  {count:>10}  {name}")
     if manifest.skipped or manifest.changed:
-        print(f"  the last are listed in {folder / SKIPPED_NAME}")
+        print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
+
+
+def _make(arguments: argparse.Namespace) -> Manifest | None:
+    progress = ProgressBar()
+    if arguments.source == "merge":
+        return merge_parts(arguments.out)
+    if arguments.source == "shapes":
+        return make_shapes(
+            Path(arguments.out),
+            split=arguments.split,
+            images=arguments.images or NUM_IMAGES[arguments.split],
+            seed=arguments.seed,
+            size=arguments.size,
+            progress=progress,
+        )
+    making = _making(arguments)
+    images, annotations = arguments.images, arguments.annotations
+    if arguments.source == "voc":
+        categories = load_categories(arguments.categories) if arguments.categories else None
+        return convert_voc(
+            arguments.root,
+            arguments.split,
+            arguments.out,
+            categories=categories,
+            making=making,
+            progress=progress,
+        )
+    if arguments.source == "objects365":
+        return convert_objects365(
+            images, annotations, arguments.out, making=making, progress=progress
+        )
+    return convert_coco(
+        images,
+        annotations,
+        arguments.out,
+        keypoints=arguments.keypoints,
+        making=making,
+        progress=progress,
+    )
+
+
+def _making(arguments: argparse.Namespace) -> Making:
+    if arguments.quality is not None and arguments.long_side is None:
+        raise ValueError("--quality is of images that --long-side makes smaller; give both.")
+    reencoding = None
+    if arguments.long_side is not None:
+        reencoding = Reencoding(arguments.long_side, arguments.quality or 95)
+    return Making(arguments.shard_megabytes, arguments.processes, arguments.part, reencoding)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,15 +147,48 @@ def _parser() -> argparse.ArgumentParser:
     coco = sources.add_parser("coco", help="images and a COCO annotation file")
     coco.add_argument("--images", type=Path, required=True, help="folder of the images")
     coco.add_argument("--annotations", type=Path, required=True, help="instances_*.json")
-    coco.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    coco.add_argument("--shard-megabytes", type=_positive, default=256, help="size of a tar")
+    coco.add_argument("--keypoints", type=Path, help="person_keypoints_*.json of the same images")
+    objects = sources.add_parser("objects365", help="Objects365, v1 or v2")
+    objects.add_argument("--images", type=Path, required=True, help="folder of the patches")
+    objects.add_argument("--annotations", type=Path, required=True, help="zhiyuan_objv2_*.json")
+    objects.set_defaults(keypoints=None)
+    voc = sources.add_parser("voc", help="a folder in PASCAL VOC's layout")
+    voc.add_argument("--root", type=Path, required=True, help="holds Annotations, ImageSets, ...")
+    voc.add_argument("--split", required=True, help="a file in ImageSets/Main, without .txt")
+    voc.add_argument("--categories", type=Path, help="JSON list; default: all names, sorted")
+    voc.set_defaults(images=None, annotations=None)
+    for source in (coco, objects, voc):
+        _add_options(source)
     shapes = sources.add_parser("shapes", help="synthetic images to try things on")
-    shapes.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    shapes.add_argument("--out", required=True, help="folder for the shards")
     shapes.add_argument("--split", choices=list(NUM_IMAGES), default="train", help="which images")
     shapes.add_argument("--images", type=_positive, help=f"how many; default {NUM_IMAGES}")
     shapes.add_argument("--seed", type=int, default=0, help="other seed, other images")
     shapes.add_argument("--size", type=_positive, default=128, help="long side, pixels")
+    merge = sources.add_parser("merge", help="finish a set whose parts are all made")
+    merge.add_argument("--out", required=True, help="folder with all of the parts")
     return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all sources have that are read from files."""
+    parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
+    parser.add_argument("--shard-megabytes", type=_positive, default=256, help="size of a tar")
+    parser.add_argument(
+        "--processes", type=_positive, default=_num_cpus(), help="that work at a time"
+    )
+    parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
+    parser.add_argument(
+        "--long-side",
+        type=_positive,
+        metavar="PIXELS",
+        help="make larger images smaller, to train at low resolution (not to evaluate at full)",
+    )
+    parser.add_argument("--quality", type=_positive, help="of these, as JPEG 4:4:4; default 95")
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _positive(text: str) -> int:

@@ -120,6 +120,7 @@ def _check_addresses(data: DataConfig) -> None:
     _require(bool(data.cache.folder), "data.cache.folder", "nothing", "a folder")
     for key, address in (
         ("data.train.shards", data.train.shards),
+        *(("data.train.more_shards", address) for address in data.train.more_shards),
         ("data.val.shards", data.val.shards),
     ):
         if not address.startswith("pipe:"):

@@ -46,8 +46,8 @@ class TrainSplitConfig:
     """Folder of a shard set (``tools/make_shards.py`` makes one), or its address: ``https://``,
     ``s3://``, ``gs://``, ``hf://``, ..., or a command ``pipe:ssh HOST cat /data/coco/{}``."""
     more_shards: list[str] = field(default_factory=list)
-    """Folders of further sets to mix in. Categories of the same name are one class; the others are
-    appended to those of ``shards``."""
+    """Folders or addresses of further sets to mix in. Categories of the same name are one class;
+    the others are appended to those of ``shards``."""
     weights: list[float] | None = None
     """How often a pass shows each image of each set, ``shards`` first: 1 is exactly once, 0.5 in
     every other pass. None: 1 for all."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 _ZEROS = bytes(64)  # a row of zeros as no compressed photograph has it
-_SCAN, _TABLES, _SEQUENTIAL = 0xDA, 0xC4, (0xC0, 0xC1)  # markers
-
-
 _END_OF_IMAGE = b"\xff\xd9"
+_SCAN, _TABLES, _SEQUENTIAL = 0xDA, 0xC4, (0xC0, 0xC1)  # markers
 
 
 def is_zeroed(data: bytes) -> bool:
@@ -25,8 +23,8 @@ def is_zeroed(data: bytes) -> bool:
     is_sequential, is_flat = False, True
     for marker, start, stop in _segments(data):
         if marker == _SCAN:
-            end = data.rfind(_END_OF_IMAGE)  # zeros behind it harm nothing
-            return is_sequential and not is_flat and _ZEROS in data[stop : max(end, 0) or None]
+            compressed = data[stop:].partition(_END_OF_IMAGE)[0]  # some files are padded with zeros
+            return is_sequential and not is_flat and _ZEROS in compressed
         is_sequential |= marker in _SEQUENTIAL
         while marker == _TABLES and start + 17 < stop:
             is_flat &= data[start + 17] == 0
@@ -43,7 +41,8 @@ def loses_pixels(problem: str, data: bytes) -> bool:
     if "Corrupt JPEG data" not in problem and "Premature end" not in problem:
         return False  # not damage, but a kind of file: rare subsamplings, odd markers
     scan = next((stop for marker, _, stop in _segments(data) if marker == _SCAN), 0)
-    return "extraneous bytes" not in problem or _ZEROS in data[scan:]
+    end = data.rfind(_END_OF_IMAGE, scan) % (len(data) + 1)  # no end marker: the last byte
+    return "extraneous bytes" not in problem or _ZEROS in data[scan:end]
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:

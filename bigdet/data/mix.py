@@ -45,7 +45,7 @@ class MixedSet(ShardSet):
         """
         self.parts = list(parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
-        self.folder: Path = parts[0].folder
+        self.address, self.folder = parts[0].address, parts[0].folder
         manifests = [part.manifest for part in parts]
         self.manifest = replace(
             manifests[0],
@@ -79,6 +79,16 @@ class MixedSet(ShardSet):
         """Return the tar that holds a sample."""
         part, own_row = self._locate(row)
         return self.parts[part].path(own_row)
+
+    def place(self, row: int) -> str:
+        """Return the full name of the tar that holds a sample, for messages."""
+        part, own_row = self._locate(row)
+        return self.parts[part].place(own_row)
+
+    def check_random_reads(self) -> None:
+        """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
+        for part in self.parts:
+            part.check_random_reads()
 
     def read(self, row: int) -> Sample:
         """Return one sample; ``ShardError`` if its bytes are not those that were written."""
@@ -114,9 +124,9 @@ class MixedSet(ShardSet):
             if not 0 <= label < len(labels):
                 shards = self.parts[part]
                 raise ShardError(
-                    f"{shards.path(own_row)}: sample {shards.key(own_row)} (row {own_row}) has an "
+                    f"{shards.place(own_row)}: sample {shards.key(own_row)} (row {own_row}) has an "
                     f"object of label {label}, the set has {len(labels)} categories. Make the set "
-                    f"again; tools/check_shards.py {shards.folder} lists all that is wrong."
+                    f"again; tools/check_shards.py {shards.address} lists all that is wrong."
                 )
             annotation["label"] = labels[label]
 
@@ -147,7 +157,7 @@ def open_train_set(data: DataConfig) -> ShardSet:
             logger.warning(
                 "data.train.more_shards: %s does not know %d of the %d classes of the mix; objects "
                 "of these on its images are background: %s",
-                part.folder, len(absent), len(categories), _shortened(absent),
+                part.address, len(absent), len(categories), _shortened(absent),
             )  # fmt: skip
     return MixedSet(parts, categories)
 
@@ -158,7 +168,7 @@ def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSe
     unknown = [repr(entry.name) for entry in shards.categories if _name_key(entry) not in known]
     if unknown:
         raise ShardError(
-            f"{shards.folder}: {len(unknown)} of its categories are not among the {len(known)} of "
+            f"{shards.address}: {len(unknown)} of its categories are not among the {len(known)} of "
             f"the training data: {_shortened(unknown)}. Give a set of the same classes."
         )
     _check_names(shards)
@@ -183,7 +193,7 @@ def _check_names(shards: ShardSet) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ShardError(
-            f"{shards.folder}: several categories are named {', '.join(map(repr, twice))}, "
+            f"{shards.address}: several categories are named {', '.join(map(repr, twice))}, "
             f"capitals and blanks aside, so categories cannot be matched by name. Rename them."
         )
 

@@ -97,7 +97,7 @@ def _subset(shards: ShardSet, rows: NDArray[np.int32], subset: SubsetConfig) -> 
     if subset.images is not None:
         if subset.images > len(rows):
             raise ShardError(
-                f"data.train.subset.images: found {subset.images}, but {shards.folder} has "
+                f"data.train.subset.images: found {subset.images}, but {shards.address} has "
                 f"{len(rows)} images to train on. Write fewer, or set data.train.keep_empty."
             )
         drawn = permutation("subset", subset.seed, count=len(rows))[: subset.images]
@@ -107,7 +107,7 @@ def _subset(shards: ShardSet, rows: NDArray[np.int32], subset: SubsetConfig) -> 
     absent = ids[~np.isin(ids, shards.index["image_id"])]
     if len(absent):
         raise ShardError(
-            f"data.train.subset.ids: {subset.ids} lists {len(absent)} images that {shards.folder} "
+            f"data.train.subset.ids: {subset.ids} lists {len(absent)} images that {shards.address} "
             f"does not have: {', '.join(map(str, absent[:5].tolist()))}. Remove them."
         )
     chosen = rows[np.isin(shards.index["image_id"][rows], ids)]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from bigdet.data.conversion import Progress, no_progress
 from bigdet.data.decode import decode_image
-from bigdet.data.shard_writer import annotation_flags, image_flags
+from bigdet.data.processes import Tick, run_jobs
+from bigdet.data.record_check import annotation_problems, record_problem
+from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags
 from bigdet.data.shards import Sample, ShardError, ShardSet, file_sha256, size_problem
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -30,46 +30,74 @@ class Problem:
     what: str
 
 
-def check_shards(folder: Path, progress: Progress = lambda done, total: None) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class _Job:
+    folder: Path
+    shard: int
+
+
+def check_shards(
+    folder: Path, *, processes: int = 1, progress: Progress = no_progress
+) -> Iterator[Problem]:
     """Read a whole shard set and give its problems one by one.
 
     Args:
         folder: of the set.
-        progress: called after every sample with their number so far and in all.
+        processes: how many shards are read at a time.
+        progress: called now and then with the number of samples done and in all.
 
     Raises:
         ShardError: manifest or index are missing or are not of one set.
     """
     shards = ShardSet(folder, check_files=False)
-    for shard in shards.manifest.shards:
-        problem = size_problem(folder, shard)
-        if problem is None and file_sha256(folder / shard.file) != shard.sha256:
-            problem = "SHA-256 is not that of the manifest"
-        if problem is not None:
-            yield Problem(shard.file, problem)
+    num_shards = len(shards.manifest.shards)
+    jobs = (_Job(folder, number) for number in range(num_shards))
     found: Counter[str] = Counter()
-    for row in range(len(shards)):
-        if not shards.path(row).is_file():
-            continue  # told once for all of its samples
-        place = f"{shards.path(row).name} {shards.key(row)}"
+    for problems, counts in run_jobs(
+        _check_shard, jobs, min(processes, num_shards), lambda done: progress(done, len(shards))
+    ):
+        yield from problems
+        found += counts
+    yield from _count_problems(shards, found)
+
+
+def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
+    """Return what is wrong with a tar and its samples, and the counts of what could be read."""
+    shards = ShardSet(job.folder, check_files=False)
+    shard = shards.manifest.shards[job.shard]
+    found: Counter[str] = Counter()
+    problem = size_problem(job.folder, shard)
+    if problem is None and file_sha256(job.folder / shard.file) != shard.sha256:
+        problem = "SHA-256 is not that of the manifest"
+    problems = [] if problem is None else [Problem(shard.file, problem)]
+    if not (job.folder / shard.file).is_file():
+        return problems, found  # told once for all of its samples
+    for row in np.flatnonzero(shards.index["shard"] == job.shard).tolist():
+        place = f"{shard.file} {shards.key(row)}"
         try:
             sample = shards.read(row)
         except ShardError as error:
-            yield Problem(place, error.finding)
+            problems.append(Problem(place, error.finding))
         else:
-            yield from (Problem(place, what) for what in sample_problems(shards, row, sample))
-            crowd = sum(bool(entry["iscrowd"]) for entry in sample.record["annotations"])
-            found["images"] += 1
-            found["crowd"] += crowd
-            found["instances"] += len(sample.record["annotations"]) - crowd
-            found["pixels"] += sample.record["height"] * sample.record["width"]
-        progress(row + 1, len(shards))
-    yield from _count_problems(shards, found)
+            whats = list(sample_problems(shards, row, sample))
+            problems += [Problem(place, what) for what in whats]
+            if record_problem(sample.record) is None:
+                num_boxes = count_boxes(sample.record["annotations"])
+                found["images"] += 1
+                found["crowd"] += len(sample.record["annotations"]) - num_boxes
+                found["instances"] += num_boxes
+                found["pixels"] += sample.record["height"] * sample.record["width"]
+        tick()
+    shards.close()
+    return problems, found
 
 
 def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]:
     """Tell what is wrong with a sample whose bytes are those that were written."""
     entry, record = shards.index[row], sample.record
+    if problem := record_problem(record):
+        yield f"record: {problem}"
+        return
     recorded = (record["height"], record["width"])
     try:
         decoded = tuple(decode_image(sample.image_bytes).shape[1:])
@@ -81,27 +109,13 @@ def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]
     if (entry["height"], entry["width"]) != recorded:
         yield f"index says {entry['height']} x {entry['width']}, the record {recorded}"
     annotations = record["annotations"]
-    num_boxes = sum(not annotation["iscrowd"] for annotation in annotations)
+    num_boxes = count_boxes(annotations)
     if entry["num_boxes"] != num_boxes:
         yield f"index says {entry['num_boxes']} boxes, the record has {num_boxes}"
     flags = image_flags(sample.image_bytes) | annotation_flags(annotations)
     if entry["flags"] != flags:
         yield f"index has flags {entry['flags']}, expected {flags}"
-    for annotation in annotations:
-        if what := _annotation_problem(annotation, recorded, shards.num_classes):
-            yield f"annotation {annotation['id']}: {what}"
-
-
-def _annotation_problem(
-    annotation: dict[str, Any], image_size: tuple[int, int], num_classes: int
-) -> str | None:
-    height, width = image_size
-    x, y, w, h = annotation["bbox"]
-    if not 0 <= annotation["label"] < num_classes:
-        return f"label {annotation['label']}, there are {num_classes} classes"
-    # One pixel of tolerance: where exactly an edge may lie is the converter's business.
-    is_inside = min(x, y) >= -1 and x + w <= width + 1 and y + h <= height + 1
-    return None if w > 0 and h > 0 and is_inside else f"box {annotation['bbox']} in {image_size}"
+    yield from annotation_problems(record, shards.categories)
 
 
 def _count_problems(shards: ShardSet, found: Counter[str]) -> Iterator[Problem]:

@@ -1,56 +1,60 @@
-"""Writes a shard set, byte for byte the same from the same input.
+"""Writes a shard set in one process, sample by sample; and index and manifest of any set.
 
-All files are written in the folder ``.unfinished`` inside the target and move up when complete,
-the manifest last, so nothing unfinished ever looks finished; after an error nothing is left.
+``ShardWriter`` is for samples that are made one after the other; what is read from files is
+converted in parallel by ``conversion.py``. All files are written in the folder ``.unfinished``
+inside the target and move up when complete, the manifest last, so nothing unfinished ever looks
+finished; after an error nothing is left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import io
 import json
 import os
 import shutil
-import zlib
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
-import webdataset
+from numpy.typing import NDArray
 
+from bigdet.data.shard_tar import FinishedShard, ShardTar, record_text, stored_bytes
 from bigdet.data.shards import (
-    FLAG_CROWD,
-    FLAG_KEYPOINTS,
-    FLAG_MASKS,
-    FLAG_NOT_JPEG,
-    FLAG_PROGRESSIVE,
     INDEX_DTYPE,
     INDEX_NAME,
     MANIFEST_NAME,
-    SKIPPED_NAME,
     VERSION,
     Category,
     Manifest,
     Shard,
     ShardError,
-    file_sha256,
     manifest_sha256,
-    sample_key,
 )
 
 UNFINISHED = ".unfinished"
-TAR_BLOCK = 512  # bytes: of a header, and the unit to which payloads are padded
-MAX_U2 = 2**16 - 1  # the index holds sides and numbers of boxes in 16 bits
+
+
+@dataclass(frozen=True)
+class SetInfo:
+    """What a manifest says that does not depend on the samples, see ``shards.Manifest``."""
+
+    name: str
+    source: str
+    categories: list[Category]
+    options: dict[str, Any]
 
 
 class ShardWriter:
     """A context manager that takes samples one by one; leaving it without error finishes the set.
 
-    ``images``, ``skipped`` and ``changed`` may be read on the way, for a progress line, and
-    ``manifest`` at the end.
+    ``images`` may be read on the way, for a progress line, and ``manifest`` at the end.
     """
 
     def __init__(
@@ -75,21 +79,15 @@ class ShardWriter:
         """
         self.folder = folder
         self.images = 0
-        self.skipped: Counter[str] = Counter()
-        self.changed: Counter[str] = Counter()
         self.manifest: Manifest | None = None
-        self._name, self._source = name, source
-        self._categories, self._options = categories, options
+        self._info = SetInfo(name, source, categories, options)
         self._limit = shard_megabytes * 10**6
-        self._rows: list[tuple[int, ...]] = []
-        self._shards: list[Shard] = []
-        self._tar: _Tar | None = None
-        self._log: IO[str] | None = None
-        self._crowd = 0
+        self._finished: list[FinishedShard] = []
+        self._tar: ShardTar | None = None
 
     def __enter__(self) -> ShardWriter:
         refuse_shards(self.folder)
-        self._made_folders = _make_folders(self.folder / UNFINISHED)
+        self._made_folders = make_folders(self.folder / UNFINISHED)
         self._lock = os.open(self.folder / UNFINISHED, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,203 +111,140 @@ class ShardWriter:
             clean_up.callback(self._remove_made_folders)
             clean_up.callback(os.close, self._lock)
             clean_up.callback(shutil.rmtree, self.folder / UNFINISHED)
-            if self._log is not None:
-                clean_up.callback(self._log.close)
             if kind is None:
                 self._finish()
             elif self._tar is not None:
-                self._tar.close()
+                self._tar.abandon()
 
     def add(self, image: bytes, record: dict[str, Any]) -> None:
         """Append one sample.
 
         Args:
-            image: the encoded image, of a format that ``image_suffix`` knows.
+            image: the encoded image, JPEG, PNG or WebP.
             record: its annotations, see ``shards.Sample``.
         """
-        suffix = image_suffix(image)
-        assert suffix is not None
-        annotations = record["annotations"]
-        num_boxes = sum(not annotation["iscrowd"] for annotation in annotations)
-        height, width = record["height"], record["width"]
-        if max(height, width, num_boxes) > MAX_U2:
-            raise ShardError(
-                f"image {record['image_id']} ({record['file_name']}): {height} x {width} pixels, "
-                f"{num_boxes} boxes; the shard format holds at most {MAX_U2} of each. Leave it out."
-            )
-        text = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
-        size = 2 * TAR_BLOCK + _padded(len(image)) + _padded(len(text))
+        size = stored_bytes(len(image), len(record_text(record)))
         if self._tar is not None and self._tar.size + size > self._limit:
-            self._close_tar()
+            self._finished.append(self._tar.close())
+            self._tar = None
         if self._tar is None:
-            name = f"{len(self._shards):06d}.tar"
-            self._tar = _Tar(self.folder / UNFINISHED / name)
-        key = sample_key(record["image_id"])
-        offsets = self._tar.write(key, {suffix: image, "json": text})
-        crc = zlib.crc32(text, zlib.crc32(image))
-        flags = image_flags(image) | annotation_flags(annotations)
-        image_fields = (record["image_id"], offsets[suffix], len(image))
-        other_fields = (crc, width, height, flags, num_boxes, len(self._shards))
-        self._rows.append((*image_fields, offsets["json"], len(text), *other_fields))
-        self._crowd += len(annotations) - num_boxes
+            self._tar = ShardTar(self.folder / UNFINISHED / shard_name(len(self._finished)))
+        self._tar.add(image, record)
         self.images += 1
-
-    def skip(self, reason: str, **details: Any) -> None:
-        """Count an image that is left out, and list it in ``skipped.jsonl``."""
-        self.skipped[reason] += 1
-        self._write_log({"skipped": reason, **details})
-
-    def change(self, reason: str, **details: Any) -> None:
-        """Count an annotation that is left out or altered, and list it in ``skipped.jsonl``."""
-        self.changed[reason] += 1
-        self._write_log({"changed": reason, **details})
 
     def _remove_made_folders(self) -> None:
         if self.manifest is None:
             for folder in self._made_folders[1:]:  # innermost first; the first was .unfinished
                 folder.rmdir()
 
-    def _write_log(self, line: dict[str, Any]) -> None:
-        if self._log is None:
-            self._log = open(self.folder / UNFINISHED / SKIPPED_NAME, "w")  # noqa: SIM115
-        self._log.write(json.dumps(line) + "\n")
-
-    def _close_tar(self) -> None:
-        assert self._tar is not None
-        self._shards.append(self._tar.close())
-        self._tar = None
-
     def _finish(self) -> None:
         """Write index and manifest and move everything to its place, the manifest last."""
-        if self._tar is None:
-            skipped = "".join(f"; {count} x {what}" for what, count in self.skipped.items())
-            raise ShardError(f"{self.folder}: not one image could be used{skipped}.")
-        self._close_tar()
-        index = np.array(self._rows, dtype=INDEX_DTYPE)
+        if self._tar is not None:
+            self._finished.append(self._tar.close())
+        manifest, index = summarize(self._info, self._finished, io.StringIO())
+        if manifest is None:
+            raise ShardError(f"{self.folder}: not one image was given. There is nothing to write.")
         unfinished = self.folder / UNFINISHED
-        np.save(unfinished / INDEX_NAME, index, allow_pickle=False)
-        pixels = int((index["height"].astype(np.int64) * index["width"]).sum())
-        manifest = Manifest(
-            version=VERSION,
-            name=self._name,
-            source=self._source,
-            images=self.images,
-            instances=int(index["num_boxes"].sum(dtype=np.int64)),
-            crowd=self._crowd,
-            pixels=pixels,
-            skipped=dict(sorted(self.skipped.items())),
-            changed=dict(sorted(self.changed.items())),
-            categories=self._categories,
-            shards=self._shards,
-            options=self._options,
-            index_sha256=file_sha256(unfinished / INDEX_NAME),
-        )
-        (unfinished / MANIFEST_NAME).write_text(_manifest_text(manifest))
-        if self._log is not None:
-            self._log.close()
-        last = [INDEX_NAME, MANIFEST_NAME]
-        names = sorted(path.name for path in unfinished.iterdir() if path.name not in last)
-        for name in [*names, *last]:
-            _flush_to_disk(unfinished / name)
+        (unfinished / INDEX_NAME).write_bytes(index_bytes(index))
+        (unfinished / MANIFEST_NAME).write_text(manifest_text(manifest))
+        names = [shard.file for shard in manifest.shards]
+        for name in [*names, INDEX_NAME, MANIFEST_NAME]:
+            flush_to_disk(unfinished / name)
             os.rename(unfinished / name, self.folder / name)
-        _flush_to_disk(self.folder)
+        flush_to_disk(self.folder)
         self.manifest = manifest
 
 
-class _Tar:
-    """One tar under way."""
+def summarize(
+    info: SetInfo, finished: Iterable[FinishedShard], log: IO[str]
+) -> tuple[Manifest | None, NDArray[np.void]]:
+    """Return the manifest of a set of tars and its index; no manifest if there is no sample.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.samples = 0
-        self.size = 0
-        self.file = open(path, "wb")  # noqa: SIM115
-        # Nothing of the machine or the moment goes into the headers: same input, same bytes.
-        self._writer = webdataset.TarWriter(
-            self.file, encoder=False, user="bigdet", group="bigdet", mode=0o444, mtime=0
-        )
+    Args:
+        info: what to say about it.
+        finished: its tars, in order; those without samples are left out.
+        log: gets the lines of ``skipped.jsonl``.
+    """
+    shards: list[Shard] = []
+    rows = [np.zeros(0, dtype=INDEX_DTYPE)]
+    counts: dict[str, Counter[str]] = {"skipped": Counter(), "changed": Counter()}
+    crowd = 0
+    for part in finished:
+        for line in part.log:
+            kind = "skipped" if "skipped" in line else "changed"
+            counts[kind][line[kind]] += 1
+            log.write(json.dumps(line) + "\n")
+        if part.shard.samples:
+            part.rows["shard"] = len(shards)
+            rows.append(part.rows)
+            shards.append(part.shard)
+            crowd += part.crowd
+    index = np.concatenate(rows)
+    manifest = Manifest(
+        version=VERSION,
+        **vars(info),
+        images=len(index),
+        instances=int(index["num_boxes"].sum(dtype=np.int64)),
+        crowd=crowd,
+        pixels=int((index["height"].astype(np.int64) * index["width"]).sum()),
+        skipped=dict(sorted(counts["skipped"].items())),
+        changed=dict(sorted(counts["changed"].items())),
+        shards=shards,
+        index_sha256=hashlib.sha256(index_bytes(index)).hexdigest(),
+    )
+    if len(index):
+        return manifest, index
+    return None, index
 
-    def write(self, key: str, files: dict[str, bytes]) -> dict[str, int]:
-        """Append files by extension; return the offset of each one's first byte in the tar."""
-        offsets = {}
-        for suffix in sorted(files):  # TarWriter's order
-            offsets[suffix] = self.size + TAR_BLOCK
-            self.size += TAR_BLOCK + _padded(len(files[suffix]))
-        self._writer.write({"__key__": key, **files})
-        assert self.size == self._writer.tarstream.offset
-        self.samples += 1
-        return offsets
 
-    def close(self) -> Shard:
-        """Finish the tar and return its entry in the manifest."""
-        self._writer.close()
-        self.file.close()
-        size = self.path.stat().st_size
-        return Shard(self.path.name, size, self.samples, file_sha256(self.path))
+def only_log(lines: list[dict[str, Any]]) -> FinishedShard:
+    """Return lines for ``skipped.jsonl`` that belong to no tar, in the form of an empty one."""
+    return FinishedShard(Shard("", 0, 0, ""), np.zeros(0, dtype=INDEX_DTYPE), 0, lines)
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a tar."""
+    return f"{number:06d}.tar"
 
 
 def refuse_shards(folder: Path) -> None:
     """Raise ``ShardError`` if a folder holds shards already, or is none."""
     if folder.exists() and not folder.is_dir():
         raise ShardError(f"{folder}: not a folder. Give the folder that is to hold the shards.")
-    names = [folder / MANIFEST_NAME, folder / INDEX_NAME, *folder.glob("*.tar")]
-    found = [path.name for path in names if path.exists()]
+    names = [folder / MANIFEST_NAME, folder / INDEX_NAME, *sorted(folder.glob("*.tar"))]
+    refuse_names(str(folder), [path.name for path in names if path.exists()])
+
+
+def refuse_names(address: str, found: list[str]) -> None:
+    """Raise ``ShardError`` if there are files of a shard set."""
     if found:
         raise ShardError(
-            f"{folder}: has shards already ({', '.join(found[:3])}). Give another folder, or "
+            f"{address}: has shards already ({', '.join(found[:3])}). Give another folder, or "
             "delete this one first."
         )
 
 
-def image_suffix(image: bytes) -> str | None:
-    """Return the extension of an encoded image by its first bytes; None if it cannot be used."""
-    if image.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if image.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else None
+def index_bytes(index: NDArray[np.void]) -> bytes:
+    """Return the content of ``index.npy``."""
+    file = io.BytesIO()
+    np.save(file, index, allow_pickle=False)
+    return file.getvalue()
 
 
-def image_flags(image: bytes) -> int:
-    """Return the index flags of an encoded image."""
-    if image_suffix(image) != "jpg":
-        return FLAG_NOT_JPEG
-    place = 2
-    while place + 4 <= len(image):
-        marker = image[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
-            return FLAG_PROGRESSIVE if marker & 3 == 2 else 0
-        if marker == 0xFF:  # markers may be preceded by any number of these
-            place += 1
-        else:
-            place += 2 + int.from_bytes(image[place + 2 : place + 4], "big")
-    return 0
-
-
-def annotation_flags(annotations: list[dict[str, Any]]) -> int:
-    """Return the index flags of the annotations of one image."""
-    flags = 0
-    for annotation in annotations:
-        flags |= FLAG_CROWD if annotation["iscrowd"] else 0
-        flags |= FLAG_MASKS if "segmentation" in annotation else 0
-        flags |= FLAG_KEYPOINTS if "keypoints" in annotation else 0
-    return flags
-
-
-def _padded(size: int) -> int:
-    return -(-size // TAR_BLOCK) * TAR_BLOCK
-
-
-def _manifest_text(manifest: Manifest) -> str:
+def manifest_text(manifest: Manifest) -> str:
+    """Return the content of ``manifest.json``."""
     values = asdict(manifest)
-    for category in values["categories"]:
-        if category["supercategory"] is None:
-            del category["supercategory"]
+    values["categories"] = [category_values(category) for category in manifest.categories]
     values["sha256"] = manifest_sha256(values)
     return json.dumps(values, indent=1) + "\n"
 
 
-def _make_folders(folder: Path) -> list[Path]:
+def category_values(category: Category) -> dict[str, Any]:
+    """Return a category as manifests hold it: without what it does not have."""
+    return {name: value for name, value in asdict(category).items() if value is not None}
+
+
+def make_folders(folder: Path) -> list[Path]:
     """Make a folder with all above it; return those that were not there, innermost first."""
     missing = []
     for path in [folder, *folder.parents]:
@@ -320,7 +255,7 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Make sure that a file or folder survives a power cut."""
     file = os.open(path, os.O_RDONLY)
     try:

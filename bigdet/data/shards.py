@@ -75,11 +75,17 @@ class Category:
         id: the data set's own number of it.
         name: the data set's own name of it.
         supercategory: the group it belongs to, where the data set has groups.
+        keypoint_names: of its K keypoints, in the order of an annotation's ``keypoints``.
+        skeleton: pairs of keypoints that a drawing joins, places in ``keypoint_names`` from 0.
+        flip_pairs: pairs of keypoints that change places in a mirrored image, from 0 likewise.
     """
 
     id: int
     name: str
     supercategory: str | None = None
+    keypoint_names: list[str] | None = None
+    skeleton: list[list[int]] | None = None
+    flip_pairs: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,8 @@ class Sample:
     Attributes:
         image_bytes: the encoded image.
         record: ``image_id, file_name, height, width, annotations``; each annotation has
-            ``id, label, bbox`` (xywh, pixels), ``area, iscrowd`` and maybe ``segmentation``.
+            ``id, label, bbox`` (xywh, pixels), ``area, iscrowd`` and maybe ``segmentation`` and
+            ``keypoints`` (x, y, visibility 0..2 of each of the category's, flat).
     """
 
     image_bytes: bytes

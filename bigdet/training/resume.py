@@ -43,8 +43,9 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
             f"data.val.shards: {val_set.address} has other categories than {train_set.address}: "
             f"{', '.join(differing[:5])}. Make both with the same list of categories."
         )
-    for shards in (train_set, val_set):
-        shards.check_random_reads()
+    val_set.check_random_reads()
+    if config.data.train.order != "windowed":
+        train_set.check_random_reads()
     if not len(val_set):
         raise ConfigError(f"data.val.shards: {val_set.address} has no images.")
     if config.model.detector == "mask_rcnn" and not (train_set.index["flags"] & FLAG_MASKS).any():

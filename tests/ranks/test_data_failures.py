@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.unit.data.shard_server import ShardServer
 from tests.unit.data.small_shards import write_set
 
 NUM_SHARDS, PER_SHARD = 10, 4
+BAD_ROWS = (7, 30)
 TINY = [
     "model.detector=faster_rcnn", "model.width=16", "model.fc_width=16",
     "model.rpn.train_proposals=20", "model.rpn.test_proposals=10", "model.roi.rois_per_image=8",
@@ -36,16 +38,15 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def damaged(sets: Path) -> list[str]:
-    """The keys of two of the 40 training images, 5%, that get a kilobyte of zeros."""
-    shards = ShardSet(sets / "train")
-    keys = []
-    for row in (7, 30):
+def damaged(sets: Path) -> ShardSet:
+    """A copy of the training set with a kilobyte of zeros in 5% of the images, ``BAD_ROWS``."""
+    shutil.copytree(sets / "train", sets / "damaged")
+    shards = ShardSet(sets / "damaged")
+    for row in BAD_ROWS:
         with shards.path(row).open("r+b") as file:
             file.seek(int(shards.index[row]["image_offset"]))
             file.write(bytes(1024))
-        keys.append(shards.key(row))
-    return keys
+    return shards
 
 
 def train_and_tell(words: list[str], retry_seconds: float) -> str:
@@ -64,7 +65,7 @@ def arguments(folder: Path, train_set: str, val_set: Path, *more: str) -> list[s
 
 
 def test_five_percent_damaged_samples_are_replaced_and_counted_once_each(sets, damaged, tmp_path):
-    words = arguments(tmp_path / "run", sets / "train", sets / "val", "data.train.max_damaged=2")
+    words = arguments(tmp_path / "run", damaged.folder, sets / "val", "data.train.max_damaged=2")
     assert run_ranks(train_and_tell, 2, tmp_path, words, 0.0) == ["", ""]
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines() if "damaged_samples" in line]
@@ -76,13 +77,14 @@ def test_five_percent_damaged_samples_are_replaced_and_counted_once_each(sets, d
 
 
 def test_more_damaged_samples_than_allowed_end_all_ranks_with_their_list(sets, damaged, tmp_path):
-    words = arguments(tmp_path / "run", sets / "train", sets / "val", "data.train.max_damaged=1")
+    words = arguments(tmp_path / "run", damaged.folder, sets / "val", "data.train.max_damaged=1")
     one, other = run_ranks(train_and_tell, 2, tmp_path, words, 0.0)
     assert one == other
     assert "2 damaged" in one
     assert "max_damaged" in one
-    listed = [line for line in one.splitlines() if line.startswith(f"  {sets}/train/0000")]
-    assert [key in line for key, line in zip(damaged, listed, strict=True)] == [True, True]
+    listed = [line for line in one.splitlines() if line.startswith(f"  {damaged.folder}/0000")]
+    for row, line in zip(BAD_ROWS, listed, strict=True):
+        assert damaged.key(row) in line
 
 
 def test_a_server_that_goes_away_ends_all_ranks_with_one_message(sets, tmp_path, monkeypatch):

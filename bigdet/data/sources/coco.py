@@ -1,4 +1,4 @@
-"""COCO's instance annotations and a folder of images, to shards.
+"""COCO's annotation files, and Objects365's, with a folder of images: to shards.
 
 What contradicts itself as a whole (an id given twice, an unknown category) is an error. What is
 wrong with one image or one annotation is left out or clipped, counted in the manifest and listed
@@ -7,350 +7,256 @@ in ``skipped.jsonl``.
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
+from typing import Any
 
-from pycocotools import mask as coco_mask
+import numpy as np
+from numpy.typing import NDArray
 
-from bigdet.data.decode import decode_image
-from bigdet.data.shard_writer import ShardWriter, image_suffix, refuse_shards
+from bigdet.data.annotations import clean_annotation
+from bigdet.data.conversion import (
+    MadeSample,
+    Making,
+    Progress,
+    convert,
+    no_progress,
+    refuse_others,
+)
+from bigdet.data.shard_tar import MAX_U2, SampleLog, count_boxes
+from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.shards import Category, Manifest, ShardError
-
-BOX_TOLERANCE = 0.01  # pixels: COCO's boxes have two decimals, so a sum may go over by rounding
+from bigdet.data.sources.coco_file import CocoFile, ImageEntry, load_coco, read_text
+from bigdet.data.sources.image_files import check_folder, file_bytes, read_image, safe_path
+from bigdet.data.storage import open_storage
 
 Json = dict[str, Any]
-Progress = Callable[[ShardWriter, int], None]
-
-
-@dataclass(frozen=True)
-class CocoFile:
-    """The content of an annotation file, checked as a whole.
-
-    Attributes:
-        images: records, by rising id.
-        annotations: of each image id, in the order of the file.
-        categories: by rising id; the place in the list is the label.
-        unlisted: annotations of images that the file does not list.
-    """
-
-    images: list[Json]
-    annotations: dict[int, list[Json]]
-    categories: list[Category]
-    unlisted: list[Json]
+FindImage = Callable[[Path, str], Path | None]
+"""From folder and name to the path of an image; None if the name leads out of the folder."""
 
 
 def convert_coco(
     images: Path,
     annotations: Path,
-    out: Path,
+    out: str | Path,
     *,
-    shard_megabytes: int = 256,
-    progress: Progress = lambda writer, num_images: None,
-) -> Manifest:
+    keypoints: Path | None = None,
+    making: Making | None = None,
+    progress: Progress = no_progress,
+) -> Manifest | None:
     """Write COCO-format data as shards.
 
     Args:
         images: folder that the file names are relative to.
         annotations: a file like ``instances_train2017.json``.
-        out: folder for the shards.
-        shard_megabytes: size of a tar.
-        progress: called after every image with the writer and the number of images listed.
+        out: folder or address for the shards.
+        keypoints: a file like ``person_keypoints_train2017.json``, whose keypoints go to the
+            annotations of the same image and id.
+        making: how; None is as the defaults say.
+        progress: called now and then with the number of images done and in all.
 
     Returns:
-        The manifest of the new set.
+        The manifest of the new set; None if only a part was made.
 
     Raises:
-        ShardError: the input is not COCO, contradicts itself, or nothing in it can be used; then
-            nothing is left in ``out``.
+        ShardError: the input is not COCO, contradicts itself, or nothing in it can be used.
     """
-    refuse_shards(out)  # before a file of 450 MB is read
-    if not images.is_dir():
-        raise ShardError(f"{images}: no such folder. Give the folder of the images.")
-    coco = load_coco(annotations)
-    _check_images_exist(images, annotations, coco.images)
-    writer = ShardWriter(
-        out,
-        name=annotations.stem,
-        source="coco",
-        categories=coco.categories,
-        options={"images": str(images), "annotations": str(annotations)}
-        | {"shard_megabytes": shard_megabytes},
-        shard_megabytes=shard_megabytes,
-    )
-    labels = {category.id: label for label, category in enumerate(coco.categories)}
-    with writer:
-        for annotation in coco.unlisted:
-            ids = {"image_id": annotation["image_id"], "annotation_id": annotation["id"]}
-            writer.change("annotation dropped: its image is not listed", **ids)
-        for image in coco.images:
-            data = _read_image(images, image, writer)
-            if data is not None:
-                sources = coco.annotations.get(image["id"], [])
-                writer.add(data, _record(image, sources, labels, writer))
-            progress(writer, len(coco.images))
-    assert writer.manifest is not None
-    return writer.manifest
+    refuse_others(open_storage(out))  # before a file of 450 MB is read
+    check_folder(images)
+    source = CocoSource("coco", images, load_coco(annotations), safe_path)
+    if keypoints is not None:
+        source.add_keypoints(load_coco(keypoints))
+    return convert(source, out, making or Making(), progress)
 
 
-def load_coco(path: Path) -> CocoFile:
-    """Read an annotation file; ``ShardError`` if it is not COCO or contradicts itself."""
-    content = _load_json(path)
-    images = _entries(path, content, "images", {"id": int, "width": int, "height": int})
-    annotations = _entries(
-        path, content, "annotations", {"id": int, "image_id": int, "category_id": int}
-    )
-    categories = _entries(path, content, "categories", {"id": int, "name": str})
-    for entry in images:
-        if not isinstance(entry.get("file_name"), str):
-            raise ShardError(f"{path}: image {entry['id']} has no file_name. Add it.")
-    for what, entries in (
-        ("image", images),
-        ("annotation", annotations),
-        ("category", categories),
-    ):
-        counts = Counter(entry["id"] for entry in entries)
-        twice = [number for number, count in counts.items() if count > 1]
-        _refuse(path, f"{what} ids that stand there more than once", twice)
-    known = {entry["id"] for entry in categories}
-    unknown = {entry["category_id"] for entry in annotations} - known
-    _refuse(path, "annotations of category ids that are not in its categories", unknown)
-    strange = [entry["id"] for entry in images if not 0 <= entry["id"] < 2**63]
-    _refuse(path, "image ids that are negative or above 2**63 - 1", strange)
-    listed = {entry["id"] for entry in images}
-    by_image: dict[int, list[Json]] = defaultdict(list)
-    for entry in annotations:
-        by_image[entry["image_id"]].append(entry)
-    return CocoFile(
-        images=sorted(images, key=lambda entry: int(entry["id"])),
-        annotations=by_image,
-        categories=[
-            Category(entry["id"], entry["name"], entry.get("supercategory"))
-            for entry in sorted(categories, key=lambda entry: int(entry["id"]))
-        ],
-        unlisted=[entry for entry in annotations if entry["image_id"] not in listed],
-    )
+def convert_objects365(
+    images: Path,
+    annotations: Path,
+    out: str | Path,
+    *,
+    making: Making | None = None,
+    progress: Progress = no_progress,
+) -> Manifest | None:
+    """Write Objects365 (v1 or v2) as shards: COCO's form, but files lie elsewhere than named.
+
+    ``images/v1/patch8/x.jpg`` may be ``patch8/x.jpg`` or ``x.jpg`` in the folder of the images.
+    The other arguments, results and errors are those of ``convert_coco``.
+    """
+    refuse_others(open_storage(out))  # before a file of 450 MB is read
+    check_folder(images)
+    source = CocoSource("objects365", images, load_coco(annotations), find_by_end)
+    return convert(source, out, making or Making(), progress)
 
 
-def _load_json(path: Path) -> Json:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ShardError(
-            f"{path}: cannot be read ({error.strerror}). Give the annotation file."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ShardError(
-            f"{path}: not JSON ({error}). Give a COCO annotation file, unpacked."
-        ) from error
-    if not isinstance(content, dict):
-        raise ShardError(
-            f"{path}: not a COCO annotation file: the top is a {type(content).__name__}, expected "
-            "an object with images, annotations and categories."
+def find_by_end(folder: Path, name: str) -> Path | None:
+    """Return the file that the longest end of a name names; the whole name if there is none."""
+    whole = safe_path(folder, name)
+    if whole is None:
+        return None
+    parts = PurePosixPath(name).parts
+    ends = (folder.joinpath(*parts[first:]) for first in range(len(parts)))
+    return next((path for path in ends if file_bytes(path) is not None), whole)
+
+
+class CocoSource:
+    """The images of a COCO file by rising id, see ``conversion.Source``."""
+
+    def __init__(self, kind: str, images: Path, coco: CocoFile, find: FindImage) -> None:
+        self.images, self.coco, self._find = images, coco, find
+        self._points: CocoFile | None = None
+        entries = coco.images
+        self.file_bytes = np.array(
+            [self._file_bytes(entry.file_name) for entry in entries], dtype=np.int64
         )
-    return content
+        if not self.file_bytes.any():
+            self._refuse_folder()
+        options = {"images": str(images), "annotations": str(coco.path)}
+        self.info = SetInfo(coco.path.stem, kind, coco.categories, options)
+        # Records beyond the format are skipped later; here they must not overflow.
+        sides = np.array([(e.height, e.width) for e in entries]).clip(0, 2 * MAX_U2)  # (N, 2)
+        self.pixels: NDArray[np.int64] = sides.prod(axis=1)
+        self.long_sides: NDArray[np.int64] = sides.max(axis=1)
+        self._ids = np.array([entry.id for entry in entries], dtype=np.int64)
+        self._first, self._end = coco.of_images(self._ids)
+        self.annotation_bytes = self._text_bytes(coco, self._first, self._end)
+        unlisted = coco.annotations[~np.isin(coco.annotations["image_id"], self._ids)]
+        self.notes = _notes("annotation dropped: its image is not listed", unlisted)
+        self.fingerprint = self._fingerprint(coco.digest)
 
-
-def _entries(path: Path, content: Json, name: str, types: dict[str, type]) -> list[Json]:
-    """Return one of the lists of a COCO file, after a look at what every entry must have."""
-    entries = content.get(name)
-    if not isinstance(entries, list):
-        raise ShardError(
-            f"{path}: not a COCO annotation file: it has no list of {name}, only "
-            f"{', '.join(list(content)[:6]) or 'nothing'}. Expected images, annotations and "
-            "categories."
-        )
-    if not entries and name != "annotations":
-        raise ShardError(f"{path}: its list of {name} is empty. Nothing can be learned from it.")
-    for place, entry in enumerate(entries):
-        for key, kind in types.items():
-            value = entry.get(key) if isinstance(entry, dict) else None
-            if type(value) is not kind:
+    def add_keypoints(self, points: CocoFile) -> None:
+        """Take keypoints for the annotations of the same image and id from another file."""
+        known = {category.id: place for place, category in enumerate(self.coco.categories)}
+        categories = list(self.coco.categories)
+        for category in points.categories:
+            place = known.get(category.id)
+            if place is None or categories[place].name != category.name:
                 raise ShardError(
-                    f"{path}: {name}[{place}] is not as in COCO: {key} is {value!r}, expected "
-                    f"{'an integer' if kind is int else 'a string'}. Correct the file."
+                    f"{points.path}: category {category.id} is {category.name!r}, and not so in "
+                    f"{self.coco.path}. Give the keypoints of the same data set."
                 )
-    return entries
+            categories[place] = replace(
+                category, supercategory=categories[place].supercategory or category.supercategory
+            )
+        if all(category.keypoint_names is None for category in points.categories):
+            raise ShardError(
+                f"{points.path}: no category has keypoints. Give a file like "
+                "person_keypoints_train2017.json."
+            )
+        self._points = points
+        self._first_points, self._end_points = points.of_images(self._ids)
+        self.annotation_bytes += self._text_bytes(points, self._first_points, self._end_points)
+        options = {**self.info.options, "keypoints": str(points.path)}
+        self.info = replace(self.info, categories=categories, options=options)
+        unlisted = points.annotations[~np.isin(points.annotations["image_id"], self._ids)]
+        self.notes += _notes("keypoints dropped: their image is not listed", unlisted)
+        self.fingerprint = self._fingerprint(f"{self.coco.digest} {points.digest}")
 
-
-def _refuse(path: Path, what: str, ids: Iterable[int]) -> None:
-    if found := sorted(ids):
-        listed = ", ".join(str(number) for number in found[:5]) + ", ..." * (len(found) > 5)
-        raise ShardError(f"{path}: {len(found)} {what}: {listed}. Correct the file.")
-
-
-def _check_images_exist(folder: Path, annotations: Path, images: list[Json]) -> None:
-    """Fail at once, and not after an hour of misses, when the folder is the wrong one."""
-    if not any(folder.iterdir()):
-        raise ShardError(f"{folder}: the folder is empty. Give the folder of the images.")
-    paths = (_safe_path(folder, image["file_name"]) for image in images)
-    if not any(path is not None and path.is_file() for path in paths):
-        raise ShardError(
-            f"{folder}: holds none of the {len(images)} images that {annotations} names (the "
-            f"first is {images[0]['file_name']}). Give the folder that the names are relative to."
+    def span(self, first: int, end: int) -> CocoSpan:
+        """Return samples ``first..end - 1``."""
+        coco, points, rows = self.coco, self._points, range(first, end)
+        return CocoSpan(
+            folder=self.images,
+            find=self._find,
+            images=coco.images[first:end],
+            path=coco.path,
+            annotations=[coco.annotations[self._first[n] : self._end[n]] for n in rows],
+            categories=self.info.categories,
+            points_path=points.path if points else None,
+            points=[points.annotations[self._first_points[n] : self._end_points[n]] for n in rows]
+            if points
+            else None,
         )
 
+    def _file_bytes(self, name: str) -> int:
+        path = self._find(self.images, name)
+        return (file_bytes(path) if path else None) or 0
 
-def _safe_path(folder: Path, name: str) -> Path | None:
-    """Return the path of an image; None for a name that leads out of the folder."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in name:
-        return None
-    return folder / pure
+    def _text_bytes(
+        self, file: CocoFile, first: NDArray[np.int64], end: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return what the annotations of each image take in the file, about as in a tar."""
+        sums = np.concatenate([[0], np.cumsum(file.annotations["size"])])
+        sizes: NDArray[np.int64] = sums[end] - sums[first] + 256
+        return sizes
 
+    def _refuse_folder(self) -> None:
+        """Fail at once, and not after an hour of misses, when the folder is the wrong one."""
+        names = [image.file_name for image in self.coco.images]
+        paths = (self._find(self.images, name) for name in names)
+        if not any(path is not None and file_bytes(path) is not None for path in paths):
+            raise ShardError(
+                f"{self.images}: holds none of the {len(names)} images that {self.coco.path} "
+                f"names (the first is {names[0]}). Give the folder that the names are relative to."
+            )
 
-def _read_image(folder: Path, image: Json, writer: ShardWriter) -> bytes | None:
-    """Return the bytes of an image that can be used; None after noting why it cannot."""
-    about = {"image_id": image["id"], "file_name": image["file_name"]}
-    path = _safe_path(folder, image["file_name"])
-    if path is None:
-        writer.skip("file name leads out of the image folder", **about)
-        return None
-    if not path.is_file():
-        writer.skip("file missing", **about)
-        return None
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        writer.skip("file not readable", **about, error=str(error))
-        return None
-    if image_suffix(data) is None:
-        writer.skip("not JPEG, PNG or WebP", **about)
-        return None
-    try:
-        height, width = decode_image(data).shape[1:]
-    except ValueError as error:
-        writer.skip("not decodable", **about, error=str(error))
-        return None
-    if (height, width) != (image["height"], image["width"]):
-        recorded = [image["height"], image["width"]]
-        writer.skip("size differs", **about, found=[height, width], recorded=recorded)
-        return None
-    return data
+    def _fingerprint(self, digest: str) -> str:
+        made_of = hashlib.blake2b(digest.encode(), digest_size=16)
+        made_of.update(self.file_bytes.tobytes())
+        made_of.update(repr([category_values(c) for c in self.info.categories]).encode())
+        return made_of.hexdigest()
 
 
-def _record(image: Json, sources: list[Json], labels: dict[int, int], writer: ShardWriter) -> Json:
-    """Return the stored record of an image, see ``shards.Sample``."""
-    height, width = image["height"], image["width"]
-    annotations = []
-    for source in sources:
-        about = {"image_id": image["id"], "annotation_id": source["id"]}
-        box = source.get("bbox")
-        if not _are_numbers(box) or len(box) != 4:
-            writer.change("annotation dropped: box is not four finite numbers", **about)
-            continue
-        clipped = clip_box(box, height, width)
-        if clipped is None:
-            writer.change("annotation dropped: box has no area in the image", **about)
-            continue
-        if clipped != box:
-            writer.change("box clipped to the image", **about)
-        area = [source.get("area")]
-        annotation = {
-            "id": source["id"],
-            "label": labels[source["category_id"]],
-            "bbox": clipped,
-            "area": area[0] if _are_numbers(area) and area[0] >= 0 else clipped[2] * clipped[3],
-            "iscrowd": int(bool(source.get("iscrowd"))),
-        }
-        if source.get("segmentation"):
-            mask = clean_mask(source["segmentation"], height, width)
-            if mask is None:
-                writer.change("mask dropped: neither polygons nor RLE of the image", **about)
-            else:
-                annotation["segmentation"] = mask
-        annotations.append(annotation)
-    about = {"image_id": image["id"], "file_name": image["file_name"]}
-    return {**about, "height": height, "width": width, "annotations": annotations}
+@dataclass(frozen=True)
+class CocoSpan:
+    """Some of the images, with the places of their annotations, see ``conversion.Span``."""
+
+    folder: Path
+    find: FindImage
+    images: list[ImageEntry]
+    path: Path
+    annotations: list[NDArray[np.void]]
+    categories: list[Category]
+    points_path: Path | None
+    points: list[NDArray[np.void]] | None
+
+    def samples(self, log: SampleLog) -> Iterator[MadeSample | None]:
+        """Give one sample after the other; None after noting in the log why one is left out."""
+        labels = {category.id: label for label, category in enumerate(self.categories)}
+        for place, image in enumerate(self.images):
+            about = {"image_id": image.id, "file_name": image.file_name}
+            path, size = self.find(self.folder, image.file_name), (image.height, image.width)
+            read = read_image(path, size, about, log)
+            if read is None:
+                yield None
+                continue
+            sources = read_text(self.path, self.annotations[place])
+            if self.points is not None and self.points_path is not None:
+                points = read_text(self.points_path, self.points[place])
+                merge_keypoints(sources, points, image.id, log)
+            annotations = []
+            for source in sources:
+                label = labels[source["category_id"]]
+                ids = {"image_id": image.id, "annotation_id": source["id"]}
+                category = self.categories[label]
+                cleaned = clean_annotation(source, size, label, category, ids, log)
+                if cleaned is not None:
+                    annotations.append(cleaned)
+            if count_boxes(annotations) > MAX_U2:
+                log.skip("more boxes than shards hold", **about)
+                yield None
+                continue
+            record = {**about, "height": size[0], "width": size[1], "annotations": annotations}
+            yield MadeSample(*read, record)
 
 
-def clip_box(box: list[float], height: int, width: int) -> list[float] | None:
-    """Clip a box to its image.
-
-    Args:
-        box: x, y, width, height in pixels, finite.
-        height: of the image.
-        width: of the image.
-
-    Returns:
-        The box in the same form, untouched where it is inside; None if no area is left.
-    """
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        return None
-    inside = min(x, y) >= -BOX_TOLERANCE
-    if inside and x + w <= width + BOX_TOLERANCE and y + h <= height + BOX_TOLERANCE:
-        return box
-    x0, y0 = max(x, 0), max(y, 0)
-    x1, y1 = min(x + w, width), min(y + h, height)
-    return [x0, y0, x1 - x0, y1 - y0] if x1 > x0 and y1 > y0 else None
+def merge_keypoints(sources: list[Json], points: list[Json], image_id: int, log: SampleLog) -> None:
+    """Give the keypoints of an image to its annotations of the same ids."""
+    by_id = {source["id"]: source for source in sources}
+    for point in points:
+        ids = {"image_id": image_id, "annotation_id": point["id"]}
+        source = by_id.get(point["id"])
+        if source is None or source["category_id"] != point["category_id"]:
+            log.change("keypoints dropped: no annotation of this id and category", **ids)
+        else:
+            source["keypoints"] = point.get("keypoints")
 
 
-def clean_mask(segmentation: Any, height: int, width: int) -> list[list[float]] | Json | None:
-    """Return a mask in the form in which shards hold it.
-
-    Args:
-        segmentation: as COCO has it: polygons; RLE with counts as a list or compressed.
-        height: of the image.
-        width: of the image.
-
-    Returns:
-        Polygons as they are, without those of less than three points; RLE compressed; None for
-        what is neither or does not fit the image.
-    """
-    if isinstance(segmentation, list):
-        # pycocotools allocates by the length of the edges, so no point may lie miles away.
-        polygons = [
-            polygon
-            for polygon in segmentation
-            if _are_numbers(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0
-            if all(-width <= x <= 2 * width for x in polygon[::2])
-            if all(-height <= y <= 2 * height for y in polygon[1::2])
-        ]
-        return polygons or None
-    if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
-        return None
-    counts = segmentation.get("counts")
-    if isinstance(counts, str):
-        counts = decode_counts(counts)
-    if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
-        return None
-    if sum(counts) != height * width:  # pycocotools would write beyond the bitmap
-        return None
-    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
-
-
-def decode_counts(text: str) -> list[int] | None:
-    """Return the run lengths of a compressed RLE; None if it is none (pycocotools checks nothing).
-
-    COCO writes each number in digits of 5 bits, lowest first, plus 48; bit 5 says that another
-    digit follows, bit 4 of the last one is the sign. From the fourth number on it is the
-    difference to the number two places before.
-    """
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        digit = ord(character) - 48
-        if not 0 <= digit < 64:
-            return None
-        value |= (digit & 0x1F) << shift
-        shift += 5
-        if digit & 0x20:
-            continue
-        if digit & 0x10:
-            value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    return counts if shift == 0 else None
-
-
-def _are_numbers(values: Any) -> TypeGuard[list[float]]:
-    """Tell whether this is a list of finite numbers."""
-    return isinstance(values, list) and all(
-        type(value) in (int, float) and math.isfinite(value) for value in values
-    )
+def _notes(reason: str, annotations: NDArray[np.void]) -> list[Json]:
+    return [
+        {"changed": reason, "image_id": image_id, "annotation_id": annotation_id}
+        for image_id, annotation_id in zip(
+            annotations["image_id"].tolist(), annotations["id"].tolist(), strict=True
+        )
+    ]

@@ -63,7 +63,7 @@ def make_shapes(
     images: int,
     seed: int = 0,
     size: int = 128,
-    progress: Callable[[ShardWriter, int], None] = lambda writer, num_images: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Write a set of synthetic images as shards.
 
@@ -73,7 +73,7 @@ def make_shapes(
         images: how many.
         seed: other seed, other images.
         size: long side of the images, pixels.
-        progress: called after every image with the writer and the number of images.
+        progress: called after every image with the number of images done and in all.
 
     Returns:
         The manifest of the new set.
@@ -106,7 +106,7 @@ def make_shapes(
                 "annotations": annotations,
             }
             writer.add(simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY), record)
-            progress(writer, images)
+            progress(number + 1, images)
     assert writer.manifest is not None
     return writer.manifest
 

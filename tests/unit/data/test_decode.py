@@ -109,9 +109,11 @@ def test_zeros_that_are_a_flat_picture_are_no_damage(options, color):
     torch.testing.assert_close(decode_image(data), as_pillow_sees(data), rtol=0, atol=1)
 
 
-def test_zeros_in_the_headers_are_no_damage():
+def test_zeros_in_the_headers_or_behind_the_end_are_no_damage():
     data = encode(gradient(), "JPEG", optimize=True, exif=b"Exif\0\0" + bytes(500))
-    found = decode_image(data[:-2] + b"\x12\x34\x56" + data[-2:])
+    found = decode_image(data + bytes(500))
+    torch.testing.assert_close(found, as_pillow_sees(data), rtol=0, atol=1)
+    found = decode_image(data[:-2] + b"\x12\x34\x56" + data[-2:] + bytes(500))
     torch.testing.assert_close(found, as_pillow_sees(data), rtol=0, atol=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import pickle
@@ -10,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bigdet.config.schema import DataConfig, TrainSplitConfig, ValSplitConfig
+from bigdet.config.schema import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
 from bigdet.data.mix import MixedSet, open_sets, with_categories
 from bigdet.data.shards import Category, ShardError, ShardSet
 
@@ -51,6 +52,7 @@ def test_rows_of_a_mix_are_those_of_its_sets_with_labels_by_name(shapes_shards, 
     assert len(mix) == len(mix.index) == 24
     assert [category.name for category in mix.categories] == [*NAMES, "hexagon"]
     assert mix.num_classes == 5
+    assert mix.address == str(shapes_shards / "train")
     assert len({category.id for category in mix.categories}) == 5
     for row in range(16):
         assert mix.read(row) == first.read(row)
@@ -64,6 +66,7 @@ def test_rows_of_a_mix_are_those_of_its_sets_with_labels_by_name(shapes_shards, 
         assert labels == expected
         assert mix.record(16 + row) == sample.record
         assert mix.path(16 + row) == second.path(row)
+        assert mix.place(16 + row) == str(second.path(row))
         assert mix.key(16 + row) == second.key(row)
     assert (mix.index["shard"] == np.repeat([0, 1], [16, 8])).all()
     assert mix.manifest.instances == first.manifest.instances + second.manifest.instances
@@ -119,3 +122,16 @@ def test_a_label_that_the_set_does_not_have_is_damage(shapes_shards, monkeypatch
     monkeypatch.setattr(ShardSet, "read", read_damaged)
     with pytest.raises(ShardError, match=r"label -1, the set has 4 categories"):
         MixedSet([part], part.categories).read(row)
+
+
+def test_sets_at_addresses_are_mixed(shapes_shards, tmp_path):
+    cache = CacheConfig(folder=str(tmp_path / "cache"), gib=0.01)
+    address = f"pipe:cat {shapes_shards}/val/{{}}"
+    data = config(shapes_shards / "train", [address], shapes_shards / "val")
+    mix, _ = open_sets(dataclasses.replace(data, cache=cache))
+    mix.check_random_reads()
+    local = ShardSet(shapes_shards / "val")
+    assert [mix.read(row).image_bytes for row in range(16, 24)] == [
+        local.read(row).image_bytes for row in range(8)
+    ]
+    assert mix.place(16) == f"pipe:cat {shapes_shards}/val/000000.tar"

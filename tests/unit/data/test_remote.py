@@ -93,13 +93,35 @@ def test_the_stream_of_a_remote_set_is_that_of_the_local_one(local, cache):
         assert one.images.equal(other.images)
 
 
-def train_stream(shards: ShardSet, workers: int) -> TrainStream:
-    split = TrainSplitConfig(shards="", keep_empty=True, max_damaged=1000)
+def train_stream(shards: ShardSet, workers: int, **options) -> TrainStream:
+    split = TrainSplitConfig(keep_empty=True, max_damaged=1000, **options)
     return TrainStream(
-        shards, split=split, resize=ResizeConfig(kind="direct", size=32),
-        flip=0.5, with_masks=False, phase="train", seed=0, images_per_gpu=2, images_per_step=2,
+        shards, split=split, resize=ResizeConfig(kind="direct", size=32), flip=0.5,
+        with_masks=False, phase="train", seed=0, images_per_gpu=2, images_per_step=2,
         rank=0, world_size=1, workers=workers,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("workers", "room"), [(0, 3.0), (2, 5.0)])
+def test_windows_over_twenty_shards_fetch_each_once_into_a_cache_of_a_few(
+    cache, workers, room, tmp_path
+):
+    local = write_set(tmp_path / "set", num_shards=NUM_SHARDS, per_shard=32)
+    config = CacheConfig(folder=cache.folder, gib=room_for(local, room))
+    num_groups = NUM_SHARDS * 32 // 2
+    options = {"order": "windowed", "window": 16}  # a window, or an aspect pool: 1 or 2 shards
+    expected = list(islice(train_stream(local, 0, **options), num_groups))
+    with ShardServer(local.folder, fault_rate=0.1, seed=3) as server:
+        stream = train_stream(ShardSet(server.address, cache=config), workers, **options)
+        found = list(islice(stream, num_groups))
+        stream.close()
+    for one, other in zip(found, expected, strict=True):
+        assert one.image_ids.tolist() == other.image_ids.tolist()
+        assert one.images.equal(other.images)
+    ids = {image_id for batch in found for image_id in batch.image_ids.tolist()}
+    assert ids == set(range(1, len(local) + 1))
+    assert server.requests.total() - sum(server.faults.values()) <= 2 + NUM_SHARDS
+    assert sum(path.stat().st_size for path in cached(config)) <= config.gib * 2**30
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,64 +1,23 @@
 from __future__ import annotations
 
-import io
 import json
 import math
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from bigdet.data.annotations import clean_mask, clip_box, decode_counts
+from bigdet.data.conversion import Making
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardError, ShardSet
-from bigdet.data.sources.coco import clean_mask, clip_box, convert_coco, decode_counts
-
-HEIGHT, WIDTH = 6, 8
-CATEGORIES = [
-    {"id": 90, "name": "toothbrush", "supercategory": "indoor"},
-    {"id": 2, "name": "bicycle"},
-]
-
-
-def image_of(image_id: int, **changes: Any) -> dict[str, Any]:
-    size = {"height": HEIGHT, "width": WIDTH}
-    return {"id": image_id, "file_name": f"{image_id}.jpg", **size, **changes}
-
-
-def box_of(number: int, image_id: int = 1, **changes: Any) -> dict[str, Any]:
-    about = {"id": number, "image_id": image_id, "category_id": 2, "iscrowd": 0}
-    return {**about, "bbox": [1, 2, 3, 2], "area": 5.5, **changes}
-
-
-class Trial:
-    """A small COCO data set under a temporary folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.images, self.file, self.out = root / "images", root / "a.json", root / "out"
-        self.images.mkdir()
-
-    def picture(self, name: str, image_format: str = "JPEG", width: int = WIDTH) -> bytes:
-        file = io.BytesIO()
-        Image.new("RGB", (width, HEIGHT), (200, 100, 50)).save(file, image_format)
-        (self.images / name).write_bytes(file.getvalue())
-        return file.getvalue()
-
-    def convert(self, images: list[Any], annotations: list[Any]) -> ShardSet:
-        content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
-        self.file.write_text(json.dumps(content))
-        convert_coco(self.images, self.file, self.out)
-        return ShardSet(self.out)
-
-    def log(self) -> list[dict[str, Any]]:
-        lines = (self.out / "skipped.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def assert_nothing_is_left(self) -> None:
-        assert not self.out.exists()
+from bigdet.data.sources.coco import convert_coco
+from tests.unit.data.coco_trial import CATEGORIES, HEIGHT, WIDTH, Trial, box_of, image_of
 
 
 @pytest.fixture
@@ -150,6 +109,12 @@ def test_annotations_that_cannot_be_used_are_dropped_or_clipped_and_counted(tria
         box_of(7, image_id=99),
         box_of(8, bbox=[5, 4, 3.004, 2.0]),  # over by a rounding error: as it is
         box_of(9, bbox=None),
+        box_of(10, bbox=[1, 2, 1e-9, 2]),  # its edges are one float32 number
+        box_of(11, bbox=[10**400, 2, 3, 2]),
+        box_of(12, iscrowd="0"),
+        box_of(13, area=-2),
+        box_of(14, area=1e30),
+        box_of(15, segmentation=[[1, 2, 4, 2, 4, 4], [1, 2, 3]]),
     ]
     shards = trial.convert([image_of(1)], annotations)
     found = shards.record(0)["annotations"]
@@ -157,17 +122,25 @@ def test_annotations_that_cannot_be_used_are_dropped_or_clipped_and_counted(tria
         (1, [0, 2, 3, 2], 6),
         (6, [1, 2, 3, 2], 5.5),
         (8, [5, 4, 3.004, 2.0], 5.5),
+        (13, [1, 2, 3, 2], 6),
+        (14, [1, 2, 3, 2], 6),
+        (15, [1, 2, 3, 2], 5.5),
     ]
-    assert all("segmentation" not in entry for entry in found)
-    assert shards.manifest.instances == 3
+    masks = [entry.get("segmentation") for entry in found]
+    assert masks == [None] * 5 + [[[1, 2, 4, 2, 4, 4]]]
+    assert shards.manifest.instances == 6
     assert shards.manifest.changed == {
-        "annotation dropped: box has no area in the image": 2,
-        "annotation dropped: box is not four finite numbers": 3,
+        "annotation dropped: box has no area in the image": 3,
+        "annotation dropped: box is not four finite numbers": 4,
+        "annotation dropped: iscrowd is neither 0 nor 1": 1,
         "annotation dropped: its image is not listed": 1,
+        "area replaced by that of the box": 2,
         "box clipped to the image": 1,
         "mask dropped: neither polygons nor RLE of the image": 1,
+        "part of a mask dropped: not a polygon in the image": 1,
     }
-    assert [line["annotation_id"] for line in trial.log()] == [7, 1, 2, 3, 4, 5, 6, 9]
+    ids = [line["annotation_id"] for line in trial.log()]
+    assert ids == [7, 1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 14, 15]
 
 
 def test_boxes_are_clipped_at_all_four_edges() -> None:
@@ -220,6 +193,10 @@ def test_compressed_counts_decode_as_pycocotools_encodes_them() -> None:
         [[1, 2, 3, 4, 5, math.inf]],
         [[1, 2, 3, 4, 5, "6"]],
         [[1, 2, 3, 4, 1e9, 6]],
+        [[1, 2, 3, 2, 5, 2]],  # flat
+        [[9, 2, 12, 2, 12, 5]],  # right of the image
+        {"size": [6, 8], "counts": [48]},  # not one pixel
+        {"size": [6, 8], "counts": "P" * 100},  # a number that never ends
         [1, 2, 3, 4, 5, 6],
         "polygon",
     ],
@@ -263,11 +240,16 @@ def test_a_file_that_is_not_coco_is_one_clear_error(trial: Trial, text: str, mes
         ([image_of(1), image_of(1)], [], "1 image ids that stand there more than once: 1"),
         ([image_of(1)], [box_of(4), box_of(4)], "1 annotation ids .* more than once: 4"),
         ([image_of(1)], [box_of(4, category_id=7)], "1 annotations of category ids .* not .*: 7"),
-        ([image_of(-1), image_of(2**63)], [], "2 image ids that are negative or above .*: -1, 9"),
+        ([image_of(-1), image_of(-5)], [], "2 image ids that are negative: -5, -1"),
+        (
+            [image_of(2**63)],
+            [],
+            r"images\[0\] .* id is 9223372036854775808, expected an integer below",
+        ),
         ([image_of("x")], [], r"images\[0\] is not as in COCO: id is 'x', expected an integer"),
         ([image_of(1, height=None)], [], r"images\[0\] .* height is None, expected an integer"),
         ([image_of(1), 5], [], r"images\[1\] is not as in COCO: id is None"),
-        ([image_of(1, file_name=3)], [], "image 1 has no file_name"),
+        ([image_of(1, file_name=3)], [], r"images\[0\] .* file_name is 3, expected a string"),
         ([image_of(1)], [{"id": 1}], r"annotations\[0\] is not as in COCO: image_id is None"),
     ],
 )
@@ -312,11 +294,61 @@ def test_a_folder_with_shards_is_refused_and_kept(trial: Trial) -> None:
     assert {path.name: path.read_bytes() for path in trial.out.iterdir()} == before
 
 
+def test_ids_above_2_to_the_53_are_kept_exactly(trial: Trial) -> None:
+    number = 2**53 + 1  # the first that a double cannot hold
+    trial.picture(f"{number}.jpg")
+    shards = trial.convert([image_of(number)], [box_of(number + 2, number)])
+    assert shards.index["image_id"].tolist() == [number]
+    assert shards.record(0)["annotations"][0]["id"] == number + 2
+
+
+def test_names_with_spaces_and_letters_of_any_kind_are_read(trial: Trial) -> None:
+    names = ["a b.jpg", "\u00e4\u4e2d\U0001f600.jpg", "x" * 300 + ".jpg", "half \ud800.jpg", ""]
+    for name in names[:2]:
+        trial.picture(name)
+    listed = [image_of(place, file_name=name) for place, name in enumerate(names)]
+    shards = trial.convert(listed, [])
+    assert [shards.record(row)["file_name"] for row in range(2)] == names[:2]
+    assert shards.manifest.skipped == {"file missing": 3}
+
+
+def test_a_self_crossing_polygon_is_kept_and_covers_what_odd_turns_surround(trial: Trial) -> None:
+    bow = [0, 0, 8, 6, 8, 0, 0, 6]
+    shards = trial.convert([image_of(1)], [box_of(1, segmentation=[bow])])
+    assert shards.record(0)["annotations"][0]["segmentation"] == [bow]
+    assert shards.manifest.changed == {}
+
+
+def test_images_of_absurd_size_are_never_decoded(trial: Trial) -> None:
+    """Headers that promise 20,000 x 20,000 pixels: as the record says, and not."""
+    frame = (20_000).to_bytes(2, "big") * 2
+    data = bytearray(trial.picture("2.jpg"))
+    place = data.index(b"\xff\xc0") + 5  # height and width in the start of frame
+    data[place : place + 4] = frame
+    for name in ("2.jpg", "3.jpg"):
+        (trial.images / name).write_bytes(data)
+    png = bytearray(trial.picture("4.png", "PNG"))
+    png[16:24] = (20_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    (trial.images / "4.png").write_bytes(png)
+    (trial.images / "5.jpg").write_bytes(b"")
+    large = {"height": 20_000, "width": 20_000}
+    images = [image_of(1), image_of(2, **large), image_of(3), image_of(5)]
+    shards = trial.convert([*images, image_of(4, file_name="4.png", **large)], [])
+    assert shards.index["image_id"].tolist() == [1]
+    assert shards.manifest.skipped == {
+        "file empty": 1,
+        "more pixels than shards hold": 2,
+        "size differs": 1,
+    }
+
+
 def test_real_coco_keeps_every_image_instance_crowd_and_mask(
     coco_dir: Path, tmp_path: Path
 ) -> None:
     file = coco_dir / "annotations" / "instances_val2017.json"
-    manifest = convert_coco(coco_dir / "val2017", file, tmp_path, shard_megabytes=10)
+    manifest = convert_coco(coco_dir / "val2017", file, tmp_path, making=Making(10))
+    assert manifest is not None
     assert len(manifest.shards) > 1
     assert max(shard.bytes for shard in manifest.shards) <= 10**7 + 20_480  # a tar's padded end
     assert manifest.skipped == manifest.changed == {}

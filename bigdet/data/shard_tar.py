@@ -1,0 +1,190 @@
+"""One tar of a shard set under way: samples in, tar and index records out.
+
+The same samples give the same bytes: nothing of the machine or the moment goes into a tar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+
+from bigdet.data.shards import (
+    FLAG_CROWD,
+    FLAG_KEYPOINTS,
+    FLAG_MASKS,
+    FLAG_NOT_JPEG,
+    FLAG_PROGRESSIVE,
+    INDEX_DTYPE,
+    Shard,
+    ShardError,
+    file_sha256,
+    sample_key,
+)
+
+TAR_BLOCK = 512  # bytes: of a header, and the unit to which payloads are padded
+MAX_U2 = 2**16 - 1  # the index holds sides and numbers of boxes in 16 bits
+
+
+@dataclass
+class SampleLog:
+    """What a conversion leaves out or alters, for ``skipped.jsonl`` and the manifest's counts.
+
+    Attributes:
+        lines: of ``skipped.jsonl``: ``skipped`` (an image) or ``changed`` (an annotation) with
+            the reason, then what it was.
+    """
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def skip(self, reason: str, **details: Any) -> None:
+        """Note an image that is left out."""
+        self.lines.append({"skipped": reason, **details})
+
+    def change(self, reason: str, **details: Any) -> None:
+        """Note an annotation that is left out or altered."""
+        self.lines.append({"changed": reason, **details})
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """What a set's index and manifest need to know of a tar.
+
+    Attributes:
+        shard: its entry in the manifest; a tar without samples has no file.
+        rows: its records of the index; ``shard`` in them is 0.
+        crowd: number of crowd annotations.
+        log: lines for ``skipped.jsonl``.
+    """
+
+    shard: Shard
+    rows: NDArray[np.void]
+    crowd: int
+    log: list[dict[str, Any]]
+
+
+class ShardTar:
+    """A tar that takes samples one by one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0  # bytes so far
+        self._rows: list[tuple[int, ...]] = []
+        self._crowd = 0
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._writer = webdataset.TarWriter(
+            self._file, encoder=False, user="bigdet", group="bigdet", mode=0o444, mtime=0
+        )
+
+    def add(self, image: bytes, record: dict[str, Any]) -> None:
+        """Append one sample.
+
+        Args:
+            image: the encoded image, of a format that ``image_suffix`` knows.
+            record: its annotations, see ``shards.Sample``.
+        """
+        suffix = image_suffix(image)
+        assert suffix is not None
+        annotations = record["annotations"]
+        num_boxes = count_boxes(annotations)
+        height, width = record["height"], record["width"]
+        if max(height, width, num_boxes) > MAX_U2:
+            raise ShardError(
+                f"image {record['image_id']} ({record['file_name']}): {height} x {width} pixels, "
+                f"{num_boxes} boxes; the shard format holds at most {MAX_U2} of each. Leave it out."
+            )
+        text = record_text(record)
+        offsets = self._write(sample_key(record["image_id"]), {suffix: image, "json": text})
+        flags = image_flags(image) | annotation_flags(annotations)
+        image_fields = (record["image_id"], offsets[suffix], len(image))
+        crc = zlib.crc32(text, zlib.crc32(image))
+        other_fields = (crc, width, height, flags, num_boxes, 0)
+        self._rows.append((*image_fields, offsets["json"], len(text), *other_fields))
+        self._crowd += len(annotations) - num_boxes
+
+    def close(self) -> FinishedShard:
+        """Finish the tar."""
+        self._writer.close()
+        self._file.close()
+        size = self.path.stat().st_size
+        shard = Shard(self.path.name, size, len(self._rows), file_sha256(self.path))
+        return FinishedShard(shard, np.array(self._rows, dtype=INDEX_DTYPE), self._crowd, [])
+
+    def abandon(self) -> None:
+        """Close the file as it is, after an error."""
+        # A full disk fails once more when what is buffered is written; it has been told already.
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self, key: str, files: dict[str, bytes]) -> dict[str, int]:
+        """Append files by extension; return the offset of each one's first byte in the tar."""
+        offsets = {}
+        for suffix in sorted(files):  # TarWriter's order
+            offsets[suffix] = self.size + TAR_BLOCK
+            self.size += TAR_BLOCK + _padded(len(files[suffix]))
+        self._writer.write({"__key__": key, **files})
+        assert self.size == self._writer.tarstream.offset
+        return offsets
+
+
+def record_text(record: dict[str, Any]) -> bytes:
+    """Return the annotations of a sample as they stand in a tar."""
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+
+
+def stored_bytes(image_bytes: int, annotation_bytes: int) -> int:
+    """Return how much a sample takes in a tar."""
+    return 2 * TAR_BLOCK + _padded(image_bytes) + _padded(annotation_bytes)
+
+
+def image_suffix(image: bytes) -> str | None:
+    """Return the extension of an encoded image by its first bytes; None if it cannot be used."""
+    if image.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if image.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else None
+
+
+def image_flags(image: bytes) -> int:
+    """Return the index flags of an encoded image."""
+    if image_suffix(image) != "jpg":
+        return FLAG_NOT_JPEG
+    place = 2
+    while place + 4 <= len(image):
+        marker = image[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
+            return FLAG_PROGRESSIVE if marker & 3 == 2 else 0
+        if marker == 0xFF:  # markers may be preceded by any number of these
+            place += 1
+        else:
+            place += 2 + int.from_bytes(image[place + 2 : place + 4], "big")
+    return 0
+
+
+def annotation_flags(annotations: list[dict[str, Any]]) -> int:
+    """Return the index flags of the annotations of one image."""
+    flags = 0
+    for annotation in annotations:
+        flags |= FLAG_CROWD if annotation["iscrowd"] else 0
+        flags |= FLAG_MASKS if "segmentation" in annotation else 0
+        flags |= FLAG_KEYPOINTS if "keypoints" in annotation else 0
+    return flags
+
+
+def count_boxes(annotations: list[dict[str, Any]]) -> int:
+    """Return how many annotations of an image are not crowd."""
+    return sum(not annotation["iscrowd"] for annotation in annotations)
+
+
+def _padded(size: int) -> int:
+    return -(-size // TAR_BLOCK) * TAR_BLOCK

@@ -1,0 +1,197 @@
+"""Tars that webdataset, or anybody, wrote without us."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+import webdataset
+
+from bigdet.data.indexing import index_shards
+from bigdet.data.shard_check import check_shards
+from bigdet.data.shards import FLAG_CROWD, Category, ShardError, ShardSet
+from bigdet.data.sources.categories import load_categories
+
+CATEGORIES = [Category(18, "dog"), Category(3, "cat")]
+JPEG: bytes = simplejpeg.encode_jpeg(np.full((6, 8, 3), 90, dtype=np.uint8))
+
+
+def record_of(image_id: Any, **changes: Any) -> dict[str, Any]:
+    box = {"id": 1, "label": 1, "bbox": [1, 2, 3, 2.5], "area": 7.5, "iscrowd": 0}
+    about = {"image_id": image_id, "file_name": "a.jpg", "height": 6, "width": 8}
+    return {**about, "annotations": [{**box, **changes}]}
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def sample(key: str, record: Any, image: bytes = JPEG) -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", image), (f"{key}.json", json.dumps(record).encode())]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_what_webdatasets_own_writer_wrote_is_read(tmp_path: Path) -> None:
+    pattern = str(tmp_path / "part-%04d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=2, verbose=0) as writer:
+        for number in range(5):
+            record = record_of(100 + number, iscrowd=number == 4)
+            writer.write({"__key__": f"some/folder/img {number}", "jpg": JPEG, "json": record})
+    manifest = index_shards(tmp_path, CATEGORIES, processes=1)
+    assert [(shard.file, shard.samples) for shard in manifest.shards] == [
+        ("part-0000.tar", 2),
+        ("part-0001.tar", 2),
+        ("part-0002.tar", 1),
+    ]
+    assert (manifest.images, manifest.instances, manifest.crowd) == (5, 4, 1)
+    shards = ShardSet(tmp_path)
+    assert shards.index["image_id"].tolist() == [100, 101, 102, 103, 104]
+    assert shards.index["flags"].tolist() == [0, 0, 0, 0, FLAG_CROWD]
+    for row in range(5):
+        found = shards.read(row)
+        assert found.image_bytes == JPEG
+        assert found.record == record_of(100 + row, iscrowd=row == 4)
+    assert list(check_shards(tmp_path)) == []
+
+
+def test_samples_that_cannot_be_used_are_left_out_with_one_line_each(tmp_path: Path) -> None:
+    good = sample("good", record_of(1))
+    write_tar(tmp_path / "a.tar", [
+        *good,
+        ("alone.jpg", JPEG),
+        *sample("id", record_of("1")),
+        *sample("id2", record_of(-1)),
+        *sample("label", record_of(2, label=2)),
+        *sample("box", record_of(3, bbox=[1, 2, 0, 3])),
+        *sample("nan", record_of(4, bbox=[1, 2, float("nan"), 3])),
+        *sample("list", []),
+        *sample("gif", record_of(5), b"GIF89a"),
+        *sample("size", {**record_of(6), "width": 9}),
+        *sample("mask", record_of(7, segmentation=[[1, 2, 3]])),
+        *sample("points", record_of(8, keypoints=[1, 2, 2])),
+        ("text.jpg", JPEG), ("text.json", b"{"),
+        ("two.jpg", JPEG), ("two.png", JPEG), ("two.json", b"{}"),
+        ("same.jpg", JPEG), ("same.JPG", JPEG),
+    ])  # fmt: skip
+    manifest = index_shards(tmp_path, CATEGORIES)
+    assert manifest.images == 1
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["skipped"]) for line in lines] == [
+        ("alone", "not one image (jpg, jpeg, png, webp) and one json"),
+        ("id", "image_id is '1', expected a whole number"),
+        ("id2", "image_id is -1, expected a whole number"),
+        ("label", "annotation 1: label 2, there are 2 classes"),
+        ("box", "annotation 1: box [1, 2, 0, 3] in (6, 8)"),
+        ("nan", "annotation 1: box [1, 2, nan, 3], expected four numbers"),
+        ("list", "its JSON is a list, expected an object"),
+        ("gif", "the image is not JPEG, PNG or WebP"),
+        ("size", "the image is 6 x 8 pixels, its record says (6, 9)"),
+        ("mask", "annotation 1: segmentation is neither polygons nor RLE of (6, 8)"),
+        ("points", "annotation 1: has keypoints, its category names none"),
+        ("text", lines[11]["skipped"]),
+        ("two", "not one image (jpg, jpeg, png, webp) and one json"),
+        ("same", "two members end in .jpg"),
+    ]
+    assert lines[11]["skipped"].startswith("its json cannot be read")
+    assert list(check_shards(tmp_path)) == []
+
+
+def test_links_and_devices_are_never_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(JPEG)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            key = f"kind{int(kind)}"
+            link = tarfile.TarInfo(f"{key}.jpg")
+            link.type, link.linkname = kind, "secret.jpg"
+            tar.addfile(link)
+            for name, data in sample(key, record_of(int(kind)))[1:]:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        for name, data in sample("good", record_of(9)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    manifest = index_shards(tmp_path, CATEGORIES)
+    assert manifest.images == 1
+    assert manifest.skipped == {"a member is not a file: a link, a device or the like": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:1000], r"cannot be read to its end"),
+        (lambda data: data[: 4 * 512], "no end mark"),  # both files whole, nothing behind them
+        (lambda data: data[:1024] + b"x" + data[1025:], "a damaged header at or before byte 1024"),
+        (lambda data: b"x" + data[1:], "cannot be read to its end"),
+        (lambda data: b"", "cannot be read to its end"),
+    ],
+)
+def test_a_damaged_tar_is_an_error_and_nothing_is_written(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    assert len(JPEG) < 1024
+    write_tar(tmp_path / "a.tar", sample("good", record_of(1), JPEG[:400]))
+    data = (tmp_path / "a.tar").read_bytes()
+    for name in ("b.tar", "c.tar"):
+        (tmp_path / name).write_bytes(change(data))
+    with pytest.raises(ShardError, match=message) as caught:
+        index_shards(tmp_path, CATEGORIES)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        str(tmp_path / "b.tar"),
+        str(tmp_path / "c.tar"),
+    ]
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "b.tar", "c.tar"]
+
+
+def test_what_is_no_set_of_tars_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"no file there ends in \.tar"):
+        index_shards(tmp_path, CATEGORIES)
+    write_tar(tmp_path / "a.tar", [("readme.txt", b"hello")])
+    with pytest.raises(ShardError, match=r"not one sample can be used; the first: .*readme"):
+        index_shards(tmp_path, CATEGORIES)
+    write_tar(tmp_path / "a.tar", sample("x", record_of(7)) + sample("y", record_of(7)))
+    with pytest.raises(ShardError, match="1 image ids that more than one sample has: 7"):
+        index_shards(tmp_path, CATEGORIES)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ShardError, match=r"has manifest\.json already"):
+        index_shards(tmp_path, CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "no list of categories"),
+        ("{", "not JSON"),
+        ('{"a": 1}', "no list of categories"),
+        ('[{"id": "1", "name": "x"}]', "category 0 is .*, expected an object with an integer id"),
+        ('[{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]', "id 1 stands there twice"),
+        ('[{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]', "name 'x' stands there twice"),
+    ],
+)
+def test_a_list_of_categories_that_is_none_is_an_error(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "categories.json"
+    path.write_text(text)
+    with pytest.raises(ShardError, match=message):
+        load_categories(path)
+
+
+def test_categories_come_from_lists_annotation_files_and_manifests(tmp_path: Path) -> None:
+    path = tmp_path / "categories.json"
+    path.write_text('[{"id": 5, "name": "b "}, {"id": 3, "name": "a", "supercategory": "s"}]')
+    assert load_categories(path) == [Category(5, "b "), Category(3, "a", "s")]
+    path.write_text('{"categories": [{"id": 1, "name": "p", "keypoint_names": ["x"]}]}')
+    assert load_categories(path) == [Category(1, "p", keypoint_names=["x"])]

@@ -1,0 +1,115 @@
+"""Keypoints in a second file, merged by image and annotation id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigdet.data.shard_check import check_shards
+from bigdet.data.shards import FLAG_KEYPOINTS, ShardError, ShardSet
+from bigdet.data.sources.coco import convert_coco
+from tests.unit.data.coco_trial import Trial, box_of, image_of
+
+POINTS = [1, 2, 2, 3, 3, 1, 0, 0, 0]
+PERSON = {
+    "id": 2,
+    "name": "bicycle",
+    "keypoints": ["nose", "left_eye", "right_eye"],
+    "skeleton": [[2, 3], [1, 2]],
+}
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Trial:
+    trial = Trial(tmp_path)
+    for name in ("1.jpg", "2.jpg"):
+        trial.picture(name)
+    return trial
+
+
+def convert(trial: Trial, points: list[dict[str, Any]], person: Any = PERSON) -> ShardSet:
+    content = {"images": [image_of(1)], "annotations": points, "categories": [person]}
+    file = trial.file.with_name("points.json")
+    file.write_text(json.dumps(content))
+    boxes = [box_of(1), box_of(2), box_of(3, 2), box_of(4, 2, category_id=90)]
+    return trial.convert([image_of(1), image_of(2)], boxes, keypoints=file)
+
+
+def test_keypoints_go_to_the_annotation_of_their_id(trial: Trial) -> None:
+    shards = convert(trial, [box_of(2, keypoints=POINTS), box_of(3, 2, keypoints=[0] * 9)])
+    first, second = shards.record(0)["annotations"], shards.record(1)["annotations"]
+    assert [entry.get("keypoints") for entry in first + second] == [None, POINTS, [0] * 9, None]
+    assert (shards.index["flags"] & FLAG_KEYPOINTS).tolist() == [FLAG_KEYPOINTS] * 2
+    bicycle, toothbrush = shards.categories
+    assert bicycle.keypoint_names == ["nose", "left_eye", "right_eye"]
+    assert bicycle.skeleton == [[1, 2], [0, 1]]  # from 0
+    assert bicycle.flip_pairs == [[1, 2]]
+    assert toothbrush.keypoint_names is None
+    assert shards.manifest.changed == {}
+    assert list(check_shards(trial.out)) == []
+
+
+def test_keypoints_that_cannot_be_used_are_counted(trial: Trial) -> None:
+    shards = convert(
+        trial,
+        [
+            box_of(1, keypoints=[1, 2, 2]),
+            box_of(2, keypoints=[9, 2, 2, 1, 1, 2, 0, -5, 0]),  # the first is right of the image
+            box_of(3, 2, keypoints=[1, 2, 3, 0, 0, 0, 0, 0, 0]),  # 3 is no visibility
+            box_of(4, 2, keypoints=POINTS),  # of another category there
+            box_of(5, 9, keypoints=POINTS),
+            box_of(6, 1, keypoints=POINTS),
+        ],
+    )
+    (_, second), (third, fourth) = (shards.record(row)["annotations"] for row in (0, 1))
+    assert second["keypoints"] == [0, 0, 0, 1, 1, 2, 0, -5, 0]
+    assert "keypoints" not in third | fourth
+    assert shards.manifest.changed == {
+        "keypoint outside of the image set to not labeled": 1,
+        "keypoints dropped: no annotation of this id and category": 2,
+        "keypoints dropped: not 3 times x, y, 0 to 2": 2,
+        "keypoints dropped: their image is not listed": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("person", "message"),
+    [
+        ({"id": 2, "name": "person"}, "category 2 is 'person', and not so in"),
+        ({"id": 2, "name": "bicycle"}, "no category has keypoints"),
+        ({**PERSON, "keypoints": "nose"}, "keypoints is 'nose', expected a list of names"),
+        ({**PERSON, "skeleton": [[0, 1]]}, r"skeleton has \[0, 1\], expected pairs of 1 to 3"),
+    ],
+)
+def test_keypoints_of_another_data_set_are_an_error(
+    trial: Trial, person: Any, message: str
+) -> None:
+    with pytest.raises(ShardError, match=message):
+        convert(trial, [], person)
+    trial.assert_nothing_is_left()
+
+
+def test_real_keypoints_arrive_as_they_are(coco_dir: Path, tmp_path: Path) -> None:
+    folder = coco_dir / "annotations"
+    points = folder / "person_keypoints_val2017.json"
+    instances = folder / "instances_val2017.json"
+    convert_coco(coco_dir / "val2017", instances, tmp_path, keypoints=points)
+    shards = ShardSet(tmp_path)
+    expected = {
+        entry["id"]: entry["keypoints"] for entry in json.loads(points.read_text())["annotations"]
+    }
+    found = {
+        entry["id"]: entry["keypoints"]
+        for row in range(len(shards))
+        for entry in shards.record(row)["annotations"]
+        if "keypoints" in entry
+    }
+    assert found == expected
+    assert len(found) == 262
+    person = shards.categories[0]
+    assert person.flip_pairs == [[n, n + 1] for n in range(1, 17, 2)]
+    assert person.supercategory == "person"
+    assert shards.manifest.changed == {}
