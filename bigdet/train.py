@@ -90,17 +90,19 @@ def run_phase(run: Run, engine_state: EngineState | None) -> bool:
     """
     config, state, name = run.config, run.state, run.state.phase
     phase, device = config.phases[name], distributed.device()
-    stream = open_train_stream(
-        run.train_set,
-        config.data,
-        phase,
-        name=name,
-        with_masks=config.model.detector == "mask_rcnn",
-        seed=config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        first_step=state.step,
-    )
+    with distributed.together():
+        stream = open_train_stream(
+            run.train_set,
+            config.data,
+            phase,
+            name=name,
+            with_masks=config.model.detector == "mask_rcnn",
+            seed=config.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            first_step=state.step,
+        )
+    resume.check_same_stream(stream.state())
     detector = build_for_phase(config, name, run.train_set.num_classes, run.run_dir, device)
     make_optimizer = partial(optim.build_optimizer, phase=phase)
     engine = DeepSpeedEngine(detector, make_optimizer, config.engine, len(stream.lanes), device)

@@ -77,13 +77,24 @@ def read_classes(
     Returns:
         Labels, one image behind the other, each once per image; and ``(N + 1,)`` offsets: image i
         has ``labels[offsets[i]:offsets[i + 1]]``.
+
+    Raises:
+        ShardError: annotations cannot be read; leaving an image out here would give machines
+            different orders.
     """
     start = time.perf_counter()
     labels: list[int] = []
     offsets = [0]
     for row in rows.tolist():
-        annotations = shards.record(row)["annotations"]
-        labels += sorted({entry["label"] for entry in annotations if not entry["iscrowd"]})
+        try:
+            annotations = shards.record(row)["annotations"]
+            labels += sorted({entry["label"] for entry in annotations if not entry["iscrowd"]})
+        except (KeyError, TypeError) as error:
+            raise ShardError(
+                f"{shards.path(row)}: the annotations of sample {shards.key(row)} (row {row}) are "
+                f"not as expected ({error!r}). data.train.repeat_threshold needs those of every "
+                f"image: make the shards again, or leave it out."
+            ) from error
         offsets.append(len(labels))
     logger.info(
         "data.train.repeat_threshold: read the classes of %s images in %.1f s",
