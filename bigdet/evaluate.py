@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         config.data.workers,
         device,
     )
-    if distributed.is_main():
+    if distributed.is_main() and results is not None:
         kinds = evaluation_kinds(shards, has_mask_head=detector.mask_head is not None)
         metrics = evaluate_detections(shards, results, kinds)
         sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from typing import Any
 
@@ -137,7 +138,11 @@ def _check_model(model: ModelConfig) -> None:
         bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
         "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
     )  # fmt: skip
-    for name in ("anchors_per_image", "train_proposals", "test_proposals"):
+    _require(
+        rpn.anchors_per_image >= 2, "model.rpn.anchors_per_image", rpn.anchors_per_image,
+        "2 or more, half of them for objects",
+    )  # fmt: skip
+    for name in ("train_proposals", "test_proposals"):
         _positive(f"model.rpn.{name}", getattr(rpn, name))
     for name in ("rois_per_image", "detections_per_image"):
         _positive(f"model.roi.{name}", getattr(roi, name))
@@ -196,6 +201,11 @@ def _check_schedule(key: str, phase: PhaseConfig) -> None:
             f"steps. Write fewer, or 0 for no warm-up."
         )
     _require(0 < phase.warmup_factor <= 1, f"{key}.warmup_factor", phase.warmup_factor, "in (0, 1]")
+    _require(0 < phase.decay_factor <= 1, f"{key}.decay_factor", phase.decay_factor, "in (0, 1]")
+    _require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
+    _require(
+        all(0 <= beta < 1 for beta in phase.betas), f"{key}.betas", phase.betas, "two in [0, 1)"
+    )
     unused = "momentum" if phase.optimizer == "adamw" else "betas"
     _unused(key, phase, unused, f"is not used by {phase.optimizer}")
     if phase.schedule == "constant":
@@ -266,8 +276,8 @@ def _require(holds: bool, key: str, found: object, expected: str) -> None:
 
 
 def _positive(key: str, value: float | None) -> None:
-    _require(value is None or value > 0, key, value, "a number above 0")
+    _require(value is None or 0 < value < math.inf, key, value, "a number above 0")
 
 
 def _not_negative(key: str, value: float) -> None:
-    _require(value >= 0, key, value, "0 or more")
+    _require(0 <= value < math.inf, key, value, "0 or more")

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,19 @@ class Selection:
     state: dict[str, Any]
 
 
+_selections: WeakKeyDictionary[ShardSet, tuple[TrainSplitConfig, Selection]] = WeakKeyDictionary()
+"""The last selection of each set: all phases have the same, and reading annotations takes long."""
+
+
 def select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
-    """Return the samples that a config asks for."""
+    """Return the samples that a config asks for; kept for the next phase."""
+    known = _selections.get(shards)
+    if known is None or known[0] != split:
+        known = _selections[shards] = (split, _select(shards, split))
+    return known[1]
+
+
+def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
     rows = np.arange(len(shards), dtype=np.int32)
     if not split.keep_empty:
         rows = np.flatnonzero(shards.index["num_boxes"]).astype(np.int32)
