@@ -100,6 +100,7 @@ def run_phase(run: Run) -> bool:
         if run.restored is not None:
             stream.check_state(state.stream)
     state.stream = stream.state()
+    resume.check_same_stream(state.stream)
     detector = build_for_phase(
         config, name, run.train_set.num_classes, run.run_dir, device, run.restored is not None
     )

@@ -9,6 +9,7 @@ call nothing that a thread of the parent may hold a lock of.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import signal
@@ -87,6 +88,7 @@ class Loader(Generic[Key]):
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator(),  # it draws a seed, from the global generator by default
         )
+        _give_back_free_memory()
         before = set(multiprocessing.active_children())
         self._items: list[Iterator[Any]] = [_start(loader)]
         processes = set(multiprocessing.active_children()) - before
@@ -124,6 +126,17 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
             return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _give_back_free_memory() -> None:
+    """Return freed arrays to the system before processes inherit them.
+
+    The C library keeps up to twice the largest array ever freed: the order of 1.75 million samples
+    leaves 30 MB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need it not
+    if trim is not None:
+        trim(0)
 
 
 def _begin_worker(_: int) -> None:

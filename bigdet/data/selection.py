@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,19 @@ class Selection:
     state: dict[str, Any]
 
 
+_selections: WeakKeyDictionary[ShardSet, tuple[TrainSplitConfig, Selection]] = WeakKeyDictionary()
+"""The last selection of each set: all phases have the same, and reading annotations takes long."""
+
+
 def select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
-    """Return the samples that a config asks for."""
+    """Return the samples that a config asks for; kept for the next phase."""
+    known = _selections.get(shards)
+    if known is None or known[0] != split:
+        known = _selections[shards] = (split, _select(shards, split))
+    return known[1]
+
+
+def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
     rows = np.arange(len(shards), dtype=np.int32)
     if not split.keep_empty:
         rows = np.flatnonzero(shards.index["num_boxes"]).astype(np.int32)
@@ -77,13 +89,24 @@ def read_classes(
     Returns:
         Labels, one image behind the other, each once per image; and ``(N + 1,)`` offsets: image i
         has ``labels[offsets[i]:offsets[i + 1]]``.
+
+    Raises:
+        ShardError: annotations cannot be read; leaving an image out here would give machines
+            different orders.
     """
     start = time.perf_counter()
     labels: list[int] = []
     offsets = [0]
     for row in rows.tolist():
-        annotations = shards.record(row)["annotations"]
-        labels += sorted({entry["label"] for entry in annotations if not entry["iscrowd"]})
+        try:
+            annotations = shards.record(row)["annotations"]
+            labels += sorted({entry["label"] for entry in annotations if not entry["iscrowd"]})
+        except (KeyError, TypeError) as error:
+            raise ShardError(
+                f"{shards.path(row)}: the annotations of sample {shards.key(row)} (row {row}) are "
+                f"not as expected ({error!r}). data.train.repeat_threshold needs those of every "
+                f"image: make the shards again, or leave it out."
+            ) from error
         offsets.append(len(labels))
     logger.info(
         "data.train.repeat_threshold: read the classes of %s images in %.1f s",

@@ -191,11 +191,6 @@ class TrainStream:
             "images_per_gpu": images_per_gpu,
             **selection.state,
         }
-        logger.info(
-            "phase %s: %s of %s images, %s samples in a pass of %s steps, %s order",
-            phase, f"{len(rows):,}", f"{len(shards):,}", f"{order.num_entries:,}",
-            f"{order.steps_per_pass:,}", order.name,
-        )  # fmt: skip
 
     @property
     def steps_per_pass(self) -> int:
@@ -205,7 +200,13 @@ class TrainStream:
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's lanes of step ``first_step + 1``, in order, then of the next, ..."""
         self.close()
-        self._groups.order.group(self._first_step + 1, 0)  # once, before the processes share it
+        order = self._groups.order
+        logger.info(
+            "phase %s: %s of %s images, %s samples in a pass of %s steps, order %s",
+            self._state["phase"], f"{self._state['samples']:,}", f"{len(self._groups.shards):,}",
+            f"{order.num_entries:,}", f"{order.steps_per_pass:,}", order.name,
+        )  # fmt: skip
+        order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
         self._loader = Loader(
             self._groups.read,
             _Keys(self._first_step, self.lanes),

@@ -55,6 +55,25 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
         )
 
 
+def check_same_stream(state: dict[str, Any]) -> None:
+    """Check that all ranks take their batches from the same samples in the same order (collective).
+
+    Args:
+        state: of this rank's training stream.
+
+    Raises:
+        SharedError: machines have different copies of the data.
+    """
+    states = distributed.all_gather_objects(state)
+    for rank, other in enumerate(states):
+        differing = [name for name, value in states[0].items() if other[name] != value]
+        if differing:
+            raise distributed.SharedError(
+                f"data.train: rank {rank} has another {', '.join(differing)} than rank 0, so they "
+                f"would not train on each image once. Copy the same shards to every machine."
+            )
+
+
 def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | None) -> None:
     """Check for each phase to come what would else be told when it begins, hours later.
 

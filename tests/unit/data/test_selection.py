@@ -122,3 +122,11 @@ def test_repeats_follow_the_classes_in_the_annotations(shapes_shards):
     selection = chosen(shards, repeat_threshold=1.0)
     assert selection.repeats.num_entries == int(factors.sum())
     assert selection.state["repeat_threshold"] == 1.0
+
+
+def test_the_phases_of_a_run_share_one_selection(shapes_shards, monkeypatch):
+    shards = ShardSet(shapes_shards / "train")
+    first = chosen(shards, repeat_threshold=1.0)
+    monkeypatch.setattr(ShardSet, "record", None)  # annotations are not read again
+    assert chosen(shards, repeat_threshold=1.0) is first
+    assert chosen(shards, keep_empty=True).rows.tolist() == list(range(16))
