@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.data.processes import Tick, run_jobs
+from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.reencoding import Reencoding, reencode
 from bigdet.data.shard_tar import FinishedShard, SampleLog, ShardTar, stored_bytes
 from bigdet.data.shard_writer import (
@@ -177,8 +177,8 @@ def convert(
     """
     storage = open_storage(out)
     refuse_others(storage)
-    limit = making.shard_megabytes * 10**6
-    spans = plan_shards(_stored_bytes(source, making.reencoding), limit)
+    sizes = _stored_bytes(source, making.reencoding)
+    spans = plan_shards(sizes, making.shard_megabytes * 10**6)
     with storage.claim(making.part):
         _begin(storage, source, making, len(spans))
         todo, num_done, num_images = [], 0, 0
@@ -194,7 +194,8 @@ def convert(
             ShardJob(storage, number, source.span(*spans[number]), making.reencoding)
             for number in todo
         )
-        processes = min(making.processes, len(todo))
+        num_bytes = sum(int(sizes[slice(*spans[number])].sum()) for number in todo)
+        processes = min(making.processes, len(todo), useful_processes(num_bytes))
         try:
             progress(num_done, num_images)
             for _ in run_jobs(
