@@ -101,8 +101,8 @@ def index_shards(
         raise ShardError(f"{folder}: no file there ends in .tar. Give the folder of the tars.")
     if found := [n for n in (MANIFEST_NAME, INDEX_NAME) if (folder / n).exists()]:
         raise ShardError(f"{folder}: has {' and '.join(found)} already. Delete it to index anew.")
-    jobs = (_TarJob(path, categories) for path in paths)
     results: dict[str, _TarResult] = {}
+    jobs = (_TarJob(path, categories) for path in paths)
     num_bytes = sum(path.stat().st_size for path in paths)
     processes = min(processes, len(paths), useful_processes(num_bytes))
     for result in run_jobs(_index_tar, jobs, processes, lambda num_samples: None):
