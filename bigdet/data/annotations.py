@@ -189,7 +189,7 @@ def _clean_keypoints(
     points: Any, image_size: tuple[int, int], category: Category, about: Json, log: SampleLog
 ) -> list[float] | None:
     """Return x, y, visibility of each keypoint, flat: 0 not labeled, 1 hidden, 2 visible."""
-    names = category.keypoint_names
+    names = category.keypoints
     if names is None:
         log.change("keypoints dropped: the category names none", **about)
         return None
