@@ -20,7 +20,7 @@ from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import load_config
-from bigdet.data.shards import ShardSet
+from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     folder: Path | None = None
     with distributed.together():
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
-        train_set, val_set = ShardSet(config.data.train.shards), ShardSet(config.data.val.shards)
+        train_set, val_set = open_sets(config.data)
         resume.check_data(config, train_set, val_set)
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)

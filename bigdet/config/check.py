@@ -20,7 +20,14 @@ from bigdet.config.derived import (
     phase_source,
 )
 from bigdet.config.load import ConfigError
-from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
+from bigdet.config.schema import (
+    DataConfig,
+    ModelConfig,
+    PhaseConfig,
+    ResizeConfig,
+    RunConfig,
+    TrainSplitConfig,
+)
 
 _STRIDE = 32
 _BACKBONE_STAGES = 5
@@ -34,6 +41,7 @@ def check_config(config: RunConfig) -> None:
     """
     _check_model(config.model)
     _check_numbers(config)
+    check_train_split(config.data.train)
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
     for name, phase in config.phases.items():
@@ -52,9 +60,11 @@ def check_config(config: RunConfig) -> None:
 
 def _check_numbers(config: RunConfig) -> None:
     engine = config.engine
+    _check_addresses(config.data)
     _require(engine.zero_stage in (0, 1, 2), "engine.zero_stage", engine.zero_stage, "0, 1 or 2")
     for key, value in (
         ("engine.clip_norm", engine.clip_norm),
+        ("data.cache.gib", config.data.cache.gib),
         ("evaluation.every", config.evaluation.every),
         ("evaluation.images_per_gpu", config.evaluation.images_per_gpu),
         ("checkpoint.every", config.checkpoint.every),
@@ -71,6 +81,58 @@ def _check_numbers(config: RunConfig) -> None:
         _not_negative(key, count)
     if config.evaluation.resize is not None:
         _check_resize("evaluation.resize", config.evaluation.resize)
+
+
+def check_train_split(split: TrainSplitConfig) -> None:
+    """Check what says which images are trained on, in which order."""
+    key = "data.train"
+    num_sets = 1 + len(split.more_shards)
+    weights = split.weights
+    if weights is not None and (len(weights) != num_sets or min(weights) <= 0):
+        raise ConfigError(
+            f"{key}.weights: found {weights}, expected a number above 0 for each of {num_sets} "
+            f"sets: shards, then more_shards."
+        )
+    threshold = split.repeat_threshold
+    _require(
+        threshold is None or 0 < threshold <= 1,
+        f"{key}.repeat_threshold", threshold, "above 0, at most 1",
+    )  # fmt: skip
+    if split.order == "windowed":
+        _require(256 <= split.window <= 2048, f"{key}.window", split.window, "256 to 2048")
+    else:
+        _unused(key, split, "window", "is for order: windowed")
+    if (subset := split.subset) is not None:
+        if (subset.images is None) == (subset.ids is None):
+            raise ConfigError(f"{key}.subset: write one of images (a number) and ids (a file).")
+        _positive(f"{key}.subset.images", subset.images)
+        if subset.ids is not None:
+            _unused(f"{key}.subset", subset, "seed", "is for a number of images")
+            if split.more_shards:
+                raise ConfigError(
+                    f"{key}.subset.ids: image ids may mean several images when sets are mixed. "
+                    f"Write subset.images, or make shards of the images that you want."
+                )
+
+
+def _check_addresses(data: DataConfig) -> None:
+    """Check what can be told of remote shards without asking for them."""
+    _require(bool(data.cache.folder), "data.cache.folder", "nothing", "a folder")
+    for key, address in (
+        ("data.train.shards", data.train.shards),
+        ("data.val.shards", data.val.shards),
+    ):
+        if not address.startswith("pipe:"):
+            continue
+        _require(
+            "{}" in address, key, address,
+            "{} in the command where the name of a file goes, such as pipe:ssh HOST cat /data/{}",
+        )  # fmt: skip
+        if data.cache.mode == "ranges":
+            raise ConfigError(
+                f"data.cache.mode: found ranges, but {key} is a pipe:, which can only be read "
+                f"whole. Write shards."
+            )
 
 
 def _check_model(model: ModelConfig) -> None:

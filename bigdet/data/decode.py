@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bigdet.data.jpeg import is_zeroed, loses_pixels
+
 _JPEG_START = b"\xff\xd8\xff"
 
 
@@ -36,11 +38,18 @@ def decode_image(data: bytes) -> Tensor:
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
     """Return ``(H, W, 3)`` uint8; 1.25 times as fast as Pillow, and equal to it."""
-    colorspace = simplejpeg.decode_jpeg_header(data)[2]
-    if colorspace in ("CMYK", "YCCK"):
-        return _decode_with_pillow(data)  # libjpeg-turbo does not convert these to RGB
-    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
-    return pixels
+    if is_zeroed(data):
+        raise ValueError("a part of the compressed data is zeros")
+    try:
+        colorspace = simplejpeg.decode_jpeg_header(data)[2]
+        if colorspace not in ("CMYK", "YCCK"):  # libjpeg-turbo does not convert these to RGB
+            pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
+            return pixels
+    except ValueError as error:
+        # It also refuses harmless oddities. Pillow takes these, but is silent about damage.
+        if loses_pixels(str(error), data):
+            raise
+    return _decode_with_pillow(data)
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
@@ -52,5 +61,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             if "transparency" in image.info:  # straight to RGB, Pillow would warn
                 return np.array(image.convert("RGBA").convert("RGB"))
             return np.array(image.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"an image too large to be decoded: {error}") from error
     except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
         raise ValueError(f"not a complete image: {error}") from error

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.data.decode import decode_image
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardError, ShardSet, UnavailableShardError
 
 
 class DamagedSampleError(ShardError):
@@ -43,9 +43,12 @@ def load_sample(shards: ShardSet, row: int) -> tuple[Tensor, dict[str, Any]]:
 
     Raises:
         DamagedSampleError: with shard, sample and offset.
+        UnavailableShardError: the shard lies at an address and cannot be fetched.
     """
     try:
         sample = shards.read(row)
+    except UnavailableShardError:
+        raise  # another sample in its place would be as far away
     except ShardError as error:
         raise DamagedSampleError(str(error), "unreadable") from error
     try:
@@ -63,14 +66,17 @@ def damaged(shards: ShardSet, row: int, kind: str, what: str) -> DamagedSampleEr
     """Return the error for a sample whose image ``what``, a predicate."""
     offset = int(shards.index[row]["image_offset"])
     return DamagedSampleError(
-        f"{shards.path(row)}: the image of sample {shards.key(row)} (row {row}, offset {offset}) "
-        f"{what}. tools/check_shards.py {shards.folder} lists all that is damaged; make the "
+        f"{shards.place(row)}: the image of sample {shards.key(row)} (row {row}, offset {offset}) "
+        f"{what}. tools/check_shards.py {shards.address} lists all that is damaged; make the "
         "shards again from a good copy.",
         kind,
     )
 
 
-def aspect_ratios(index: NDArray[np.void]) -> NDArray[np.float64]:
-    """Return width over height of every record of an index."""
-    ratios: NDArray[np.float64] = index["width"] / index["height"].astype(np.float64)
+def aspect_ratios(
+    index: NDArray[np.void], rows: slice | NDArray[np.int32] = slice(None)
+) -> NDArray[np.float64]:
+    """Return width over height of records of an index."""
+    widths, heights = index["width"][rows], index["height"][rows]
+    ratios: NDArray[np.float64] = np.divide(widths, heights, dtype=np.float64)
     return ratios

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import DataConfig, PhaseConfig, ResizeConfig
+from bigdet.config.schema import DataConfig, PhaseConfig, ResizeConfig, TrainSplitConfig
 from bigdet.data.collate import Example, PackedGroup, group_bytes, num_dropped, pack, unpack
 from bigdet.data.loader import Loader
 from bigdet.data.order import Order, evaluation_groups, lanes_of_rank
@@ -26,6 +26,7 @@ from bigdet.data.samples import (
     damaged,
     load_sample,
 )
+from bigdet.data.selection import select
 from bigdet.data.shards import ShardError, ShardSet
 from bigdet.data.transforms import draw_view, no_objects, objects_in_view, whole_view
 from bigdet.ops.random import Words, seed_of
@@ -48,7 +49,7 @@ class _TrainGroups:
     """
 
     def __init__(
-        self, shards: ShardSet, rows: NDArray[np.int64], order: Order, resize: ResizeConfig,
+        self, shards: ShardSet, rows: NDArray[np.int32], order: Order, resize: ResizeConfig,
         flip: float, with_masks: bool, phase: str, seed: int,
     ) -> None:  # fmt: skip
         self.shards = shards
@@ -65,35 +66,36 @@ class _TrainGroups:
         group = self.order.group(step, lane)
         damages: list[Damage] = []
         examples = [
-            self._sound_example(int(sample), float(weight), group.pass_number, damages)
-            for sample, weight in zip(group.samples, group.weights, strict=True)
+            self._sound_example(int(sample), int(copy), float(weight), group.pass_number, damages)
+            for sample, copy, weight in zip(group.samples, group.copies, group.weights, strict=True)
         ]
         canvas = (self._resize.size, self._resize.size) if self._resize.kind == "direct" else None
         seed = seed_of("model", *self._key, step, lane)
         return pack(examples, canvas=canvas, seed=seed, notes=damages)
 
     def _sound_example(
-        self, sample: int, weight: float, pass_number: int, damages: list[Damage]
+        self, sample: int, copy: int, weight: float, pass_number: int, damages: list[Damage]
     ) -> Example:
         """Return the example of a sample, or of one drawn in its place when it is damaged."""
         row = int(self.rows[sample])
         replacement_words: Words | None = None
         for _ in range(REPLACEMENT_TRIES):
             try:
-                return self._example(row, weight, pass_number)
+                return self._example(row, copy, weight, pass_number)
             except DamagedSampleError as error:
                 damages.append(Damage(row, error.kind, str(error)))
                 if replacement_words is None:
                     replacement_words = Words("replacement", *self._key, pass_number, row)
                 row = int(self.rows[replacement_words.integer(len(self.rows))])
         raise ShardError(
-            f"{self.shards.folder}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
+            f"{self.shards.address}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
             f"last one: {damages[-1].message}"
         )
 
-    def _example(self, row: int, weight: float, pass_number: int) -> Example:
+    def _example(self, row: int, copy: int, weight: float, pass_number: int) -> Example:
         image, record = load_sample(self.shards, row)
-        sample_words = Words("augmentation", *self._key, pass_number, row)
+        copy_key = (copy,) if copy else ()  # a sample that comes again in a pass looks different
+        sample_words = Words("augmentation", *self._key, pass_number, row, *copy_key)
         view = draw_view(record, self._resize, self._flip, sample_words)
         try:
             objects = objects_in_view(record["annotations"], view, with_masks=self._with_masks)
@@ -107,7 +109,8 @@ class TrainStream:
     """The batches that one rank trains on in one phase.
 
     Attributes:
-        damaged: samples that this rank found damaged and replaced, by kind; each counts once.
+        damages: samples that this rank found damaged and replaced, by row.
+        damaged: their number by kind.
         dropped_boxes: boxes, so far, that a random crop left nothing of.
     """
 
@@ -115,8 +118,7 @@ class TrainStream:
         self,
         shards: ShardSet,
         *,
-        keep_empty: bool,
-        max_damaged: int,
+        split: TrainSplitConfig,
         resize: ResizeConfig,
         flip: float,
         with_masks: bool,
@@ -133,8 +135,8 @@ class TrainStream:
 
         Args:
             shards: the training set.
-            keep_empty: use images without boxes (crowds do not count) too.
-            max_damaged: damaged samples that may be replaced before iteration raises.
+            split: which images in which order, and how many damaged ones may be replaced before
+                iteration raises. Its folders are not looked at.
             resize: of the phase.
             flip: probability of a horizontal flip.
             with_masks: give the targets' masks.
@@ -152,22 +154,30 @@ class TrainStream:
                 f"phases.{phase}.images_per_step: {images_per_step} is no multiple of "
                 f"images_per_gpu, {images_per_gpu}. Change one of them."
             )
-        rows = np.arange(len(shards))
-        if not keep_empty:
-            rows = np.flatnonzero(shards.index["num_boxes"])
+        selection = select(shards, split)
+        rows = selection.rows
         order = Order(
-            aspect_ratios(shards.index)[rows],
+            aspect_ratios(shards.index, rows),
             seed=seed,
             phase=phase,
             images_per_gpu=images_per_gpu,
             num_lanes=images_per_step // images_per_gpu,
+            repeats=selection.repeats,
+            windows=selection.windows,
         )
+        if order.num_entries < images_per_step:
+            raise ValueError(
+                f"phase {phase}: the training set has {order.num_entries} samples to offer, one "
+                f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu}). "
+                f"Lower phases.{phase}.images_per_step or images_per_gpu, use fewer ranks, or "
+                f"more data."
+            )
         self._groups = _TrainGroups(shards, rows, order, resize, flip, with_masks, phase, seed)
         self.lanes = lanes_of_rank(order.num_lanes, rank, world_size)
         self.damaged: dict[str, int] = {}
         self.dropped_boxes = 0
-        self._damages: dict[int, Damage] = {}
-        self._max_damaged = max_damaged
+        self.damages: dict[int, Damage] = {}
+        self._max_damaged = split.max_damaged
         self._workers = workers
         plan = plan_of(resize.kind, resize.size, resize.cap)
         self._group_bytes = group_bytes(images_per_gpu, plan, with_masks=with_masks)
@@ -179,9 +189,13 @@ class TrainStream:
             "phase": phase,
             "lanes": order.num_lanes,
             "images_per_gpu": images_per_gpu,
-            "samples": len(rows),
-            "index": shards.index_hash(),
+            **selection.state,
         }
+        logger.info(
+            "phase %s: %s of %s images, %s samples in a pass of %s steps, %s order",
+            phase, f"{len(rows):,}", f"{len(shards):,}", f"{order.num_entries:,}",
+            f"{order.steps_per_pass:,}", order.name,
+        )  # fmt: skip
 
     @property
     def steps_per_pass(self) -> int:
@@ -191,6 +205,7 @@ class TrainStream:
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's lanes of step ``first_step + 1``, in order, then of the next, ..."""
         self.close()
+        self._groups.order.group(self._first_step + 1, 0)  # once, before the processes share it
         self._loader = Loader(
             self._groups.read,
             _Keys(self._first_step, self.lanes),
@@ -230,7 +245,7 @@ class TrainStream:
         if wrong:
             raise ValueError(
                 f"phase {self._state['phase']}: the checkpoint was written on another data stream: "
-                f"{'; '.join(wrong)}. Go on with the data, seed, images_per_gpu and "
+                f"{'; '.join(wrong)}. Go on with the data, their order, seed, images_per_gpu and "
                 "images_per_step of the checkpoint (ranks and workers may change), or start a new "
                 "run in another output folder."
             )
@@ -245,18 +260,23 @@ class TrainStream:
         """Count what a group reports; too many damaged samples are an error."""
         self.dropped_boxes += num_dropped(packed)
         for damage in packed.notes:
-            if damage.row in self._damages:
+            if damage.row in self.damages:
                 continue
-            self._damages[damage.row] = damage
+            self.damages[damage.row] = damage
             self.damaged[damage.kind] = self.damaged.get(damage.kind, 0) + 1
             logger.warning("damaged sample replaced by another one: %s", damage.message)
-        if len(self._damages) > self._max_damaged:
-            messages = [f"\n  {damage.message}" for damage in self._damages.values()]
+        if len(self.damages) > self._max_damaged:
+            messages = (damage.message for damage in self.damages.values())
             raise ShardError(
-                f"{self._groups.shards.folder}: {len(messages)} damaged training samples, "
+                f"{self._groups.shards.address}: {len(self.damages)} damaged training samples, "
                 f"data.train.max_damaged allows {self._max_damaged}. Repair the shards or raise "
-                f"the limit. The first ones:{''.join(messages[:LISTED_DAMAGES])}"
+                f"the limit. The first ones:{list_damages(messages)}"
             )
+
+
+def list_damages(messages: Iterable[str]) -> str:
+    """Return the lines of an error that name the first damaged samples."""
+    return "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
 
 
 def open_train_stream(
@@ -277,8 +297,7 @@ def open_train_stream(
     """
     return TrainStream(
         shards,
-        keep_empty=data.train.keep_empty,
-        max_damaged=data.train.max_damaged,
+        split=data.train,
         resize=phase.resize,
         flip=phase.flip,
         with_masks=with_masks,
