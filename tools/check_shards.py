@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from progress_bar import ProgressBar
+
 from bigdet.commands import run_command
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import Manifest
@@ -31,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     folder: Path = arguments.folder
     start = time.monotonic()
     num_problems = 0
-    for problem in check_shards(folder, processes=arguments.processes):
+    progress = ProgressBar(tells_end=False)
+    for problem in check_shards(folder, processes=arguments.processes, progress=progress):
         num_problems += 1
         if num_problems <= MAX_LINES:
             print(f"{problem.place}: {problem.what}", flush=True)

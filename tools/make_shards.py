@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from progress_bar import ProgressBar
 
 from bigdet.commands import run_command
 from bigdet.data.conversion import Making, merge_parts
@@ -28,35 +28,6 @@ from bigdet.data.sources.categories import load_categories
 from bigdet.data.sources.coco import convert_coco, convert_objects365
 from bigdet.data.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.sources.voc import convert_voc
-
-BAR_WIDTH = 24
-
-
-class ProgressBar:
-    """Prints how far a conversion is: once a second on a terminal, twice a minute to a file."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-        self._before: int | None = None
-        self._is_complete = False
-        self._is_terminal = sys.stdout.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Print a line if it is time for one, and the last one in any case."""
-        if self._is_complete:
-            return
-        self._is_complete, now = done >= total, time.monotonic()
-        if self._before is None:  # images of shards that are finished already take no time
-            self._before, self._start = done, now
-        if done < total and now - self._last < (1.0 if self._is_terminal else 30.0):
-            return
-        self._last = now
-        rate = (done - self._before) / max(now - self._start, 1e-9)
-        left = f", {(total - done) / rate / 60:.1f} min left" if rate else ""
-        bar = "#" * (BAR_WIDTH * done // max(total, 1))
-        line = f"[{bar:{BAR_WIDTH}}] {done} / {total} images, {rate:.0f} a second{left}"
-        end = "\r" if self._is_terminal and done < total else "\n"
-        print(f"{line:78}", end=end, flush=True)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -63,8 +63,21 @@ def clean_annotation(
         areas = [clipped[2] * clipped[3]]
     annotation = {"id": source["id"], "label": label, "bbox": clipped, "area": areas[0]}
     annotation["iscrowd"] = int(bool(source.get("iscrowd")))
+    _add_outlines(annotation, source, image_size, category, about, log)
+    return annotation
+
+
+def _add_outlines(
+    annotation: Json,
+    source: Json,
+    image_size: tuple[int, int],
+    category: Category,
+    about: Json,
+    log: SampleLog,
+) -> None:
+    """Give mask and keypoints of the source to an annotation, where they can be used."""
     if (mask := source.get("segmentation")) not in (None, []):
-        cleaned = clean_mask(mask, height, width)
+        cleaned = clean_mask(mask, *image_size)
         if cleaned is None:
             log.change("mask dropped: neither polygons nor RLE of the image", **about)
         else:
@@ -75,7 +88,6 @@ def clean_annotation(
         points = _clean_keypoints(source["keypoints"], image_size, category, about, log)
         if points is not None:
             annotation["keypoints"] = points
-    return annotation
 
 
 def clip_box(box: list[float], height: int, width: int) -> list[float] | None:
@@ -177,7 +189,7 @@ def _clean_keypoints(
     points: Any, image_size: tuple[int, int], category: Category, about: Json, log: SampleLog
 ) -> list[float] | None:
     """Return x, y, visibility of each keypoint, flat: 0 not labeled, 1 hidden, 2 visible."""
-    names = category.keypoint_names
+    names = category.keypoints
     if names is None:
         log.change("keypoints dropped: the category names none", **about)
         return None

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.data.processes import Tick, run_jobs
+from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.reencoding import Reencoding, reencode
 from bigdet.data.shard_tar import FinishedShard, SampleLog, ShardTar, stored_bytes
 from bigdet.data.shard_writer import (
@@ -177,31 +177,12 @@ def convert(
     """
     storage = open_storage(out)
     refuse_others(storage)
-    limit = making.shard_megabytes * 10**6
-    spans = plan_shards(_stored_bytes(source, making.reencoding), limit)
+    sizes = _stored_bytes(source, making.reencoding)
+    spans = plan_shards(sizes, making.shard_megabytes * 10**6)
     with storage.claim(making.part):
         _begin(storage, source, making, len(spans))
-        todo, num_done, num_images = [], 0, 0
-        for number, (first, end) in enumerate(spans):
-            if not making.has(number):
-                continue
-            num_images += end - first
-            if _read_note(storage, number) is not None:
-                num_done += end - first
-            else:
-                todo.append(number)
-        jobs = (
-            ShardJob(storage, number, source.span(*spans[number]), making.reencoding)
-            for number in todo
-        )
-        processes = min(making.processes, len(todo))
         try:
-            progress(num_done, num_images)
-            for _ in run_jobs(
-                make_shard, jobs, processes, lambda done: progress(num_done + done, num_images)
-            ):
-                pass
-            progress(num_images, num_images)
+            _make_missing(storage, source, making, spans, sizes, progress)
             return _finish(storage) if making.part is None else None
         except BaseException as error:
             kept = _clear_if_useless(storage, len(spans), making)
@@ -211,6 +192,34 @@ def convert(
                 f"{storage.address}: {error}. {kept} of {len(spans)} shards are finished and stay: "
                 "mend it, make room if the disk is full, and start again to go on."
             ) from error
+
+
+def _make_missing(
+    storage: Storage,
+    source: Source,
+    making: Making,
+    spans: list[tuple[int, int]],
+    sizes: NDArray[np.int64],
+    progress: Progress,
+) -> None:
+    """Make the tars of the part that are not finished."""
+    wanted = [number for number in range(len(spans)) if making.has(number)]
+    todo = [number for number in wanted if _read_note(storage, number) is None]
+    num_images = sum(end - first for first, end in (spans[number] for number in wanted))
+    num_left = sum(end - first for first, end in (spans[number] for number in todo))
+    num_bytes = sum(int(sizes[slice(*spans[number])].sum()) for number in todo)
+    jobs = (
+        ShardJob(storage, number, source.span(*spans[number]), making.reencoding) for number in todo
+    )
+    processes = min(making.processes, len(todo), useful_processes(num_bytes))
+
+    def report(num_done: int) -> None:
+        progress(num_images - num_left + num_done, num_images)
+
+    report(0)
+    for _ in run_jobs(make_shard, jobs, processes, report):
+        pass
+    report(num_left)
 
 
 def merge_parts(out: str | Path) -> Manifest:

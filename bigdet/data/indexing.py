@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from bigdet.data.conversion import Progress, no_progress
-from bigdet.data.processes import Tick, run_jobs
+from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.shard_tar import (
     MAX_U2,
@@ -101,9 +101,11 @@ def index_shards(
         raise ShardError(f"{folder}: no file there ends in .tar. Give the folder of the tars.")
     if found := [n for n in (MANIFEST_NAME, INDEX_NAME) if (folder / n).exists()]:
         raise ShardError(f"{folder}: has {' and '.join(found)} already. Delete it to index anew.")
-    jobs = (_TarJob(path, categories) for path in paths)
     results: dict[str, _TarResult] = {}
-    for result in run_jobs(_index_tar, jobs, min(processes, len(paths)), lambda samples: None):
+    jobs = (_TarJob(path, categories) for path in paths)
+    num_bytes = sum(path.stat().st_size for path in paths)
+    processes = min(processes, len(paths), useful_processes(num_bytes))
+    for result in run_jobs(_index_tar, jobs, processes, lambda num_samples: None):
         results[result.name] = result
         progress(len(results), len(paths))
     ordered = [results[path.name] for path in paths]

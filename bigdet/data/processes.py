@@ -25,6 +25,7 @@ Tick = Callable[[], None]
 """A job calls it after every image."""
 
 REPORT_SECONDS = 0.2
+BYTES_PER_PROCESS = 50 * 10**6  # a second or two of work: as long as a process takes to start
 
 # In a worker: the images that all of them have done, and whether to stop.
 _state: list[Any] = []
@@ -84,6 +85,11 @@ def run_jobs(
     finally:
         # A traceback keeps these, and semaphores that are left at the end make Python warn.
         del pool, waiting, done, stop
+
+
+def useful_processes(num_bytes: int) -> int:
+    """Return how many processes are worth starting for images of so many bytes."""
+    return 1 + num_bytes // BYTES_PER_PROCESS
 
 
 def _run_here(

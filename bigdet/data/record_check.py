@@ -74,7 +74,7 @@ def _outline_problem(
         if cleaned is None or not is_whole:
             return f"segmentation is neither polygons nor RLE of {image_size}"
     if "keypoints" in annotation:
-        points, names = annotation["keypoints"], category.keypoint_names
+        points, names = annotation["keypoints"], category.keypoints
         if names is None:
             return "has keypoints, its category names none"
         if not are_numbers(points) or len(points) != 3 * len(names):

@@ -11,7 +11,7 @@ import numpy as np
 
 from bigdet.data.conversion import Progress, no_progress
 from bigdet.data.decode import decode_image
-from bigdet.data.processes import Tick, run_jobs
+from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags
 from bigdet.data.shards import Sample, ShardError, ShardSet, file_sha256, size_problem
@@ -51,10 +51,12 @@ def check_shards(
     """
     shards = ShardSet(folder, check_files=False)
     num_shards = len(shards.manifest.shards)
+    num_bytes = sum(shard.bytes for shard in shards.manifest.shards)
+    processes = min(processes, num_shards, useful_processes(num_bytes))
     jobs = (_Job(folder, number) for number in range(num_shards))
     found: Counter[str] = Counter()
     for problems, counts in run_jobs(
-        _check_shard, jobs, min(processes, num_shards), lambda done: progress(done, len(shards))
+        _check_shard, jobs, processes, lambda done: progress(done, len(shards))
     ):
         yield from problems
         found += counts

@@ -125,8 +125,7 @@ class ShardWriter:
         """
         size = stored_bytes(len(image), len(record_text(record)))
         if self._tar is not None and self._tar.size + size > self._limit:
-            self._finished.append(self._tar.close())
-            self._tar = None
+            self._close_tar()
         if self._tar is None:
             self._tar = ShardTar(self.folder / UNFINISHED / shard_name(len(self._finished)))
         self._tar.add(image, record)
@@ -137,10 +136,14 @@ class ShardWriter:
             for folder in self._made_folders[1:]:  # innermost first; the first was .unfinished
                 folder.rmdir()
 
-    def _finish(self) -> None:
-        """Write index and manifest and move everything to its place, the manifest last."""
+    def _close_tar(self) -> None:
         if self._tar is not None:
             self._finished.append(self._tar.close())
+            self._tar = None
+
+    def _finish(self) -> None:
+        """Write index and manifest and move everything to its place, the manifest last."""
+        self._close_tar()
         manifest, index = summarize(self._info, self._finished, io.StringIO())
         if manifest is None:
             raise ShardError(f"{self.folder}: not one image was given. There is nothing to write.")

@@ -75,15 +75,15 @@ class Category:
         id: the data set's own number of it.
         name: the data set's own name of it.
         supercategory: the group it belongs to, where the data set has groups.
-        keypoint_names: of its K keypoints, in the order of an annotation's ``keypoints``.
-        skeleton: pairs of keypoints that a drawing joins, places in ``keypoint_names`` from 0.
-        flip_pairs: pairs of keypoints that change places in a mirrored image, from 0 likewise.
+        keypoints: names of its keypoints, where it has any.
+        skeleton: pairs of keypoints, by number from 0, between which a line is drawn.
+        flip_pairs: pairs of keypoints, by number from 0, that a mirror exchanges: left and right.
     """
 
     id: int
     name: str
     supercategory: str | None = None
-    keypoint_names: list[str] | None = None
+    keypoints: list[str] | None = None
     skeleton: list[list[int]] | None = None
     flip_pairs: list[list[int]] | None = None
 

@@ -64,6 +64,31 @@ def test_coco_with_flaws_is_converted_and_the_flaws_are_counted(
     assert len((tmp_path / "shards" / "skipped.jsonl").read_text().splitlines()) == 2
 
 
+def test_parts_are_merged_and_their_tars_indexed_anew(tmp_path: Path, coco_dir: Path) -> None:
+    root = coco_dir.parent / "bccd_voc"
+    arguments = ("tools/make_shards.py", "voc", "--root", root, "--split", "val")
+    folder = tmp_path / "set"
+    for part in ("1/2", "2/2"):
+        options = ("--out", folder, "--shard-megabytes", "1", "--part", part)
+        made = run_tool(*arguments, *options)
+        assert (made.returncode, made.stderr) == (0, "")
+        assert f"part {part} is made" in made.stdout
+    merged = run_tool("tools/make_shards.py", "merge", "--out", folder)
+    assert (merged.returncode, merged.stderr) == (0, "")
+    assert "1137  instances" in merged.stdout
+    assert "1  annotation dropped: box has no area in the image" in merged.stdout
+
+    index = (folder / "index.npy").read_bytes()
+    (folder / "manifest.json").rename(tmp_path / "categories.json")
+    (folder / "index.npy").unlink()
+    indexed = run_tool(
+        "tools/index_shards.py", folder, "--categories", tmp_path / "categories.json"
+    )
+    assert (indexed.returncode, indexed.stderr) == (0, "")
+    assert "87 images, 1137 instances, 0 crowd regions, 0 left out" in indexed.stdout
+    assert (folder / "index.npy").read_bytes() == index
+
+
 @pytest.mark.parametrize(
     ("tool", "message"),
     [

@@ -41,8 +41,9 @@ def load_categories(path: Path) -> list[Category]:
         twice = [value for value, n in Counter(entry[key] for entry in entries).items() if n > 1]
         if twice:
             raise ShardError(f"{path}: {key} {twice[0]!r} stands there twice. Correct the file.")
+    # A manifest counts keypoints from 0 and has their pairs; COCO's files count from 1.
     return [
-        Category(**entry) if "keypoint_names" in entry else make_category(path, entry)
+        Category(**entry) if "flip_pairs" in entry else make_category(path, entry)
         for entry in entries
     ]
 

@@ -139,7 +139,7 @@ class CocoSource:
             categories[place] = replace(
                 category, supercategory=categories[place].supercategory or category.supercategory
             )
-        if all(category.keypoint_names is None for category in points.categories):
+        if all(category.keypoints is None for category in points.categories):
             raise ShardError(
                 f"{points.path}: no category has keypoints. Give a file like "
                 "person_keypoints_train2017.json."

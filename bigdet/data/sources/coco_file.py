@@ -93,7 +93,7 @@ def read_text(path: Path, entries: NDArray[np.void]) -> list[Json]:
             ):
                 file.seek(offset)
                 annotations.append(json.loads(file.read(size)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(
             f"{path}: cannot be read again at byte {offset} ({error}). Do not change it while it "
             "is converted; its text must be UTF-8."

@@ -29,7 +29,7 @@ from bigdet.data.conversion import (
     no_progress,
     refuse_others,
 )
-from bigdet.data.processes import Tick, run_jobs
+from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.shard_tar import MAX_U2, SampleLog
 from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.shards import Category, Manifest, ShardError
@@ -302,10 +302,10 @@ def _usable(images: list[VocImage], processes: int, log: SampleLog) -> list[VocI
         images[first : first + IMAGES_PER_CHECK]
         for first in range(0, len(images), IMAGES_PER_CHECK)
     ]
+    num_bytes = sum(file_bytes(image.path) or 0 for image in images if image.path)
+    processes = min(processes, len(chunks), useful_processes(num_bytes))
     verdicts: dict[str, Json] = {}
-    for part in run_jobs(
-        _find_unusable, chunks, min(processes, len(chunks)), lambda num_images: None
-    ):
+    for part in run_jobs(_find_unusable, chunks, processes, lambda num_images: None):
         verdicts |= part
     log.lines += [verdicts[image.stem] for image in images if image.stem in verdicts]
     return [image for image in images if image.stem not in verdicts]

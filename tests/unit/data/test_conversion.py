@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from bigdet.data import processes
 from bigdet.data.conversion import Making, merge_parts, plan_shards
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardError, ShardSet
@@ -101,14 +102,18 @@ def test_what_is_left_out_is_counted_and_listed(data: Path, whole: dict[str, byt
 
 
 def test_two_processes_write_the_same_bytes(
-    data: Path, whole: dict[str, bytes], tmp_path: Path
+    data: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = subprocess.run(
-        command(data, tmp_path / "out", "--processes", "2"),
-        cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert (result.returncode, result.stderr) == (0, "")
-    assert content_of(tmp_path / "out") == whole
+    monkeypatch.setattr(processes, "BYTES_PER_PROCESS", 1)
+    progress = []
+    making = Making(1, processes=2)
+    out = tmp_path / "out"
+    convert_coco(
+        data / "images", data / "a.json", out, making=making, progress=lambda *n: progress.append(n)
+    )
+    assert content_of(out) == whole
+    assert progress == sorted(progress)
+    assert (progress[0], progress[-1]) == ((0, NUM_IMAGES), (NUM_IMAGES, NUM_IMAGES))
 
 
 def test_after_a_kill_finished_shards_stay_and_the_set_becomes_the_same(
@@ -248,20 +253,11 @@ def test_an_error_after_some_shards_keeps_them(
     assert content_of(tmp_path) == whole
 
 
-def test_a_worker_that_is_killed_is_one_message(data: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(data, tmp_path / "out", "--processes", "2"),
-        cwd=PROJECT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    worker = ""
-    while not worker and process.poll() is None:
-        for child in children.read_text().split():
-            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
-                worker = child
-        time.sleep(0.05)
-    os.kill(int(worker), signal.SIGKILL)
-    _, message = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert message.startswith("error: a process of the conversion was killed")
-    assert message.count("\n") == 1
+def end_process(path: Path, tick: Callable[[], None]) -> None:
+    if path.exists():
+        os._exit(9)
+
+
+def test_a_worker_that_is_killed_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="a process of the conversion was killed"):
+        list(processes.run_jobs(end_process, [tmp_path, tmp_path / "x"], 2, lambda done: None))

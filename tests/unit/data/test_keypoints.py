@@ -44,10 +44,10 @@ def test_keypoints_go_to_the_annotation_of_their_id(trial: Trial) -> None:
     assert [entry.get("keypoints") for entry in first + second] == [None, POINTS, [0] * 9, None]
     assert (shards.index["flags"] & FLAG_KEYPOINTS).tolist() == [FLAG_KEYPOINTS] * 2
     bicycle, toothbrush = shards.categories
-    assert bicycle.keypoint_names == ["nose", "left_eye", "right_eye"]
+    assert bicycle.keypoints == ["nose", "left_eye", "right_eye"]
     assert bicycle.skeleton == [[1, 2], [0, 1]]  # from 0
     assert bicycle.flip_pairs == [[1, 2]]
-    assert toothbrush.keypoint_names is None
+    assert toothbrush.keypoints is None
     assert shards.manifest.changed == {}
     assert list(check_shards(trial.out)) == []
 
