@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from bigdet.config.derived import plan_of
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
-from bigdet.ops.resize import plan_of, resize_image, test_size
+from bigdet.ops.resize import resize_image, test_size
 
 ROUNDS = (
     5  # of each measurement in turn, as the speed of a shared machine drifts; the median counts
@@ -57,7 +58,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     )
     num_groups = max(1, arguments.images // phase.images_per_gpu)
     files = _files(stream, data.train.shards, num_groups)
-    plan = plan_of(phase.resize.kind, phase.resize.size, phase.resize.cap)
+    plan = plan_of(phase.resize)
     measured: dict[str, Callable[[], float]] = {
         "decode": lambda: _rate(files, lambda file: decode_image(file)),
         "decode_and_resize": lambda: _rate(files, lambda file: _decode_and_resize(file, plan)),

@@ -301,8 +301,8 @@ def _padded(size: int) -> int:
 def _manifest_text(manifest: Manifest) -> str:
     values = asdict(manifest)
     for category in values["categories"]:
-        if category["supercategory"] is None:
-            del category["supercategory"]
+        for name in [name for name, value in category.items() if value is None]:
+            del category[name]
     return json.dumps(values, indent=1) + "\n"
 
 

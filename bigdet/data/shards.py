@@ -68,11 +68,17 @@ class Category:
         id: the data set's own number of it.
         name: the data set's own name of it.
         supercategory: the group it belongs to, where the data set has groups.
+        keypoints: names of its keypoints, where it has any.
+        skeleton: pairs of keypoints, by number from 0, between which a line is drawn.
+        flip_pairs: pairs of keypoints, by number from 0, that a mirror exchanges: left and right.
     """
 
     id: int
     name: str
     supercategory: str | None = None
+    keypoints: list[str] | None = None
+    skeleton: list[list[int]] | None = None
+    flip_pairs: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)

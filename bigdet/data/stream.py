@@ -15,21 +15,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import DataConfig, PhaseConfig, ResizeConfig
+from bigdet.config.derived import is_square, largest_plan
+from bigdet.config.schema import AugmentConfig, DataConfig, PhaseConfig, ResizeConfig
 from bigdet.data.collate import Example, PackedGroup, group_bytes, num_dropped, pack, unpack
 from bigdet.data.loader import Loader
+from bigdet.data.objects import Wanted, check_annotations, keypoint_order, no_objects
 from bigdet.data.order import Order, evaluation_groups, lanes_of_rank
 from bigdet.data.samples import (
     Damage,
     DamagedSampleError,
     aspect_ratios,
     damaged,
+    decode_sample,
     load_sample,
+    read_sample,
 )
 from bigdet.data.shards import ShardError, ShardSet
-from bigdet.data.transforms import draw_view, no_objects, objects_in_view, whole_view
+from bigdet.data.transforms import Scene, make_examples
+from bigdet.data.views import draw_view, resize_of_step, whole_view
 from bigdet.ops.random import Words, seed_of
-from bigdet.ops.resize import plan_of
 from bigdet.structures import Batch
 
 logger = logging.getLogger(__name__)
@@ -49,38 +53,44 @@ class _TrainGroups:
 
     def __init__(
         self, shards: ShardSet, rows: NDArray[np.int64], order: Order, resize: ResizeConfig,
-        flip: float, with_masks: bool, phase: str, seed: int,
+        flip: float, augment: AugmentConfig, scaled_decoding: bool, wanted: Wanted, phase: str,
+        seed: int,
     ) -> None:  # fmt: skip
         self.shards = shards
         self.rows = rows
         self.order = order
         self._resize = resize
         self._flip = flip
-        self._with_masks = with_masks
+        self._augment = augment
+        self._scaled_decoding = scaled_decoding
+        self._wanted = wanted
         self._key = (seed, phase)
 
     def read(self, key: tuple[int, int]) -> PackedGroup:
         """Return the group of (step, lane)."""
         step, lane = key
         group = self.order.group(step, lane)
+        resize = resize_of_step(self._resize, *self._key, step)
         damages: list[Damage] = []
-        examples = [
-            self._sound_example(int(sample), float(weight), group.pass_number, damages)
+        scenes = [
+            self._sound_scene(int(sample), float(weight), group.pass_number, resize, damages)
             for sample, weight in zip(group.samples, group.weights, strict=True)
         ]
-        canvas = (self._resize.size, self._resize.size) if self._resize.kind == "direct" else None
+        canvas = (resize.size, resize.size) if is_square(resize) else None
+        examples = make_examples(scenes, self._augment, canvas, self._wanted)
         seed = seed_of("model", *self._key, step, lane)
         return pack(examples, canvas=canvas, seed=seed, notes=damages)
 
-    def _sound_example(
-        self, sample: int, weight: float, pass_number: int, damages: list[Damage]
-    ) -> Example:
-        """Return the example of a sample, or of one drawn in its place when it is damaged."""
+    def _sound_scene(
+        self, sample: int, weight: float, pass_number: int, resize: ResizeConfig,
+        damages: list[Damage],
+    ) -> Scene:  # fmt: skip
+        """Return the scene of a sample, or of one drawn in its place when it is damaged."""
         row = int(self.rows[sample])
         replacement_words: Words | None = None
         for _ in range(REPLACEMENT_TRIES):
             try:
-                return self._example(row, weight, pass_number)
+                return self._scene(row, weight, pass_number, resize)
             except DamagedSampleError as error:
                 damages.append(Damage(row, error.kind, str(error)))
                 if replacement_words is None:
@@ -91,16 +101,19 @@ class _TrainGroups:
             f"last one: {damages[-1].message}"
         )
 
-    def _example(self, row: int, weight: float, pass_number: int) -> Example:
-        image, record = load_sample(self.shards, row)
-        sample_words = Words("augmentation", *self._key, pass_number, row)
-        view = draw_view(record, self._resize, self._flip, sample_words)
+    def _scene(self, row: int, weight: float, pass_number: int, resize: ResizeConfig) -> Scene:
+        sample = read_sample(self.shards, row)
+        record = sample.record
+        key = (*self._key, pass_number, row)
+        view = draw_view(record, resize, self._flip, Words("augmentation", *key))
+        may_shrink = self._scaled_decoding and view.window is None
+        least_size = view.scaled_size if may_shrink else None
+        image = decode_sample(self.shards, row, sample, least_size)
         try:
-            objects = objects_in_view(record["annotations"], view, with_masks=self._with_masks)
+            check_annotations(record["annotations"], view.original_size, self._wanted)
         except ValueError as error:
             raise damaged(self.shards, row, "bad_annotation", f"has an {error}") from error
-        size = (record["height"], record["width"])
-        return Example(view.move_image(image), size, record["image_id"], weight, objects)
+        return Scene(image, record, view, weight, Words("mix", *key))
 
 
 class TrainStream:
@@ -120,6 +133,9 @@ class TrainStream:
         resize: ResizeConfig,
         flip: float,
         with_masks: bool,
+        with_keypoints: bool = False,
+        augment: AugmentConfig | None = None,
+        scaled_decoding: bool = False,
         phase: str,
         seed: int,
         images_per_gpu: int,
@@ -138,6 +154,9 @@ class TrainStream:
             resize: of the phase.
             flip: probability of a horizontal flip.
             with_masks: give the targets' masks.
+            with_keypoints: give the targets' keypoints.
+            augment: of the phase; None for none.
+            scaled_decoding: decode large JPEGs smaller.
             phase: name of the phase; another name is another order.
             seed: of the run.
             images_per_gpu: images of a batch.
@@ -162,15 +181,22 @@ class TrainStream:
             images_per_gpu=images_per_gpu,
             num_lanes=images_per_step // images_per_gpu,
         )
-        self._groups = _TrainGroups(shards, rows, order, resize, flip, with_masks, phase, seed)
+        wanted = Wanted(
+            masks=with_masks,
+            keypoint_order=keypoint_order(shards.categories) if with_keypoints else None,
+            tight_boxes=resize.kind == "jitter",
+        )
+        self._groups = _TrainGroups(
+            shards, rows, order, resize, flip, augment or AugmentConfig(), scaled_decoding, wanted,
+            phase, seed,
+        )  # fmt: skip
         self.lanes = lanes_of_rank(order.num_lanes, rank, world_size)
         self.damaged: dict[str, int] = {}
         self.dropped_boxes = 0
         self._damages: dict[int, Damage] = {}
         self._max_damaged = max_damaged
         self._workers = workers
-        plan = plan_of(resize.kind, resize.size, resize.cap)
-        self._group_bytes = group_bytes(images_per_gpu, plan, with_masks=with_masks)
+        self._group_bytes = group_bytes(images_per_gpu, largest_plan(resize), with_masks=with_masks)
         self._first_step = first_step
         self._loader: Loader[tuple[int, int]] | None = None
         self._state = {
@@ -266,6 +292,7 @@ def open_train_stream(
     *,
     name: str,
     with_masks: bool,
+    with_keypoints: bool = False,
     seed: int,
     rank: int,
     world_size: int,
@@ -282,6 +309,9 @@ def open_train_stream(
         resize=phase.resize,
         flip=phase.flip,
         with_masks=with_masks,
+        with_keypoints=with_keypoints,
+        augment=phase.augment,
+        scaled_decoding=data.train.scaled_decoding,
         phase=name,
         seed=seed,
         images_per_gpu=phase.images_per_gpu,
