@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from bigdet import distributed
 
-logger = logging.getLogger(__name__)
+try:
+    import torchvision  # noqa: F401
+except (ImportError, RuntimeError) as error:
+    # Commands import this module first, so that a broken pair is told before it is used.
+    sys.exit(
+        f"error: this torchvision does not work with this torch: {error}. Install both from the "
+        f"same place: pip install --force-reinstall --constraint launch/constraints.txt torch "
+        f"torchvision"
+    )
 
 STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""

@@ -95,10 +95,6 @@ class Batch:
         """Return the batch with its tensors on ``device``; copies from pinned memory overlap."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory (called by torch's DataLoader)."""
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
-
 
 @dataclass(frozen=True)
 class Detections:

@@ -24,7 +24,7 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["checkpoint.every=0"], "checkpoint.every", "above 0"),
         (["data.workers=-1"], "data.workers", "0 or more"),
         (["phases.pretrain.steps=0"], "phases.pretrain.steps", "above 0"),
-        (["phases.pretrain.warmup_steps=400"], "phases.pretrain.warmup_steps", "400 steps"),
+        (["phases.pretrain.steps=50"], "phases.pretrain.warmup_steps", "50 steps"),
         (["phases.pretrain.drops=[10]"], "phases.pretrain.drops", "schedule: step"),
         (["phases.finetune.drops=[10,10]"], "phases.finetune.drops", "rising"),
         (["phases.finetune.drops=[10,2000]"], "phases.finetune.drops", "below"),

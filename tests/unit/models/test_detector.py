@@ -234,7 +234,7 @@ def test_suppression_on_a_device_is_one_call(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(separate, together)
 
 
-def test_a_batch_on_the_meta_device_would_read_empty_targets_of_any_kind() -> None:
+def test_targets_without_a_single_row_are_an_ordinary_batch() -> None:
     empty = torch.zeros(0, dtype=torch.int64)
     masks = Masks(
         bits=torch.zeros(0, dtype=torch.uint8),

@@ -1,0 +1,76 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bigdet.config.load import ConfigError, dump_config, load_config
+from bigdet.engine.checkpoint import Checkpoint
+from bigdet.training.resume import settle_config
+
+CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+OPEN = ["phases.pretrain.images_per_step=null"]
+
+
+@pytest.fixture(autouse=True)
+def four_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+
+def saved_by(*overrides: str) -> Checkpoint:
+    return Checkpoint(run={"config": dump_config(load_config(CONFIG, overrides))})
+
+
+def test_an_open_batch_size_becomes_one_micro_batch_per_rank():
+    config = load_config(CONFIG, [*OPEN, "phases.finetune.images_per_step=32"])
+    settled = settle_config(config, None, None)
+    assert settled.phases["pretrain"].images_per_step == 4 * 8
+    assert settled.phases["finetune"].images_per_step == 32
+
+
+def test_a_resumed_run_keeps_its_batch_size_on_other_ranks():
+    sizes = ["phases.pretrain.images_per_step=64", "phases.finetune.images_per_step=64"]
+    config = load_config(CONFIG, ["phases.finetune.images_per_step=64", *OPEN])
+    settled = settle_config(config, saved_by(*sizes), Path("x"))
+    assert settled.phases["pretrain"].images_per_step == 64
+
+
+def test_ranks_that_cannot_share_a_step_equally_are_refused():
+    config = load_config(CONFIG, ["phases.pretrain.images_per_step=48"])
+    with pytest.raises(ConfigError, match=r"phases\.pretrain\.images_per_step: .*4 ranks"):
+        settle_config(config, None, None)
+
+
+SIZES = ["phases.pretrain.images_per_step=32", "phases.finetune.images_per_step=32"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.workers=9", "data.train.shards=moved", "log.every=7", "output=other",
+     "engine.zero_stage=0", "evaluation.every=10", "checkpoint.keep=9"],
+)  # fmt: skip
+def test_what_does_not_change_the_training_may_change(override: str):
+    config = load_config(CONFIG, [*SIZES, override])
+    assert settle_config(config, saved_by(*SIZES), Path("x")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=4", r"seed \(was 0, now 4\)"),
+        ("phases.pretrain.lr=0.5", r"phases\.pretrain\.lr \(was .*, now 0\.5\)"),
+        ("model.width=32", r"model\.width \(was 64, now 32\)"),
+        ("engine.precision=bf16", r"engine\.precision \(was fp32, now bf16\)"),
+        ("data.train.keep_empty=true", r"data\.train\.keep_empty"),
+    ],
+)
+def test_what_changes_the_training_is_named_with_both_values(override: str, said: str):
+    config = load_config(CONFIG, [*SIZES, override])
+    with pytest.raises(ConfigError, match=said):
+        settle_config(config, saved_by(*SIZES), Path("x"))
+
+
+def test_a_phase_may_not_be_added_to_a_run():
+    config = load_config(CONFIG, SIZES)
+    extra = {**config.phases, "more": config.phases["finetune"]}
+    with pytest.raises(ConfigError, match=r"phases\.more\.steps"):
+        settle_config(dataclasses.replace(config, phases=extra), saved_by(*SIZES), Path("x"))
