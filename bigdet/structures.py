@@ -95,6 +95,15 @@ class Batch:
         """Return the batch with its tensors on ``device``; copies from pinned memory overlap."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory from being used again before the work queued on a stream is done."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        _map_tensors(self, record)
+
 
 @dataclass(frozen=True)
 class Detections:

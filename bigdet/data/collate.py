@@ -131,10 +131,13 @@ def pack(
 
 def _lay_on_canvas(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Return ``(B, 3, H, W)``: each image in the top left corner, zeros right and below."""
-    canvas = torch.zeros((len(images), *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    canvas = torch.empty((len(images), *size, 3), dtype=torch.uint8)
     for place, image in zip(canvas, images, strict=True):
-        place[:, : image.shape[1], : image.shape[2]] = image
-    return canvas
+        height, width = image.shape[1:]
+        place[:height, :width] = image.permute(1, 2, 0)
+        place[:height, width:] = 0
+        place[height:] = 0
+    return canvas.permute(0, 3, 1, 2)
 
 
 def group_bytes(num_images: int, plan: tuple[int, int], *, with_masks: bool) -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bigdet.data.masks import Bitmap, rasterize_polygons, sample_rle
 from bigdet.data.shards import Category
-from bigdet.data.views import Size, View, boxes_xywh
+from bigdet.data.views import Size, View, Views, boxes_xywh
 
 
 @dataclass(frozen=True)
@@ -127,39 +127,59 @@ def check_annotations(
 
 
 def objects_in_view(annotations: Sequence[dict[str, Any]], view: View, wanted: Wanted) -> Objects:
-    """Bring the objects of an image into a view; those that are not seen there are dropped.
+    """Bring the objects of one image into a view, see ``objects_in_views``."""
+    return objects_in_views([annotations], [view], wanted)[0]
 
-    An object stays if its clipped box has an area, however small (RECIPES C.7). Masks are worked
-    out within the clipped box alone; crowd regions carry none, as no loss uses them.
+
+def objects_in_views(
+    annotations: Sequence[Sequence[dict[str, Any]]], views: Sequence[View], wanted: Wanted
+) -> list[Objects]:
+    """Bring the objects of several images into their views, all at once: it is calls that cost.
+
+    Objects that are not seen are dropped: one stays if its clipped box has an area, however small
+    (RECIPES C.7). Masks are worked out within the clipped box alone; crowd regions carry none, as
+    no loss uses them.
 
     Args:
-        annotations: of the image's record in the shards, checked.
-        view: how the image is laid on the canvas.
+        annotations: of each image's record in the shards, checked.
+        views: how each image is laid on its canvas.
         wanted: what to work out.
     """
-    stored = boxes_xywh(annotations)
-    boxes = view.move_boxes(stored)
+    arrays, found = Views(views), list(chain.from_iterable(annotations))
+    which = np.repeat(np.arange(len(views)), [len(of_image) for of_image in annotations])
+    whole = arrays.move_boxes(boxes_xywh(found), which)
+    boxes = arrays.clip_boxes(whole, which)
     kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
-    seen = [annotations[int(i)] for i in kept]
-    boxes = boxes[kept]
-    low, high = _pixel_bounds(boxes, view.size)
+    seen = [found[i] for i in kept.tolist()]
+    boxes, which, num_found = boxes[kept], which[kept], np.bincount(which, minlength=len(views))
+    low, high = _pixel_bounds(boxes, arrays.limit[which])
+    labels = np.array([annotation["label"] for annotation in seen], dtype=np.int64)
+    is_crowd = np.array([annotation["iscrowd"] for annotation in seen], dtype=np.bool_)
     masks = keypoints = None
     if wanted.masks:
-        masks = _mask_crops(seen, view, low, high)
+        masks = _mask_crops(seen, views, arrays, which, low, high)
     if wanted.keypoint_order is not None:
-        keypoints = _moved_keypoints(seen, view, wanted.keypoint_order)
-    found = Objects(
-        boxes=boxes,
-        labels=np.array([annotation["label"] for annotation in seen], dtype=np.int64),
-        is_crowd=np.array([annotation["iscrowd"] for annotation in seen], dtype=np.bool_),
-        mask_origins=low,
-        masks=masks,
-        keypoints=keypoints,
-        num_dropped=len(annotations) - len(seen),
-    )
-    if wanted.tight_boxes and masks is not None:
-        found = tighten(found, _is_cut(stored[kept], view))
-    return found
+        keypoints = _moved_keypoints(seen, arrays, which, wanted.keypoint_order)
+    num_seen = np.bincount(which, minlength=len(views))
+    ends = np.cumsum(num_seen).tolist()
+    objects = [
+        Objects(
+            boxes=boxes[start:end],
+            labels=labels[start:end],
+            is_crowd=is_crowd[start:end],
+            mask_origins=low[start:end],
+            masks=None if masks is None else masks[start:end],
+            num_dropped=num_dropped,
+            keypoints=None if keypoints is None else keypoints[start:end],
+        )
+        for start, end, num_dropped in zip(
+            [0, *ends], ends, (num_found - num_seen).tolist(), strict=False
+        )
+    ]
+    if not wanted.tight_boxes or masks is None:
+        return objects
+    is_cut = np.split((whole[kept] != boxes).any(axis=1), ends[:-1])
+    return [tighten(of_image, cut) for of_image, cut in zip(objects, is_cut, strict=True)]
 
 
 def tighten(objects: Objects, which: NDArray[np.bool_]) -> Objects:
@@ -252,20 +272,15 @@ def join(parts: Sequence[Objects]) -> Objects:
     )
 
 
-def _is_cut(boxes: NDArray[np.float64], view: View) -> NDArray[np.bool_]:
-    """Tell which boxes, ``(M, 4)`` xywh as stored, stick out of a view, ``(M,)``."""
-    corners = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    moved = view.move_points(corners)  # (M, 2, 2)
-    limit = (view.size[1], view.size[0])
-    is_inside: NDArray[np.bool_] = np.all((moved >= 0) & (moved <= limit), axis=(1, 2))
-    return ~is_inside
-
-
 def _pixel_bounds(
-    boxes: NDArray[np.float32], size: Size
+    boxes: NDArray[np.float32], limit: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first pixel and the one past the last, ``(M, 2)`` x, y, that boxes touch."""
-    limit = np.array([size[1], size[0]])
+    """Return the first pixel and the one past the last, ``(M, 2)`` x, y, that boxes touch.
+
+    Args:
+        boxes: ``(M, 4)`` xyxy.
+        limit: ``(M, 2)`` width, height of the image that each is in.
+    """
     low = np.minimum(np.floor(boxes[:, :2]).astype(np.int64), limit - 1)
     high = np.clip(np.ceil(boxes[:, 2:]).astype(np.int64), low + 1, limit)
     return low, high
@@ -273,7 +288,9 @@ def _pixel_bounds(
 
 def _mask_crops(
     annotations: Sequence[dict[str, Any]],
-    view: View,
+    views: Sequence[View],
+    arrays: Views,
+    which: NDArray[np.int64],
     low: NDArray[np.int64],
     high: NDArray[np.int64],
 ) -> list[Bitmap]:
@@ -284,26 +301,33 @@ def _mask_crops(
     owners: list[int] = []
     for i, annotation in enumerate(annotations):
         segmentation = annotation.get("segmentation")
+        parts: list[list[float]] = []
         if not segmentation or annotation["iscrowd"]:
             masks.append(np.zeros((0, 0), dtype=np.uint8))
         elif isinstance(segmentation, dict):
-            masks.append(sample_rle(segmentation, *view.stored_points(low[i], high[i])))
+            points = views[which[i]].stored_points(low[i], high[i])
+            masks.append(sample_rle(segmentation, *points))
         else:
-            masks.append(np.zeros(sizes[i], dtype=np.uint8))
             parts = [part for part in segmentation if len(part) >= 6]  # two corners cover nothing
-            polygons += parts
-            owners += [i] * len(parts)
-    corners = view.move_points(np.array(list(chain.from_iterable(polygons))).reshape(-1, 2))
+            masks.append(np.zeros((0, 0) if parts else sizes[i], dtype=np.uint8))
+        polygons += parts
+        owners += [i] * len(parts)
     num_corners = np.array([len(polygon) // 2 for polygon in polygons], dtype=np.int64)
-    corners -= np.repeat(low[owners], num_corners, axis=0)
+    owner = np.repeat(np.array(owners, dtype=np.int64), num_corners)
+    corners = np.array(list(chain.from_iterable(polygons)), dtype=np.float64).reshape(-1, 2)
+    corners = arrays.move_points(corners, which[owner]) - low[owner]
     layers = rasterize_polygons(corners, num_corners, sizes[owners])
     for i, layer in zip(owners, layers, strict=True):
-        masks[i] |= layer  # an object of several parts is all of them
+        # An object of several parts is all of them.
+        masks[i] = masks[i] | layer if masks[i].size else layer
     return masks
 
 
 def _moved_keypoints(
-    annotations: Sequence[dict[str, Any]], view: View, order: NDArray[np.int64]
+    annotations: Sequence[dict[str, Any]],
+    views: Views,
+    which: NDArray[np.int64],
+    order: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     """Return keypoints on the canvas, ``(M, K, 3)``; those out of view are not labelled."""
     absent = [0.0] * (3 * len(order))
@@ -311,10 +335,11 @@ def _moved_keypoints(
     keypoints = np.array(stored, dtype=np.float64).reshape(-1, len(order), 3)
     # COCO counts pixels where boxes and masks have continuous edges: its 0 is the center of the
     # first pixel.
-    points = view.move_points(keypoints[..., :2] + 0.5)
-    is_seen = (points >= 0).all(axis=-1) & (points < (view.size[1], view.size[0])).all(axis=-1)
+    points = keypoints[..., :2].reshape(-1, 2) + 0.5
+    points = views.move_points(points, np.repeat(which, len(order))).reshape(-1, len(order), 2)
+    is_seen = ((points >= 0) & (points < views.limit[which][:, None])).all(axis=-1)
     keypoints[..., :2] = points
     keypoints *= (is_seen & (keypoints[..., 2] > 0))[..., None]
-    if view.is_flipped:
-        keypoints = keypoints[:, order]
+    flipped = np.flatnonzero(views.is_flipped[which])
+    keypoints[flipped] = keypoints[flipped][:, order]
     return keypoints.astype(np.float32)

@@ -72,10 +72,10 @@ class _TrainGroups:
         group = self.order.group(step, lane)
         resize = resize_of_step(self._resize, *self._key, step)
         damages: list[Damage] = []
-        scenes = [
+        scenes = (
             self._sound_scene(int(sample), float(weight), group.pass_number, resize, damages)
             for sample, weight in zip(group.samples, group.weights, strict=True)
-        ]
+        )
         canvas = (resize.size, resize.size) if is_square(resize) else None
         examples = make_examples(scenes, self._augment, canvas, self._wanted)
         seed = seed_of("model", *self._key, step, lane)
@@ -113,7 +113,7 @@ class _TrainGroups:
             check_annotations(record["annotations"], view.original_size, self._wanted)
         except ValueError as error:
             raise damaged(self.shards, row, "bad_annotation", f"has an {error}") from error
-        return Scene(image, record, view, weight, Words("mix", *key))
+        return Scene(image, record, view, weight, key)
 
 
 class TrainStream:
@@ -298,10 +298,7 @@ def open_train_stream(
     world_size: int,
     first_step: int = 0,
 ) -> TrainStream:
-    """Return the stream of a phase as its config says.
-
-    Args: as for ``TrainStream``, and ``name``: of the phase.
-    """
+    """Return the stream of a phase, ``name``, as its config says; the rest as ``TrainStream``."""
     return TrainStream(
         shards,
         keep_empty=data.train.keep_empty,

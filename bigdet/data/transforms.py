@@ -8,7 +8,7 @@ Letters: M objects of one image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from bigdet.data.objects import (
     Wanted,
     clip,
     join,
-    objects_in_view,
+    objects_in_views,
     select,
     shift,
     tighten,
@@ -52,51 +52,61 @@ class Scene:
         record: its annotations, as in the shards.
         view: drawn for it.
         weight: 0 for a masked slot, else 1.
-        words: of this sample in this pass, for what concerns other images and colors.
+        key: of the words for what concerns other images and colors: seed, phase, pass and row.
     """
 
     image: Tensor
     record: dict[str, Any]
     view: View
     weight: float
-    words: Words
+    key: tuple[int | str, ...]
 
 
 def make_examples(
-    scenes: Sequence[Scene], augment: AugmentConfig, canvas: Size | None, wanted: Wanted
+    scenes: Iterable[Scene], augment: AugmentConfig, canvas: Size | None, wanted: Wanted
 ) -> list[Example]:
     """Make the examples of a group.
 
     Args:
-        scenes: of all images of the group.
+        scenes: of all images of the group. They are taken one by one if nothing is mixed, as
+            pixels that were just decoded are still in the processor's cache.
         augment: of the phase.
         canvas: height, width that a mosaic fills; None for those of the image's own view.
         wanted: what to work out of the objects.
     """
-    alone = [_example(scene, wanted) for scene in scenes]
-    examples = alone
+    if augment == AugmentConfig():
+        return _alone(scenes, wanted)
+    scenes = list(scenes)
+    examples = alone = _alone(scenes, wanted)
+    words = [Words("mix", *scene.key) for scene in scenes]
     if augment.mosaic or augment.copy_paste:
         examples = [
-            _mixed(scenes, alone, number, augment, canvas, wanted) for number in range(len(scenes))
+            _mixed(scenes, alone, number, augment, canvas, wanted, words[number])
+            for number in range(len(scenes))
         ]
     if augment.color_jitter:
         examples = [
-            _with_colors(example, scene.words, augment.color_jitter)
-            for example, scene in zip(examples, scenes, strict=True)
+            _with_colors(example, own_words, augment.color_jitter)
+            for example, own_words in zip(examples, words, strict=True)
         ]
     return examples
 
 
-def _example(scene: Scene, wanted: Wanted) -> Example:
-    """Return what a scene shows alone."""
-    record = scene.record
-    return Example(
-        scene.view.move_image(scene.image),
-        (record["height"], record["width"]),
-        record["image_id"],
-        scene.weight,
-        objects_in_view(record["annotations"], scene.view, wanted),
+def _alone(scenes: Iterable[Scene], wanted: Wanted) -> list[Example]:
+    """Return what each scene shows alone."""
+    looks = [
+        (scene.view.move_image(scene.image), scene.record, scene.view, scene.weight)
+        for scene in scenes
+    ]
+    objects = objects_in_views(
+        [record["annotations"] for _, record, _, _ in looks],
+        [view for _, _, view, _ in looks],
+        wanted,
     )
+    return [
+        Example(image, view.original_size, record["image_id"], weight, found)
+        for (image, record, view, weight), found in zip(looks, objects, strict=True)
+    ]
 
 
 def _mixed(
@@ -106,9 +116,9 @@ def _mixed(
     augment: AugmentConfig,
     canvas: Size | None,
     wanted: Wanted,
+    words: Words,
 ) -> Example:
     """Return one image of a group, maybe with parts of others."""
-    words = scenes[number].words
     if words.uniform(0.0, 1.0) < augment.mosaic:
         chosen = [number, *_draw_others(len(scenes), number, 3, words)]
         size = canvas or scenes[number].view.size
@@ -141,7 +151,7 @@ def _mosaic(
     x = max(1, round(width * words.uniform(*MOSAIC_CENTER)))
     y = max(1, round(height * words.uniform(*MOSAIC_CENTER)))
     image = torch.tensor(MOSAIC_FILL, dtype=torch.uint8).repeat(height, width, 1).permute(2, 0, 1)
-    parts: list[Objects] = []
+    views, places = [], []
     for number, scene in enumerate(scenes):
         is_right, is_below = number % 2, number // 2
         room = (height - y if is_below else y, width - x if is_right else x)
@@ -149,8 +159,10 @@ def _mosaic(
         high, wide = view.size
         left, top = x if is_right else x - wide, y if is_below else y - high
         image[:, top : top + high, left : left + wide] = view.move_image(scene.image)
-        found = objects_in_view(scene.record["annotations"], view, wanted)
-        parts.append(shift(found, left, top))
+        views.append(view)
+        places.append((left, top))
+    found = objects_in_views([scene.record["annotations"] for scene in scenes], views, wanted)
+    parts = [shift(objects, *place) for objects, place in zip(found, places, strict=True)]
     return replace(own, image=image, objects=join(parts))
 
 

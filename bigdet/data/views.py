@@ -8,6 +8,7 @@ Letters: M objects of one image.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ CROP_TRIES = 10
 """Crops that are drawn before one is centered on a box."""
 
 Size = tuple[int, int]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -56,24 +58,9 @@ class View:
         return np.array([self.scaled_size[1] / width, self.scaled_size[0] / height])
 
     @property
-    def _corner(self) -> tuple[int, int]:
+    def corner(self) -> tuple[int, int]:
         """X, y of the first stored pixel that is scaled."""
         return (0, 0) if self.window is None else self.window[:2]
-
-    def move_points(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Move ``(..., 2)`` points x, y from stored pixels to canvas pixels; not clipped."""
-        moved = (points - self._corner) * self.scale - self.origin
-        if self.is_flipped:
-            moved[..., 0] = self.size[1] - moved[..., 0]
-        return moved
-
-    def move_boxes(self, boxes_xywh: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Move ``(M, 4)`` boxes from stored pixels to ``(M, 4)`` xyxy on the canvas, clipped."""
-        corners = np.stack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
-        moved = self.move_points(corners)  # (M, 2, 2)
-        height, width = self.size
-        low, high = moved.min(axis=1), moved.max(axis=1)  # a flip exchanges left and right
-        return np.concatenate([low, high], axis=1).clip(0, (width, height) * 2).astype(np.float32)
 
     def stored_points(
         self, low: NDArray[np.int64], high: NDArray[np.int64]
@@ -90,7 +77,7 @@ class View:
         x, y = np.arange(low[0], high[0]) + 0.5, np.arange(low[1], high[1]) + 0.5
         if self.is_flipped:
             x = self.size[1] - x
-        scale, (left, top) = self.scale, self._corner
+        scale, (left, top) = self.scale, self.corner
         return (x + self.origin[0]) / scale[0] + left, (y + self.origin[1]) / scale[1] + top
 
     def move_image(self, image: Tensor) -> Tensor:
@@ -113,6 +100,48 @@ class View:
         height, width = self.size
         seen = resize_image(image, self.scaled_size, extent)[:, y : y + height, x : x + width]
         return seen.flip(2) if self.is_flipped else seen
+
+
+class Views:
+    """The views of several images as arrays, so that what is in them is moved all at once.
+
+    In what follows N things belong to images by number, ``which``, ``(N,)``.
+    """
+
+    def __init__(self, views: Sequence[View]) -> None:
+        self._corner = np.array([view.corner for view in views], dtype=np.float64)
+        self._scale = np.array([view.scale for view in views])
+        self._origin = np.array([view.origin for view in views], dtype=np.float64)
+        self.is_flipped = np.array([view.is_flipped for view in views])
+        self.limit = np.array([view.size[::-1] for view in views])
+        """Width and height of each image's part of its canvas, ``(B, 2)``."""
+
+    def move_points(
+        self, points: NDArray[np.float64], which: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Move ``(N, 2)`` points x, y from stored pixels to canvas pixels; not clipped."""
+        corner, scale, origin = self._corner[which], self._scale[which], self._origin[which]
+        moved: NDArray[np.float64] = (points - corner) * scale - origin
+        flipped = np.flatnonzero(self.is_flipped[which])
+        moved[flipped, 0] = self.limit[which[flipped], 0] - moved[flipped, 0]
+        return moved
+
+    def move_boxes(
+        self, boxes_xywh: NDArray[np.float64], which: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Move boxes, ``(N, 4)`` as stored, to ``(N, 4)`` xyxy on the canvas; not clipped."""
+        low, high = boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]
+        start, end = self.move_points(low, which), self.move_points(high, which)
+        # A flip exchanges left and right.
+        return np.concatenate([np.minimum(start, end), np.maximum(start, end)], axis=1)
+
+    def clip_boxes(
+        self, boxes: NDArray[np.float64], which: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Cut ``(N, 4)`` boxes on the canvas off at the edges of their images."""
+        limit = np.tile(self.limit, 2)[which]
+        clipped: NDArray[np.float64] = np.minimum(np.maximum(boxes, 0), limit)
+        return clipped.astype(np.float32)
 
 
 def whole_view(original_size: Size, plan: Size) -> View:
@@ -188,8 +217,8 @@ def crop_view(whole: View, size: Size, record: dict[str, Any], sample_words: Wor
     """
     if size == whole.size:
         return whole
-    unflipped = replace(whole, is_flipped=False)
-    boxes = unflipped.move_boxes(_boxes_to_show(record))
+    scale = (whole.size[1] / record["width"], whole.size[0] / record["height"])
+    boxes = _boxes_to_show(record, scale, whole.size)
     origin = _draw_crop(boxes, whole.size, size, sample_words)
     return replace(whole, origin=origin, size=size)
 
@@ -203,32 +232,48 @@ def _windowed(whole: View, size: Size, record: dict[str, Any], sample_words: Wor
         max(1, round(height * size[0] / scaled[0])),
         max(1, round(width * size[1] / scaled[1])),
     )
-    stored = View(whole.original_size, whole.original_size, (0, 0), whole.original_size, False)
-    boxes = stored.move_boxes(_boxes_to_show(record))
+    boxes = _boxes_to_show(record, (1.0, 1.0), whole.original_size)
     x, y = _draw_crop(boxes, whole.original_size, extent, sample_words)
     return replace(whole, scaled_size=size, size=size, window=(x, y, extent[1], extent[0]))
 
 
-def _boxes_to_show(record: dict[str, Any]) -> NDArray[np.float64]:
-    """Return the boxes of which a crop must show one, ``(M, 4)`` xywh as stored."""
-    return boxes_xywh([found for found in record["annotations"] if not found["iscrowd"]])
+def _boxes_to_show(record: dict[str, Any], scale: tuple[float, float], size: Size) -> list[Box]:
+    """Return the boxes of which a crop must show one, xyxy; plain numbers, as they are few.
+
+    Args:
+        record: of the image.
+        scale: x and y from stored pixels to those that are cropped.
+        size: height, width of what is cropped.
+    """
+    edges: list[float] = []
+    for annotation in record["annotations"]:
+        if not annotation["iscrowd"]:
+            x, y, width, height = annotation["bbox"]
+            edges += [x * scale[0], y * scale[1], (x + width) * scale[0], (y + height) * scale[1]]
+    # Rounded as in the targets, so that what counts as seen here has an area there.
+    edges = array("f", edges).tolist()
+    limit = (size[1], size[0], size[1], size[0])
+    boxes = [
+        tuple(min(max(edge, 0.0), float(most)) for edge, most in zip(box, limit, strict=True))
+        for box in zip(*[iter(edges)] * 4, strict=True)
+    ]
+    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes if x1 > x0 and y1 > y0]
 
 
-def _draw_crop(
-    boxes: NDArray[np.float32], scaled: Size, size: Size, sample_words: Words
-) -> tuple[int, int]:
+def _draw_crop(boxes: list[Box], scaled: Size, size: Size, sample_words: Words) -> tuple[int, int]:
     """Draw x, y of a crop that shows a part of at least one box, if there are boxes."""
-    room = np.array([scaled[1] - size[1], scaled[0] - size[0]])  # x, y
-    extent = np.array([size[1], size[0]])
-    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
+    (height, width), room = size, (scaled[1] - size[1], scaled[0] - size[0])
     for _ in range(CROP_TRIES):
-        origin = (sample_words.integer(int(room[0]) + 1), sample_words.integer(int(room[1]) + 1))
-        low, high = np.maximum(boxes[:, :2], origin), np.minimum(boxes[:, 2:], origin + extent)
-        if len(boxes) == 0 or (high > low).all(axis=1).any():
-            return origin
-    box = boxes[sample_words.integer(len(boxes))]
-    centered = np.round((box[:2] + box[2:] - extent) / 2).clip(0, room)
-    return int(centered[0]), int(centered[1])
+        x, y = sample_words.integer(room[0] + 1), sample_words.integer(room[1] + 1)
+        if not boxes or any(
+            x0 < x + width and x1 > x and y0 < y + height and y1 > y for x0, y0, x1, y1 in boxes
+        ):
+            return x, y
+    x0, y0, x1, y1 = boxes[sample_words.integer(len(boxes))]
+    # Half-way cases are decided by sums of 32 bits.
+    x_sum, y_sum = array("f", (x0 + x1, y0 + y1))
+    x, y = round((x_sum - width) / 2), round((y_sum - height) / 2)
+    return min(max(x, 0), room[0]), min(max(y, 0), room[1])
 
 
 def boxes_xywh(annotations: Sequence[dict[str, Any]]) -> NDArray[np.float64]:

@@ -25,6 +25,7 @@ from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
 from bigdet.training import measuring, optim, saving
 from bigdet.training.metrics import StepMeter, mean_losses, progress_line
+from bigdet.training.prefetch import OnDevice, prefetch
 from bigdet.training.state import RunState
 from bigdet.training.stopping import stop_requested
 
@@ -121,7 +122,7 @@ class PhaseTrainer:
         Raises:
             SharedError: too many steps were not finite, or too many samples damaged.
         """
-        state, batches = self.state, iter(self.stream)
+        state, batches = self.state, prefetch(self.stream, self.device)
         if state.needs_evaluation:  # a request to stop came between the step and its evaluation
             self._save(is_best=self._evaluate())
         while state.step < self.phase.steps:
@@ -139,14 +140,15 @@ class PhaseTrainer:
                 self._save(is_best)
         return True
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
+    def _step(self, batches: Iterator[OnDevice]) -> tuple[StepResult, float]:
         """Take one optimizer step; return what it saw and its learning rate."""
         started = time.perf_counter()
-        micro_batches = list(islice(batches, len(self.stream.lanes)))
+        taken = list(islice(batches, len(self.stream.lanes)))
+        micro_batches = [batch for batch, _ in taken]
         data_seconds = time.perf_counter() - started
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
-        result = self.engine.train_step([batch.to(self.device) for batch in micro_batches])
+        result = self.engine.train_step([batch for _, batch in taken])
         self.state.step += 1
         self.state.total_steps += 1
         if result.is_finite:

@@ -111,7 +111,7 @@ def scene(number, height=60, width=90, resize=SHORT_SIDE):
     found = {"id": number, "label": number, "bbox": box, "iscrowd": 0, "segmentation": polygon}
     record = {"image_id": number, "height": height, "width": width, "annotations": [found]}
     view = draw_view(record, resize, 0.5, Words("view", number))
-    return Scene(image, record, view, 1.0, Words("mix", number))
+    return Scene(image, record, view, 1.0, key=(number,))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_copy_paste_takes_objects_of_another_image_of_the_group():
 
 
 def test_nothing_is_mixed_by_default_and_no_word_is_drawn():
-    scenes = [replace(scene(number), words=None) for number in range(3)]
+    scenes = [replace(scene(number), key=None) for number in range(3)]
     for one, own in zip(
         make_examples(scenes, AugmentConfig(), None, WITH_MASKS), scenes, strict=True
     ):
