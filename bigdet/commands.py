@@ -35,8 +35,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
-        shared = distributed.is_on_all_ranks(error)
-        if distributed.is_main() or not shared:
+        if distributed.is_main() or not distributed.is_on_all_ranks(error):
             where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
             sys.stderr.write(f"error{where}: {error}\n")
         code = 1

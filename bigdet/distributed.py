@@ -49,6 +49,12 @@ def start() -> None:
     """
     if dist.is_initialized():
         return
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in os.environ:
+        raise ValueError(
+            f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but RANK is not set, so each would "
+            f"train alone. Start one task per node that runs torchrun, or set RANK, WORLD_SIZE, "
+            f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT from Slurm's variables."
+        )
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -128,8 +134,13 @@ class SharedError(ValueError):
 
 
 def is_on_all_ranks(error: BaseException) -> bool:
-    """Tell whether every rank raises this error: then rank 0 alone needs to print it."""
-    return isinstance(error, SharedError) or not dist.is_initialized() or world_size() == 1
+    """Tell whether every rank raises this error: then rank 0 alone needs to print it.
+
+    Before the ranks have met, those of one host are taken to see the same files.
+    """
+    if not dist.is_initialized():
+        return local_rank() > 0
+    return isinstance(error, SharedError)
 
 
 @contextmanager

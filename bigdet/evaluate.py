@@ -26,7 +26,8 @@ from bigdet.config.check import check_config
 from bigdet.config.derived import plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import RunConfig
-from bigdet.data.shards import ShardSet
+from bigdet.data.mix import with_categories
+from bigdet.data.shards import Category, ShardSet
 from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds, metrics_table
 from bigdet.evaluation.predict import predict_split
 from bigdet.log import setup_logging
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         detector = load_detector(options.model)
         config = read_config(options.model, options.overrides)
         shards = ShardSet(options.shards)
+        if config.data.train.more_shards:  # its classes are those of a mix of sets
+            shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
     detector.box_head.config = config.model.roi
     if config.evaluation.resize is not None:
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         config.data.workers,
         device,
     )
-    if distributed.is_main():
+    if distributed.is_main() and results is not None:
         kinds = evaluation_kinds(shards, has_mask_head=detector.mask_head is not None)
         metrics = evaluate_detections(shards, results, kinds)
         sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from bigdet.run_dir import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,4 @@ def cut_metrics(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
             continue
         if isinstance(values, dict) and keep(values):
             kept.append(line + "\n")
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, "".join(kept))

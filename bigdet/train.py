@@ -20,11 +20,9 @@ from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import load_config
-from bigdet.data.shards import ShardSet
+from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
-from bigdet.engine.base import EngineState
-from bigdet.engine.checkpoint import Checkpoint
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 from bigdet.log import setup_logging
 from bigdet.run_dir import RunDir
@@ -41,74 +39,76 @@ def main(arguments: Sequence[str]) -> int:
     distributed.start()
     stopping.listen()
     run_dir = RunDir(Path(config.output))
+    folder: Path | None = None
     with distributed.together():
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
-        train_set, val_set = ShardSet(config.data.train.shards), ShardSet(config.data.val.shards)
+        train_set, val_set = open_sets(config.data)
         resume.check_data(config, train_set, val_set)
-        folder = resume.find_checkpoint(config, run_dir)
+        if distributed.is_main():
+            run_dir.stop.unlink(missing_ok=True)
+            folder = resume.find_checkpoint(config, run_dir)
+    folder = distributed.broadcast_object(folder)
     saved = None if folder is None else checkpoint.load(folder)
     with distributed.together():
         config = resume.settle_config(config, saved, folder)
+        resume.check_phases(config, train_set, saved)
         state, metrics = resume.begin(config, run_dir, saved)
     run = Run(config, run_dir, train_set, val_set, metrics, state)
+    if saved is not None:
+        run.restored = saved.engine
+        del saved  # weights and optimizer state: gone once they are in place
     run.log_start(folder)
-
     try:
-        return run_phases(run, saved)
+        return run_phases(run)
     finally:
         if metrics is not None:
             metrics.close()
 
 
-def run_phases(run: Run, saved: Checkpoint | None) -> int:
-    """Run the current phase and those after it, and return the exit code.
-
-    Args:
-        run: at the phase ``run.state.phase``.
-        saved: the checkpoint to go on from; None for a fresh start.
-    """
+def run_phases(run: Run) -> int:
+    """Run the current phase and those after it, and return the exit code."""
     names = list(run.config.phases)
     for name in names[names.index(run.state.phase) :]:
         if name != run.state.phase:
             run.state.begin(name)
-        if not run_phase(run, saved.engine if saved is not None else None):
+        if not run_phase(run):
             return STOPPED
-        saved = None
     saving.write_final_weights(run.config, run.run_dir)
     return 0
 
 
-def run_phase(run: Run, engine_state: EngineState | None) -> bool:
+def run_phase(run: Run) -> bool:
     """Build the stream, the detector and the engine of the current phase, and train it.
-
-    Args:
-        run: the run, at the phase ``run.state.phase``.
-        engine_state: of the checkpoint to go on from inside this phase; None to begin it.
 
     Returns:
         True when the phase is complete, False when the run was asked to stop.
     """
     config, state, name = run.config, run.state, run.state.phase
     phase, device = config.phases[name], distributed.device()
-    stream = open_train_stream(
-        run.train_set,
-        config.data,
-        phase,
-        name=name,
-        with_masks=config.model.detector == "mask_rcnn",
-        seed=config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        first_step=state.step,
+    with distributed.together():
+        stream = open_train_stream(
+            run.train_set,
+            config.data,
+            phase,
+            name=name,
+            with_masks=config.model.detector == "mask_rcnn",
+            seed=config.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            first_step=state.step,
+        )
+        if run.restored is not None:
+            stream.check_state(state.stream)
+    state.stream = stream.state()
+    detector = build_for_phase(
+        config, name, run.train_set.num_classes, run.run_dir, device, run.restored is not None
     )
-    detector = build_for_phase(config, name, run.train_set.num_classes, run.run_dir, device)
     make_optimizer = partial(optim.build_optimizer, phase=phase)
     engine = DeepSpeedEngine(detector, make_optimizer, config.engine, len(stream.lanes), device)
     try:
-        if engine_state is not None:
-            stream.check_state(state.stream)
-            engine.load_state(engine_state)
-        state.stream = stream.state()
+        if run.restored is not None:
+            engine.load_state(run.restored)
+            run.restored = None
         return PhaseTrainer(run, detector, engine, stream, device).train()
     finally:
         stream.close()

@@ -17,7 +17,8 @@ done
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ranks=$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
-deepspeed --num_gpus "$ranks" --module bigdet.train configs/quickstart.yaml
+[ -f runs/quickstart/model.safetensors ] ||
+  deepspeed --num_gpus "$ranks" --module bigdet.train configs/quickstart.yaml
 
 python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
 echo

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bigdet.commands import run_command
+from bigdet.config.check import check_train_split
 from bigdet.config.load import load_config
-from bigdet.config.schema import RunConfig
-from bigdet.data.shards import ShardSet
+from bigdet.data.mix import open_train_set
+from bigdet.data.order import lanes_of_rank
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.drawing import draw
 from bigdet.run_dir import RunDir
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     """Write the pictures or print the ids that the arguments ask for."""
     arguments = _parser().parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
+    check_train_split(config.data.train)
     if arguments.phase not in config.phases:
         raise ValueError(
             f"--phase {arguments.phase}: {arguments.config} has {', '.join(config.phases)}."
@@ -39,19 +41,32 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--step {arguments.step}: steps are counted from 1.")
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world:
         raise ValueError(f"--rank {arguments.rank}: --world {arguments.world} has ranks from 0.")
-    shards = ShardSet(config.data.train.shards)
+    shards = open_train_set(config.data)
     ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]
-    streams = {rank: _open_stream(config, shards, arguments, rank) for rank in ranks}
+    # One stream makes the groups of all ranks: they do not depend on who asks.
+    stream = open_train_stream(
+        shards,
+        config.data,
+        config.phases[arguments.phase],
+        name=arguments.phase,
+        with_masks=config.model.detector == "mask_rcnn",
+        seed=config.seed,
+        rank=0,
+        world_size=arguments.world,
+    )
+    num_lanes = len(stream.lanes) * arguments.world
+    lanes = {rank: lanes_of_rank(num_lanes, rank, arguments.world) for rank in ranks}
     if arguments.ids:
-        print(json.dumps({str(rank): _ids(streams[rank], arguments.step) for rank in ranks}))
+        ids = {str(rank): _ids(stream, arguments.step, lanes[rank]) for rank in ranks}
+        print(json.dumps(ids))
         return 0
     folder = arguments.out
     if folder is None:
         folder = RunDir(Path(config.output)).pictures / f"batch-{arguments.phase}-{arguments.step}"
     folder.mkdir(parents=True, exist_ok=True)
     names = [category.name for category in shards.manifest.categories]
-    for rank, stream in streams.items():
-        for lane in stream.lanes:
+    for rank in ranks:
+        for lane in lanes[rank]:
             path = folder / f"rank-{rank}-lane-{lane}.png"
             batch = stream.read_group(arguments.step, lane)
             _sheet(batch, names).save(path)
@@ -72,24 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open_stream(
-    config: RunConfig, shards: ShardSet, arguments: argparse.Namespace, rank: int
-) -> TrainStream:
-    return open_train_stream(
-        shards,
-        config.data,
-        config.phases[arguments.phase],
-        name=arguments.phase,
-        with_masks=config.model.detector == "mask_rcnn",
-        seed=config.seed,
-        rank=rank,
-        world_size=arguments.world,
-    )
-
-
-def _ids(stream: TrainStream, step: int) -> list[int | None]:
-    """Return the image ids of a rank's lanes of a step, None for masked slots."""
-    return [image_id for lane in stream.lanes for image_id in stream.group_ids(step, lane)]
+def _ids(stream: TrainStream, step: int, lanes: Iterable[int]) -> list[int | None]:
+    """Return the image ids of some lanes of a step, None for masked slots."""
+    return [image_id for lane in lanes for image_id in stream.group_ids(step, lane)]
 
 
 def _sheet(batch: Batch, names: Sequence[str]) -> Image.Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from typing import Any
 
@@ -21,7 +22,13 @@ from bigdet.config.derived import (
     phase_source,
 )
 from bigdet.config.load import ConfigError
-from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
+from bigdet.config.schema import (
+    ModelConfig,
+    PhaseConfig,
+    ResizeConfig,
+    RunConfig,
+    TrainSplitConfig,
+)
 
 _STRIDE = 32
 _BACKBONE_STAGES = 5
@@ -48,6 +55,7 @@ def check_config(config: RunConfig) -> None:
     """
     _check_model(config.model)
     _check_numbers(config)
+    check_train_split(config.data.train)
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
     for name, phase in config.phases.items():
@@ -89,6 +97,38 @@ def _check_numbers(config: RunConfig) -> None:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
 
 
+def check_train_split(split: TrainSplitConfig) -> None:
+    """Check what says which images are trained on, in which order."""
+    key = "data.train"
+    num_sets = 1 + len(split.more_shards)
+    weights = split.weights
+    if weights is not None and (len(weights) != num_sets or min(weights) <= 0):
+        raise ConfigError(
+            f"{key}.weights: found {weights}, expected a number above 0 for each of {num_sets} "
+            f"sets: shards, then more_shards."
+        )
+    threshold = split.repeat_threshold
+    _require(
+        threshold is None or 0 < threshold <= 1,
+        f"{key}.repeat_threshold", threshold, "above 0, at most 1",
+    )  # fmt: skip
+    if split.order == "windowed":
+        _require(256 <= split.window <= 2048, f"{key}.window", split.window, "256 to 2048")
+    else:
+        _unused(key, split, "window", "is for order: windowed")
+    if (subset := split.subset) is not None:
+        if (subset.images is None) == (subset.ids is None):
+            raise ConfigError(f"{key}.subset: write one of images (a number) and ids (a file).")
+        _positive(f"{key}.subset.images", subset.images)
+        if subset.ids is not None:
+            _unused(f"{key}.subset", subset, "seed", "is for a number of images")
+            if split.more_shards:
+                raise ConfigError(
+                    f"{key}.subset.ids: image ids may mean several images when sets are mixed. "
+                    f"Write subset.images, or make shards of the images that you want."
+                )
+
+
 def _check_model(model: ModelConfig) -> None:
     is_transformer = model.backbone in TRANSFORMERS
     if model.drop_path and not is_transformer:
@@ -115,7 +155,11 @@ def _check_model(model: ModelConfig) -> None:
         bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
         "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
     )  # fmt: skip
-    for name in ("anchors_per_image", "train_proposals", "test_proposals"):
+    _require(
+        rpn.anchors_per_image >= 2, "model.rpn.anchors_per_image", rpn.anchors_per_image,
+        "2 or more, half of them for objects",
+    )  # fmt: skip
+    for name in ("train_proposals", "test_proposals"):
         _positive(f"model.rpn.{name}", getattr(rpn, name))
     for name in ("rois_per_image", "detections_per_image"):
         _positive(f"model.roi.{name}", getattr(roi, name))
@@ -198,6 +242,11 @@ def _check_schedule(key: str, phase: PhaseConfig) -> None:
             f"steps. Write fewer, or 0 for no warm-up."
         )
     _require(0 < phase.warmup_factor <= 1, f"{key}.warmup_factor", phase.warmup_factor, "in (0, 1]")
+    _require(0 < phase.decay_factor <= 1, f"{key}.decay_factor", phase.decay_factor, "in (0, 1]")
+    _require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
+    _require(
+        all(0 <= beta < 1 for beta in phase.betas), f"{key}.betas", phase.betas, "two in [0, 1)"
+    )
     unused = "momentum" if phase.optimizer == "adamw" else "betas"
     _unused(key, phase, unused, f"is not used by {phase.optimizer}")
     if phase.schedule == "constant":
@@ -268,8 +317,8 @@ def _require(holds: bool, key: str, found: object, expected: str) -> None:
 
 
 def _positive(key: str, value: float | None) -> None:
-    _require(value is None or value > 0, key, value, "a number above 0")
+    _require(value is None or 0 < value < math.inf, key, value, "a number above 0")
 
 
 def _not_negative(key: str, value: float) -> None:
-    _require(value >= 0, key, value, "0 or more")
+    _require(0 <= value < math.inf, key, value, "0 or more")

@@ -88,6 +88,16 @@ def flat_options(config: RunConfig) -> dict[str, Any]:
     return dict(_leaf_items(container))
 
 
+_PLAIN_WORDS = {
+    "is not Optional": "found null, expected a value. Write one, or leave the option out.",
+    "Incompatible value 'None'": "found null, expected a value. Write one, or leave it out.",
+    "is not a subclass of": "found one value, expected a section of options such as {key: value}.",
+    "TupleConfig length": "found a list of another length than expected.",
+    "read-only": "interpolations such as ${seed} are not supported. Write the value.",
+}
+"""OmegaConf's words for what users do wrong, and ours."""
+
+
 def _read(path: Path) -> DictConfig:
     try:
         values = OmegaConf.load(path)
@@ -125,6 +135,11 @@ def _override(merged: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if not found or not key or key.startswith("-"):
             raise ConfigError(f"command line: {word!r}: expected key=value, such as seed=1.")
         parts = key.split(".")
+        if key == "phases" or word.endswith("=???"):
+            raise ConfigError(
+                f"command line: {word!r}: would change nothing. Write a value, for a phase as "
+                f"phases.NAME.option=value."
+            )
         if parts[0] == "phases" and len(parts) > 1 and parts[1] not in phases:
             raise ConfigError(
                 f"command line: {key}: there is no phase {parts[1]!r}{_nearest(parts[1], phases)} "
@@ -176,4 +191,7 @@ def _explain(error: OmegaConfBaseException) -> str:
     """Turn OmegaConf's message of several lines into ``full.key: what is wrong``."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
+    for found, said in _PLAIN_WORDS.items():
+        if found in message:
+            message = said
     return f"{key}: {message}" if key else message

@@ -22,7 +22,20 @@ Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "affine", "fixed"]
 Precision = Literal["fp32", "bf16"]
+Order = Literal["shuffled", "windowed"]
 Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetConfig:
+    """Some of the images: a number of them, or those of a list."""
+
+    images: int | None = None
+    """So many images, drawn from those that would be trained on."""
+    seed: int = 0
+    """Another seed draws others; of one seed, a smaller subset is part of a larger one."""
+    ids: str | None = None
+    """File with image ids: a JSON list, or numbers between blanks or line ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,22 @@ class TrainSplitConfig:
 
     shards: str = MISSING
     """Folder of a shard set (``tools/make_shards.py`` makes one)."""
+    more_shards: list[str] = field(default_factory=list)
+    """Folders of further sets to mix in. Categories of the same name are one class; the others are
+    appended to those of ``shards``."""
+    weights: list[float] | None = None
+    """How often a pass shows each image of each set, ``shards`` first: 1 is exactly once, 0.5 in
+    every other pass. None: 1 for all."""
+    subset: SubsetConfig | None = None
+    """Train on some of the images only. None: all."""
+    repeat_threshold: float | None = None
+    """Images with classes that are on less than this part of the images are shown more often
+    (repeat factor sampling; LVIS uses 0.001). Reads all annotations at start. None: off."""
+    order: Order = "shuffled"
+    """``shuffled``: over the whole set. ``windowed``: each lane walks through its own shards and
+    shuffles within windows, for remote shards and slow disks."""
+    window: int = 1024
+    """Images that are shuffled together in ``windowed``."""
     keep_empty: bool = False
     """Train on images without objects too. The papers' code leaves them out."""
     max_damaged: int = 100

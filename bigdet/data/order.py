@@ -2,17 +2,22 @@
 
 A step of ``images_per_step`` samples is cut into **lanes** of ``images_per_gpu`` samples; the atom
 is the **group** (phase, step, lane). Rank r of R runs the lanes r*L/R to (r+1)*L/R - 1, so a group
-is the same whatever the number of ranks and workers. This order (``shuffled``) is part of what a
-checkpoint relies on: a change of it needs a new name.
+is the same whatever the number of ranks and workers. Both orders are part of what a checkpoint
+relies on: a change of one needs a new name.
 
-- One permutation of all samples per (seed, phase, pass), filled up to a whole number of steps with
-  **masked slots**: they repeat the first samples of the permutation, with weight 0. Cut into
-  (steps, lanes, images_per_gpu), all masked slots stand at the end of the last step.
+- A pass is a list of **entries**, equally long in every pass: each sample once, or as often as its
+  ``repeats`` say (``repeats.py``).
+- ``shuffled``: one permutation of all entries per (seed, phase, pass), filled up to a whole number
+  of steps with **masked slots** and cut into (steps, lanes, images_per_gpu): all masked slots stand
+  at the end of the last step. They repeat the first entries of the permutation, with weight 0.
+- ``windowed``, for remote shards and slow disks: each lane walks through its own part of the shards
+  (``windows.py``). Lanes are equally long but for one entry, so masked slots stand at the end of a
+  lane, in the last step; they repeat what came one step before, with weight 0.
 - **Aspect pools**: within a lane, 16 consecutive groups are sorted by aspect ratio, cut into groups
   again, and the groups permuted: images of one group then need little padding. The last step of a
   pass belongs to no pool, so that masked slots stay where they are; the last pool may be shorter.
 
-Letters: N samples, L lanes, m images per group.
+Letters: N samples, P entries of a pass, L lanes, m images per group.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.data.repeats import Repeats
+from bigdet.data.windows import Windows, windowed
 from bigdet.ops.random import permutation
 
 POOL_GROUPS = 16
@@ -34,13 +41,42 @@ class Group:
 
     Attributes:
         samples: ``(m,)`` int64 in ``0..N-1``.
+        copies: ``(m,)`` int64: 0 where a sample comes for the first time in its pass, 1 for the
+            second time, ...
         weights: ``(m,)`` float32: 0 for a masked slot, else 1.
         pass_number: the trip through the data set that this group belongs to, from 0.
     """
 
     samples: NDArray[np.int64]
+    copies: NDArray[np.int64]
     weights: NDArray[np.float32]
     pass_number: int
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass before pooling.
+
+    Attributes:
+        number: from 0.
+        slots: ``(steps_per_pass, L, m)`` int32 entries.
+        last_weights: ``(L, m)`` float32 of the last step; all others are 1.
+        ends: ``(N,)`` int64: sample i has the entries ``ends[i - 1]`` to ``ends[i] - 1``; None
+            where entry and sample are the same.
+    """
+
+    number: int
+    slots: NDArray[np.int32]
+    last_weights: NDArray[np.float32]
+    ends: NDArray[np.int64] | None
+
+    def samples(self, entries: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the sample of each entry, and which copy of it the entry is."""
+        if self.ends is None:
+            return entries.astype(np.int64), np.zeros(len(entries), np.int64)
+        samples = np.searchsorted(self.ends, entries, side="right").astype(np.int64)
+        starts = np.where(samples > 0, self.ends[samples - 1], 0)
+        return samples, entries.astype(np.int64) - starts
 
 
 class Order:
@@ -52,9 +88,10 @@ class Order:
         phase: name of the phase.
         images_per_gpu: samples of a group, m.
         num_lanes: groups of a step, L.
+        repeats: how often a pass shows each sample; None is once.
+        windows: the shard of each sample and the size of a window: ``windowed``; None is
+            ``shuffled``.
     """
-
-    name = "shuffled"
 
     def __init__(
         self,
@@ -64,21 +101,20 @@ class Order:
         phase: str,
         images_per_gpu: int,
         num_lanes: int,
+        repeats: Repeats | None = None,
+        windows: Windows | None = None,
     ) -> None:
+        self.name = "shuffled" if windows is None else "windowed"
         self.images_per_step = num_lanes * images_per_gpu
-        if len(aspect_ratios) < self.images_per_step:
-            raise ValueError(
-                f"phase {phase}: the training set has {len(aspect_ratios)} samples to offer, one "
-                f"step needs {self.images_per_step} ({num_lanes} lanes of {images_per_gpu}). Lower "
-                f"phases.{phase}.images_per_step or images_per_gpu, use fewer ranks, or more data."
-            )
-        self.steps_per_pass = -(-len(aspect_ratios) // self.images_per_step)
+        self.num_entries = len(aspect_ratios) if repeats is None else repeats.num_entries
+        self.steps_per_pass = -(-self.num_entries // self.images_per_step)
         self.num_lanes = num_lanes
         self._aspect_ratios = aspect_ratios
-        self._seed = seed
-        self._phase = phase
+        self._key = (seed, phase)
         self._images_per_gpu = images_per_gpu
-        self._slots: tuple[int, NDArray[np.int64]] | None = None
+        self._repeats = repeats
+        self._windows = windows
+        self._pass: _Pass | None = None
 
     def group(self, step: int, lane: int) -> Group:
         """Return one group.
@@ -88,42 +124,67 @@ class Order:
             lane: ``0..L-1``.
         """
         pass_number, position = divmod(step - 1, self.steps_per_pass)
-        slots = self._slots_of_pass(pass_number)
+        whole = self._whole_pass(pass_number)
         if position < self.steps_per_pass - 1:
-            samples = self._pooled(slots, pass_number, position, lane)
-            return Group(samples, np.ones(len(samples), np.float32), pass_number)
-        first_slot = position * self.images_per_step + lane * self._images_per_gpu
-        is_real = first_slot + np.arange(self._images_per_gpu) < len(self._aspect_ratios)
-        return Group(slots[position, lane], is_real.astype(np.float32), pass_number)
+            samples, copies = self._pooled(whole, position, lane)
+            weights = np.ones(len(samples), np.float32)
+        else:
+            samples, copies = whole.samples(whole.slots[position, lane])
+            weights = whole.last_weights[lane]
+        return Group(samples, copies, weights, pass_number)
 
-    def _slots_of_pass(self, pass_number: int) -> NDArray[np.int64]:
-        """Return the samples of a pass before pooling, ``(steps_per_pass, L, m)``; kept for reuse.
+    def _whole_pass(self, number: int) -> _Pass:
+        """Return a pass before pooling; kept for reuse.
 
-        The permutation takes some 10 ms per 100,000 samples, a pool 0.05 ms: that is done anew
-        for every group.
+        It takes some 10 ms per 100,000 samples, a pool 0.05 ms: that is done anew for every group.
         """
-        if self._slots is None or self._slots[0] != pass_number:
-            count = len(self._aspect_ratios)
-            order = permutation("order", self._seed, self._phase, pass_number, count=count)
-            num_masked = self.steps_per_pass * self.images_per_step - count
-            slots = np.concatenate([order, order[:num_masked]])
-            shape = (self.steps_per_pass, self.num_lanes, self._images_per_gpu)
-            self._slots = (pass_number, slots.reshape(shape))
-        return self._slots[1]
+        if self._pass is None or self._pass.number != number:
+            self._pass = None  # before the next one takes memory
+            ends = None if self._repeats is None else self._repeats.draw(*self._key, number)
+            if self._windows is None:
+                slots, last_weights = self._shuffled(number)
+            else:
+                slots, last_weights = self._windowed(self._windows, number, ends)
+            self._pass = _Pass(number, slots, last_weights, ends)
+        return self._pass
+
+    def _shuffled(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return slots and last weights of a pass of the order ``shuffled``."""
+        order = permutation("order", *self._key, number, count=self.num_entries)
+        num_slots = self.steps_per_pass * self.images_per_step
+        # np.resize starts again from the first entry, as often as it takes.
+        slots = np.resize(order.astype(np.int32), num_slots)
+        is_real = np.arange(num_slots - self.images_per_step, num_slots) < self.num_entries
+        shape = (self.num_lanes, self._images_per_gpu)
+        return slots.reshape(-1, *shape), is_real.astype(np.float32).reshape(shape)
+
+    def _windowed(
+        self, windows: Windows, number: int, ends: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return slots and last weights of a pass of the order ``windowed``."""
+        shards = windows.shards
+        if ends is not None:
+            shards = np.repeat(shards, np.diff(ends, prepend=0))
+        entries, lane_starts = windowed(shards, windows.size, self.num_lanes, *self._key, number)
+        m = self._images_per_gpu
+        places = np.arange(self.steps_per_pass * m, dtype=np.int32).reshape(-1, m)  # of a lane
+        is_real = places[-1] < np.diff(lane_starts)[:, None]  # (L, m)
+        slots = lane_starts[:-1, None].astype(np.int32) + places[:, None]  # (steps, L, m)
+        slots[-1][~is_real] -= m
+        return entries[slots % len(entries)], is_real.astype(np.float32)
 
     def _pooled(
-        self, slots: NDArray[np.int64], pass_number: int, position: int, lane: int
-    ) -> NDArray[np.int64]:
-        """Return the samples, ``(m,)``, that the aspect pool of a group gives it."""
+        self, whole: _Pass, position: int, lane: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return samples and copies, both ``(m,)``, that the aspect pool of a group gives it."""
         pool, place = divmod(position, POOL_GROUPS)
         first = pool * POOL_GROUPS
         last = min(first + POOL_GROUPS, self.steps_per_pass - 1)
-        members = slots[first:last, lane].reshape(-1)
-        ranked = members[np.argsort(self._aspect_ratios[members], kind="stable")]
-        key = ("pool", self._seed, self._phase, pass_number, pool, lane)
-        chosen = permutation(*key, count=last - first)[place]
-        samples: NDArray[np.int64] = ranked.reshape(last - first, -1)[chosen]
-        return samples
+        samples, copies = whole.samples(whole.slots[first:last, lane].reshape(-1))
+        ranked = np.argsort(self._aspect_ratios[samples], kind="stable").reshape(last - first, -1)
+        key = ("pool", *self._key, whole.number, pool, lane)
+        chosen = ranked[permutation(*key, count=last - first)[place]]
+        return samples[chosen], copies[chosen]
 
 
 def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:

@@ -97,7 +97,10 @@ def damaged(shards: ShardSet, row: int, kind: str, what: str) -> DamagedSampleEr
     )
 
 
-def aspect_ratios(index: NDArray[np.void]) -> NDArray[np.float64]:
-    """Return width over height of every record of an index."""
-    ratios: NDArray[np.float64] = index["width"] / index["height"].astype(np.float64)
+def aspect_ratios(
+    index: NDArray[np.void], rows: slice | NDArray[np.int32] = slice(None)
+) -> NDArray[np.float64]:
+    """Return width over height of records of an index."""
+    widths, heights = index["width"][rows], index["height"][rows]
+    ratios: NDArray[np.float64] = np.divide(widths, heights, dtype=np.float64)
     return ratios

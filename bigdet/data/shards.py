@@ -215,7 +215,11 @@ class ShardSet:
 
     def index_hash(self) -> str:
         """Return a hash of ``index.npy``: two sets with the same one hold the same samples."""
-        return hashlib.blake2b((self.folder / INDEX_NAME).read_bytes(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        with open(self.folder / INDEX_NAME, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
 
     def key(self, row: int) -> str:
         """Return the name of a sample in its tar, without extension."""

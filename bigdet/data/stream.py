@@ -12,108 +12,33 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bigdet.config.derived import is_square, largest_plan
-from bigdet.config.schema import AugmentConfig, DataConfig, PhaseConfig, ResizeConfig
+from bigdet.config.derived import largest_plan
+from bigdet.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    PhaseConfig,
+    ResizeConfig,
+    TrainSplitConfig,
+)
 from bigdet.data.collate import Example, PackedGroup, group_bytes, num_dropped, pack, unpack
+from bigdet.data.groups import TrainGroups
 from bigdet.data.loader import Loader
-from bigdet.data.objects import Wanted, check_annotations, keypoint_order, no_objects
+from bigdet.data.objects import Wanted, keypoint_order, no_objects
 from bigdet.data.order import Order, evaluation_groups, lanes_of_rank
 from bigdet.data.samples import (
     Damage,
-    DamagedSampleError,
     aspect_ratios,
-    damaged,
-    decode_sample,
     load_sample,
-    read_sample,
 )
+from bigdet.data.selection import select
 from bigdet.data.shards import ShardError, ShardSet
-from bigdet.data.transforms import Scene, make_examples
-from bigdet.data.views import draw_view, resize_of_step, whole_view
-from bigdet.ops.random import Words, seed_of
+from bigdet.data.views import whole_view
 from bigdet.structures import Batch
 
 logger = logging.getLogger(__name__)
 
-REPLACEMENT_TRIES = 100
-"""Samples that are tried in place of a damaged one before the set is given up."""
-
 LISTED_DAMAGES = 20
 """Damaged samples that the message of a run that stops for them names."""
-
-
-class _TrainGroups:
-    """Makes any group of a phase from nothing but its step and lane.
-
-    Args: see ``TrainStream``.
-    """
-
-    def __init__(
-        self, shards: ShardSet, rows: NDArray[np.int64], order: Order, resize: ResizeConfig,
-        flip: float, augment: AugmentConfig, scaled_decoding: bool, wanted: Wanted, phase: str,
-        seed: int,
-    ) -> None:  # fmt: skip
-        self.shards = shards
-        self.rows = rows
-        self.order = order
-        self._resize = resize
-        self._flip = flip
-        self._augment = augment
-        self._scaled_decoding = scaled_decoding
-        self._wanted = wanted
-        self._key = (seed, phase)
-
-    def read(self, key: tuple[int, int]) -> PackedGroup:
-        """Return the group of (step, lane)."""
-        step, lane = key
-        group = self.order.group(step, lane)
-        resize = resize_of_step(self._resize, *self._key, step)
-        damages: list[Damage] = []
-        scenes = (
-            self._sound_scene(int(sample), float(weight), group.pass_number, resize, damages)
-            for sample, weight in zip(group.samples, group.weights, strict=True)
-        )
-        canvas = (resize.size, resize.size) if is_square(resize) else None
-        examples = make_examples(scenes, self._augment, canvas, self._wanted)
-        seed = seed_of("model", *self._key, step, lane)
-        return pack(examples, canvas=canvas, seed=seed, notes=damages)
-
-    def _sound_scene(
-        self, sample: int, weight: float, pass_number: int, resize: ResizeConfig,
-        damages: list[Damage],
-    ) -> Scene:  # fmt: skip
-        """Return the scene of a sample, or of one drawn in its place when it is damaged."""
-        row = int(self.rows[sample])
-        replacement_words: Words | None = None
-        for _ in range(REPLACEMENT_TRIES):
-            try:
-                return self._scene(row, weight, pass_number, resize)
-            except DamagedSampleError as error:
-                damages.append(Damage(row, error.kind, str(error)))
-                if replacement_words is None:
-                    replacement_words = Words("replacement", *self._key, pass_number, row)
-                row = int(self.rows[replacement_words.integer(len(self.rows))])
-        raise ShardError(
-            f"{self.shards.folder}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
-            f"last one: {damages[-1].message}"
-        )
-
-    def _scene(self, row: int, weight: float, pass_number: int, resize: ResizeConfig) -> Scene:
-        sample = read_sample(self.shards, row)
-        record = sample.record
-        key = (*self._key, pass_number, row)
-        view = draw_view(record, resize, self._flip, Words("augmentation", *key))
-        may_shrink = self._scaled_decoding and view.window is None
-        least_size = view.scaled_size if may_shrink else None
-        image = decode_sample(self.shards, row, sample, least_size)
-        try:
-            check_annotations(record["annotations"], view.original_size, self._wanted)
-        except ValueError as error:
-            raise damaged(self.shards, row, "bad_annotation", f"has an {error}") from error
-        return Scene(image, record, view, weight, key)
 
 
 class TrainStream:
@@ -128,14 +53,12 @@ class TrainStream:
         self,
         shards: ShardSet,
         *,
-        keep_empty: bool,
-        max_damaged: int,
+        split: TrainSplitConfig,
         resize: ResizeConfig,
         flip: float,
         with_masks: bool,
         with_keypoints: bool = False,
         augment: AugmentConfig | None = None,
-        scaled_decoding: bool = False,
         phase: str,
         seed: int,
         images_per_gpu: int,
@@ -149,14 +72,13 @@ class TrainStream:
 
         Args:
             shards: the training set.
-            keep_empty: use images without boxes (crowds do not count) too.
-            max_damaged: damaged samples that may be replaced before iteration raises.
+            split: which images in which order, and how many damaged ones may be replaced before
+                iteration raises. Its folders are not looked at.
             resize: of the phase.
             flip: probability of a horizontal flip.
             with_masks: give the targets' masks.
             with_keypoints: give the targets' keypoints.
             augment: of the phase; None for none.
-            scaled_decoding: decode large JPEGs smaller.
             phase: name of the phase; another name is another order.
             seed: of the run.
             images_per_gpu: images of a batch.
@@ -171,30 +93,38 @@ class TrainStream:
                 f"phases.{phase}.images_per_step: {images_per_step} is no multiple of "
                 f"images_per_gpu, {images_per_gpu}. Change one of them."
             )
-        rows = np.arange(len(shards))
-        if not keep_empty:
-            rows = np.flatnonzero(shards.index["num_boxes"])
+        selection = select(shards, split)
+        rows = selection.rows
         order = Order(
-            aspect_ratios(shards.index)[rows],
+            aspect_ratios(shards.index, rows),
             seed=seed,
             phase=phase,
             images_per_gpu=images_per_gpu,
             num_lanes=images_per_step // images_per_gpu,
+            repeats=selection.repeats,
+            windows=selection.windows,
         )
+        if order.num_entries < images_per_step:
+            raise ValueError(
+                f"phase {phase}: the training set has {order.num_entries} samples to offer, one "
+                f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu}). "
+                f"Lower phases.{phase}.images_per_step or images_per_gpu, use fewer ranks, or "
+                f"more data."
+            )
         wanted = Wanted(
             masks=with_masks,
             keypoint_order=keypoint_order(shards.categories) if with_keypoints else None,
             tight_boxes=resize.kind == "jitter",
         )
-        self._groups = _TrainGroups(
-            shards, rows, order, resize, flip, augment or AugmentConfig(), scaled_decoding, wanted,
-            phase, seed,
+        self._groups = TrainGroups(
+            shards, rows, order, resize, flip, augment or AugmentConfig(), split.scaled_decoding,
+            wanted, phase, seed,
         )  # fmt: skip
         self.lanes = lanes_of_rank(order.num_lanes, rank, world_size)
         self.damaged: dict[str, int] = {}
         self.dropped_boxes = 0
         self._damages: dict[int, Damage] = {}
-        self._max_damaged = max_damaged
+        self._max_damaged = split.max_damaged
         self._workers = workers
         self._group_bytes = group_bytes(images_per_gpu, largest_plan(resize), with_masks=with_masks)
         self._first_step = first_step
@@ -205,9 +135,13 @@ class TrainStream:
             "phase": phase,
             "lanes": order.num_lanes,
             "images_per_gpu": images_per_gpu,
-            "samples": len(rows),
-            "index": shards.index_hash(),
+            **selection.state,
         }
+        logger.info(
+            "phase %s: %s of %s images, %s samples in a pass of %s steps, %s order",
+            phase, f"{len(rows):,}", f"{len(shards):,}", f"{order.num_entries:,}",
+            f"{order.steps_per_pass:,}", order.name,
+        )  # fmt: skip
 
     @property
     def steps_per_pass(self) -> int:
@@ -217,6 +151,7 @@ class TrainStream:
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's lanes of step ``first_step + 1``, in order, then of the next, ..."""
         self.close()
+        self._groups.order.group(self._first_step + 1, 0)  # once, before the processes share it
         self._loader = Loader(
             self._groups.read,
             _Keys(self._first_step, self.lanes),
@@ -256,7 +191,7 @@ class TrainStream:
         if wrong:
             raise ValueError(
                 f"phase {self._state['phase']}: the checkpoint was written on another data stream: "
-                f"{'; '.join(wrong)}. Go on with the data, seed, images_per_gpu and "
+                f"{'; '.join(wrong)}. Go on with the data, their order, seed, images_per_gpu and "
                 "images_per_step of the checkpoint (ranks and workers may change), or start a new "
                 "run in another output folder."
             )
@@ -301,14 +236,12 @@ def open_train_stream(
     """Return the stream of a phase, ``name``, as its config says; the rest as ``TrainStream``."""
     return TrainStream(
         shards,
-        keep_empty=data.train.keep_empty,
-        max_damaged=data.train.max_damaged,
+        split=data.train,
         resize=phase.resize,
         flip=phase.flip,
         with_masks=with_masks,
         with_keypoints=with_keypoints,
         augment=phase.augment,
-        scaled_decoding=data.train.scaled_decoding,
         phase=name,
         seed=seed,
         images_per_gpu=phase.images_per_gpu,

@@ -7,7 +7,7 @@ reads what another one wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,8 +59,11 @@ class Engine(Protocol):
 
     module: nn.Module
 
-    def train_step(self, micro_batches: Sequence[Any]) -> StepResult:
-        """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
+    def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
+        """Take one optimizer step on the mean loss of all micro-batches of all ranks.
+
+        Micro-batches are drawn one after the other, each when the one before was computed.
+        """
         ...
 
     def set_lr(self, lr: float) -> None:

@@ -123,6 +123,17 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     return run, number
 
 
+def adopt(folder: Path, checkpoints: Path) -> None:
+    """Copy a checkpoint of another run in and make it the latest (rank 0 only)."""
+    partial = checkpoints / f"{PARTIAL}{folder.name}"
+    _delete(partial)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, partial)
+    partial.rename(checkpoints / folder.name)
+    _sync(checkpoints)
+    _write_name(checkpoints / "latest", folder.name)
+
+
 def mark_best(folder: Path) -> None:
     """Let ``best`` name a checkpoint (rank 0 only)."""
     _write_name(folder.parent / "best", folder.name)

@@ -11,7 +11,7 @@ import gc
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -124,15 +124,15 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )[0]
 
-    def train_step(self, micro_batches: Sequence[Any]) -> StepResult:
+    def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
         """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
-        assert len(micro_batches) == self._num_micro_batches, len(micro_batches)
         seen: list[dict[str, Tensor]] = []
         for number, batch in enumerate(micro_batches, start=1):
-            self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            self._engine.set_gradient_accumulation_boundary(number == self._num_micro_batches)
             total, losses = self._engine(batch)
-            self._engine.backward(total / len(micro_batches), scale_wrt_gas=False)
+            self._engine.backward(total / self._num_micro_batches, scale_wrt_gas=False)
             seen.append(losses)
+        assert len(seen) == self._num_micro_batches, len(seen)
         mean = {
             name: torch.stack([losses[name] for losses in seen]).mean().float() for name in seen[0]
         }
@@ -193,7 +193,7 @@ class DeepSpeedEngine:
         problems = misfits(state, self.module, self._keys) if distributed.is_main() else ""
         problems = distributed.broadcast_object(problems)
         if problems:
-            raise ValueError(
+            raise distributed.SharedError(
                 f"The checkpoint does not fit the model and optimizer of this phase: {problems}. "
                 f"Go on with the config it was made with, or start anew in another output folder."
             )

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10.0
 
-Forward = Callable[[Batch], list[Detections]]
-
 
 @torch.no_grad()
 def predict_split(
@@ -40,8 +38,8 @@ def predict_split(
     images_per_gpu: int,
     workers: int,
     device: torch.device,
-    forward: Forward | None = None,
-) -> list[Result]:
+    must_stop: Callable[[], bool] = lambda: False,
+) -> list[Result] | None:
     """Detect the objects on every image of a shard set; every rank must call it.
 
     Args:
@@ -51,11 +49,11 @@ def predict_split(
         images_per_gpu: images in one forward pass of one rank.
         workers: loader processes per rank.
         device: of the module.
-        forward: what runs the module on a batch, such as an engine; None: the module itself.
+        must_stop: asked on all ranks after every batch (a collective); the same answer on all.
 
     Returns:
         On rank 0 the COCO results of all images, sorted by image id, best first within an image;
-        an empty list on the other ranks.
+        an empty list on the other ranks. None on all when they had to stop.
 
     Raises:
         SharedError: on every rank, when one of them cannot read an image: a number over fewer
@@ -71,12 +69,26 @@ def predict_split(
     )
     was_training = module.training
     module.eval()
+    collected = _Collected(category_ids(shards), len(shards))
+    problem: Exception | None = None
     try:
-        with distributed.together():
-            own = _predict_batches(batches, forward or module, shards, device)
+        source = iter(batches)
+        for _ in range(len(batches)):  # equally many on all ranks, as are the collectives
+            try:
+                batch = next(source)
+                collected.add(batch, module(batch.to(device)))
+            except (ValueError, OSError) as error:
+                problem = error
+            if distributed.any_rank(problem is not None):
+                break
+            if must_stop():
+                return None
     finally:
         module.train(was_training)
-    gathered = distributed.gather_objects(own)
+    with distributed.together():
+        if problem is not None:
+            raise problem
+    gathered = distributed.gather_objects((collected.image_ids, collected.results))
     if not distributed.is_main():
         return []
     seen = sorted(image_id for image_ids, _ in gathered for image_id in image_ids)
@@ -114,16 +126,23 @@ def coco_results(
     return results
 
 
-def _predict_batches(
-    batches: EvalStream, forward: Forward, shards: ShardSet, device: torch.device
-) -> tuple[list[int], list[Result]]:
-    """Return the ids of the images that are this rank's, and the results on them."""
-    ids = category_ids(shards)
-    seen: list[int] = []
-    results: list[Result] = []
-    start = reported = time.monotonic()
-    for batch in batches:
-        found = forward(batch.to(device))
+class _Collected:
+    """What this rank has found so far: the ids of its images, and the results on them."""
+
+    def __init__(self, ids: Sequence[int], num_images: int) -> None:
+        """Begin with nothing.
+
+        Args:
+            ids: the data set's category id of each label.
+            num_images: of all ranks, for the progress line.
+        """
+        self.image_ids: list[int] = []
+        self.results: list[Result] = []
+        self._ids, self._num_images = ids, num_images
+        self._start = self._reported = time.monotonic()
+
+    def add(self, batch: Batch, found: Sequence[Detections]) -> None:
+        """Take the detections of a batch, boxes in pixels of its canvas."""
         for slot, detections in enumerate(found):
             if batch.weights[slot] == 0:
                 continue  # it only makes this rank's number of passes that of the others
@@ -131,13 +150,14 @@ def _predict_batches(
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
             boxes = scale_boxes(detections.boxes, image_size, size)
-            results += coco_results(replace(detections, boxes=boxes), image_id, size, ids)
-            seen.append(image_id)
+            moved = replace(detections, boxes=boxes)
+            self.results += coco_results(moved, image_id, size, self._ids)
+            self.image_ids.append(image_id)
         now = time.monotonic()
-        if now - reported > PROGRESS_SECONDS:
-            reported = now
-            _log_progress(len(seen) * distributed.world_size(), len(shards), now - start)
-    return seen, results
+        if now - self._reported > PROGRESS_SECONDS:
+            self._reported = now
+            num_done = len(self.image_ids) * distributed.world_size()
+            _log_progress(num_done, self._num_images, now - self._start)
 
 
 def _size(height_and_width: Tensor) -> tuple[int, int]:

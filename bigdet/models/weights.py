@@ -215,6 +215,15 @@ def load_parts(
     return rows
 
 
+def check_published(name: str) -> None:
+    """Raise ``ValueError`` if timm has no weights for a backbone."""
+    if name not in PUBLISHED:
+        raise ValueError(
+            f"start_from.source: timm has no weights for model.backbone {name}, only for "
+            f"{', '.join(PUBLISHED)}. Choose one of them, or start from random."
+        )
+
+
 def load_timm_backbone(detector: nn.Module, name: str) -> list[LoadedPart]:
     """Load the published ImageNet weights of a backbone into the detector's.
 
@@ -224,11 +233,7 @@ def load_timm_backbone(detector: nn.Module, name: str) -> list[LoadedPart]:
         detector: a detector whose backbone is ``name``.
         name: ``model.backbone`` of the config.
     """
-    if name not in PUBLISHED:
-        raise ValueError(
-            f"start_from.source: timm has no weights for model.backbone {name}, only for "
-            f"{', '.join(PUBLISHED)}. Choose one of them, or start from random."
-        )
+    check_published(name)
     model_name = PUBLISHED[name]
     try:
         timm_model = timm.create_model(model_name, pretrained=True)

@@ -41,9 +41,11 @@ def grouped_nms(
 def shifted_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
     """Do what ``grouped_nms`` does in a single call, with one wait for the device.
 
-    Groups lie side by side, too far apart to overlap.
+    Groups lie side by side, too far apart to overlap. In fp64: shifted by some 100 groups, fp32
+    would move edges by hundredths of a pixel, and what stays would depend on the other images.
     """
     kept = torch.zeros_like(scores, dtype=torch.bool)
+    boxes, scores = boxes.double(), scores.double()
     shifts = groups.to(boxes.dtype) * (boxes.max() - boxes.min() + 1)
     kept.index_fill_(0, nms(boxes + shifts[:, None], scores, iou), True)
     # What is left out comes last, by its score, so it drops nothing that stays.

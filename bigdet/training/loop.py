@@ -17,7 +17,7 @@ from bigdet.config.derived import num_lanes
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream
-from bigdet.engine.base import Engine, StepResult
+from bigdet.engine.base import Engine, EngineState, StepResult
 from bigdet.log import MetricsWriter
 from bigdet.models import norms
 from bigdet.models.detector import Detector
@@ -32,7 +32,7 @@ from bigdet.training.stopping import stop_requested
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """What all phases of a run share.
 
@@ -43,6 +43,7 @@ class Run:
         val_set: the images to measure on.
         metrics: rank 0's log for machines, None on the other ranks.
         state: where the run is; changed in place.
+        restored: engine state to go on from inside the current phase; taken once.
     """
 
     config: RunConfig
@@ -51,6 +52,7 @@ class Run:
     val_set: ShardSet
     metrics: MetricsWriter | None
     state: RunState
+    restored: EngineState | None = None
 
     def log_start(self, folder: Path | None) -> None:
         """Log the decisions that the run was started with.
@@ -123,39 +125,47 @@ class PhaseTrainer:
             SharedError: too many steps were not finite, or too many samples damaged.
         """
         state, batches = self.state, prefetch(self.stream, self.device)
-        if state.needs_evaluation:  # a request to stop came between the step and its evaluation
-            self._save(is_best=self._evaluate())
+        if state.needs_evaluation and not self._evaluate():  # interrupted before or in it
+            return self._stop()
         while state.step < self.phase.steps:
             result, lr = self._step(batches)
             is_last = state.step == self.phase.steps
             state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
             if is_last or _is_due(state.step, self.config.log.every):
                 self._log(result, lr)
-            if stop_requested(self.run.run_dir.stop):
-                self._save(is_best=False)
-                logger.info("stopped on request at %s; start again to go on", state.position)
-                return False
-            is_best = self._evaluate() if state.needs_evaluation else False
-            if is_last or is_best or _is_due(state.step, self.config.checkpoint.every):
-                self._save(is_best)
+            must_stop = self._must_stop()
+            if (
+                must_stop
+                or state.needs_evaluation  # which takes long: nothing trained is lost in it
+                or _is_due(state.step, self.config.checkpoint.every)
+            ):
+                self._save()
+            if must_stop or (state.needs_evaluation and not self._evaluate()):
+                return self._stop()
         return True
+
+    def _must_stop(self) -> bool:
+        """Tell on every rank whether any rank was asked to stop (a collective)."""
+        return stop_requested(self.run.run_dir.stop)
+
+    def _stop(self) -> bool:
+        logger.info("stopped on request at %s; start again to go on", self.state.position)
+        return False
 
     def _step(self, batches: Iterator[OnDevice]) -> tuple[StepResult, float]:
         """Take one optimizer step; return what it saw and its learning rate."""
         started = time.perf_counter()
-        taken = list(islice(batches, len(self.stream.lanes)))
-        micro_batches = [batch for batch, _ in taken]
-        data_seconds = time.perf_counter() - started
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
-        result = self.engine.train_step([batch for _, batch in taken])
+        drawn = _Drawn(islice(batches, len(self.stream.lanes)))
+        result = self.engine.train_step(drawn)
         self.state.step += 1
         self.state.total_steps += 1
         if result.is_finite:
             norms.update_running_statistics(self.detector)
         else:
-            self._note_bad_step(micro_batches)
-        self.meter.add(micro_batches, time.perf_counter() - started, data_seconds)
+            self._note_bad_step(drawn.batches)
+        self.meter.add(drawn.batches, time.perf_counter() - started, drawn.wait_seconds)
         return result, lr
 
     def _note_bad_step(self, micro_batches: Sequence[Batch]) -> None:
@@ -206,34 +216,75 @@ class PhaseTrainer:
             )
 
     def _evaluate(self) -> bool:
-        """Measure AP, write it down, and tell whether it is the best box AP so far."""
+        """Measure AP, write it down and save what became of the state.
+
+        Returns:
+            False when a request to stop came meanwhile; the evaluation is then still due.
+        """
         run, state = self.run, self.state
         size_cap = measuring.test_size(self.config, self.name)
-        metrics = measuring.evaluate(self.config, self.detector, run.val_set, size_cap)
+        metrics = measuring.evaluate(
+            self.config, self.detector, run.val_set, size_cap, self._must_stop
+        )
+        if metrics is None:
+            return False
         flat = measuring.flat_metrics(metrics)
         logger.info("%s: %s", state.position, measuring.one_line(flat))
-        if run.metrics is not None:
-            measuring.write_evaluation(metrics, run.run_dir.evaluation(self.name, state.step))
-            run.metrics.write({"phase": self.name, "step": state.step, **flat}, state.total_steps)
-            if state.step == self.phase.steps:
-                count = self.config.evaluation.pictures
-                measuring.draw_validation(
-                    self.detector, run.val_set, size_cap, count, run.run_dir, self.name
-                )
+        with distributed.together():
+            if run.metrics is not None:
+                self._write_evaluation(run.metrics, metrics, size_cap)
         box_ap = flat["bbox/AP"] or 0.0
-        is_best = state.best_ap is None or box_ap > state.best_ap
-        if is_best:
+        if state.best_ap is None or box_ap > state.best_ap:
             state.best_ap = box_ap
+            state.best_checkpoint = run.run_dir.checkpoint(self.name, state.step).name
         state.needs_evaluation = False
-        return is_best
+        self._save()
+        return True
 
-    def _save(self, is_best: bool) -> None:
+    def _write_evaluation(
+        self, log: MetricsWriter, metrics: dict[str, Any], size_cap: tuple[int, int]
+    ) -> None:
+        """Write the numbers, and at the end of the phase pictures (rank 0)."""
+        run, state = self.run, self.state
+        measuring.write_evaluation(metrics, run.run_dir.evaluation(self.name, state.step))
+        line = {"phase": self.name, "step": state.step, **measuring.flat_metrics(metrics)}
+        log.write(line, state.total_steps)
+        if state.step == self.phase.steps:
+            count = self.config.evaluation.pictures
+            measuring.draw_validation(
+                self.detector, run.val_set, size_cap, count, run.run_dir, self.name
+            )
+
+    def _save(self) -> None:
         """Write a checkpoint of this moment (a collective)."""
         self.meter.sync(self.state, self.stream.damaged)
         run = self.run
-        saving.save_checkpoint(
-            self.config, run.run_dir, self.engine, run.train_set, self.state, is_best
-        )
+        saving.save_checkpoint(self.config, run.run_dir, self.engine, run.train_set, self.state)
+
+
+class _Drawn:
+    """The micro-batches of one step, drawn one at a time while the step is computed.
+
+    Attributes:
+        batches: those drawn so far, on the host.
+        wait_seconds: time spent waiting for them.
+    """
+
+    def __init__(self, source: Iterator[OnDevice]) -> None:
+        self._source = source
+        self.batches: list[Batch] = []
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            started = time.perf_counter()
+            drawn = next(self._source, None)
+            self.wait_seconds += time.perf_counter() - started
+            if drawn is None:
+                return
+            batch, on_device = drawn
+            self.batches.append(batch)
+            yield on_device
 
 
 def _is_due(step: int, every: int | None) -> bool:

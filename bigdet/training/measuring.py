@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from bigdet.drawing import draw_detections
 from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds
 from bigdet.evaluation.predict import predict_split
 from bigdet.models.detector import Detector
-from bigdet.run_dir import RunDir
+from bigdet.run_dir import RunDir, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +31,23 @@ def test_size(config: RunConfig, phase: str) -> tuple[int, int]:
 
 
 def evaluate(
-    config: RunConfig, detector: Detector, val_set: ShardSet, size_cap: tuple[int, int]
-) -> dict[str, Any]:
+    config: RunConfig,
+    detector: Detector,
+    val_set: ShardSet,
+    size_cap: tuple[int, int],
+    must_stop: Callable[[], bool],
+) -> dict[str, Any] | None:
     """Measure the detector on the whole validation set; every rank must call it.
 
+    Args:
+        config: of the run.
+        detector: the model.
+        val_set: what AP is measured on.
+        size_cap: short side and longest long side, pixels.
+        must_stop: asked by all ranks after every batch; the same answer on all of them.
+
     Returns:
-        On every rank the numbers of ``evaluate_detections``.
+        On every rank the numbers of ``evaluate_detections``; None when it was told to stop.
     """
     results = predict_split(
         detector,
@@ -45,7 +56,10 @@ def evaluate(
         config.evaluation.images_per_gpu,
         config.data.workers,
         next(detector.parameters()).device,
+        must_stop,
     )
+    if results is None:
+        return None
     kinds = evaluation_kinds(val_set, config.model.detector == "mask_rcnn")
     metrics = evaluate_detections(val_set, results, kinds) if distributed.is_main() else {}
     return distributed.broadcast_object(metrics)
@@ -53,10 +67,7 @@ def evaluate(
 
 def write_evaluation(metrics: dict[str, Any], file: Path) -> None:
     """Write the numbers of one evaluation as JSON, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, json.dumps(metrics, indent=1))
 
 
 def flat_metrics(metrics: dict[str, Any]) -> dict[str, float | None]:

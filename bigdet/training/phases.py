@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bigdet import distributed
 from bigdet.config.derived import model_parts, phase_source
 from bigdet.config.schema import RunConfig
 from bigdet.models import backbones, norms, weights
@@ -19,7 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_for_phase(
-    config: RunConfig, name: str, num_classes: int, run_dir: RunDir, device: torch.device
+    config: RunConfig,
+    name: str,
+    num_classes: int,
+    run_dir: RunDir,
+    device: torch.device,
+    is_resumed: bool,
 ) -> Detector:
     """Build the detector with the weights that a phase starts from, and freeze what it freezes.
 
@@ -29,6 +35,7 @@ def build_for_phase(
         num_classes: K of the training set.
         run_dir: where the phase before left its weights.
         device: of the detector.
+        is_resumed: the weights come from a checkpoint of this phase afterwards.
 
     Returns:
         The detector in training mode. Its random weights depend on the seed and the phase alone.
@@ -36,7 +43,8 @@ def build_for_phase(
     phase = config.phases[name]
     torch.manual_seed(seed_of("weights", config.seed, name))
     detector = build_detector(config.model, num_classes)
-    _load_start(detector, config, name, run_dir)
+    if not is_resumed:
+        _load_start(detector, config, name, run_dir)
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     backbones.freeze_stages(detector.backbone, phase.freeze_stages)
@@ -44,15 +52,17 @@ def build_for_phase(
 
 
 def _load_start(detector: Detector, config: RunConfig, name: str, run_dir: RunDir) -> None:
-    """Fill the detector with the weights of the phase's source and say what came from where."""
-    source = phase_source(config, name)
-    parts = config.phases[name].start_from.parts or model_parts(config.model)
-    rows = []
-    if source == "timm":
-        rows = weights.load_timm_backbone(detector, config.model.backbone)
-    elif source != "random":
-        path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
-        rows = weights.load_parts(detector, weights.read_tensors(path), parts, str(path))
+    """Fill the detector with the weights of the phase's source and say what came from where.
+
+    Rank 0 reads and the others get them from it (a collective), so that a phase's weights need
+    not lie on a disk that all hosts see.
+    """
+    rows: list[weights.LoadedPart] = []
+    with distributed.together():
+        if distributed.is_main():
+            rows = _read_start(detector, config, name, run_dir)
+    for tensor in detector.state_dict().values():
+        tensor.copy_(distributed.broadcast_tensor(tensor))
     for row in rows:
         logger.info(
             "phase %s: %-9s from %s: %d tensors, %s numbers",
@@ -62,6 +72,19 @@ def _load_start(detector: Detector, config: RunConfig, name: str, run_dir: RunDi
     fresh = [part for part in model_parts(config.model) if part not in loaded]
     if fresh:
         logger.info("phase %s: random: %s", name, ", ".join(fresh))
+
+
+def _read_start(
+    detector: Detector, config: RunConfig, name: str, run_dir: RunDir
+) -> list[weights.LoadedPart]:
+    source = phase_source(config, name)
+    if source == "random":
+        return []
+    if source == "timm":
+        return weights.load_timm_backbone(detector, config.model.backbone)
+    path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
+    parts = config.phases[name].start_from.parts or model_parts(config.model)
+    return weights.load_parts(detector, weights.read_tensors(path), parts, str(path))
 
 
 def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:

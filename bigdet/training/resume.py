@@ -5,26 +5,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes
-from bigdet.config.load import ConfigError, dump_config, flat_options, parse_config
+from bigdet.config.derived import num_lanes, phase_source
+from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
+from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
-from bigdet.run_dir import RunDir
+from bigdet.models import weights
+from bigdet.run_dir import RunDir, write_text
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    "output", "resume", "data.train.shards", "data.val.shards", "data.workers",
-    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.max_bad_steps",
-    "evaluation", "checkpoint", "log",
+    "output", "resume", "data.train.shards", "data.train.more_shards", "data.train.subset.ids",
+    "data.val.shards", "data.workers", "data.train.max_damaged", "engine.kind",
+    "engine.zero_stage", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
 
@@ -48,30 +52,72 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
         )
 
 
+def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | None) -> None:
+    """Check for each phase to come what would else be told when it begins, hours later.
+
+    Args:
+        config: resolved.
+        train_set: what all phases train on.
+        saved: the checkpoint to go on from; its phase has begun already.
+
+    Raises:
+        ValueError: too few images for a step, or weights to start from that are not there.
+    """
+    names = list(config.phases)
+    first = 0 if saved is None else names.index(saved.run["run"]["phase"]) + 1
+    for name in names[first:]:
+        open_train_stream(
+            train_set,
+            config.data,
+            config.phases[name],
+            name=name,
+            with_masks=False,
+            seed=config.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        source = phase_source(config, name)
+        if source == "timm":
+            weights.check_published(config.model.backbone)
+        elif source not in ("random", "previous"):
+            weights.find_weights(Path(source))
+
+
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
-    """Return the checkpoint to go on from, None for a fresh start.
+    """Return the checkpoint to go on from, None for a fresh start (rank 0).
+
+    A checkpoint of another run, which ``resume`` names, is copied into the run folder first, so
+    that the run goes on from its own folder from then on.
 
     Raises:
         ConfigError: the folder holds a finished run, or one that ``resume`` says not to touch.
     """
-    if config.resume not in ("auto", "never"):
-        folder = Path(config.resume)
-        if not (folder / checkpoint.STATE_FILE).is_file():
-            raise ConfigError(
-                f"resume: {folder} is not a checkpoint (it has no {checkpoint.STATE_FILE}). Write "
-                f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
-            )
-        return folder
     newest = newest_checkpoint(run_dir)
+    if run_dir.weights.is_file():
+        raise ConfigError(
+            f"output: {run_dir.root} holds a finished run ({run_dir.weights.name} is there). "
+            f"Choose another output, or remove the folder to run again."
+        )
     if newest is not None and config.resume == "never":
         raise ConfigError(
             f"resume: found never, but {run_dir.root} has checkpoints. Choose another output, "
             f"remove the folder, or write resume=auto to go on."
         )
-    if newest is not None and run_dir.weights.is_file():
+    if config.resume in ("auto", "never"):
+        return newest
+    folder = Path(config.resume)
+    if not (folder / checkpoint.STATE_FILE).is_file():
         raise ConfigError(
-            f"output: {run_dir.root} holds a finished run ({run_dir.weights.name} is there). "
-            f"Choose another output, or remove the folder to run again."
+            f"resume: {folder} is not a checkpoint (it has no {checkpoint.STATE_FILE}). Write "
+            f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
+        )
+    if newest is None:
+        checkpoint.adopt(folder, run_dir.checkpoints)
+        return newest_checkpoint(run_dir)
+    if load_config(run_dir.config).resume != config.resume:
+        raise ConfigError(
+            f"resume: {run_dir.root} has checkpoints of its own, so it cannot begin at {folder}. "
+            f"Choose another output, or write resume=auto to go on from {newest}."
         )
     return newest
 
@@ -104,7 +150,8 @@ def settle_config(config: RunConfig, saved: Checkpoint | None, folder: Path | No
             )
     config = dataclasses.replace(config, phases=phases)
     if before is not None:
-        _check_unchanged(config, before, folder)
+        assert saved is not None
+        _check_unchanged(config, before, saved, folder)
     return config
 
 
@@ -123,28 +170,43 @@ def begin(
         run_dir.metrics.unlink(missing_ok=True)
         shutil.rmtree(run_dir.tensorboard, ignore_errors=True)
     here = (names.index(state.phase), state.step)
-    cut_metrics(run_dir.metrics, lambda line: (names.index(line["phase"]), line["step"]) <= here)
-    run_dir.config.write_text(dump_config(config), encoding="utf-8")
-    run_dir.stop.unlink(missing_ok=True)
+
+    def was_before(line: Mapping[str, Any]) -> bool:
+        place = (names.index(line["phase"]), line["step"])
+        is_repeated = state.needs_evaluation and "bbox/AP" in line
+        return place < here or (place == here and not is_repeated)
+
+    cut_metrics(run_dir.metrics, was_before)
+    write_text(run_dir.config, dump_config(config))
     board = run_dir.tensorboard if config.log.tensorboard else None
     return state, MetricsWriter(run_dir.metrics, board, first_step=state.total_steps + 1)
 
 
-def _check_unchanged(config: RunConfig, before: RunConfig, folder: Path | None) -> None:
-    """Refuse to go on with options that would make it another run."""
+def _check_unchanged(
+    config: RunConfig, before: RunConfig, saved: Checkpoint, folder: Path | None
+) -> None:
+    """Refuse to go on with options that would make it another run.
+
+    Phases that have not begun may still be mended.
+    """
+    names = list(config.phases)
+    if names != list(before.phases):
+        raise ConfigError(
+            f"{folder}: the run to go on has the phases {', '.join(before.phases)}, the config "
+            f"{', '.join(names)}. Set them back, or choose another output."
+        )
+    to_come = names[names.index(saved.run["run"]["phase"]) + 1 :]
+    changeable = (*CHANGEABLE, *(f"phases.{name}" for name in to_come))
     new, old = flat_options(config), flat_options(before)
     changed = [
         f"{key} (was {old.get(key)}, now {new.get(key)})"
         for key in sorted(new.keys() | old.keys())
-        if new.get(key) != old.get(key) and not _is_changeable(key)
+        if new.get(key) != old.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in changeable)
     ]
     if changed:
         raise ConfigError(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
             f"them back, or choose another output. A resumed run may change only "
-            f"{', '.join(CHANGEABLE)}."
+            f"{', '.join(changeable)}."
         )
-
-
-def _is_changeable(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)

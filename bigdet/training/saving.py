@@ -22,12 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    config: RunConfig,
-    run_dir: RunDir,
-    engine: Engine,
-    train_set: ShardSet,
-    state: RunState,
-    is_best: bool,
+    config: RunConfig, run_dir: RunDir, engine: Engine, train_set: ShardSet, state: RunState
 ) -> None:
     """Write a checkpoint, make it the latest, and delete those that are not kept (collective).
 
@@ -38,22 +33,26 @@ def save_checkpoint(
     metadata = weights_metadata(config, categories_of(train_set), state.phase)
     run = {"config": dump_config(config), "run": state.to_json()}
     checkpoint.save(folder, engine.state(), metadata, run)
-    if distributed.is_main():
-        if is_best:
-            checkpoint.mark_best(folder)
-        ends = {run_dir.checkpoint(name, phase.steps).name for name, phase in config.phases.items()}
-        checkpoint.clean(run_dir.checkpoints, config.checkpoint.keep, ends)
+    with distributed.together():
+        if distributed.is_main():
+            # From the state, so that a crash right here is made good by the next checkpoint.
+            if state.best_checkpoint is not None:
+                checkpoint.mark_best(run_dir.checkpoints / state.best_checkpoint)
+            phases = config.phases.items()
+            ends = {run_dir.checkpoint(name, phase.steps).name for name, phase in phases}
+            checkpoint.clean(run_dir.checkpoints, config.checkpoint.keep, ends)
     logger.info("checkpoint written: %s", folder)
 
 
 def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
     """Copy the weights of the last checkpoint to the top of the run folder (rank 0 writes)."""
     name, phase = list(config.phases.items())[-1]
-    if distributed.is_main():
-        source = run_dir.checkpoint(name, phase.steps) / checkpoint.MODEL_FILE
-        temporary = run_dir.weights.with_suffix(".tmp")
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, run_dir.weights)
+    with distributed.together():
+        if distributed.is_main():
+            source = run_dir.checkpoint(name, phase.steps) / checkpoint.MODEL_FILE
+            temporary = run_dir.weights.with_suffix(".tmp")
+            shutil.copyfile(source, temporary)
+            os.replace(temporary, run_dir.weights)
     logger.info("finished: final weights in %s", run_dir.weights)
 
 

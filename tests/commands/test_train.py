@@ -241,13 +241,21 @@ def test_a_stop_request_ends_with_75_and_a_checkpoint(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["resume=never"], ["resume", "has checkpoints"]),
-        (["resume=nowhere"], ["resume", "nowhere", "not a checkpoint"]),
+        (["output=OTHER", "resume=nowhere"], ["resume", "nowhere", "not a checkpoint"]),
         (["output=OTHER", "resume=CHECKPOINT", "seed=3"], ["seed (was 0, now 3)", "data.workers"]),
         (["output=OTHER", "resume=CHECKPOINT", "model.width=64"], ["model.width (was 32, now 64)"]),
         (
             ["output=OTHER", "phases.pretrain.images_per_step=32"],
             ["phase pretrain", "one step needs 32", "images_per_step"],
+        ),
+        (
+            ["output=OTHER", "phases.finetune.images_per_step=32"],
+            ["phase finetune", "one step needs 32"],
+        ),
+        (["output=OTHER", "phases.finetune.start_from.source=nowhere"], ["nowhere", "not exist"]),
+        (
+            ["output=OTHER", "phases.finetune.start_from.source=timm"],
+            ["start_from.source", "resnet10", "resnet50"],
         ),
         (["output=OTHER", "data.train.shards=nowhere"], ["nowhere", "no such folder"]),
         (["phases.pretrian.steps=1"], ["phases.pretrian", "did you mean 'pretrain'"]),
@@ -268,6 +276,43 @@ def test_mistakes_are_told_and_lose_nothing(
     for word in words:
         assert word in str(caught.value)
     assert sorted(path.relative_to(whole) for path in whole.rglob("*")) == before
+
+
+def test_a_finished_run_is_refused_without_its_checkpoints_too(
+    whole: Path, tmp_path: Path, shapes_shards: Path, in_process: None
+):
+    (tmp_path / "run").mkdir()
+    shutil.copy(whole / "model.safetensors", tmp_path / "run")
+    with pytest.raises(ValueError, match="finished run"):
+        train.main(arguments(tmp_path / "run", shapes_shards))
+
+
+def test_a_checkpoint_of_another_run_begins_a_new_folder(
+    whole: Path, tmp_path: Path, shapes_shards: Path
+):
+    checkpoint = whole / "checkpoints/finetune-2"
+    code, printed = Command(tmp_path / "new", shapes_shards, f"resume={checkpoint}").finish()
+    assert code == 0, printed
+    own, expected = weights(tmp_path / "new"), weights(whole)
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+    steps = [(line["phase"], line["step"]) for line in numbers(tmp_path / "new")]
+    assert steps == [("finetune", 3), ("finetune", 4), ("finetune", 4)]
+
+
+def test_a_stop_in_an_evaluation_leaves_it_to_the_next_start(
+    whole: Path, tmp_path: Path, shapes_shards: Path, in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    output = tmp_path / "run"
+    answers = iter([False] * 6 + [True])  # after each step of pretrain, then in its evaluation
+    monkeypatch.setattr("bigdet.training.loop.stop_requested", lambda file: next(answers))
+    assert train.main(arguments(output, shapes_shards)) == 75
+    assert not (output / "evaluation").exists()
+    assert (output / "checkpoints/latest").read_text().strip() == "pretrain-6"
+    monkeypatch.undo()
+    code, printed = Command(output, shapes_shards).finish()
+    assert code == 0, printed
+    assert_same_run(output, whole)
 
 
 def test_a_mistake_is_one_message_without_traceback(whole: Path, shapes_shards: Path):

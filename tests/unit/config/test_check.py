@@ -78,6 +78,17 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["phases.finetune.start_from.parts=[fpn]"], "phases.finetune.norm_mode", "backbone"),
         (["phases.finetune.start_from.source=timm", "phases.finetune.start_from.parts=[fpn]"],
          "phases.finetune.start_from.parts", "backbone only"),
+        (["data.train.weights=[1,2]"], "data.train.weights", "each of 1 sets"),
+        (["data.train.weights=[0]"], "data.train.weights", "above 0"),
+        (["data.train.repeat_threshold=2"], "data.train.repeat_threshold", "at most 1"),
+        (["data.train.window=512"], "data.train.window", "order: windowed"),
+        (["data.train.order=windowed", "data.train.window=64"], "data.train.window", "256 to 2048"),
+        (["data.train.subset.seed=1"], "data.train.subset", "one of images"),
+        (["data.train.subset.images=0"], "data.train.subset.images", "above 0"),
+        (["data.train.subset.ids=a", "data.train.subset.seed=1"], "data.train.subset.seed",
+         "number of images"),
+        (["data.train.subset.ids=a", "data.train.more_shards=[b]"], "data.train.subset.ids",
+         "mixed"),
     ],
 )  # fmt: skip
 def test_rules_name_the_key_and_the_reason(overrides: list[str], key: str, reason: str):

@@ -120,12 +120,6 @@ def test_any_group_is_found_without_those_before_it():
     np.testing.assert_array_equal(fresh.group(step, 1).samples, samples[5, 1])
 
 
-def test_fewer_samples_than_a_step_needs_are_refused():
-    with pytest.raises(ValueError, match="7 samples to offer, one step needs 8") as error:
-        make(7, images_per_gpu=4, num_lanes=2)
-    assert "phases.train.images_per_step" in str(error.value)
-
-
 def test_one_step_per_pass_is_enough():
     samples, weights = pass_of(make(8, images_per_gpu=4, num_lanes=2))
     np.testing.assert_array_equal(np.sort(samples.reshape(-1)), np.arange(8))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import random
 import shutil
 import signal
 import time
+import zlib
 from itertools import islice
 from multiprocessing import active_children
 
@@ -20,10 +23,14 @@ from bigdet.config.schema import (
     DataConfig,
     PhaseConfig,
     ResizeConfig,
+    SubsetConfig,
     TrainSplitConfig,
 )
+from bigdet.data.mix import MixedSet
 from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.sources.coco import convert_coco
 from bigdet.data.stream import EvalStream, TrainStream, open_train_stream
+from bigdet.ops.random import Words
 
 DIRECT = ResizeConfig(kind="direct", size=96)
 SHORT_SIDE = ResizeConfig(kind="short_side", size=100, cap=150)
@@ -47,8 +54,12 @@ MASK_TENSORS = ["bits", "offsets", "origins", "sizes"]
 
 def open_stream(shards, **options) -> TrainStream:
     """16 images in 2 steps of 4 lanes x 3 images, so 8 masked slots."""
+    split = {"shards": "unused", "keep_empty": True, "max_damaged": 0}
+    for field in dataclasses.fields(TrainSplitConfig):
+        if field.name in options:
+            split[field.name] = options.pop(field.name)
     settings = {
-        "keep_empty": True, "max_damaged": 0, "resize": DIRECT, "flip": 0.5, "with_masks": True,
+        "split": TrainSplitConfig(**split), "resize": DIRECT, "flip": 0.5, "with_masks": True,
         "phase": "train", "seed": 0, "images_per_gpu": 3, "images_per_step": 12, "rank": 0,
         "world_size": 1, "workers": 0,
     }  # fmt: skip
@@ -115,6 +126,47 @@ def test_a_pass_shows_every_image_once_and_masked_slots_are_real_images(shards):
     assert sorted(ids[weights == 1].tolist()) == sorted(shards.index["image_id"].tolist())
     assert weights[:12].all()  # masked slots stand in the last step alone
     assert all(image.any() for batch in batches for image in batch.images)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "windowed"])
+def test_stops_at_random_steps_and_other_ranks_change_nothing(shards, order):
+    options = {"order": order, "subset": SubsetConfig(images=15), "repeat_threshold": 0.9}
+    whole = open_stream(shards, **options)
+    words = Words("stops", order)
+    done = 0
+    while done < 12:
+        world_size, workers = (1, 2, 4)[words.integer(3)], words.integer(2)
+        num_steps = 1 + words.integer(3)  # loader processes have read ahead by then
+        for rank in range(world_size):
+            split = {"rank": rank, "world_size": world_size, "workers": workers}
+            part = take(open_stream(shards, first_step=done, **split, **options), num_steps)
+            for key, batch in part.items():
+                expected = whole.read_group(*key)
+                assert batch.image_ids.tolist() == expected.image_ids.tolist()
+                assert batch.weights.tolist() == expected.weights.tolist()
+                assert torch.equal(batch.images, expected.images)
+        done += num_steps
+
+
+@pytest.mark.parametrize("order", ["shuffled", "windowed"])
+def test_global_generators_change_nothing(shards, order):
+    found = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        found.append(take(open_stream(shards, order=order, workers=seed - 1), 2))
+    assert_same(*found)
+
+
+def test_a_sample_that_comes_twice_in_a_pass_looks_different(shards):
+    options = {"weights": [2.0], "images_per_gpu": 1, "images_per_step": 4, "flip": 0.0}
+    batches = take(open_stream(shards, **options), 8)  # one pass
+    sizes = {}
+    for batch in batches.values():
+        sizes.setdefault(int(batch.image_ids), []).append(batch.image_sizes[0].tolist())
+    assert {len(of_image) for of_image in sizes.values()} == {2}
+    assert sum(first != second for first, second in sizes.values()) >= 12  # of 16
 
 
 @pytest.mark.parametrize("first_step", [1, 2, 5])
@@ -263,6 +315,54 @@ def test_a_checkpoint_of_another_stream_is_refused_with_what_differs(shards):
     assert "phase was" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        ({"order": "windowed"}, "order was 'shuffled' and is 'windowed'; window was None"),
+        ({"weights": [2.0]}, "weights was None and is [2.0]"),
+        ({"repeat_threshold": 0.5}, "repeat_threshold was None and is 0.5"),
+        ({"subset": SubsetConfig(images=16, seed=1)}, "subset was None and is"),
+        ({"subset": SubsetConfig(images=13)}, "samples was 16 and is 13"),
+    ],
+)
+def test_every_option_of_the_order_is_compared_with_a_checkpoint(shards, options, differs):
+    saved = json.loads(json.dumps(open_stream(shards).state()))
+    changed = open_stream(shards, **options)
+    with pytest.raises(ValueError, match="another data stream") as error:
+        changed.check_state(saved)
+    assert differs in str(error.value)
+    changed.check_state(json.loads(json.dumps(changed.state())))
+
+
+def test_another_index_is_told(shards, shapes_shards):
+    mix = MixedSet([shards, ShardSet(shapes_shards / "val")], shards.categories)
+    with pytest.raises(ValueError, match="index was"):
+        open_stream(mix).check_state(open_stream(shards).state())
+
+
+def test_a_checkpoint_from_before_these_options_fits(shards):
+    saved = open_stream(shards).state()
+    for name in ("window", "subset", "weights", "repeat_threshold"):
+        del saved[name]
+    open_stream(shards).check_state(saved)
+    with pytest.raises(ValueError, match="weights was None"):
+        open_stream(shards, weights=[3.0]).check_state(saved)
+
+
+def test_a_mix_is_streamed_like_one_set(shards, shapes_shards):
+    mix = MixedSet([shards, ShardSet(shapes_shards / "val")], shards.categories)  # 16 + 8 images
+    options = {"weights": [1.0, 2.0], "images_per_gpu": 2, "images_per_step": 8}
+    expected = take(open_stream(mix, **options), 4)  # one pass of 32
+    found = {}
+    for rank in range(2):
+        found |= take(open_stream(mix, rank=rank, world_size=2, workers=1, **options), 4)
+    assert_same(dict(sorted(found.items())), expected)
+    ids = torch.cat([batch.image_ids for batch in expected.values()]).tolist()
+    both = set(mix.parts[1].index["image_id"].tolist())  # these ids are in both sets: 1 + 2 times
+    for number in shards.index["image_id"].tolist():
+        assert ids.count(number) == (3 if number in both else 1)
+
+
 def test_loader_processes_ignore_stop_signals_and_end_with_the_stream(shards):
     before = set(active_children())
     stream = open_stream(shards, workers=1)
@@ -325,16 +425,28 @@ def test_a_damaged_evaluation_image_is_one_clear_error(damaged_shards, workers):
     assert "Traceback" not in str(error.value)
 
 
-def test_real_images_are_the_same_on_any_number_of_ranks(coco_dir, tmp_path):
-    from bigdet.data.sources.coco import convert_coco
+@pytest.fixture(scope="module")
+def coco_shards(coco_dir, tmp_path_factory):
+    annotations = coco_dir / "annotations" / "instances_val2017.json"
+    folder = tmp_path_factory.mktemp("coco") / "val"
+    convert_coco(coco_dir / "val2017", annotations, folder)
+    return ShardSet(folder)
 
-    convert_coco(
-        coco_dir / "val2017", coco_dir / "annotations" / "instances_val2017.json", tmp_path / "val"
-    )
-    shards = ShardSet(tmp_path / "val")
-    options = {"keep_empty": False, "resize": ResizeConfig(kind="direct", size=256)}
-    expected = take(open_stream(shards, **options), 2)
-    found = {}
-    for rank in range(2):
-        found |= take(open_stream(shards, rank=rank, world_size=2, workers=1, **options), 2)
-    assert_same(dict(sorted(found.items())), expected)
+
+def checksums(stream, num_steps):
+    """CRC-32 of the pixels of every group."""
+    batches = take(stream, num_steps)
+    return {key: zlib.crc32(batch.images.contiguous().numpy()) for key, batch in batches.items()}
+
+
+@pytest.mark.parametrize("order", ["shuffled", "windowed"])
+def test_real_images_are_the_same_on_any_number_of_ranks(coco_shards, order):
+    options = {"keep_empty": False, "resize": ResizeConfig(kind="direct", size=128), "order": order}
+    expected = checksums(open_stream(coco_shards, **options), 4)
+    assert len(set(expected.values())) == 16
+    for world_size, workers in ((1, 2), (2, 0), (2, 2), (4, 0), (4, 2)):
+        found = {}
+        for rank in range(world_size):
+            split = {"rank": rank, "world_size": world_size, "workers": workers}
+            found |= checksums(open_stream(coco_shards, **split, **options), 4)
+        assert dict(sorted(found.items())) == expected

@@ -9,15 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from bigdet.config.schema import ResizeConfig
+from bigdet.config.schema import ResizeConfig, TrainSplitConfig
 from bigdet.data.shard_writer import ShardWriter
 from bigdet.data.shards import Category, ShardSet
 from bigdet.data.stream import TrainStream
 
+SPLIT_OPTIONS = ("keep_empty", "max_damaged", "scaled_decoding")
+
 
 def open_stream(shards, **options) -> TrainStream:
+    split = {"shards": "unused", "keep_empty": True, "max_damaged": 0}
+    split |= {name: options.pop(name) for name in SPLIT_OPTIONS if name in options}
     settings = {
-        "keep_empty": True, "max_damaged": 0, "flip": 0.5, "with_masks": False, "phase": "train",
+        "split": TrainSplitConfig(**split), "flip": 0.5, "with_masks": False, "phase": "train",
         "seed": 0, "rank": 0, "world_size": 1, "workers": 0,
     }  # fmt: skip
     return TrainStream(shards, **{**settings, **options})

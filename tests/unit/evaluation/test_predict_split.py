@@ -58,16 +58,12 @@ def test_split_without_any_detection_gives_no_results(make_shards):
     assert predict_split(Oracle(shards), shards, (100, 100), 1, 0, CPU) == []
 
 
-def test_forward_is_called_in_place_of_the_module(make_shards):
+def test_a_request_to_stop_ends_the_evaluation_without_a_result(make_shards):
     shards = make_shards(FIVE_IMAGES)
-    oracle, calls = Oracle(shards), []
-
-    def engine(batch):
-        calls.append(batch.image_ids.tolist())
-        return oracle(batch)
-
-    assert len(predict_split(oracle, shards, (100, 100), 1, 0, CPU, forward=engine)) == 5
-    assert sorted(calls) == [[7], [8], [9], [10], [11]]
+    oracle, answers = Oracle(shards), iter([False, True])
+    assert predict_split(oracle, shards, (100, 100), 1, 0, CPU, lambda: next(answers)) is None
+    assert oracle.passes == 2
+    assert oracle.training
 
 
 def test_damaged_image_is_an_error_that_names_it(make_shards):

@@ -1,0 +1,158 @@
+"""Which images of a training set a phase uses, and how often each comes in a pass.
+
+All of it follows from config and index (and, for repeat factors, the annotations), so every
+machine comes to the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigdet.config.schema import SubsetConfig, TrainSplitConfig
+from bigdet.data.mix import MixedSet
+from bigdet.data.repeats import Repeats, repeat_factors
+from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.windows import Windows
+from bigdet.ops.random import permutation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples of a phase; N of them.
+
+    Attributes:
+        rows: ``(N,)`` int32 rows of the set, rising.
+        repeats: how often a pass shows each; None is once.
+        windows: for the order ``windowed``; None is ``shuffled``.
+        state: what of this a position in the order depends on, as plain values; None stands for
+            options that are not in use, so that a checkpoint from before they existed fits.
+    """
+
+    rows: NDArray[np.int32]
+    repeats: Repeats | None
+    windows: Windows | None
+    state: dict[str, Any]
+
+
+def select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
+    """Return the samples that a config asks for."""
+    rows = np.arange(len(shards), dtype=np.int32)
+    if not split.keep_empty:
+        rows = np.flatnonzero(shards.index["num_boxes"]).astype(np.int32)
+    if split.subset is not None:
+        rows = _subset(shards, rows, split.subset)
+    windows = None
+    if split.order == "windowed":
+        windows = Windows(shards.index["shard"][rows], split.window)
+    subset = None
+    if split.subset is not None:
+        subset = hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
+    state = {
+        "samples": len(rows),
+        "index": shards.index_hash(),
+        "window": None if windows is None else windows.size,
+        "subset": subset,
+        "weights": None if split.weights is None else list(split.weights),
+        "repeat_threshold": split.repeat_threshold,
+    }
+    return Selection(rows, _repeats(shards, rows, split), windows, state)
+
+
+def read_classes(
+    shards: ShardSet, rows: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return which classes are on which image, from the annotations; crowds do not count.
+
+    Returns:
+        Labels, one image behind the other, each once per image; and ``(N + 1,)`` offsets: image i
+        has ``labels[offsets[i]:offsets[i + 1]]``.
+    """
+    start = time.perf_counter()
+    labels: list[int] = []
+    offsets = [0]
+    for row in rows.tolist():
+        annotations = shards.record(row)["annotations"]
+        labels += sorted({entry["label"] for entry in annotations if not entry["iscrowd"]})
+        offsets.append(len(labels))
+    logger.info(
+        "data.train.repeat_threshold: read the classes of %s images in %.1f s",
+        f"{len(rows):,}", time.perf_counter() - start,
+    )  # fmt: skip
+    return np.array(labels, np.int64), np.array(offsets)
+
+
+def _subset(shards: ShardSet, rows: NDArray[np.int32], subset: SubsetConfig) -> NDArray[np.int32]:
+    """Return some of the rows, rising."""
+    if subset.images is not None:
+        if subset.images > len(rows):
+            raise ShardError(
+                f"data.train.subset.images: found {subset.images}, but {shards.folder} has "
+                f"{len(rows)} images to train on. Write fewer, or set data.train.keep_empty."
+            )
+        drawn = permutation("subset", subset.seed, count=len(rows))[: subset.images]
+        return rows[np.sort(drawn)]
+    assert subset.ids is not None
+    ids = _read_ids(Path(subset.ids))
+    absent = ids[~np.isin(ids, shards.index["image_id"])]
+    if len(absent):
+        raise ShardError(
+            f"data.train.subset.ids: {subset.ids} lists {len(absent)} images that {shards.folder} "
+            f"does not have: {', '.join(map(str, absent[:5].tolist()))}. Remove them."
+        )
+    chosen = rows[np.isin(shards.index["image_id"][rows], ids)]
+    if len(chosen) < len(ids):
+        logger.info(
+            "data.train.subset.ids: %d of the %d images have no objects and are left out",
+            len(ids) - len(chosen), len(ids),
+        )  # fmt: skip
+    return chosen
+
+
+def _read_ids(path: Path) -> NDArray[np.int64]:
+    """Return the image ids that a file lists; ``ShardError`` if it is no such list."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if text.lstrip().startswith("[") else text.split()
+        ids = np.array([int(value) for value in values], np.int64)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        raise ShardError(
+            f"data.train.subset.ids: {path} is no list of image ids ({error}). Write a JSON list, "
+            f"or numbers between blanks or line ends."
+        ) from error
+    unique, counts = np.unique(ids, return_counts=True)
+    if not len(ids) or (counts > 1).any():
+        twice = f"the image {unique[counts > 1][0]} more than once" if len(ids) else "no image"
+        raise ShardError(f"data.train.subset.ids: {path} lists {twice}. Mend the list.")
+    return unique
+
+
+def _repeats(shards: ShardSet, rows: NDArray[np.int32], split: TrainSplitConfig) -> Repeats | None:
+    """Return how often a pass shows each row, None if each comes once."""
+    if split.weights is None and split.repeat_threshold is None:
+        return None
+    repeats = np.ones(len(rows))
+    if split.weights is not None:
+        repeats *= _weights_of_rows(shards, rows, split.weights)
+    if split.repeat_threshold is not None:
+        classes, offsets = read_classes(shards, rows)
+        repeats *= repeat_factors(classes, offsets, shards.num_classes, split.repeat_threshold)
+    return Repeats(repeats) if (repeats != 1).any() else None
+
+
+def _weights_of_rows(
+    shards: ShardSet, rows: NDArray[np.int32], weights: list[float]
+) -> NDArray[np.float64]:
+    """Return the weight of the set that each row is of, ``(N,)``."""
+    starts = shards.starts if isinstance(shards, MixedSet) else np.array([0, len(shards)])
+    return np.array(weights, np.float64)[np.searchsorted(starts, rows, side="right") - 1]

@@ -1,0 +1,131 @@
+"""What rank and loader processes hold in memory, on small and on huge sets. Linux only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import islice
+from multiprocessing import active_children
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bigdet.config.schema import ResizeConfig, TrainSplitConfig
+from bigdet.data.collate import Example, PackedGroup, pack
+from bigdet.data.loader import Loader
+from bigdet.data.objects import no_objects
+from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, MANIFEST_NAME, ShardSet
+from bigdet.data.stream import TrainStream
+
+
+def memory(process: int | str, kind: str) -> float:
+    """MB of a process by smaps; of ``Pss:``, pages are divided among those that share them."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024 / 10**6
+
+
+def small_group() -> PackedGroup:
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    return pack([Example(image, (8, 8), 1, 1.0, no_objects())], canvas=None, seed=0)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "windowed"])
+def test_loader_processes_stay_small_over_three_passes(shapes_shards, order):
+    bare = Loader(lambda _: small_group(), range(100), workers=1, group_bytes=1000)
+    next(bare)
+    (process,) = active_children()
+    bare_mb = memory(process.pid, "Private_"), memory(process.pid, "Rss:")
+    bare.close()
+
+    stream = TrainStream(
+        ShardSet(shapes_shards / "train"),
+        split=TrainSplitConfig(shards="unused", keep_empty=True, order=order),
+        resize=ResizeConfig(kind="direct", size=448), flip=0.5, with_masks=True, phase="train",
+        seed=0, images_per_gpu=4, images_per_step=4, rank=0, world_size=1, workers=1,
+    )  # fmt: skip
+    batches, after = iter(stream), []
+    for _ in range(3):
+        for _ in islice(batches, 4 * stream.steps_per_pass):  # four passes at a time
+            pass
+        (process,) = active_children()
+        after.append((memory(process.pid, "Private_"), memory(process.pid, "Rss:")))
+    stream.close()
+    for kind in range(2):
+        assert after[-1][kind] - bare_mb[kind] < 100
+        assert after[-1][kind] - after[0][kind] < 5
+
+
+def make_huge_set(folder: Path, count: int, num_shards: int) -> None:
+    """An index as of a real set, and tars that are all holes."""
+    index = np.zeros(count, INDEX_DTYPE)
+    numbers = np.arange(count)
+    index["image_id"] = numbers
+    index["shard"] = numbers * num_shards // count
+    index["width"] = 400 + numbers * 7919 % 300
+    index["height"] = 400 + numbers * 104_729 % 300
+    index["num_boxes"] = 1
+    folder.mkdir()
+    np.save(folder / INDEX_NAME, index)
+    shards = []
+    for number, samples in enumerate(np.bincount(index["shard"], minlength=num_shards).tolist()):
+        name = f"{number:06d}.tar"
+        with open(folder / name, "wb") as file:
+            file.truncate(256 * 10**6)
+        shards.append({"file": name, "bytes": 256 * 10**6, "samples": samples, "sha256": "0" * 64})
+    manifest = {
+        "version": 1, "name": "huge", "source": "coco", "images": count, "instances": count,
+        "crowd": 0, "pixels": 0, "skipped": {}, "changed": {},
+        "categories": [{"id": 1, "name": "thing"}], "shards": shards, "options": {},
+    }  # fmt: skip
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+
+def open_and_measure(folder: str, order: str, workers: int) -> dict[str, float]:
+    """Open a set, start a stream's order in loader processes; seconds, and MB of all together."""
+    start = time.perf_counter()
+    shards = ShardSet(folder)
+    stream = TrainStream(
+        shards, split=TrainSplitConfig(shards=folder, order=order),
+        resize=ResizeConfig(kind="direct", size=448), flip=0.5, with_masks=True, phase="train",
+        seed=0, images_per_gpu=2, images_per_step=16, rank=0, world_size=1, workers=workers,
+    )  # fmt: skip
+
+    def read(key: tuple[int, int]) -> PackedGroup:
+        stream.group_ids(*key)
+        return small_group()
+
+    stream._groups.read = read  # the tars hold nothing to decode: all but that
+    batches = iter(stream)
+    next(batches)
+    seconds = time.perf_counter() - start
+    for _ in range(400):
+        next(batches)
+    processes = [os.getpid(), *(process.pid for process in active_children())]
+    mb = sum(memory(process, "Pss:") for process in processes)
+    stream.close()
+    return {"seconds": seconds, "mb": mb}
+
+
+@pytest.mark.parametrize("order", ["shuffled", "windowed"])
+def test_a_set_of_1_75_million_opens_in_2_seconds_and_150_mb(tmp_path, order):
+    make_huge_set(tmp_path / "huge", 1_750_000, 1200)
+    make_huge_set(tmp_path / "tiny", 1000, 2)
+    found = {}
+    for name in ("tiny", "huge"):
+        # In a process of its own: what others left behind would count.
+        code = (
+            "import json, sys; from tests.unit.data.test_stream_memory import open_and_measure; "
+            f"print(json.dumps(open_and_measure({str(tmp_path / name)!r}, {order!r}, 2)))"
+        )
+        root = Path(__file__).parents[3]
+        output = subprocess.run(
+            [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, cwd=root
+        )
+        found[name] = json.loads(output.stdout)
+    assert found["huge"]["seconds"] < 2
+    assert found["huge"]["mb"] - found["tiny"]["mb"] < 150
