@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,9 @@ class View:
             image = image[:, top : top + high, left : left + wide]
         elif tuple(image.shape[1:]) != self.original_size:
             extent = decoded_extent(self.original_size, (image.shape[1], image.shape[2]))
+        if self.is_flipped and self.size == self.scaled_size and image[0].numel() < prod(self.size):
+            # The same pixels, but fewer to exchange, when flipped before an enlargement.
+            return resize_image(image.flip(2), self.scaled_size, extent)
         x, y = self.origin
         height, width = self.size
         seen = resize_image(image, self.scaled_size, extent)[:, y : y + height, x : x + width]

@@ -136,6 +136,15 @@ def test_defaults_draw_the_same_views_as_ever():
     assert view == View((480, 640), (800, 1066), (0, 0), (800, 1066), is_flipped=True)
 
 
+def test_an_enlarged_image_is_flipped_as_a_shrunk_one():
+    image = torch.randint(0, 256, (3, 20, 30), generator=torch.Generator().manual_seed(0))
+    image = image.to(torch.uint8)
+    for size in ((41, 67), (13, 19)):
+        plain = View((20, 30), size, (0, 0), size, is_flipped=False)
+        flipped = replace(plain, is_flipped=True).move_image(image)
+        assert torch.equal(flipped, plain.move_image(image).flip(2))
+
+
 def test_a_window_is_scaled_alone():
     # Columns 20..50 and rows 10..35 at double size.
     view = View((100, 200), (50, 60), (0, 0), (50, 60), False, window=(20, 10, 30, 25))
