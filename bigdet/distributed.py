@@ -147,6 +147,8 @@ def is_on_all_ranks(error: BaseException) -> bool:
 def together() -> Iterator[None]:
     """Run a block without collectives in it; what fails on one rank is raised on all.
 
+    While nothing fails, that is one reduction of one number.
+
     Raises:
         SharedError: on every rank, with the message of the lowest rank that failed.
     """
@@ -155,12 +157,13 @@ def together() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         problem = error
+    if not any_rank(problem is not None):
+        return
     messages = all_gather_objects(None if problem is None else str(problem))
     failed = [(number, text) for number, text in enumerate(messages) if text is not None]
-    if failed:
-        number, text = failed[0]
-        where = "" if len(failed) == len(messages) else f"rank {number}: "
-        raise SharedError(f"{where}{text}") from problem
+    number, text = failed[0]
+    where = "" if len(failed) == len(messages) else f"rank {number}: "
+    raise SharedError(f"{where}{text}") from problem
 
 
 def broadcast_tensor(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
 model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
-(size, batch), model.roi.* (thresholds) and data.workers.
+(size, batch), model.roi.* (thresholds), data.workers and data.cache.*.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ CHANGEABLE = (
     "model.roi.nms_iou",
     "model.roi.detections_per_image",
     "data.workers",
+    "data.cache",
 )
 """The options that an evaluation reads; another one would be ignored in silence."""
 
@@ -55,10 +56,11 @@ def main(arguments: Sequence[str]) -> int:
     with distributed.together():
         detector = load_detector(options.model)
         config = read_config(options.model, options.overrides)
-        shards = ShardSet(options.shards)
+        shards = ShardSet(options.shards, cache=config.data.cache)
         if config.data.train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
+        shards.check_random_reads()
     detector.box_head.config = config.model.roi
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     device = distributed.device()
     logger.info(
         "%s on %d images of %s: short side %d, long side at most %d, %d ranks on %s",
-        find_weights(options.model), len(shards), shards.folder, *detector.test_size,
+        find_weights(options.model), len(shards), shards.address, *detector.test_size,
         distributed.world_size(), device.type,
     )  # fmt: skip
     results = predict_split(
@@ -115,7 +117,7 @@ def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:
     pairs = zip(known, found, strict=False)
     first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(found)))
     raise ValueError(
-        f"{shards.folder}: its {len(found)} categories are not the {len(known)} that {model} was "
+        f"{shards.address}: its {len(found)} categories are not the {len(known)} that {model} was "
         f"trained on: label {first} is {_name(found, first)}, expected {_name(known, first)}. Give "
         "shards of the same data set, with the categories in the same order."
     )
@@ -134,7 +136,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
-    parser.add_argument("--shards", type=Path, required=True, help="folder of a shard set")
+    parser.add_argument("--shards", required=True, help="folder or address of a shard set")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)

@@ -23,6 +23,7 @@ from bigdet.config.derived import (
 )
 from bigdet.config.load import ConfigError
 from bigdet.config.schema import (
+    DataConfig,
     ModelConfig,
     PhaseConfig,
     ResizeConfig,
@@ -74,9 +75,11 @@ def check_config(config: RunConfig) -> None:
 
 def _check_numbers(config: RunConfig) -> None:
     engine = config.engine
+    _check_addresses(config.data)
     _require(engine.zero_stage in (0, 1, 2), "engine.zero_stage", engine.zero_stage, "0, 1 or 2")
     for key, value in (
         ("engine.clip_norm", engine.clip_norm),
+        ("data.cache.gib", config.data.cache.gib),
         ("evaluation.every", config.evaluation.every),
         ("evaluation.images_per_gpu", config.evaluation.images_per_gpu),
         ("checkpoint.every", config.checkpoint.every),
@@ -127,6 +130,26 @@ def check_train_split(split: TrainSplitConfig) -> None:
                     f"{key}.subset.ids: image ids may mean several images when sets are mixed. "
                     f"Write subset.images, or make shards of the images that you want."
                 )
+
+
+def _check_addresses(data: DataConfig) -> None:
+    """Check what can be told of remote shards without asking for them."""
+    _require(bool(data.cache.folder), "data.cache.folder", "nothing", "a folder")
+    for key, address in (
+        ("data.train.shards", data.train.shards),
+        ("data.val.shards", data.val.shards),
+    ):
+        if not address.startswith("pipe:"):
+            continue
+        _require(
+            "{}" in address, key, address,
+            "{} in the command where the name of a file goes, such as pipe:ssh HOST cat /data/{}",
+        )  # fmt: skip
+        if data.cache.mode == "ranges":
+            raise ConfigError(
+                f"data.cache.mode: found ranges, but {key} is a pipe:, which can only be read "
+                f"whole. Write shards."
+            )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -43,7 +43,8 @@ class TrainSplitConfig:
     """The images to learn from."""
 
     shards: str = MISSING
-    """Folder of a shard set (``tools/make_shards.py`` makes one)."""
+    """Folder of a shard set (``tools/make_shards.py`` makes one), or its address: ``https://``,
+    ``s3://``, ``gs://``, ``hf://``, ..., or a command ``pipe:ssh HOST cat /data/coco/{}``."""
     more_shards: list[str] = field(default_factory=list)
     """Folders of further sets to mix in. Categories of the same name are one class; the others are
     appended to those of ``shards``."""
@@ -74,7 +75,20 @@ class ValSplitConfig:
     """The images to measure on; every one of them is used."""
 
     shards: str = MISSING
-    """Folder of a shard set."""
+    """Folder or address of a shard set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Where shards that lie at an address are kept on this host; local sets do without."""
+
+    mode: Literal["shards", "ranges"] = "shards"
+    """``shards``: a shard is fetched whole when it is first read from. ``ranges``: in runs of
+    8 MiB, for large shards, small caches and an early first step; not with ``pipe:``."""
+    folder: str = "~/.cache/bigdet"
+    """All processes and runs of a host may share it."""
+    gib: float = 100.0
+    """Room for shards; those used longest ago make room for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +99,8 @@ class DataConfig:
     """The training split."""
     val: ValSplitConfig = field(default_factory=ValSplitConfig)
     """The validation split."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Copies of remote shards."""
     workers: int = 2
     """Loader processes per rank; 0 decodes in the training process."""
 

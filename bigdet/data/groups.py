@@ -74,7 +74,7 @@ class TrainGroups:
                     replacement_words = Words("replacement", *self._key, pass_number, row)
                 row = int(self.rows[replacement_words.integer(len(self.rows))])
         raise ShardError(
-            f"{self.shards.folder}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
+            f"{self.shards.address}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
             f"last one: {damages[-1].message}"
         )
 

@@ -128,16 +128,16 @@ def open_sets(data: DataConfig) -> tuple[ShardSet, ShardSet]:
     are on disk.
     """
     train = open_train_set(data)
-    val = ShardSet(data.val.shards)
+    val = ShardSet(data.val.shards, cache=data.cache)
     return train, with_categories(val, train.categories) if isinstance(train, MixedSet) else val
 
 
 def open_train_set(data: DataConfig) -> ShardSet:
     """Return the training set of a config: one set, or several mixed."""
-    first = ShardSet(data.train.shards)
+    first = ShardSet(data.train.shards, cache=data.cache)
     if not data.train.more_shards:
         return first
-    parts = [first, *(ShardSet(folder) for folder in data.train.more_shards)]
+    parts = [first, *(ShardSet(folder, cache=data.cache) for folder in data.train.more_shards)]
     categories = _union([part.categories for part in parts])
     for part in parts:
         _check_names(part)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.data.decode import decode_image, stored_size
-from bigdet.data.shards import Sample, ShardError, ShardSet
+from bigdet.data.shards import Sample, ShardError, ShardSet, UnavailableShardError
 
 
 class DamagedSampleError(ShardError):
@@ -43,6 +43,7 @@ def load_sample(shards: ShardSet, row: int) -> tuple[Tensor, dict[str, Any]]:
 
     Raises:
         DamagedSampleError: with shard, sample and offset.
+        UnavailableShardError: the shard lies at an address and cannot be fetched.
     """
     sample = read_sample(shards, row)
     return decode_sample(shards, row, sample), sample.record
@@ -52,6 +53,8 @@ def read_sample(shards: ShardSet, row: int) -> Sample:
     """Return a sample as stored; ``DamagedSampleError`` with shard, sample and offset."""
     try:
         return shards.read(row)
+    except UnavailableShardError:
+        raise  # another sample in its place would be as far away
     except ShardError as error:
         raise DamagedSampleError(str(error), "unreadable") from error
 
@@ -90,8 +93,8 @@ def damaged(shards: ShardSet, row: int, kind: str, what: str) -> DamagedSampleEr
     """Return the error for a sample whose image ``what``, a predicate."""
     offset = int(shards.index[row]["image_offset"])
     return DamagedSampleError(
-        f"{shards.path(row)}: the image of sample {shards.key(row)} (row {row}, offset {offset}) "
-        f"{what}. tools/check_shards.py {shards.folder} lists all that is damaged; make the "
+        f"{shards.place(row)}: the image of sample {shards.key(row)} (row {row}, offset {offset}) "
+        f"{what}. tools/check_shards.py {shards.address} lists all that is damaged; make the "
         "shards again from a good copy.",
         kind,
     )

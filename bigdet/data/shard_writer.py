@@ -37,6 +37,7 @@ from bigdet.data.shards import (
     Shard,
     ShardError,
     file_sha256,
+    manifest_sha256,
     sample_key,
 )
 
@@ -185,6 +186,8 @@ class ShardWriter:
             raise ShardError(f"{self.folder}: not one image could be used{skipped}.")
         self._close_tar()
         index = np.array(self._rows, dtype=INDEX_DTYPE)
+        unfinished = self.folder / UNFINISHED
+        np.save(unfinished / INDEX_NAME, index, allow_pickle=False)
         pixels = int((index["height"].astype(np.int64) * index["width"]).sum())
         manifest = Manifest(
             version=VERSION,
@@ -199,9 +202,8 @@ class ShardWriter:
             categories=self._categories,
             shards=self._shards,
             options=self._options,
+            index_sha256=file_sha256(unfinished / INDEX_NAME),
         )
-        unfinished = self.folder / UNFINISHED
-        np.save(unfinished / INDEX_NAME, index, allow_pickle=False)
         (unfinished / MANIFEST_NAME).write_text(_manifest_text(manifest))
         if self._log is not None:
             self._log.close()
@@ -303,6 +305,7 @@ def _manifest_text(manifest: Manifest) -> str:
     for category in values["categories"]:
         for name in [name for name, value in category.items() if value is None]:
             del category[name]
+    values["sha256"] = manifest_sha256(values)
     return json.dumps(values, indent=1) + "\n"
 
 

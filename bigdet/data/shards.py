@@ -6,14 +6,14 @@
     DIR/skipped.jsonl      what was left out when the set was made, one object per line, if any
 
 ``manifest.json`` is written last, so a folder without it is not a finished set. Writing is in
-``shard_writer.py``; ``tools/check_shards.py`` reads every byte.
+``shard_writer.py``; ``tools/check_shards.py`` reads every byte. A set may also lie at an address
+(``remote.py``), and is then read through a cache (``cache.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,10 @@ from typing import Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+
+from bigdet.config.schema import CacheConfig
+from bigdet.data.remote import UnreachableError, file_address, is_remote, shown
+from bigdet.data.tars import check_random_reads, local_copy, open_tars
 
 INDEX_DTYPE = np.dtype(
     [
@@ -48,7 +52,6 @@ VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
-MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
 
 
 class ShardError(ValueError):
@@ -59,6 +62,10 @@ class ShardError(ValueError):
     """
 
     finding = ""
+
+
+class UnavailableShardError(ShardError):
+    """A remote shard that cannot be had: no damage of a sample, but the end of a run."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ class Manifest:
         categories: in the order of the labels.
         shards: the tars, in order.
         options: what the set was made with.
+        index_sha256: of ``index.npy``, hexadecimal; None in sets of older versions.
     """
 
     version: int
@@ -130,6 +138,7 @@ class Manifest:
     categories: list[Category]
     shards: list[Shard]
     options: dict[str, Any]
+    index_sha256: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -150,10 +159,21 @@ class Manifest:
                     f"{path}: shard format version {values['version']!r}, this bigdet reads "
                     f"{VERSION}. Make the shards again with tools/make_shards.py."
                 )
+            expected = values.pop("sha256", None)
+            if expected is not None and manifest_sha256(values) != expected:
+                raise ShardError(
+                    f"{path}: its values do not have the SHA-256 that stands in it, so it is "
+                    "damaged or was edited. Copy or make the set again."
+                )
             values["categories"] = [Category(**category) for category in values["categories"]]
             values["shards"] = [Shard(**shard) for shard in values["shards"]]
+            for shard in values["shards"]:
+                if Path(shard.file).name != shard.file:  # never read outside of the folder
+                    raise ShardError(f"{path}: names a shard {shard.file!r}, expected a file name")
             return cls(**values)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, ShardError):
+                raise
             raise ShardError(
                 f"{path}: not the manifest of a shard set ({error!r}). Make the shards again with "
                 "tools/make_shards.py."
@@ -179,20 +199,42 @@ class ShardSet:
 
     The index is mapped, not read, so all processes of a host share it. Tars are opened when they
     are first read from, anew in every process that gets a pickled copy. Not for several threads.
+
+    Attributes:
+        address: what the set was opened by, for messages.
+        folder: where its manifest and index are: the set itself, or of a remote one the copies.
     """
 
-    def __init__(self, path: str | Path, *, check_files: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, *, cache: CacheConfig | None = None, check_files: bool = True
+    ) -> None:
         """Open a shard set.
 
         Args:
-            path: its folder.
-            check_files: see first that every tar is there and as long as the manifest says.
+            path: its folder or address.
+            cache: how a remote set is read; None: as the config has it by default.
+            check_files: see first that every tar of a local set is as long as the manifest says.
         """
-        self.folder = Path(path)
+        self._cache = CacheConfig() if cache is None else cache
+        self._path = str(path)
+        self.address = shown(self._path)
+        try:
+            self.folder = local_copy(self._path, self._cache)
+        except UnreachableError as error:
+            raise UnavailableShardError(
+                f"{self.address}: manifest and index of the shard set cannot be fetched: {error}. "
+                "Give the address of the folder that tools/make_shards.py wrote."
+            ) from error
         self.manifest = Manifest.load(self.folder)
         self.index = load_index(self.folder, self.manifest)
-        self._files: dict[int, int] = {}
-        if check_files:
+        expected = self.manifest.index_sha256
+        if expected is not None and file_sha256(self.folder / INDEX_NAME) != expected:
+            raise ShardError(
+                f"{self.folder / INDEX_NAME}: its SHA-256 is not that of {MANIFEST_NAME}, so it is "
+                "damaged or of another set. Copy or make the set again."
+            )
+        self._tars = open_tars(self._path, self.manifest.shards, self._cache)
+        if check_files and not is_remote(self._path):
             for shard in self.manifest.shards:
                 if problem := size_problem(self.folder, shard):
                     raise ShardError(
@@ -221,13 +263,23 @@ class ShardSet:
                 digest.update(block)
         return digest.hexdigest()
 
+    def check_random_reads(self) -> None:
+        """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
+        check_random_reads(self._path, self.manifest.shards, self._cache)
+
     def key(self, row: int) -> str:
         """Return the name of a sample in its tar, without extension."""
         return sample_key(int(self.index[row]["image_id"]))
 
     def path(self, row: int) -> Path:
-        """Return the tar that holds a sample."""
-        return self.folder / self.manifest.shards[int(self.index[row]["shard"])].file
+        """Return the tar that holds a sample, of a local set."""
+        return self.folder / self._shard(row).file
+
+    def place(self, row: int) -> str:
+        """Return the full name of the tar that holds a sample, for messages."""
+        if is_remote(self._path):
+            return shown(file_address(self._path, self._shard(row).file))
+        return str(self.path(row))
 
     def read(self, row: int) -> Sample:
         """Return one sample; ``ShardError`` if its bytes are not those that were written."""
@@ -247,38 +299,40 @@ class ShardSet:
 
     def close(self) -> None:
         """Close the tars; they are opened again when needed."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        self._tars.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest}
+        names = ("address", "folder", "manifest", "_path", "_cache")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.folder, self.manifest = state["folder"], state["manifest"]
+        self.__dict__.update(state)
         self.index = load_index(self.folder, self.manifest)
-        self._files = {}
+        self._tars = open_tars(self._path, self.manifest.shards, self._cache)
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
+        if hasattr(self, "_tars"):
+            self._tars.close()
+
+    def _shard(self, row: int) -> Shard:
+        return self.manifest.shards[int(self.index[row]["shard"])]
 
     def _bytes(self, row: int, offset: int, size: int) -> bytes:
+        length = self._shard(row).bytes
+        if offset + size > length:  # in a damaged index these may be too large for any memory
+            raise self._damaged(row, f"bytes {offset} to {offset + size} of a tar of {length}")
         try:
-            data = os.pread(self._file(int(self.index[row]["shard"])), size, offset)
+            data = self._tars.read(int(self.index[row]["shard"]), offset, size)
+        except UnreachableError as error:
+            raise UnavailableShardError(
+                f"{self.place(row)}: the shard cannot be fetched: {error}. See that the address "
+                "can be reached from this host, and start again to go on."
+            ) from error
         except OSError as error:
             raise self._damaged(row, f"cannot be read ({error.strerror})") from error
         if len(data) != size:
             raise self._damaged(row, f"the tar ends after {len(data)} of {size} bytes")
         return data
-
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            path = self.folder / self.manifest.shards[shard].file
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[shard]
 
     def _parse(self, row: int, text: bytes) -> dict[str, Any]:
         try:
@@ -292,12 +346,18 @@ class ShardSet:
     def _damaged(self, row: int, what: str) -> ShardError:
         offset = int(self.index[row]["image_offset"])
         error = ShardError(
-            f"{self.path(row)}: sample {self.key(row)} (row {row}, offset {offset}): {what}. The "
-            f"shard is damaged: tools/check_shards.py {self.folder} lists all that is; copy or "
+            f"{self.place(row)}: sample {self.key(row)} (row {row}, offset {offset}): {what}. The "
+            f"shard is damaged: tools/check_shards.py {self.address} lists all that is; copy or "
             "make it again."
         )
         error.finding = what
         return error
+
+
+def manifest_sha256(values: dict[str, Any]) -> str:
+    """Return the hash of a manifest's values that stands in it beside them, under ``sha256``."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sample_key(image_id: int) -> str:
@@ -310,7 +370,7 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     path = folder / INDEX_NAME
     try:
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged header makes numpy raise nearly anything
         raise ShardError(
             f"{path}: not the index of a shard set ({error}). Make the shards again with "
             "tools/make_shards.py."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bigdet.config.derived import largest_plan
@@ -45,7 +45,8 @@ class TrainStream:
     """The batches that one rank trains on in one phase.
 
     Attributes:
-        damaged: samples that this rank found damaged and replaced, by kind; each counts once.
+        damages: samples that this rank found damaged and replaced, by row.
+        damaged: their number by kind.
         dropped_boxes: boxes, so far, that a random crop left nothing of.
     """
 
@@ -123,7 +124,7 @@ class TrainStream:
         self.lanes = lanes_of_rank(order.num_lanes, rank, world_size)
         self.damaged: dict[str, int] = {}
         self.dropped_boxes = 0
-        self._damages: dict[int, Damage] = {}
+        self.damages: dict[int, Damage] = {}
         self._max_damaged = split.max_damaged
         self._workers = workers
         self._group_bytes = group_bytes(images_per_gpu, largest_plan(resize), with_masks=with_masks)
@@ -206,18 +207,23 @@ class TrainStream:
         """Count what a group reports; too many damaged samples are an error."""
         self.dropped_boxes += num_dropped(packed)
         for damage in packed.notes:
-            if damage.row in self._damages:
+            if damage.row in self.damages:
                 continue
-            self._damages[damage.row] = damage
+            self.damages[damage.row] = damage
             self.damaged[damage.kind] = self.damaged.get(damage.kind, 0) + 1
             logger.warning("damaged sample replaced by another one: %s", damage.message)
-        if len(self._damages) > self._max_damaged:
-            messages = [f"\n  {damage.message}" for damage in self._damages.values()]
+        if len(self.damages) > self._max_damaged:
+            messages = (damage.message for damage in self.damages.values())
             raise ShardError(
-                f"{self._groups.shards.folder}: {len(messages)} damaged training samples, "
+                f"{self._groups.shards.address}: {len(self.damages)} damaged training samples, "
                 f"data.train.max_damaged allows {self._max_damaged}. Repair the shards or raise "
-                f"the limit. The first ones:{''.join(messages[:LISTED_DAMAGES])}"
+                f"the limit. The first ones:{list_damages(messages)}"
             )
+
+
+def list_damages(messages: Iterable[str]) -> str:
+    """Return the lines of an error that name the first damaged samples."""
+    return "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
 
 
 def open_train_stream(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -16,7 +17,7 @@ from bigdet import distributed
 from bigdet.config.derived import num_lanes
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
-from bigdet.data.stream import TrainStream
+from bigdet.data.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, EngineState, StepResult
 from bigdet.log import MetricsWriter
 from bigdet.models import norms
@@ -25,7 +26,7 @@ from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
 from bigdet.training import measuring, optim, saving
 from bigdet.training.metrics import StepMeter, mean_losses, progress_line
-from bigdet.training.prefetch import OnDevice, prefetch
+from bigdet.training.prefetch import prefetch
 from bigdet.training.state import RunState
 from bigdet.training.stopping import stop_requested
 
@@ -66,7 +67,7 @@ class Run:
             logger.info(
                 "%s: %s images, %s instances, %d categories, %d shards in %s",
                 what, f"{len(shards):,}", f"{shards.manifest.instances:,}", shards.num_classes,
-                len(shards.manifest.shards), shards.folder,
+                len(shards.manifest.shards), shards.address,
             )  # fmt: skip
         engine = self.config.engine
         logger.info(
@@ -124,7 +125,7 @@ class PhaseTrainer:
         Raises:
             SharedError: too many steps were not finite, or too many samples damaged.
         """
-        state, batches = self.state, prefetch(self.stream, self.device)
+        state, batches = self.state, iter(self.stream)
         if state.needs_evaluation and not self._evaluate():  # interrupted before or in it
             return self._stop()
         while state.step < self.phase.steps:
@@ -152,20 +153,22 @@ class PhaseTrainer:
         logger.info("stopped on request at %s; start again to go on", self.state.position)
         return False
 
-    def _step(self, batches: Iterator[OnDevice]) -> tuple[StepResult, float]:
+    def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
         """Take one optimizer step; return what it saw and its learning rate."""
         started = time.perf_counter()
+        with distributed.together():  # a shard that one rank cannot get ends the run on all
+            micro_batches = list(islice(batches, len(self.stream.lanes)))
+            data_seconds = time.perf_counter() - started
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
-        drawn = _Drawn(islice(batches, len(self.stream.lanes)))
-        result = self.engine.train_step(drawn)
+        result = self.engine.train_step(prefetch(micro_batches, self.device))
         self.state.step += 1
         self.state.total_steps += 1
         if result.is_finite:
             norms.update_running_statistics(self.detector)
         else:
-            self._note_bad_step(drawn.batches)
-        self.meter.add(drawn.batches, time.perf_counter() - started, drawn.wait_seconds)
+            self._note_bad_step(micro_batches)
+        self.meter.add(micro_batches, time.perf_counter() - started, data_seconds)
         return result, lr
 
     def _note_bad_step(self, micro_batches: Sequence[Batch]) -> None:
@@ -187,7 +190,7 @@ class PhaseTrainer:
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Write one line for people and one object for machines (a collective)."""
-        self.meter.sync(self.state, self.stream.damaged)
+        self.meter.sync(self.state, self.stream.damages)
         self._check_damage()
         seen = {f"seen/{name}": value for name, value in asdict(self.state.seen).items()}
         values: dict[str, Any] = {
@@ -209,10 +212,13 @@ class PhaseTrainer:
         """Stop on all ranks when too many training samples had to be replaced."""
         total, train = sum(self.state.damaged.values()), self.config.data.train
         if total > train.max_damaged:
+            messages = {row: damage.message for row, damage in self.stream.damages.items()}
+            listed = dict(ChainMap(*distributed.all_gather_objects(messages)))
             raise distributed.SharedError(
                 f"{train.shards}: {total} damaged samples had to be replaced "
                 f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
-                f"The logs name them; tools/check_shards.py lists all that is damaged."
+                f"Repair the shards or raise the limit; tools/check_shards.py lists all that is "
+                f"damaged. The first ones:{list_damages(listed[row] for row in sorted(listed))}"
             )
 
     def _evaluate(self) -> bool:
@@ -257,34 +263,9 @@ class PhaseTrainer:
 
     def _save(self) -> None:
         """Write a checkpoint of this moment (a collective)."""
-        self.meter.sync(self.state, self.stream.damaged)
+        self.meter.sync(self.state, self.stream.damages)
         run = self.run
         saving.save_checkpoint(self.config, run.run_dir, self.engine, run.train_set, self.state)
-
-
-class _Drawn:
-    """The micro-batches of one step, drawn one at a time while the step is computed.
-
-    Attributes:
-        batches: those drawn so far, on the host.
-        wait_seconds: time spent waiting for them.
-    """
-
-    def __init__(self, source: Iterator[OnDevice]) -> None:
-        self._source = source
-        self.batches: list[Batch] = []
-        self.wait_seconds = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            started = time.perf_counter()
-            drawn = next(self._source, None)
-            self.wait_seconds += time.perf_counter() - started
-            if drawn is None:
-                return
-            batch, on_device = drawn
-            self.batches.append(batch)
-            yield on_device
 
 
 def _is_due(step: int, every: int | None) -> bool:

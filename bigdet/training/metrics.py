@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigdet import distributed
+from bigdet.data.samples import Damage
 from bigdet.structures import Batch
 from bigdet.training.state import RunState
 
@@ -28,7 +28,6 @@ class StepMeter:
         self._interval_steps = 0
         self._interval = torch.zeros(3, dtype=torch.float64)  # images, step and data seconds
         self._unsynced = torch.zeros(4, dtype=torch.float64)  # images, instances, pixels, seconds
-        self._damaged: Counter[str] = Counter()  # of all ranks, since this process started
 
     def add(self, micro_batches: Sequence[Batch], step_seconds: float, data_seconds: float) -> None:
         """Count one step of this rank; the batches are on the host, so nothing waits.
@@ -44,12 +43,12 @@ class StepMeter:
         self._unsynced += torch.cat([counts, seconds[:1]])
         self._interval_steps += 1
 
-    def sync(self, state: RunState, damaged: Mapping[str, int]) -> None:
+    def sync(self, state: RunState, damages: Mapping[int, Damage]) -> None:
         """Add what all ranks have seen since the last time to the state (a collective).
 
         Args:
             state: changed in place.
-            damaged: samples that this rank's stream has replaced so far, by kind.
+            damages: what this rank's stream has replaced so far, by row.
         """
         images, instances, pixels, seconds = distributed.sum_over_ranks(self._unsynced).tolist()
         state.seen.images += round(images)
@@ -57,10 +56,11 @@ class StepMeter:
         state.seen.pixels += round(pixels)
         state.seen.gpu_seconds += seconds
         self._unsynced.zero_()
-        of_all_ranks = sum(map(Counter, distributed.all_gather_objects(dict(damaged))), Counter())
-        new = of_all_ranks - self._damaged
-        self._damaged = of_all_ranks
-        state.damaged = dict(Counter(state.damaged) + new)
+        kinds = {row: damage.kind for row, damage in damages.items()}
+        for found in distributed.all_gather_objects(kinds):
+            for row in sorted(found.keys() - set(state.damaged_rows)):
+                state.damaged[found[row]] = state.damaged.get(found[row], 0) + 1
+                state.damaged_rows.append(row)
 
     def rates(self) -> dict[str, float]:
         """Return speed and memory of the interval since the last call (a collective)."""

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
     "output", "resume", "data.train.shards", "data.train.more_shards", "data.train.subset.ids",
-    "data.val.shards", "data.workers", "data.train.max_damaged", "engine.kind",
+    "data.val.shards", "data.cache", "data.workers", "data.train.max_damaged", "engine.kind",
     "engine.zero_stage", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
@@ -40,14 +40,16 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
     if train_names != val_names:
         differing = sorted(set(train_names) ^ set(val_names)) or ["the order"]
         raise ConfigError(
-            f"data.val.shards: {val_set.folder} has other categories than {train_set.folder}: "
+            f"data.val.shards: {val_set.address} has other categories than {train_set.address}: "
             f"{', '.join(differing[:5])}. Make both with the same list of categories."
         )
+    for shards in (train_set, val_set):
+        shards.check_random_reads()
     if not len(val_set):
-        raise ConfigError(f"data.val.shards: {val_set.folder} has no images.")
+        raise ConfigError(f"data.val.shards: {val_set.address} has no images.")
     if config.model.detector == "mask_rcnn" and not (train_set.index["flags"] & FLAG_MASKS).any():
         raise ConfigError(
-            f"model.detector: mask_rcnn needs masks, but {train_set.folder} has none. Write "
+            f"model.detector: mask_rcnn needs masks, but {train_set.address} has none. Write "
             f"faster_rcnn, or make shards from annotations with segmentations."
         )
 

@@ -36,6 +36,7 @@ class RunState:
         needs_evaluation: the evaluation due at this step was not done yet.
         bad_steps: steps skipped because a loss or gradient was not finite.
         damaged: damaged training samples that were replaced, by kind, over all ranks.
+        damaged_rows: which ones, so that no rank, phase or resumed run counts one again.
         best_ap: highest box AP of an evaluation so far, in [0, 1]; None before the first.
         best_checkpoint: name of the checkpoint that has it.
         stream: what ``step`` is relative to in the order of the data.
@@ -48,6 +49,7 @@ class RunState:
     needs_evaluation: bool = False
     bad_steps: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
+    damaged_rows: list[int] = field(default_factory=list)
     best_ap: float | None = None
     best_checkpoint: str | None = None
     stream: dict[str, Any] = field(default_factory=dict)

@@ -29,12 +29,12 @@ def call(*words, ranks=None):
     )  # fmt: skip
 
 
-def test_command_prints_a_table_and_writes_the_same_numbers_on_one_and_two_ranks(
+def test_command_gives_the_same_table_and_numbers_on_two_ranks_and_remote_shards(
     run_and_shards, tmp_path
 ):
     model, val = run_and_shards
-    words = ["--local_rank=0", model, "--shards", val.folder, "data.workers=0", "--out"]
-    one = call(*words, tmp_path / "one.json")
+    words = ["--local_rank=0", model, "data.workers=0", f"data.cache.folder={tmp_path}/cache"]
+    one = call(*words, "--shards", val.folder, "--out", tmp_path / "one.json")
     assert one.returncode == 0, one.stderr
     lines = one.stdout.splitlines()
     assert lines[0].split() == list(METRICS)
@@ -45,7 +45,8 @@ def test_command_prints_a_table_and_writes_the_same_numbers_on_one_and_two_ranks
     assert list(metrics["segm"]) == list(METRICS)
     assert list(metrics["per_class"]["bbox"]) == [category.name for category in val.categories]
 
-    two = call(*words, tmp_path / "two.json", ranks=2)
+    address = f"pipe:cat {val.folder}/{{}}"
+    two = call(*words, "--shards", address, "--out", tmp_path / "two.json", ranks=2)
     assert two.returncode == 0, two.stderr
     assert json.loads((tmp_path / "two.json").read_text()) == metrics
     assert two.stdout == one.stdout

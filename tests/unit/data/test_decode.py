@@ -78,6 +78,50 @@ def test_what_is_no_image_is_refused(data):
         decode_image(data)
 
 
+def test_stray_bytes_before_a_marker_are_left_out():
+    data = encode(gradient(), "JPEG", optimize=True)
+    found = decode_image(data[:-2] + b"\x12\x34\x56" + data[-2:])  # simplejpeg refuses this
+    torch.testing.assert_close(found, as_pillow_sees(data), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(0.0, 1.0), (0.5, 1.0), (0.3, 0.6)], ids=["all", "rest", "middle"]
+)
+@pytest.mark.parametrize("options", [{"quality": 95}, {"optimize": True}, {"progressive": True}])
+@pytest.mark.parametrize("has_end", [True, False])
+def test_zeros_in_place_of_compressed_data_are_refused(options, first, last, has_end):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), "JPEG", **options)
+    scan = data.index(b"\xff\xda") + 14
+    length = len(data) - 2 - scan
+    start, stop = scan + int(first * length), scan + int(last * length)
+    damaged = data[:start] + bytes(stop - start) + data[stop:]
+    with pytest.raises(ValueError, match=r"."):
+        decode_image(damaged if has_end else damaged[:-2])
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
+@pytest.mark.parametrize("color", [(255, 255, 255), (0, 0, 0), (10, 200, 90)])
+def test_zeros_that_are_a_flat_picture_are_no_damage(options, color):
+    image = Image.new("RGB", (640, 480), color)
+    image.paste(gradient(), (300, 200))
+    data = encode(image, "JPEG", **options)
+    assert (bytes(64) in data) == bool(options)  # not with the standard code tables
+    torch.testing.assert_close(decode_image(data), as_pillow_sees(data), rtol=0, atol=1)
+
+
+def test_zeros_in_the_headers_are_no_damage():
+    data = encode(gradient(), "JPEG", optimize=True, exif=b"Exif\0\0" + bytes(500))
+    found = decode_image(data[:-2] + b"\x12\x34\x56" + data[-2:])
+    torch.testing.assert_close(found, as_pillow_sees(data), rtol=0, atol=1)
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # it has 600
+    with pytest.raises(ValueError, match="too large to be decoded: Image size"):
+        decode_image(encode(gradient(), "PNG"))
+
+
 def test_of_sixteen_bits_the_upper_eight_are_kept():
     # Pillow's own conversion would cut all above 255 to white. 5000 = 19 x 256 + 136.
     data = encode(Image.fromarray(np.full((4, 4), 5000, dtype=np.uint16)), "PNG")

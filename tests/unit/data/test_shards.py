@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from bigdet.data import shards as shards_module
+from bigdet.data import tars as tars_module
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shard_writer import UNFINISHED, ShardWriter, image_flags
 from bigdet.data.shards import (
@@ -226,7 +226,7 @@ def test_a_tar_is_closed_before_it_grows_beyond_the_limit(tmp_path: Path) -> Non
 
 
 def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(tars_module, "MAX_OPEN_FILES", 2)
     large = encode("JPEG") + bytes(900_000)
     with writer_for(tmp_path, shard_megabytes=1) as writer:
         for image_id in range(5):
@@ -301,6 +301,7 @@ def test_images_that_do_not_decode_or_are_of_another_size_are_found(tmp_path: Pa
 
 def test_counts_that_differ_from_the_manifest_are_found(folder: Path) -> None:
     values = json.loads((folder / "manifest.json").read_text())
+    del values["sha256"]  # as in sets of older versions
     values["instances"] += 1
     values["shards"][0]["samples"] = 5
     (folder / "manifest.json").write_text(json.dumps(values))

@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
+from bigdet.data.samples import Damage
 from bigdet.training.metrics import StepMeter, clock, mean_losses, progress_line
 from bigdet.training.state import RunState
 from tests.unit.models.scenes import make_scene
@@ -18,10 +19,14 @@ def a_batch():
     return dataclasses.replace(batch, targets=targets, weights=weights)
 
 
+def damages(*rows: int, kind: str = "undecodable") -> dict[int, Damage]:
+    return {row: Damage(row, kind, f"row {row} is bad") for row in rows}
+
+
 def test_masked_slots_and_crowds_are_not_counted():
     meter, state = StepMeter(), RunState("train")
     meter.add([a_batch(), a_batch()], step_seconds=2.0, data_seconds=0.5)
-    meter.sync(state, {"undecodable": 1})
+    meter.sync(state, damages(7))
     # Of each batch: 2 images that count, objects 1 + 1 (one is crowd), pixels 30x40 + 20x40.
     assert state.seen.images == 4
     assert state.seen.instances == 4
@@ -31,13 +36,17 @@ def test_masked_slots_and_crowds_are_not_counted():
 
 
 def test_syncing_twice_counts_once_and_a_resumed_run_counts_on():
-    meter, state = StepMeter(), RunState("train", damaged={"undecodable": 5})
+    meter = StepMeter()
+    state = RunState("train", damaged={"undecodable": 2}, damaged_rows=[3, 4])
     meter.add([a_batch()], 1.0, 0.0)
-    meter.sync(state, {"undecodable": 1})
-    meter.sync(state, {"undecodable": 1})
-    meter.sync(state, {"undecodable": 2, "wrong_size": 1})
+    meter.sync(state, damages(5))
+    meter.sync(state, damages(5))
+    meter.sync(state, damages(5, 3) | damages(6, kind="wrong_size"))  # 3 was found before
     assert state.seen.images == 2
-    assert Counter(state.damaged) == {"undecodable": 7, "wrong_size": 1}
+    assert Counter(state.damaged) == {"undecodable": 3, "wrong_size": 1}
+    assert sorted(state.damaged_rows) == [3, 4, 5, 6]
+    StepMeter().sync(state, damages(4, 5))  # another phase, another stream
+    assert sum(state.damaged.values()) == 4
 
 
 def test_rates_are_of_the_interval():

@@ -1,8 +1,6 @@
-"""Batches reach the device in order, none ahead of time on the CPU."""
+"""The batches of a step reach the device in order."""
 
 from __future__ import annotations
-
-from itertools import islice
 
 import pytest
 import torch
@@ -24,31 +22,20 @@ def batch(number):
     )  # fmt: skip
 
 
-def batches(taken, count=5):
-    for number in range(count):
-        taken.append(number)
-        yield batch(number)
-
-
-def test_on_a_cpu_nothing_is_taken_ahead():
-    taken = []
-    found = list(islice(prefetch(batches(taken), torch.device("cpu")), 2))
-    assert taken == [0, 1]
-    assert [moved.seed for _, moved in found] == [0, 1]
-    assert all(torch.equal(host.images, moved.images) for host, moved in found)
+def test_on_a_cpu_batches_stay_as_they_are():
+    batches = [batch(number) for number in range(3)]
+    found = list(prefetch(batches, torch.device("cpu")))
+    assert all(one is other for one, other in zip(found, batches, strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_one_batch_more_is_on_its_way():
-    taken = []
-    moved = prefetch(batches(taken), torch.device("cuda"))
-    next(moved)
-    assert taken == [0, 1]
-    for number, (host, device) in enumerate(moved, start=1):
-        assert device.images.is_cuda
-        assert device.targets.boxes.is_cuda
-        assert host.seed == number
-        assert (device.images == number).all()
-        assert (device.targets.boxes == number).all()
-    assert number == 4
+def test_on_a_gpu_batches_arrive_whole_and_in_order():
+    for count in (1, 5):
+        batches = [batch(number) for number in range(count)]
+        for number, moved in enumerate(prefetch(batches, torch.device("cuda"))):
+            assert moved.seed == number
+            assert moved.images.is_cuda
+            assert (moved.images == number).all()
+            assert (moved.targets.boxes == number).all()
+        assert number == count - 1

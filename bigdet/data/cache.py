@@ -1,0 +1,164 @@
+"""A folder of fetched files that all processes and runs of a host share, within a budget.
+
+Whoever needs a file that is absent takes the file's lock, so that it is fetched once and the others
+wait. It is written as ``NAME.part`` and renamed when complete and checked: what a killed process
+leaves is never used. To make room, the files go that were used longest ago; a file that a process
+has open is in use (it holds a shared lock on it) and stays.
+
+    FOLDER/sets/HASH/            manifest.json and index.npy of a shard set; not part of the budget
+    FOLDER/shards/HASH           a shard, or a run of bytes of one; HASH is of the full address
+    FOLDER/shards/HASH.part      being fetched, of full size from the start, to reserve the space
+    FOLDER/shards/HASH.lock      who holds its lock fetches
+    FOLDER/shards/lock           who holds its lock makes room
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+logger = logging.getLogger(__name__)
+
+_PART, _LOCK = ".part", ".lock"
+Fill = Callable[[IO[bytes]], object]
+
+
+def name_of(*parts: object) -> str:
+    """Return the name of a cached file by what tells it from all others: its address and so on."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+class Cache:
+    """The files, opened by name.
+
+    Args:
+        folder: made if absent.
+        limit_bytes: of all files together. It is exceeded, with a warning, rather than that
+            processes wait for each other to close what they have open.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._is_warned = False
+
+    def open(self, name: str, size: int, fill: Fill) -> int:
+        """Return a file descriptor of a file, for reading; it is in use until that is closed.
+
+        Args:
+            name: of the file.
+            size: in bytes.
+            fill: writes an absent file.
+        """
+        path = self.folder / name
+        while (file := _open_for_use(path, size)) is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(path.with_name(name + _LOCK)):
+                if not _is_complete(path, size):
+                    self._make_room(path, size)
+                    write_whole(path, fill)
+        return file
+
+    def _make_room(self, path: Path, size: int) -> None:
+        """Delete what was used longest ago until a file fits, and reserve its space."""
+        with locked(self.folder / "lock"):
+            for leftover in (path, path.with_name(path.name + _PART)):
+                leftover.unlink(missing_ok=True)
+            used, old = 0, []
+            for other in self.folder.iterdir():
+                if other.suffix == _PART and _remove_leftover(other):
+                    continue
+                found = _stat(other) or _stat(other.with_suffix(""))  # a .part may be done by now
+                if found is None:
+                    continue
+                used += found.st_size
+                if not other.suffix and other.name != "lock":
+                    old.append((found.st_mtime_ns, other, found.st_size))
+            for _, other, other_size in sorted(old):
+                if used + size <= self.limit_bytes:
+                    break
+                if _remove_unused(other):
+                    used -= other_size
+            if used + size > self.limit_bytes and not self._is_warned:
+                self._is_warned = True
+                logger.warning(
+                    "%s: %.2f GiB are in use at a time, data.cache.gib allows %.2f; raise it",
+                    self.folder, (used + size) / 2**30, self.limit_bytes / 2**30,
+                )  # fmt: skip
+            with open(path.with_name(path.name + _PART), "wb") as part:
+                part.truncate(size)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, made if absent; other processes wait."""
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_whole(path: Path, fill: Fill) -> None:
+    """Write a file under the name ``.part`` and rename it when it is complete and on the disk."""
+    part = path.with_name(path.name + _PART)
+    try:
+        with open(part, "r+b" if part.exists() else "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _open_for_use(path: Path, size: int) -> int | None:
+    """Return the file descriptor of a complete file and mark it as used; None if it is absent."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(file, fcntl.LOCK_SH)
+    found = os.fstat(file)
+    if not found.st_nlink or found.st_size != size:  # deleted meanwhile, or cut by someone
+        os.close(file)
+        return None
+    os.utime(file)
+    return file
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat()
+    return None
+
+
+def _is_complete(path: Path, size: int) -> bool:
+    found = _stat(path)
+    return found is not None and found.st_size == size
+
+
+def _remove_unused(path: Path) -> bool:
+    """Delete a file unless a process has it open; say whether it is gone."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path.unlink()
+        return True
+
+
+def _remove_leftover(part: Path) -> bool:
+    """Delete a file whose writer was killed; say whether it is gone."""
+    with open(part.with_suffix(_LOCK), "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        part.unlink(missing_ok=True)
+        return True

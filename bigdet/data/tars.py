@@ -1,0 +1,197 @@
+"""The tars of a shard set as bytes: of a local folder, or from an address through the cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from bigdet.config.load import ConfigError
+from bigdet.config.schema import CacheConfig
+from bigdet.data.cache import Cache, locked, name_of, write_whole
+from bigdet.data.remote import RemoteFile, UnreachableError, fetch, file_address, is_remote, shown
+
+if TYPE_CHECKING:
+    from bigdet.data.shards import Shard
+
+MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
+RUN_BYTES = 8 << 20
+"""What is fetched at a time where shards are not fetched whole: some 50 photographs."""
+
+
+class Tars(Protocol):
+    """The tars of one set; opened when they are first read from."""
+
+    def read(self, shard: int, start: int, size: int) -> bytes:
+        """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when needed."""
+        ...
+
+
+class LocalTars:
+    """Reads the tars of a local folder.
+
+    Args:
+        paths: in order.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._files: dict[int, int] = {}
+
+    def read(self, shard: int, start: int, size: int) -> bytes:
+        """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
+        if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        return os.pread(self._files[shard], size, start)
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when needed."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+class CachedTars:
+    """Reads the tars of a remote shard set through the cache.
+
+    One file is open at a time, so that a process keeps one alone from being deleted.
+
+    Args:
+        files: the tars, in order, with their sizes.
+        cache: where they are kept.
+        run_bytes: fetch them in runs of so many bytes; None: whole.
+    """
+
+    def __init__(self, files: Sequence[RemoteFile], cache: Cache, run_bytes: int | None) -> None:
+        self._files = files
+        self._cache = cache
+        self._run_bytes = run_bytes
+        self._open: tuple[str, int] | None = None  # name and file descriptor
+
+    def read(self, shard: int, start: int, size: int) -> bytes:
+        """Return bytes of a tar, fewer where it ends; ``UnreachableError`` if it cannot be had."""
+        file = self._files[shard]
+        assert file.bytes is not None
+        if self._run_bytes is None:
+            return os.pread(self._descriptor(file, 0, file.bytes), size, start)
+        pieces = []
+        stop = min(start + size, file.bytes)
+        while start < stop:
+            run_start = start // self._run_bytes * self._run_bytes
+            run_stop = min(run_start + self._run_bytes, file.bytes)
+            count = min(stop, run_stop) - start
+            descriptor = self._descriptor(file, run_start, run_stop)
+            pieces.append(os.pread(descriptor, count, start - run_start))
+            start += count
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when needed."""
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
+
+    def _descriptor(self, file: RemoteFile, start: int, stop: int) -> int:
+        # The hash tells a shard from one that was there under the same address before.
+        name = name_of(file.address, file.sha256, start, stop)
+        if self._open is None or self._open[0] != name:
+            self.close()
+            part = (0, None) if stop - start == file.bytes else (start, stop)
+            try:
+                opened = self._cache.open(name, stop - start, lambda to: fetch(file, to, *part))
+            except UnreachableError:
+                raise
+            except OSError as error:  # no damage of a shard either
+                raise UnreachableError(f"the cache cannot be written: {error}") from error
+            self._open = (name, opened)
+        return self._open[1]
+
+
+def open_tars(path: str, shards: Sequence[Shard], config: CacheConfig) -> Tars:
+    """Return the reader of a set's tars.
+
+    Args:
+        path: folder or address of the set.
+        shards: the tars, in order.
+        config: of the cache, for an address.
+    """
+    if not is_remote(path):
+        return LocalTars([Path(path) / shard.file for shard in shards])
+    run_bytes = None if config.mode == "shards" else RUN_BYTES
+    largest = run_bytes or max(shard.bytes for shard in shards)
+    if _limit_bytes(config) < 2 * largest:
+        raise ConfigError(
+            f"data.cache.gib: found {config.gib}, but {shown(path)} is read in pieces of "
+            f"{largest / 2**30:.3f} GiB, of which two must fit. Raise it, or set "
+            f"data.cache.mode: ranges (pieces of {RUN_BYTES / 2**30:.3f} GiB)."
+        )
+    files = [
+        RemoteFile(file_address(path, shard.file), shard.bytes, shard.sha256) for shard in shards
+    ]
+    cache = Cache(_folder(config) / "shards", _limit_bytes(config))
+    return CachedTars(files, cache, run_bytes)
+
+
+def check_random_reads(path: str, shards: Sequence[Shard], config: CacheConfig) -> None:
+    """Raise ``ConfigError`` if reading in any order would fetch shards over and over.
+
+    Args: as for ``open_tars``.
+    """
+    num_bytes = sum(shard.bytes for shard in shards)
+    if is_remote(path) and num_bytes > _limit_bytes(config):
+        raise ConfigError(
+            f"data.cache.gib: found {config.gib}, but {shown(path)} is read in random order, so "
+            f"that its {num_bytes / 2**30:.3f} GiB would be fetched over and over. Raise it so "
+            "that they fit."
+        )
+
+
+def local_copy(path: str, config: CacheConfig) -> Path:
+    """Return the folder that holds manifest and index: the set's own, or that of the copies.
+
+    The manifest is asked for whenever a set is opened: so a set that was made anew at the same
+    address is noticed. The index is fetched once per host.
+
+    Args:
+        path: folder or address of the set.
+        config: of the cache, for an address.
+    """
+    if not is_remote(path):
+        return Path(path)
+    content = io.BytesIO()
+    fetch(RemoteFile(file_address(path, "manifest.json")), content)
+    text = content.getvalue()
+    folder = _folder(config) / "sets" / name_of(path, text)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = RemoteFile(file_address(path, "index.npy"), sha256=_index_sha256(text))
+    with locked(folder / "lock"):
+        if not (folder / "manifest.json").exists():
+            write_whole(folder / "index.npy", lambda file: fetch(index, file))
+            write_whole(folder / "manifest.json", lambda file: file.write(text))
+    return folder
+
+
+def _index_sha256(manifest: bytes) -> str | None:
+    """Return what a manifest says of the index; nothing if it makes no sense, told by others."""
+    try:
+        values = json.loads(manifest)
+    except ValueError:
+        return None
+    return values.get("index_sha256") if isinstance(values, dict) else None
+
+
+def _folder(config: CacheConfig) -> Path:
+    return Path(config.folder).expanduser()
+
+
+def _limit_bytes(config: CacheConfig) -> int:
+    return round(config.gib * 2**30)
