@@ -23,6 +23,7 @@ from safetensors import safe_open
 from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
+from bigdet.config.derived import plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.mix import with_categories
@@ -32,7 +33,6 @@ from bigdet.evaluation.predict import predict_split
 from bigdet.log import setup_logging
 from bigdet.models.detector import Detector
 from bigdet.models.weights import find_weights, load_detector
-from bigdet.ops.resize import plan_of
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     detector.box_head.config = config.model.roi
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
-        detector.test_size = plan_of(resize.kind, resize.size, resize.cap)
+        detector.test_size = plan_of(resize)
     device = distributed.device()
     logger.info(
         "%s on %d images of %s: short side %d, long side at most %d, %d ranks on %s",

@@ -55,6 +55,9 @@ class Targets:
         is_crowd: ``(M,)`` bool; a crowd region is not an object to find.
         offsets: ``(B + 1,)`` int64: image b has rows ``offsets[b]:offsets[b + 1]``.
         masks: the objects' masks, or None where the model has no use for them.
+        keypoints: ``(M, K, 3)`` float32 x, y, visibility: pixels of the canvas, the center of the
+            first one at 0.5, and 0 not labelled or out of view (x and y are 0 too), 1 labelled but
+            hidden, 2 visible. None where the model has no use for them.
     """
 
     boxes: Tensor
@@ -62,6 +65,7 @@ class Targets:
     is_crowd: Tensor
     offsets: Tensor
     masks: Masks | None = None
+    keypoints: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,15 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on ``device``; copies from pinned memory overlap."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory from being used again before the work queued on a stream is done."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        _map_tensors(self, record)
 
 
 @dataclass(frozen=True)

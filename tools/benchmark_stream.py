@@ -1,8 +1,11 @@
-"""How fast the training stream is, per worker, beside decoding and resizing the same images.
+"""How fast the training stream is, beside decoding the same images and beside other loaders.
 
-``ratio`` is the stream's images per second and worker over those of one thread that only decodes
-the same files and resizes them. What a phase takes from the stream is everything: reading, order,
-boxes, masks, the canvas, and the way from the loader process.
+All numbers are images per second of CPU time, so that other processes of the machine count little:
+of this process for what runs here, of the loader processes for what runs there. What a phase takes
+from the stream is everything: reading, order, boxes, masks, the canvas, and the way from the loader
+process. Beside it, in turn: decoding the same files and nothing else; decoding and resizing them;
+webdataset with Pillow (decode and resize, no objects); torchvision's CocoDetection with its v2
+transforms in a DataLoader (resize, flip, boxes, masks where the model has them).
 """
 
 from __future__ import annotations
@@ -10,23 +13,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
+import multiprocessing
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.transforms import v2
 
+from bigdet.config.derived import plan_of
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
-from bigdet.data.shards import ShardSet
+from bigdet.data.shards import Sample, ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
-from bigdet.ops.resize import plan_of, resize_image, test_size
+from bigdet.ops.resize import resize_image, test_size
 
-ROUNDS = (
-    5  # of each measurement in turn, as the speed of a shared machine drifts; the median counts
-)
+ROUNDS = 5
+"""Of each measurement in turn, as the speed of a shared machine drifts; the median counts."""
+
+Plan = tuple[int, int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,79 +49,192 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", help="default: the first of the config")
     parser.add_argument("--images", type=int, default=300, help="per measurement; default 300")
     parser.add_argument("--workers", type=int, help="loader processes; default data.workers")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure; return images per second of each."""
+    """Measure; return images per CPU second of each, ratios, and seconds to the first batch."""
     torch.set_num_threads(1)  # as in a loader process
     name = arguments.phase or next(iter(config.phases))
     if name not in config.phases:
         raise ValueError(f"--phase {name}: the config has {', '.join(config.phases)}.")
     phase = config.phases[name]
     workers = config.data.workers if arguments.workers is None else arguments.workers
-    data = dataclasses.replace(config.data, workers=workers)
-    stream = open_train_stream(
-        ShardSet(data.train.shards),
-        data,
-        phase,
-        name=name,
-        with_masks=config.model.detector == "mask_rcnn",
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-    )
+    with_masks = config.model.detector == "mask_rcnn"
+
+    def open_stream(workers: int) -> TrainStream:
+        data = dataclasses.replace(config.data, workers=workers)
+        return open_train_stream(
+            ShardSet(data.train.shards), data, phase, name=name, with_masks=with_masks,
+            seed=config.seed, rank=0, world_size=1,
+        )  # fmt: skip
+
     num_groups = max(1, arguments.images // phase.images_per_gpu)
-    files = _files(stream, data.train.shards, num_groups)
-    plan = plan_of(phase.resize.kind, phase.resize.size, phase.resize.cap)
+    samples = _samples(open_stream(0), ShardSet(config.data.train.shards), num_groups)
+    files = [sample.image_bytes for sample in samples]
+    plan = plan_of(phase.resize)
     measured: dict[str, Callable[[], float]] = {
-        "decode": lambda: _rate(files, lambda file: decode_image(file)),
-        "decode_and_resize": lambda: _rate(files, lambda file: _decode_and_resize(file, plan)),
-        "stream": lambda: _stream_rate(stream, num_groups) / max(1, workers),
+        "decode": lambda: _rate(map(decode_image, files)),
+        "decode_and_resize": lambda: _rate(_decode_and_resize(file, plan) for file in files),
+        "stream": lambda: _stream_rate(open_stream(0), num_groups),
+        "webdataset_pillow": lambda: _rate(
+            islice(_webdataset(config.data.train.shards, plan), len(files))
+        ),
     }
-    rounds = [{what: measure() for what, measure in measured.items()} for _ in range(ROUNDS)]
+    if workers:
+        measured["stream_in_workers"] = lambda: _stream_rate(open_stream(workers), num_groups)
+    with tempfile.TemporaryDirectory() as folder:
+        if workers:
+            dataset = _torchvision_dataset(Path(folder), samples, plan, phase.flip, with_masks)
+            measured["torchvision_in_workers"] = lambda: _torchvision_rate(
+                dataset, phase.images_per_gpu, workers
+            )
+        rounds = [
+            {what: measure() for what, measure in measured.items()} for _ in range(arguments.rounds)
+        ]
     rates = {what: statistics.median(round_[what] for round_ in rounds) for what in measured}
-    ratios = [round_["stream"] / round_["decode_and_resize"] for round_ in rounds]
     return {
         "what": "stream",
         "phase": name,
         "resize": f"{phase.resize.kind} {phase.resize.size}",
         "workers": workers,
         "images": len(files),
-        "decode_images_per_second": round(rates["decode"], 1),
-        "decode_and_resize_images_per_second": round(rates["decode_and_resize"], 1),
-        "stream_images_per_second_per_worker": round(rates["stream"], 1),
-        "ratio": round(statistics.median(ratios), 3),
+        "first_batch_seconds": round(_first_batch_seconds(open_stream, workers), 3),
+        "images_per_cpu_second": {what: round(rate, 1) for what, rate in rates.items()},
+        "ratios": _ratios(rounds),
     }
 
 
-def _files(stream: TrainStream, folder: str, num_groups: int) -> list[bytes]:
-    """Return the image files of the groups that the stream is measured on."""
-    shards = ShardSet(folder)
+def _ratios(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the medians of the stream's rates over those of the same round."""
+    pairs = [
+        ("stream", "decode_and_resize"),
+        ("stream", "webdataset_pillow"),
+        ("stream_in_workers", "decode_and_resize"),
+        ("stream_in_workers", "torchvision_in_workers"),
+    ]
+    return {
+        f"{ours}/{other}": round(statistics.median(one[ours] / one[other] for one in rounds), 3)
+        for ours, other in pairs
+        if ours in rounds[0]
+    }
+
+
+def _samples(stream: TrainStream, shards: ShardSet, num_groups: int) -> list[Sample]:
+    """Return the samples of the groups that the stream is measured on."""
     row_of = {int(image_id): row for row, image_id in enumerate(shards.index["image_id"])}
     # The stream's first group is not measured.
     keys = ((1 + i // len(stream.lanes), i % len(stream.lanes)) for i in range(1, num_groups + 1))
     ids = [image_id for step, lane in keys for image_id in stream.group_ids(step, lane)]
-    return [shards.read(row_of[image_id]).image_bytes for image_id in ids if image_id is not None]
+    return [shards.read(row_of[image_id]) for image_id in ids if image_id is not None]
 
 
-def _decode_and_resize(file: bytes, plan: tuple[int, int]) -> None:
+def _rate(images: Iterator[object]) -> float:
+    """Return images per CPU second of this process, over all of an iterator."""
+    start = time.process_time()
+    count = sum(1 for _ in images)
+    return count / (time.process_time() - start)
+
+
+def _decode_and_resize(file: bytes, plan: Plan) -> torch.Tensor:
     image = decode_image(file)
-    resize_image(image, test_size(image.shape[1], image.shape[2], *plan))
-
-
-def _rate(files: Sequence[bytes], work: Callable[[bytes], object]) -> float:
-    """Return images per second of ``work`` on each file."""
-    start = time.perf_counter()
-    for file in files:
-        work(file)
-    return len(files) / (time.perf_counter() - start)
+    return resize_image(image, test_size(image.shape[1], image.shape[2], *plan))
 
 
 def _stream_rate(stream: TrainStream, num_groups: int) -> float:
-    """Return images per second of the stream with all its processes."""
+    """Return images per CPU second of the stream: of its processes, or of this one without."""
     with contextlib.closing(stream):
         batches = iter(stream)
         next(batches)  # the clock starts when the processes run
-        start = time.perf_counter()
+        start = _cpu_seconds()
         num_images = sum(len(batch.images) for batch in islice(batches, num_groups))
-        return num_images / (time.perf_counter() - start)
+        return num_images / (_cpu_seconds() - start)
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time so far of this process's children, or of itself if it has none."""
+    children = multiprocessing.active_children()
+    if not children:
+        return time.process_time()
+    ticks = 0
+    for child in children:
+        # The name, in brackets, may hold blanks; user and system time are 12th and 13th after it.
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _first_batch_seconds(open_stream: Callable[[int], TrainStream], workers: int) -> float:
+    """Return seconds from opening the shards to the first batch."""
+    start = time.perf_counter()
+    with contextlib.closing(open_stream(workers)) as stream:
+        next(iter(stream))
+        return time.perf_counter() - start
+
+
+def _webdataset(folder: str, plan: Plan) -> Iterator[torch.Tensor]:
+    """Yield the images of the shards as webdataset and Pillow give them, endlessly."""
+    tars = [str(path) for path in sorted(Path(folder).glob("*.tar"))]
+
+    def resize(sample: dict[str, Any]) -> torch.Tensor:
+        image: Image.Image = next(sample[key] for key in ("jpg", "png", "webp") if key in sample)
+        height, width = test_size(image.height, image.width, *plan)
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        return v2.functional.pil_to_tensor(image)
+
+    dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+    yield from dataset.decode("pil").map(resize).repeat()
+
+
+def _torchvision_dataset(
+    folder: Path, samples: Sequence[Sample], plan: Plan, flip: float, with_masks: bool
+) -> Dataset[Any]:
+    """Write samples as COCO has them, and return torchvision's own data set of them."""
+    images, annotations = [], []
+    for number, sample in enumerate(samples):
+        record, name = sample.record, f"{number}.jpg"
+        (folder / name).write_bytes(sample.image_bytes)
+        size = {"height": record["height"], "width": record["width"]}
+        images.append({"id": number, "file_name": name, **size})
+        for found in record["annotations"]:
+            annotations.append(
+                {**found, "id": len(annotations) + 1, "image_id": number,
+                 "category_id": found["label"] + 1}
+            )  # fmt: skip
+    content = {"images": images, "annotations": annotations, "categories": []}
+    (folder / "annotations.json").write_text(json.dumps(content))
+    transforms = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomShortestSize(plan[0], max_size=plan[1]),
+            v2.RandomHorizontalFlip(flip),
+            v2.SanitizeBoundingBoxes(),
+        ]
+    )
+    with contextlib.redirect_stdout(None):  # pycocotools tells what it does
+        dataset = CocoDetection(
+            str(folder), str(folder / "annotations.json"), None, None, transforms
+        )
+    keys = {"boxes", "labels", "masks"} if with_masks else {"boxes", "labels"}
+    return wrap_dataset_for_transforms_v2(dataset, target_keys=keys)
+
+
+def _torchvision_rate(dataset: Dataset[Any], images_per_gpu: int, workers: int) -> float:
+    """Return images per CPU second of the loader processes, over all but the first batch."""
+    loader = DataLoader(
+        dataset, images_per_gpu, num_workers=workers, collate_fn=_as_lists, drop_last=True,
+        multiprocessing_context="fork",
+    )  # fmt: skip
+    batches = iter(loader)
+    # The processes end when they have nothing left to do: what they are asked last, they are
+    # asked before that.
+    next(batches)
+    start, count = _cpu_seconds(), 0
+    for _ in range(len(loader) - 1 - 2 * workers):
+        count += len(next(batches)[0])
+    return count / (_cpu_seconds() - start)
+
+
+def _as_lists(samples: list[Any]) -> tuple[list[Any], ...]:
+    """Return images and targets, as torchvision's detectors take them."""
+    return tuple(list(column) for column in zip(*samples, strict=True))

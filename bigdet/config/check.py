@@ -15,6 +15,8 @@ from typing import Any
 from bigdet.config.derived import (
     TRANSFORMERS,
     has_batch_norm,
+    is_square,
+    largest_plan,
     model_parts,
     parts_with_batch_norm,
     phase_source,
@@ -31,6 +33,19 @@ from bigdet.config.schema import (
 
 _STRIDE = 32
 _BACKBONE_STAGES = 5
+_RESIZE_KINDS = {
+    "cap": ("short_side", "stitcher"),
+    "sizes": ("short_side",),
+    "size_range": ("short_side",),
+    "divide_by": ("stitcher",),
+    "variant": ("direct",),
+    "scale_range": ("direct",),
+    "jitter_range": ("jitter",),
+}
+"""The kinds of resize that heed each option; ``size`` is for all."""
+_DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range")
+"""Options of a resize that only training heeds."""
+_MOSAIC_IMAGES = 4
 
 
 def check_config(config: RunConfig) -> None:
@@ -81,6 +96,8 @@ def _check_numbers(config: RunConfig) -> None:
         _not_negative(key, count)
     if config.evaluation.resize is not None:
         _check_resize("evaluation.resize", config.evaluation.resize)
+        for name in _DRAWN_RESIZE:
+            _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
 
 
 def check_train_split(split: TrainSplitConfig) -> None:
@@ -196,6 +213,7 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"images_per_gpu, {phase.images_per_gpu}."
         )
     _check_resize(f"{key}.resize", phase.resize)
+    _check_augment(key, phase, model)
     _check_schedule(key, phase)
     _check_norm_mode(key, phase, model)
     _check_start(key, phase, model, source)
@@ -203,18 +221,41 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
 
 def _check_resize(key: str, resize: ResizeConfig) -> None:
     _positive(f"{key}.size", resize.size)
-    if resize.kind == "direct":
-        _unused(key, resize, "cap", "is for kind: short_side")
+    for name, kinds in _RESIZE_KINDS.items():
+        if resize.kind not in kinds:
+            _unused(key, resize, name, f"is for kind: {' or '.join(kinds)}")
+    if is_square(resize):
         _require(resize.size % _STRIDE == 0, f"{key}.size", resize.size, f"a multiple of {_STRIDE}")
-        low, high = resize.scale_range
-        _require(
-            0 < low <= high, f"{key}.scale_range", resize.scale_range, "two numbers above 0, rising"
+    for name in ("scale_range", "jitter_range", "size_range"):
+        found = getattr(resize, name)
+        if found is not None:
+            expected = "two numbers above 0, rising"
+            _require(0 < found[0] <= found[1], f"{key}.{name}", found, expected)
+    if resize.sizes is not None:
+        is_list = bool(resize.sizes) and min(resize.sizes) > 0
+        _require(is_list, f"{key}.sizes", resize.sizes, "a list of numbers above 0")
+        _unused(key, resize, "size_range", "sizes says the same")
+    _require(resize.divide_by > 1, f"{key}.divide_by", resize.divide_by, "2 or more")
+    size = largest_plan(resize)[0] if resize.kind == "short_side" else resize.size
+    if resize.cap is not None and resize.cap < size:
+        raise ConfigError(f"{key}.cap: found {resize.cap}, expected at least size, {size}.")
+
+
+def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
+    augment = phase.augment
+    for name in ("color_jitter", "copy_paste", "mosaic"):
+        probability = getattr(augment, name)
+        _require(0 <= probability <= 1, f"{key}.augment.{name}", probability, "in [0, 1]")
+    if augment.copy_paste and "mask_head" not in model_parts(model):
+        raise ConfigError(
+            f"{key}.augment.copy_paste: objects are pasted as their masks are, but "
+            f"{model.detector} has no use for masks. Remove it, or choose mask_rcnn."
         )
-    else:
-        _unused(key, resize, "scale_range", "is for kind: direct")
-        if resize.cap is not None and resize.cap < resize.size:
+    for name, num_images in (("copy_paste", 2), ("mosaic", _MOSAIC_IMAGES)):
+        if getattr(augment, name) and phase.images_per_gpu < num_images:
             raise ConfigError(
-                f"{key}.cap: found {resize.cap}, expected at least size, {resize.size}."
+                f"{key}.augment.{name}: the other images come from the same group, so it needs "
+                f"images_per_gpu of at least {num_images}, found {phase.images_per_gpu}."
             )
 
 

@@ -7,6 +7,33 @@ from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConf
 TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
 """Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
 
+DEFAULT_CAP = (1333, 800)
+"""Longest long side, and the short side it goes with, in both papers; others in proportion."""
+
+
+def plan_of(resize: ResizeConfig) -> tuple[int, int]:
+    """Return how a resize looks at test time: short side and longest long side, pixels.
+
+    The square kinds bring the long side to ``size``, and keep the aspect ratio.
+    """
+    if is_square(resize):
+        return resize.size, resize.size
+    size, cap = resize.size, resize.cap
+    cap = cap if cap is not None else round(size * DEFAULT_CAP[0] / DEFAULT_CAP[1])
+    divisor = resize.divide_by if resize.kind == "stitcher" else 1
+    return size // divisor, cap // divisor
+
+
+def is_square(resize: ResizeConfig) -> bool:
+    """Tell whether training images are cropped or padded to (size, size)."""
+    return resize.kind in ("direct", "jitter")
+
+
+def largest_plan(resize: ResizeConfig) -> tuple[int, int]:
+    """Return the largest short side and long side, pixels, at which training sees an image."""
+    size, cap = plan_of(resize)
+    return max([size, *(resize.sizes or []), *(resize.size_range or [])]), cap
+
 
 def model_parts(model: ModelConfig) -> list[str]:
     """Return the parts of a detector, in the order in which data flows through them."""

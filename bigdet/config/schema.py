@@ -65,6 +65,9 @@ class TrainSplitConfig:
     """Train on images without objects too. The papers' code leaves them out."""
     max_damaged: int = 100
     """Damaged samples, over all ranks, that may be replaced before the run stops."""
+    scaled_decoding: bool = False
+    """Decode JPEGs of at least twice the size at which they are seen at 1/2, 1/4 or 1/8: faster,
+    but other pixels (README). Evaluation always decodes whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,16 +189,46 @@ class EngineConfig:
 class ResizeConfig:
     """The size at which a phase sees its images."""
 
-    kind: Literal["short_side", "direct"] = MISSING
-    """``short_side``: short side to ``size``, long side at most ``cap``. ``direct``: long side to
-    ``size`` times a random factor, then cropped or padded to (size, size); paper 2, section 3.2,
-    as released."""
+    kind: Literal["short_side", "direct", "stitcher", "jitter"] = MISSING
+    """``short_side``: short side to ``size``, long side at most ``cap``. ``direct``: scaled by a
+    random factor about ``size``, then cropped or padded to (size, size); paper 2, section 3.2.
+    ``stitcher``: as ``short_side``, then both sides divided by ``divide_by``; paper 2's other way.
+    ``jitter``: large-scale jitter: long side to ``size`` times a factor from ``jitter_range``,
+    then cropped or padded to (size, size); boxes that the crop cuts shrink to what is left of
+    their masks, where the model has masks."""
     size: int = MISSING
-    """Pixels: of the short side, or of the square."""
+    """Pixels: of the short side, or of the square. Also the size at test time."""
     cap: int | None = None
-    """Longest long side for ``short_side``, pixels. None: 1333 / 800 of ``size``."""
+    """Longest long side for ``short_side`` and ``stitcher``, pixels. None: 1333 / 800 of ``size``.
+    """
+    sizes: list[int] | None = None
+    """For ``short_side`` in training: the short side of each step is one of these, pixels. All
+    images of a step share it. None: ``size``."""
+    size_range: tuple[int, int] | None = None
+    """For ``short_side`` in training: the short side of each step is a number from the first to the
+    second, pixels. None: ``size``."""
+    divide_by: int = 2
+    """Of ``stitcher``: what both sides are divided by."""
+    variant: Literal["released", "paper"] = "released"
+    """Of ``direct`` in training. ``released``, as paper 2's code: the long side becomes ``size``
+    times the factor, the aspect ratio stays. ``paper``, as its text: both sides become that."""
     scale_range: tuple[float, float] = (0.8, 1.2)
     """Range of the random factor of ``direct`` in training; 1 at test time."""
+    jitter_range: tuple[float, float] = (0.1, 2.0)
+    """Range of the random factor of ``jitter`` in training; 1 at test time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training images beside scale, crop and flip: probabilities, 0 is off."""
+
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation of an image change by factors of 0.6 to 1.4."""
+    copy_paste: float = 0.0
+    """Some objects of another image of the group are pasted into an image, as their masks are."""
+    mosaic: float = 0.0
+    """An image is replaced by four at half their size side by side: itself and three others of its
+    group. Nothing is pasted into a mosaic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +259,8 @@ class PhaseConfig:
     """Size of the images."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Other random changes of the images."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: float = MISSING

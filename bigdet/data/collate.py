@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.data.transforms import Objects
+from bigdet.data.objects import Objects
 from bigdet.structures import Batch, Masks, Targets
 
 CANVAS_MULTIPLE = 32
@@ -49,8 +49,9 @@ class PackedGroup(NamedTuple):
 
     Attributes:
         images: ``(B, 3, H, W)`` uint8, channels_last memory.
-        floats: float32, flat: weights, boxes.
-        integers: int64, flat: ``B, M, 1 with masks, boxes dropped, seed``, sizes, ids, labels, ...
+        floats: float32, flat: weights, boxes, keypoints.
+        integers: int64, flat: ``B, M, 1 with masks, keypoints of an object or -1 without, boxes
+            dropped, seed``, sizes, ids, labels, ...
         bytes: uint8, flat: is_crowd, mask bits.
         notes: whatever else the sender has to say, small.
     """
@@ -62,7 +63,7 @@ class PackedGroup(NamedTuple):
     notes: list[Any]
 
 
-_HEAD = 5  # integers before the first array
+_HEAD = 6  # integers before the first array
 
 
 def canvas_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -85,7 +86,7 @@ def pack(
     """Pack a group.
 
     Args:
-        examples: at least one; all with masks or all without.
+        examples: at least one; all with masks or all without, keypoints likewise.
         canvas: height and width; None is the smallest that fits.
         seed: of the model's randomness, in ``[0, 2**63)``.
         notes: travel along as they are.
@@ -97,9 +98,11 @@ def pack(
     weights = np.array([example.weight for example in examples], dtype=np.float32)
     is_crowd = np.concatenate([found.is_crowd for found in objects])
     has_masks = objects[0].masks is not None
+    keypoints = [found.keypoints for found in objects if found.keypoints is not None]
+    num_keypoints = keypoints[0].shape[1] if keypoints else -1
     num_dropped = sum(found.num_dropped for found in objects)
     integers: list[Any] = [
-        [len(examples), len(boxes), has_masks, num_dropped, seed],
+        [len(examples), len(boxes), has_masks, num_keypoints, num_dropped, seed],
         sizes,
         [example.original_size for example in examples],
         [example.image_id for example in examples],
@@ -116,9 +119,10 @@ def pack(
         ]
         bits += [crop.reshape(-1) for crop in crops]
     flat = np.concatenate([np.asarray(part, dtype=np.int64).reshape(-1) for part in integers])
+    floats = [boxes, *keypoints]
     return PackedGroup(
         _lay_on_canvas([example.image for example in examples], canvas or canvas_size(sizes)),
-        torch.from_numpy(np.concatenate([weights, boxes.reshape(-1)])),
+        torch.from_numpy(np.concatenate([weights, *(part.reshape(-1) for part in floats)])),
         torch.from_numpy(flat),
         torch.from_numpy(np.concatenate(bits)),
         list(notes),
@@ -127,10 +131,13 @@ def pack(
 
 def _lay_on_canvas(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Return ``(B, 3, H, W)``: each image in the top left corner, zeros right and below."""
-    canvas = torch.zeros((len(images), *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    canvas = torch.empty((len(images), *size, 3), dtype=torch.uint8)
     for place, image in zip(canvas, images, strict=True):
-        place[:, : image.shape[1], : image.shape[2]] = image
-    return canvas
+        height, width = image.shape[1:]
+        place[:height, :width] = image.permute(1, 2, 0)
+        place[:height, width:] = 0
+        place[height:] = 0
+    return canvas.permute(0, 3, 1, 2)
 
 
 def group_bytes(num_images: int, plan: tuple[int, int], *, with_masks: bool) -> int:
@@ -147,17 +154,18 @@ def group_bytes(num_images: int, plan: tuple[int, int], *, with_masks: bool) -> 
 
 def num_dropped(packed: PackedGroup) -> int:
     """Return how many boxes of a group were dropped, as their crop does not show them."""
-    return int(packed.integers[3])
+    return int(packed.integers[4])
 
 
 def unpack(packed: PackedGroup) -> Batch:
     """Make a ``Batch`` of a packed group: views of the same memory, nothing is copied."""
-    num_images, num_objects, has_masks, _, seed = packed.integers[:_HEAD].tolist()
+    num_images, num_objects, has_masks, num_keypoints, _, seed = packed.integers[:_HEAD].tolist()
     lengths = [2 * num_images, 2 * num_images, num_images, num_images + 1, num_objects]
     if has_masks:
         lengths += [num_objects + 1, 2 * num_objects, 2 * num_objects]
     parts = torch.split(packed.integers[_HEAD:], lengths)
-    weights, boxes = torch.split(packed.floats, [num_images, 4 * num_objects])
+    num_floats = [num_images, 4 * num_objects, 3 * max(num_keypoints, 0) * num_objects]
+    weights, boxes, keypoints = torch.split(packed.floats, num_floats)
     masks = None
     if has_masks:
         bits = packed.bytes[num_objects:]
@@ -174,6 +182,7 @@ def unpack(packed: PackedGroup) -> Batch:
             is_crowd=packed.bytes[:num_objects].view(torch.bool),
             offsets=parts[3],
             masks=masks,
+            keypoints=keypoints.view(-1, num_keypoints, 3) if num_keypoints >= 0 else None,
         ),
         seed=seed,
     )

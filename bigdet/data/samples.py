@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.data.decode import decode_image
-from bigdet.data.shards import ShardError, ShardSet, UnavailableShardError
+from bigdet.data.decode import decode_image, stored_size
+from bigdet.data.shards import Sample, ShardError, ShardSet, UnavailableShardError
 
 
 class DamagedSampleError(ShardError):
@@ -45,21 +45,48 @@ def load_sample(shards: ShardSet, row: int) -> tuple[Tensor, dict[str, Any]]:
         DamagedSampleError: with shard, sample and offset.
         UnavailableShardError: the shard lies at an address and cannot be fetched.
     """
+    sample = read_sample(shards, row)
+    return decode_sample(shards, row, sample), sample.record
+
+
+def read_sample(shards: ShardSet, row: int) -> Sample:
+    """Return a sample as stored; ``DamagedSampleError`` with shard, sample and offset."""
     try:
-        sample = shards.read(row)
+        return shards.read(row)
     except UnavailableShardError:
         raise  # another sample in its place would be as far away
     except ShardError as error:
         raise DamagedSampleError(str(error), "unreadable") from error
+
+
+def decode_sample(
+    shards: ShardSet, row: int, sample: Sample, least_size: tuple[int, int] | None = None
+) -> Tensor:
+    """Return the image of a sample, whose stored size is checked against its record.
+
+    Args:
+        shards: the set that it is of.
+        row: of the sample.
+        sample: as stored.
+        least_size: height, width; the image may come smaller than it is stored, but not smaller
+            than this. None for the whole image.
+
+    Returns:
+        ``(3, H, W)`` uint8.
+
+    Raises:
+        DamagedSampleError: with shard, sample and offset.
+    """
     try:
-        image = decode_image(sample.image_bytes)
+        image = decode_image(sample.image_bytes, least_size)
+        found = image.shape[1:] if least_size is None else stored_size(sample.image_bytes)
     except ValueError as error:
         raise damaged(shards, row, "undecodable", f"cannot be decoded: {error}") from error
     expected = (sample.record["height"], sample.record["width"])
-    if tuple(image.shape[1:]) != expected:
-        what = f"is {tuple(image.shape[1:])}, height and width, its record says {expected}"
+    if tuple(found) != expected:
+        what = f"is {tuple(found)}, height and width, its record says {expected}"
         raise damaged(shards, row, "wrong_size", what)
-    return image, sample.record
+    return image
 
 
 def damaged(shards: ShardSet, row: int, kind: str, what: str) -> DamagedSampleError:

@@ -12,97 +12,33 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bigdet.config.schema import DataConfig, PhaseConfig, ResizeConfig, TrainSplitConfig
+from bigdet.config.derived import largest_plan
+from bigdet.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    PhaseConfig,
+    ResizeConfig,
+    TrainSplitConfig,
+)
 from bigdet.data.collate import Example, PackedGroup, group_bytes, num_dropped, pack, unpack
+from bigdet.data.groups import TrainGroups
 from bigdet.data.loader import Loader
+from bigdet.data.objects import Wanted, keypoint_order, no_objects
 from bigdet.data.order import Order, evaluation_groups, lanes_of_rank
 from bigdet.data.samples import (
     Damage,
-    DamagedSampleError,
     aspect_ratios,
-    damaged,
     load_sample,
 )
 from bigdet.data.selection import select
 from bigdet.data.shards import ShardError, ShardSet
-from bigdet.data.transforms import draw_view, no_objects, objects_in_view, whole_view
-from bigdet.ops.random import Words, seed_of
-from bigdet.ops.resize import plan_of
+from bigdet.data.views import whole_view
 from bigdet.structures import Batch
 
 logger = logging.getLogger(__name__)
 
-REPLACEMENT_TRIES = 100
-"""Samples that are tried in place of a damaged one before the set is given up."""
-
 LISTED_DAMAGES = 20
 """Damaged samples that the message of a run that stops for them names."""
-
-
-class _TrainGroups:
-    """Makes any group of a phase from nothing but its step and lane.
-
-    Args: see ``TrainStream``.
-    """
-
-    def __init__(
-        self, shards: ShardSet, rows: NDArray[np.int32], order: Order, resize: ResizeConfig,
-        flip: float, with_masks: bool, phase: str, seed: int,
-    ) -> None:  # fmt: skip
-        self.shards = shards
-        self.rows = rows
-        self.order = order
-        self._resize = resize
-        self._flip = flip
-        self._with_masks = with_masks
-        self._key = (seed, phase)
-
-    def read(self, key: tuple[int, int]) -> PackedGroup:
-        """Return the group of (step, lane)."""
-        step, lane = key
-        group = self.order.group(step, lane)
-        damages: list[Damage] = []
-        examples = [
-            self._sound_example(int(sample), int(copy), float(weight), group.pass_number, damages)
-            for sample, copy, weight in zip(group.samples, group.copies, group.weights, strict=True)
-        ]
-        canvas = (self._resize.size, self._resize.size) if self._resize.kind == "direct" else None
-        seed = seed_of("model", *self._key, step, lane)
-        return pack(examples, canvas=canvas, seed=seed, notes=damages)
-
-    def _sound_example(
-        self, sample: int, copy: int, weight: float, pass_number: int, damages: list[Damage]
-    ) -> Example:
-        """Return the example of a sample, or of one drawn in its place when it is damaged."""
-        row = int(self.rows[sample])
-        replacement_words: Words | None = None
-        for _ in range(REPLACEMENT_TRIES):
-            try:
-                return self._example(row, copy, weight, pass_number)
-            except DamagedSampleError as error:
-                damages.append(Damage(row, error.kind, str(error)))
-                if replacement_words is None:
-                    replacement_words = Words("replacement", *self._key, pass_number, row)
-                row = int(self.rows[replacement_words.integer(len(self.rows))])
-        raise ShardError(
-            f"{self.shards.address}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
-            f"last one: {damages[-1].message}"
-        )
-
-    def _example(self, row: int, copy: int, weight: float, pass_number: int) -> Example:
-        image, record = load_sample(self.shards, row)
-        copy_key = (copy,) if copy else ()  # a sample that comes again in a pass looks different
-        sample_words = Words("augmentation", *self._key, pass_number, row, *copy_key)
-        view = draw_view(record, self._resize, self._flip, sample_words)
-        try:
-            objects = objects_in_view(record["annotations"], view, with_masks=self._with_masks)
-        except ValueError as error:
-            raise damaged(self.shards, row, "bad_annotation", f"has an {error}") from error
-        size = (record["height"], record["width"])
-        return Example(view.move_image(image), size, record["image_id"], weight, objects)
 
 
 class TrainStream:
@@ -122,6 +58,8 @@ class TrainStream:
         resize: ResizeConfig,
         flip: float,
         with_masks: bool,
+        with_keypoints: bool = False,
+        augment: AugmentConfig | None = None,
         phase: str,
         seed: int,
         images_per_gpu: int,
@@ -140,6 +78,8 @@ class TrainStream:
             resize: of the phase.
             flip: probability of a horizontal flip.
             with_masks: give the targets' masks.
+            with_keypoints: give the targets' keypoints.
+            augment: of the phase; None for none.
             phase: name of the phase; another name is another order.
             seed: of the run.
             images_per_gpu: images of a batch.
@@ -172,15 +112,22 @@ class TrainStream:
                 f"Lower phases.{phase}.images_per_step or images_per_gpu, use fewer ranks, or "
                 f"more data."
             )
-        self._groups = _TrainGroups(shards, rows, order, resize, flip, with_masks, phase, seed)
+        wanted = Wanted(
+            masks=with_masks,
+            keypoint_order=keypoint_order(shards.categories) if with_keypoints else None,
+            tight_boxes=resize.kind == "jitter",
+        )
+        self._groups = TrainGroups(
+            shards, rows, order, resize, flip, augment or AugmentConfig(), split.scaled_decoding,
+            wanted, phase, seed,
+        )  # fmt: skip
         self.lanes = lanes_of_rank(order.num_lanes, rank, world_size)
         self.damaged: dict[str, int] = {}
         self.dropped_boxes = 0
         self.damages: dict[int, Damage] = {}
         self._max_damaged = split.max_damaged
         self._workers = workers
-        plan = plan_of(resize.kind, resize.size, resize.cap)
-        self._group_bytes = group_bytes(images_per_gpu, plan, with_masks=with_masks)
+        self._group_bytes = group_bytes(images_per_gpu, largest_plan(resize), with_masks=with_masks)
         self._first_step = first_step
         self._loader: Loader[tuple[int, int]] | None = None
         self._state = {
@@ -287,21 +234,21 @@ def open_train_stream(
     *,
     name: str,
     with_masks: bool,
+    with_keypoints: bool = False,
     seed: int,
     rank: int,
     world_size: int,
     first_step: int = 0,
 ) -> TrainStream:
-    """Return the stream of a phase as its config says.
-
-    Args: as for ``TrainStream``, and ``name``: of the phase.
-    """
+    """Return the stream of a phase, ``name``, as its config says; the rest as ``TrainStream``."""
     return TrainStream(
         shards,
         split=data.train,
         resize=phase.resize,
         flip=phase.flip,
         with_masks=with_masks,
+        with_keypoints=with_keypoints,
+        augment=phase.augment,
         phase=name,
         seed=seed,
         images_per_gpu=phase.images_per_gpu,

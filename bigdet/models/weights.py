@@ -20,13 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bigdet.config.derived import test_resize
+from bigdet.config.derived import plan_of, test_resize
 from bigdet.config.load import dump_config, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import set_norm_mode
-from bigdet.ops.resize import plan_of
 from bigdet.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -111,8 +110,7 @@ def load_detector(path: str | Path) -> Detector:
     detector = build_detector(config.model, len(categories))
     load_parts(detector, tensors, sorted({part_of(name) for name in tensors}), str(file))
     set_norm_mode(detector, "fixed")
-    resize = test_resize(config, metadata["phase"])
-    detector.test_size = plan_of(resize.kind, resize.size, resize.cap)
+    detector.test_size = plan_of(test_resize(config, metadata["phase"]))
     detector.categories = categories
     return detector.eval()
 

@@ -26,6 +26,7 @@ from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
 from bigdet.training import measuring, optim, saving
 from bigdet.training.metrics import StepMeter, mean_losses, progress_line
+from bigdet.training.prefetch import prefetch
 from bigdet.training.state import RunState
 from bigdet.training.stopping import stop_requested
 
@@ -160,8 +161,7 @@ class PhaseTrainer:
             data_seconds = time.perf_counter() - started
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
-        # Moved one by one: all at once would fill the device when many are accumulated.
-        result = self.engine.train_step(batch.to(self.device) for batch in micro_batches)
+        result = self.engine.train_step(prefetch(micro_batches, self.device))
         self.state.step += 1
         self.state.total_steps += 1
         if result.is_finite:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import test_resize
+from bigdet.config.derived import plan_of, test_resize
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import ShardSet
@@ -19,7 +19,6 @@ from bigdet.drawing import draw_detections
 from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds
 from bigdet.evaluation.predict import predict_split
 from bigdet.models.detector import Detector
-from bigdet.ops.resize import plan_of
 from bigdet.run_dir import RunDir, write_text
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 def test_size(config: RunConfig, phase: str) -> tuple[int, int]:
     """Return the short side and the longest long side, pixels, at which a phase is tested."""
     resize = test_resize(config, phase)
-    return plan_of(resize.kind, resize.size, resize.cap)
+    return plan_of(resize)
 
 
 def evaluate(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from bigdet.data.collate import Example, canvas_size, num_dropped, pack, unpack
-from bigdet.data.transforms import Objects, no_objects
+from bigdet.data.objects import Objects, no_objects
 
 
 def objects(*boxes, masks=None, num_dropped=0):
@@ -90,3 +92,18 @@ def test_the_canvas_is_as_small_as_multiples_of_32_allow():
     assert canvas_size([(800, 1066), (800, 600)]) == (800, 1088)  # RECIPES.md E.3
     assert canvas_size([(666, 1333)]) == (672, 1344)
     assert canvas_size([(1, 1)]) == (32, 32)
+
+
+def test_keypoints_travel_with_their_objects():
+    points = np.arange(2 * 4 * 3, dtype=np.float32).reshape(2, 4, 3)
+    two = replace(objects([1, 2, 3, 4], [5, 6, 7, 8], masks=[np.ones((1, 1), np.uint8)] * 2),
+                  keypoints=points)  # fmt: skip
+    none = replace(objects(masks=[]), keypoints=np.zeros((0, 4, 3), np.float32))
+    batch = unpack(pack([example(30, 40, none), example(30, 40, two)], canvas=None, seed=0))
+    assert batch.targets.keypoints.dtype == torch.float32
+    np.testing.assert_array_equal(batch.targets.keypoints, points)
+    assert batch.targets.boxes.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    empty = unpack(pack([example(30, 40, none)], canvas=None, seed=0))
+    assert empty.targets.keypoints.shape == (0, 4, 3)
+    moved = batch.to(torch.device("cpu"))
+    torch.testing.assert_close(moved.targets.keypoints, batch.targets.keypoints)

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from bigdet.config.schema import (
+    AugmentConfig,
     DataConfig,
     PhaseConfig,
     ResizeConfig,
@@ -33,6 +34,19 @@ from bigdet.ops.random import Words
 
 DIRECT = ResizeConfig(kind="direct", size=96)
 SHORT_SIDE = ResizeConfig(kind="short_side", size=100, cap=150)
+VARIED = {
+    "direct": {},
+    "short_side": {"resize": SHORT_SIDE},
+    "list": {"resize": ResizeConfig(kind="short_side", size=100, cap=150, sizes=[64, 96])},
+    "paper": {"resize": ResizeConfig(kind="direct", size=96, variant="paper")},
+    "stitcher": {"resize": ResizeConfig(kind="stitcher", size=200)},
+    "everything": {
+        "resize": ResizeConfig(kind="jitter", size=96),
+        "augment": AugmentConfig(color_jitter=0.5, copy_paste=0.5, mosaic=0.3),
+        "scaled_decoding": True,
+        "images_per_gpu": 4,
+    },
+}
 BATCH_TENSORS = ["images", "image_sizes", "original_sizes", "image_ids", "weights"]
 TARGET_TENSORS = ["boxes", "labels", "is_crowd", "offsets"]
 MASK_TENSORS = ["bits", "offsets", "origins", "sizes"]
@@ -93,14 +107,15 @@ def damaged_shards(shapes_shards, tmp_path):
     return shards
 
 
-@pytest.mark.parametrize("resize", [DIRECT, SHORT_SIDE], ids=["direct", "short_side"])
-def test_groups_depend_on_neither_ranks_nor_workers(shards, resize):
-    expected = take(open_stream(shards, resize=resize), 3)
+@pytest.mark.parametrize("settings", VARIED.values(), ids=VARIED)
+def test_groups_depend_on_neither_ranks_nor_workers(shards, settings):
+    settings = {"images_per_step": 4 * settings.get("images_per_gpu", 3), **settings}
+    expected = take(open_stream(shards, **settings), 3)
     for world_size, workers in ((1, 2), (2, 0), (4, 1)):
         found = {}
         for rank in range(world_size):
             options = {"rank": rank, "world_size": world_size, "workers": workers}
-            found |= take(open_stream(shards, resize=resize, **options), 3)
+            found |= take(open_stream(shards, **settings, **options), 3)
         assert_same(dict(sorted(found.items())), expected)
 
 

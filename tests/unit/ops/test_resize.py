@@ -32,16 +32,8 @@ def test_the_short_side_is_never_a_pixel_off():
 
 
 def test_direct_brings_the_long_side_to_the_size():
-    plan = resize.plan_of("direct", 448, None)
-    assert plan == (448, 448)
-    assert resize.test_size(480, 640, *plan) == (336, 448)
-    assert resize.test_size(640, 480, *plan) == (448, 336)
-
-
-def test_the_cap_is_in_proportion_unless_given():
-    assert resize.plan_of("short_side", 800, None) == (800, 1333)
-    assert resize.plan_of("short_side", 400, None) == (400, 666)  # 666.5, to the even number
-    assert resize.plan_of("short_side", 600, 1000) == (600, 1000)
+    assert resize.test_size(480, 640, 448, 448) == (336, 448)
+    assert resize.test_size(640, 480, 448, 448) == (448, 336)
 
 
 @pytest.mark.parametrize("size", [(30, 40), (100, 77), (33, 150), (61, 90)])
@@ -75,3 +67,21 @@ def test_a_crop_of_an_image_can_be_resized():
 def test_an_image_of_the_right_size_is_left_alone():
     image = torch.zeros((3, 10, 20), dtype=torch.uint8)
     assert resize.resize_image(image, (10, 20)) is image
+
+
+def test_an_image_of_which_a_part_counts_is_resized_as_that_part():
+    # 8 columns in steps of 10, of which 7.5 count, become 3: their centers are at 1.25, 3.75 and
+    # 6.25 columns. A column weighs 1 - distance / 2.5: for the first new one the columns 0 to 3
+    # weigh 0.7, 0.9, 0.5 and 0.1: 22 / 2.2 = 10; the second is between 30 and 40, nearer to 30;
+    # for the last one the columns 4 to 7 weigh 0.3, 0.7, 0.9, 0.5: 136 / 2.4 = 56.7.
+    ramp = (torch.arange(8, dtype=torch.uint8) * 10).expand(3, 4, 8)
+    found = resize.resize_image(ramp, (4, 3), (4, 7.5))
+    assert found.shape == (3, 4, 3)
+    torch.testing.assert_close(
+        found[0, 0].float(), torch.tensor([10, 32.5, 56.7]), atol=0.6, rtol=0
+    )
+    whole = resize.resize_image(ramp, (4, 3), (4, 8))
+    torch.testing.assert_close(whole, resize.resize_image(ramp, (4, 3)))
+    for size in range(1, 64):  # never a pixel short
+        image = torch.zeros((3, 64, 64), dtype=torch.uint8)
+        assert resize.resize_image(image, (size, size), (63.125, 63.5)).shape == (3, size, size)
