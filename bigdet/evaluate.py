@@ -51,6 +51,8 @@ CHANGEABLE = (
 def main(arguments: Sequence[str]) -> int:
     """Measure a detector and return the exit code."""
     options = parse_arguments(arguments)
+    if options.out is not None and options.out.is_dir():
+        raise ValueError(f"--out: {options.out} is a folder. Give the name of a JSON file.")
     distributed.start()
     setup_logging(distributed.rank())
     with distributed.together():

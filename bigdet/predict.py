@@ -42,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     paths = find_images(options.images)
     check_output(options.out, paths)
     detector = load_detector(options.model).to(distributed.device())
+    if not 0 <= options.score <= 1:
+        raise ValueError(f"--score: found {options.score}, expected a score in [0, 1].")
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     broken = 0

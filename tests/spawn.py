@@ -144,4 +144,8 @@ def _run_rank(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_run_rank(Path(sys.argv[1])))
+    code = _run_rank(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As the commands end: on the way out, gloo's threads can abort a process that is done.
+    os._exit(code)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bigdet.commands import run_command
-from bigdet.config.check import check_train_split
+from bigdet.config.check import check_config
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_train_set
 from bigdet.data.order import lanes_of_rank
@@ -32,13 +32,15 @@ def main(argv: Sequence[str]) -> int:
     """Write the pictures or print the ids that the arguments ask for."""
     arguments = _parser().parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
-    check_train_split(config.data.train)
+    check_config(config)
     if arguments.phase not in config.phases:
         raise ValueError(
             f"--phase {arguments.phase}: {arguments.config} has {', '.join(config.phases)}."
         )
     if arguments.step < 1:
         raise ValueError(f"--step {arguments.step}: steps are counted from 1.")
+    if arguments.world < 1:
+        raise ValueError(f"--world {arguments.world}: expected a number of ranks, 1 or more.")
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world:
         raise ValueError(f"--rank {arguments.rank}: --world {arguments.world} has ranks from 0.")
     shards = open_train_set(config.data)
