@@ -238,6 +238,30 @@ def test_a_stop_request_ends_with_75_and_a_checkpoint(
     assert_same_run(output, whole)
 
 
+def rank_process(output: Path, rank: int) -> int:
+    """Process id of a rank that the deepspeed launcher started (not of its loader processes)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended meanwhile
+        if f"--local_rank={rank}".encode() in words and f"output={output}".encode() in words:
+            found.append(int(folder.name))
+    return min(found)  # the loader processes were forked from it
+
+
+def test_sigterm_to_one_of_two_ranks_stops_both(tmp_path: Path, shapes_shards: Path):
+    output = tmp_path / "run"
+    command = Command(output, shapes_shards, "phases.pretrain.steps=500", ranks=2)
+    command.wait_for("pretrain", 2)
+    os.kill(rank_process(output, 1), signal.SIGTERM)
+    code, printed = command.finish()
+    assert code == 75, printed
+    last = command.lines()[-1]["step"]
+    assert (output / "checkpoints/latest").read_text().strip() == f"pretrain-{last}"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
