@@ -190,7 +190,7 @@ class PhaseTrainer:
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Write one line for people and one object for machines (a collective)."""
-        self.meter.sync(self.state, self.stream.damages)
+        self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
         self._check_damage()
         seen = {f"seen/{name}": value for name, value in asdict(self.state.seen).items()}
         values: dict[str, Any] = {
@@ -202,6 +202,7 @@ class PhaseTrainer:
             **self.meter.rates(),
             **seen,
             "bad_steps": self.state.bad_steps,
+            "dropped_boxes": self.state.dropped_boxes,
             "damaged_samples": sum(self.state.damaged.values()),
         }
         logger.info(progress_line(values, self.phase.steps))
@@ -263,7 +264,7 @@ class PhaseTrainer:
 
     def _save(self) -> None:
         """Write a checkpoint of this moment (a collective)."""
-        self.meter.sync(self.state, self.stream.damages)
+        self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
         run = self.run
         saving.save_checkpoint(self.config, run.run_dir, self.engine, run.train_set, self.state)
 

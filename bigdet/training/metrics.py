@@ -28,6 +28,7 @@ class StepMeter:
         self._interval_steps = 0
         self._interval = torch.zeros(3, dtype=torch.float64)  # images, step and data seconds
         self._unsynced = torch.zeros(4, dtype=torch.float64)  # images, instances, pixels, seconds
+        self._dropped_boxes = 0  # of this rank, when the ranks last added up
 
     def add(self, micro_batches: Sequence[Batch], step_seconds: float, data_seconds: float) -> None:
         """Count one step of this rank; the batches are on the host, so nothing waits.
@@ -43,14 +44,20 @@ class StepMeter:
         self._unsynced += torch.cat([counts, seconds[:1]])
         self._interval_steps += 1
 
-    def sync(self, state: RunState, damages: Mapping[int, Damage]) -> None:
+    def sync(self, state: RunState, damages: Mapping[int, Damage], dropped_boxes: int) -> None:
         """Add what all ranks have seen since the last time to the state (a collective).
 
         Args:
             state: changed in place.
             damages: what this rank's stream has replaced so far, by row.
+            dropped_boxes: boxes so far of this rank's stream that a crop left nothing of.
         """
-        images, instances, pixels, seconds = distributed.sum_over_ranks(self._unsynced).tolist()
+        dropped = self._unsynced.new_tensor([dropped_boxes - self._dropped_boxes])
+        self._dropped_boxes = dropped_boxes
+        images, instances, pixels, seconds, new_dropped = distributed.sum_over_ranks(
+            torch.cat([self._unsynced, dropped])
+        ).tolist()
+        state.dropped_boxes += round(new_dropped)
         state.seen.images += round(images)
         state.seen.instances += round(instances)
         state.seen.pixels += round(pixels)

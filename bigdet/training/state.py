@@ -35,6 +35,7 @@ class RunState:
         seen: what has been consumed.
         needs_evaluation: the evaluation due at this step was not done yet.
         bad_steps: steps skipped because a loss or gradient was not finite.
+        dropped_boxes: boxes of objects that a random crop left nothing of, over all ranks.
         damaged: damaged training samples that were replaced, by kind, over all ranks.
         damaged_rows: which ones, so that no rank, phase or resumed run counts one again.
         best_ap: highest box AP of an evaluation so far, in [0, 1]; None before the first.
@@ -48,6 +49,7 @@ class RunState:
     seen: Seen = field(default_factory=Seen)
     needs_evaluation: bool = False
     bad_steps: int = 0
+    dropped_boxes: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
     damaged_rows: list[int] = field(default_factory=list)
     best_ap: float | None = None

@@ -26,7 +26,7 @@ def damages(*rows: int, kind: str = "undecodable") -> dict[int, Damage]:
 def test_masked_slots_and_crowds_are_not_counted():
     meter, state = StepMeter(), RunState("train")
     meter.add([a_batch(), a_batch()], step_seconds=2.0, data_seconds=0.5)
-    meter.sync(state, damages(7))
+    meter.sync(state, damages(7), dropped_boxes=2)
     # Of each batch: 2 images that count, objects 1 + 1 (one is crowd), pixels 30x40 + 20x40.
     assert state.seen.images == 4
     assert state.seen.instances == 4
@@ -39,14 +39,17 @@ def test_syncing_twice_counts_once_and_a_resumed_run_counts_on():
     meter = StepMeter()
     state = RunState("train", damaged={"undecodable": 2}, damaged_rows=[3, 4])
     meter.add([a_batch()], 1.0, 0.0)
-    meter.sync(state, damages(5))
-    meter.sync(state, damages(5))
-    meter.sync(state, damages(5, 3) | damages(6, kind="wrong_size"))  # 3 was found before
+    meter.sync(state, damages(5), dropped_boxes=3)
+    meter.sync(state, damages(5), dropped_boxes=3)
+    found = damages(5, 3) | damages(6, kind="wrong_size")  # 3 was found before
+    meter.sync(state, found, dropped_boxes=4)
+    assert state.dropped_boxes == 4
     assert state.seen.images == 2
     assert Counter(state.damaged) == {"undecodable": 3, "wrong_size": 1}
     assert sorted(state.damaged_rows) == [3, 4, 5, 6]
-    StepMeter().sync(state, damages(4, 5))  # another phase, another stream
+    StepMeter().sync(state, damages(4, 5), dropped_boxes=1)  # another phase, another stream
     assert sum(state.damaged.values()) == 4
+    assert state.dropped_boxes == 5
 
 
 def test_rates_are_of_the_interval():
