@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from bigdet.config.derived import (
-    TRANSFORMERS,
+    LAYER_NORM_BACKBONES,
     has_batch_norm,
     is_square,
     largest_plan,
@@ -154,16 +154,16 @@ def _check_addresses(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    is_transformer = model.backbone in TRANSFORMERS
-    if model.drop_path and not is_transformer:
+    has_layer_norm = model.backbone in LAYER_NORM_BACKBONES
+    if model.drop_path and not has_layer_norm:
         raise ConfigError(
             f"model.drop_path: found {model.drop_path}, but {model.backbone} has no drop path. "
-            f"Remove it, or choose one of {', '.join(TRANSFORMERS)}."
+            f"Remove it, or choose one of {', '.join(LAYER_NORM_BACKBONES)}."
         )
     _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
     if model.norm == "none" and model.norm_scope is not None:
         raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
-    if is_transformer and model.norm != "bn" and model.norm_scope == "backbone":
+    if has_layer_norm and model.norm != "bn" and model.norm_scope == "backbone":
         raise ConfigError(
             f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
             f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
@@ -288,7 +288,7 @@ def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     if has_batch_norm(model) and phase.norm_mode is None:
         raise ConfigError(
             f"{key}.norm_mode: not set, but the model has BN. Write live (statistics of the "
-            f"batch), affine, or fixed (paper 2's fine-tuning)."
+            f"batch), sync (of all GPUs' batches), affine, or fixed (paper 2's fine-tuning)."
         )
     if not has_batch_norm(model) and phase.norm_mode is not None:
         raise ConfigError(

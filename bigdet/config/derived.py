@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
 
-TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
-"""Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
+LAYER_NORM_BACKBONES = (
+    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
+)  # fmt: skip
+"""Those with LayerNorm and drop path of their own, which ``model.norm`` does not touch."""
 
 DEFAULT_CAP = (1333, 800)
 """Longest long side, and the short side it goes with, in both papers; others in proportion."""
@@ -45,7 +48,7 @@ def parts_with_batch_norm(model: ModelConfig) -> list[str]:
     """Return the parts of a detector that have BN layers (the RPN head never has)."""
     if model.norm != "bn":
         return []
-    parts = [] if model.backbone in TRANSFORMERS else ["backbone"]
+    parts = [] if model.backbone in LAYER_NORM_BACKBONES else ["backbone"]
     if model.norm_scope != "all":
         return parts
     with_convolutions = model.box_head == "4conv1fc"

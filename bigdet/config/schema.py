@@ -14,13 +14,16 @@ from omegaconf import MISSING
 
 Detector = Literal["faster_rcnn", "mask_rcnn"]
 Backbone = Literal[
-    "resnet10", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext152_32x8d",
-    "swin_t", "swin_s", "swin_b",
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
+    "resnext152_32x8d",
+    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
 ]  # fmt: skip
 BoxHead = Literal["2fc", "4conv1fc"]
 Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
-NormMode = Literal["live", "affine", "fixed"]
+NormMode = Literal["live", "sync", "affine", "fixed"]
 Precision = Literal["fp32", "bf16"]
 Order = Literal["shuffled", "windowed"]
 Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
@@ -161,7 +164,7 @@ class ModelConfig:
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
     drop_path: float = 0.0
-    """Highest rate of stochastic depth in a transformer backbone, in [0, 1)."""
+    """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
     rpn: RpnConfig = field(default_factory=RpnConfig)
     """Region proposals."""
     roi: RoiConfig = field(default_factory=RoiConfig)
@@ -178,6 +181,9 @@ class EngineConfig:
     """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
     precision: Precision = "bf16"
     """Of activations and matrix products; master weights are fp32 always."""
+    activation_checkpointing: bool = False
+    """Blocks of the backbone, the FPN and convolutions of the heads keep their inputs only and run
+    again in the backward pass: less memory, about a third more time, the same results."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm. None: no clipping."""
     max_bad_steps: int = 20
@@ -285,8 +291,9 @@ class PhaseConfig:
     warmup_factor: float = 0.001
     """Part of the rate at which the warm-up begins."""
     norm_mode: NormMode | None = None
-    """For BN only. ``live``: statistics of the batch. ``affine``: statistics fixed, scale and shift
-    trained. ``fixed``: both fixed. Must be null without BN."""
+    """For BN only. ``live``: statistics of the batch of each GPU. ``sync``: of the batches of all
+    GPUs together, so that losses depend on their number. ``affine``: statistics fixed, scale and
+    shift trained. ``fixed``: both fixed. Must be null without BN."""
     freeze_stages: int = 0
     """So many first stages of the backbone (the stem is the first) are not trained."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)

@@ -16,7 +16,7 @@ from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
 from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
 from bigdet.models.heads.rpn import Proposals, RegionProposals
 from bigdet.models.necks.fpn import FPN
-from bigdet.models.norms import collect_statistics
+from bigdet.models.norms import collect_statistics, valid_rows
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
 from bigdet.ops.resize import resize_image, test_size
@@ -103,7 +103,8 @@ class Detector(nn.Module):
         pooled = self._pool(
             table, regions.boxes.flatten(0, 1), images.repeat_interleave(num_slots), BOX_POOLED_SIZE
         )
-        logits, deltas = self.box_head(pooled)
+        with valid_rows(regions.is_valid.flatten()):
+            logits, deltas = self.box_head(pooled)
         losses |= self.box_head.losses(logits, deltas, regions)
 
         if self.mask_head is not None:
@@ -115,7 +116,8 @@ class Detector(nn.Module):
                 )
             positives = select_positives(regions, masks, self.mask_head.num_classes)
             pooled = self._pool(table, positives.boxes, positives.images, MASK_POOLED_SIZE)
-            mask_logits = self.mask_head(pooled, positives.labels)
+            with valid_rows(positives.is_valid):
+                mask_logits = self.mask_head(pooled, positives.labels)
             losses |= self.mask_head.losses(mask_logits, positives, masks)
         return losses
 

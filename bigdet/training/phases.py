@@ -12,6 +12,7 @@ from bigdet.config.derived import model_parts, phase_source
 from bigdet.config.schema import RunConfig
 from bigdet.models import backbones, norms, weights
 from bigdet.models.build import build_detector
+from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import Detector
 from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
@@ -48,6 +49,8 @@ def build_for_phase(
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     backbones.freeze_stages(detector.backbone, phase.freeze_stages)
+    if config.engine.activation_checkpointing:
+        enable_checkpointing(detector)
     return detector.to(device).train()
 
 

@@ -27,6 +27,7 @@ from bigdet.models.assign import (
     draw_sample,
     match,
 )
+from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.rpn import Proposals
 from bigdet.models.losses import at_least_fp32, class_losses, delta_losses, masked_mean
@@ -79,7 +80,7 @@ class FlatDetections:
     labels: Tensor
 
 
-class BoxHead(nn.Module):
+class BoxHead(Checkpointed):
     """Convolutions (4 or none), fully connected layers, then class logits and deltas per class."""
 
     def __init__(
@@ -118,7 +119,7 @@ class BoxHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Give class logits ``(N, K + 1)`` and deltas ``(N, K, 4)`` of ``(N, C, 7, 7)``."""
-        hidden = self.convs(pooled).permute(0, 2, 3, 1).flatten(1)
+        hidden = self.run(self.convs, pooled).permute(0, 2, 3, 1).flatten(1)
         for layer in self.fcs:
             hidden = torch.relu_(layer(hidden))
         deltas = self.regressor(hidden).view(-1, self.num_classes, 4)
