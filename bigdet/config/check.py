@@ -15,7 +15,9 @@ from typing import Any
 from bigdet.config.derived import (
     LAYER_NORM_BACKBONES,
     has_batch_norm,
+    is_foreign_file,
     is_square,
+    is_timm,
     largest_plan,
     model_parts,
     parts_with_batch_norm,
@@ -312,9 +314,19 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.start_from.parts: found {parts}, but source is random, so nothing is loaded. "
             f"Remove parts, or name a source."
         )
-    if source == "timm" and parts not in (None, ["backbone"]):
-        raise ConfigError(f"{key}.start_from.parts: timm has weights of the backbone only.")
-    loaded = {"random": [], "timm": ["backbone"]}.get(source, parts or model_parts(model))
+    has_backbone_only = is_timm(source) or is_foreign_file(source)
+    if has_backbone_only and parts not in (None, ["backbone"]):
+        raise ConfigError(f"{key}.start_from.parts: {source} has weights of the backbone only.")
+    pixels = phase.start_from.pixels
+    if source.endswith(".pkl") != (pixels is not None):
+        raise ConfigError(
+            f"{key}.start_from.pixels: found {pixels} with source {source}. It is for .pkl files, "
+            f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
+            f"and R-101 and what was trained from them)."
+        )
+    loaded = parts or (["backbone"] if has_backbone_only else model_parts(model))
+    if source == "random":
+        loaded = []
     if phase.freeze_stages and "backbone" not in loaded:
         raise ConfigError(
             f"{key}.freeze_stages: found {phase.freeze_stages}, but the backbone starts from "

@@ -67,6 +67,16 @@ def phase_source(config: RunConfig, name: str) -> str:
     return config.phases[name].start_from.source or ("random" if is_first else "previous")
 
 
+def is_timm(source: str) -> bool:
+    """Tell whether a source is published weights by timm's name: ``timm`` or ``timm:NAME``."""
+    return source == "timm" or source.startswith("timm:")
+
+
+def is_foreign_file(source: str) -> bool:
+    """Tell by its name whether a source is a file that holds a backbone alone."""
+    return source.endswith((".pkl", ".pth", ".pt", ".bin", ".th", ".tar"))
+
+
 def num_lanes(phase: PhaseConfig) -> int:
     """Return the micro-batches of one step over all ranks; ``images_per_step`` must be known."""
     assert phase.images_per_step is not None

@@ -24,6 +24,7 @@ BoxHead = Literal["2fc", "4conv1fc"]
 Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "sync", "affine", "fixed"]
+Pixels = Literal["rgb", "bgr", "bgr_255"]
 Precision = Literal["fp32", "bf16"]
 Order = Literal["shuffled", "windowed"]
 Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
@@ -242,12 +243,17 @@ class StartFromConfig:
     """Which weights a phase starts from."""
 
     source: str | None = None
-    """``random``, ``timm`` (the backbone's published ImageNet weights), ``previous`` (the phase
-    before), or the path of a run or a ``model.safetensors``. None: ``random`` in the first phase,
-    ``previous`` in the others."""
+    """``random``; ``timm`` (the backbone's published ImageNet weights) or ``timm:NAME`` (others by
+    timm's name); ``previous`` (the phase before); the path of a run or a ``model.safetensors``; or
+    the file of a backbone that others wrote: ``.safetensors``, ``.pth``, ``.pkl`` (README). None:
+    ``random`` in the first phase, ``previous`` in the others."""
     parts: list[Part] | None = None
-    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``:
-    the backbone)."""
+    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``
+    and files of others: the backbone)."""
+    pixels: Pixels | None = None
+    """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
+    as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
+    reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
 
 
 @dataclass(frozen=True, kw_only=True)

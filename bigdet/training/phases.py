@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import model_parts, phase_source
+from bigdet.config.derived import is_timm, model_parts, phase_source
 from bigdet.config.schema import RunConfig
-from bigdet.models import backbones, norms, weights
+from bigdet.models import backbones, importing, norms, weights
 from bigdet.models.build import build_detector
 from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import Detector
@@ -83,10 +83,13 @@ def _read_start(
     source = phase_source(config, name)
     if source == "random":
         return []
-    if source == "timm":
-        return weights.load_timm_backbone(detector, config.model.backbone)
+    if is_timm(source):
+        return importing.load_timm_backbone(detector, source, config.model.backbone)
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
-    parts = config.phases[name].start_from.parts or model_parts(config.model)
+    start = config.phases[name].start_from
+    if importing.is_published_file(path):
+        return importing.load_backbone_file(detector, path, start.parts, start.pixels)
+    parts = start.parts or model_parts(config.model)
     return weights.load_parts(detector, weights.read_tensors(path), parts, str(path))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes, phase_source
+from bigdet.config.derived import is_timm, num_lanes, phase_source
 from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
@@ -18,7 +18,7 @@ from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
-from bigdet.models import weights
+from bigdet.models import importing, weights
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
@@ -99,8 +99,8 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
             world_size=distributed.world_size(),
         )
         source = phase_source(config, name)
-        if source == "timm":
-            weights.check_published(config.model.backbone)
+        if is_timm(source):
+            importing.timm_name(source, config.model.backbone)
         elif source not in ("random", "previous"):
             weights.find_weights(Path(source))
 
