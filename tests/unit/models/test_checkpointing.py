@@ -27,7 +27,7 @@ def make_detector(backbone, **options):
         **options,
     )
     detector = build_detector(config, 3).double()
-    for name, parameter in detector.backbone.named_parameters():
+    for parameter in detector.backbone.parameters():
         if parameter.ndim == 1:  # scales of ConvNeXt and SwinV2 start near 0
             torch.nn.init.uniform_(parameter, 0.2, 1.0)
     return detector
