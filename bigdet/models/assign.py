@@ -15,7 +15,8 @@ from bigdet.ops.boxes import box_areas, pairwise_intersections, pairwise_iou
 from bigdet.structures import Targets
 
 # Overlaps computed at once; a crowded image (300 objects, 268,569 anchors) has 80 million, and
-# several temporaries of each. On a GPU 64 MB of fp32; on a CPU what its cache holds, 4 times as fast.
+# several temporaries of each. On a GPU 64 MB of fp32; on a CPU what its cache holds, which is four
+# times as fast.
 CHUNK, CPU_CHUNK = 2**24, 2**20
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
