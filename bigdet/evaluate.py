@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
         shards.check_random_reads()
-    detector.box_head.config = config.model.roi
+    detector.use_test_settings(config.model)
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
         detector.test_size = plan_of(resize)

@@ -13,6 +13,7 @@ from bigdet.models.heads.mask import MaskHead
 from bigdet.models.heads.rpn import RegionProposals
 from bigdet.models.necks.fpn import FPN
 from bigdet.models.norms import Kind
+from bigdet.models.rcnn import RCNN
 
 HAS_MASK_HEAD = {"faster_rcnn": False, "mask_rcnn": True}
 
@@ -44,5 +45,5 @@ def build_detector(
     )
     if HAS_MASK_HEAD[config.detector]:
         mask_head = MaskHead(norm, config.width, num_classes)
-    detector = Detector(backbone, fpn, rpn, box_head, mask_head)
+    detector = RCNN(backbone, fpn, rpn, box_head, mask_head)
     return detector.to(memory_format=torch.channels_last)
