@@ -6,12 +6,10 @@ or on the number of ranks is checked by the parts that know them, also before th
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 import re
-from typing import Any
 
+from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.derived import (
     TRANSFORMERS,
     has_batch_norm,
@@ -22,8 +20,13 @@ from bigdet.config.derived import (
     parts_with_batch_norm,
     phase_model,
     phase_source,
+    start_parts,
 )
 from bigdet.config.load import ConfigError
+from bigdet.config.rules import not_negative as _not_negative
+from bigdet.config.rules import positive as _positive
+from bigdet.config.rules import require as _require
+from bigdet.config.rules import unused as _unused
 from bigdet.config.schema import (
     DataConfig,
     ModelConfig,
@@ -61,6 +64,7 @@ def check_config(config: RunConfig) -> None:
     check_train_split(config.data.train)
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
+    check_heads(config)
     for name, phase in config.phases.items():
         key, source = f"phases.{name}", phase_source(config, name)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
@@ -72,7 +76,10 @@ def check_config(config: RunConfig) -> None:
                 f"{key}.start_from.source: found previous, but this is the first phase. Write "
                 f"random, timm, or the path of a run or a model.safetensors."
             )
-        _check_phase(key, phase, phase_model(config, name), source)
+        model = phase_model(config, name)
+        check_detector(config, name)
+        _check_phase(key, phase, model, source)
+        _check_start(config, name)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -218,7 +225,6 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
     _check_augment(key, phase, model)
     _check_schedule(key, phase)
     _check_norm_mode(key, phase, model)
-    _check_start(key, phase, model, source)
 
 
 def _check_resize(key: str, resize: ResizeConfig) -> None:
@@ -299,8 +305,9 @@ def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
-    parts = phase.start_from.parts
+def _check_start(config: RunConfig, name: str) -> None:
+    key, phase, model = f"phases.{name}", config.phases[name], phase_model(config, name)
+    source, parts = phase_source(config, name), phase.start_from.parts
     if parts is not None and not parts:
         raise ConfigError(f"{key}.start_from.parts: found none. Write source: random instead.")
     absent = [part for part in parts or [] if part not in model_parts(model)]
@@ -316,7 +323,9 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
         )
     if source == "timm" and parts not in (None, ["backbone"]):
         raise ConfigError(f"{key}.start_from.parts: timm has weights of the backbone only.")
-    loaded = {"random": [], "timm": ["backbone"]}.get(source, parts or model_parts(model))
+    loaded = start_parts(config, name)
+    if source == "previous":
+        check_hand_over(config, name, loaded)
     if phase.freeze_stages and "backbone" not in loaded:
         raise ConfigError(
             f"{key}.freeze_stages: found {phase.freeze_stages}, but the backbone starts from "
@@ -328,23 +337,3 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.norm_mode: found {phase.norm_mode}, but {', '.join(untrained)} start anew, so "
             f"the BN statistics there were never trained. Write live."
         )
-
-
-def _unused(key: str, section: Any, name: str, reason: str) -> None:
-    """Refuse an option that was set and would be ignored."""
-    field = next(field for field in dataclasses.fields(section) if field.name == name)
-    if getattr(section, name) != field.default:
-        raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
-
-
-def _require(holds: bool, key: str, found: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: found {found}, expected {expected}.")
-
-
-def _positive(key: str, value: float | None) -> None:
-    _require(value is None or 0 < value < math.inf, key, value, "a number above 0")
-
-
-def _not_negative(key: str, value: float) -> None:
-    _require(0 <= value < math.inf, key, value, "0 or more")
