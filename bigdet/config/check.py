@@ -6,24 +6,29 @@ or on the number of ranks is checked by the parts that know them, also before th
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 import re
-from typing import Any
 
+from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.derived import (
     LAYER_NORM_BACKBONES,
     has_batch_norm,
+    has_masks,
     is_foreign_file,
     is_square,
     is_timm,
     largest_plan,
     model_parts,
     parts_with_batch_norm,
+    phase_model,
     phase_source,
+    start_parts,
 )
 from bigdet.config.load import ConfigError
+from bigdet.config.rules import not_negative as _not_negative
+from bigdet.config.rules import positive as _positive
+from bigdet.config.rules import require as _require
+from bigdet.config.rules import unused as _unused
 from bigdet.config.schema import (
     DataConfig,
     ModelConfig,
@@ -62,6 +67,7 @@ def check_config(config: RunConfig) -> None:
     check_train_split(config.data.train)
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
+    check_heads(config)
     for name, phase in config.phases.items():
         key, source = f"phases.{name}", phase_source(config, name)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
@@ -73,7 +79,10 @@ def check_config(config: RunConfig) -> None:
                 f"{key}.start_from.source: found previous, but this is the first phase. Write "
                 f"random, timm, or the path of a run or a model.safetensors."
             )
-        _check_phase(key, phase, config.model, source)
+        model = phase_model(config, name)
+        check_detector(config, name)
+        _check_phase(key, phase, model, source)
+        _check_start(config, name)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -219,7 +228,6 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
     _check_augment(key, phase, model)
     _check_schedule(key, phase)
     _check_norm_mode(key, phase, model)
-    _check_start(key, phase, model, source)
 
 
 def _check_resize(key: str, resize: ResizeConfig) -> None:
@@ -249,7 +257,7 @@ def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     for name in ("color_jitter", "copy_paste", "mosaic"):
         probability = getattr(augment, name)
         _require(0 <= probability <= 1, f"{key}.augment.{name}", probability, "in [0, 1]")
-    if augment.copy_paste and "mask_head" not in model_parts(model):
+    if augment.copy_paste and not has_masks(model):
         raise ConfigError(
             f"{key}.augment.copy_paste: objects are pasted as their masks are, but "
             f"{model.detector} has no use for masks. Remove it, or choose mask_rcnn."
@@ -300,8 +308,9 @@ def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
-    parts = phase.start_from.parts
+def _check_start(config: RunConfig, name: str) -> None:
+    key, phase, model = f"phases.{name}", config.phases[name], phase_model(config, name)
+    source, parts = phase_source(config, name), phase.start_from.parts
     if parts is not None and not parts:
         raise ConfigError(f"{key}.start_from.parts: found none. Write source: random instead.")
     absent = [part for part in parts or [] if part not in model_parts(model)]
@@ -325,9 +334,9 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
             f"and R-101 and what was trained from them)."
         )
-    loaded = parts or (["backbone"] if has_backbone_only else model_parts(model))
-    if source == "random":
-        loaded = []
+    loaded = start_parts(config, name)
+    if source == "previous":
+        check_hand_over(config, name, loaded)
     if phase.freeze_stages and "backbone" not in loaded:
         raise ConfigError(
             f"{key}.freeze_stages: found {phase.freeze_stages}, but the backbone starts from "
@@ -339,23 +348,3 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.norm_mode: found {phase.norm_mode}, but {', '.join(untrained)} start anew, so "
             f"the BN statistics there were never trained. Write live."
         )
-
-
-def _unused(key: str, section: Any, name: str, reason: str) -> None:
-    """Refuse an option that was set and would be ignored."""
-    field = next(field for field in dataclasses.fields(section) if field.name == name)
-    if getattr(section, name) != field.default:
-        raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
-
-
-def _require(holds: bool, key: str, found: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: found {found}, expected {expected}.")
-
-
-def _positive(key: str, value: float | None) -> None:
-    _require(value is None or 0 < value < math.inf, key, value, "a number above 0")
-
-
-def _not_negative(key: str, value: float) -> None:
-    _require(0 <= value < math.inf, key, value, "0 or more")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal["faster_rcnn", "mask_rcnn"]
+Detector = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
 Backbone = Literal[
     "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
@@ -21,6 +21,7 @@ Backbone = Literal[
     "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
 ]  # fmt: skip
 BoxHead = Literal["2fc", "4conv1fc"]
+BoxLoss = Literal["l1", "smooth_l1", "giou"]
 Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "sync", "affine", "fixed"]
@@ -123,6 +124,8 @@ class RpnConfig:
     """Proposals per level before NMS, and per image after it, in training."""
     test_proposals: int = 1000
     """The same at test time."""
+    box_beta: float = 0.0
+    """Where the box loss turns from square to linear (smooth L1); 0 is L1. Detectron: 1/9."""
     nms_iou: float = 0.7
     """Proposals of one level that overlap a better one by more than this are dropped."""
 
@@ -136,13 +139,32 @@ class RoiConfig:
     positive_fraction: float = 0.25
     """At most this part of them on objects."""
     positive_iou: float = 0.5
-    """A region on an object overlaps it by at least this."""
+    """A region on an object overlaps it by at least this. A cascade has its own three."""
+    class_agnostic: bool | None = None
+    """One box per region for all classes, instead of one per class. None: true if
+    ``model.detector`` is a cascade, else false, for all phases."""
+    box_loss: BoxLoss = "l1"
+    """``l1`` and ``smooth_l1`` of the deltas, or ``giou`` of the boxes."""
+    box_beta: float = 1.0
+    """Of ``smooth_l1``: where it turns from square to linear. Detectron: 1, torchvision: 1/9."""
+    box_loss_weight: float = 1.0
+    """Factor of the box loss; with ``giou`` 10 is usual."""
     score_threshold: float = 0.05
     """Detections with a lower score are not reported."""
     nms_iou: float = 0.5
     """Detections of one class that overlap a better one by more than this are dropped."""
     detections_per_image: int = 100
     """At most this many detections are reported per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """How the stages of a cascade are trained."""
+
+    gradients: Literal["detectron2", "mmdet"] = "detectron2"
+    """``detectron2``: all stages count alike, a third of their gradients goes into the pooled
+    features, and a stage trains on all regions of the one before. ``mmdet``: the losses of the
+    stages count 1, 0.5 and 0.25, and every stage samples anew among them and the objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +192,8 @@ class ModelConfig:
     """Region proposals."""
     roi: RoiConfig = field(default_factory=RoiConfig)
     """Regions of interest."""
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    """Stages of a cascade."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +285,15 @@ class StartFromConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseModelConfig:
+    """What a phase changes in the model; the other phases do not see it."""
+
+    detector: Detector | None = None
+    """Another detector of the R-CNN family. A cascade after a plain detector (late cascade) starts
+    with copies of its box head in all stages. None: ``model.detector``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One part of a run with settings of its own."""
 
@@ -308,6 +341,8 @@ class PhaseConfig:
     """So many first stages of the backbone (the stem is the first) are not trained."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
     """Where the weights come from."""
+    model: PhaseModelConfig = field(default_factory=PhaseModelConfig)
+    """What this phase changes in the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
