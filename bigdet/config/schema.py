@@ -322,7 +322,8 @@ class PhaseConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = 1e-4
-    """On weights; not on normalization layers, biases of them, and Swin's position tables."""
+    """On weights; not on normalization layers, biases of them, and the position tables and scales
+    of transformers."""
     schedule: Literal["constant", "step"] = "step"
     """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
     drops: list[int] | None = None
