@@ -12,7 +12,9 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
+Detector = Literal[
+    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn",
+]  # fmt: skip
 Backbone = Literal[
     "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
@@ -28,7 +30,7 @@ NormMode = Literal["live", "sync", "affine", "fixed"]
 Pixels = Literal["rgb", "bgr", "bgr_255"]
 Precision = Literal["fp32", "bf16"]
 Order = Literal["shuffled", "windowed"]
-Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
+Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,16 @@ class CascadeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeypointConfig:
+    """The keypoint head."""
+
+    num_keypoints: int = 17
+    """Keypoints of an object, as many as the categories of the data have (COCO's persons: 17)."""
+    width: int = 512
+    """Channels of its eight convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector."""
 
@@ -198,6 +210,8 @@ class ModelConfig:
     """Regions of interest."""
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     """Stages of a cascade."""
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
+    """The head of ``keypoint_rcnn``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,14 +117,27 @@ class Detector(nn.Module):
         self.train(was_training)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
         return [
-            Detections(
-                scale_boxes(one.boxes, size, (image.shape[1], image.shape[2])),
-                one.scores,
-                one.labels,
-                one.masks,
-            )
+            scale_detections(one, size, (image.shape[1], image.shape[2]))
             for one, size, image in zip(found, resized, images, strict=True)
         ]
+
+
+def scale_detections(
+    found: Detections, from_size: tuple[int, int], to_size: tuple[int, int]
+) -> Detections:
+    """Move detections from an image to the same image at another size.
+
+    Args:
+        found: in pixels of the image at ``from_size``.
+        from_size: height, width.
+        to_size: height, width.
+    """
+    keypoints = found.keypoints
+    if keypoints is not None:
+        scales = [to_size[1] / from_size[1], to_size[0] / from_size[0], 1.0]
+        keypoints = keypoints * keypoints.new_tensor(scales)
+    boxes = scale_boxes(found.boxes, from_size, to_size)
+    return replace(found, boxes=boxes, keypoints=keypoints)
 
 
 def _collate(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:
