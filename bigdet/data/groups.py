@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from bigdet.config.derived import is_square
 from bigdet.config.schema import AugmentConfig, ResizeConfig
-from bigdet.data.collate import PackedGroup, pack
+from bigdet.data.collate import Allocate, PackedGroup, fresh_memory, pack
 from bigdet.data.objects import Wanted, check_annotations
 from bigdet.data.order import Order
 from bigdet.data.samples import Damage, DamagedSampleError, damaged, decode_sample, read_sample
@@ -41,8 +41,8 @@ class TrainGroups:
         self._wanted = wanted
         self._key = (seed, phase)
 
-    def read(self, key: tuple[int, int]) -> PackedGroup:
-        """Return the group of (step, lane)."""
+    def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:
+        """Return the group of (step, lane), in memory that ``allocate`` gives."""
         step, lane = key
         group = self.order.group(step, lane)
         resize = resize_of_step(self._resize, *self._key, step)
@@ -56,7 +56,7 @@ class TrainGroups:
         canvas = (resize.size, resize.size) if is_square(resize) else None
         examples = make_examples(scenes, self._augment, canvas, self._wanted)
         seed = seed_of("model", *self._key, step, lane)
-        return pack(examples, canvas=canvas, seed=seed, notes=damages)
+        return pack(examples, canvas=canvas, seed=seed, notes=damages, allocate=allocate)
 
     def _sound_scene(
         self, sample: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig,

@@ -21,11 +21,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from bigdet.data.collate import PackedGroup
+from bigdet.data.collate import Allocate, PackedGroup, fresh_memory
 from bigdet.data.shards import ShardError
 from bigdet.data.slots import Slots, Stored
 
 Key = TypeVar("Key")
+Read = Callable[[Key, Allocate], PackedGroup]
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 """What asks a run to stop; launchers send it to loader processes too, which must go on."""
@@ -41,26 +42,27 @@ class _Reads(Dataset[Any], Generic[Key]):
     wrapped in two tracebacks.
     """
 
-    def __init__(self, read: Callable[[Key], PackedGroup], slots: Slots | None) -> None:
+    def __init__(self, read: Read[Key], slots: Slots | None) -> None:
         self._read = read
         self._slots = slots
 
     def __getitem__(self, key: Key) -> PackedGroup | Stored | ShardError:
+        worker = get_worker_info()
         try:
-            group = self._read(key)
+            if self._slots is None or worker is None:
+                return self._read(key, fresh_memory)
+            self._slots.begin(worker.id)
+            return self._slots.store(self._read(key, self._slots.allocate))
         except ShardError as error:
             return error
-        worker = get_worker_info()
-        if self._slots is None or worker is None:
-            return group
-        return self._slots.store(group, worker.id)
 
 
 class Loader(Generic[Key]):
-    """An iterator over ``read(key)`` for each key in order, read ahead by processes.
+    """An iterator over ``read(key, ...)`` for each key in order, read ahead by processes.
 
     Args:
-        read: makes a group; a function of the key and of nothing that changes.
+        read: makes a group in memory that it asks for; a function of the key and of nothing that
+            changes.
         keys: may be endless.
         workers: processes; 0 reads in this one, when asked.
         group_bytes: what a group usually takes at most; a larger one travels more slowly.
@@ -68,7 +70,7 @@ class Loader(Generic[Key]):
 
     def __init__(
         self,
-        read: Callable[[Key], PackedGroup],
+        read: Read[Key],
         keys: Iterable[Key],
         *,
         workers: int,

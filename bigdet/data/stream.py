@@ -20,7 +20,15 @@ from bigdet.config.schema import (
     ResizeConfig,
     TrainSplitConfig,
 )
-from bigdet.data.collate import Example, PackedGroup, group_bytes, num_dropped, pack, unpack
+from bigdet.data.collate import (
+    Allocate,
+    Example,
+    PackedGroup,
+    group_bytes,
+    num_dropped,
+    pack,
+    unpack,
+)
 from bigdet.data.groups import TrainGroups
 from bigdet.data.loader import Loader
 from bigdet.data.objects import Wanted, keypoint_order, no_objects
@@ -324,12 +332,12 @@ class EvalStream:
         finally:
             loader.close()
 
-    def _read(self, batch: int) -> PackedGroup:
+    def _read(self, batch: int, allocate: Allocate) -> PackedGroup:
         examples = [
             self._example(int(row), float(weight))
             for row, weight in zip(self._rows[batch], self._weights[batch], strict=True)
         ]
-        return pack(examples, canvas=None, seed=0)
+        return pack(examples, canvas=None, seed=0, allocate=allocate)
 
     def _example(self, row: int, weight: float) -> Example:
         image, record = load_sample(self._shards, row)
