@@ -170,4 +170,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="stopped; start it again to go on")
