@@ -44,6 +44,9 @@ class TrainGroups:
     def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:
         """Return the group of (step, lane), in memory that ``allocate`` gives."""
         step, lane = key
+        upcoming = self.order.upcoming(step, lane)
+        if upcoming is not None:
+            self.shards.expect(self.rows[upcoming])
         group = self.order.group(step, lane)
         resize = resize_of_step(self._resize, *self._key, step)
         damages: list[Damage] = []

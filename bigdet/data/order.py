@@ -121,6 +121,8 @@ class Order:
         self._pass: _Pass | None = None
         # The last pool of each lane, and its pass and number.
         self._pools: dict[int, tuple[tuple[int, int], _Pool]] = {}
+        # The last pool of each lane that ``upcoming`` has told.
+        self._expected: dict[int, tuple[int, int]] = {}
 
     def group(self, step: int, lane: int) -> Group:
         """Return one group.
@@ -138,6 +140,25 @@ class Order:
             samples, copies = whole.samples(whole.slots[position, lane])
             weights = whole.last_weights[lane]
         return Group(samples, copies, weights, pass_number)
+
+    def upcoming(self, step: int, lane: int) -> NDArray[np.int64] | None:
+        """Return what a lane reads next, a window from its aspect pool on; None if that is known.
+
+        It is given once for each pool of a lane, and in the order ``windowed`` alone.
+
+        Args:
+            step: of the phase, from 1.
+            lane: ``0..L-1``.
+        """
+        pass_number, position = divmod(step - 1, self.steps_per_pass)
+        pool = (pass_number, position // POOL_GROUPS)
+        if self._windows is None or self._expected.get(lane) == pool:
+            return None
+        self._expected[lane] = pool
+        first = pool[1] * POOL_GROUPS
+        last = first + POOL_GROUPS + -(-self._windows.size // self._images_per_gpu)
+        whole = self._whole_pass(pass_number)
+        return whole.samples(whole.slots[first:last, lane].reshape(-1))[0]
 
     def _whole_pass(self, number: int) -> _Pass:
         """Return a pass before pooling; kept for reuse.

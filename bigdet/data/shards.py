@@ -298,6 +298,17 @@ class ShardSet:
         offset, size = int(entry["annotation_offset"]), int(entry["annotation_size"])
         return self._parse(row, self._bytes(row, offset, size))
 
+    def expect(self, rows: NDArray[np.integer[Any]]) -> None:
+        """Take note of samples that will be read soon, in this order."""
+        entries = self.index[rows]
+        starts = np.minimum(entries["image_offset"], entries["annotation_offset"])
+        stops = np.maximum(
+            entries["image_offset"] + entries["image_size"],
+            entries["annotation_offset"] + entries["annotation_size"],
+        )
+        columns = (entries["shard"], starts, stops)
+        self._tars.expect(list(zip(*(column.tolist() for column in columns), strict=True)))
+
     def close(self) -> None:
         """Close the tars; they are opened again when needed."""
         self._tars.close()
