@@ -52,6 +52,7 @@ VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
+MISSING = "the file is missing"
 
 
 class ShardError(ValueError):
@@ -405,7 +406,7 @@ def size_problem(folder: Path, shard: Shard) -> str | None:
     """Say what is wrong with a tar that is absent or of another size than the manifest says."""
     path = folder / shard.file
     if not path.is_file():
-        return "the file is missing"
+        return MISSING
     size = path.stat().st_size
     return None if size == shard.bytes else f"{size} bytes, {MANIFEST_NAME} says {shard.bytes}"
 

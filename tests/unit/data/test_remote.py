@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from bigdet.config.load import ConfigError
 from bigdet.config.schema import CacheConfig, ResizeConfig, TrainSplitConfig
 from bigdet.data import remote, tars
 from bigdet.data.remote import file_address, shown
+from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardError, ShardSet, UnavailableShardError
 from bigdet.data.stream import EvalStream, TrainStream
 from tests.unit.data.shard_server import FAULTS, ShardServer
@@ -434,3 +436,18 @@ def test_retries_are_told_and_the_pauses_double(local, cache, monkeypatch, caplo
         assert server.requests["manifest.json"] == 6
     assert pauses[:5] == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert "manifest.json: HTTP Error 500: Internal Server Error; again in 0.5 s" in caplog.text
+
+
+def test_a_remote_set_is_checked_whole_and_nothing_of_it_is_kept(local, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = shutil.copytree(local.folder, tmp_path / "set")
+    with ShardServer(folder, fault_rate=0.1, seed=5) as server:
+        assert list(check_shards(server.address)) == []
+        tar = folder / "000003.tar"
+        data = bytearray(tar.read_bytes())
+        data[700] ^= 1
+        tar.write_bytes(data)
+        (problem,) = check_shards(server.address)
+    assert problem.place == "000003.tar"
+    assert "its SHA-256 is" in problem.what
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
