@@ -186,6 +186,10 @@ class ModelConfig:
     """Channels of the FPN and of the convolutions in the heads."""
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
+    compile: bool = False
+    """torch.compile of backbone, FPN and RPN (or RetinaNet's) head in training. It pays where the
+    canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The first
+    steps take minutes."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
     rpn: RpnConfig = field(default_factory=RpnConfig)

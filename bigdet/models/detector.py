@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import Backbone
-from bigdet.models.norms import collect_statistics
+from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.resize import resize_image, test_size
 from bigdet.structures import Batch, Detections, Targets
@@ -27,16 +27,20 @@ class Detector(nn.Module):
     Attributes:
         backbone: images to features.
         config: the model section that it was built from.
+        dense_parts: those that see whole canvases, and nothing whose number varies.
         categories: what the labels ``0..K-1`` mean: id, name and more of each.
         test_size: short side and longest long side, pixels, to which ``predict`` resizes.
     """
 
     config: ModelConfig
 
+    dense_parts: tuple[str, ...]
+
     def __init__(self, backbone: Backbone) -> None:
         """Keep the backbone; names of parts are those of ``start_from.parts``."""
         super().__init__()
         self.backbone = backbone
+        self._is_compiled = False
         self.categories: list[dict[str, Any]] = []
         self.test_size = (800, 1333)
         mean, deviation = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_DEVIATION)
@@ -50,11 +54,14 @@ class Detector(nn.Module):
         the canvas.
         """
         if not self.training:
-            with torch.no_grad():
+            # Test images have many sizes: compiled for each, they would take longer than they save.
+            eager = torch.compiler.set_stance("force_eager" if self._is_compiled else "default")
+            with torch.no_grad(), eager:
                 return self._detect(batch)
         torch.manual_seed(batch.seed)  # all randomness of the model comes after this line
-        with collect_statistics():
-            return self._losses(batch)
+        losses = self._losses(batch)
+        count_lane(self)
+        return losses
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""
@@ -63,6 +70,17 @@ class Detector(nn.Module):
     def _detect(self, batch: Batch) -> list[Detections]:
         """Give the detections of each image, best first."""
         raise NotImplementedError
+
+    def compile_dense(self, **options: Any) -> None:
+        """Let torch compile the dense parts for training, once for each size of the canvas.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        torch.compiler.reset()  # what was compiled for an earlier phase
+        for name in self.dense_parts:
+            self.get_submodule(name).compile(dynamic=False, **options)
+        self._is_compiled = True
 
     def use_test_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""

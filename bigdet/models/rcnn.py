@@ -30,6 +30,8 @@ class RCNN(Detector):
     ``mask``. With a cascade as box head there are ``stage1_box_class``, ..., ``stage3_box_delta``.
     """
 
+    dense_parts = ("backbone", "fpn", "rpn")
+
     def __init__(
         self,
         backbone: Backbone,
