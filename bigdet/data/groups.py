@@ -14,10 +14,11 @@ from bigdet.data.collate import (
     pack,
     training_canvas,
 )
+from bigdet.data.manifest import ShardError
 from bigdet.data.objects import Wanted, check_annotations
 from bigdet.data.order import Order
 from bigdet.data.samples import Damage, DamagedSampleError, damaged, decode_sample, read_sample
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.transforms import Scene, make_examples
 from bigdet.data.views import Size, draw_view, resize_of_step
 from bigdet.ops.random import Words, seed_of

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bigdet.data.collate import Allocate, PackedGroup, fresh_memory
-from bigdet.data.shards import ShardError
+from bigdet.data.manifest import ShardError
 from bigdet.data.slots import Slots, Stored
 
 Key = TypeVar("Key")

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.schema import DataConfig
-from bigdet.data.shards import Category, Sample, ShardError, ShardSet
+from bigdet.data.manifest import Category, ShardError
+from bigdet.data.shards import Sample, ShardSet
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bigdet.data.shards import ShardError
+from bigdet.data.manifest import ShardError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

@@ -13,16 +13,14 @@ import numpy as np
 from bigdet.config.schema import CacheConfig
 from bigdet.data.conversion import Progress, no_progress
 from bigdet.data.decode import decode_image
+from bigdet.data.manifest import Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.remote import is_remote
 from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags
 from bigdet.data.shards import (
     MISSING,
-    Manifest,
     Sample,
-    Shard,
-    ShardError,
     ShardSet,
     UnavailableShardError,
     file_sha256,

@@ -31,6 +31,7 @@ from bigdet.data.collate import (
 )
 from bigdet.data.groups import TrainGroups
 from bigdet.data.loader import Loader
+from bigdet.data.manifest import ShardError
 from bigdet.data.objects import Wanted, keypoint_order, no_objects
 from bigdet.data.order import Order, evaluation_groups, lanes_of_rank
 from bigdet.data.samples import (
@@ -39,7 +40,7 @@ from bigdet.data.samples import (
     load_sample,
 )
 from bigdet.data.selection import select
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.views import whole_view
 from bigdet.structures import Batch
 

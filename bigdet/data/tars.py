@@ -10,15 +10,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from bigdet.config.load import ConfigError
 from bigdet.config.schema import CacheConfig
 from bigdet.data.cache import Cache, locked, name_of, write_whole
+from bigdet.data.manifest import Shard
 from bigdet.data.remote import RemoteFile, UnreachableError, fetch, file_address, is_remote, shown
-
-if TYPE_CHECKING:
-    from bigdet.data.shards import Shard
 
 MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
 RUN_BYTES = 8 << 20

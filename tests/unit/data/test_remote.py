@@ -21,9 +21,10 @@ import pytest
 from bigdet.config.load import ConfigError
 from bigdet.config.schema import CacheConfig, ResizeConfig, TrainSplitConfig
 from bigdet.data import remote, tars
+from bigdet.data.manifest import ShardError
 from bigdet.data.remote import file_address, shown
 from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardError, ShardSet, UnavailableShardError
+from bigdet.data.shards import ShardSet, UnavailableShardError
 from bigdet.data.stream import EvalStream, TrainStream
 from tests.unit.data.shard_server import FAULTS, ShardServer
 from tests.unit.data.small_shards import write_set

@@ -18,8 +18,9 @@ import torch
 from bigdet.config.schema import ResizeConfig, TrainSplitConfig
 from bigdet.data.collate import Allocate, Example, PackedGroup, pack
 from bigdet.data.loader import Loader
+from bigdet.data.manifest import MANIFEST_NAME
 from bigdet.data.objects import no_objects
-from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, MANIFEST_NAME, ShardSet
+from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, ShardSet
 from bigdet.data.stream import TrainStream
 
 
