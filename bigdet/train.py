@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigdet import distributed
+from bigdet import distributed, doctor
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import load_config
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     check_config(config)
     distributed.start()
+    if options.doctor:
+        setup_logging(distributed.rank())
+        return doctor.examine(config)
     stopping.listen()
     run_dir = RunDir(Path(config.output))
     folder: Path | None = None
@@ -47,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
             folder = resume.find_checkpoint(config, run_dir)
+    resume.check_same_everywhere(config, train_set, val_set)
     folder = distributed.broadcast_object(folder)
     saved = None if folder is None else checkpoint.load(folder)
     with distributed.together():
@@ -125,6 +129,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("config", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="check hosts, data, memory and collectives, then end",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigdet import distributed
+from bigdet import distributed, hosts
 from bigdet.config.derived import num_lanes, phase_source
 from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
 from bigdet.config.schema import RunConfig
@@ -53,6 +53,21 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
             f"model.detector: mask_rcnn needs masks, but {train_set.address} has none. Write "
             f"faster_rcnn, or make shards from annotations with segmentations."
         )
+
+
+def check_same_everywhere(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
+    """Check that all hosts have the same code, config and data (collective).
+
+    Raises:
+        SharedError: with what differs, and who has what.
+    """
+    hosts.check_same(
+        {
+            "config": hosts.text_hash(dump_config(config)),
+            f"training shards {train_set.address}": train_set.index_hash()[: hosts.SHOWN_HASH],
+            f"validation shards {val_set.address}": val_set.index_hash()[: hosts.SHOWN_HASH],
+        }
+    )
 
 
 def check_same_stream(state: dict[str, Any]) -> None:
