@@ -38,7 +38,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
         is_bug = isinstance(error, RuntimeError) and not lost
         if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
-        if distributed.is_main() or not distributed.is_on_all_ranks(error):
+        if distributed.must_tell(error):
             where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
             sys.stderr.write(f"error{where}: {lost or error}\n")
         code = 1

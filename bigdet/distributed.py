@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -72,10 +72,8 @@ def start() -> None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         dist.init_process_group(backend, timeout=timeout)  # torchrun's agents have met already
         return
-    if "MASTER_ADDR" in os.environ:
-        store = _meet()
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
+    alone = "MASTER_ADDR" not in os.environ
+    store = dist.HashStore() if alone else _meet()  # type: ignore[attr-defined]
     dist.init_process_group(
         backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout
     )
@@ -116,7 +114,7 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
 
 
-def _meet() -> dist.Store:
+def _meet() -> Any:
     """Wait until every rank is here, and return the store that rank 0 keeps for them.
 
     Raises:
@@ -128,16 +126,18 @@ def _meet() -> dist.Store:
     # Rank 0 gives up first: it can tell who is missing.
     timeout = datetime.timedelta(seconds=seconds if is_main() else seconds + 10)
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             address, port, world_size(), is_main(), timeout, wait_for_workers=False
         )
     except dist.DistError as error:
         problem = str(error).splitlines()[0]
+        if is_main():
+            raise ValueError(
+                f"cannot listen on port {port}: {problem}. Another run may use it: choose another "
+                f"one (--master_port)."
+            ) from error
         raise ValueError(
-            f"cannot listen on port {port}: {problem}. Another run may use it: choose another one "
-            f"(--master_port)."
-            if is_main()
-            else f"rank {rank()} on {socket.gethostname()} did not reach rank 0 at {address}:{port} "
+            f"rank {rank()} on {socket.gethostname()} did not reach rank 0 at {address}:{port} "
             f"within {timeout.seconds} s: {problem}. Check that this host reaches that one, and "
             f"that python starts there."
         ) from error
@@ -155,7 +155,7 @@ def _meet() -> dist.Store:
     return store
 
 
-def _wait_for_all(store: dist.Store, seconds: float) -> str:
+def _wait_for_all(store: Any, seconds: float) -> str:
     """Wait until every rank has written its host into the store; say who did not (rank 0)."""
     deadline = time.monotonic() + seconds
     missing = list(range(world_size()))
@@ -252,14 +252,27 @@ class SharedError(ValueError):
     """An error that every rank raises at the same point, so that it is told once."""
 
 
-def is_on_all_ranks(error: BaseException) -> bool:
-    """Tell whether every rank raises this error: then rank 0 alone needs to print it.
+def must_tell(error: BaseException) -> bool:
+    """Tell whether this rank is the one that prints an error, so that each is told once.
 
     Before the ranks have met, those of one host are taken to see the same files.
     """
     if isinstance(error, SharedError):
+        return is_main()
+    return tells_first() if dist.is_initialized() else local_rank() == 0
+
+
+def tells_first() -> bool:
+    """Tell whether no other rank has asked this before; no collective.
+
+    The ranks that lose their connection to a rank that failed come after it.
+    """
+    if not dist.is_initialized() or world_size() == 1:
         return True
-    return not dist.is_initialized() and local_rank() > 0
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("told", 1) == 1)
+    except RuntimeError:
+        return True  # rank 0 is gone, and the store with it
 
 
 @contextmanager

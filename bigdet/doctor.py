@@ -80,7 +80,11 @@ def examine(config: RunConfig) -> int:
     speed = measure_collectives(distributed.device())
     rows: list[Row] = []
     if distributed.is_main():
-        rows = [*compare(everywhere), *_memory_rows(config, everywhere), _disk_row(config, everywhere[0])]
+        rows = [
+            *compare(everywhere),
+            *_memory_rows(config, everywhere),
+            _disk_row(config, everywhere[0]),
+        ]
         rows.append(_speed_row(config, everywhere[0], speed))
         for row in rows:
             logger.info("%-4s  %-18s  %s", "ok" if row.is_ok else "FAIL", row.check, row.found)

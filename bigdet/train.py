@@ -26,9 +26,10 @@ from bigdet.engine import checkpoint
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 from bigdet.log import setup_logging
 from bigdet.run_dir import RunDir
-from bigdet.training import optim, resume, saving, stopping
+from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
+from bigdet.training.watchdog import Watchdog
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,14 +57,16 @@ def main(arguments: Sequence[str]) -> int:
     with distributed.together():
         config = resume.settle_config(config, saved, folder)
         resume.check_phases(config, train_set, saved)
-        state, metrics = resume.begin(config, run_dir, saved)
-    run = Run(config, run_dir, train_set, val_set, metrics, state)
+        state, metrics = resume.begin(config, run_dir, train_set, saved)
+    watchdog = Watchdog(config.log.stall_seconds, run_dir.log(distributed.rank()))
+    run = Run(config, run_dir, train_set, val_set, metrics, state, watchdog)
     if saved is not None:
         run.restored = saved.engine
         del saved  # weights and optimizer state: gone once they are in place
     run.log_start(folder)
     try:
-        return run_phases(run)
+        with watchdog:
+            return run_phases(run)
     finally:
         if metrics is not None:
             metrics.close()
@@ -99,7 +102,7 @@ def run_phase(run: Run) -> bool:
             seed=config.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            first_step=state.step,
+            first_step=state.step + state.stream_shift,
         )
         if run.restored is not None:
             stream.check_state(state.stream)
@@ -114,7 +117,9 @@ def run_phase(run: Run) -> bool:
         if run.restored is not None:
             engine.load_state(run.restored)
             run.restored = None
-        return PhaseTrainer(run, detector, engine, stream, device).train()
+        trainer = PhaseTrainer(run, detector, engine, stream, device)
+        with failures.explained(trainer):
+            return trainer.train()
     finally:
         stream.close()
         engine.close()
