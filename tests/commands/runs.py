@@ -1,7 +1,9 @@
 """Runs of the training command on a tiny set, in processes of their own, for several test files."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,10 +35,12 @@ def arguments(output: Path, shards: Path, *more: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody uses now, below those that Linux gives to connections by itself."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def deepspeed(ranks: int) -> list[str]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from bigdet import train
 from bigdet.data.shards import ShardSet
+from tests.commands.kill_often import kill_often
 from tests.commands.runs import (
     Command,
     arguments,
@@ -123,6 +124,13 @@ def test_a_killed_run_goes_on_exactly(
     assert code == 0, printed
     assert "going on from" in printed
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_killed_at_random_moments_goes_on_exactly(
+    whole: Path, tmp_path: Path, shapes_shards: Path
+):
+    counts = kill_often(whole, tmp_path / "run", shapes_shards, kills=3, seed=5, seconds=1.5)
+    assert counts["kills"] == 3
 
 
 def test_a_killed_run_of_two_ranks_goes_on_exactly(
