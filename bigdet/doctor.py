@@ -82,8 +82,8 @@ def examine(config: RunConfig) -> int:
     if distributed.is_main():
         rows = [
             *compare(everywhere),
-            *_memory_rows(config, everywhere),
-            _disk_row(config, everywhere[0]),
+            *memory_rows(config, everywhere),
+            disk_row(config, everywhere[0]),
         ]
         rows.append(_speed_row(config, everywhere[0], speed))
         for row in rows:
@@ -204,7 +204,7 @@ def _speed_row(config: RunConfig, facts: Facts, speed: tuple[float, float, bool]
     return Row("all-reduce", text if is_right else f"wrong sums; {text}", is_right)
 
 
-def _memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
+def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
     """Compare what the loader processes of a host take with what it has."""
     with_masks = config.model.detector == "mask_rcnn"
     group = max(
@@ -230,7 +230,7 @@ def _memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
     return rows
 
 
-def _disk_row(config: RunConfig, facts: Facts) -> Row:
+def disk_row(config: RunConfig, facts: Facts) -> Row:
     """Compare what the run's checkpoints take with what is free (rank 0 writes them)."""
     if not facts.classes:
         return Row("disk", "not known: the training set cannot be read", is_ok=False)

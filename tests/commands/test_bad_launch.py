@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.commands.runs import ROOT, arguments, free_port
 
 
@@ -43,20 +41,11 @@ def messages_of_two_ranks(
     return [line for line in printed.splitlines() if line.startswith("error")]
 
 
-@pytest.mark.parametrize(
-    ("images_per_step", "words"),
-    [
-        (2, "2 images are 1 micro-batches of 2, which 2 ranks cannot share equally"),
-        (6, "6 images are 3 micro-batches of 2, which 2 ranks cannot share equally"),
-    ],
-)
-def test_ranks_that_cannot_share_a_step_are_told(
-    tmp_path: Path, shapes_shards: Path, images_per_step: int, words: str
-):
-    wrong = f"phases.pretrain.images_per_step={images_per_step}"
+def test_more_ranks_than_micro_batches_are_told(tmp_path: Path, shapes_shards: Path):
+    wrong = "phases.pretrain.images_per_step=2"
     (message,) = messages_of_two_ranks(tmp_path, shapes_shards, wrong)
     assert "phases.pretrain.images_per_step" in message
-    assert words in message
+    assert "2 images are 1 micro-batches of 2, which 2 ranks cannot share equally" in message
 
 
 def test_hosts_with_other_code_are_told(tmp_path: Path, shapes_shards: Path):
@@ -69,14 +58,10 @@ def test_hosts_with_other_code_are_told(tmp_path: Path, shapes_shards: Path):
     assert "(rank 1)" in message
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_hosts_with_other_shards_are_told(tmp_path: Path, shapes_shards: Path, split: str):
-    for rank in range(2):
-        for name in ("train", "val"):
-            shutil.copytree(shapes_shards / name, tmp_path / f"host-{rank}/shards/{name}")
-    changed = tmp_path / "host-1/shards" / split
-    shutil.rmtree(changed)
-    shutil.copytree(shapes_shards / ("val" if split == "train" else "train"), changed)
+def test_hosts_with_other_shards_are_told(tmp_path: Path, shapes_shards: Path):
+    for rank, val in enumerate(["val", "train"]):
+        shards = tmp_path / f"host-{rank}/shards"
+        shutil.copytree(shapes_shards / "train", shards / "train")
+        shutil.copytree(shapes_shards / val, shards / "val")
     (message,) = messages_of_two_ranks(tmp_path, Path("shards"))
-    what = {"train": "training", "val": "validation"}[split]
-    assert f"hosts differ: {what} shards shards/{split}: " in message
+    assert "hosts differ: validation shards shards/val: " in message
