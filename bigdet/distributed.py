@@ -74,6 +74,7 @@ def start() -> None:
         return
     alone = "MASTER_ADDR" not in os.environ
     store = dist.HashStore() if alone else _meet()  # type: ignore[attr-defined]
+    store.set_timeout(timeout)
     dist.init_process_group(
         backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout
     )

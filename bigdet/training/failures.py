@@ -47,6 +47,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:
     """Say what was on the device, and what to change."""
     shapes = sorted({str(tuple(batch.images.shape)) for batch in trainer.micro_batches})
+    images = ", ".join(shapes) or "of the validation set"
     device = trainer.device
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory / _GIB
@@ -55,7 +56,7 @@ def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:
         found = f"{peak_memory_gib():.1f} GiB of memory"
     key = f"phases.{trainer.name}"
     return (
-        f"{where}: out of memory on rank {distributed.rank()}: images {', '.join(shapes)}, peak "
+        f"{where}: out of memory on rank {distributed.rank()}: images {images}, peak "
         f"{found}. Lower {key}.images_per_gpu (images_per_step may stay: the rest is "
         f"accumulated), {key}.resize.size or model.roi.rois_per_image, write engine.precision=bf16 "
         f"or a higher engine.zero_stage; in an evaluation, lower evaluation.images_per_gpu."

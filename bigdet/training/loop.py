@@ -115,7 +115,7 @@ class PhaseTrainer:
         self.phase = run.config.phases[self.name]
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter()
-        self.micro_batches: list[Batch] = []  # of the step that is taken, for messages
+        self.micro_batches: list[Batch] = []  # of the step under way, for messages
         assert self.phase.images_per_step is not None
         self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
 
@@ -242,6 +242,7 @@ class PhaseTrainer:
         """
         run, state = self.run, self.state
         run.watchdog.at(f"{state.position}: evaluation")
+        self.micro_batches = []
         size_cap = measuring.test_size(self.config, self.name)
         metrics = measuring.evaluate(
             self.config, self.detector, run.val_set, size_cap, self._must_stop

@@ -89,10 +89,11 @@ def test_a_rank_that_stalls_ends_the_run_and_every_rank_says_where_it_is(
         os.kill(process, signal.SIGSTOP)
     stalled = time.monotonic()
     try:
-        code, printed = run.finish()
+        run.process.wait(200)
     finally:
         for process in loaders:  # one that is stopped does not notice that its rank is gone
             os.kill(process, signal.SIGKILL)
+    code, printed = run.finish()
     assert time.monotonic() - stalled < 12 + 5 + 40
     assert code == 1, printed
     logs = [(run.output / f"logs/rank-{rank}.log").read_text() for rank in range(2)]
