@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from bigdet import distributed, hosts
-from bigdet.config.derived import largest_plan
+from bigdet.config.derived import has_masks, largest_plan, phase_model
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.collate import group_bytes
@@ -206,10 +206,13 @@ def _speed_row(config: RunConfig, facts: Facts, speed: tuple[float, float, bool]
 
 def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
     """Compare what the loader processes of a host take with what it has."""
-    with_masks = config.model.detector == "mask_rcnn"
     group = max(
-        group_bytes(phase.images_per_gpu, largest_plan(phase.resize), with_masks=with_masks)
-        for phase in config.phases.values()
+        group_bytes(
+            phase.images_per_gpu,
+            largest_plan(phase.resize),
+            with_masks=has_masks(phase_model(config, name)),
+        )
+        for name, phase in config.phases.items()
     )
     rows = []
     for check, groups, name in (

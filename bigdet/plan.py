@@ -30,6 +30,7 @@ import torch
 from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
+from bigdet.config.derived import has_masks, phase_model
 from bigdet.config.load import ConfigError, load_config
 from bigdet.config.schema import EngineConfig, RunConfig
 from bigdet.data.mix import open_sets
@@ -189,7 +190,7 @@ def measure(config: RunConfig, phase: str) -> dict[str, float]:
     train_set, _ = open_sets(config.data)
     stream = open_train_stream(
         train_set, config.data, settings,
-        name=phase, with_masks=config.model.detector == "mask_rcnn", seed=config.seed,
+        name=phase, with_masks=has_masks(phase_model(config, phase)), seed=config.seed,
         rank=0, world_size=1,
     )  # fmt: skip
     batches = [batch.to(device) for batch in islice(stream, _WARM_STEPS + _MEASURED_STEPS)]

@@ -1,4 +1,4 @@
-"""The detector: backbone, pyramid, heads; a batch in, losses or detections out."""
+"""What every detector does: a batch in, losses or detections out; images in, detections out."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigdet.models.assign import pad_objects
+from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import Backbone
-from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
-from bigdet.models.heads.box import BoxHead, FlatDetections
-from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
-from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
-from bigdet.models.heads.rpn import Proposals, RegionProposals
-from bigdet.models.necks.fpn import FPN
-from bigdet.models.norms import collect_statistics
+from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
-from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
 from bigdet.ops.resize import resize_image, test_size
 from bigdet.structures import Batch, Detections, Targets
 
@@ -29,29 +22,25 @@ CANVAS_MULTIPLE = 32  # the coarsest backbone stride
 
 
 class Detector(nn.Module):
-    """Faster R-CNN, and with a mask head Mask R-CNN, over a feature pyramid.
+    """A backbone and what follows it; subclasses say what follows and how it is trained.
 
     Attributes:
+        backbone: images to features.
+        config: the model section that it was built from.
+        dense_parts: those that see whole canvases, and nothing whose number varies.
         categories: what the labels ``0..K-1`` mean: id, name and more of each.
         test_size: short side and longest long side, pixels, to which ``predict`` resizes.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        fpn: FPN,
-        rpn: RegionProposals,
-        box_head: BoxHead,
-        mask_head: MaskHead | None,
-    ) -> None:
-        """Put the parts together; their names are those of ``start_from.parts``."""
+    config: ModelConfig
+
+    dense_parts: tuple[str, ...]
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Keep the backbone; names of parts are those of ``start_from.parts``."""
         super().__init__()
         self.backbone = backbone
-        self.fpn = fpn
-        self.rpn = rpn
-        self.box_head = box_head
-        self.mask_head = mask_head
-        self.strides = [*backbone.strides, 2 * backbone.strides[-1]]
+        self._is_compiled = False
         self.categories: list[dict[str, Any]] = []
         self.test_size = (800, 1333)
         mean, deviation = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_DEVIATION)
@@ -61,17 +50,44 @@ class Detector(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor] | list[Detections]:
         """Give the losses of a batch in training mode, else the detections of its images.
 
-        Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta`` and, with a mask
-        head, ``mask``. Boxes of detections are in pixels of the canvas.
+        Losses are scalars by name; their sum is minimized. Boxes of detections are in pixels of
+        the canvas.
         """
         if not self.training:
-            return self._detect(batch)
+            # Test images have many sizes: compiled for each, they would take longer than they save.
+            eager = torch.compiler.set_stance("force_eager" if self._is_compiled else "default")
+            with torch.no_grad(), eager:
+                return self._detect(batch)
         torch.manual_seed(batch.seed)  # all randomness of the model comes after this line
-        with collect_statistics():
-            return self._losses(batch)
+        losses = self._losses(batch)
+        count_lane(self)
+        return losses
 
-    def _features(self, batch: Batch) -> list[Tensor]:
-        """Give the pyramid P2 to P6 of a batch; everything outside an image is 0."""
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the losses of a batch, means over the lane."""
+        raise NotImplementedError
+
+    def _detect(self, batch: Batch) -> list[Detections]:
+        """Give the detections of each image, best first."""
+        raise NotImplementedError
+
+    def compile_dense(self, **options: Any) -> None:
+        """Let torch compile the dense parts for training, once for each size of the canvas.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        torch.compiler.reset()  # what was compiled for an earlier phase
+        for name in self.dense_parts:
+            self.get_submodule(name).compile(dynamic=False, **options)
+        self._is_compiled = True
+
+    def use_test_settings(self, config: ModelConfig) -> None:
+        """Take thresholds and limits of the detections from a config."""
+        raise NotImplementedError
+
+    def _pixels(self, batch: Batch) -> Tensor:
+        """Give the normalized images ``(B, 3, H, W)``; everything outside an image is 0."""
         mean, deviation = self.get_buffer("pixel_mean"), self.get_buffer("pixel_deviation")
         height, width = batch.images.shape[-2:]
         lines = (
@@ -80,82 +96,7 @@ class Detector(nn.Module):
         columns = torch.arange(width, device=mean.device) < batch.image_sizes[:, 1, None, None]
         pixels = batch.images.to(mean.dtype, memory_format=torch.channels_last)
         pixels = (pixels - mean).div_(deviation)
-        pixels = pixels.mul_((lines & columns)[:, None])
-        features: list[Tensor] = self.fpn(self.backbone(pixels))
-        return features
-
-    def _pool(self, table: FeatureTable, boxes: Tensor, images: Tensor, size: int) -> Tensor:
-        is_aligned = self.box_head.conventions.roi_align_aligned
-        return roi_align(table, boxes, images, size, is_aligned)
-
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        features = self._features(batch)
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions = self.rpn(features, self.strides, canvas_size)
-        objects = pad_objects(batch.targets, predictions.anchors.dtype)
-        losses: dict[str, Tensor] = self.rpn.losses(predictions, objects, batch.weights)
-
-        proposals = self.rpn.propose(predictions, batch.image_sizes)
-        regions = self.box_head.sample(proposals, objects, batch.weights)
-        num_images, num_slots = regions.is_valid.shape
-        images = torch.arange(num_images, device=regions.boxes.device)
-        table = tabulate(features[:-1], self.strides[:-1])  # P6 is for proposals alone
-        pooled = self._pool(
-            table, regions.boxes.flatten(0, 1), images.repeat_interleave(num_slots), BOX_POOLED_SIZE
-        )
-        logits, deltas = self.box_head(pooled)
-        losses |= self.box_head.losses(logits, deltas, regions)
-
-        if self.mask_head is not None:
-            masks = batch.targets.masks
-            if masks is None:
-                raise ValueError(
-                    "The batch has no masks, but the model has a mask head. Read the data with "
-                    "masks, or train a faster_rcnn."
-                )
-            positives = select_positives(regions, masks, self.mask_head.num_classes)
-            pooled = self._pool(table, positives.boxes, positives.images, MASK_POOLED_SIZE)
-            mask_logits = self.mask_head(pooled, positives.labels)
-            losses |= self.mask_head.losses(mask_logits, positives, masks)
-        return losses
-
-    @torch.no_grad()
-    def _detect(self, batch: Batch) -> list[Detections]:
-        features = self._features(batch)
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions = self.rpn(features, self.strides, canvas_size)
-        proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
-        num_images, num_slots = proposals.is_valid.shape
-        images = torch.arange(num_images, device=proposals.boxes.device)
-        table = tabulate(features[:-1], self.strides[:-1])
-        pooled = self._pool(
-            table,
-            proposals.boxes.flatten(0, 1),
-            images.repeat_interleave(num_slots),
-            BOX_POOLED_SIZE,
-        )
-        logits, deltas = self.box_head(pooled)
-        found = self.box_head.detect(logits, deltas, proposals, batch.image_sizes)
-        masks = None if self.mask_head is None else self._masks(self.mask_head, table, found)
-        counts = torch.bincount(found.images, minlength=num_images).tolist()
-        parts = zip(
-            torch.split(found.boxes.float(), counts),
-            torch.split(found.scores.float(), counts),
-            torch.split(found.labels, counts),
-            [None] * num_images if masks is None else torch.split(masks, counts),
-            strict=True,
-        )
-        return [Detections(*part) for part in parts]
-
-    def _masks(self, mask_head: MaskHead, table: FeatureTable, found: FlatDetections) -> Tensor:
-        """Give the mask probabilities ``(D, 28, 28)`` of detections; the head runs on none too."""
-        num_found = len(found.boxes)
-        more = pad_to_bucket(num_found) - num_found
-        boxes = torch.nn.functional.pad(found.boxes, (0, 0, 0, more))
-        images = torch.nn.functional.pad(found.images, (0, more))
-        labels = torch.nn.functional.pad(found.labels, (0, more))
-        logits: Tensor = mask_head(self._pool(table, boxes, images, MASK_POOLED_SIZE), labels)
-        return logits[:num_found].sigmoid().float()
+        return pixels.mul_((lines & columns)[:, None])
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> list[Detections]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bigdet.config.derived import phase_model
 from bigdet.config.schema import PhaseConfig, RunConfig
 from bigdet.models import backbones, norms
 from bigdet.models.build import build_detector
@@ -32,7 +33,7 @@ def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
     """Count the numbers of a phase's detector; nothing is allocated."""
     settings = config.phases[phase]
     with torch.device("meta"):
-        detector = build_detector(config.model, num_classes)
+        detector = build_detector(phase_model(config, phase), num_classes)
     if settings.norm_mode is not None:
         norms.set_norm_mode(detector, settings.norm_mode)
     backbones.freeze_stages(detector.backbone, settings.freeze_stages)

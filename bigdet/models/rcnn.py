@@ -1,0 +1,127 @@
+"""Detectors that look twice: proposals over a pyramid, then a head for each (the R-CNN family)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bigdet.config.schema import ModelConfig
+from bigdet.models.assign import pad_objects
+from bigdet.models.backbones import Backbone
+from bigdet.models.detector import Detector
+from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
+from bigdet.models.heads.box import BoxHead, FlatDetections
+from bigdet.models.heads.cascade import CascadeHead
+from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
+from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
+from bigdet.models.heads.rpn import Proposals, RegionProposals
+from bigdet.models.necks.fpn import FPN
+from bigdet.models.norms import valid_rows
+from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
+from bigdet.structures import Batch, Detections
+
+
+class RCNN(Detector):
+    """Faster R-CNN, and with a mask head Mask R-CNN, over a feature pyramid.
+
+    Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta`` and, with a mask head,
+    ``mask``. With a cascade as box head there are ``stage1_box_class``, ..., ``stage3_box_delta``.
+    """
+
+    dense_parts = ("backbone", "fpn", "rpn")
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        fpn: FPN,
+        rpn: RegionProposals,
+        box_head: BoxHead | CascadeHead,
+        mask_head: MaskHead | None,
+    ) -> None:
+        """Put the parts together."""
+        super().__init__(backbone)
+        self.fpn = fpn
+        self.rpn = rpn
+        self.box_head = box_head
+        self.mask_head = mask_head
+        self.strides = [*backbone.strides, 2 * backbone.strides[-1]]
+
+    def use_test_settings(self, config: ModelConfig) -> None:
+        """Take thresholds and limits of the detections from a config."""
+        self.box_head.use_test_settings(config.roi)
+
+    def _features(self, batch: Batch) -> list[Tensor]:
+        """Give the pyramid P2 to P6."""
+        features: list[Tensor] = self.fpn(self.backbone(self._pixels(batch)))
+        return features
+
+    def _pool(self, table: FeatureTable, boxes: Tensor, images: Tensor, size: int) -> Tensor:
+        is_aligned = self.rpn.conventions.roi_align_aligned
+        return roi_align(table, boxes, images, size, is_aligned)
+
+    def _pool_all(self, table: FeatureTable, boxes: Tensor) -> Tensor:
+        """Give the features ``(N, C, 7, 7)`` of regions ``(B, S, 4)`` of all images, N = B x S."""
+        num_images, num_slots = boxes.shape[:2]
+        images = torch.arange(num_images, device=boxes.device).repeat_interleave(num_slots)
+        return self._pool(table, boxes.flatten(0, 1), images, BOX_POOLED_SIZE)
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        features = self._features(batch)
+        canvas_size = (batch.images.shape[2], batch.images.shape[3])
+        predictions = self.rpn(features, self.strides, canvas_size)
+        objects = pad_objects(batch.targets, predictions.anchors.dtype)
+        losses: dict[str, Tensor] = self.rpn.losses(predictions, objects, batch.weights)
+
+        proposals = self.rpn.propose(predictions, batch.image_sizes)
+        table = tabulate(features[:-1], self.strides[:-1])  # P6 is for proposals alone
+        pool = partial(self._pool_all, table)
+        box_losses, regions = self.box_head.train_on(
+            pool, proposals, objects, batch.weights, batch.image_sizes
+        )
+        losses |= box_losses
+
+        if self.mask_head is not None:
+            masks = batch.targets.masks
+            if masks is None:
+                raise ValueError(
+                    "The batch has no masks, but the model has a mask head. Read the data with "
+                    "masks, or train a faster_rcnn."
+                )
+            positives = select_positives(regions, masks, self.mask_head.num_classes)
+            pooled = self._pool(table, positives.boxes, positives.images, MASK_POOLED_SIZE)
+            with valid_rows(positives.is_valid):
+                mask_logits = self.mask_head(pooled, positives.labels)
+            losses |= self.mask_head.losses(mask_logits, positives, masks)
+        return losses
+
+    def _detect(self, batch: Batch) -> list[Detections]:
+        features = self._features(batch)
+        canvas_size = (batch.images.shape[2], batch.images.shape[3])
+        predictions = self.rpn(features, self.strides, canvas_size)
+        proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
+        num_images = len(batch.images)
+        table = tabulate(features[:-1], self.strides[:-1])
+        pool = partial(self._pool_all, table)
+        found = self.box_head.find(pool, proposals, batch.image_sizes)
+        masks = None if self.mask_head is None else self._masks(self.mask_head, table, found)
+        counts = torch.bincount(found.images, minlength=num_images).tolist()
+        parts = zip(
+            torch.split(found.boxes.float(), counts),
+            torch.split(found.scores.float(), counts),
+            torch.split(found.labels, counts),
+            [None] * num_images if masks is None else torch.split(masks, counts),
+            strict=True,
+        )
+        return [Detections(*part) for part in parts]
+
+    def _masks(self, mask_head: MaskHead, table: FeatureTable, found: FlatDetections) -> Tensor:
+        """Give the mask probabilities ``(D, 28, 28)`` of detections; the head runs on none too."""
+        num_found = len(found.boxes)
+        more = pad_to_bucket(num_found) - num_found
+        boxes = torch.nn.functional.pad(found.boxes, (0, 0, 0, more))
+        images = torch.nn.functional.pad(found.images, (0, more))
+        labels = torch.nn.functional.pad(found.labels, (0, more))
+        logits: Tensor = mask_head(self._pool(table, boxes, images, MASK_POOLED_SIZE), labels)
+        return logits[:num_found].sigmoid().float()
