@@ -97,6 +97,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep", config.checkpoint.keep),
         ("log.every", config.log.every),
+        ("log.stall_seconds", config.log.stall_seconds),
     ):
         _positive(key, value)
     for key, count in (
