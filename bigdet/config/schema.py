@@ -21,7 +21,8 @@ BoxHead = Literal["2fc", "4conv1fc"]
 Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "affine", "fixed"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
 Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
 
@@ -172,12 +173,17 @@ class ModelConfig:
 class EngineConfig:
     """How weights are updated."""
 
-    kind: Literal["deepspeed"] = "deepspeed"
-    """Which engine."""
-    zero_stage: int = 2
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+    kind: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """``deepspeed`` (ZeRO), or ``fsdp``: torch's FSDP2, which shards as ZeRO-3 does."""
+    zero_stage: int | None = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
+    weights too. Must be null under fsdp."""
     precision: Precision = "bf16"
-    """Of activations and matrix products; master weights are fp32 always."""
+    """Of convolutions and matrix products; weights, gradients and their sums are fp32 always.
+    ``fp16`` has a loss scale, which finds itself."""
+    offload: Offload = "none"
+    """What lies in the memory of the CPU while it is not needed, and is stepped there:
+    ``optimizer`` (its state; ZeRO 1 to 3), or ``all`` (weights too; ZeRO 3 and fsdp)."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm. None: no clipping."""
     max_bad_steps: int = 20
