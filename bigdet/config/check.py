@@ -42,9 +42,10 @@ _RESIZE_KINDS = {
     "variant": ("direct",),
     "scale_range": ("direct",),
     "jitter_range": ("jitter",),
+    "pad_to": ("short_side", "stitcher"),
 }
 """The kinds of resize that heed each option; ``size`` is for all."""
-_DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range")
+_DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range", "pad_to")
 """Options of a resize that only training heeds."""
 _MOSAIC_IMAGES = 4
 

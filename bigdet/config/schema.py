@@ -222,6 +222,10 @@ class ResizeConfig:
     """Range of the random factor of ``direct`` in training; 1 at test time."""
     jitter_range: tuple[float, float] = (0.1, 2.0)
     """Range of the random factor of ``jitter`` in training; 1 at test time."""
+    pad_to: Literal["batch", "two_shapes"] = "batch"
+    """For ``short_side`` and ``stitcher`` in training. ``batch``: a canvas is as large as its
+    images need. ``two_shapes``: it is one of two, landscape or portrait, whichever most of its
+    images are; one of the other kind is made smaller to fit. ``model.compile`` likes few shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigdet.config.derived import is_square, plan_of
+from bigdet.config.schema import ResizeConfig
 from bigdet.data.objects import Objects
 from bigdet.structures import Batch, Masks, Targets
 
@@ -70,6 +72,25 @@ def canvas_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Return the smallest canvas, height and width, that holds images of these sizes."""
     height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
     return _round_up(height), _round_up(width)
+
+
+def training_canvas(
+    resize: ResizeConfig, sizes: Sequence[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Return the canvas, height and width, that a group has whatever its images; None: no such one.
+
+    Args:
+        resize: of the step.
+        sizes: height, width of the images as stored.
+    """
+    if is_square(resize):
+        return resize.size, resize.size
+    if resize.pad_to == "batch":
+        return None
+    short, long = canvas_size([plan_of(resize)])
+    num_portrait = sum(height > width for height, width in sizes)
+    num_landscape = sum(width > height for height, width in sizes)
+    return (long, short) if num_portrait > num_landscape else (short, long)
 
 
 def _round_up(pixels: int) -> int:

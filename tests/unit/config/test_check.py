@@ -46,6 +46,7 @@ def test_every_shipped_config_passes_the_checks(path: Path):
          "phases.finetune.resize.size_range", "rising"),
         (["phases.pretrain.resize.sizes=[96]"], "phases.pretrain.resize.sizes", "short_side"),
         (["phases.finetune.resize.variant=paper"], "phases.finetune.resize.variant", "direct"),
+        (["phases.pretrain.resize.pad_to=two_shapes"], "phases.pretrain.resize.pad_to", "stitcher"),
         (["phases.pretrain.resize.divide_by=4"], "phases.pretrain.resize.divide_by", "stitcher"),
         (["phases.finetune.resize.kind=stitcher", "phases.finetune.resize.divide_by=1"],
          "phases.finetune.resize.divide_by", "2 or more"),
