@@ -86,6 +86,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.images_per_gpu", config.evaluation.images_per_gpu),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep", config.checkpoint.keep),
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
         ("log.every", config.log.every),
     ):
         _positive(key, value)
@@ -96,6 +97,11 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.pictures", config.evaluation.pictures),
     ):
         _not_negative(key, count)
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    _require(
+        keep_every is None or keep_every % every == 0,
+        "checkpoint.keep_every", keep_every, f"a multiple of checkpoint.every, {every}",
+    )  # fmt: skip
     if config.evaluation.resize is not None:
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:

@@ -325,6 +325,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps of a phase stay too. None: none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,7 +200,8 @@ class DeepSpeedEngine:
                 self._state.set_weight(value, state.model.get(name))
         self._state.weights_are_set()
         self._optimizer.state.clear()
-        if self._keys and distributed.broadcast_object(bool(state.optimizer)):
+        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
+        if self._keys and has_optimizer:
             self._load_optimizer(state.optimizer)
         self._scale.load_state(state.loss_scale)
 

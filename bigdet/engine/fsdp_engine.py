@@ -8,6 +8,7 @@ reduced in fp32, as in the other engine; see `precision.py`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ from bigdet.engine.base import (
     weight_shapes,
 )
 from bigdet.engine.precision import LossScale, TotalLoss, mean_losses
+
+# Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 CLIP_EPSILON = 1e-6
 """As in torch's own clipping."""
@@ -157,7 +161,8 @@ class FsdpEngine:
         for name, value in self.module.state_dict().items():
             self._scatter(state.model.get(name), value)
         self._optimizer.state.clear()
-        if self._keys and distributed.broadcast_object(bool(state.optimizer)):
+        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
+        if self._keys and has_optimizer:
             for name, parameter in self._trained.items():
                 saved = state.optimizer.get(name, {})
                 values = {

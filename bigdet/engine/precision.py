@@ -34,11 +34,8 @@ class TotalLoss(nn.Module):
         super().__init__()
         assert any(p.requires_grad for p in module.parameters()), "no parameter is trained"
         self.module = module
-        self._autocast = {
-            "device_type": device.type,
-            "dtype": DTYPES.get(precision),
-            "enabled": precision in DTYPES,
-        }
+        self._dtype = DTYPES.get(precision)
+        self._device_type = device.type
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the module on a batch.
@@ -46,7 +43,7 @@ class TotalLoss(nn.Module):
         Returns:
             The sum of the losses, for the backward pass, and all losses with it, detached.
         """
-        with torch.autocast(**self._autocast):
+        with torch.autocast(self._device_type, self._dtype, enabled=self._dtype is not None):
             losses: dict[str, Tensor] = self.module(batch)
         total = torch.stack(list(losses.values())).sum()
         seen = {"total": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}

@@ -119,7 +119,8 @@ def resume_all(folder: Path) -> dict[Any, Any]:
         for other in others:
             results[optimizer, name, other] = finish(state, optimizer, other)
         path = folder / f"{optimizer}-{distributed.world_size()}-{name}"
-        checkpoint.save(path, state, {"format": "test"}, {"step": SAVED_AT})
+        if distributed.is_main():
+            checkpoint.save(path, state, {"format": "test"}, {"step": SAVED_AT})
     return results
 
 
