@@ -26,9 +26,12 @@ class Detector(nn.Module):
 
     Attributes:
         backbone: images to features.
+        config: the model section that it was built from.
         categories: what the labels ``0..K-1`` mean: id, name and more of each.
         test_size: short side and longest long side, pixels, to which ``predict`` resizes.
     """
+
+    config: ModelConfig
 
     def __init__(self, backbone: Backbone) -> None:
         """Keep the backbone; names of parts are those of ``start_from.parts``."""
@@ -51,10 +54,12 @@ class Detector(nn.Module):
             [layer for part in stage for layer in _layers_with_weights(part)]
             for stage in self.backbone.stages
         ]
-        heads: list[nn.Module] = []
-        for name, part in self.named_children():
-            if name != "backbone":
-                heads += part if isinstance(part, nn.ModuleList) else [part]
+        heads = [
+            called
+            for name, part in self.named_children()
+            if name != "backbone"
+            for called in _called_modules(part)
+        ]
         return [*stages, *([head] for head in heads)]
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | list[Detections]:
@@ -127,6 +132,13 @@ def _layers_with_weights(module: nn.Module) -> list[nn.Module]:
     if any(True for _ in module.parameters(recurse=False)):
         return [module]
     return [layer for child in module.children() for layer in _layers_with_weights(child)]
+
+
+def _called_modules(module: nn.Module) -> list[nn.Module]:
+    """List the outermost modules that have a forward pass of their own."""
+    if type(module).forward is not nn.Module.forward:
+        return [module]
+    return [called for child in module.children() for called in _called_modules(child)]
 
 
 def _collate(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:
