@@ -11,6 +11,7 @@ from bigdet.config.schema import EngineConfig, ModelConfig, PhaseConfig, RoiConf
 from bigdet.engine import deepspeed_engine
 from bigdet.engine.build import build_engine
 from bigdet.models.build import build_detector
+from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.norms import update_running_statistics
 from bigdet.training import optim
 from tests.ranks.toy import ENGINES
@@ -40,9 +41,13 @@ def lanes_of_step(step):
     ]
 
 
-def new_detector(backbone="resnet10"):
+# A backbone that calls neither its stages nor its blocks as modules, a head of several stages.
+SWIN_CASCADE = dataclasses.replace(MODEL, backbone="swin_t", detector="cascade_mask_rcnn")
+
+
+def new_detector(model=MODEL):
     torch.manual_seed(0)
-    return build_detector(dataclasses.replace(MODEL, backbone=backbone), num_classes=3).train()
+    return build_detector(model, num_classes=3).train()
 
 
 def detect(detector, rank):
@@ -57,14 +62,16 @@ def detect(detector, rank):
     return scores
 
 
-def train_with_engines(names, backbone):
+def train_with_engines(names, model, is_checkpointed):
     """Two steps with each engine: losses over all lanes, detections between, weights after."""
     deepspeed_engine.WHOLE_ELEMENTS = 100  # of so small a model nothing would be sharded
     results = []
     share = LANES // distributed.world_size()
     own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     for name in names:
-        detector = new_detector(backbone)
+        detector = new_detector(model)
+        if is_checkpointed:
+            enable_checkpointing(detector)
         config = EngineConfig(**ENGINES[name], precision="fp32", clip_norm=5.0)
         make_optimizer = partial(optim.build_optimizer, phase=PHASE)
         engine = build_engine(
@@ -84,9 +91,9 @@ def train_with_engines(names, backbone):
     return results
 
 
-def train_plainly(backbone):
+def train_plainly(model):
     """The same steps in plain PyTorch, one lane after the other; what ranks 0 and 1 detect."""
-    detector = new_detector(backbone)
+    detector = new_detector(model)
     optimizer = optim.build_optimizer(detector, PHASE)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
@@ -108,16 +115,19 @@ def train_plainly(backbone):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "world_size", "names"),
+    ("model", "is_checkpointed", "world_size", "names"),
     [
-        ("resnet10", 1, list(ENGINES)),
-        ("resnet10", 2, list(ENGINES)),
-        ("swin_t", 2, ["zero3", "fsdp"]),
+        (MODEL, False, 1, list(ENGINES)),
+        (MODEL, False, 2, list(ENGINES)),
+        (SWIN_CASCADE, True, 2, ["zero3", "fsdp"]),
     ],
+    ids=["one rank", "two ranks", "swin cascade checkpointed"],
 )
-def test_every_engine_gives_the_results_of_plain_pytorch(tmp_path, backbone, world_size, names):
-    expected_losses, expected_found, expected = train_plainly(backbone)
-    every_rank = run_ranks(train_with_engines, world_size, tmp_path, names, backbone)
+def test_every_engine_gives_the_results_of_plain_pytorch(
+    tmp_path, model, is_checkpointed, world_size, names
+):
+    expected_losses, expected_found, expected = train_plainly(model)
+    every_rank = run_ranks(train_with_engines, world_size, tmp_path, names, model, is_checkpointed)
     for rank, results in enumerate(every_rank):
         assert len(results) == len(names)
         for losses, found, weights in results:
