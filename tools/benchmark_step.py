@@ -85,6 +85,8 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         if phase.norm_mode is not None:
             set_norm_mode(model, phase.norm_mode)
         model.train()
+    if config.model.compile:
+        detector.compile_dense()
     batch = make_scene(phase.images_per_gpu, (height, width), arguments.objects, config.seed)
     batch = batch.to(device)
     images, targets = as_torchvision(batch)

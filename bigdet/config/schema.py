@@ -12,7 +12,9 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
+Detector = Literal[
+    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn",
+]  # fmt: skip
 Backbone = Literal[
     "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
@@ -29,7 +31,7 @@ Pixels = Literal["rgb", "bgr", "bgr_255"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
-Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
+Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,16 @@ class CascadeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeypointConfig:
+    """The keypoint head."""
+
+    num_keypoints: int = 17
+    """Keypoints of an object, as many as the categories of the data have (COCO's persons: 17)."""
+    width: int = 512
+    """Channels of its eight convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector."""
 
@@ -187,6 +199,10 @@ class ModelConfig:
     """Channels of the FPN and of the convolutions in the heads."""
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
+    compile: bool = False
+    """torch.compile of backbone, FPN and RPN (or RetinaNet's) head in training. It pays where the
+    canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The first
+    steps take minutes."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
     rpn: RpnConfig = field(default_factory=RpnConfig)
@@ -195,6 +211,8 @@ class ModelConfig:
     """Regions of interest."""
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     """Stages of a cascade."""
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
+    """The head of ``keypoint_rcnn``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +346,8 @@ class PhaseConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = 1e-4
-    """On weights; not on normalization layers, biases of them, and Swin's position tables."""
+    """On weights; not on normalization layers, biases of them, and the position tables and scales
+    of transformers."""
     schedule: Literal["constant", "step"] = "step"
     """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
     drops: list[int] | None = None

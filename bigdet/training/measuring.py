@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import has_masks, plan_of, test_resize
+from bigdet.config.derived import has_keypoints, has_masks, plan_of, test_resize
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import ShardSet
@@ -60,7 +61,7 @@ def evaluate(
     )
     if results is None:
         return None
-    kinds = evaluation_kinds(val_set, has_masks(detector.config))
+    kinds = evaluation_kinds(val_set, has_masks(detector.config), has_keypoints(detector.config))
     metrics = evaluate_detections(val_set, results, kinds) if distributed.is_main() else {}
     return distributed.broadcast_object(metrics)
 
@@ -116,11 +117,11 @@ def draw_validation(
     files: list[Path] = []
     with distributed.together():
         if distributed.is_main():
-            names = [category.name for category in val_set.categories]
+            categories = [asdict(category) for category in val_set.categories]
             run_dir.pictures.mkdir(parents=True, exist_ok=True)
             for row, image, detections in zip(rows, images, found, strict=True):
                 pixels = image.permute(1, 2, 0).numpy()
                 file = run_dir.pictures / f"{prefix}-{val_set.key(row)}.jpg"
-                draw_detections(pixels, detections, names, 0.5).save(file, quality=90)
+                draw_detections(pixels, detections, categories, 0.5).save(file, quality=90)
                 files.append(file)
     return files

@@ -91,9 +91,23 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["phases.finetune.start_from.parts=[fpn]"], "phases.finetune.norm_mode", "backbone"),
         (["phases.finetune.start_from.source=timm", "phases.finetune.start_from.parts=[fpn]"],
          "phases.finetune.start_from.parts", "backbone only"),
+        (["phases.finetune.start_from.source=timm:x.y", "phases.finetune.start_from.parts=[fpn]"],
+         "phases.finetune.start_from.parts", "timm:x.y has weights of the backbone only"),
+        (["phases.finetune.start_from.source=a.pth", "phases.finetune.start_from.parts=[fpn]"],
+         "phases.finetune.start_from.parts", "a.pth has weights of the backbone only"),
+        (["phases.pretrain.start_from.source=a.pkl"], "phases.pretrain.start_from.pixels",
+         "bgr_255"),
+        (["phases.pretrain.start_from.source=a.pth", "phases.pretrain.start_from.pixels=rgb"],
+         "phases.pretrain.start_from.pixels", "for .pkl files"),
+        (["model.norm_scope=all", "phases.pretrain.norm_mode=fixed",
+          "phases.pretrain.start_from.source=a.pth"], "phases.pretrain.norm_mode",
+         "fpn, mask_head start anew"),
         (["model.roi.box_beta=0.5"], "model.roi.box_beta", "box_loss: smooth_l1"),
         (["model.roi.box_loss_weight=0"], "model.roi.box_loss_weight", "above 0"),
         (["model.rpn.box_beta=-1"], "model.rpn.box_beta", "0 or more"),
+        (["model.keypoint.width=64"], "model.keypoint.width", "is for keypoint_rcnn"),
+        (["model.detector=keypoint_rcnn", "model.keypoint.num_keypoints=0"],
+         "model.keypoint.num_keypoints", "above 0"),
         (["model.cascade.gradients=mmdet"], "model.cascade.gradients", "cascade_mask_rcnn"),
         (["model.detector=cascade_rcnn", "model.roi.positive_iou=0.6"], "model.roi.positive_iou",
          "0.5, 0.6 and 0.7"),
@@ -122,6 +136,21 @@ def test_rules_name_the_key_and_the_reason(overrides: list[str], key: str, reaso
         check_config(config)
     assert str(caught.value).startswith(f"{key}: ")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["phases.pretrain.norm_mode=sync"],
+        ["phases.pretrain.start_from.source=a.pth", "phases.pretrain.freeze_stages=2"],
+        ["phases.pretrain.start_from.source=timm:resnet18.x", "phases.pretrain.norm_mode=fixed"],
+        ["phases.pretrain.start_from={source: a.pkl, pixels: bgr_255, parts: [backbone]}"],
+        ["model.backbone=convnext_t", "model.drop_path=0.1", "model.norm=none",
+         "phases.pretrain.norm_mode=null", "phases.finetune.norm_mode=null"],
+    ],
+)  # fmt: skip
+def test_what_these_say_is_allowed(overrides: list[str]):
+    check_config(load_config(CONFIGS / "quickstart.yaml", overrides))
 
 
 def test_swin_with_default_norm_has_no_norm_mode():
