@@ -28,7 +28,8 @@ Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "sync", "affine", "fixed"]
 Pixels = Literal["rgb", "bgr", "bgr_255"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
 Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head"]
 
@@ -218,12 +219,17 @@ class ModelConfig:
 class EngineConfig:
     """How weights are updated."""
 
-    kind: Literal["deepspeed"] = "deepspeed"
-    """Which engine."""
-    zero_stage: int = 2
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+    kind: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """``deepspeed`` (ZeRO), or ``fsdp``: torch's FSDP2, which shards as ZeRO-3 does."""
+    zero_stage: int | None = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
+    weights too. Must be null under fsdp."""
     precision: Precision = "bf16"
-    """Of activations and matrix products; master weights are fp32 always."""
+    """Of convolutions and matrix products; weights, gradients and their sums are fp32 always.
+    ``fp16`` has a loss scale, which finds itself."""
+    offload: Offload = "none"
+    """What lies in the memory of the CPU while it is not needed, and is stepped there:
+    ``optimizer`` (its state; ZeRO 1 to 3), or ``all`` (weights too; ZeRO 3 and fsdp)."""
     activation_checkpointing: bool = False
     """Blocks of the backbone, the FPN and convolutions of the heads keep their inputs only and run
     again in the backward pass: less memory, about a third more time, the same results."""
@@ -386,6 +392,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps of a phase stay too. None: none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,25 @@ class Detector(nn.Module):
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", deviation.view(3, 1, 1), persistent=False)
 
+    @property
+    def units(self) -> list[list[nn.Module]]:
+        """Modules that an engine may shard and gather together: backbone stages, neck, heads.
+
+        Each module is called in every forward pass, of training and of evaluation. A stage is
+        given as its layers with weights, since backbones run the blocks of a stage one by one.
+        """
+        stages = [
+            [layer for part in stage for layer in _layers_with_weights(part)]
+            for stage in self.backbone.stages
+        ]
+        heads = [
+            called
+            for name, part in self.named_children()
+            if name != "backbone"
+            for called in _called_modules(part)
+        ]
+        return [*stages, *([head] for head in heads)]
+
     def forward(self, batch: Batch) -> dict[str, Tensor] | list[Detections]:
         """Give the losses of a batch in training mode, else the detections of its images.
 
@@ -120,6 +139,20 @@ class Detector(nn.Module):
             scale_detections(one, size, (image.shape[1], image.shape[2]))
             for one, size, image in zip(found, resized, images, strict=True)
         ]
+
+
+def _layers_with_weights(module: nn.Module) -> list[nn.Module]:
+    """List the outermost modules that have parameters of their own, in the model's order."""
+    if any(True for _ in module.parameters(recurse=False)):
+        return [module]
+    return [layer for child in module.children() for layer in _layers_with_weights(child)]
+
+
+def _called_modules(module: nn.Module) -> list[nn.Module]:
+    """List the outermost modules that have a forward pass of their own."""
+    if type(module).forward is not nn.Module.forward:
+        return [module]
+    return [called for child in module.children() for called in _called_modules(child)]
 
 
 def scale_detections(

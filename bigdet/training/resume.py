@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 CHANGEABLE = (
     "output", "resume", "change_batch", "data.train.shards", "data.train.more_shards",
     "data.train.subset.ids", "data.val.shards", "data.cache", "data.workers",
-    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.max_bad_steps",
-    "evaluation", "checkpoint", "log",
+    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.offload",
+    "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
 
