@@ -110,7 +110,9 @@ class RCNN(Detector):
                 )
             chosen = select_with_keypoints(regions, keypoints, self.keypoint_head.num_classes)
             pooled = self._pool(table, chosen.boxes, chosen.images, KEYPOINT_POOLED_SIZE)
-            losses |= self.keypoint_head.losses(self.keypoint_head(pooled), chosen, keypoints)
+            with valid_rows(chosen.is_valid):
+                logits = self.keypoint_head(pooled)
+            losses |= self.keypoint_head.losses(logits, chosen, keypoints)
         return losses
 
     def _detect(self, batch: Batch) -> list[Detections]:
