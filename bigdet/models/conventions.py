@@ -25,6 +25,10 @@ class Conventions:
         box_beta: the same for the box head. Detectron: 1, torchvision: 1/9.
         rpn_normalizer: RPN losses are divided by the number of sample ``slots`` (256 per image) or
             by the number of anchors ``sampled`` into them (torchvision).
+        retina_normalizer: RetinaNet's losses are divided by the number of positive anchors of the
+            ``lane``, or of each ``image`` and then by the number of images (torchvision).
+        p6_source: RetinaNet makes P6 from ``c5`` (the paper, detectron2, mmdetection) or from
+            ``p5`` (torchvision's first RetinaNet; its second takes C5).
         crowd_coverage: regions with more than this part of their area in a crowd are no background
             examples (Detectron). None: crowds have no effect.
     """
@@ -35,6 +39,8 @@ class Conventions:
     rpn_beta: float = 0.0
     box_beta: float = 0.0
     rpn_normalizer: Literal["slots", "sampled"] = "slots"
+    retina_normalizer: Literal["lane", "image"] = "lane"
+    p6_source: Literal["c5", "p5"] = "c5"
     crowd_coverage: float | None = 0.7
 
 
@@ -45,5 +51,6 @@ TORCHVISION = Conventions(
     rpn_beta=1 / 9,
     box_beta=1 / 9,
     rpn_normalizer="sampled",
+    retina_normalizer="image",
     crowd_coverage=None,
 )

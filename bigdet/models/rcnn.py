@@ -10,7 +10,8 @@ from bigdet.models.assign import pad_objects
 from bigdet.models.backbones import Backbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
-from bigdet.models.heads.box import BoxHead, FlatDetections
+from bigdet.models.heads.box import BoxHead
+from bigdet.models.heads.detections import FlatDetections
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
 from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
 from bigdet.models.heads.rpn import Proposals, RegionProposals

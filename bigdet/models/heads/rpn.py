@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdet.config.schema import RpnConfig
-from bigdet.models.anchors import cell_anchors, grid_anchors
+from bigdet.models.anchors import cell_anchors, grid_anchors, grid_spacings
 from bigdet.models.assign import Objects, Sample, draw_sample, label_anchors, match
 from bigdet.models.conventions import Conventions
 from bigdet.models.losses import at_least_fp32, binary_losses, delta_losses, masked_mean
@@ -100,11 +100,9 @@ class RegionProposals(nn.Module):
             deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).flatten(1))
         all_logits = at_least_fp32(torch.cat(logits, dim=1))
         sizes = [(level.shape[2], level.shape[3]) for level in features]
-        spacings = [(stride, stride) for stride in strides]
-        if self.conventions.anchor_strides_from_canvas:
-            spacings = [
-                (canvas_size[0] // height, canvas_size[1] // width) for height, width in sizes
-            ]
+        spacings = grid_spacings(
+            sizes, strides, canvas_size, self.conventions.anchor_strides_from_canvas
+        )
         cells = self.get_buffer("cells").to(all_logits.dtype)
         return AnchorPredictions(
             logits=all_logits,
