@@ -6,7 +6,7 @@
 
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
 model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
-(size, batch), model.roi.* (thresholds), data.workers and data.cache.*.
+(size, batch), model.roi.* or model.retina.* (thresholds), data.workers and data.cache.*.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ CHANGEABLE = (
     "model.roi.score_threshold",
     "model.roi.nms_iou",
     "model.roi.detections_per_image",
+    "model.retina.score_threshold",
+    "model.retina.nms_iou",
+    "model.retina.detections_per_image",
     "data.workers",
     "data.cache",
 )

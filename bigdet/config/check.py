@@ -6,12 +6,10 @@ or on the number of ranks is checked by the parts that know them, also before th
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 import re
-from typing import Any
 
+from bigdet.config.check_detector import check_detector
 from bigdet.config.derived import (
     TRANSFORMERS,
     has_batch_norm,
@@ -24,6 +22,10 @@ from bigdet.config.derived import (
     phase_source,
 )
 from bigdet.config.load import ConfigError
+from bigdet.config.rules import not_negative as _not_negative
+from bigdet.config.rules import positive as _positive
+from bigdet.config.rules import require as _require
+from bigdet.config.rules import unused as _unused
 from bigdet.config.schema import (
     DataConfig,
     ModelConfig,
@@ -173,10 +175,7 @@ def _check_model(model: ModelConfig) -> None:
     for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
         _positive(key, value)
     rpn, roi = model.rpn, model.roi
-    _require(
-        len(rpn.anchor_sizes) == 5 and all(size > 0 for size in rpn.anchor_sizes),
-        "model.rpn.anchor_sizes", rpn.anchor_sizes, "five sizes above 0, one for each of P2 to P6",
-    )  # fmt: skip
+    check_detector(model)
     _require(
         bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
         "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
@@ -185,7 +184,7 @@ def _check_model(model: ModelConfig) -> None:
         rpn.anchors_per_image >= 2, "model.rpn.anchors_per_image", rpn.anchors_per_image,
         "2 or more, half of them for objects",
     )  # fmt: skip
-    for name in ("train_proposals", "test_proposals"):
+    for name in ("train_proposals", "test_proposals", "train_candidates", "test_candidates"):
         _positive(f"model.rpn.{name}", getattr(rpn, name))
     for name in ("rois_per_image", "detections_per_image"):
         _positive(f"model.roi.{name}", getattr(roi, name))
@@ -328,23 +327,3 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.norm_mode: found {phase.norm_mode}, but {', '.join(untrained)} start anew, so "
             f"the BN statistics there were never trained. Write live."
         )
-
-
-def _unused(key: str, section: Any, name: str, reason: str) -> None:
-    """Refuse an option that was set and would be ignored."""
-    field = next(field for field in dataclasses.fields(section) if field.name == name)
-    if getattr(section, name) != field.default:
-        raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
-
-
-def _require(holds: bool, key: str, found: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: found {found}, expected {expected}.")
-
-
-def _positive(key: str, value: float | None) -> None:
-    _require(value is None or 0 < value < math.inf, key, value, "a number above 0")
-
-
-def _not_negative(key: str, value: float) -> None:
-    _require(0 <= value < math.inf, key, value, "0 or more")

@@ -12,10 +12,10 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal["faster_rcnn", "mask_rcnn"]
+Detector = Literal["faster_rcnn", "mask_rcnn", "retinanet"]
 Backbone = Literal[
     "resnet10", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext152_32x8d",
-    "swin_t", "swin_s", "swin_b",
+    "swin_t", "swin_s", "swin_b", "vgg16",
 ]  # fmt: skip
 BoxHead = Literal["2fc", "4conv1fc"]
 Norm = Literal["bn", "gn", "none"]
@@ -23,7 +23,7 @@ NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "affine", "fixed"]
 Precision = Literal["fp32", "bf16"]
 Order = Literal["shuffled", "windowed"]
-Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
+Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "retina_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,8 @@ class RpnConfig:
     """Region proposals."""
 
     anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
-    """Side of the square anchor of each pyramid level P2 to P6, pixels."""
+    """Side of the square anchor of each pyramid level P2 to P6, pixels. Without an FPN (vgg16): of
+    all anchors of a point, in any number; Detectron has 64, 128, 256, 512."""
     anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     """Height over width of the anchors, area kept."""
     anchors_per_image: int = 256
@@ -119,6 +120,11 @@ class RpnConfig:
     """Proposals per level before NMS, and per image after it, in training."""
     test_proposals: int = 1000
     """The same at test time."""
+    train_candidates: int | None = None
+    """Proposals per level before NMS in training, where they are not as many as after it. None:
+    ``train_proposals``."""
+    test_candidates: int | None = None
+    """The same at test time. None: ``test_proposals``."""
     nms_iou: float = 0.7
     """Proposals of one level that overlap a better one by more than this are dropped."""
 
@@ -142,6 +148,37 @@ class RoiConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetinaConfig:
+    """RetinaNet: its anchors, its loss, and what is reported."""
+
+    anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    """Side of the smallest square anchor of each pyramid level P3 to P7, pixels."""
+    scales_per_octave: int = 3
+    """Anchor sizes of a level, from its smallest up to less than twice that."""
+    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    """Height over width of the anchors, area kept."""
+    positive_iou: float = 0.5
+    """An anchor that overlaps an object by at least this, or more than all others do, is its."""
+    negative_iou: float = 0.4
+    """An anchor that overlaps no object by this is background; those between count nothing."""
+    focal_alpha: float = 0.25
+    """Weight of an anchor's own class in the focal loss; other classes weigh 1 - this."""
+    focal_gamma: float = 2.0
+    """How much less well-classified anchors count; 0 is cross entropy."""
+    box_beta: float = 0.0
+    """Where the smooth L1 loss of boxes turns from square to linear. 0: L1 (torchvision,
+    mmdetection); detectron2 has 0.1."""
+    score_threshold: float = 0.05
+    """Detections with a lower score are not reported."""
+    candidates_per_level: int = 1000
+    """Detections per level and image before NMS."""
+    nms_iou: float = 0.5
+    """Detections of one class that overlap a better one by more than this are dropped."""
+    detections_per_image: int = 100
+    """At most this many detections are reported per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector."""
 
@@ -157,7 +194,8 @@ class ModelConfig:
     """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
     bn, ``all`` with gn."""
     width: int = 256
-    """Channels of the FPN and of the convolutions in the heads."""
+    """Channels of the FPN and of the convolutions in the heads. Without an FPN (vgg16) they are
+    the backbone's."""
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
     drop_path: float = 0.0
@@ -166,6 +204,8 @@ class ModelConfig:
     """Region proposals."""
     roi: RoiConfig = field(default_factory=RoiConfig)
     """Regions of interest."""
+    retina: RetinaConfig = field(default_factory=RetinaConfig)
+    """RetinaNet."""
 
 
 @dataclass(frozen=True, kw_only=True)

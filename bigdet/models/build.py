@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import torch
 
-from bigdet.config.derived import has_masks
+from bigdet.config.derived import has_fpn, has_masks
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.heads.mask import MaskHead
+from bigdet.models.heads.retina import RetinaHead
 from bigdet.models.heads.rpn import RegionProposals
-from bigdet.models.necks.fpn import FPN
+from bigdet.models.necks.fpn import FPN, RetinaFPN
 from bigdet.models.norms import Kind
 from bigdet.models.rcnn import RCNN
+from bigdet.models.retinanet import RetinaNet
 
 
 def head_norm(config: ModelConfig) -> Kind:
@@ -45,18 +47,29 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
     norm = head_norm(config)
     backbone = build_backbone(config.backbone, config.norm, config.drop_path)
     mask_head = None
-    fpn = FPN(backbone.channels, config.width, norm)
-    rpn = RegionProposals(config.rpn, config.width, conventions)
+    fpn, width = None, backbone.channels[-1]
+    if has_fpn(config):
+        fpn, width = FPN(backbone.channels, config.width, norm), config.width
+    rpn = RegionProposals(config.rpn, width, conventions, has_fpn(config))
     box_head = BoxHead(
-        config.box_head, norm, config.width, config.fc_width, num_classes, config.roi, conventions
+        config.box_head, norm, width, config.fc_width, num_classes, config.roi, conventions
     )
     if has_masks(config):
-        mask_head = MaskHead(norm, config.width, num_classes)
+        mask_head = MaskHead(norm, width, num_classes)
     return RCNN(backbone, fpn, rpn, box_head, mask_head)
+
+
+def _retinanet(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
+    norm = head_norm(config)
+    backbone = build_backbone(config.backbone, config.norm, config.drop_path)
+    fpn = RetinaFPN(backbone.channels[1:], config.width, norm, conventions.p6_source)
+    head = RetinaHead(config.retina, norm, config.width, num_classes, conventions)
+    return RetinaNet(backbone, fpn, head)
 
 
 DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
     "faster_rcnn": _rcnn,
     "mask_rcnn": _rcnn,
+    "retinanet": _retinanet,
 }
 """How each detector is built: config, classes and conventions to the detector."""

@@ -108,7 +108,7 @@ class _FocalLossSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, is_positive, weights = ctx.saved_tensors
         alpha, gamma = ctx.alpha, ctx.gamma

@@ -21,7 +21,7 @@ from bigdet.structures import Batch, Detections
 
 
 class RCNN(Detector):
-    """Faster R-CNN, and with a mask head Mask R-CNN, over a feature pyramid.
+    """Faster R-CNN, and with a mask head Mask R-CNN, over a feature pyramid or one map (VGG).
 
     Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta`` and, with a mask head,
     ``mask``.
@@ -30,7 +30,7 @@ class RCNN(Detector):
     def __init__(
         self,
         backbone: Backbone,
-        fpn: FPN,
+        fpn: FPN | None,
         rpn: RegionProposals,
         box_head: BoxHead,
         mask_head: MaskHead | None,
@@ -41,16 +41,23 @@ class RCNN(Detector):
         self.rpn = rpn
         self.box_head = box_head
         self.mask_head = mask_head
-        self.strides = [*backbone.strides, 2 * backbone.strides[-1]]
+        self.strides = list(backbone.strides)
+        if fpn is not None:
+            self.strides.append(2 * backbone.strides[-1])
 
     def use_test_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
         self.box_head.config = config.roi
 
     def _features(self, batch: Batch) -> list[Tensor]:
-        """Give the pyramid P2 to P6."""
-        features: list[Tensor] = self.fpn(self.backbone(self._pixels(batch)))
-        return features
+        """Give the pyramid P2 to P6, or without an FPN what the backbone gives."""
+        features: list[Tensor] = self.backbone(self._pixels(batch))
+        return features if self.fpn is None else self.fpn(features)
+
+    def _table(self, features: list[Tensor]) -> FeatureTable:
+        """Lay out what regions are pooled from: P6 is for proposals alone."""
+        strides = self.backbone.strides
+        return tabulate(features[: len(strides)], strides)
 
     def _pool(self, table: FeatureTable, boxes: Tensor, images: Tensor, size: int) -> Tensor:
         is_aligned = self.box_head.conventions.roi_align_aligned
@@ -67,7 +74,7 @@ class RCNN(Detector):
         regions = self.box_head.sample(proposals, objects, batch.weights)
         num_images, num_slots = regions.is_valid.shape
         images = torch.arange(num_images, device=regions.boxes.device)
-        table = tabulate(features[:-1], self.strides[:-1])  # P6 is for proposals alone
+        table = self._table(features)
         pooled = self._pool(
             table, regions.boxes.flatten(0, 1), images.repeat_interleave(num_slots), BOX_POOLED_SIZE
         )
@@ -94,7 +101,7 @@ class RCNN(Detector):
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
         num_images, num_slots = proposals.is_valid.shape
         images = torch.arange(num_images, device=proposals.boxes.device)
-        table = tabulate(features[:-1], self.strides[:-1])
+        table = self._table(features)
         pooled = self._pool(
             table,
             proposals.boxes.flatten(0, 1),

@@ -133,10 +133,15 @@ class RetinaHead(nn.Module):
             targets = encode_deltas(boxes, anchors, DELTA_WEIGHTS)
         box_losses = delta_losses(predictions.deltas, targets, is_positive, config.box_beta)
         counts = [level.shape[1] for level in predictions.logits]
-        facts = [fact.split(counts, dim=1) for fact in (labels, is_positive, class_weights)]
+        by_level = zip(
+            predictions.logits,
+            torch.split(labels, counts, dim=1),
+            torch.split(is_positive, counts, dim=1),
+            torch.split(class_weights, counts, dim=1),
+            strict=True,
+        )
         class_losses = [
-            focal_loss_sum(logits, *level, config.focal_alpha, config.focal_gamma)
-            for logits, *level in zip(predictions.logits, *facts, strict=True)
+            focal_loss_sum(*facts, config.focal_alpha, config.focal_gamma) for facts in by_level
         ]
         return {
             "retina_class": torch.stack(class_losses).sum(),
@@ -173,9 +178,7 @@ class RetinaHead(nn.Module):
             rows = (images[best], anchors[best] + first_anchor, labels[best])
             found.append((*rows, scores[best]))
             first_anchor += level.shape[1]
-        images, anchors, labels, scores = (
-            torch.cat(parts) for parts in zip(*found, strict=True)
-        )
+        images, anchors, labels, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
         deltas = predictions.deltas[images, anchors]
         boxes = decode_deltas(deltas, predictions.anchors[anchors], DELTA_WEIGHTS)
         candidates = FlatDetections(images, boxes, scores, labels)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdet.config.schema import RpnConfig
-from bigdet.models.anchors import cell_anchors, grid_anchors, grid_spacings
+from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors
 from bigdet.models.assign import Objects, Sample, draw_sample, label_anchors, match
 from bigdet.models.conventions import Conventions
 from bigdet.models.losses import at_least_fp32, binary_losses, delta_losses, masked_mean
@@ -62,16 +62,22 @@ class RegionProposals(nn.Module):
     Never with normalization, whatever the rest has (RECIPES.md, C.1).
     """
 
-    def __init__(self, config: RpnConfig, width: int, conventions: Conventions) -> None:
-        """Build for pyramid features of ``width`` channels; weights N(0, 0.01), biases 0."""
+    def __init__(
+        self, config: RpnConfig, width: int, conventions: Conventions, has_levels: bool = True
+    ) -> None:
+        """Build for features of ``width`` channels; weights N(0, 0.01), biases 0.
+
+        The anchor sizes are those of a pyramid's levels, or without levels all of one map.
+        """
         super().__init__()
         self.config = config
         self.conventions = conventions
-        num_shapes = len(config.anchor_ratios)
+        sizes = config.anchor_sizes
         cells = [
-            cell_anchors(size, config.anchor_ratios, conventions.anchors_rounded)
-            for size in config.anchor_sizes
+            shape_anchors(of_level, config.anchor_ratios, conventions.anchors_rounded)
+            for of_level in ([[size] for size in sizes] if has_levels else [sizes])
         ]
+        num_shapes = len(cells[0])
         # A buffer, for it waits on the device: a copy at every step would stop the host.
         self.register_buffer("cells", torch.stack(cells).float(), persistent=False)
         self.conv = conv_norm(width, width, 3, "none", relu=True)
@@ -123,10 +129,11 @@ class RegionProposals(nn.Module):
         """
         config = self.config
         limit = config.train_proposals if self.training else config.test_proposals
+        candidates = config.train_candidates if self.training else config.test_candidates
         logits = torch.where(predictions.logits.isfinite(), predictions.logits, -torch.inf)
         index, levels, offset = [], [], 0
         for number, level in enumerate(torch.split(logits, predictions.counts, dim=1)):
-            best = level.topk(min(limit, level.shape[1]), dim=1).indices
+            best = level.topk(min(candidates or limit, level.shape[1]), dim=1).indices
             index.append(best + offset)
             levels.append(torch.full_like(best, number))
             offset += level.shape[1]

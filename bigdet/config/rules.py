@@ -1,0 +1,32 @@
+"""What the rules of a config are made of: one check, one message with the full key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from bigdet.config.load import ConfigError
+
+
+def unused(key: str, section: Any, name: str, reason: str) -> None:
+    """Refuse an option that was set and would be ignored."""
+    field = next(field for field in dataclasses.fields(section) if field.name == name)
+    if getattr(section, name) != field.default:
+        raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
+
+
+def require(holds: bool, key: str, found: object, expected: str) -> None:
+    """Refuse a value for which something does not hold."""
+    if not holds:
+        raise ConfigError(f"{key}: found {found}, expected {expected}.")
+
+
+def positive(key: str, value: float | None) -> None:
+    """Refuse a number that is not finite and above 0; None is allowed."""
+    require(value is None or 0 < value < math.inf, key, value, "a number above 0")
+
+
+def not_negative(key: str, value: float) -> None:
+    """Refuse a number that is not finite or below 0."""
+    require(0 <= value < math.inf, key, value, "0 or more")
