@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import re
 
-from bigdet.config.check_detector import check_detector
+from bigdet.config.check_family import check_family
+from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.derived import (
     TRANSFORMERS,
     has_batch_norm,
@@ -20,6 +21,7 @@ from bigdet.config.derived import (
     parts_with_batch_norm,
     phase_model,
     phase_source,
+    start_parts,
 )
 from bigdet.config.load import ConfigError
 from bigdet.config.rules import not_negative as _not_negative
@@ -33,6 +35,7 @@ from bigdet.config.schema import (
     ResizeConfig,
     RunConfig,
     TrainSplitConfig,
+    TtaConfig,
 )
 
 _STRIDE = 32
@@ -63,6 +66,7 @@ def check_config(config: RunConfig) -> None:
     check_train_split(config.data.train)
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
+    check_heads(config)
     for name, phase in config.phases.items():
         key, source = f"phases.{name}", phase_source(config, name)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
@@ -74,7 +78,10 @@ def check_config(config: RunConfig) -> None:
                 f"{key}.start_from.source: found previous, but this is the first phase. Write "
                 f"random, timm, or the path of a run or a model.safetensors."
             )
-        _check_phase(key, phase, phase_model(config, name), source)
+        model = phase_model(config, name)
+        check_detector(config, name)
+        _check_phase(key, phase, model, source)
+        _check_start(config, name)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -98,10 +105,29 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.pictures", config.evaluation.pictures),
     ):
         _not_negative(key, count)
+    _check_tta(config.evaluation.tta)
     if config.evaluation.resize is not None:
+        if config.evaluation.tta is not None:
+            raise ConfigError(
+                "evaluation.resize: with test-time augmentation evaluation.tta.scales say the "
+                "sizes, so it would be ignored. Remove one of them."
+            )
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
+
+
+def _check_tta(tta: TtaConfig | None) -> None:
+    if tta is None:
+        return
+    key, scales = "evaluation.tta", tta.scales
+    _require(bool(scales) and min(scales) > 0, f"{key}.scales", scales, "sizes above 0")
+    _require(tta.cap >= max(scales), f"{key}.cap", tta.cap, f"at least {max(scales)}")
+    vote_iou = tta.vote_iou
+    _require(
+        vote_iou is None or 0 < vote_iou <= 1,
+        f"{key}.vote_iou", vote_iou, "above 0, at most 1, or null",
+    )  # fmt: skip
 
 
 def check_train_split(split: TrainSplitConfig) -> None:
@@ -175,7 +201,7 @@ def _check_model(model: ModelConfig) -> None:
     for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
         _positive(key, value)
     rpn, roi = model.rpn, model.roi
-    check_detector(model)
+    check_family(model)
     _require(
         bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
         "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
@@ -217,7 +243,6 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
     _check_augment(key, phase, model)
     _check_schedule(key, phase)
     _check_norm_mode(key, phase, model)
-    _check_start(key, phase, model, source)
 
 
 def _check_resize(key: str, resize: ResizeConfig) -> None:
@@ -298,8 +323,9 @@ def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
-    parts = phase.start_from.parts
+def _check_start(config: RunConfig, name: str) -> None:
+    key, phase, model = f"phases.{name}", config.phases[name], phase_model(config, name)
+    source, parts = phase_source(config, name), phase.start_from.parts
     if parts is not None and not parts:
         raise ConfigError(f"{key}.start_from.parts: found none. Write source: random instead.")
     absent = [part for part in parts or [] if part not in model_parts(model)]
@@ -315,7 +341,9 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
         )
     if source == "timm" and parts not in (None, ["backbone"]):
         raise ConfigError(f"{key}.start_from.parts: timm has weights of the backbone only.")
-    loaded = {"random": [], "timm": ["backbone"]}.get(source, parts or model_parts(model))
+    loaded = start_parts(config, name)
+    if source == "previous":
+        check_hand_over(config, name, loaded)
     if phase.freeze_stages and "backbone" not in loaded:
         raise ConfigError(
             f"{key}.freeze_stages: found {phase.freeze_stages}, but the backbone starts from "

@@ -10,6 +10,8 @@ _PROPOSING = ("backbone", "fpn", "rpn", "box_head")
 DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "faster_rcnn": _PROPOSING,
     "mask_rcnn": (*_PROPOSING, "mask_head"),
+    "cascade_rcnn": _PROPOSING,
+    "cascade_mask_rcnn": (*_PROPOSING, "mask_head"),
     "retinanet": ("backbone", "fpn", "retina_head"),
 }
 """The parts of each detector, in the order in which data flows through them."""
@@ -64,12 +66,27 @@ def has_masks(model: ModelConfig) -> bool:
     return "mask_head" in DETECTOR_PARTS[model.detector]
 
 
+def has_cascade(model: ModelConfig) -> bool:
+    """Tell whether the box head of a detector is a cascade of three."""
+    return model.detector in ("cascade_rcnn", "cascade_mask_rcnn")
+
+
+def is_class_agnostic(model: ModelConfig) -> bool:
+    """Tell whether a region has one box for all classes, with the default filled in."""
+    chosen = model.roi.class_agnostic
+    return has_cascade(model) if chosen is None else chosen
+
+
 def phase_model(config: RunConfig, name: str) -> ModelConfig:
-    """Return the model that a phase trains: that of the run with what the phase changes."""
-    changes = dataclasses.asdict(config.phases[name].model)
-    return dataclasses.replace(
-        config.model, **{key: value for key, value in changes.items() if value is not None}
-    )
+    """Return the model that a phase trains: that of the run with what the phase changes.
+
+    Boxes stay class-specific, or class-agnostic, so that a box head fits those of all phases.
+    """
+    model, detector = config.model, config.phases[name].model.detector
+    if detector is None:
+        return model
+    roi = dataclasses.replace(model.roi, class_agnostic=is_class_agnostic(model))
+    return dataclasses.replace(model, detector=detector, roi=roi)
 
 
 def parts_with_batch_norm(model: ModelConfig) -> list[str]:
@@ -93,6 +110,29 @@ def phase_source(config: RunConfig, name: str) -> str:
     """Return where the weights of a phase come from, with the default filled in."""
     is_first = name == next(iter(config.phases))
     return config.phases[name].start_from.source or ("random" if is_first else "previous")
+
+
+def start_parts(config: RunConfig, name: str) -> list[str]:
+    """Return the parts that a phase loads, with the default filled in.
+
+    By default all that the source has: of the phase before, those that its model has too.
+    """
+    source, parts = phase_source(config, name), config.phases[name].start_from.parts
+    if source == "random":
+        return []
+    if source == "timm":
+        return ["backbone"]
+    own = model_parts(phase_model(config, name))
+    if parts is None and source == "previous":
+        before = model_parts(phase_model(config, phase_before(config, name)))
+        return [part for part in own if part in before]
+    return list(parts or own)
+
+
+def phase_before(config: RunConfig, name: str) -> str:
+    """Return the name of the phase before a phase that is not the first."""
+    names = list(config.phases)
+    return names[names.index(name) - 1]
 
 
 def num_lanes(phase: PhaseConfig) -> int:

@@ -1,4 +1,4 @@
-"""What the rules of a config are made of: one check, one message with the full key."""
+"""What rules of a config have in common: an option, what was found, what was expected."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def unused(key: str, section: Any, name: str, reason: str) -> None:
 
 
 def require(holds: bool, key: str, found: object, expected: str) -> None:
-    """Refuse a value for which something does not hold."""
+    """Refuse an option unless the rule holds."""
     if not holds:
         raise ConfigError(f"{key}: found {found}, expected {expected}.")
 
 
 def positive(key: str, value: float | None) -> None:
-    """Refuse a number that is not finite and above 0; None is allowed."""
+    """Refuse a number that is not above 0; None means off."""
     require(value is None or 0 < value < math.inf, key, value, "a number above 0")
 
 
 def not_negative(key: str, value: float) -> None:
-    """Refuse a number that is not finite or below 0."""
+    """Refuse a number below 0."""
     require(0 <= value < math.inf, key, value, "0 or more")

@@ -12,12 +12,15 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal["faster_rcnn", "mask_rcnn", "retinanet"]
+Detector = Literal[
+    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet",
+]  # fmt: skip
 Backbone = Literal[
     "resnet10", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext152_32x8d",
     "swin_t", "swin_s", "swin_b", "vgg16",
 ]  # fmt: skip
 BoxHead = Literal["2fc", "4conv1fc"]
+BoxLoss = Literal["l1", "smooth_l1", "giou"]
 Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "affine", "fixed"]
@@ -125,6 +128,8 @@ class RpnConfig:
     ``train_proposals``."""
     test_candidates: int | None = None
     """The same at test time. None: ``test_proposals``."""
+    box_beta: float = 0.0
+    """Where the box loss turns from square to linear (smooth L1); 0 is L1. Detectron: 1/9."""
     nms_iou: float = 0.7
     """Proposals of one level that overlap a better one by more than this are dropped."""
 
@@ -138,7 +143,16 @@ class RoiConfig:
     positive_fraction: float = 0.25
     """At most this part of them on objects."""
     positive_iou: float = 0.5
-    """A region on an object overlaps it by at least this."""
+    """A region on an object overlaps it by at least this. A cascade has its own three."""
+    class_agnostic: bool | None = None
+    """One box per region for all classes, instead of one per class. None: true if
+    ``model.detector`` is a cascade, else false, for all phases."""
+    box_loss: BoxLoss = "l1"
+    """``l1`` and ``smooth_l1`` of the deltas, or ``giou`` of the boxes."""
+    box_beta: float = 1.0
+    """Of ``smooth_l1``: where it turns from square to linear. Detectron: 1, torchvision: 1/9."""
+    box_loss_weight: float = 1.0
+    """Factor of the box loss; with ``giou`` 10 is usual."""
     score_threshold: float = 0.05
     """Detections with a lower score are not reported."""
     nms_iou: float = 0.5
@@ -179,6 +193,16 @@ class RetinaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """How the stages of a cascade are trained."""
+
+    gradients: Literal["detectron2", "mmdet"] = "detectron2"
+    """``detectron2``: all stages count alike, a third of their gradients goes into the pooled
+    features, and a stage trains on all regions of the one before. ``mmdet``: the losses of the
+    stages count 1, 0.5 and 0.25, and every stage samples anew among them and the objects."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector."""
 
@@ -204,6 +228,8 @@ class ModelConfig:
     """Region proposals."""
     roi: RoiConfig = field(default_factory=RoiConfig)
     """Regions of interest."""
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    """Stages of a cascade."""
     retina: RetinaConfig = field(default_factory=RetinaConfig)
     """RetinaNet."""
 
@@ -289,7 +315,8 @@ class PhaseModelConfig:
     """What a phase changes in the model; the other phases do not see it."""
 
     detector: Detector | None = None
-    """Another detector, made of the same parts and more. None: ``model.detector``."""
+    """Another detector of the R-CNN family. A cascade after a plain detector (late cascade) starts
+    with copies of its box head in all stages. None: ``model.detector``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +371,23 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TtaConfig:
+    """Test-time augmentation: several views of each image, put together."""
+
+    flip: bool = True
+    """Every size also mirrored."""
+    scales: list[int] = field(
+        default_factory=lambda: [400, 500, 600, 700, 800, 900, 1000, 1100, 1200]
+    )
+    """Short sides of the views, pixels."""
+    cap: int = 2000
+    """Longest long side of all views, pixels."""
+    vote_iou: float | None = 0.9
+    """Boxes move to the mean of those of other views that overlap them by at least this. None: they
+    stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """When and how AP is measured; every phase also ends with an evaluation."""
 
@@ -353,6 +397,9 @@ class EvaluationConfig:
     """Images in one forward pass of one rank."""
     resize: ResizeConfig | None = None
     """Size of the images. None: that of the phase."""
+    tta: TtaConfig | None = None
+    """Test-time augmentation, in every evaluation; ``bigdet.evaluate --tta`` asks for it once. It
+    takes two passes per view. None: one view at the size of ``resize``."""
     pictures: int = 8
     """Validation images drawn with their detections at the end of a phase."""
 

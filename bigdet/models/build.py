@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from bigdet.config.derived import has_fpn, has_masks
+from bigdet.config.derived import has_cascade, has_fpn, has_masks, is_class_agnostic
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
+from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.heads.mask import MaskHead
 from bigdet.models.heads.retina import RetinaHead
 from bigdet.models.heads.rpn import RegionProposals
@@ -40,6 +42,7 @@ def build_detector(
     build = DETECTORS[config.detector]
     detector = build(config, num_classes, conventions or Conventions())
     detector.config = config
+    detector.num_classes = num_classes
     return detector.to(memory_format=torch.channels_last)
 
 
@@ -51,9 +54,19 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
     if has_fpn(config):
         fpn, width = FPN(backbone.channels, config.width, norm), config.width
     rpn = RegionProposals(config.rpn, width, conventions, has_fpn(config))
-    box_head = BoxHead(
-        config.box_head, norm, width, config.fc_width, num_classes, config.roi, conventions
+    box_head: BoxHead | CascadeHead
+    make_head = partial(
+        BoxHead,
+        config.box_head,
+        norm,
+        width,
+        config.fc_width,
+        num_classes,
+        config.roi,
+        conventions,
+        is_class_agnostic=is_class_agnostic(config),
     )
+    box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
     if has_masks(config):
         mask_head = MaskHead(norm, width, num_classes)
     return RCNN(backbone, fpn, rpn, box_head, mask_head)
@@ -70,6 +83,8 @@ def _retinanet(config: ModelConfig, num_classes: int, conventions: Conventions) 
 DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
     "faster_rcnn": _rcnn,
     "mask_rcnn": _rcnn,
+    "cascade_rcnn": _rcnn,
+    "cascade_mask_rcnn": _rcnn,
     "retinanet": _retinanet,
 }
 """How each detector is built: config, classes and conventions to the detector."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,20 +13,21 @@ from bigdet.models.backbones import Backbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
 from bigdet.models.heads.box import BoxHead
-from bigdet.models.heads.detections import FlatDetections
+from bigdet.models.heads.cascade import CascadeHead
+from bigdet.models.heads.detections import FlatDetections, TestSettings
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
 from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
 from bigdet.models.heads.rpn import Proposals, RegionProposals
 from bigdet.models.necks.fpn import FPN
 from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
-from bigdet.structures import Batch, Detections
+from bigdet.structures import Batch
 
 
 class RCNN(Detector):
     """Faster R-CNN, and with a mask head Mask R-CNN, over a feature pyramid or one map (VGG).
 
     Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta`` and, with a mask head,
-    ``mask``.
+    ``mask``. With a cascade as box head there are ``stage1_box_class``, ..., ``stage3_box_delta``.
     """
 
     def __init__(
@@ -32,7 +35,7 @@ class RCNN(Detector):
         backbone: Backbone,
         fpn: FPN | None,
         rpn: RegionProposals,
-        box_head: BoxHead,
+        box_head: BoxHead | CascadeHead,
         mask_head: MaskHead | None,
     ) -> None:
         """Put the parts together."""
@@ -47,7 +50,7 @@ class RCNN(Detector):
 
     def use_test_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
-        self.box_head.config = config.roi
+        self.box_head.use_test_settings(config.roi)
 
     def _features(self, batch: Batch) -> list[Tensor]:
         """Give the pyramid P2 to P6, or without an FPN what the backbone gives."""
@@ -60,8 +63,14 @@ class RCNN(Detector):
         return tabulate(features[: len(strides)], strides)
 
     def _pool(self, table: FeatureTable, boxes: Tensor, images: Tensor, size: int) -> Tensor:
-        is_aligned = self.box_head.conventions.roi_align_aligned
+        is_aligned = self.rpn.conventions.roi_align_aligned
         return roi_align(table, boxes, images, size, is_aligned)
+
+    def _pool_all(self, table: FeatureTable, boxes: Tensor) -> Tensor:
+        """Give the features ``(N, C, 7, 7)`` of regions ``(B, S, 4)`` of all images, N = B x S."""
+        num_images, num_slots = boxes.shape[:2]
+        images = torch.arange(num_images, device=boxes.device).repeat_interleave(num_slots)
+        return self._pool(table, boxes.flatten(0, 1), images, BOX_POOLED_SIZE)
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         features = self._features(batch)
@@ -71,15 +80,12 @@ class RCNN(Detector):
         losses: dict[str, Tensor] = self.rpn.losses(predictions, objects, batch.weights)
 
         proposals = self.rpn.propose(predictions, batch.image_sizes)
-        regions = self.box_head.sample(proposals, objects, batch.weights)
-        num_images, num_slots = regions.is_valid.shape
-        images = torch.arange(num_images, device=regions.boxes.device)
         table = self._table(features)
-        pooled = self._pool(
-            table, regions.boxes.flatten(0, 1), images.repeat_interleave(num_slots), BOX_POOLED_SIZE
+        pool = partial(self._pool_all, table)
+        box_losses, regions = self.box_head.train_on(
+            pool, proposals, objects, batch.weights, batch.image_sizes
         )
-        logits, deltas = self.box_head(pooled)
-        losses |= self.box_head.losses(logits, deltas, regions)
+        losses |= box_losses
 
         if self.mask_head is not None:
             masks = batch.targets.masks
@@ -94,32 +100,40 @@ class RCNN(Detector):
             losses |= self.mask_head.losses(mask_logits, positives, masks)
         return losses
 
-    def _detect(self, batch: Batch) -> list[Detections]:
+    def features(self, batch: Batch) -> tuple[list[Tensor], FeatureTable]:
+        """Compute the pyramid, also as a table to pool regions from."""
         features = self._features(batch)
+        return features, self._table(features)
+
+    def find(self, features: tuple[list[Tensor], FeatureTable], batch: Batch) -> FlatDetections:
+        """Propose regions and give the detections among them."""
+        pyramid, table = features
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions = self.rpn(features, self.strides, canvas_size)
+        predictions = self.rpn(pyramid, self.strides, canvas_size)
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
-        num_images, num_slots = proposals.is_valid.shape
-        images = torch.arange(num_images, device=proposals.boxes.device)
-        table = self._table(features)
-        pooled = self._pool(
-            table,
-            proposals.boxes.flatten(0, 1),
-            images.repeat_interleave(num_slots),
-            BOX_POOLED_SIZE,
-        )
-        logits, deltas = self.box_head(pooled)
-        found = self.box_head.detect(logits, deltas, proposals, batch.image_sizes)
-        masks = None if self.mask_head is None else self._masks(self.mask_head, table, found)
-        counts = torch.bincount(found.images, minlength=num_images).tolist()
-        parts = zip(
-            torch.split(found.boxes.float(), counts),
-            torch.split(found.scores.float(), counts),
-            torch.split(found.labels, counts),
-            [None] * num_images if masks is None else torch.split(masks, counts),
-            strict=True,
-        )
-        return [Detections(*part) for part in parts]
+        return self.box_head.find(partial(self._pool_all, table), proposals, batch.image_sizes)
+
+    def maps(
+        self, features: tuple[list[Tensor], FeatureTable], found: FlatDetections
+    ) -> dict[str, Tensor]:
+        """Give the probabilities of masks, ``masks``: ``(D, 28, 28)``."""
+        _, table = features
+        if self.mask_head is None:
+            return {}
+        return {"masks": self._masks(self.mask_head, table, found)}
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether there are masks."""
+        return self.mask_head is not None
+
+    @property
+    def test_settings(self) -> TestSettings:
+        """Thresholds and limits of the detections."""
+        head = self.box_head
+        last = head.stages[-1] if isinstance(head, CascadeHead) else head
+        assert isinstance(last, BoxHead)
+        return last.config
 
     def _masks(self, mask_head: MaskHead, table: FeatureTable, found: FlatDetections) -> Tensor:
         """Give the mask probabilities ``(D, 28, 28)`` of detections; the head runs on none too."""

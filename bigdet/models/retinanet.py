@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bigdet.config.schema import ModelConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.backbones import Backbone
 from bigdet.models.detector import Detector
+from bigdet.models.heads.detections import FlatDetections, TestSettings
 from bigdet.models.heads.retina import RetinaHead, RetinaPredictions
 from bigdet.models.necks.fpn import RetinaFPN
-from bigdet.structures import Batch, Detections
+from bigdet.structures import Batch
 
 
 class RetinaNet(Detector):
@@ -40,13 +40,24 @@ class RetinaNet(Detector):
         objects = pad_objects(batch.targets, predictions.anchors.dtype)
         return self.retina_head.losses(predictions, objects, batch.weights)
 
-    def _detect(self, batch: Batch) -> list[Detections]:
-        found = self.retina_head.detect(self._predictions(batch), batch.image_sizes)
-        counts = torch.bincount(found.images, minlength=len(batch.image_sizes)).tolist()
-        parts = zip(
-            torch.split(found.boxes.float(), counts),
-            torch.split(found.scores.float(), counts),
-            torch.split(found.labels, counts),
-            strict=True,
-        )
-        return [Detections(*part) for part in parts]
+    def features(self, batch: Batch) -> RetinaPredictions:
+        """Compute what is said about every anchor."""
+        return self._predictions(batch)
+
+    def find(self, features: RetinaPredictions, batch: Batch) -> FlatDetections:
+        """Give the detections."""
+        return self.retina_head.detect(features, batch.image_sizes)
+
+    def maps(self, features: RetinaPredictions, found: FlatDetections) -> dict[str, Tensor]:
+        """Give nothing: a RetinaNet finds boxes."""
+        return {}
+
+    @property
+    def has_maps(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def test_settings(self) -> TestSettings:
+        """Thresholds and limits of the detections."""
+        return self.retina_head.config

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bigdet.config.derived import has_cascade, is_class_agnostic, model_parts
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE
 
@@ -72,14 +73,20 @@ def twins(detector: Detector) -> list[Twin]:
     """Give the place in torchvision's detector of every parameter and buffer of ours.
 
     Raises:
-        ValueError: torchvision has no such backbone.
+        ValueError: torchvision has no such detector or backbone.
     """
+    config = detector.config
+    if has_cascade(config) or ("box_head" in model_parts(config) and is_class_agnostic(config)):
+        raise ValueError(
+            f"model.detector {config.detector}: torchvision has no cascade and no class-agnostic "
+            f"boxes, so the weights have no place there."
+        )
     if not any(hasattr(detector.backbone, name) for name in ("layer4", "features")):
         raise ValueError(
-            f"model.backbone {detector.config.backbone}: torchvision's detectors have no such "
+            f"model.backbone {config.backbone}: torchvision's detectors have no such "
             f"backbone, so its weights have no place there. Only ResNets, ResNeXts and VGG do."
         )
-    if hasattr(detector.backbone, "layer4") and detector.config.norm == "none":
+    if hasattr(detector.backbone, "layer4") and config.norm == "none":
         raise ValueError(
             "model.norm none: torchvision's ResNets have no biases, which ours have without "
             "normalization, so the weights have no place there."

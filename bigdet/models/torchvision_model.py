@@ -33,6 +33,7 @@ from bigdet.models.build import head_norm
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads import mask
+from bigdet.models.heads.box import BoxHead
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet as OwnRetinaNet
 from bigdet.models.torchvision_layout import to_torchvision, twins
@@ -192,9 +193,10 @@ def _retinanet(detector: OwnRetinaNet) -> Any:
 
 
 def _rcnn(detector: RCNN) -> Any:
-    config, conventions = detector.config, detector.box_head.conventions
+    config, box_head = detector.config, detector.box_head
+    assert isinstance(box_head, BoxHead)
+    conventions, num_classes = box_head.conventions, box_head.num_classes
     rpn, roi, strides = config.rpn, config.roi, detector.backbone.strides
-    num_classes = detector.box_head.num_classes
     norm = _norm_layer(head_norm(config))
     backbone = _backbone(detector, detector.fpn)
     width = config.width if has_fpn(config) else detector.backbone.channels[-1]

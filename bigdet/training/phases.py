@@ -8,11 +8,19 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import model_parts, phase_model, phase_source
+from bigdet.config.derived import (
+    has_cascade,
+    model_parts,
+    phase_before,
+    phase_model,
+    phase_source,
+    start_parts,
+)
 from bigdet.config.schema import RunConfig
 from bigdet.models import backbones, norms, weights
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
+from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
 
@@ -83,12 +91,13 @@ def _read_start(
     if source == "timm":
         return weights.load_timm_backbone(detector, config.model.backbone)
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
-    parts = config.phases[name].start_from.parts or model_parts(phase_model(config, name))
-    return weights.load_parts(detector, weights.read_tensors(path), parts, str(path))
+    tensors = weights.read_tensors(path)
+    if has_cascade(phase_model(config, name)):
+        tensors = spread_over_stages(tensors)
+    return weights.load_parts(detector, tensors, start_parts(config, name), str(path))
 
 
 def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:
     """Return the checkpoint that the phase before ends with."""
-    names = list(config.phases)
-    before = names[names.index(name) - 1]
+    before = phase_before(config, name)
     return run_dir.checkpoint(before, config.phases[before].steps)

@@ -10,7 +10,7 @@ from bigdet.config.schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig
 _LEVELS = 5
 
 
-def check_detector(model: ModelConfig) -> None:
+def check_family(model: ModelConfig) -> None:
     """Check that the detector's options fit it, and that there are no others."""
     if not has_fpn(model):
         _check_single_level(model)
