@@ -34,6 +34,7 @@ from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads import mask
 from bigdet.models.heads.box import BoxHead
+from bigdet.models.norms import make_norm
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet as OwnRetinaNet
 from bigdet.models.torchvision_layout import to_torchvision, twins
@@ -75,27 +76,25 @@ class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
         return [anchors for _ in images.image_sizes]
 
 
-class AlignedPool(nn.Module):
+class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
     """RoIAlign with the half-pixel shift, which torchvision's pooler has no option for."""
 
-    def __init__(self, output_size: int, strides: Sequence[int]) -> None:
-        """Pool ``(output_size, output_size)`` from levels of these strides."""
-        super().__init__()
-        self.output_size = (output_size, output_size)
+    def __init__(self, names: list[str], output_size: int, strides: Sequence[int]) -> None:
+        """Pool ``(output_size, output_size)`` from levels of these names and strides."""
+        super().__init__(names, output_size, SAMPLING_RATIO)
         self.strides = list(strides)
 
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_sizes: Any) -> Tensor:
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
         """Give ``(N, C, P, P)`` of the boxes ``(n, 4)`` of each image."""
         flat = torch.cat(boxes)
         images = torch.repeat_interleave(torch.tensor([len(one) for one in boxes]))
         rois = torch.cat([images[:, None].to(flat), flat], dim=1)
         levels = pyramid_levels(flat, self.strides)
-        names = [name for name in features if name != "pool"]
-        pooled = flat.new_zeros(len(flat), features[names[0]].shape[1], *self.output_size)
-        for number, (name, stride) in enumerate(zip(names, self.strides, strict=True)):
+        pooled = flat.new_zeros(len(flat), x[self.featmap_names[0]].shape[1], *self.output_size)
+        for number, (name, stride) in enumerate(zip(self.featmap_names, self.strides, strict=True)):
             rows = torch.where(levels == number)[0]
             pooled[rows] = roi_align(
-                features[name], rois[rows], self.output_size, 1 / stride, SAMPLING_RATIO, True
+                x[name], rois[rows], self.output_size, 1 / stride, SAMPLING_RATIO, True
             )
         return pooled
 
@@ -114,7 +113,7 @@ def _pixels(detector: Detector) -> dict[str, Any]:
 
 
 def _norm_layer(kind: str) -> Any:
-    return {"none": None, "bn": nn.BatchNorm2d, "gn": partial(nn.GroupNorm, 32)}[kind]
+    return {"none": None, "bn": nn.BatchNorm2d, "gn": partial(make_norm, "gn")}[kind]
 
 
 def _body(detector: Detector) -> Any:
@@ -208,7 +207,7 @@ def _rcnn(detector: RCNN) -> Any:
 
     def pool(side: int) -> Any:
         if conventions.roi_align_aligned:
-            return AlignedPool(side, strides)
+            return AlignedPool(names, side, strides)
         return MultiScaleRoIAlign(names, side, SAMPLING_RATIO)
 
     options = _pixels(detector) | {

@@ -149,11 +149,9 @@ def test_boxes_move_to_the_mean_of_those_that_agree() -> None:
         scores=torch.tensor([0.9, 0.3, 0.5, 0.5, 0.5]),
         labels=torch.tensor([1, 1, 1, 0, 1]),
     )
+    rows = [0, 4]
     found = FlatDetections(
-        candidates.images[[0, 4]],
-        boxes[[0, 4]],
-        candidates.scores[[0, 4]],
-        candidates.labels[[0, 4]],
+        candidates.images[rows], boxes[rows], candidates.scores[rows], candidates.labels[rows]
     )
     # (0.9 x 100 + 0.3 x 96) / 1.2 = 99
     expected = torch.tensor([[0.0, 0.0, 100.0, 99.0], [0.0, 0.0, 100.0, 90.0]])

@@ -55,7 +55,7 @@ def test_tensors_that_do_not_fit_are_listed() -> None:
     state = to_torchvision(detector, detector.state_dict())
     state["roi_heads.mask_head.0.0.weight"] = state.pop("rpn.head.bbox_pred.bias")
     state["rpn.head.cls_logits.bias"] = torch.zeros(5)
-    with pytest.raises(ValueError, match="file.pth: does not fit") as caught:
+    with pytest.raises(ValueError, match=r"file\.pth: does not fit") as caught:
         from_torchvision(detector, state, "file.pth")
     message = str(caught.value)
     assert "1 missing (rpn.head.bbox_pred.bias)" in message
