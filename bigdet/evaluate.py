@@ -25,7 +25,7 @@ from safetensors import safe_open
 from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_masks, plan_of
+from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import RunConfig, TtaConfig
 from bigdet.data.mix import with_categories
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     detector = detector.to(device)
     results = predict_split(
-        detector if tta is None else AugmentedDetector(detector, tta),
+        detector if tta is None else AugmentedDetector(detector, tta, shards.categories),
         shards,
         detector.test_size if tta is None else None,
         config.evaluation.images_per_gpu,
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         device,
     )
     if distributed.is_main() and results is not None:
-        kinds = evaluation_kinds(shards, has_masks(detector.config))
+        kinds = evaluation_kinds(shards, has_masks(detector.config), has_keypoints(detector.config))
         metrics = evaluate_detections(shards, results, kinds)
         sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
         if options.out is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_masks, phase_model
+from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
@@ -93,6 +93,7 @@ def run_phase(run: Run) -> bool:
             phase,
             name=name,
             with_masks=has_masks(phase_model(config, name)),
+            with_keypoints=has_keypoints(phase_model(config, name)),
             seed=config.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),

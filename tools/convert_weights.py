@@ -4,11 +4,11 @@
     python tools/convert_weights.py from-torchvision mask_rcnn.pth runs/x/config.yaml \
         --categories data/train/manifest.json --out model.safetensors
 
-Faster and Mask R-CNN and RetinaNet, on ResNets and ResNeXts, or Faster R-CNN on VGG-16. The result
-is a ``state_dict`` of torchvision's model of the same settings, written with torch.save (.pth) or
-as safetensors. torchvision pools regions without bigdet's half-pixel shift and rounds its anchors:
-``bigdet.models.torchvision_model.torchvision_twin(detector)`` is its model without either, with the
-same detections as bigdet's.
+Faster, Mask and Keypoint R-CNN and RetinaNet, on ResNets and ResNeXts, or R-CNNs on VGG-16. The
+result is a ``state_dict`` of torchvision's model of the same settings, written with torch.save
+(.pth) or as safetensors. torchvision pools regions without bigdet's half-pixel shift and rounds its
+anchors: ``bigdet.models.torchvision_model.torchvision_twin(detector)`` is its model without either,
+with the same detections as bigdet's.
 """
 
 from __future__ import annotations

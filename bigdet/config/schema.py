@@ -13,7 +13,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 Detector = Literal[
-    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet",
+    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn", "retinanet",
 ]  # fmt: skip
 Backbone = Literal[
     "resnet10", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext152_32x8d",
@@ -26,7 +26,9 @@ NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "affine", "fixed"]
 Precision = Literal["fp32", "bf16"]
 Order = Literal["shuffled", "windowed"]
-Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "retina_head"]
+Part = Literal[
+    "backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head", "retina_head",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +205,16 @@ class CascadeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeypointConfig:
+    """The keypoint head."""
+
+    num_keypoints: int = 17
+    """Keypoints of an object, as many as the categories of the data have (COCO's persons: 17)."""
+    width: int = 512
+    """Channels of its eight convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector."""
 
@@ -230,6 +242,8 @@ class ModelConfig:
     """Regions of interest."""
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     """Stages of a cascade."""
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
+    """The head of ``keypoint_rcnn``."""
     retina: RetinaConfig = field(default_factory=RetinaConfig)
     """RetinaNet."""
 

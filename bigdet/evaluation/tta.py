@@ -11,13 +11,16 @@ Letters: B images, D detections of all images, N candidates of all images and vi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from bigdet.config.derived import has_keypoints
 from bigdet.config.schema import TtaConfig
+from bigdet.data.objects import keypoint_order
+from bigdet.data.shards import Category
 from bigdet.models.detector import Detector, collate_images
 from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.ops.boxes import pairwise_iou
@@ -27,9 +30,20 @@ from bigdet.structures import Batch, Detections
 class AugmentedDetector(nn.Module):
     """A detector that looks at each image in several views; takes images at their own size."""
 
-    def __init__(self, detector: Detector, config: TtaConfig) -> None:
-        """Wrap a detector; nothing is copied."""
+    def __init__(
+        self, detector: Detector, config: TtaConfig, categories: Sequence[Category]
+    ) -> None:
+        """Wrap a detector; nothing is copied.
+
+        Args:
+            detector: of any family.
+            config: the views.
+            categories: say which keypoints a mirror exchanges.
+        """
         super().__init__()
+        self.mirrored: list[int] = []
+        if has_keypoints(detector.config):
+            self.mirrored = keypoint_order(categories).tolist()
         self.detector = detector
         self.config = config
         self.train(detector.training)
@@ -70,7 +84,9 @@ class AugmentedDetector(nn.Module):
             maps = self.detector.maps(self.detector.features(view.batch), moved)
             for name, values in maps.items():
                 if view.is_flipped:
-                    values = self.detector.mirror_maps(name, values)
+                    values = values.flip(-1)
+                    if name == "keypoints":
+                        values = values[:, self.mirrored]
                 sums[name] = sums[name] + values if name in sums else values
             num_views += 1
         return {name: values / num_views for name, values in sums.items()}

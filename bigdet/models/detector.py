@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import Backbone
 from bigdet.models.heads.detections import FlatDetections, TestSettings
+from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import collect_statistics
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.resize import resize_image, test_size
@@ -95,18 +97,20 @@ class Detector(nn.Module):
             num_images: of the batch.
         """
         counts = torch.bincount(found.images, minlength=num_images).tolist()
+        maps = dict(maps)
+        if "keypoints" in maps:
+            maps["keypoints"] = find_keypoints(maps["keypoints"], found.boxes).float()
         parts = zip(
             torch.split(found.boxes.float(), counts),
             torch.split(found.scores.float(), counts),
             torch.split(found.labels, counts),
-            torch.split(maps["masks"], counts) if "masks" in maps else [None] * num_images,
+            *(
+                torch.split(maps[name], counts) if name in maps else [None] * num_images
+                for name in ("masks", "keypoints")
+            ),
             strict=True,
         )
         return [Detections(*part) for part in parts]
-
-    def mirror_maps(self, name: str, maps: Tensor) -> Tensor:
-        """Give maps ``(D, ..., h, w)`` of mirrored images as those of the images."""
-        return maps.flip(-1)
 
     @property
     def has_maps(self) -> bool:
@@ -152,14 +156,27 @@ class Detector(nn.Module):
         self.train(was_training)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
         return [
-            Detections(
-                scale_boxes(one.boxes, size, (image.shape[1], image.shape[2])),
-                one.scores,
-                one.labels,
-                one.masks,
-            )
+            scale_detections(one, size, (image.shape[1], image.shape[2]))
             for one, size, image in zip(found, resized, images, strict=True)
         ]
+
+
+def scale_detections(
+    found: Detections, from_size: tuple[int, int], to_size: tuple[int, int]
+) -> Detections:
+    """Move detections from an image to the same image at another size.
+
+    Args:
+        found: in pixels of the image at ``from_size``.
+        from_size: height, width.
+        to_size: height, width.
+    """
+    keypoints = found.keypoints
+    if keypoints is not None:
+        scales = [to_size[1] / from_size[1], to_size[0] / from_size[0], 1.0]
+        keypoints = keypoints * keypoints.new_tensor(scales)
+    boxes = scale_boxes(found.boxes, from_size, to_size)
+    return replace(found, boxes=boxes, keypoints=keypoints)
 
 
 def collate_images(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:

@@ -15,8 +15,11 @@ from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.heads.detections import FlatDetections, TestSettings
+from bigdet.models.heads.keypoint import POOLED_SIZE as KEYPOINT_POOLED_SIZE
+from bigdet.models.heads.keypoint import KeypointHead, select_with_keypoints
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
-from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
+from bigdet.models.heads.mask import MaskHead, select_positives
+from bigdet.models.heads.positives import pad_to_bucket
 from bigdet.models.heads.rpn import Proposals, RegionProposals
 from bigdet.models.necks.fpn import FPN
 from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
@@ -24,10 +27,11 @@ from bigdet.structures import Batch
 
 
 class RCNN(Detector):
-    """Faster R-CNN, and with a mask head Mask R-CNN, over a feature pyramid or one map (VGG).
+    """Faster R-CNN over a pyramid or one map (VGG); with more heads Mask or Keypoint R-CNN.
 
-    Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta`` and, with a mask head,
-    ``mask``. With a cascade as box head there are ``stage1_box_class``, ..., ``stage3_box_delta``.
+    Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta``, with a mask head
+    ``mask``, and with a keypoint head ``keypoint``. A cascade as box head has
+    ``stage1_box_class``, ..., ``stage3_box_delta`` instead.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class RCNN(Detector):
         rpn: RegionProposals,
         box_head: BoxHead | CascadeHead,
         mask_head: MaskHead | None,
+        keypoint_head: KeypointHead | None,
     ) -> None:
         """Put the parts together."""
         super().__init__(backbone)
@@ -44,6 +49,7 @@ class RCNN(Detector):
         self.rpn = rpn
         self.box_head = box_head
         self.mask_head = mask_head
+        self.keypoint_head = keypoint_head
         self.strides = list(backbone.strides)
         if fpn is not None:
             self.strides.append(2 * backbone.strides[-1])
@@ -98,6 +104,17 @@ class RCNN(Detector):
             pooled = self._pool(table, positives.boxes, positives.images, MASK_POOLED_SIZE)
             mask_logits = self.mask_head(pooled, positives.labels)
             losses |= self.mask_head.losses(mask_logits, positives, masks)
+
+        if self.keypoint_head is not None:
+            keypoints = batch.targets.keypoints
+            if keypoints is None:
+                raise ValueError(
+                    "The batch has no keypoints, but the model has a keypoint head. Read the data "
+                    "with keypoints, or train a faster_rcnn."
+                )
+            chosen = select_with_keypoints(regions, keypoints, self.keypoint_head.num_classes)
+            pooled = self._pool(table, chosen.boxes, chosen.images, KEYPOINT_POOLED_SIZE)
+            losses |= self.keypoint_head.losses(self.keypoint_head(pooled), chosen, keypoints)
         return losses
 
     def features(self, batch: Batch) -> tuple[list[Tensor], FeatureTable]:
@@ -116,16 +133,23 @@ class RCNN(Detector):
     def maps(
         self, features: tuple[list[Tensor], FeatureTable], found: FlatDetections
     ) -> dict[str, Tensor]:
-        """Give the probabilities of masks, ``masks``: ``(D, 28, 28)``."""
+        """Give the probabilities of masks and the logits of keypoints, where there are heads.
+
+        Returns:
+            ``masks`` ``(D, 28, 28)`` and ``keypoints`` ``(D, K, 56, 56)``.
+        """
         _, table = features
-        if self.mask_head is None:
-            return {}
-        return {"masks": self._masks(self.mask_head, table, found)}
+        maps = {}
+        if self.mask_head is not None:
+            maps["masks"] = self._masks(self.mask_head, table, found)
+        if self.keypoint_head is not None:
+            maps["keypoints"] = self._heat_maps(self.keypoint_head, table, found)
+        return maps
 
     @property
     def has_maps(self) -> bool:
-        """Whether there are masks."""
-        return self.mask_head is not None
+        """Whether there are masks or keypoints."""
+        return self.mask_head is not None or self.keypoint_head is not None
 
     @property
     def test_settings(self) -> TestSettings:
@@ -137,10 +161,26 @@ class RCNN(Detector):
 
     def _masks(self, mask_head: MaskHead, table: FeatureTable, found: FlatDetections) -> Tensor:
         """Give the mask probabilities ``(D, 28, 28)`` of detections; the head runs on none too."""
-        num_found = len(found.boxes)
-        more = pad_to_bucket(num_found) - num_found
-        boxes = torch.nn.functional.pad(found.boxes, (0, 0, 0, more))
-        images = torch.nn.functional.pad(found.images, (0, more))
-        labels = torch.nn.functional.pad(found.labels, (0, more))
-        logits: Tensor = mask_head(self._pool(table, boxes, images, MASK_POOLED_SIZE), labels)
-        return logits[:num_found].sigmoid().float()
+        filled = _fill_bucket(found)
+        pooled = self._pool(table, filled.boxes, filled.images, MASK_POOLED_SIZE)
+        logits: Tensor = mask_head(pooled, filled.labels)
+        return logits[: len(found.boxes)].sigmoid().float()
+
+    def _heat_maps(self, head: KeypointHead, table: FeatureTable, found: FlatDetections) -> Tensor:
+        """Give the logits ``(D, K, 56, 56)`` of detections; the head runs on none too."""
+        filled = _fill_bucket(found)
+        pooled = self._pool(table, filled.boxes, filled.images, KEYPOINT_POOLED_SIZE)
+        logits: Tensor = head(pooled)
+        return logits[: len(found.boxes)]
+
+
+def _fill_bucket(found: FlatDetections) -> FlatDetections:
+    """Add empty detections up to a full bucket."""
+    more = pad_to_bucket(len(found.boxes)) - len(found.boxes)
+    pad = torch.nn.functional.pad
+    return FlatDetections(
+        images=pad(found.images, (0, more)),
+        boxes=pad(found.boxes, (0, 0, 0, more)),
+        scores=pad(found.scores, (0, more)),
+        labels=pad(found.labels, (0, more)),
+    )

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bigdet.config.derived import has_cascade, is_class_agnostic, model_parts
+from bigdet.config.derived import has_cascade, has_keypoints, is_class_agnostic, model_parts
+from bigdet.models.build import head_norm
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE
 
@@ -56,6 +57,7 @@ NAMES = (
     (r"mask_head\.convs\.(\d)\.(\w+)", r"roi_heads.mask_head.\1.\2"),
     (r"mask_head\.deconv", r"roi_heads.mask_predictor.conv5_mask"),
     (r"mask_head\.predictor", r"roi_heads.mask_predictor.mask_fcn_logits"),
+    (r"keypoint_head\.deconv", r"roi_heads.keypoint_predictor.kps_score_lowres"),
     (r"retina_head\.class_convs\.(\d)\.(\w+)", r"head.classification_head.conv.\1.\2"),
     (r"retina_head\.classifier", r"head.classification_head.cls_logits"),
     (r"retina_head\.box_convs\.(\d)\.(\w+)", r"head.regression_head.conv.\1.\2"),
@@ -90,6 +92,11 @@ def twins(detector: Detector) -> list[Twin]:
         raise ValueError(
             "model.norm none: torchvision's ResNets have no biases, which ours have without "
             "normalization, so the weights have no place there."
+        )
+    if has_keypoints(config) and head_norm(config) != "none":
+        raise ValueError(
+            f"model.norm {config.norm}: torchvision's keypoint head has no normalization, so the "
+            f"weights of this one have no place there."
         )
     return [_twin(name, detector) for name in detector.state_dict()]
 
@@ -162,6 +169,9 @@ def _twin(name: str, detector: Detector) -> Twin:
         theirs = FCS[detector.config.box_head][index]
         if index == 0 and kind == "weight":
             there, back = channels_first, channels_last
+    elif module.startswith("keypoint_head.convs."):
+        index = int(module.split(".")[2])
+        theirs = f"roi_heads.keypoint_head.{2 * index}"  # an activation stands between them
     else:
         pattern, target = next(pair for pair in NAMES if re.fullmatch(pair[0], module))
         parts = re.sub(pattern, target, module).split(".")

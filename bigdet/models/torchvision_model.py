@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet, vgg
-from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import (
@@ -22,17 +22,18 @@ from torchvision.models.detection.faster_rcnn import (
     FastRCNNPredictor,
     TwoMLPHead,
 )
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from bigdet.config.derived import has_fpn, has_masks
+from bigdet.config.derived import has_fpn, has_keypoints, has_masks
 from bigdet.models.anchors import grid_anchors, grid_spacings
 from bigdet.models.build import head_norm
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
-from bigdet.models.heads import mask
+from bigdet.models.heads import keypoint, mask
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.norms import make_norm
 from bigdet.models.rcnn import RCNN
@@ -231,6 +232,14 @@ def _rcnn(detector: RCNN) -> Any:
         "box_head": head,
         "box_predictor": FastRCNNPredictor(config.fc_width, num_classes + 1),
     }
+    if has_keypoints(config):
+        keypoints = config.keypoint
+        options |= {
+            "keypoint_roi_pool": pool(keypoint.POOLED_SIZE),
+            "keypoint_head": KeypointRCNNHeads(width, [keypoints.width] * keypoint.NUM_CONVS),
+            "keypoint_predictor": KeypointRCNNPredictor(keypoints.width, keypoints.num_keypoints),
+        }
+        return KeypointRCNN(backbone, **options)
     if not has_masks(config):
         return FasterRCNN(backbone, **options)
     options |= {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import has_masks, plan_of, test_resize
+from bigdet.config.derived import has_keypoints, has_masks, plan_of, test_resize
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import ShardSet
@@ -52,7 +53,7 @@ def evaluate(
     """
     tta = config.evaluation.tta
     results = predict_split(
-        detector if tta is None else AugmentedDetector(detector, tta),
+        detector if tta is None else AugmentedDetector(detector, tta, val_set.categories),
         val_set,
         size_cap if tta is None else None,
         config.evaluation.images_per_gpu,
@@ -62,7 +63,7 @@ def evaluate(
     )
     if results is None:
         return None
-    kinds = evaluation_kinds(val_set, has_masks(detector.config))
+    kinds = evaluation_kinds(val_set, has_masks(detector.config), has_keypoints(detector.config))
     metrics = evaluate_detections(val_set, results, kinds) if distributed.is_main() else {}
     return distributed.broadcast_object(metrics)
 
@@ -105,7 +106,7 @@ def draw_validation(
     Returns:
         The files written, ``pictures/PREFIX-KEY.jpg``.
     """
-    names = [category.name for category in val_set.categories]
+    categories = [asdict(category) for category in val_set.categories]
     run_dir.pictures.mkdir(parents=True, exist_ok=True)
     files = []
     was_training = detector.training
@@ -115,7 +116,7 @@ def draw_validation(
         image = decode_image(val_set.read(row).image_bytes)
         with torch.no_grad():
             found = detector.predict([image])[0].to(torch.device("cpu"))
-        picture = draw_detections(image.permute(1, 2, 0).numpy(), found, names, 0.5)
+        picture = draw_detections(image.permute(1, 2, 0).numpy(), found, categories, 0.5)
         file = run_dir.pictures / f"{prefix}-{val_set.key(row)}.jpg"
         picture.save(file, quality=90)
         files.append(file)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdet.config.schema import ModelConfig, RoiConfig, RpnConfig, TtaConfig
+from bigdet.data.shards import Category
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.tta import AugmentedDetector, View, mirror, vote
 from bigdet.models.build import build_detector
@@ -32,6 +33,7 @@ class Bright(Detector):
     """
 
     num_classes = 2
+    config = CONFIG
 
     def __init__(self) -> None:
         super().__init__(nn.Identity())
@@ -86,7 +88,7 @@ def test_a_mirrored_pair_of_views_says_what_one_says() -> None:
     detector = Bright().eval()
     batch = two_images()
     config = TtaConfig(flip=True, scales=[128], cap=256, vote_iou=0.9)
-    found = AugmentedDetector(detector, config)(batch)
+    found = AugmentedDetector(detector, config, [])(batch)
     assert detector.passes == 4  # two views for boxes, two for masks
     for one, expected in zip(found, ([8, 10, 28, 30], [40, 40, 60, 60]), strict=True):
         assert one.boxes.tolist() == [pytest.approx(expected, abs=0.7)]
@@ -94,6 +96,32 @@ def test_a_mirrored_pair_of_views_says_what_one_says() -> None:
         assert one.labels.tolist() == [1]
         # 200 and 100 of 200, left before right in both views.
         torch.testing.assert_close(one.masks[0, 0], torch.tensor([1.0, 0.5]), atol=0.06, rtol=0)
+
+
+class Pointing(Bright):
+    """Points left and right of the middle of its box: hotter at the brighter side."""
+
+    config = replace(CONFIG, detector="keypoint_rcnn")
+
+    def maps(self, features: Tensor, found: FlatDetections) -> dict[str, Tensor]:
+        left, right = super().maps(features, found)["masks"][:, 0].unbind(dim=1)
+        maps = torch.zeros(len(left), 2, 4, 4)
+        # The first keypoint is the left one of the object as it is seen, the second the right one.
+        maps[:, 0, 1, 0], maps[:, 1, 1, 3] = left, right
+        return {"keypoints": maps}
+
+
+def test_keypoints_of_a_mirrored_view_change_places_and_names() -> None:
+    person = Category(1, "person", keypoints=["left", "right"], flip_pairs=[[0, 1]])
+    config = TtaConfig(flip=True, scales=[80], cap=256, vote_iou=None)
+    detector = AugmentedDetector(Pointing().eval(), config, [person])
+    (found, _) = detector(two_images())
+    # The box is 20 wide from 8, 10: a cell of the 4x4 grid is 5 pixels. In the mirror the dim half
+    # is left, and says of the right keypoint, in the right corner, 0.5, as the view itself does.
+    points = found.keypoints[0]
+    assert points[0, 0] < 13
+    assert points[1, 0] > 23
+    assert points[0, 2].item() == pytest.approx(2 * points[1, 2].item(), rel=0.02)
 
 
 def test_boxes_of_a_view_come_back_where_they_were() -> None:
@@ -128,7 +156,7 @@ def test_one_view_and_twice_the_same_view_are_the_detector_itself() -> None:
     assert len(expected.boxes) == 20
     batch = replace(collate_images([image], (96, 128)))
     for config in (ONE, replace(ONE, scales=[64, 64])):
-        (found,) = AugmentedDetector(detector, config)(batch)
+        (found,) = AugmentedDetector(detector, config, [])(batch)
         torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(found.scores, expected.scores)
         torch.testing.assert_close(found.labels, expected.labels)
@@ -162,7 +190,7 @@ def test_a_split_is_seen_at_its_own_size(make_shards) -> None:
     torch.manual_seed(0)
     detector = build_detector(CONFIG, 2)
     shards = make_shards([[], [], []])
-    wrapped = AugmentedDetector(detector, replace(ONE, flip=True))
+    wrapped = AugmentedDetector(detector, replace(ONE, flip=True), shards.categories)
     results = predict_split(wrapped, shards, None, 2, 0, torch.device("cpu"))
     assert detector.training  # as it was
     assert len({result["image_id"] for result in results}) == 3

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import roi_heads
 from torchvision.ops import roi_align
 
-from bigdet.config.schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import KeypointConfig, ModelConfig, RetinaConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION
 from bigdet.models.detector import Detector
@@ -24,6 +24,7 @@ from bigdet.structures import Batch
 from tests.unit.models.scenes import make_scene
 
 NUM_CLASSES = 3
+NUM_KEYPOINTS = 5
 EVERYTHING = 1_000_000  # slots for all candidates: nothing is left to chance
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 RPN = RpnConfig(
@@ -52,6 +53,7 @@ LOSS_NAMES = {
     "loss_classifier": "box_class",
     "loss_box_reg": "box_delta",
     "loss_mask": "mask",
+    "loss_keypoint": "keypoint",
 }
 
 
@@ -96,6 +98,7 @@ def model_config(detector: str, backbone: str, box_head: str, width: int) -> Mod
         fc_width=64,
         rpn=RPN,
         roi=ROI,
+        keypoint=KeypointConfig(num_keypoints=NUM_KEYPOINTS, width=24),
     )
 
 
@@ -111,8 +114,16 @@ def scene() -> Batch:
     second = [(10, 12, 100, 80), (60, 20, 118, 60), (30, 50, 50, 90)]
     batch = make_scene([first, second], [(128, 160), (96, 128)], (128, 160), NUM_CLASSES)
     # Off the pixel grid: half-covered grid points of a mask would be decided by rounding.
-    moved = batch.targets.boxes + torch.rand(8, 4, generator=torch.Generator().manual_seed(2))
-    return replace(batch, targets=replace(batch.targets, boxes=moved))
+    generator = torch.Generator().manual_seed(2)
+    moved = batch.targets.boxes + torch.rand(8, 4, generator=generator)
+    # Keypoints in and around the boxes, some of them hidden or not labelled.
+    parts = torch.rand(8, NUM_KEYPOINTS, 2, generator=generator) * 1.4 - 0.2
+    points = moved[:, None, :2] + parts * (moved[:, 2:] - moved[:, :2])[:, None]
+    seen = torch.randint(0, 3, (8, NUM_KEYPOINTS, 1), generator=generator)
+    keypoints = torch.cat([points, seen.float()], dim=2)
+    keypoints[0, 0, :2] = moved[0, 2:]  # the corner belongs to the box
+    keypoints[0, 0, 2] = 2
+    return replace(batch, targets=replace(batch.targets, boxes=moved, keypoints=keypoints))
 
 
 def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -131,6 +142,7 @@ def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]
                 "boxes": batch.targets.boxes[offsets[i] : offsets[i + 1]].double(),
                 "labels": batch.targets.labels[offsets[i] : offsets[i + 1]] + 1,
                 "masks": bitmaps,
+                "keypoints": batch.targets.keypoints[offsets[i] : offsets[i + 1]],
             }
         )
     return images, targets
@@ -149,6 +161,7 @@ RCNNS = [
     ("mask_rcnn", "resnet10", "4conv1fc", 16),
     ("mask_rcnn", "resnet50", "2fc", 64),
     ("faster_rcnn", "resnet18", "2fc", 32),
+    ("keypoint_rcnn", "resnet10", "2fc", 32),
     ("faster_rcnn", "vgg16", "2fc", 512),
 ]
 RETINANETS = [("retinanet", "resnet10", "2fc", 32), ("retinanet", "resnet10", "2fc", 32, "p5")]
@@ -168,7 +181,7 @@ def test_losses_and_gradients_equal_torchvisions(
 
     losses = ours(batch)
     expected = theirs(images, targets)
-    assert len(expected) == {"mask_rcnn": 5, "faster_rcnn": 4, "retinanet": 2}[model[0]]
+    assert len(expected) == {"faster_rcnn": 4, "retinanet": 2}.get(model[0], 5)
     assert len(losses) == len(expected)
     for name, value in expected.items():
         assert value > 1e-4
@@ -229,6 +242,11 @@ def test_predictions_equal_torchvisions_at_every_stage(model: tuple) -> None:
         torch.testing.assert_close(one.labels, other["labels"] - 1)
         if model[0] == "mask_rcnn":
             torch.testing.assert_close(one.masks, other["masks"][:, 0].float(), **CLOSE)
+        if model[0] == "keypoint_rcnn":
+            points = other["keypoints"][..., :2].float()
+            torch.testing.assert_close(one.keypoints[..., :2], points, rtol=1e-6, atol=1e-5)
+            scores = other["keypoints_scores"].float()
+            torch.testing.assert_close(one.keypoints[..., 2], scores, **CLOSE)
 
 
 @pytest.mark.parametrize("model", RETINANETS)

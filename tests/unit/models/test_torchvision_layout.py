@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigdet.config.schema import ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION, Conventions
 from bigdet.models.detector import Detector
@@ -14,6 +14,9 @@ SMALL = {"backbone": "resnet10", "width": 16, "fc_width": 32}
 MODELS = {
     "faster_rcnn": ModelConfig(detector="faster_rcnn", **SMALL),
     "mask_rcnn gn": ModelConfig(detector="mask_rcnn", box_head="4conv1fc", norm="gn", **SMALL),
+    "keypoint_rcnn": ModelConfig(
+        detector="keypoint_rcnn", keypoint=KeypointConfig(num_keypoints=5, width=16), **SMALL
+    ),
     "retinanet": ModelConfig(detector="retinanet", backbone="resnet10", width=16),
     "vgg16": ModelConfig(detector="faster_rcnn", backbone="vgg16", norm="none", fc_width=32),
 }
@@ -69,6 +72,7 @@ def test_tensors_that_do_not_fit_are_listed() -> None:
         (ModelConfig(detector="faster_rcnn", backbone="swin_t"), "no such backbone"),
         (ModelConfig(detector="cascade_rcnn", backbone="resnet10"), "no cascade"),
         (ModelConfig(detector="faster_rcnn", backbone="resnet10", norm="none"), "no biases"),
+        (ModelConfig(detector="keypoint_rcnn", backbone="resnet10", norm="gn"), "keypoint head"),
     ],
 )
 def test_what_torchvision_does_not_have_is_an_error(config: ModelConfig, reason: str) -> None:
