@@ -13,8 +13,12 @@ DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "cascade_rcnn": _PROPOSING,
     "cascade_mask_rcnn": (*_PROPOSING, "mask_head"),
     "keypoint_rcnn": (*_PROPOSING, "keypoint_head"),
+    "retinanet": ("backbone", "fpn", "retina_head"),
 }
 """The parts of each detector, in the order in which data flows through them."""
+
+SINGLE_LEVEL = ("vgg16",)
+"""Backbones with one level of features, of which no pyramid is made: such a model has no FPN."""
 
 TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
 """Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
@@ -49,7 +53,13 @@ def largest_plan(resize: ResizeConfig) -> tuple[int, int]:
 
 def model_parts(model: ModelConfig) -> list[str]:
     """Return the parts of a detector, in the order in which data flows through them."""
-    return list(DETECTOR_PARTS[model.detector])
+    parts = DETECTOR_PARTS[model.detector]
+    return [part for part in parts if part != "fpn" or has_fpn(model)]
+
+
+def has_fpn(model: ModelConfig) -> bool:
+    """Tell whether a feature pyramid stands between the backbone and the heads."""
+    return model.backbone not in SINGLE_LEVEL
 
 
 def has_masks(model: ModelConfig) -> bool:

@@ -18,38 +18,11 @@ from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
+from bigdet.models.backbone_base import Backbone
 from bigdet.models.norms import BatchNorm2d, Kind, make_norm
+from bigdet.models.vgg import VGG
 
-STRIDES = [4, 8, 16, 32]
-
-
-class Backbone(nn.Module):
-    """Images to features of four strides.
-
-    Attributes:
-        channels: of C2 to C5.
-        strides: of C2 to C5, pixels.
-        stages: the modules of the stem and of the four stages, in the order of freezing.
-    """
-
-    channels: list[int]
-    strides = STRIDES
-
-    @property
-    def stages(self) -> list[list[nn.Module]]:
-        """The modules of the stem and of the four stages."""
-        raise NotImplementedError
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute features.
-
-        Args:
-            images: ``(B, 3, H, W)`` normalized, any H and W, best in channels_last memory.
-
-        Returns:
-            C2 to C5: ``(B, C_i, ceil(H / stride_i), ceil(W / stride_i))``.
-        """
-        raise NotImplementedError
+__all__ = ["BACKBONES", "Backbone", "build_backbone", "freeze_stages"]
 
 
 class ResNet(Backbone):
@@ -210,6 +183,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "swin_t": _swin(96, [2, 2, 6, 2], [3, 6, 12, 24]),
     "swin_s": _swin(96, [2, 2, 18, 2], [3, 6, 12, 24]),
     "swin_b": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32]),
+    "vgg16": lambda norm, drop_path: VGG(),
 }
 
 

@@ -37,6 +37,7 @@ PUBLISHED = {
     "resnet50": "resnet50.tv_in1k",
     "resnet101": "resnet101.tv_in1k",
     "resnext101_32x8d": "resnext101_32x8d.tv_in1k",
+    "vgg16": "vgg16.tv_in1k",
     "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
     "swin_s": "swin_small_patch4_window7_224.ms_in1k",
     "swin_b": "swin_base_patch4_window7_224.ms_in1k",
@@ -257,7 +258,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {
         f"backbone.{name}": tensor
         for name, tensor in state.items()
-        if part_of(name) not in ("fc", "head", "norm")
+        if part_of(name) not in ("fc", "head", "norm", "pre_logits")
     }
     if "norm.weight" in state:
         width = len(state["norm.weight"])
