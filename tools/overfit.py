@@ -61,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
     """Train until all AP50 exceed the goal or the steps are over."""
     arguments = _parser().parse_intermixed_args(argv)
     options = [f"model.detector={arguments.detector}"]
-    if arguments.detector != "retinanet":
+    if arguments.detector == "retinanet":
+        options.append("model.retina.anchor_sizes=[16,32,64,96,128]")
+    else:
         options += [
             "model.rpn.anchor_sizes=[16,32,64,96,128]",
             "model.rpn.train_proposals=200",
