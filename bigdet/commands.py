@@ -29,9 +29,9 @@ INTERRUPTED = 130
 def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
     """Run a command's ``main`` and end the process with its exit code.
 
-    ``ValueError`` and ``OSError`` are what a user can cause: they end in one message and exit
-    code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all ranks share is told once.
-    Ctrl-C ends with one line too.
+    ``ValueError`` and ``OSError`` are what a user can cause, and another rank may be gone: they end
+    in one message and exit code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all
+    ranks share is told once. Ctrl-C ends with one line too.
 
     Args:
         main: takes the arguments and returns the exit code.
@@ -44,12 +44,14 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
         code = INTERRUPTED
-    except (ValueError, OSError) as error:
-        if os.environ.get("BIGDET_TRACEBACK") == "1":
+    except (ValueError, OSError, RuntimeError) as error:
+        lost = distributed.lost_peer(error)
+        is_bug = isinstance(error, RuntimeError) and not lost
+        if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
-        if distributed.is_main() or not distributed.is_on_all_ranks(error):
+        if distributed.must_tell(error):
             where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
-            sys.stderr.write(f"error{where}: {error}\n")
+            sys.stderr.write(f"error{where}: {lost or error}\n")
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

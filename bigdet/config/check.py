@@ -99,6 +99,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("checkpoint.keep", config.checkpoint.keep),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
         ("log.every", config.log.every),
+        ("log.stall_seconds", config.log.stall_seconds),
     ):
         _positive(key, value)
     for key, count in (

@@ -404,6 +404,9 @@ class LogConfig:
     """Steps between lines of the log and of ``metrics.jsonl``."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
+    stall_seconds: float | None = 1200.0
+    """A rank without progress for so long writes its stacks and ends the run; longer than the
+    longest step, save or computing of AP. None: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,6 +420,10 @@ class RunConfig:
     resume: str = "auto"
     """``auto``: go on if the run folder has a checkpoint. ``never``: refuse a folder that has one.
     Else the path of a checkpoint to go on from."""
+    change_batch: bool = False
+    """Let a resumed run go on with another ``images_per_step`` or ``images_per_gpu`` of its phase.
+    ``lr`` follows by the linear rule (``reference_images_per_step`` must be set), ``steps``,
+    ``warmup_steps`` and ``drops`` may change too, and the pass under way is left for the next."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the images are."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -29,6 +29,7 @@ from bigdet.training.metrics import StepMeter, mean_losses, progress_line
 from bigdet.training.prefetch import prefetch
 from bigdet.training.state import RunState
 from bigdet.training.stopping import stop_requested
+from bigdet.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Run:
         metrics: rank 0's log for machines, None on the other ranks.
         saver: writes the checkpoints.
         state: where the run is; changed in place.
+        watchdog: ends a run that stands still.
         restored: engine state to go on from inside the current phase; taken once.
     """
 
@@ -54,6 +56,7 @@ class Run:
     val_set: ShardSet
     metrics: MetricsWriter | None
     state: RunState
+    watchdog: Watchdog
     restored: EngineState | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +122,7 @@ class PhaseTrainer:
         self.phase = run.config.phases[self.name]
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter()
+        self.micro_batches: list[Batch] = []  # of the step under way, for messages
         assert self.phase.images_per_step is not None
         self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
 
@@ -162,14 +166,22 @@ class PhaseTrainer:
 
     def _must_stop(self) -> bool:
         """Tell on every rank whether any rank was asked to stop (a collective)."""
+        self.run.watchdog.alive()
         return stop_requested(self.run.run_dir.stop)
+
+    def _at(self, what: str) -> None:
+        """Note what is done now, for messages and against standing still."""
+        self.run.watchdog.at(f"{self.name} step {self.state.step + 1}: {what}")
 
     def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
         """Take one optimizer step; return what it saw and its learning rate."""
         started = time.perf_counter()
         with distributed.together():  # a shard that one rank cannot get ends the run on all
-            micro_batches = list(islice(batches, len(self.stream.lanes)))
+            self._at("waiting for data")
+            micro_batches = self.micro_batches = list(islice(batches, len(self.stream.lanes)))
             data_seconds = time.perf_counter() - started
+            self._at("has its data, waits for the other ranks")
+        self._at("forward, backward, update")
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
         result = self.engine.train_step(prefetch(micro_batches, self.device))
@@ -246,6 +258,8 @@ class PhaseTrainer:
             False when a request to stop came meanwhile; the evaluation is then still due.
         """
         run, state = self.run, self.state
+        run.watchdog.at(f"{state.position}: evaluation")
+        self.micro_batches = []
         size_cap = measuring.test_size(self.config, self.name)
         metrics = measuring.evaluate(
             self.config, self.detector, run.val_set, size_cap, self._must_stop
@@ -276,6 +290,7 @@ class PhaseTrainer:
 
     def _save(self) -> None:
         """Save this moment (a collective)."""
+        self.run.watchdog.at(f"{self.state.position}: writing a checkpoint")
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
         self.run.saver.save(self.engine, self.state)
 

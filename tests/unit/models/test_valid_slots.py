@@ -7,7 +7,7 @@ import torch
 
 from bigdet.config.schema import Detector, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
-from bigdet.models.heads import mask
+from bigdet.models.heads import positives
 from bigdet.models.norms import batch_norms, update_running_statistics
 from tests.unit.models.scenes import make_scene
 
@@ -46,7 +46,7 @@ def test_losses_gradients_and_statistics_do_not_depend_on_empty_slots(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = step(detector, 16)
-    monkeypatch.setattr(mask, "BUCKET", 96)
+    monkeypatch.setattr(positives, "BUCKET", 96)
     many = step(detector, 32)
     assert set(few) == set(many)
     for name, value in few.items():
