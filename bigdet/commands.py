@@ -22,17 +22,28 @@ STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
 
 
-def run_command(main: Callable[[Sequence[str]], int]) -> None:
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
     """Run a command's ``main`` and end the process with its exit code.
 
     ``ValueError`` and ``OSError`` are what a user can cause, and another rank may be gone: they end
     in one message and exit code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all
-    ranks share is told once.
+    ranks share is told once. Ctrl-C ends with one line too.
+
+    Args:
+        main: takes the arguments and returns the exit code.
+        interrupted: what Ctrl-C says.
     """
     try:
         code = main(sys.argv[1:])
     except SystemExit as end:  # argparse: it has told what is wrong, and its own code for it is 2
         code = 1 if end.code else 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{interrupted}\n")
+        code = INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         lost = distributed.lost_peer(error)
         is_bug = isinstance(error, RuntimeError) and not lost

@@ -19,12 +19,12 @@ from pathlib import Path
 from bigdet import distributed, doctor
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_masks, phase_model
+from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
-from bigdet.engine.deepspeed_engine import DeepSpeedEngine
+from bigdet.engine.build import build_engine
 from bigdet.log import setup_logging
 from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         with watchdog:
             return run_phases(run)
     finally:
+        run.saver.join()
         if metrics is not None:
             metrics.close()
 
@@ -100,6 +101,7 @@ def run_phase(run: Run) -> bool:
             phase,
             name=name,
             with_masks=has_masks(phase_model(config, name)),
+            with_keypoints=has_keypoints(phase_model(config, name)),
             seed=config.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
@@ -113,7 +115,10 @@ def run_phase(run: Run) -> bool:
         config, name, run.train_set.num_classes, run.run_dir, device, run.restored is not None
     )
     make_optimizer = partial(optim.build_optimizer, phase=phase)
-    engine = DeepSpeedEngine(detector, make_optimizer, config.engine, len(stream.lanes), device)
+    num_micro_batches = len(stream.lanes)
+    engine = build_engine(
+        detector, make_optimizer, config.engine, num_micro_batches, device, detector.units
+    )
     try:
         if run.restored is not None:
             engine.load_state(run.restored)

@@ -12,7 +12,9 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
+Detector = Literal[
+    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn",
+]  # fmt: skip
 Backbone = Literal[
     "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
@@ -26,9 +28,10 @@ Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "sync", "affine", "fixed"]
 Pixels = Literal["rgb", "bgr", "bgr_255"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
-Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
+Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +171,16 @@ class CascadeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeypointConfig:
+    """The keypoint head."""
+
+    num_keypoints: int = 17
+    """Keypoints of an object, as many as the categories of the data have (COCO's persons: 17)."""
+    width: int = 512
+    """Channels of its eight convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector."""
 
@@ -198,18 +211,25 @@ class ModelConfig:
     """Regions of interest."""
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     """Stages of a cascade."""
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
+    """The head of ``keypoint_rcnn``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How weights are updated."""
 
-    kind: Literal["deepspeed"] = "deepspeed"
-    """Which engine."""
-    zero_stage: int = 2
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+    kind: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """``deepspeed`` (ZeRO), or ``fsdp``: torch's FSDP2, which shards as ZeRO-3 does."""
+    zero_stage: int | None = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
+    weights too. Must be null under fsdp."""
     precision: Precision = "bf16"
-    """Of activations and matrix products; master weights are fp32 always."""
+    """Of convolutions and matrix products; weights, gradients and their sums are fp32 always.
+    ``fp16`` has a loss scale, which finds itself."""
+    offload: Offload = "none"
+    """What lies in the memory of the CPU while it is not needed, and is stepped there:
+    ``optimizer`` (its state; ZeRO 1 to 3), or ``all`` (weights too; ZeRO 3 and fsdp)."""
     activation_checkpointing: bool = False
     """Blocks of the backbone, the FPN and convolutions of the heads keep their inputs only and run
     again in the backward pass: less memory, about a third more time, the same results."""
@@ -326,7 +346,8 @@ class PhaseConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = 1e-4
-    """On weights; not on normalization layers, biases of them, and Swin's position tables."""
+    """On weights; not on normalization layers, biases of them, and the position tables and scales
+    of transformers."""
     schedule: Literal["constant", "step"] = "step"
     """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
     drops: list[int] | None = None
@@ -371,6 +392,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps of a phase stay too. None: none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,25 @@ class Detector(nn.Module):
         mean, deviation = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_DEVIATION)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", deviation.view(3, 1, 1), persistent=False)
+
+    @property
+    def units(self) -> list[list[nn.Module]]:
+        """Modules that an engine may shard and gather together: backbone stages, neck, heads.
+
+        Each module is called in every forward pass, of training and of evaluation. A stage is
+        given as its layers with weights, since backbones run the blocks of a stage one by one.
+        """
+        stages = [
+            [layer for part in stage for layer in _layers_with_weights(part)]
+            for stage in self.backbone.stages
+        ]
+        heads = [
+            called
+            for name, part in self.named_children()
+            if name != "backbone"
+            for called in _called_modules(part)
+        ]
+        return [*stages, *([head] for head in heads)]
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | list[Detections]:
         """Give the losses of a batch in training mode, else the detections of its images.
@@ -116,14 +136,41 @@ class Detector(nn.Module):
         self.train(was_training)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
         return [
-            Detections(
-                scale_boxes(one.boxes, size, (image.shape[1], image.shape[2])),
-                one.scores,
-                one.labels,
-                one.masks,
-            )
+            scale_detections(one, size, (image.shape[1], image.shape[2]))
             for one, size, image in zip(found, resized, images, strict=True)
         ]
+
+
+def _layers_with_weights(module: nn.Module) -> list[nn.Module]:
+    """List the outermost modules that have parameters of their own, in the model's order."""
+    if any(True for _ in module.parameters(recurse=False)):
+        return [module]
+    return [layer for child in module.children() for layer in _layers_with_weights(child)]
+
+
+def _called_modules(module: nn.Module) -> list[nn.Module]:
+    """List the outermost modules that have a forward pass of their own."""
+    if type(module).forward is not nn.Module.forward:
+        return [module]
+    return [called for child in module.children() for called in _called_modules(child)]
+
+
+def scale_detections(
+    found: Detections, from_size: tuple[int, int], to_size: tuple[int, int]
+) -> Detections:
+    """Move detections from an image to the same image at another size.
+
+    Args:
+        found: in pixels of the image at ``from_size``.
+        from_size: height, width.
+        to_size: height, width.
+    """
+    keypoints = found.keypoints
+    if keypoints is not None:
+        scales = [to_size[1] / from_size[1], to_size[0] / from_size[0], 1.0]
+        keypoints = keypoints * keypoints.new_tensor(scales)
+    boxes = scale_boxes(found.boxes, from_size, to_size)
+    return replace(found, boxes=boxes, keypoints=keypoints)
 
 
 def _collate(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed, hosts
-from bigdet.config.derived import has_masks, is_timm, num_lanes, phase_model, phase_source
+from bigdet.config.derived import (
+    has_keypoints,
+    has_masks,
+    is_timm,
+    num_lanes,
+    phase_model,
+    phase_source,
+)
 from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
 from bigdet.config.schema import PhaseConfig, RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
@@ -29,8 +36,8 @@ logger = logging.getLogger(__name__)
 CHANGEABLE = (
     "output", "resume", "change_batch", "data.train.shards", "data.train.more_shards",
     "data.train.subset.ids", "data.val.shards", "data.cache", "data.workers",
-    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.max_bad_steps",
-    "evaluation", "checkpoint", "log",
+    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.offload",
+    "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
 
@@ -64,6 +71,13 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
             raise ConfigError(
                 f"model.detector: {model.detector} needs masks, but {train_set.address} has none. "
                 f"Write another detector, or make shards from annotations with segmentations."
+            )
+        counts = [len(category.keypoints or []) for category in train_set.categories]
+        if has_keypoints(model) and max(counts) != model.keypoint.num_keypoints:
+            raise ConfigError(
+                f"model.keypoint.num_keypoints: found {model.keypoint.num_keypoints}, but the "
+                f"categories of {train_set.address} have {max(counts)}. Write that, or make shards "
+                f"with --keypoints."
             )
 
 

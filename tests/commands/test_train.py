@@ -144,6 +144,31 @@ def test_a_killed_run_of_two_ranks_goes_on_exactly(
     assert_same_run(tmp_path / "run", whole_on_two)
 
 
+@pytest.mark.parametrize(
+    "engine", [["engine.zero_stage=3"], ["engine.kind=fsdp", "engine.zero_stage=null"]]
+)
+def test_a_run_goes_on_in_an_engine_that_shards_weights(
+    whole_on_two: Path, tmp_path: Path, shapes_shards: Path, engine: list[str]
+):
+    checkpoint = whole_on_two / "checkpoints/finetune-2"
+    output = tmp_path / "run"
+    command = Command(output, shapes_shards, f"resume={checkpoint}", *engine, ranks=2)
+    code, printed = command.finish()
+    assert code == 0, printed
+    expected = {(line["phase"], line["step"]): line for line in numbers(whole_on_two)[:-1]}
+    first = numbers(output)[0]
+    assert (first["phase"], first["step"]) == ("finetune", 3)
+    for key, value in expected["finetune", 3].items():
+        if key.startswith("loss/"):
+            assert first[key] == pytest.approx(value, rel=1e-4), key
+    own, other = weights(output), weights(whole_on_two)
+    assert own.keys() == other.keys()
+    # Two steps at rates of 5e-4 and 5e-5; AdamW moves a weight by up to that.
+    assert all(torch.allclose(own[name], other[name], rtol=0, atol=1e-3) for name in own)
+    assert (output / "evaluation/finetune-4.json").exists()
+    assert len(list((output / "pictures").glob("*.jpg"))) == 1
+
+
 @pytest.mark.parametrize("request_kind", ["SIGTERM", "SIGUSR1", "file"])
 def test_a_stop_request_ends_with_75_and_a_checkpoint(
     whole: Path, tmp_path: Path, shapes_shards: Path, request_kind: str

@@ -54,7 +54,7 @@ SIZES = ["phases.pretrain.images_per_step=32", "phases.finetune.images_per_step=
     "override",
     ["data.workers=9", "data.train.shards=moved", "log.every=7", "output=other",
      "engine.zero_stage=0", "evaluation.every=10", "checkpoint.keep=9",
-     "phases.finetune.lr=0.1"],
+     "engine.offload=optimizer", "phases.finetune.lr=0.1"],
 )  # fmt: skip
 def test_what_does_not_change_the_training_may_change(override: str):
     config = load_config(CONFIG, [*SIZES, override])
