@@ -36,8 +36,9 @@ from torchvision.models.detection.faster_rcnn import (
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
+from bigdet.config.derived import has_masks
 from bigdet.config.schema import ModelConfig, RunConfig
-from bigdet.models.build import HAS_MASK_HEAD, build_detector, head_norm
+from bigdet.models.build import build_detector, head_norm
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.norms import set_norm_mode
 from bigdet.structures import Batch, Masks, Targets
@@ -243,7 +244,7 @@ def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
         "_skip_resize": True,
     }
     pyramid = Pyramid(detector, width)
-    if HAS_MASK_HEAD[config.detector]:
+    if has_masks(config):
         options |= {
             "mask_roi_pool": MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
             "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm),

@@ -15,10 +15,12 @@ from typing import Any
 from bigdet.config.derived import (
     TRANSFORMERS,
     has_batch_norm,
+    has_masks,
     is_square,
     largest_plan,
     model_parts,
     parts_with_batch_norm,
+    phase_model,
     phase_source,
 )
 from bigdet.config.load import ConfigError
@@ -71,7 +73,7 @@ def check_config(config: RunConfig) -> None:
                 f"{key}.start_from.source: found previous, but this is the first phase. Write "
                 f"random, timm, or the path of a run or a model.safetensors."
             )
-        _check_phase(key, phase, config.model, source)
+        _check_phase(key, phase, phase_model(config, name), source)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -247,7 +249,7 @@ def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     for name in ("color_jitter", "copy_paste", "mosaic"):
         probability = getattr(augment, name)
         _require(0 <= probability <= 1, f"{key}.augment.{name}", probability, "in [0, 1]")
-    if augment.copy_paste and "mask_head" not in model_parts(model):
+    if augment.copy_paste and not has_masks(model):
         raise ConfigError(
             f"{key}.augment.copy_paste: objects are pasted as their masks are, but "
             f"{model.detector} has no use for masks. Remove it, or choose mask_rcnn."

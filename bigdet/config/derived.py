@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
+
+_PROPOSING = ("backbone", "fpn", "rpn", "box_head")
+DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
+    "faster_rcnn": _PROPOSING,
+    "mask_rcnn": (*_PROPOSING, "mask_head"),
+}
+"""The parts of each detector, in the order in which data flows through them."""
 
 TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
 """Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
@@ -37,8 +46,20 @@ def largest_plan(resize: ResizeConfig) -> tuple[int, int]:
 
 def model_parts(model: ModelConfig) -> list[str]:
     """Return the parts of a detector, in the order in which data flows through them."""
-    parts = ["backbone", "fpn", "rpn", "box_head"]
-    return [*parts, "mask_head"] if model.detector == "mask_rcnn" else parts
+    return list(DETECTOR_PARTS[model.detector])
+
+
+def has_masks(model: ModelConfig) -> bool:
+    """Tell whether a detector learns and predicts masks."""
+    return "mask_head" in DETECTOR_PARTS[model.detector]
+
+
+def phase_model(config: RunConfig, name: str) -> ModelConfig:
+    """Return the model that a phase trains: that of the run with what the phase changes."""
+    changes = dataclasses.asdict(config.phases[name].model)
+    return dataclasses.replace(
+        config.model, **{key: value for key, value in changes.items() if value is not None}
+    )
 
 
 def parts_with_batch_norm(model: ModelConfig) -> list[str]:
@@ -50,7 +71,7 @@ def parts_with_batch_norm(model: ModelConfig) -> list[str]:
         return parts
     with_convolutions = model.box_head == "4conv1fc"
     parts += ["fpn", *(["box_head"] if with_convolutions else [])]
-    return [*parts, "mask_head"] if model.detector == "mask_rcnn" else parts
+    return [*parts, "mask_head"] if has_masks(model) else parts
 
 
 def has_batch_norm(model: ModelConfig) -> bool:

@@ -249,6 +249,14 @@ class StartFromConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseModelConfig:
+    """What a phase changes in the model; the other phases do not see it."""
+
+    detector: Detector | None = None
+    """Another detector, made of the same parts and more. None: ``model.detector``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One part of a run with settings of its own."""
 
@@ -295,6 +303,8 @@ class PhaseConfig:
     """So many first stages of the backbone (the stem is the first) are not trained."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
     """Where the weights come from."""
+    model: PhaseModelConfig = field(default_factory=PhaseModelConfig)
+    """What this phase changes in the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,10 +30,10 @@ KIND_NAMES: dict[Kind, str] = {"bbox": "box", "segm": "mask"}
 """What people call the kinds."""
 
 
-def evaluation_kinds(shards: ShardSet, has_mask_head: bool) -> tuple[Kind, ...]:
+def evaluation_kinds(shards: ShardSet, with_masks: bool) -> tuple[Kind, ...]:
     """Return what can be measured: boxes always, masks if the model and the data have them."""
     has_masks = bool((shards.index["flags"] & FLAG_MASKS).any())
-    return ("bbox", "segm") if has_mask_head and has_masks else ("bbox",)
+    return ("bbox", "segm") if with_masks and has_masks else ("bbox",)
 
 
 def category_ids(shards: ShardSet) -> list[int]:

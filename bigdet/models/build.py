@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from bigdet.config.derived import has_masks
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.conventions import Conventions
@@ -14,8 +17,6 @@ from bigdet.models.heads.rpn import RegionProposals
 from bigdet.models.necks.fpn import FPN
 from bigdet.models.norms import Kind
 from bigdet.models.rcnn import RCNN
-
-HAS_MASK_HEAD = {"faster_rcnn": False, "mask_rcnn": True}
 
 
 def head_norm(config: ModelConfig) -> Kind:
@@ -34,7 +35,13 @@ def build_detector(
         num_classes: K, without background.
         conventions: None for bigdet's own.
     """
-    conventions = conventions or Conventions()
+    build = DETECTORS[config.detector]
+    detector = build(config, num_classes, conventions or Conventions())
+    detector.config = config
+    return detector.to(memory_format=torch.channels_last)
+
+
+def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
     norm = head_norm(config)
     backbone = build_backbone(config.backbone, config.norm, config.drop_path)
     mask_head = None
@@ -43,7 +50,13 @@ def build_detector(
     box_head = BoxHead(
         config.box_head, norm, config.width, config.fc_width, num_classes, config.roi, conventions
     )
-    if HAS_MASK_HEAD[config.detector]:
+    if has_masks(config):
         mask_head = MaskHead(norm, config.width, num_classes)
-    detector = RCNN(backbone, fpn, rpn, box_head, mask_head)
-    return detector.to(memory_format=torch.channels_last)
+    return RCNN(backbone, fpn, rpn, box_head, mask_head)
+
+
+DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
+    "faster_rcnn": _rcnn,
+    "mask_rcnn": _rcnn,
+}
+"""How each detector is built: config, classes and conventions to the detector."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bigdet.config.derived import plan_of, test_resize
+from bigdet.config.derived import phase_model, plan_of, test_resize
 from bigdet.config.load import dump_config, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
@@ -107,10 +107,11 @@ def load_detector(path: str | Path) -> Detector:
         )
     config = parse_config(metadata["config"], str(file))
     categories = json.loads(metadata["categories"])
-    detector = build_detector(config.model, len(categories))
+    phase = metadata["phase"]
+    detector = build_detector(phase_model(config, phase), len(categories))
     load_parts(detector, tensors, sorted({part_of(name) for name in tensors}), str(file))
     set_norm_mode(detector, "fixed")
-    detector.test_size = plan_of(test_resize(config, metadata["phase"]))
+    detector.test_size = plan_of(test_resize(config, phase))
     detector.categories = categories
     return detector.eval()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import model_parts, phase_source
+from bigdet.config.derived import model_parts, phase_model, phase_source
 from bigdet.config.schema import RunConfig
 from bigdet.models import backbones, norms, weights
 from bigdet.models.build import build_detector
@@ -42,7 +42,7 @@ def build_for_phase(
     """
     phase = config.phases[name]
     torch.manual_seed(seed_of("weights", config.seed, name))
-    detector = build_detector(config.model, num_classes)
+    detector = build_detector(phase_model(config, name), num_classes)
     if not is_resumed:
         _load_start(detector, config, name, run_dir)
     if phase.norm_mode is not None:
@@ -69,7 +69,7 @@ def _load_start(detector: Detector, config: RunConfig, name: str, run_dir: RunDi
             name, row.part, row.source, row.tensors, f"{row.parameters:,}",
         )  # fmt: skip
     loaded = {row.part for row in rows}
-    fresh = [part for part in model_parts(config.model) if part not in loaded]
+    fresh = [part for part in model_parts(phase_model(config, name)) if part not in loaded]
     if fresh:
         logger.info("phase %s: random: %s", name, ", ".join(fresh))
 
@@ -83,7 +83,7 @@ def _read_start(
     if source == "timm":
         return weights.load_timm_backbone(detector, config.model.backbone)
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
-    parts = config.phases[name].start_from.parts or model_parts(config.model)
+    parts = config.phases[name].start_from.parts or model_parts(phase_model(config, name))
     return weights.load_parts(detector, weights.read_tensors(path), parts, str(path))
 
 
