@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = distributed.broadcast_object(folder)
     saved = None if folder is None else checkpoint.load(folder)
     with distributed.together():
-        config = resume.settle_config(config, saved, folder)
+        config = resume.settle_config(config, saved, folder, train_set)
         resume.check_phases(config, train_set, saved)
         state, metrics = resume.begin(config, run_dir, saved)
     run = Run(config, run_dir, train_set, val_set, metrics, state)

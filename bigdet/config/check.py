@@ -14,10 +14,12 @@ from typing import Any
 
 from bigdet.config.derived import (
     TRANSFORMERS,
+    drop_points,
     has_batch_norm,
     has_masks,
     is_square,
     largest_plan,
+    length_of,
     model_parts,
     parts_with_batch_norm,
     phase_model,
@@ -49,6 +51,7 @@ _RESIZE_KINDS = {
 _DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range", "pad_to")
 """Options of a resize that only training heeds."""
 _MOSAIC_IMAGES = 4
+_LENGTH_UNITS = ("steps", "passes", "images")
 
 
 def check_config(config: RunConfig) -> None:
@@ -74,6 +77,20 @@ def check_config(config: RunConfig) -> None:
                 f"random, timm, or the path of a run or a model.safetensors."
             )
         _check_phase(key, phase, phase_model(config, name), source)
+    _check_kept(config)
+
+
+def _check_kept(config: RunConfig) -> None:
+    """Check that the checkpoints to keep are steps of the run."""
+    for name in config.checkpoint.at:
+        phase, _, step = name.rpartition("-")
+        is_known = phase in config.phases and step.isdecimal()
+        steps = config.phases[phase].steps if is_known else None
+        if not is_known or int(step) < 1 or (steps is not None and int(step) > steps):
+            raise ConfigError(
+                f"checkpoint.at: found {name}, expected PHASE-STEP, a phase of "
+                f"{', '.join(config.phases)} and one of its steps."
+            )
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -201,7 +218,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
-    for name in ("steps", "images_per_gpu", "images_per_step", "lr", "reference_images_per_step"):
+    for name in ("images_per_gpu", "images_per_step", "lr", "reference_images_per_step"):
         _positive(f"{key}.{name}", getattr(phase, name))
     for name in ("warmup_steps", "weight_decay"):
         _not_negative(f"{key}.{name}", getattr(phase, name))
@@ -218,6 +235,7 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
     _check_resize(f"{key}.resize", phase.resize)
     _check_augment(key, phase, model)
     _check_schedule(key, phase)
+    check_length(key, phase)
     _check_norm_mode(key, phase, model)
     _check_start(key, phase, model, source)
 
@@ -263,11 +281,14 @@ def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
 
 
 def _check_schedule(key: str, phase: PhaseConfig) -> None:
-    if phase.warmup_steps >= phase.steps:
+    units = [unit for unit in _LENGTH_UNITS if getattr(phase, unit) is not None]
+    if len(units) != 1:
+        found = " and ".join(f"{unit}: {getattr(phase, unit)}" for unit in units) or "none"
         raise ConfigError(
-            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {phase.steps} "
-            f"steps. Write fewer, or 0 for no warm-up."
+            f"{key}.{units[-1] if units else 'steps'}: one of steps, passes and images says how "
+            f"long the phase is, found {found}. Write one, and null for the others."
         )
+    _positive(f"{key}.{units[0]}", getattr(phase, units[0]))
     _require(0 < phase.warmup_factor <= 1, f"{key}.warmup_factor", phase.warmup_factor, "in (0, 1]")
     _require(0 < phase.decay_factor <= 1, f"{key}.decay_factor", phase.decay_factor, "in (0, 1]")
     _require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
@@ -276,14 +297,28 @@ def _check_schedule(key: str, phase: PhaseConfig) -> None:
     )
     unused = "momentum" if phase.optimizer == "adamw" else "betas"
     _unused(key, phase, unused, f"is not used by {phase.optimizer}")
-    if phase.schedule == "constant":
+    if phase.schedule != "step":
         for name in ("drops", "decay_factor"):
             _unused(key, phase, name, "is for schedule: step")
-    drops = phase.drops or []
-    if any(second <= first for first, second in itertools.pairwise([0, *drops, phase.steps])):
+
+
+def check_length(key: str, phase: PhaseConfig) -> None:
+    """Check warm-up and drops against the length of a phase, as far as its unit allows.
+
+    Raises:
+        ConfigError: the phase is shorter than its own schedule.
+    """
+    unit, length = length_of(phase)
+    if phase.steps is not None and phase.warmup_steps >= phase.steps:
         raise ConfigError(
-            f"{key}.drops: found {drops}, expected rising steps above 0 and below the phase's "
-            f"{phase.steps} steps."
+            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {phase.steps} "
+            f"steps. Write fewer, or 0 for no warm-up."
+        )
+    points = [0, *(drop_points(phase) if phase.drops is not None else []), length]
+    if any(second <= first for first, second in itertools.pairwise(points)):
+        raise ConfigError(
+            f"{key}.drops: found {phase.drops}, expected rising {unit} above 0 and below the "
+            f"phase's {length:g} {unit}, or below 0, counted from its end."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
 
@@ -83,6 +84,43 @@ def phase_source(config: RunConfig, name: str) -> str:
     """Return where the weights of a phase come from, with the default filled in."""
     is_first = name == next(iter(config.phases))
     return config.phases[name].start_from.source or ("random" if is_first else "previous")
+
+
+def length_of(phase: PhaseConfig) -> tuple[str, float]:
+    """Return how long a phase is: the unit (``steps``, ``passes`` or ``images``) and the number."""
+    lengths = {"steps": phase.steps, "passes": phase.passes, "images": phase.images}
+    found = [(unit, length) for unit, length in lengths.items() if length is not None]
+    assert len(found) == 1, found  # check_config refuses others
+    return found[0]
+
+
+def num_steps(phase: PhaseConfig) -> int:
+    """Return the optimizer steps of a phase whose length has been settled."""
+    assert phase.steps is not None
+    return phase.steps
+
+
+def drop_points(phase: PhaseConfig) -> list[float]:
+    """Return when the rate drops, in the unit of the phase's length and counted from its start."""
+    length = length_of(phase)[1]
+    if phase.drops is None:
+        return [length * 2 / 3, length * 11 / 12]
+    return [drop if drop >= 0 else length + drop for drop in phase.drops]
+
+
+def in_steps(phase: PhaseConfig, steps_per_unit: float) -> PhaseConfig:
+    """Return a phase with its length and its drops in steps.
+
+    Args:
+        phase: with its length in any unit.
+        steps_per_unit: steps in one unit of its length.
+    """
+    drops = phase.drops
+    if drops is not None:
+        drops = [round(point * steps_per_unit) for point in drop_points(phase)]
+    length = length_of(phase)[1]
+    steps = math.ceil(length * steps_per_unit - 1e-6)  # 1.1 x 10 is a little more than 11
+    return dataclasses.replace(phase, steps=steps, passes=None, images=None, drops=drops)
 
 
 def num_lanes(phase: PhaseConfig) -> int:

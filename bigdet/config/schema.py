@@ -260,8 +260,13 @@ class PhaseModelConfig:
 class PhaseConfig:
     """One part of a run with settings of its own."""
 
-    steps: int = MISSING
-    """Optimizer steps."""
+    steps: int | None = None
+    """Length of the phase in optimizer steps. One of ``steps``, ``passes`` and ``images`` says how
+    long the phase is; the run folder's config has ``steps``."""
+    passes: float | None = None
+    """Length in passes through the training data."""
+    images: int | None = None
+    """Length in training images, so that the steps follow from ``images_per_step``."""
     images_per_gpu: int = MISSING
     """Images in one forward pass of one rank (micro-batch)."""
     images_per_step: int | None = None
@@ -278,18 +283,22 @@ class PhaseConfig:
     lr: float = MISSING
     """Learning rate at ``reference_images_per_step``."""
     reference_images_per_step: int | None = None
-    """Linear scaling rule: the rate used is ``lr`` x images per step / this. None: ``lr`` as it
-    stands."""
+    """Linear scaling rule: the rate used is ``lr`` x images per step / this, up or down. It scales
+    nothing else; with a length in ``images`` or ``passes`` the steps follow the batch too. None:
+    ``lr`` as it stands."""
     momentum: float = 0.9
     """Of SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = 1e-4
     """On weights; not on normalization layers, biases of them, and Swin's position tables."""
-    schedule: Literal["constant", "step"] = "step"
-    """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
-    drops: list[int] | None = None
-    """Steps of the drops. None: at 2/3 and 11/12 of ``steps`` (8 and 11 of 12 passes)."""
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    """After the warm-up: ``constant``; ``step``: times ``decay_factor`` at each of ``drops``; or
+    ``cosine``: half a cosine, from the full rate at the end of the warm-up to 0 at the end."""
+    drops: list[int | float] | None = None
+    """When the rate drops, in the unit of the phase's length; below 0: so long before its end
+    (paper 1's last 60k and last 20k steps: -60_000, -20_000). None: at 2/3 and 11/12 of the length
+    (8 and 11 of 12 passes)."""
     decay_factor: float = 0.1
     """Of each drop."""
     warmup_steps: int = 500
@@ -329,6 +338,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+    at: list[str] = field(default_factory=list)
+    """Further checkpoints, PHASE-STEP, that are written and stay: what other runs fork from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes
+from bigdet.config.derived import num_lanes, num_steps
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
@@ -77,13 +77,11 @@ class Run:
         )  # fmt: skip
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None
-            lr = optim.scaled_lr(phase, phase.images_per_step)
             logger.info(
-                "phase %s: %d steps of %d images (%d ranks x %d micro-batches of %d), lr %.3g%s",
-                name, phase.steps, phase.images_per_step, distributed.world_size(),
-                num_lanes(phase) // distributed.world_size(), phase.images_per_gpu, lr,
-                "" if lr == phase.lr else
-                f" ({phase.lr:.3g} at {phase.reference_images_per_step} images per step)",
+                "phase %s: %d steps of %d images (%d ranks x %d micro-batches of %d), %s",
+                name, num_steps(phase), phase.images_per_step, distributed.world_size(),
+                num_lanes(phase) // distributed.world_size(), phase.images_per_gpu,
+                optim.describe_lr(phase, phase.images_per_step),
             )  # fmt: skip
 
 
@@ -110,6 +108,7 @@ class PhaseTrainer:
         self.run, self.config, self.state = run, run.config, run.state
         self.name = run.state.phase
         self.phase = run.config.phases[self.name]
+        self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter()
         assert self.phase.images_per_step is not None
@@ -128,9 +127,9 @@ class PhaseTrainer:
         state, batches = self.state, iter(self.stream)
         if state.needs_evaluation and not self._evaluate():  # interrupted before or in it
             return self._stop()
-        while state.step < self.phase.steps:
+        while state.step < self.num_steps:
             result, lr = self._step(batches)
-            is_last = state.step == self.phase.steps
+            is_last = state.step == self.num_steps
             state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
             if is_last or _is_due(state.step, self.config.log.every):
                 self._log(result, lr)
@@ -139,6 +138,7 @@ class PhaseTrainer:
                 must_stop
                 or state.needs_evaluation  # which takes long: nothing trained is lost in it
                 or _is_due(state.step, self.config.checkpoint.every)
+                or f"{self.name}-{state.step}" in self.config.checkpoint.at
             ):
                 self._save()
             if must_stop or (state.needs_evaluation and not self._evaluate()):
@@ -205,7 +205,7 @@ class PhaseTrainer:
             "dropped_boxes": self.state.dropped_boxes,
             "damaged_samples": sum(self.state.damaged.values()),
         }
-        logger.info(progress_line(values, self.phase.steps))
+        logger.info(progress_line(values, self.num_steps))
         if self.run.metrics is not None:
             self.run.metrics.write(values, self.state.total_steps)
 
@@ -256,7 +256,7 @@ class PhaseTrainer:
         measuring.write_evaluation(metrics, run.run_dir.evaluation(self.name, state.step))
         line = {"phase": self.name, "step": state.step, **measuring.flat_metrics(metrics)}
         log.write(line, state.total_steps)
-        if state.step == self.phase.steps:
+        if state.step == self.num_steps:
             count = self.config.evaluation.pictures
             measuring.draw_validation(
                 self.detector, run.val_set, size_cap, count, run.run_dir, self.name

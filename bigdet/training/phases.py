@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import model_parts, phase_model, phase_source
+from bigdet.config.derived import model_parts, num_steps, phase_model, phase_source
 from bigdet.config.schema import RunConfig
 from bigdet.models import backbones, norms, weights
 from bigdet.models.build import build_detector
@@ -91,4 +91,4 @@ def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:
     """Return the checkpoint that the phase before ends with."""
     names = list(config.phases)
     before = names[names.index(name) - 1]
-    return run_dir.checkpoint(before, config.phases[before].steps)
+    return run_dir.checkpoint(before, num_steps(config.phases[before]))

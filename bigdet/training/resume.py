@@ -10,16 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import has_masks, num_lanes, phase_model, phase_source
+from bigdet.config.check import check_length
+from bigdet.config.derived import (
+    has_masks,
+    in_steps,
+    num_lanes,
+    num_steps,
+    phase_model,
+    phase_source,
+)
 from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.schema import PhaseConfig, RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
-from bigdet.data.stream import open_train_stream
+from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.models import weights
 from bigdet.run_dir import RunDir, write_text
+from bigdet.training import optim
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
 
@@ -31,6 +40,10 @@ CHANGEABLE = (
     "engine.zero_stage", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
+
+FORK_CHANGEABLE = ("steps", "schedule", "drops", "decay_factor")
+"""Options of the phase that a checkpoint of another run was written in, which the run that begins
+there may change: the end of its schedule."""
 
 
 def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
@@ -91,16 +104,7 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
     names = list(config.phases)
     first = 0 if saved is None else names.index(saved.run["run"]["phase"]) + 1
     for name in names[first:]:
-        open_train_stream(
-            train_set,
-            config.data,
-            config.phases[name],
-            name=name,
-            with_masks=False,
-            seed=config.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
+        _open_stream(config, name, config.phases[name], train_set)
         source = phase_source(config, name)
         if source == "timm":
             weights.check_published(config.model.backbone)
@@ -147,14 +151,17 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     return newest
 
 
-def settle_config(config: RunConfig, saved: Checkpoint | None, folder: Path | None) -> RunConfig:
-    """Fill in ``images_per_step`` where it was left open, and check it against ranks and resume.
+def settle_config(
+    config: RunConfig, saved: Checkpoint | None, folder: Path | None, train_set: ShardSet
+) -> RunConfig:
+    """Fill in ``images_per_step`` and lengths in steps, and check them against ranks and resume.
 
     Args:
         config: as the user wrote it.
         saved: the checkpoint to go on from; its images per step stay. None for a fresh start,
             where a phase takes one micro-batch of each rank per step.
         folder: of the checkpoint, for messages.
+        train_set: what a pass goes through.
     """
     world_size = distributed.world_size()
     before = None if saved is None else parse_config(saved.run["config"], f"{folder}")
@@ -165,19 +172,45 @@ def settle_config(config: RunConfig, saved: Checkpoint | None, folder: Path | No
             images_per_step = before.phases[name].images_per_step
         if images_per_step is None:
             images_per_step = phase.images_per_gpu * world_size
-        phases[name] = dataclasses.replace(phase, images_per_step=images_per_step)
-        if num_lanes(phases[name]) % world_size:
+        phase = dataclasses.replace(phase, images_per_step=images_per_step)
+        if num_lanes(phase) % world_size:
             raise ConfigError(
                 f"phases.{name}.images_per_step: {images_per_step} images are "
-                f"{num_lanes(phases[name])} micro-batches of {phase.images_per_gpu}, which "
+                f"{num_lanes(phase)} micro-batches of {phase.images_per_gpu}, which "
                 f"{world_size} ranks cannot share equally. Change images_per_step, images_per_gpu "
                 f"or the number of ranks."
             )
+        phases[name] = in_steps(phase, _steps_per_unit(config, name, phase, train_set))
+        check_length(f"phases.{name}", phases[name])
     config = dataclasses.replace(config, phases=phases)
     if before is not None:
         assert saved is not None
         _check_unchanged(config, before, saved, folder)
     return config
+
+
+def _steps_per_unit(config: RunConfig, name: str, phase: PhaseConfig, train_set: ShardSet) -> float:
+    """Return the steps in one unit of a phase's length; its images per step are known."""
+    if phase.passes is not None:
+        return _open_stream(config, name, phase, train_set).steps_per_pass
+    assert phase.images_per_step is not None
+    return 1 if phase.steps is not None else 1 / phase.images_per_step
+
+
+def _open_stream(
+    config: RunConfig, name: str, phase: PhaseConfig, train_set: ShardSet
+) -> TrainStream:
+    """Work out the order of a phase's data, without its masks; nothing is read."""
+    return open_train_stream(
+        train_set,
+        config.data,
+        phase,
+        name=name,
+        with_masks=False,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
 
 
 def begin(
@@ -189,6 +222,9 @@ def begin(
     """
     names = list(config.phases)
     state = RunState(names[0]) if saved is None else RunState.from_json(saved.run["run"])
+    if saved is not None and _is_fork(config, parse_config(saved.run["config"], "resume")):
+        state.best_ap = state.best_checkpoint = None  # it stays with the other run
+        state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
         return state, None
     if saved is None:
@@ -222,6 +258,10 @@ def _check_unchanged(
         )
     to_come = names[names.index(saved.run["run"]["phase"]) + 1 :]
     changeable = (*CHANGEABLE, *(f"phases.{name}" for name in to_come))
+    phase, step = saved.run["run"]["phase"], saved.run["run"].get("step", 0)
+    if _is_fork(config, before):
+        _check_fork(phase, step, config.phases[phase], before.phases[phase])
+        changeable += tuple(f"phases.{phase}.{name}" for name in FORK_CHANGEABLE)
     new, old = flat_options(config), flat_options(before)
     changed = [
         f"{key} (was {old.get(key)}, now {new.get(key)})"
@@ -234,4 +274,31 @@ def _check_unchanged(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
             f"them back, or choose another output. A resumed run may change only "
             f"{', '.join(changeable)}."
+        )
+
+
+def _is_fork(config: RunConfig, before: RunConfig) -> bool:
+    """Tell whether a run begins here, at a checkpoint that another run wrote."""
+    return config.resume not in ("auto", "never") and config.output != before.output
+
+
+def _check_fork(name: str, step: int, phase: PhaseConfig, before: PhaseConfig) -> None:
+    """Check that the schedule of a fork goes on from a checkpoint as the run before had come there.
+
+    Args:
+        name: of the phase in which the checkpoint was written.
+        step: of the checkpoint.
+        phase: as it is to go on.
+        before: as it was.
+    """
+    if num_steps(phase) < step:
+        raise ConfigError(
+            f"phases.{name}.steps: found {phase.steps}, but the checkpoint that resume names has "
+            f"{step} steps behind it. Write more steps, or name an earlier checkpoint."
+        )
+    if not optim.has_same_past(phase, before, step):
+        raise ConfigError(
+            f"phases.{name}.drops: up to the step {step} of the checkpoint that resume names, the "
+            f"learning rate would have been another. Fork from an earlier checkpoint, or drop "
+            f"later."
         )

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bigdet import distributed
+from bigdet.config.derived import num_steps
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
@@ -39,8 +40,9 @@ def save_checkpoint(
             if state.best_checkpoint is not None:
                 checkpoint.mark_best(run_dir.checkpoints / state.best_checkpoint)
             phases = config.phases.items()
-            ends = {run_dir.checkpoint(name, phase.steps).name for name, phase in phases}
-            checkpoint.clean(run_dir.checkpoints, config.checkpoint.keep, ends)
+            ends = {run_dir.checkpoint(name, num_steps(phase)).name for name, phase in phases}
+            kept = ends | set(config.checkpoint.at)
+            checkpoint.clean(run_dir.checkpoints, config.checkpoint.keep, kept)
     logger.info("checkpoint written: %s", folder)
 
 
@@ -49,7 +51,7 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
     name, phase = list(config.phases.items())[-1]
     with distributed.together():
         if distributed.is_main():
-            source = run_dir.checkpoint(name, phase.steps) / checkpoint.MODEL_FILE
+            source = run_dir.checkpoint(name, num_steps(phase)) / checkpoint.MODEL_FILE
             temporary = run_dir.weights.with_suffix(".tmp")
             shutil.copyfile(source, temporary)
             os.replace(temporary, run_dir.weights)
