@@ -102,9 +102,8 @@ def run_phase(run: Run) -> bool:
             stream.check_state(state.stream)
     state.stream = stream.state()
     resume.check_same_stream(state.stream)
-    detector = build_for_phase(
-        config, name, run.train_set.num_classes, run.run_dir, device, run.restored is not None
-    )
+    classes = [category.name for category in run.train_set.categories]
+    detector = build_for_phase(config, name, classes, run.run_dir, device, run.restored is not None)
     make_optimizer = partial(optim.build_optimizer, phase=phase)
     engine = DeepSpeedEngine(detector, make_optimizer, config.engine, len(stream.lanes), device)
     try:

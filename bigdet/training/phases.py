@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
+from bigdet.training import transfer
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 def build_for_phase(
     config: RunConfig,
     name: str,
-    num_classes: int,
+    classes: Sequence[str],
     run_dir: RunDir,
     device: torch.device,
     is_resumed: bool,
@@ -32,7 +34,7 @@ def build_for_phase(
     Args:
         config: of the run.
         name: of the phase.
-        num_classes: K of the training set.
+        classes: names of the training set's categories, in the order of the labels.
         run_dir: where the phase before left its weights.
         device: of the detector.
         is_resumed: the weights come from a checkpoint of this phase afterwards.
@@ -42,49 +44,53 @@ def build_for_phase(
     """
     phase = config.phases[name]
     torch.manual_seed(seed_of("weights", config.seed, name))
-    detector = build_detector(phase_model(config, name), num_classes)
+    detector = build_detector(phase_model(config, name), len(classes))
     if not is_resumed:
-        _load_start(detector, config, name, run_dir)
+        _load_start(detector, config, name, classes, run_dir)
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     backbones.freeze_stages(detector.backbone, phase.freeze_stages)
     return detector.to(device).train()
 
 
-def _load_start(detector: Detector, config: RunConfig, name: str, run_dir: RunDir) -> None:
+def _load_start(
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> None:
     """Fill the detector with the weights of the phase's source and say what came from where.
 
     Rank 0 reads and the others get them from it (a collective), so that a phase's weights need
     not lie on a disk that all hosts see.
     """
     rows: list[weights.LoadedPart] = []
+    kept: int | None = None
     with distributed.together():
         if distributed.is_main():
-            rows = _read_start(detector, config, name, run_dir)
+            rows, kept = _read_start(detector, config, name, classes, run_dir)
     for tensor in detector.state_dict().values():
         tensor.copy_(distributed.broadcast_tensor(tensor))
-    for row in rows:
-        logger.info(
-            "phase %s: %-9s from %s: %d tensors, %s numbers",
-            name, row.part, row.source, row.tensors, f"{row.parameters:,}",
-        )  # fmt: skip
-    loaded = {row.part for row in rows}
-    fresh = [part for part in model_parts(phase_model(config, name)) if part not in loaded]
-    if fresh:
-        logger.info("phase %s: random: %s", name, ", ".join(fresh))
+    for line in transfer.start_table(detector, rows, len(classes), kept):
+        logger.info("phase %s: %s", name, line)
 
 
 def _read_start(
-    detector: Detector, config: RunConfig, name: str, run_dir: RunDir
-) -> list[weights.LoadedPart]:
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> tuple[list[weights.LoadedPart], int | None]:
+    """Load the detector; say what was loaded, and how many classes kept their weights.
+
+    The number is None where the source has the same classes, or does not say which.
+    """
     source = phase_source(config, name)
     if source == "random":
-        return []
+        return [], None
     if source == "timm":
-        return weights.load_timm_backbone(detector, config.model.backbone)
+        return weights.load_timm_backbone(detector, config.model.backbone), None
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
     parts = config.phases[name].start_from.parts or model_parts(phase_model(config, name))
-    return weights.load_parts(detector, weights.read_tensors(path), parts, str(path))
+    tensors, source_classes = weights.read_weights(path)
+    kept = None
+    if source_classes is not None and source_classes != list(classes):
+        tensors, kept = transfer.to_own_classes(detector, tensors, source_classes, classes)
+    return weights.load_parts(detector, tensors, parts, str(path)), kept
 
 
 def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:
