@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from bigdet.config.derived import (
+    IMAGENET_COST,
     TRANSFORMERS,
     drop_points,
     has_batch_norm,
@@ -24,6 +25,7 @@ from bigdet.config.derived import (
     parts_with_batch_norm,
     phase_model,
     phase_source,
+    stated_cost,
 )
 from bigdet.config.load import ConfigError
 from bigdet.config.schema import (
@@ -32,6 +34,7 @@ from bigdet.config.schema import (
     PhaseConfig,
     ResizeConfig,
     RunConfig,
+    StartCostConfig,
     TrainSplitConfig,
 )
 
@@ -352,6 +355,8 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
         )
     if source == "timm" and parts not in (None, ["backbone"]):
         raise ConfigError(f"{key}.start_from.parts: timm has weights of the backbone only.")
+    if phase.start_from.cost is not None:
+        _check_cost(f"{key}.start_from.cost", phase.start_from.cost, source)
     loaded = {"random": [], "timm": ["backbone"]}.get(source, parts or model_parts(model))
     if phase.freeze_stages and "backbone" not in loaded:
         raise ConfigError(
@@ -364,6 +369,20 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.norm_mode: found {phase.norm_mode}, but {', '.join(untrained)} start anew, so "
             f"the BN statistics there were never trained. Write live."
         )
+
+
+def _check_cost(key: str, cost: StartCostConfig, source: str) -> None:
+    if source in ("random", "previous"):
+        raise ConfigError(
+            f"{key}: is for weights from elsewhere, but the source is {source}, whose cost is "
+            f"counted. Remove it, or name a source."
+        )
+    if not stated_cost(cost):
+        raise ConfigError(f"{key}: states nothing. Write preset: imagenet, images: NUMBER, ...")
+    for name in ("images", "instances", "pixels", "gpu_seconds"):
+        _positive(f"{key}.{name}", getattr(cost, name))
+        if cost.preset is not None and name in IMAGENET_COST:
+            _unused(key, cost, name, f"preset: {cost.preset} says it")
 
 
 def _unused(key: str, section: Any, name: str, reason: str) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
+from bigdet.config.schema import (
+    ModelConfig,
+    PhaseConfig,
+    ResizeConfig,
+    RunConfig,
+    StartCostConfig,
+)
 
 _PROPOSING = ("backbone", "fpn", "rpn", "box_head")
 DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
@@ -16,6 +22,11 @@ DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
 
 TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
 """Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
+
+IMAGENET_COST = {
+    "images": 128_000_000, "instances": 128_000_000, "pixels": 128_000_000 * 224 * 224,
+}  # fmt: skip
+"""What paper 1 counts for ImageNet weights: 1.28 million images, 100 passes at 224x224."""
 
 DEFAULT_CAP = (1333, 800)
 """Longest long side, and the short side it goes with, in both papers; others in proportion."""
@@ -84,6 +95,34 @@ def phase_source(config: RunConfig, name: str) -> str:
     """Return where the weights of a phase come from, with the default filled in."""
     is_first = name == next(iter(config.phases))
     return config.phases[name].start_from.source or ("random" if is_first else "previous")
+
+
+def stated_cost(cost: StartCostConfig) -> dict[str, float]:
+    """Return the numbers of a stated cost that are known, by the names of its options."""
+    numbers: dict[str, float] = {}
+    if cost.preset == "imagenet":
+        numbers |= IMAGENET_COST
+    for name in ("images", "instances", "pixels", "gpu_seconds"):
+        if (number := getattr(cost, name)) is not None:
+            numbers[name] = number
+    return numbers
+
+
+def imported_cost(config: RunConfig, name: str) -> dict[str, float]:
+    """Return what was stated of the weights that a phase and those before it took from elsewhere.
+
+    A phase that starts from random weights leaves behind what came before it.
+    """
+    total: dict[str, float] = {}
+    for phase in config.phases:
+        if phase_source(config, phase) != "previous":
+            total = {}
+        cost = config.phases[phase].start_from.cost
+        for key, number in (stated_cost(cost) if cost is not None else {}).items():
+            total[key] = total.get(key, 0) + number
+        if phase == name:
+            break
+    return total
 
 
 def length_of(phase: PhaseConfig) -> tuple[str, float]:

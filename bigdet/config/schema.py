@@ -236,6 +236,22 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartCostConfig:
+    """What it took to make weights that come from elsewhere, as far as it is known."""
+
+    preset: Literal["imagenet"] | None = None
+    """``imagenet``: 1.28 million images of one object, 100 passes at 224x224 (paper 1)."""
+    images: int | None = None
+    """Images seen, repeats counted."""
+    instances: int | None = None
+    """Objects seen."""
+    pixels: int | None = None
+    """Pixels seen."""
+    gpu_seconds: float | None = None
+    """Seconds of training times GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartFromConfig:
     """Which weights a phase starts from."""
 
@@ -246,6 +262,9 @@ class StartFromConfig:
     parts: list[Part] | None = None
     """The parts that are loaded, the others start anew. None: all parts of the model (``timm``:
     the backbone)."""
+    cost: StartCostConfig | None = None
+    """For ``timm`` and paths: what the weights cost, to stand beside the run's own in
+    ``metrics.jsonl`` (``imported/images``, ...). None: not stated."""
 
 
 @dataclass(frozen=True, kw_only=True)

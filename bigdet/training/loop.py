@@ -6,7 +6,7 @@ import logging
 import time
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes, num_steps
+from bigdet.config.derived import imported_cost, num_lanes, num_steps
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
@@ -110,7 +110,7 @@ class PhaseTrainer:
         self.phase = run.config.phases[self.name]
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
-        self.meter = StepMeter()
+        self.meter = StepMeter(device)
         assert self.phase.images_per_step is not None
         self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
 
@@ -192,7 +192,6 @@ class PhaseTrainer:
         """Write one line for people and one object for machines (a collective)."""
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
         self._check_damage()
-        seen = {f"seen/{name}": value for name, value in asdict(self.state.seen).items()}
         values: dict[str, Any] = {
             "phase": self.name,
             "step": self.state.step,
@@ -200,7 +199,7 @@ class PhaseTrainer:
             "grad_norm": result.grad_norm if result.is_finite else None,
             "lr": lr,
             **self.meter.rates(),
-            **seen,
+            **self._counters(),
             "bad_steps": self.state.bad_steps,
             "dropped_boxes": self.state.dropped_boxes,
             "damaged_samples": sum(self.state.damaged.values()),
@@ -208,6 +207,11 @@ class PhaseTrainer:
         logger.info(progress_line(values, self.num_steps))
         if self.run.metrics is not None:
             self.run.metrics.write(values, self.state.total_steps)
+
+    def _counters(self) -> dict[str, float]:
+        """Return what the run has taken so far, and what was stated of weights from elsewhere."""
+        imported = imported_cost(self.config, self.name)
+        return self.state.counters() | {f"imported/{name}": n for name, n in imported.items()}
 
     def _check_damage(self) -> None:
         """Stop on all ranks when too many training samples had to be replaced."""
@@ -230,11 +234,14 @@ class PhaseTrainer:
         """
         run, state = self.run, self.state
         size_cap = measuring.test_size(self.config, self.name)
+        started = time.perf_counter()
         metrics = measuring.evaluate(
             self.config, self.detector, run.val_set, size_cap, self._must_stop
         )
         if metrics is None:
             return False
+        self.meter.add_evaluation(time.perf_counter() - started)
+        self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         flat = measuring.flat_metrics(metrics)
         logger.info("%s: %s", state.position, measuring.one_line(flat))
         with distributed.together():
@@ -255,7 +262,7 @@ class PhaseTrainer:
         run, state = self.run, self.state
         measuring.write_evaluation(metrics, run.run_dir.evaluation(self.name, state.step))
         line = {"phase": self.name, "step": state.step, **measuring.flat_metrics(metrics)}
-        log.write(line, state.total_steps)
+        log.write(line | self._counters(), state.total_steps)
         if state.step == self.num_steps:
             count = self.config.evaluation.pictures
             measuring.draw_validation(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import model_parts, num_steps, phase_model, phase_source
+from bigdet.config.derived import model_parts, num_steps, phase_model, phase_source, stated_cost
 from bigdet.config.schema import RunConfig
 from bigdet.models import backbones, norms, weights
 from bigdet.models.build import build_detector
@@ -70,6 +70,12 @@ def _load_start(
         tensor.copy_(distributed.broadcast_tensor(tensor))
     for line in transfer.start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
+    if phase_source(config, name) not in ("random", "previous"):
+        cost = config.phases[name].start_from.cost
+        stated = "not stated (start_from.cost)"
+        if cost is not None:
+            stated = ", ".join(f"{number:,} {key}" for key, number in stated_cost(cost).items())
+        logger.info("phase %s: cost of the weights from elsewhere: %s", name, stated)
 
 
 def _read_start(
