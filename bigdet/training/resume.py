@@ -260,7 +260,7 @@ def _check_unchanged(
     changeable = (*CHANGEABLE, *(f"phases.{name}" for name in to_come))
     phase, step = saved.run["run"]["phase"], saved.run["run"].get("step", 0)
     if _is_fork(config, before):
-        _check_fork(phase, step, config.phases[phase], before.phases[phase])
+        check_fork(phase, step, config.phases[phase], before.phases[phase])
         changeable += tuple(f"phases.{phase}.{name}" for name in FORK_CHANGEABLE)
     new, old = flat_options(config), flat_options(before)
     changed = [
@@ -282,7 +282,7 @@ def _is_fork(config: RunConfig, before: RunConfig) -> bool:
     return config.resume not in ("auto", "never") and config.output != before.output
 
 
-def _check_fork(name: str, step: int, phase: PhaseConfig, before: PhaseConfig) -> None:
+def check_fork(name: str, step: int, phase: PhaseConfig, before: PhaseConfig) -> None:
     """Check that the schedule of a fork goes on from a checkpoint as the run before had come there.
 
     Args:

@@ -8,7 +8,7 @@ from bigdet.config.load import ConfigError, dump_config, load_config, parse_conf
 from bigdet.data.shards import ShardSet
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
-from bigdet.training.resume import find_checkpoint, settle_config
+from bigdet.training.resume import begin, find_checkpoint, settle_config
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 OPEN = ["phases.pretrain.images_per_step=null"]
@@ -163,6 +163,21 @@ def test_a_fork_may_change_the_end_of_a_schedule_and_nothing_before_it(
     else:
         with pytest.raises(ConfigError, match=said):
             settle_config(config, at_step(step), Path("x"), shards)
+
+
+def test_a_fork_leaves_the_best_behind_and_ends_its_phase_with_an_evaluation(
+    shards: ShardSet, tmp_path: Path
+):
+    saved = at_step(40)
+    saved.run["run"] |= {"seen": {"images": 7}, "best_ap": 0.5, "best_checkpoint": "pretrain-30"}
+    for steps, is_due in ((40, True), (45, False)):
+        words = [f"phases.pretrain.steps={steps}", f"output={tmp_path}/{steps}", "resume=trunk/x"]
+        config = load_config(CONFIG, [*TRUNK, *words, "log.tensorboard=false"])
+        state, metrics = begin(config, RunDir(Path(config.output)), saved)
+        metrics.close()
+        assert state.needs_evaluation is is_due
+        assert state.best_ap is state.best_checkpoint is None
+        assert (state.step, state.seen.images) == (40, 7)
 
 
 @pytest.fixture
