@@ -6,35 +6,35 @@ or on the number of ranks is checked by the parts that know them, also before th
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
 import re
-from typing import Any
 
+from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
+from bigdet.config.check_schedule import check_cost, check_kept, check_length, check_schedule
 from bigdet.config.derived import (
-    IMAGENET_COST,
-    TRANSFORMERS,
-    drop_points,
+    LAYER_NORM_BACKBONES,
     has_batch_norm,
     has_masks,
+    is_foreign_file,
     is_square,
+    is_timm,
     largest_plan,
-    length_of,
     model_parts,
     parts_with_batch_norm,
     phase_model,
     phase_source,
-    stated_cost,
+    start_parts,
 )
 from bigdet.config.load import ConfigError
+from bigdet.config.rules import not_negative as _not_negative
+from bigdet.config.rules import positive as _positive
+from bigdet.config.rules import require as _require
+from bigdet.config.rules import unused as _unused
 from bigdet.config.schema import (
     DataConfig,
     ModelConfig,
     PhaseConfig,
     ResizeConfig,
     RunConfig,
-    StartCostConfig,
     TrainSplitConfig,
 )
 
@@ -54,7 +54,6 @@ _RESIZE_KINDS = {
 _DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range", "pad_to")
 """Options of a resize that only training heeds."""
 _MOSAIC_IMAGES = 4
-_LENGTH_UNITS = ("steps", "passes", "images")
 
 
 def check_config(config: RunConfig) -> None:
@@ -68,6 +67,7 @@ def check_config(config: RunConfig) -> None:
     check_train_split(config.data.train)
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
+    check_heads(config)
     for name, phase in config.phases.items():
         key, source = f"phases.{name}", phase_source(config, name)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
@@ -79,21 +79,11 @@ def check_config(config: RunConfig) -> None:
                 f"{key}.start_from.source: found previous, but this is the first phase. Write "
                 f"random, timm, or the path of a run or a model.safetensors."
             )
-        _check_phase(key, phase, phase_model(config, name), source)
-    _check_kept(config)
-
-
-def _check_kept(config: RunConfig) -> None:
-    """Check that the checkpoints to keep are steps of the run."""
-    for name in config.checkpoint.at:
-        phase, _, step = name.rpartition("-")
-        is_known = phase in config.phases and step.isdecimal()
-        steps = config.phases[phase].steps if is_known else None
-        if not is_known or int(step) < 1 or (steps is not None and int(step) > steps):
-            raise ConfigError(
-                f"checkpoint.at: found {name}, expected PHASE-STEP, a phase of "
-                f"{', '.join(config.phases)} and one of its steps."
-            )
+        model = phase_model(config, name)
+        check_detector(config, name)
+        _check_phase(key, phase, model, source)
+        _check_start(config, name)
+    check_kept(config)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -177,16 +167,16 @@ def _check_addresses(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    is_transformer = model.backbone in TRANSFORMERS
-    if model.drop_path and not is_transformer:
+    has_layer_norm = model.backbone in LAYER_NORM_BACKBONES
+    if model.drop_path and not has_layer_norm:
         raise ConfigError(
             f"model.drop_path: found {model.drop_path}, but {model.backbone} has no drop path. "
-            f"Remove it, or choose one of {', '.join(TRANSFORMERS)}."
+            f"Remove it, or choose one of {', '.join(LAYER_NORM_BACKBONES)}."
         )
     _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
     if model.norm == "none" and model.norm_scope is not None:
         raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
-    if is_transformer and model.norm != "bn" and model.norm_scope == "backbone":
+    if has_layer_norm and model.norm != "bn" and model.norm_scope == "backbone":
         raise ConfigError(
             f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
             f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
@@ -237,10 +227,9 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
         )
     _check_resize(f"{key}.resize", phase.resize)
     _check_augment(key, phase, model)
-    _check_schedule(key, phase)
+    check_schedule(key, phase)
     check_length(key, phase)
     _check_norm_mode(key, phase, model)
-    _check_start(key, phase, model, source)
 
 
 def _check_resize(key: str, resize: ResizeConfig) -> None:
@@ -283,53 +272,11 @@ def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
             )
 
 
-def _check_schedule(key: str, phase: PhaseConfig) -> None:
-    units = [unit for unit in _LENGTH_UNITS if getattr(phase, unit) is not None]
-    if len(units) != 1:
-        found = " and ".join(f"{unit}: {getattr(phase, unit)}" for unit in units) or "none"
-        raise ConfigError(
-            f"{key}.{units[-1] if units else 'steps'}: one of steps, passes and images says how "
-            f"long the phase is, found {found}. Write one, and null for the others."
-        )
-    _positive(f"{key}.{units[0]}", getattr(phase, units[0]))
-    _require(0 < phase.warmup_factor <= 1, f"{key}.warmup_factor", phase.warmup_factor, "in (0, 1]")
-    _require(0 < phase.decay_factor <= 1, f"{key}.decay_factor", phase.decay_factor, "in (0, 1]")
-    _require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
-    _require(
-        all(0 <= beta < 1 for beta in phase.betas), f"{key}.betas", phase.betas, "two in [0, 1)"
-    )
-    unused = "momentum" if phase.optimizer == "adamw" else "betas"
-    _unused(key, phase, unused, f"is not used by {phase.optimizer}")
-    if phase.schedule != "step":
-        for name in ("drops", "decay_factor"):
-            _unused(key, phase, name, "is for schedule: step")
-
-
-def check_length(key: str, phase: PhaseConfig) -> None:
-    """Check warm-up and drops against the length of a phase, as far as its unit allows.
-
-    Raises:
-        ConfigError: the phase is shorter than its own schedule.
-    """
-    unit, length = length_of(phase)
-    if phase.steps is not None and phase.warmup_steps >= phase.steps:
-        raise ConfigError(
-            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {phase.steps} "
-            f"steps. Write fewer, or 0 for no warm-up."
-        )
-    points = [0, *(drop_points(phase) if phase.drops is not None else []), length]
-    if any(second <= first for first, second in itertools.pairwise(points)):
-        raise ConfigError(
-            f"{key}.drops: found {phase.drops}, expected rising {unit} above 0 and below the "
-            f"phase's {length:g} {unit}, or below 0, counted from its end."
-        )
-
-
 def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     if has_batch_norm(model) and phase.norm_mode is None:
         raise ConfigError(
             f"{key}.norm_mode: not set, but the model has BN. Write live (statistics of the "
-            f"batch), affine, or fixed (paper 2's fine-tuning)."
+            f"batch), sync (of all GPUs' batches), affine, or fixed (paper 2's fine-tuning)."
         )
     if not has_batch_norm(model) and phase.norm_mode is not None:
         raise ConfigError(
@@ -338,8 +285,9 @@ def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
-    parts = phase.start_from.parts
+def _check_start(config: RunConfig, name: str) -> None:
+    key, phase, model = f"phases.{name}", config.phases[name], phase_model(config, name)
+    source, parts = phase_source(config, name), phase.start_from.parts
     if parts is not None and not parts:
         raise ConfigError(f"{key}.start_from.parts: found none. Write source: random instead.")
     absent = [part for part in parts or [] if part not in model_parts(model)]
@@ -353,11 +301,21 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.start_from.parts: found {parts}, but source is random, so nothing is loaded. "
             f"Remove parts, or name a source."
         )
-    if source == "timm" and parts not in (None, ["backbone"]):
-        raise ConfigError(f"{key}.start_from.parts: timm has weights of the backbone only.")
+    has_backbone_only = is_timm(source) or is_foreign_file(source)
+    if has_backbone_only and parts not in (None, ["backbone"]):
+        raise ConfigError(f"{key}.start_from.parts: {source} has weights of the backbone only.")
+    pixels = phase.start_from.pixels
+    if source.endswith(".pkl") != (pixels is not None):
+        raise ConfigError(
+            f"{key}.start_from.pixels: found {pixels} with source {source}. It is for .pkl files, "
+            f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
+            f"and R-101 and what was trained from them)."
+        )
     if phase.start_from.cost is not None:
-        _check_cost(f"{key}.start_from.cost", phase.start_from.cost, source)
-    loaded = {"random": [], "timm": ["backbone"]}.get(source, parts or model_parts(model))
+        check_cost(f"{key}.start_from.cost", phase.start_from.cost, source)
+    loaded = start_parts(config, name)
+    if source == "previous":
+        check_hand_over(config, name, loaded)
     if phase.freeze_stages and "backbone" not in loaded:
         raise ConfigError(
             f"{key}.freeze_stages: found {phase.freeze_stages}, but the backbone starts from "
@@ -369,37 +327,3 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.norm_mode: found {phase.norm_mode}, but {', '.join(untrained)} start anew, so "
             f"the BN statistics there were never trained. Write live."
         )
-
-
-def _check_cost(key: str, cost: StartCostConfig, source: str) -> None:
-    if source in ("random", "previous"):
-        raise ConfigError(
-            f"{key}: is for weights from elsewhere, but the source is {source}, whose cost is "
-            f"counted. Remove it, or name a source."
-        )
-    if not stated_cost(cost):
-        raise ConfigError(f"{key}: states nothing. Write preset: imagenet, images: NUMBER, ...")
-    for name in ("images", "instances", "pixels", "gpu_seconds"):
-        _positive(f"{key}.{name}", getattr(cost, name))
-        if cost.preset is not None and name in IMAGENET_COST:
-            _unused(key, cost, name, f"preset: {cost.preset} says it")
-
-
-def _unused(key: str, section: Any, name: str, reason: str) -> None:
-    """Refuse an option that was set and would be ignored."""
-    field = next(field for field in dataclasses.fields(section) if field.name == name)
-    if getattr(section, name) != field.default:
-        raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
-
-
-def _require(holds: bool, key: str, found: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: found {found}, expected {expected}.")
-
-
-def _positive(key: str, value: float | None) -> None:
-    _require(value is None or 0 < value < math.inf, key, value, "a number above 0")
-
-
-def _not_negative(key: str, value: float) -> None:
-    _require(0 <= value < math.inf, key, value, "0 or more")

@@ -17,11 +17,16 @@ _PROPOSING = ("backbone", "fpn", "rpn", "box_head")
 DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "faster_rcnn": _PROPOSING,
     "mask_rcnn": (*_PROPOSING, "mask_head"),
+    "cascade_rcnn": _PROPOSING,
+    "cascade_mask_rcnn": (*_PROPOSING, "mask_head"),
 }
 """The parts of each detector, in the order in which data flows through them."""
 
-TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
-"""Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
+LAYER_NORM_BACKBONES = (
+    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
+)  # fmt: skip
+"""Those with LayerNorm and drop path of their own, which ``model.norm`` does not touch."""
 
 IMAGENET_COST = {
     "images": 128_000_000, "instances": 128_000_000, "pixels": 128_000_000 * 224 * 224,
@@ -66,19 +71,34 @@ def has_masks(model: ModelConfig) -> bool:
     return "mask_head" in DETECTOR_PARTS[model.detector]
 
 
+def has_cascade(model: ModelConfig) -> bool:
+    """Tell whether the box head of a detector is a cascade of three."""
+    return model.detector in ("cascade_rcnn", "cascade_mask_rcnn")
+
+
+def is_class_agnostic(model: ModelConfig) -> bool:
+    """Tell whether a region has one box for all classes, with the default filled in."""
+    chosen = model.roi.class_agnostic
+    return has_cascade(model) if chosen is None else chosen
+
+
 def phase_model(config: RunConfig, name: str) -> ModelConfig:
-    """Return the model that a phase trains: that of the run with what the phase changes."""
-    changes = dataclasses.asdict(config.phases[name].model)
-    return dataclasses.replace(
-        config.model, **{key: value for key, value in changes.items() if value is not None}
-    )
+    """Return the model that a phase trains: that of the run with what the phase changes.
+
+    Boxes stay class-specific, or class-agnostic, so that a box head fits those of all phases.
+    """
+    model, detector = config.model, config.phases[name].model.detector
+    if detector is None:
+        return model
+    roi = dataclasses.replace(model.roi, class_agnostic=is_class_agnostic(model))
+    return dataclasses.replace(model, detector=detector, roi=roi)
 
 
 def parts_with_batch_norm(model: ModelConfig) -> list[str]:
     """Return the parts of a detector that have BN layers (the RPN head never has)."""
     if model.norm != "bn":
         return []
-    parts = [] if model.backbone in TRANSFORMERS else ["backbone"]
+    parts = [] if model.backbone in LAYER_NORM_BACKBONES else ["backbone"]
     if model.norm_scope != "all":
         return parts
     with_convolutions = model.box_head == "4conv1fc"
@@ -160,6 +180,39 @@ def in_steps(phase: PhaseConfig, steps_per_unit: float) -> PhaseConfig:
     length = length_of(phase)[1]
     steps = math.ceil(length * steps_per_unit - 1e-6)  # 1.1 x 10 is a little more than 11
     return dataclasses.replace(phase, steps=steps, passes=None, images=None, drops=drops)
+
+
+def is_timm(source: str) -> bool:
+    """Tell whether a source is published weights by timm's name: ``timm`` or ``timm:NAME``."""
+    return source == "timm" or source.startswith("timm:")
+
+
+def is_foreign_file(source: str) -> bool:
+    """Tell by its name whether a source is a file that holds a backbone alone."""
+    return source.endswith((".pkl", ".pth", ".pt", ".bin", ".th", ".tar"))
+
+
+def start_parts(config: RunConfig, name: str) -> list[str]:
+    """Return the parts that a phase loads, with the default filled in.
+
+    By default all that the source has: of the phase before, those that its model has too.
+    """
+    source, parts = phase_source(config, name), config.phases[name].start_from.parts
+    if source == "random":
+        return []
+    if is_timm(source) or is_foreign_file(source):
+        return ["backbone"]
+    own = model_parts(phase_model(config, name))
+    if parts is None and source == "previous":
+        before = model_parts(phase_model(config, phase_before(config, name)))
+        return [part for part in own if part in before]
+    return list(parts or own)
+
+
+def phase_before(config: RunConfig, name: str) -> str:
+    """Return the name of the phase before a phase that is not the first."""
+    names = list(config.phases)
+    return names[names.index(name) - 1]
 
 
 def num_lanes(phase: PhaseConfig) -> int:

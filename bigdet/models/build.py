@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from bigdet.config.derived import has_masks
+from bigdet.config.derived import has_cascade, has_masks, is_class_agnostic
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
+from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.heads.mask import MaskHead
 from bigdet.models.heads.rpn import RegionProposals
 from bigdet.models.necks.fpn import FPN
@@ -47,9 +49,19 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
     mask_head = None
     fpn = FPN(backbone.channels, config.width, norm)
     rpn = RegionProposals(config.rpn, config.width, conventions)
-    box_head = BoxHead(
-        config.box_head, norm, config.width, config.fc_width, num_classes, config.roi, conventions
+    box_head: BoxHead | CascadeHead
+    make_head = partial(
+        BoxHead,
+        config.box_head,
+        norm,
+        config.width,
+        config.fc_width,
+        num_classes,
+        config.roi,
+        conventions,
+        is_class_agnostic=is_class_agnostic(config),
     )
+    box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
     if has_masks(config):
         mask_head = MaskHead(norm, config.width, num_classes)
     return RCNN(backbone, fpn, rpn, box_head, mask_head)
@@ -58,5 +70,7 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
 DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
     "faster_rcnn": _rcnn,
     "mask_rcnn": _rcnn,
+    "cascade_rcnn": _rcnn,
+    "cascade_mask_rcnn": _rcnn,
 }
 """How each detector is built: config, classes and conventions to the detector."""

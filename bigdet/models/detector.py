@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import Backbone
-from bigdet.models.norms import collect_statistics
+from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.resize import resize_image, test_size
 from bigdet.structures import Batch, Detections, Targets
@@ -53,8 +53,9 @@ class Detector(nn.Module):
             with torch.no_grad():
                 return self._detect(batch)
         torch.manual_seed(batch.seed)  # all randomness of the model comes after this line
-        with collect_statistics():
-            return self._losses(batch)
+        losses = self._losses(batch)
+        count_lane(self)
+        return losses
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""

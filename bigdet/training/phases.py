@@ -9,11 +9,22 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import model_parts, num_steps, phase_model, phase_source, stated_cost
+from bigdet.config.derived import (
+    has_cascade,
+    is_timm,
+    num_steps,
+    phase_before,
+    phase_model,
+    phase_source,
+    start_parts,
+    stated_cost,
+)
 from bigdet.config.schema import RunConfig
-from bigdet.models import backbones, norms, weights
+from bigdet.models import backbones, importing, norms, weights
 from bigdet.models.build import build_detector
+from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import Detector
+from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
 from bigdet.training import transfer
@@ -50,6 +61,8 @@ def build_for_phase(
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     backbones.freeze_stages(detector.backbone, phase.freeze_stages)
+    if config.engine.activation_checkpointing:
+        enable_checkpointing(detector)
     return detector.to(device).train()
 
 
@@ -88,19 +101,22 @@ def _read_start(
     source = phase_source(config, name)
     if source == "random":
         return [], None
-    if source == "timm":
-        return weights.load_timm_backbone(detector, config.model.backbone), None
+    if is_timm(source):
+        return importing.load_timm_backbone(detector, source, config.model.backbone), None
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
-    parts = config.phases[name].start_from.parts or model_parts(phase_model(config, name))
+    start = config.phases[name].start_from
+    if importing.is_published_file(path):
+        return importing.load_backbone_file(detector, path, start.parts, start.pixels), None
     tensors, source_classes = weights.read_weights(path)
+    if has_cascade(phase_model(config, name)):
+        tensors = spread_over_stages(tensors)
     kept = None
     if source_classes is not None and source_classes != list(classes):
         tensors, kept = transfer.to_own_classes(detector, tensors, source_classes, classes)
-    return weights.load_parts(detector, tensors, parts, str(path)), kept
+    return weights.load_parts(detector, tensors, start_parts(config, name), str(path)), kept
 
 
 def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:
     """Return the checkpoint that the phase before ends with."""
-    names = list(config.phases)
-    before = names[names.index(name) - 1]
+    before = phase_before(config, name)
     return run_dir.checkpoint(before, num_steps(config.phases[before]))

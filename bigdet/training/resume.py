@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.check import check_length
+from bigdet.config.check_schedule import check_length
 from bigdet.config.derived import (
     has_masks,
     in_steps,
+    is_timm,
     num_lanes,
     num_steps,
     phase_model,
@@ -26,7 +27,7 @@ from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
-from bigdet.models import weights
+from bigdet.models import importing, weights
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
 from bigdet.training.saving import newest_checkpoint
@@ -106,8 +107,8 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
     for name in names[first:]:
         _open_stream(config, name, config.phases[name], train_set)
         source = phase_source(config, name)
-        if source == "timm":
-            weights.check_published(config.model.backbone)
+        if is_timm(source):
+            importing.timm_name(source, config.model.backbone)
         elif source not in ("random", "previous"):
             weights.find_weights(Path(source))
 

@@ -25,6 +25,8 @@ PUBLISHED = [  # RECIPES.md, E.1: 80 classes
     ("mask_rcnn", "swin_s", "none", "2fc", 69_112_506),
     ("mask_rcnn", "swin_b", "none", "2fc", 107_141_800),
     ("mask_rcnn", "swin_t", "none", "4conv1fc", 49_105_322),
+    ("cascade_mask_rcnn", "resnet50", "bn", "2fc", 72_038_046),
+    ("cascade_mask_rcnn", "resnext152_32x8d", "gn", "4conv1fc", 172_791_710),
 ]
 
 
