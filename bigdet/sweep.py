@@ -102,8 +102,8 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
         place = f"run {number} of {len(runs)}, {run.name}"
         if _is_finished(run):
             logger.info("%s: finished already", place)
-        elif run.fork_of in failed:
-            logger.warning("%s: not begun, for %s failed", place, run.fork_of)
+        elif run.after in failed:
+            logger.warning("%s: not begun, for %s failed", place, run.after)
             failed.append(run.name)
         else:
             logger.info("%s: %s", place, shlex.join([*command, *run.words]))
@@ -131,17 +131,17 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
 
 
 def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) -> str:
-    """Return a shell script that submits runs as arrays; forks wait for what they fork from.
+    """Return a shell script that submits runs as arrays, each of which waits for the one before.
 
     Args:
         name: of the jobs.
-        runs: those to make; a fork of none of them can begin at once.
+        runs: those to make; one that waits for none of them is in the first array.
         command: what starts a run inside a job.
     """
     waves: list[list[PlannedRun]] = []
     wave_of: dict[str, int] = {}
     for run in runs:
-        place = wave_of.get(run.fork_of or "", -1) + 1
+        place = wave_of.get(run.after or "", -1) + 1
         wave_of[run.name] = place
         waves += [[]] if place == len(waves) else []
         waves[place].append(run)

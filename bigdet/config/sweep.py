@@ -41,6 +41,9 @@ class EntryConfig:
     """Words ``key=value``, after those of the sweep."""
     fork: ForkConfig | None = None
     """Where it begins. None: at its own start."""
+    after: str | None = None
+    """Name of a run above whose weights it starts from: it waits for that run to finish. A run
+    waits for what it forks from anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class PlannedRun:
         overrides: words that make it this run.
         config: what they come to.
         fork_of: name of the run that it begins in.
+        after: name of the run that has to be finished before; None where there is none.
     """
 
     name: str
@@ -80,6 +84,7 @@ class PlannedRun:
     overrides: list[str]
     config: RunConfig
     fork_of: str | None
+    after: str | None
 
     @property
     def words(self) -> list[str]:
@@ -133,17 +138,26 @@ def _plan(
         overrides.append(f"seed={seed}")
     trunk = None
     if entry.fork is not None:
-        trunk = _name(entry.fork.run, seed)
-        if trunk not in planned:
-            raise ConfigError(
-                f"fork.run: found {entry.fork.run}, expected a run that stands above this one: "
-                f"{', '.join(dict.fromkeys(run.group for run in planned.values())) or 'none does'}."
-            )
+        trunk = _above("fork.run", entry.fork.run, seed, planned)
         checkpoint = _checkpoint(entry.fork, planned[trunk].config)
         overrides.append(f"resume={sweep.output}/{trunk}/checkpoints/{checkpoint}")
+    after = trunk
+    if entry.after is not None:
+        if trunk is not None:
+            raise ConfigError("after: a fork waits for the run that it begins in. Remove it.")
+        after = _above("after", entry.after, seed, planned)
     config = load_config(config_file, overrides)
     check_config(config)
-    return PlannedRun(name, group, config_file, overrides, config, trunk)
+    return PlannedRun(name, group, config_file, overrides, config, trunk, after)
+
+
+def _above(key: str, group: str, seed: int | None, planned: dict[str, PlannedRun]) -> str:
+    """Return the name of another run of the same seed, which has to stand above."""
+    name = _name(group, seed)
+    if name not in planned:
+        known = ", ".join(dict.fromkeys(run.group for run in planned.values())) or "none does"
+        raise ConfigError(f"{key}: found {group}, expected a run that stands above this: {known}.")
+    return name
 
 
 def _with_checkpoints(

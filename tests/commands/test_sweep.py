@@ -162,7 +162,7 @@ echo 41
 
 def test_slurm_arrays_run_every_command_and_forks_wait(tmp_path: Path, shapes_shards: Path, capsys):
     file = write_sweep(tmp_path, shapes_shards)
-    more = "  other: {overrides: [\"data.val.shards='a b'\"]}\n"
+    more = "  other: {overrides: [\"data.val.shards='a b'\"]}\n  last: {after: short}\n"
     file.write_text(file.read_text() + more)
     assert sweep.main([str(file), "--slurm", "--command", "echo srun"]) == 0
     sbatch = tmp_path / "bin/sbatch"
@@ -174,15 +174,16 @@ def test_slurm_arrays_run_every_command_and_forks_wait(tmp_path: Path, shapes_sh
     environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", "LOG": str(log)}
     command = ["bash", str(tmp_path / "submit.sh"), "--nodes=2"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    first, second = log.read_text().splitlines()
+    first, second, third = log.read_text().splitlines()
     assert "--array=0-1" in first
     assert "--nodes=2" in first
     assert "--dependency" not in first
     assert "--array=0-0" in second
     assert "--dependency=afterok:41" in second
+    assert "--dependency=afterok:41" in third
     ran = (tmp_path / "log.ran").read_text().splitlines()
     outputs = [re.search(r"output=\S+/runs/(\w+)", line).group(1) for line in ran]
-    assert outputs == ["trunk", "other", "short"]
+    assert outputs == ["trunk", "other", "short", "last"]
 
 
 @pytest.mark.parametrize(
@@ -191,8 +192,9 @@ def test_slurm_arrays_run_every_command_and_forks_wait(tmp_path: Path, shapes_sh
         (
             "run: trunk",
             "run: trank",
-            r"runs\.short: fork\.run: found trank, .*above this one: trunk",
+            r"runs\.short: fork\.run: found trank, .*above this: trunk",
         ),
+        ("fork:", "after: trunk, fork:", r"runs\.short: after: a fork waits"),
         ("step: 4", "step: 7", r"runs\.short: fork\.step: found 7, expected 1 to 6"),
         ("phase: pretrain", "phase: train", r"runs\.short: fork\.phase: .* pretrain, finetune"),
         ("fork:", "frok:", r"runs\.short\.frok"),
