@@ -23,11 +23,12 @@ from safetensors import safe_open
 from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_masks, plan_of
+from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import RunConfig
+from bigdet.data.manifest import Category
 from bigdet.data.mix import with_categories
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds, metrics_table
 from bigdet.evaluation.predict import predict_split
 from bigdet.log import setup_logging
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         device,
     )
     if distributed.is_main() and results is not None:
-        kinds = evaluation_kinds(shards, has_masks(detector.config))
+        kinds = evaluation_kinds(shards, has_masks(detector.config), has_keypoints(detector.config))
         metrics = evaluate_detections(shards, results, kinds)
         sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
         if options.out is not None:

@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from bigdet import distributed
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import EvalStream
 from bigdet.evaluation.coco_metrics import Result, category_ids
-from bigdet.ops.boxes import scale_boxes
+from bigdet.models.detector import scale_detections
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Batch, Detections
 
@@ -76,11 +75,12 @@ def predict_split(
         for _ in range(len(batches)):  # equally many on all ranks, as are the collectives
             try:
                 batch = next(source)
-                collected.add(batch, module(batch.to(device)))
             except (ValueError, OSError) as error:
                 problem = error
+            # Before the forward pass: where weights are sharded, that is a collective too.
             if distributed.any_rank(problem is not None):
                 break
+            collected.add(batch, module(batch.to(device)))
             if must_stop():
                 return None
     finally:
@@ -123,6 +123,11 @@ def coco_results(
         # One at a time: 100 bitmaps of a large photo would be gigabytes.
         for result, mask, box in zip(results, detections.masks, detections.boxes, strict=True):
             result["segmentation"] = _run_lengths(mask, box, size)
+    if detections.keypoints is not None:
+        # COCO counts pixels: its 0 is the center of the first, where ours is 0.5.
+        shifted = detections.keypoints - detections.keypoints.new_tensor([0.5, 0.5, 0.0])
+        for result, points in zip(results, shifted.flatten(1).tolist(), strict=True):
+            result["keypoints"] = points
     return results
 
 
@@ -149,8 +154,7 @@ class _Collected:
             image_id = int(batch.image_ids[slot])
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
-            boxes = scale_boxes(detections.boxes, image_size, size)
-            moved = replace(detections, boxes=boxes)
+            moved = scale_detections(detections, image_size, size)
             self.results += coco_results(moved, image_id, size, self._ids)
             self.image_ids.append(image_id)
         now = time.monotonic()

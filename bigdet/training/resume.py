@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigdet import distributed
+from bigdet import distributed, hosts
 from bigdet.config.check_schedule import check_length
 from bigdet.config.derived import (
+    has_keypoints,
     has_masks,
     in_steps,
     is_timm,
@@ -36,15 +37,23 @@ from bigdet.training.state import RunState
 logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    "output", "resume", "data.train.shards", "data.train.more_shards", "data.train.subset.ids",
-    "data.val.shards", "data.cache", "data.workers", "data.train.max_damaged", "engine.kind",
-    "engine.zero_stage", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
+    "output", "resume", "change_batch", "data.train.shards", "data.train.more_shards",
+    "data.train.subset.ids", "data.val.shards", "data.cache", "data.workers",
+    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.offload",
+    "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
 
 FORK_CHANGEABLE = ("steps", "schedule", "drops", "decay_factor")
 """Options of the phase that a checkpoint of another run was written in, which the run that begins
 there may change: the end of its schedule."""
+
+
+BATCH_OPTIONS = (
+    "images_per_step", "images_per_gpu", "reference_images_per_step", "steps", "warmup_steps",
+    "drops",
+)  # fmt: skip
+"""Options of its phase that a resumed run may change with ``change_batch``."""
 
 
 def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
@@ -70,6 +79,28 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
                 f"model.detector: {model.detector} needs masks, but {train_set.address} has none. "
                 f"Write another detector, or make shards from annotations with segmentations."
             )
+        counts = [len(category.keypoints or []) for category in train_set.categories]
+        if has_keypoints(model) and max(counts) != model.keypoint.num_keypoints:
+            raise ConfigError(
+                f"model.keypoint.num_keypoints: found {model.keypoint.num_keypoints}, but the "
+                f"categories of {train_set.address} have {max(counts)}. Write that, or make shards "
+                f"with --keypoints."
+            )
+
+
+def check_same_everywhere(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
+    """Check that all hosts have the same code, config and data (collective).
+
+    Raises:
+        SharedError: with what differs, and who has what.
+    """
+    hosts.check_same(
+        {
+            "config": hosts.text_hash(dump_config(config)),
+            f"training shards {train_set.address}": train_set.index_hash()[: hosts.SHOWN_HASH],
+            f"validation shards {val_set.address}": val_set.index_hash()[: hosts.SHOWN_HASH],
+        }
+    )
 
 
 def check_same_stream(state: dict[str, Any]) -> None:
@@ -105,7 +136,7 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
     names = list(config.phases)
     first = 0 if saved is None else names.index(saved.run["run"]["phase"]) + 1
     for name in names[first:]:
-        _open_stream(config, name, config.phases[name], train_set)
+        _any_stream(config, train_set, name, config.phases[name])
         source = phase_source(config, name)
         if is_timm(source):
             importing.timm_name(source, config.model.backbone)
@@ -117,7 +148,7 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     """Return the checkpoint to go on from, None for a fresh start (rank 0).
 
     A checkpoint of another run, which ``resume`` names, is copied into the run folder first, so
-    that the run goes on from its own folder from then on.
+    that the run goes on from its own folder from then on. One of this run becomes the latest again.
 
     Raises:
         ConfigError: the folder holds a finished run, or one that ``resume`` says not to touch.
@@ -144,6 +175,10 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     if newest is None:
         checkpoint.adopt(folder, run_dir.checkpoints)
         return newest_checkpoint(run_dir)
+    if folder.parent.resolve() == run_dir.checkpoints.resolve():
+        if load_config(run_dir.config).resume != config.resume:  # asked for the first time
+            write_text(run_dir.latest, f"{folder.name}\n")
+        return newest_checkpoint(run_dir)
     if load_config(run_dir.config).resume != config.resume:
         raise ConfigError(
             f"resume: {run_dir.root} has checkpoints of its own, so it cannot begin at {folder}. "
@@ -153,7 +188,10 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
 
 
 def settle_config(
-    config: RunConfig, saved: Checkpoint | None, folder: Path | None, train_set: ShardSet
+    config: RunConfig,
+    saved: Checkpoint | None,
+    folder: Path | None,
+    train_set: ShardSet | None = None,
 ) -> RunConfig:
     """Fill in ``images_per_step`` and lengths in steps, and check them against ranks and resume.
 
@@ -162,7 +200,7 @@ def settle_config(
         saved: the checkpoint to go on from; its images per step stay. None for a fresh start,
             where a phase takes one micro-batch of each rank per step.
         folder: of the checkpoint, for messages.
-        train_set: what a pass goes through.
+        train_set: what a pass goes through; None leaves lengths in passes as they are.
     """
     world_size = distributed.world_size()
     before = None if saved is None else parse_config(saved.run["config"], f"{folder}")
@@ -181,8 +219,12 @@ def settle_config(
                 f"{world_size} ranks cannot share equally. Change images_per_step, images_per_gpu "
                 f"or the number of ranks."
             )
-        phases[name] = in_steps(phase, _steps_per_unit(config, name, phase, train_set))
-        check_length(f"phases.{name}", phases[name])
+        if config.change_batch and saved is not None and phase.steps is None:
+            raise ConfigError(
+                f"phases.{name}.steps: not set, but with change_batch a phase under way needs its "
+                f"length in steps. Write steps, and null for passes and images."
+            )
+        phases[name] = _settle_length(config, name, phase, train_set)
     config = dataclasses.replace(config, phases=phases)
     if before is not None:
         assert saved is not None
@@ -190,42 +232,100 @@ def settle_config(
     return config
 
 
-def _steps_per_unit(config: RunConfig, name: str, phase: PhaseConfig, train_set: ShardSet) -> float:
-    """Return the steps in one unit of a phase's length; its images per step are known."""
+def _settle_length(
+    config: RunConfig, name: str, phase: PhaseConfig, train_set: ShardSet | None
+) -> PhaseConfig:
+    """Return a phase with its length in steps; its images per step are known."""
     if phase.passes is not None:
-        return _open_stream(config, name, phase, train_set).steps_per_pass
-    assert phase.images_per_step is not None
-    return 1 if phase.steps is not None else 1 / phase.images_per_step
+        if train_set is None:
+            return phase
+        steps_per_unit: float = _any_stream(config, train_set, name, phase).steps_per_pass
+    else:
+        assert phase.images_per_step is not None
+        steps_per_unit = 1 if phase.steps is not None else 1 / phase.images_per_step
+    settled = in_steps(phase, steps_per_unit)
+    check_length(f"phases.{name}", settled)
+    return settled
 
 
-def _open_stream(
-    config: RunConfig, name: str, phase: PhaseConfig, train_set: ShardSet
+def note_changes(
+    config: RunConfig, train_set: ShardSet, saved: Checkpoint, state: RunState
+) -> None:
+    """Fit a resumed run to another number of ranks or another batch, and say what changed.
+
+    The order of a pass holds for one shape of the batch. With another one, the images that are
+    left of the pass under way are not shown; every later pass shows each image once, as ever.
+
+    Args:
+        config: resolved; with ``change_batch`` its batch may differ from the checkpoint's.
+        train_set: what the phase trains on.
+        saved: the checkpoint.
+        state: as read from it; changed in place.
+    """
+    name, ranks = state.phase, distributed.world_size()
+    now = config.phases[name]
+    before = parse_config(saved.run["config"], "the checkpoint").phases[name]
+    if state.ranks not in (0, ranks):
+        logger.info(
+            "%d ranks instead of %d: each runs %g micro-batches of %d per step instead of %g; "
+            "%d images per step as before", ranks, state.ranks, num_lanes(now) / ranks,
+            now.images_per_gpu, num_lanes(before) / state.ranks, before.images_per_step,
+        )  # fmt: skip
+    state.ranks = ranks
+    if (now.images_per_step, now.images_per_gpu) == (before.images_per_step, before.images_per_gpu):
+        return
+    assert now.images_per_step is not None
+    assert before.images_per_step is not None
+    if now.images_per_step != before.images_per_step and now.reference_images_per_step is None:
+        raise ConfigError(
+            f"phases.{name}.images_per_step: changes from {before.images_per_step} to "
+            f"{now.images_per_step}, but lr would stay, as reference_images_per_step is not set. "
+            f"Set phases.{name}.reference_images_per_step, to {before.images_per_step} if lr is "
+            f"meant for that."
+        )
+    old, new = (_any_stream(config, train_set, name, phase) for phase in (before, now))
+    old.check_state(state.stream)
+    position = state.step + state.stream_shift
+    passes = -(-position // old.steps_per_pass)
+    state.stream_shift = passes * new.steps_per_pass - state.step
+    state.stream = new.state()
+    logger.info(
+        "batch of phase %s changed at step %d: %d images per step instead of %d, %d per GPU "
+        "instead of %d, lr %.3g instead of %.3g; pass %d begins, %d steps of the one before it are "
+        "left out; step N is step N + %d of tools/show_batch.py",
+        name, state.step, now.images_per_step, before.images_per_step, now.images_per_gpu,
+        before.images_per_gpu, optim.scaled_lr(now, now.images_per_step),
+        optim.scaled_lr(before, before.images_per_step), passes + 1,
+        passes * old.steps_per_pass - position, state.stream_shift,
+    )  # fmt: skip
+
+
+def _any_stream(
+    config: RunConfig, train_set: ShardSet, name: str, phase: PhaseConfig
 ) -> TrainStream:
-    """Work out the order of a phase's data, without its masks; nothing is read."""
+    """Return the stream of a phase as one rank alone would see it, for its order."""
     return open_train_stream(
-        train_set,
-        config.data,
-        phase,
-        name=name,
-        with_masks=False,
-        seed=config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
+        train_set, config.data, phase,
+        name=name, with_masks=False, seed=config.seed, rank=0, world_size=1,
+    )  # fmt: skip
 
 
 def begin(
-    config: RunConfig, run_dir: RunDir, saved: Checkpoint | None
+    config: RunConfig, run_dir: RunDir, train_set: ShardSet, saved: Checkpoint | None
 ) -> tuple[RunState, MetricsWriter | None]:
     """Prepare the run folder, and return where the run is and rank 0's log for machines.
 
     The resolved config is written, and ``metrics.jsonl`` is cut back to where the run goes on.
     """
     names = list(config.phases)
-    state = RunState(names[0]) if saved is None else RunState.from_json(saved.run["run"])
-    if saved is not None and _is_fork(config, parse_config(saved.run["config"], "resume")):
-        state.best_ap = state.best_checkpoint = None  # it stays with the other run
-        state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
+    if saved is None:
+        state = RunState(names[0], ranks=distributed.world_size())
+    else:
+        state = RunState.from_json(saved.run["run"])
+        note_changes(config, train_set, saved, state)
+        if _is_fork(config, parse_config(saved.run["config"], "resume")):
+            state.best_ap = state.best_checkpoint = None  # it stays with the other run
+            state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
         return state, None
     if saved is None:
@@ -257,12 +357,15 @@ def _check_unchanged(
             f"{folder}: the run to go on has the phases {', '.join(before.phases)}, the config "
             f"{', '.join(names)}. Set them back, or choose another output."
         )
-    to_come = names[names.index(saved.run["run"]["phase"]) + 1 :]
-    changeable = (*CHANGEABLE, *(f"phases.{name}" for name in to_come))
-    phase, step = saved.run["run"]["phase"], saved.run["run"].get("step", 0)
+    current = saved.run["run"]["phase"]
+    to_come = names[names.index(current) + 1 :]
+    changeable = [*CHANGEABLE, *(f"phases.{name}" for name in to_come)]
+    if config.change_batch:
+        changeable += [f"phases.{current}.{name}" for name in BATCH_OPTIONS]
     if _is_fork(config, before):
-        check_fork(phase, step, config.phases[phase], before.phases[phase])
-        changeable += tuple(f"phases.{phase}.{name}" for name in FORK_CHANGEABLE)
+        step = saved.run["run"].get("step", 0)
+        check_fork(current, step, config.phases[current], before.phases[current])
+        changeable += [f"phases.{current}.{name}" for name in FORK_CHANGEABLE]
     new, old = flat_options(config), flat_options(before)
     changed = [
         f"{key} (was {old.get(key)}, now {new.get(key)})"

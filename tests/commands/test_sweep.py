@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from bigdet import sweep
 from bigdet.config.load import ConfigError
 from bigdet.config.sweep import load_sweep
-from tests.commands.test_train import ROOT, TINY
+from tests.commands.runs import ROOT, TINY
 
 COMMAND = f"{sys.executable} -m bigdet.train"
 SWEEP = """

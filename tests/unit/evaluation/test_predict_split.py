@@ -111,3 +111,13 @@ def test_detections_without_masks_give_results_without_segmentation():
     found = Detections(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([0.5]), torch.tensor([1]))
     expected = {"image_id": 5, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}
     assert coco_results(found, 5, (64, 96), [17, 3]) == [expected]
+
+
+def test_keypoints_are_counted_in_cocos_pixels():
+    # COCO's keypoint 0, 0 is the center of the first pixel, which lies at 0.5, 0.5.
+    found = Detections(
+        torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([0.5]), torch.tensor([0]),
+        keypoints=torch.tensor([[[1.5, 2.5, 3.0], [3.0, 8.0, -1.0]]]),
+    )  # fmt: skip
+    (result,) = coco_results(found, 5, (64, 96), [17])
+    assert result["keypoints"] == [1.0, 2.0, 3.0, 2.5, 7.5, -1.0]

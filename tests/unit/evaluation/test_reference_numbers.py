@@ -7,7 +7,12 @@ from pycocotools.coco import COCO
 
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
-from bigdet.evaluation.coco_metrics import METRICS, coco_ground_truth, evaluate_detections
+from bigdet.evaluation.coco_metrics import (
+    KEYPOINT_METRICS,
+    METRICS,
+    coco_ground_truth,
+    evaluate_detections,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,24 @@ def test_jittered_detections_score_what_pycocotools_says(coco_dir, coco_val, kin
     by_id = expected[f"coco_val_jitter/{kind}_per_category_AP"]
     names = {category.name: by_id[str(category.id)] for category in coco_val.categories}
     assert metrics["per_class"][kind] == pytest.approx(names, abs=1e-12)
+
+
+def test_jittered_keypoints_score_what_pycocotools_says(coco_dir, tmp_path):
+    references = coco_dir.parent / "eval_refs"
+    if not references.is_dir():
+        pytest.skip(f"no reference results in {references}")
+    annotations = coco_dir / "annotations" / "person_keypoints_val2017.json"
+    convert_coco(coco_dir / "val2017", annotations, tmp_path / "people")
+    expected = json.loads((references / "expected.json").read_text())
+    results = json.loads((references / "coco_val_jitter" / "keypoints_results.json").read_text())
+    metrics = evaluate_detections(ShardSet(tmp_path / "people"), results, ("keypoints",))
+    assert metrics["keypoints"] == pytest.approx(
+        {
+            name: expected["coco_val_jitter/keypoints"][place]
+            for name, place in KEYPOINT_METRICS.items()
+        },
+        abs=1e-12,
+    )
 
 
 def test_ground_truth_as_detections_scores_one(coco_val):
