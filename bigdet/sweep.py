@@ -28,7 +28,8 @@ from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
 from bigdet.log import setup_logging
 from bigdet.reporting.table import markdown_table, read_outcome
 from bigdet.run_dir import RunDir, write_text
-from bigdet.training.resume import CHANGEABLE, check_fork
+from bigdet.training.forks import check_fork
+from bigdet.training.resume import CHANGEABLE
 
 logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command
 

@@ -31,6 +31,7 @@ from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.models import importing, weights
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
+from bigdet.training.forks import FORK_CHANGEABLE, check_fork, is_fork
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
 
@@ -43,11 +44,6 @@ CHANGEABLE = (
     "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
-
-FORK_CHANGEABLE = ("steps", "schedule", "drops", "decay_factor")
-"""Options of the phase that a checkpoint of another run was written in, which the run that begins
-there may change: the end of its schedule."""
-
 
 BATCH_OPTIONS = (
     "images_per_step", "images_per_gpu", "reference_images_per_step", "steps", "warmup_steps",
@@ -323,7 +319,7 @@ def begin(
     else:
         state = RunState.from_json(saved.run["run"])
         note_changes(config, train_set, saved, state)
-        if _is_fork(config, parse_config(saved.run["config"], "resume")):
+        if is_fork(config, parse_config(saved.run["config"], "resume")):
             state.best_ap = state.best_checkpoint = None  # it stays with the other run
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
@@ -362,7 +358,7 @@ def _check_unchanged(
     changeable = [*CHANGEABLE, *(f"phases.{name}" for name in to_come)]
     if config.change_batch:
         changeable += [f"phases.{current}.{name}" for name in BATCH_OPTIONS]
-    if _is_fork(config, before):
+    if is_fork(config, before):
         step = saved.run["run"].get("step", 0)
         check_fork(current, step, config.phases[current], before.phases[current])
         changeable += [f"phases.{current}.{name}" for name in FORK_CHANGEABLE]
@@ -378,31 +374,4 @@ def _check_unchanged(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
             f"them back, or choose another output. A resumed run may change only "
             f"{', '.join(changeable)}."
-        )
-
-
-def _is_fork(config: RunConfig, before: RunConfig) -> bool:
-    """Tell whether a run begins here, at a checkpoint that another run wrote."""
-    return config.resume not in ("auto", "never") and config.output != before.output
-
-
-def check_fork(name: str, step: int, phase: PhaseConfig, before: PhaseConfig) -> None:
-    """Check that the schedule of a fork goes on from a checkpoint as the run before had come there.
-
-    Args:
-        name: of the phase in which the checkpoint was written.
-        step: of the checkpoint.
-        phase: as it is to go on.
-        before: as it was.
-    """
-    if num_steps(phase) < step:
-        raise ConfigError(
-            f"phases.{name}.steps: found {phase.steps}, but the checkpoint that resume names has "
-            f"{step} steps behind it. Write more steps, or name an earlier checkpoint."
-        )
-    if not optim.has_same_past(phase, before, step):
-        raise ConfigError(
-            f"phases.{name}.drops: up to the step {step} of the checkpoint that resume names, the "
-            f"learning rate would have been another. Fork from an earlier checkpoint, or drop "
-            f"later."
         )
