@@ -196,9 +196,8 @@ def measure(config: RunConfig, phase: str) -> dict[str, float]:
     stream.close()
     with tempfile.TemporaryDirectory() as folder:
         # As if resumed: which weights it starts from changes nothing.
-        detector = build_for_phase(
-            config, phase, train_set.num_classes, RunDir(Path(folder)), device, True
-        )
+        classes = [category.name for category in train_set.categories]
+        detector = build_for_phase(config, phase, classes, RunDir(Path(folder)), device, True)
     whole = dataclasses.replace(
         config.engine, kind="deepspeed", zero_stage=0, offload="none", clip_norm=None
     )

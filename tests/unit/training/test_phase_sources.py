@@ -38,7 +38,7 @@ def test_a_phase_starts_from_a_backbone_that_others_trained(
     )
     with caplog.at_level(logging.INFO):
         detector = build_for_phase(
-            config, "train", 3, RunDir(tmp_path), torch.device("cpu"), is_resumed=False
+            config, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
         )
     expected = reference.state_dict()
     for name, tensor in detector.backbone.state_dict().items():
@@ -59,6 +59,6 @@ def test_activation_checkpointing_is_off_by_default(tmp_path: Path) -> None:
     text = CONFIG.replace("SOURCE", "random").replace("CHECKPOINTED", "false")
     config = parse_config(text.replace("freeze_stages: 2", "freeze_stages: 0"), "test")
     detector = build_for_phase(
-        config, "train", 3, RunDir(tmp_path), torch.device("cpu"), is_resumed=False
+        config, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
     )
     assert not any(p.is_checkpointed for p in detector.modules() if isinstance(p, Checkpointed))

@@ -30,10 +30,10 @@ def leave(run_dir: RunDir, config, phase: str, detector: torch.nn.Module) -> Pat
 def test_a_cascade_starts_with_the_heads_of_the_mask_rcnn_before_it(tmp_path, caplog):
     overrides = [*SMALL, "phases.finetune.model.detector=cascade_mask_rcnn"]
     config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
-    first = build_for_phase(config, "pretrain", 2, run_dir, CPU, False)
+    first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
     assert load_detector(leave(run_dir, config, "pretrain", first)).config.detector == "mask_rcnn"
     with caplog.at_level(logging.INFO, "bigdet"):
-        second = build_for_phase(config, "finetune", 2, run_dir, CPU, False)
+        second = build_for_phase(config, "finetune", ["a", "b"], run_dir, CPU, False)
     assert "box_head: one, copied to all 3 stages of the cascade" in caplog.messages
     assert not any("random" in message for message in caplog.messages)
     pooled = torch.randn(4, 16, 7, 7)
@@ -54,17 +54,17 @@ def test_a_cascade_starts_with_the_heads_of_the_mask_rcnn_before_it(tmp_path, ca
 def test_a_head_that_the_phase_before_did_not_have_starts_anew_and_is_named(tmp_path, caplog):
     overrides = [*SMALL, "model.detector=faster_rcnn", "phases.finetune.model.detector=mask_rcnn"]
     config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
-    first = build_for_phase(config, "pretrain", 2, run_dir, CPU, False)
+    first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
     leave(run_dir, config, "pretrain", first)
     with caplog.at_level(logging.INFO, "bigdet"):
-        second = build_for_phase(config, "finetune", 2, run_dir, CPU, False)
+        second = build_for_phase(config, "finetune", ["a", "b"], run_dir, CPU, False)
     assert "phase finetune: random: mask_head" in caplog.messages
     assert torch.equal(second.box_head.regressor.weight, first.box_head.regressor.weight)
 
 
 def test_a_resumed_phase_loads_nothing(tmp_path):
     config = load_config(CONFIG, [*SMALL, "phases.finetune.model.detector=cascade_mask_rcnn"])
-    detector = build_for_phase(config, "finetune", 2, RunDir(tmp_path), CPU, True)
+    detector = build_for_phase(config, "finetune", ["a", "b"], RunDir(tmp_path), CPU, True)
     assert isinstance(detector.box_head, CascadeHead)  # its weights come from the checkpoint
 
 
@@ -75,8 +75,8 @@ def test_the_boxes_of_all_phases_are_of_one_kind(tmp_path, is_agnostic):
         f"model.roi.class_agnostic={is_agnostic}",
     ]  # fmt: skip
     config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
-    first = build_for_phase(config, "pretrain", 2, run_dir, CPU, False)
+    first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
     leave(run_dir, config, "pretrain", first)
-    second = build_for_phase(config, "finetune", 2, run_dir, CPU, False)
+    second = build_for_phase(config, "finetune", ["a", "b"], run_dir, CPU, False)
     num_boxes = 1 if is_agnostic == "true" else 2
     assert len(second.box_head.stages[0].regressor.weight) == 4 * num_boxes
