@@ -23,6 +23,7 @@ NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "affine", "fixed"]
 Precision = Literal["fp32", "bf16"]
 Order = Literal["shuffled", "windowed"]
+Metric = Literal["coco", "voc07", "voc12"]
 Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
 
 
@@ -307,6 +308,9 @@ class EvaluationConfig:
     """Images in one forward pass of one rank."""
     resize: ResizeConfig | None = None
     """Size of the images. None: that of the phase."""
+    metric: Metric = "coco"
+    """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
+    all of them (``voc12``), where AP50 is VOC's own number."""
     pictures: int = 8
     """Validation images drawn with their detections at the end of a phase."""
 

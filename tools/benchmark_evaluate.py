@@ -1,0 +1,186 @@
+"""How long AP takes to compute, beside pycocotools, on made detections with masks.
+
+The images repeat those of the validation set; detections are its objects' masks and boxes, moved
+about, in the sizes, places and classes of the set, some with a wrong class or where nothing is.
+Both score the same results file, from reading it to the numbers, in a process of their own. The
+numbers must be the same to the last digit. ``ratio`` is pycocotools' seconds over bigdet's;
+``memory_gib`` is the peak of each process less what it had after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from bigdet.config.schema import RunConfig
+from bigdet.data.shard_writer import ShardWriter
+from bigdet.data.shards import ShardSet
+from bigdet.evaluation.coco_metrics import METRICS, evaluate_detections
+from bigdet.evaluation.ground_truth import coco_ground_truth
+from bigdet.evaluation.results import read_results
+
+KINDS = ("bbox", "segm")
+POOL = 300
+"""Different detections of a source image."""
+WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
+"""Parts of the detections."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be set beside the config."""
+    parser.add_argument("--images", type=int, default=5000, help="default 5000")
+    parser.add_argument("--detections", type=int, default=100, help="per image; default 100")
+    parser.add_argument("--seed", type=int, default=0, help="of the made detections; default 0")
+
+
+def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure; return seconds, memory and the ratio, after comparing all numbers."""
+    source = ShardSet(config.data.val.shards, cache=config.data.cache)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_inputs(source, folder, arguments)
+        ours = in_a_process(score_bigdet, folder)
+        theirs = in_a_process(score_pycocotools, folder)
+    for kind in KINDS:
+        assert ours["numbers"][kind] == theirs["numbers"][kind], (kind, ours, theirs)
+    return {
+        "images": arguments.images,
+        "detections": arguments.images * arguments.detections,
+        "bigdet_seconds": ours["seconds"],
+        "pycocotools_seconds": theirs["seconds"],
+        "ratio": theirs["seconds"] / ours["seconds"],
+        "memory_gib": {"bigdet": ours["memory_gib"], "pycocotools": theirs["memory_gib"]},
+        "numbers": ours["numbers"],
+    }
+
+
+def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -> None:
+    """Write shards (without pixels), the same as a COCO file, and the results of a made detector."""
+    random = np.random.default_rng(arguments.seed)
+    records = [source.record(row) for row in range(len(source))]
+    pools = [make_pool(record, records, source, random) for record in records]
+    about = {"name": "benchmark", "source": "coco", "categories": source.categories, "options": {}}
+    results: list[dict[str, Any]] = []
+    with ShardWriter(folder / "shards", **about) as writer:
+        for image_id in range(1, arguments.images + 1):
+            number = int(random.integers(len(records)))
+            writer.add(b"\xff\xd8\xff", {**records[number], "image_id": image_id})
+            chosen = random.choice(len(pools[number]), arguments.detections, replace=False)
+            results += [{"image_id": image_id, **pools[number][place]} for place in chosen]
+    truth = coco_ground_truth(ShardSet(folder / "shards"))
+    (folder / "truth.json").write_bytes(orjson.dumps(truth))
+    (folder / "results.json").write_bytes(orjson.dumps(results))
+
+
+def make_pool(
+    record: dict[str, Any],
+    records: list[dict[str, Any]],
+    source: ShardSet,
+    random: np.random.Generator,
+) -> list[dict[str, Any]]:
+    """Return possible detections of an image, without its id."""
+    size = (record["height"], record["width"])
+    ids = [category.id for category in source.categories]
+    shapes = polygons_of(record)
+    others = [shape for other in records for shape in polygons_of(other)]
+    pool = []
+    while len(pool) < POOL:
+        is_object = bool(shapes) and random.random() > NOTHING_THERE
+        shape = (shapes if is_object else others)[
+            int(random.integers(len(shapes if is_object else others)))
+        ]
+        spread = 0.1 if is_object else 3.0
+        shift = random.normal(0, spread, 2) * np.array(shape["bbox"][2:])
+        rle = moved_mask(shape["segmentation"], size, shift)
+        if coco_mask.area(rle) == 0:
+            continue
+        is_right = is_object and random.random() > WRONG_CLASS
+        label = shape["label"] if is_right else others[int(random.integers(len(others)))]["label"]
+        box = np.asarray(coco_mask.toBbox(rle)) + random.normal(0, 0.5, 4)
+        pool.append(
+            {
+                "category_id": ids[label],
+                "bbox": np.maximum(box, 0.1).round(3).tolist(),
+                "score": round(float(random.beta(2, 2 if is_right else 5)), 4),
+                "segmentation": {"size": list(size), "counts": rle["counts"].decode()},
+            }
+        )
+    return pool
+
+
+def polygons_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the objects of an image that have polygons."""
+    return [a for a in record["annotations"] if isinstance(a.get("segmentation"), list)]
+
+
+def moved_mask(
+    polygons: list[list[float]], size: tuple[int, int], shift: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return polygons, moved by x, y pixels, as RLE of an image, cut at its edges."""
+    moved = [
+        (np.array(polygon).reshape(-1, 2) + shift).clip(0, size[::-1]).ravel().tolist()
+        for polygon in polygons
+    ]
+    rle: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(moved, *size))
+    return rle
+
+
+def in_a_process(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Run a scorer in a fresh process; return its numbers, seconds and peak memory in GiB."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(score, folder, sender))
+    process.start()
+    sender.close()
+    found: dict[str, Any] = receiver.recv()
+    process.join()
+    return found
+
+
+def _measure(score: Callable[[Path], dict[str, Any]], folder: Path, sender: Connection) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    numbers = score(folder)
+    seconds = time.perf_counter() - started
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    sender.send({"numbers": numbers, "seconds": seconds, "memory_gib": grown / (1 << 20)})
+
+
+def score_bigdet(folder: Path) -> dict[str, Any]:
+    """Return our numbers."""
+    shards = ShardSet(folder / "shards")
+    detections = read_results(folder / "results.json", shards, KINDS)
+    metrics = evaluate_detections(shards, detections, KINDS)
+    return {kind: metrics[kind] for kind in KINDS}
+
+
+def score_pycocotools(folder: Path) -> dict[str, Any]:
+    """Return pycocotools' numbers; areas of mask results are those of the masks, as ours are."""
+    numbers = {}
+    truth = COCO(str(folder / "truth.json"))
+    for kind in KINDS:
+        results = json.loads((folder / "results.json").read_text())
+        if kind == "segm":
+            for result in results:
+                del result["bbox"]
+        evaluation = COCOeval(truth, truth.loadRes(results), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        numbers[kind] = {name: float(evaluation.stats[place]) for name, place in METRICS.items()}
+    return numbers
