@@ -6,7 +6,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,35 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Average a tensor of equal shape over all ranks; every rank gets the result."""
     return sum_over_ranks(tensor) / world_size()
+
+
+class _SumWithGradient(torch.autograd.Function):
+    """A sum over ranks whose gradient is that of the losses of all ranks together."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_over_ranks(grad)
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Add up a tensor of equal shape over all ranks, in the forward and in the backward pass.
+
+    Every rank has to run both, and in the same order. (torch's own, ``torch.distributed.nn``, is
+    deprecated.)
+    """
+    total: Tensor = _SumWithGradient.apply(tensor)
+    return total
+
+
+def group() -> dist.ProcessGroup:
+    """Return the group of all ranks."""
+    world = dist.group.WORLD
+    assert world is not None, "start() comes first"
+    return world
 
 
 def max_over_ranks(value: float) -> float:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import plan_of
+from bigdet.config.derived import has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.mix import with_categories
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         device,
     )
     if distributed.is_main() and results is not None:
-        kinds = evaluation_kinds(shards, has_mask_head=detector.mask_head is not None)
+        kinds = evaluation_kinds(shards, has_masks(detector.config))
         metrics = evaluate_detections(shards, results, kinds)
         sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
         if options.out is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
+from bigdet.config.derived import has_masks, phase_model
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
@@ -91,7 +92,7 @@ def run_phase(run: Run) -> bool:
             config.data,
             phase,
             name=name,
-            with_masks=config.model.detector == "mask_rcnn",
+            with_masks=has_masks(phase_model(config, name)),
             seed=config.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from bigdet.config.derived import plan_of
+from bigdet.config.derived import has_masks, phase_model, plan_of
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import Sample, ShardSet
@@ -60,7 +60,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--phase {name}: the config has {', '.join(config.phases)}.")
     phase = config.phases[name]
     workers = config.data.workers if arguments.workers is None else arguments.workers
-    with_masks = config.model.detector == "mask_rcnn"
+    with_masks = has_masks(phase_model(config, name))
 
     def open_stream(workers: int) -> TrainStream:
         data = dataclasses.replace(config.data, workers=workers)

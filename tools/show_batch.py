@@ -19,6 +19,7 @@ from PIL import Image
 
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
+from bigdet.config.derived import has_masks, phase_model
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_train_set
 from bigdet.data.order import lanes_of_rank
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         config.data,
         config.phases[arguments.phase],
         name=arguments.phase,
-        with_masks=config.model.detector == "mask_rcnn",
+        with_masks=has_masks(phase_model(config, arguments.phase)),
         seed=config.seed,
         rank=0,
         world_size=arguments.world,

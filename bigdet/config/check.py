@@ -6,22 +6,29 @@ or on the number of ranks is checked by the parts that know them, also before th
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 import re
-from typing import Any
 
+from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.derived import (
-    TRANSFORMERS,
+    LAYER_NORM_BACKBONES,
     has_batch_norm,
+    has_masks,
+    is_foreign_file,
     is_square,
+    is_timm,
     largest_plan,
     model_parts,
     parts_with_batch_norm,
+    phase_model,
     phase_source,
+    start_parts,
 )
 from bigdet.config.load import ConfigError
+from bigdet.config.rules import not_negative as _not_negative
+from bigdet.config.rules import positive as _positive
+from bigdet.config.rules import require as _require
+from bigdet.config.rules import unused as _unused
 from bigdet.config.schema import (
     DataConfig,
     ModelConfig,
@@ -60,6 +67,7 @@ def check_config(config: RunConfig) -> None:
     check_train_split(config.data.train)
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
+    check_heads(config)
     for name, phase in config.phases.items():
         key, source = f"phases.{name}", phase_source(config, name)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
@@ -71,7 +79,10 @@ def check_config(config: RunConfig) -> None:
                 f"{key}.start_from.source: found previous, but this is the first phase. Write "
                 f"random, timm, or the path of a run or a model.safetensors."
             )
-        _check_phase(key, phase, config.model, source)
+        model = phase_model(config, name)
+        check_detector(config, name)
+        _check_phase(key, phase, model, source)
+        _check_start(config, name)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -155,16 +166,16 @@ def _check_addresses(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    is_transformer = model.backbone in TRANSFORMERS
-    if model.drop_path and not is_transformer:
+    has_layer_norm = model.backbone in LAYER_NORM_BACKBONES
+    if model.drop_path and not has_layer_norm:
         raise ConfigError(
             f"model.drop_path: found {model.drop_path}, but {model.backbone} has no drop path. "
-            f"Remove it, or choose one of {', '.join(TRANSFORMERS)}."
+            f"Remove it, or choose one of {', '.join(LAYER_NORM_BACKBONES)}."
         )
     _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
     if model.norm == "none" and model.norm_scope is not None:
         raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
-    if is_transformer and model.norm != "bn" and model.norm_scope == "backbone":
+    if has_layer_norm and model.norm != "bn" and model.norm_scope == "backbone":
         raise ConfigError(
             f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
             f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
@@ -217,7 +228,6 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
     _check_augment(key, phase, model)
     _check_schedule(key, phase)
     _check_norm_mode(key, phase, model)
-    _check_start(key, phase, model, source)
 
 
 def _check_resize(key: str, resize: ResizeConfig) -> None:
@@ -247,7 +257,7 @@ def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     for name in ("color_jitter", "copy_paste", "mosaic"):
         probability = getattr(augment, name)
         _require(0 <= probability <= 1, f"{key}.augment.{name}", probability, "in [0, 1]")
-    if augment.copy_paste and "mask_head" not in model_parts(model):
+    if augment.copy_paste and not has_masks(model):
         raise ConfigError(
             f"{key}.augment.copy_paste: objects are pasted as their masks are, but "
             f"{model.detector} has no use for masks. Remove it, or choose mask_rcnn."
@@ -289,7 +299,7 @@ def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     if has_batch_norm(model) and phase.norm_mode is None:
         raise ConfigError(
             f"{key}.norm_mode: not set, but the model has BN. Write live (statistics of the "
-            f"batch), affine, or fixed (paper 2's fine-tuning)."
+            f"batch), sync (of all GPUs' batches), affine, or fixed (paper 2's fine-tuning)."
         )
     if not has_batch_norm(model) and phase.norm_mode is not None:
         raise ConfigError(
@@ -298,8 +308,9 @@ def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
-    parts = phase.start_from.parts
+def _check_start(config: RunConfig, name: str) -> None:
+    key, phase, model = f"phases.{name}", config.phases[name], phase_model(config, name)
+    source, parts = phase_source(config, name), phase.start_from.parts
     if parts is not None and not parts:
         raise ConfigError(f"{key}.start_from.parts: found none. Write source: random instead.")
     absent = [part for part in parts or [] if part not in model_parts(model)]
@@ -313,9 +324,19 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.start_from.parts: found {parts}, but source is random, so nothing is loaded. "
             f"Remove parts, or name a source."
         )
-    if source == "timm" and parts not in (None, ["backbone"]):
-        raise ConfigError(f"{key}.start_from.parts: timm has weights of the backbone only.")
-    loaded = {"random": [], "timm": ["backbone"]}.get(source, parts or model_parts(model))
+    has_backbone_only = is_timm(source) or is_foreign_file(source)
+    if has_backbone_only and parts not in (None, ["backbone"]):
+        raise ConfigError(f"{key}.start_from.parts: {source} has weights of the backbone only.")
+    pixels = phase.start_from.pixels
+    if source.endswith(".pkl") != (pixels is not None):
+        raise ConfigError(
+            f"{key}.start_from.pixels: found {pixels} with source {source}. It is for .pkl files, "
+            f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
+            f"and R-101 and what was trained from them)."
+        )
+    loaded = start_parts(config, name)
+    if source == "previous":
+        check_hand_over(config, name, loaded)
     if phase.freeze_stages and "backbone" not in loaded:
         raise ConfigError(
             f"{key}.freeze_stages: found {phase.freeze_stages}, but the backbone starts from "
@@ -327,23 +348,3 @@ def _check_start(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
             f"{key}.norm_mode: found {phase.norm_mode}, but {', '.join(untrained)} start anew, so "
             f"the BN statistics there were never trained. Write live."
         )
-
-
-def _unused(key: str, section: Any, name: str, reason: str) -> None:
-    """Refuse an option that was set and would be ignored."""
-    field = next(field for field in dataclasses.fields(section) if field.name == name)
-    if getattr(section, name) != field.default:
-        raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
-
-
-def _require(holds: bool, key: str, found: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: found {found}, expected {expected}.")
-
-
-def _positive(key: str, value: float | None) -> None:
-    _require(value is None or 0 < value < math.inf, key, value, "a number above 0")
-
-
-def _not_negative(key: str, value: float) -> None:
-    _require(0 <= value < math.inf, key, value, "0 or more")

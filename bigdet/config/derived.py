@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
 
-TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
-"""Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
+_PROPOSING = ("backbone", "fpn", "rpn", "box_head")
+DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
+    "faster_rcnn": _PROPOSING,
+    "mask_rcnn": (*_PROPOSING, "mask_head"),
+    "cascade_rcnn": _PROPOSING,
+    "cascade_mask_rcnn": (*_PROPOSING, "mask_head"),
+}
+"""The parts of each detector, in the order in which data flows through them."""
+
+LAYER_NORM_BACKBONES = (
+    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
+)  # fmt: skip
+"""Those with LayerNorm and drop path of their own, which ``model.norm`` does not touch."""
 
 DEFAULT_CAP = (1333, 800)
 """Longest long side, and the short side it goes with, in both papers; others in proportion."""
@@ -37,20 +51,47 @@ def largest_plan(resize: ResizeConfig) -> tuple[int, int]:
 
 def model_parts(model: ModelConfig) -> list[str]:
     """Return the parts of a detector, in the order in which data flows through them."""
-    parts = ["backbone", "fpn", "rpn", "box_head"]
-    return [*parts, "mask_head"] if model.detector == "mask_rcnn" else parts
+    return list(DETECTOR_PARTS[model.detector])
+
+
+def has_masks(model: ModelConfig) -> bool:
+    """Tell whether a detector learns and predicts masks."""
+    return "mask_head" in DETECTOR_PARTS[model.detector]
+
+
+def has_cascade(model: ModelConfig) -> bool:
+    """Tell whether the box head of a detector is a cascade of three."""
+    return model.detector in ("cascade_rcnn", "cascade_mask_rcnn")
+
+
+def is_class_agnostic(model: ModelConfig) -> bool:
+    """Tell whether a region has one box for all classes, with the default filled in."""
+    chosen = model.roi.class_agnostic
+    return has_cascade(model) if chosen is None else chosen
+
+
+def phase_model(config: RunConfig, name: str) -> ModelConfig:
+    """Return the model that a phase trains: that of the run with what the phase changes.
+
+    Boxes stay class-specific, or class-agnostic, so that a box head fits those of all phases.
+    """
+    model, detector = config.model, config.phases[name].model.detector
+    if detector is None:
+        return model
+    roi = dataclasses.replace(model.roi, class_agnostic=is_class_agnostic(model))
+    return dataclasses.replace(model, detector=detector, roi=roi)
 
 
 def parts_with_batch_norm(model: ModelConfig) -> list[str]:
     """Return the parts of a detector that have BN layers (the RPN head never has)."""
     if model.norm != "bn":
         return []
-    parts = [] if model.backbone in TRANSFORMERS else ["backbone"]
+    parts = [] if model.backbone in LAYER_NORM_BACKBONES else ["backbone"]
     if model.norm_scope != "all":
         return parts
     with_convolutions = model.box_head == "4conv1fc"
     parts += ["fpn", *(["box_head"] if with_convolutions else [])]
-    return [*parts, "mask_head"] if model.detector == "mask_rcnn" else parts
+    return [*parts, "mask_head"] if has_masks(model) else parts
 
 
 def has_batch_norm(model: ModelConfig) -> bool:
@@ -62,6 +103,39 @@ def phase_source(config: RunConfig, name: str) -> str:
     """Return where the weights of a phase come from, with the default filled in."""
     is_first = name == next(iter(config.phases))
     return config.phases[name].start_from.source or ("random" if is_first else "previous")
+
+
+def is_timm(source: str) -> bool:
+    """Tell whether a source is published weights by timm's name: ``timm`` or ``timm:NAME``."""
+    return source == "timm" or source.startswith("timm:")
+
+
+def is_foreign_file(source: str) -> bool:
+    """Tell by its name whether a source is a file that holds a backbone alone."""
+    return source.endswith((".pkl", ".pth", ".pt", ".bin", ".th", ".tar"))
+
+
+def start_parts(config: RunConfig, name: str) -> list[str]:
+    """Return the parts that a phase loads, with the default filled in.
+
+    By default all that the source has: of the phase before, those that its model has too.
+    """
+    source, parts = phase_source(config, name), config.phases[name].start_from.parts
+    if source == "random":
+        return []
+    if is_timm(source) or is_foreign_file(source):
+        return ["backbone"]
+    own = model_parts(phase_model(config, name))
+    if parts is None and source == "previous":
+        before = model_parts(phase_model(config, phase_before(config, name)))
+        return [part for part in own if part in before]
+    return list(parts or own)
+
+
+def phase_before(config: RunConfig, name: str) -> str:
+    """Return the name of the phase before a phase that is not the first."""
+    names = list(config.phases)
+    return names[names.index(name) - 1]
 
 
 def num_lanes(phase: PhaseConfig) -> int:

@@ -12,15 +12,20 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal["faster_rcnn", "mask_rcnn"]
+Detector = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
 Backbone = Literal[
-    "resnet10", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext152_32x8d",
-    "swin_t", "swin_s", "swin_b",
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
+    "resnext152_32x8d",
+    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
 ]  # fmt: skip
 BoxHead = Literal["2fc", "4conv1fc"]
+BoxLoss = Literal["l1", "smooth_l1", "giou"]
 Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
-NormMode = Literal["live", "affine", "fixed"]
+NormMode = Literal["live", "sync", "affine", "fixed"]
+Pixels = Literal["rgb", "bgr", "bgr_255"]
 Precision = Literal["fp32", "bf16"]
 Order = Literal["shuffled", "windowed"]
 Metric = Literal["coco", "voc07", "voc12"]
@@ -120,6 +125,8 @@ class RpnConfig:
     """Proposals per level before NMS, and per image after it, in training."""
     test_proposals: int = 1000
     """The same at test time."""
+    box_beta: float = 0.0
+    """Where the box loss turns from square to linear (smooth L1); 0 is L1. Detectron: 1/9."""
     nms_iou: float = 0.7
     """Proposals of one level that overlap a better one by more than this are dropped."""
 
@@ -133,13 +140,32 @@ class RoiConfig:
     positive_fraction: float = 0.25
     """At most this part of them on objects."""
     positive_iou: float = 0.5
-    """A region on an object overlaps it by at least this."""
+    """A region on an object overlaps it by at least this. A cascade has its own three."""
+    class_agnostic: bool | None = None
+    """One box per region for all classes, instead of one per class. None: true if
+    ``model.detector`` is a cascade, else false, for all phases."""
+    box_loss: BoxLoss = "l1"
+    """``l1`` and ``smooth_l1`` of the deltas, or ``giou`` of the boxes."""
+    box_beta: float = 1.0
+    """Of ``smooth_l1``: where it turns from square to linear. Detectron: 1, torchvision: 1/9."""
+    box_loss_weight: float = 1.0
+    """Factor of the box loss; with ``giou`` 10 is usual."""
     score_threshold: float = 0.05
     """Detections with a lower score are not reported."""
     nms_iou: float = 0.5
     """Detections of one class that overlap a better one by more than this are dropped."""
     detections_per_image: int = 100
     """At most this many detections are reported per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """How the stages of a cascade are trained."""
+
+    gradients: Literal["detectron2", "mmdet"] = "detectron2"
+    """``detectron2``: all stages count alike, a third of their gradients goes into the pooled
+    features, and a stage trains on all regions of the one before. ``mmdet``: the losses of the
+    stages count 1, 0.5 and 0.25, and every stage samples anew among them and the objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +188,13 @@ class ModelConfig:
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
     drop_path: float = 0.0
-    """Highest rate of stochastic depth in a transformer backbone, in [0, 1)."""
+    """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
     rpn: RpnConfig = field(default_factory=RpnConfig)
     """Region proposals."""
     roi: RoiConfig = field(default_factory=RoiConfig)
     """Regions of interest."""
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    """Stages of a cascade."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +207,9 @@ class EngineConfig:
     """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
     precision: Precision = "bf16"
     """Of activations and matrix products; master weights are fp32 always."""
+    activation_checkpointing: bool = False
+    """Blocks of the backbone, the FPN and convolutions of the heads keep their inputs only and run
+    again in the backward pass: less memory, about a third more time, the same results."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm. None: no clipping."""
     max_bad_steps: int = 20
@@ -241,12 +272,26 @@ class StartFromConfig:
     """Which weights a phase starts from."""
 
     source: str | None = None
-    """``random``, ``timm`` (the backbone's published ImageNet weights), ``previous`` (the phase
-    before), or the path of a run or a ``model.safetensors``. None: ``random`` in the first phase,
-    ``previous`` in the others."""
+    """``random``; ``timm`` (the backbone's published ImageNet weights) or ``timm:NAME`` (others by
+    timm's name); ``previous`` (the phase before); the path of a run or a ``model.safetensors``; or
+    the file of a backbone that others wrote: ``.safetensors``, ``.pth``, ``.pkl`` (README). None:
+    ``random`` in the first phase, ``previous`` in the others."""
     parts: list[Part] | None = None
-    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``:
-    the backbone)."""
+    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``
+    and files of others: the backbone)."""
+    pixels: Pixels | None = None
+    """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
+    as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
+    reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseModelConfig:
+    """What a phase changes in the model; the other phases do not see it."""
+
+    detector: Detector | None = None
+    """Another detector of the R-CNN family. A cascade after a plain detector (late cascade) starts
+    with copies of its box head in all stages. None: ``model.detector``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,12 +335,15 @@ class PhaseConfig:
     warmup_factor: float = 0.001
     """Part of the rate at which the warm-up begins."""
     norm_mode: NormMode | None = None
-    """For BN only. ``live``: statistics of the batch. ``affine``: statistics fixed, scale and shift
-    trained. ``fixed``: both fixed. Must be null without BN."""
+    """For BN only. ``live``: statistics of the batch of each GPU. ``sync``: of the batches of all
+    GPUs together, so that losses depend on their number. ``affine``: statistics fixed, scale and
+    shift trained. ``fixed``: both fixed. Must be null without BN."""
     freeze_stages: int = 0
     """So many first stages of the backbone (the stem is the first) are not trained."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
     """Where the weights come from."""
+    model: PhaseModelConfig = field(default_factory=PhaseModelConfig)
+    """What this phase changes in the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

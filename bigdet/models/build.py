@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
+from bigdet.config.derived import has_cascade, has_masks, is_class_agnostic
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
+from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.heads.mask import MaskHead
 from bigdet.models.heads.rpn import RegionProposals
 from bigdet.models.necks.fpn import FPN
 from bigdet.models.norms import Kind
 from bigdet.models.rcnn import RCNN
-
-HAS_MASK_HEAD = {"faster_rcnn": False, "mask_rcnn": True}
 
 
 def head_norm(config: ModelConfig) -> Kind:
@@ -34,16 +37,40 @@ def build_detector(
         num_classes: K, without background.
         conventions: None for bigdet's own.
     """
-    conventions = conventions or Conventions()
+    build = DETECTORS[config.detector]
+    detector = build(config, num_classes, conventions or Conventions())
+    detector.config = config
+    return detector.to(memory_format=torch.channels_last)
+
+
+def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
     norm = head_norm(config)
     backbone = build_backbone(config.backbone, config.norm, config.drop_path)
     mask_head = None
     fpn = FPN(backbone.channels, config.width, norm)
     rpn = RegionProposals(config.rpn, config.width, conventions)
-    box_head = BoxHead(
-        config.box_head, norm, config.width, config.fc_width, num_classes, config.roi, conventions
+    box_head: BoxHead | CascadeHead
+    make_head = partial(
+        BoxHead,
+        config.box_head,
+        norm,
+        config.width,
+        config.fc_width,
+        num_classes,
+        config.roi,
+        conventions,
+        is_class_agnostic=is_class_agnostic(config),
     )
-    if HAS_MASK_HEAD[config.detector]:
+    box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
+    if has_masks(config):
         mask_head = MaskHead(norm, config.width, num_classes)
-    detector = RCNN(backbone, fpn, rpn, box_head, mask_head)
-    return detector.to(memory_format=torch.channels_last)
+    return RCNN(backbone, fpn, rpn, box_head, mask_head)
+
+
+DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
+    "faster_rcnn": _rcnn,
+    "mask_rcnn": _rcnn,
+    "cascade_rcnn": _rcnn,
+    "cascade_mask_rcnn": _rcnn,
+}
+"""How each detector is built: config, classes and conventions to the detector."""

@@ -2,7 +2,8 @@
 
 bigdet's own are the defaults. Parity tests and imported weights select others. One difference needs
 no choice: where the background class stands. bigdet has it last, and importing permutes the rows
-of the classifier (see ``models/heads/box.py``).
+of the classifier (see ``models/heads/box.py``). Nor do losses stand here: they are options of the
+config (``model.rpn.box_beta``, ``model.roi.box_loss``).
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ class Conventions:
         anchors_rounded: sides of anchors are rounded to whole pixels, as torchvision does.
         anchor_strides_from_canvas: anchors lie canvas size // feature size apart (torchvision),
             not at the nominal stride of their level; both agree where 64 divides the canvas.
-        rpn_beta: where the smooth L1 loss of the RPN turns from square to linear; 0 is L1.
-            Detectron and torchvision: 1/9.
-        box_beta: the same for the box head. Detectron: 1, torchvision: 1/9.
         rpn_normalizer: RPN losses are divided by the number of sample ``slots`` (256 per image) or
             by the number of anchors ``sampled`` into them (torchvision).
         crowd_coverage: regions with more than this part of their area in a crowd are no background
@@ -32,8 +30,6 @@ class Conventions:
     roi_align_aligned: bool = True
     anchors_rounded: bool = False
     anchor_strides_from_canvas: bool = False
-    rpn_beta: float = 0.0
-    box_beta: float = 0.0
     rpn_normalizer: Literal["slots", "sampled"] = "slots"
     crowd_coverage: float | None = 0.7
 
@@ -42,8 +38,6 @@ TORCHVISION = Conventions(
     roi_align_aligned=False,
     anchors_rounded=True,
     anchor_strides_from_canvas=True,
-    rpn_beta=1 / 9,
-    box_beta=1 / 9,
     rpn_normalizer="sampled",
     crowd_coverage=None,
 )

@@ -26,9 +26,12 @@ class Detector(nn.Module):
 
     Attributes:
         backbone: images to features.
+        config: the model section that it was built from.
         categories: what the labels ``0..K-1`` mean: id, name and more of each.
         test_size: short side and longest long side, pixels, to which ``predict`` resizes.
     """
+
+    config: ModelConfig
 
     def __init__(self, backbone: Backbone) -> None:
         """Keep the backbone; names of parts are those of ``start_from.parts``."""

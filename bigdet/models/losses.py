@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -36,6 +37,12 @@ def delta_losses(deltas: Tensor, targets: Tensor, mask: Tensor, beta: float) -> 
     """
     targets = torch.where(mask.unsqueeze(-1), targets, 0)  # 0 x nan would spoil the gradients
     return F.smooth_l1_loss(at_least_fp32(deltas), targets, beta=beta, reduction="none").sum(-1)
+
+
+def giou_losses(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Give 1 - GIoU of each of ``(N, 4)`` boxes with its target (Rezatofighi et al.): ``(N,)``."""
+    losses: Tensor = generalized_box_iou_loss(boxes, targets)
+    return losses
 
 
 def binary_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Batch normalization has a mode, set for a whole model by `set_norm_mode`:
 | mode | normalizes with | scale and shift | running statistics |
 | --- | --- | --- | --- |
 | ``live`` | the batch in training, running statistics else | trained | one update per step |
+| ``sync`` | the batches of all ranks together in training | trained | one update per step |
 | ``affine`` | running statistics | trained | stay |
 | ``fixed`` | running statistics | stay | stay |
 
@@ -14,7 +15,12 @@ batch means and the (unbiased) batch variances of its lanes; the trainer then ca
 `update_running_statistics` once per step, which averages over the ranks and moves the running
 statistics of all layers by one momentum. So they depend on neither accumulation nor ranks. The mean
 of the variances leaves out how far the means of the lanes lie apart: a layer that will be fixed
-sees the spread that a lane saw, which is what its weights were trained for.
+sees the spread that a lane saw, which is what its weights were trained for. In ``sync`` the lanes
+that run at the same time on all ranks have the statistics of their joint batch, so there the number
+of ranks matters.
+
+Rows of a batch that fill empty slots (`valid_rows`) are normalized but not counted; a lane without
+any other row is left out of the averages.
 """
 
 from __future__ import annotations
@@ -28,10 +34,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm
 
 from bigdet import distributed
 
-Mode = Literal["live", "affine", "fixed"]
+Mode = Literal["live", "sync", "affine", "fixed"]
 Kind = Literal["bn", "gn", "none"]
 
 MOMENTUM = 0.1
@@ -40,6 +47,7 @@ GROUPS = 32
 """Of group normalization, as in its paper and in Detectron."""
 
 _is_collecting = False
+_rows: Tensor | None = None
 
 
 @contextmanager
@@ -55,6 +63,28 @@ def collect_statistics() -> Iterator[None]:
         yield
     finally:
         _is_collecting = before
+
+
+@contextmanager
+def valid_rows(rows: Tensor | None) -> Iterator[None]:
+    """Let only some rows of a batch count in the statistics of the forward passes inside.
+
+    Heads run on a number of slots, some of which hold no region.
+
+    Args:
+        rows: ``(N,)`` bool, which of the N rows count. None: all.
+    """
+    global _rows
+    before, _rows = _rows, rows
+    try:
+        yield
+    finally:
+        _rows = before
+
+
+def current_rows() -> Tensor | None:
+    """Return what `valid_rows` was given: a pass that is repeated later needs it again."""
+    return _rows
 
 
 class BatchNorm2d(nn.Module):
@@ -83,6 +113,7 @@ class BatchNorm2d(nn.Module):
         self.eps = eps
         self.mode: Mode = "live"
         self.num_lanes = 0
+        self.empty_lanes: Tensor | None = None  # of these, where rows are counted; a number
         ones = torch.ones(num_features, device=device, dtype=dtype)
         zeros = torch.zeros(num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(ones.clone())
@@ -95,8 +126,11 @@ class BatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(B, C, H, W)`` as the mode says; dtype and memory format stay."""
-        if self.mode == "live" and self.training:
-            return self._normalize_with_batch(x)
+        if self.mode in ("live", "sync") and self.training:
+            is_joint = self.mode == "sync" and distributed.world_size() > 1
+            if _rows is not None or (is_joint and not x.is_cuda):
+                return self._normalize_with_rows(x, _rows, is_joint)
+            return self._normalize_with_batch(x, is_joint)
         if self.mode == "fixed" and x.requires_grad and torch.is_grad_enabled():
             normalized: Tensor = _FixedNorm.apply(
                 x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
@@ -106,24 +140,67 @@ class BatchNorm2d(nn.Module):
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
 
-    def _normalize_with_batch(self, x: Tensor) -> Tensor:
+    def _normalize_with_batch(self, x: Tensor, is_joint: bool) -> Tensor:
         momentum = 0.0
         if _is_collecting:
             # Momentums 1, 1/2, 1/3, ... make torch's own update the plain average over the lanes:
             # counting costs no kernel of its own.
             self.num_lanes += 1
             momentum = 1.0 / self.num_lanes
+        # Passed even when nothing is counted: checkpointing compares what is saved.
+        lanes = (self.lane_mean, self.lane_var)
+        if is_joint:
+            normalized: Tensor = SyncBatchNorm.apply(  # torch's own, for CUDA alone
+                x, self.weight, self.bias, *lanes, self.eps, momentum,
+                distributed.group(), distributed.world_size(),
+            )  # fmt: skip
+            return normalized
         return F.batch_norm(
-            x,
-            # Passed even when nothing is counted: checkpointing compares what is saved.
-            self.lane_mean,
-            self.lane_var,
-            self.weight,
-            self.bias,
-            training=True,
-            momentum=momentum,
-            eps=self.eps,
+            x, *lanes, self.weight, self.bias, training=True, momentum=momentum, eps=self.eps
         )
+
+    def _normalize_with_rows(self, x: Tensor, rows: Tensor | None, is_joint: bool) -> Tensor:
+        """Normalize by the rows that count, of this rank or of all ranks together.
+
+        The mathematics of torch's SyncBatchNorm in plain operations: any number of rows per rank,
+        or none. It keeps more for backward than the fused layers do.
+
+        Args:
+            x: ``(N, C, H, W)``.
+            rows: ``(N,)`` bool. None: all.
+            is_joint: over all ranks.
+        """
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        if rows is None:
+            rows = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        assert len(rows) == len(x), (len(rows), len(x))
+        is_counted = rows[:, None, None, None]
+        add = distributed.sum_with_gradient if is_joint else _identity
+        count = (rows.sum() * (x.shape[2] * x.shape[3])).to(values.dtype)
+        total = torch.where(is_counted, values, 0).sum(dim=(0, 2, 3))
+        sums = add(torch.cat([total, count[None]]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count.clamp(min=1)
+        centered = values - mean[:, None, None]
+        squares = add(torch.where(is_counted, centered, 0).square().sum(dim=(0, 2, 3)))
+        # Without any row at all the others pass as they are: magnified, they could overflow.
+        var = torch.where(count > 0, squares / count.clamp(min=1), 1)
+        self._count_lane(mean.detach(), squares.detach() / (count - 1).clamp(min=1), count > 0)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        normalized = centered * scale[:, None, None] + self.bias[:, None, None]
+        return normalized.to(x.dtype)
+
+    @torch.no_grad()
+    def _count_lane(self, mean: Tensor, var: Tensor, is_filled: Tensor) -> None:
+        if not _is_collecting:
+            return
+        self.num_lanes += 1
+        if self.empty_lanes is None:
+            self.empty_lanes = torch.zeros_like(mean[0])
+        self.empty_lanes += ~is_filled
+        part = is_filled / (self.num_lanes - self.empty_lanes).clamp(min=1)
+        for lanes, value in ((self.lane_mean, mean), (self.lane_var, var)):
+            lanes.lerp_(value.to(lanes.dtype), part.to(lanes.dtype))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -134,6 +211,10 @@ class BatchNorm2d(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer in the printed model."""
         return f"{len(self.weight)}, mode={self.mode}"
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _FixedNorm(torch.autograd.Function):
@@ -223,14 +304,33 @@ def update_running_statistics(module: nn.Module) -> None:
     statistics), and all ranks have equal running statistics afterwards.
     """
     layers = [layer for layer in batch_norms(module) if layer.num_lanes]
-    if not layers:
-        return
-    lanes = [layer.lane_mean for layer in layers] + [layer.lane_var for layer in layers]
-    flat = distributed.mean_over_ranks(torch.cat(lanes))
-    means = list(torch.split(flat, [len(lane) for lane in lanes]))
-    running = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
-    torch._foreach_lerp_(running, means, MOMENTUM)
+    whole = [layer for layer in layers if layer.empty_lanes is None]
+    if whole:
+        lanes = [layer.lane_mean for layer in whole] + [layer.lane_var for layer in whole]
+        flat = distributed.mean_over_ranks(torch.cat(lanes))
+        means = list(torch.split(flat, [len(lane) for lane in lanes]))
+        running = [layer.running_mean for layer in whole] + [layer.running_var for layer in whole]
+        torch._foreach_lerp_(running, means, MOMENTUM)
+    counted = [layer for layer in layers if layer.empty_lanes is not None]
+    if counted:
+        _update_from_filled_lanes(counted)
     discard_statistics(module)
+
+
+def _update_from_filled_lanes(layers: list[BatchNorm2d]) -> None:
+    """Move running statistics by the mean over the lanes that were not empty, if any was not."""
+    flat = []
+    for layer in layers:
+        assert layer.empty_lanes is not None
+        filled = (layer.num_lanes - layer.empty_lanes).to(layer.lane_mean.dtype)
+        flat.append(torch.cat([filled * layer.lane_mean, filled * layer.lane_var, filled[None]]))
+    totals = torch.split(distributed.sum_over_ranks(torch.cat(flat)), [len(part) for part in flat])
+    for layer, total in zip(layers, totals, strict=True):
+        filled = total[-1]
+        mean, var = (total[:-1] / filled.clamp(min=1)).chunk(2)
+        part = MOMENTUM * (filled > 0).to(mean.dtype)
+        layer.running_mean.lerp_(mean, part)
+        layer.running_var.lerp_(var, part)
 
 
 @torch.no_grad()
@@ -244,3 +344,4 @@ def discard_statistics(module: nn.Module) -> None:
     torch._foreach_zero_([layer.lane_var for layer in layers])
     for layer in layers:
         layer.num_lanes = 0
+        layer.empty_lanes = None

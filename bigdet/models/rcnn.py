@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,12 @@ from bigdet.models.backbones import Backbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
 from bigdet.models.heads.box import BoxHead, FlatDetections
+from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
 from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
 from bigdet.models.heads.rpn import Proposals, RegionProposals
 from bigdet.models.necks.fpn import FPN
+from bigdet.models.norms import valid_rows
 from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
 from bigdet.structures import Batch, Detections
 
@@ -23,7 +27,7 @@ class RCNN(Detector):
     """Faster R-CNN, and with a mask head Mask R-CNN, over a feature pyramid.
 
     Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta`` and, with a mask head,
-    ``mask``.
+    ``mask``. With a cascade as box head there are ``stage1_box_class``, ..., ``stage3_box_delta``.
     """
 
     def __init__(
@@ -31,7 +35,7 @@ class RCNN(Detector):
         backbone: Backbone,
         fpn: FPN,
         rpn: RegionProposals,
-        box_head: BoxHead,
+        box_head: BoxHead | CascadeHead,
         mask_head: MaskHead | None,
     ) -> None:
         """Put the parts together."""
@@ -44,7 +48,7 @@ class RCNN(Detector):
 
     def use_test_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
-        self.box_head.config = config.roi
+        self.box_head.use_test_settings(config.roi)
 
     def _features(self, batch: Batch) -> list[Tensor]:
         """Give the pyramid P2 to P6."""
@@ -52,8 +56,14 @@ class RCNN(Detector):
         return features
 
     def _pool(self, table: FeatureTable, boxes: Tensor, images: Tensor, size: int) -> Tensor:
-        is_aligned = self.box_head.conventions.roi_align_aligned
+        is_aligned = self.rpn.conventions.roi_align_aligned
         return roi_align(table, boxes, images, size, is_aligned)
+
+    def _pool_all(self, table: FeatureTable, boxes: Tensor) -> Tensor:
+        """Give the features ``(N, C, 7, 7)`` of regions ``(B, S, 4)`` of all images, N = B x S."""
+        num_images, num_slots = boxes.shape[:2]
+        images = torch.arange(num_images, device=boxes.device).repeat_interleave(num_slots)
+        return self._pool(table, boxes.flatten(0, 1), images, BOX_POOLED_SIZE)
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         features = self._features(batch)
@@ -63,15 +73,12 @@ class RCNN(Detector):
         losses: dict[str, Tensor] = self.rpn.losses(predictions, objects, batch.weights)
 
         proposals = self.rpn.propose(predictions, batch.image_sizes)
-        regions = self.box_head.sample(proposals, objects, batch.weights)
-        num_images, num_slots = regions.is_valid.shape
-        images = torch.arange(num_images, device=regions.boxes.device)
         table = tabulate(features[:-1], self.strides[:-1])  # P6 is for proposals alone
-        pooled = self._pool(
-            table, regions.boxes.flatten(0, 1), images.repeat_interleave(num_slots), BOX_POOLED_SIZE
+        pool = partial(self._pool_all, table)
+        box_losses, regions = self.box_head.train_on(
+            pool, proposals, objects, batch.weights, batch.image_sizes
         )
-        logits, deltas = self.box_head(pooled)
-        losses |= self.box_head.losses(logits, deltas, regions)
+        losses |= box_losses
 
         if self.mask_head is not None:
             masks = batch.targets.masks
@@ -82,7 +89,8 @@ class RCNN(Detector):
                 )
             positives = select_positives(regions, masks, self.mask_head.num_classes)
             pooled = self._pool(table, positives.boxes, positives.images, MASK_POOLED_SIZE)
-            mask_logits = self.mask_head(pooled, positives.labels)
+            with valid_rows(positives.is_valid):
+                mask_logits = self.mask_head(pooled, positives.labels)
             losses |= self.mask_head.losses(mask_logits, positives, masks)
         return losses
 
@@ -91,17 +99,10 @@ class RCNN(Detector):
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions = self.rpn(features, self.strides, canvas_size)
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
-        num_images, num_slots = proposals.is_valid.shape
-        images = torch.arange(num_images, device=proposals.boxes.device)
+        num_images = len(batch.images)
         table = tabulate(features[:-1], self.strides[:-1])
-        pooled = self._pool(
-            table,
-            proposals.boxes.flatten(0, 1),
-            images.repeat_interleave(num_slots),
-            BOX_POOLED_SIZE,
-        )
-        logits, deltas = self.box_head(pooled)
-        found = self.box_head.detect(logits, deltas, proposals, batch.image_sizes)
+        pool = partial(self._pool_all, table)
+        found = self.box_head.find(pool, proposals, batch.image_sizes)
         masks = None if self.mask_head is None else self._masks(self.mask_head, table, found)
         counts = torch.bincount(found.images, minlength=num_images).tolist()
         parts = zip(

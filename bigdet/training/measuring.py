@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import plan_of, test_resize
+from bigdet.config.derived import has_masks, plan_of, test_resize
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import ShardSet
@@ -60,7 +60,7 @@ def evaluate(
     )
     if results is None:
         return None
-    kinds = evaluation_kinds(val_set, config.model.detector == "mask_rcnn")
+    kinds = evaluation_kinds(val_set, has_masks(detector.config))
     metrics = evaluate_detections(val_set, results, kinds) if distributed.is_main() else {}
     return distributed.broadcast_object(metrics)
 

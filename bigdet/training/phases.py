@@ -8,11 +8,21 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import model_parts, phase_source
+from bigdet.config.derived import (
+    has_cascade,
+    is_timm,
+    model_parts,
+    phase_before,
+    phase_model,
+    phase_source,
+    start_parts,
+)
 from bigdet.config.schema import RunConfig
-from bigdet.models import backbones, norms, weights
+from bigdet.models import backbones, importing, norms, weights
 from bigdet.models.build import build_detector
+from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import Detector
+from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
 
@@ -42,12 +52,14 @@ def build_for_phase(
     """
     phase = config.phases[name]
     torch.manual_seed(seed_of("weights", config.seed, name))
-    detector = build_detector(config.model, num_classes)
+    detector = build_detector(phase_model(config, name), num_classes)
     if not is_resumed:
         _load_start(detector, config, name, run_dir)
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     backbones.freeze_stages(detector.backbone, phase.freeze_stages)
+    if config.engine.activation_checkpointing:
+        enable_checkpointing(detector)
     return detector.to(device).train()
 
 
@@ -69,7 +81,7 @@ def _load_start(detector: Detector, config: RunConfig, name: str, run_dir: RunDi
             name, row.part, row.source, row.tensors, f"{row.parameters:,}",
         )  # fmt: skip
     loaded = {row.part for row in rows}
-    fresh = [part for part in model_parts(config.model) if part not in loaded]
+    fresh = [part for part in model_parts(phase_model(config, name)) if part not in loaded]
     if fresh:
         logger.info("phase %s: random: %s", name, ", ".join(fresh))
 
@@ -80,15 +92,19 @@ def _read_start(
     source = phase_source(config, name)
     if source == "random":
         return []
-    if source == "timm":
-        return weights.load_timm_backbone(detector, config.model.backbone)
+    if is_timm(source):
+        return importing.load_timm_backbone(detector, source, config.model.backbone)
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
-    parts = config.phases[name].start_from.parts or model_parts(config.model)
-    return weights.load_parts(detector, weights.read_tensors(path), parts, str(path))
+    start = config.phases[name].start_from
+    if importing.is_published_file(path):
+        return importing.load_backbone_file(detector, path, start.parts, start.pixels)
+    tensors = weights.read_tensors(path)
+    if has_cascade(phase_model(config, name)):
+        tensors = spread_over_stages(tensors)
+    return weights.load_parts(detector, tensors, start_parts(config, name), str(path))
 
 
 def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:
     """Return the checkpoint that the phase before ends with."""
-    names = list(config.phases)
-    before = names[names.index(name) - 1]
+    before = phase_before(config, name)
     return run_dir.checkpoint(before, config.phases[before].steps)

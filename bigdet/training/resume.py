@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes, phase_source
+from bigdet.config.derived import has_masks, is_timm, num_lanes, phase_model, phase_source
 from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
@@ -18,7 +18,7 @@ from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
-from bigdet.models import weights
+from bigdet.models import importing, weights
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
@@ -48,11 +48,14 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
         train_set.check_random_reads()
     if not len(val_set):
         raise ConfigError(f"data.val.shards: {val_set.address} has no images.")
-    if config.model.detector == "mask_rcnn" and not (train_set.index["flags"] & FLAG_MASKS).any():
-        raise ConfigError(
-            f"model.detector: mask_rcnn needs masks, but {train_set.address} has none. Write "
-            f"faster_rcnn, or make shards from annotations with segmentations."
-        )
+    data_has_masks = (train_set.index["flags"] & FLAG_MASKS).any()
+    for name in config.phases:
+        model = phase_model(config, name)
+        if has_masks(model) and not data_has_masks:
+            raise ConfigError(
+                f"model.detector: {model.detector} needs masks, but {train_set.address} has none. "
+                f"Write another detector, or make shards from annotations with segmentations."
+            )
 
 
 def check_same_stream(state: dict[str, Any]) -> None:
@@ -99,8 +102,8 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
             world_size=distributed.world_size(),
         )
         source = phase_source(config, name)
-        if source == "timm":
-            weights.check_published(config.model.backbone)
+        if is_timm(source):
+            importing.timm_name(source, config.model.backbone)
         elif source not in ("random", "previous"):
             weights.find_weights(Path(source))
 

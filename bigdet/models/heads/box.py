@@ -11,6 +11,7 @@ so importing permutes the rows of the classifier and the columns of that layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,20 +24,29 @@ from bigdet.models.assign import (
     NEGATIVE,
     POSITIVE,
     Objects,
+    Sample,
     crowd_parts,
     draw_sample,
     match,
 )
+from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.rpn import Proposals
-from bigdet.models.losses import at_least_fp32, class_losses, delta_losses, masked_mean
+from bigdet.models.losses import (
+    at_least_fp32,
+    class_losses,
+    delta_losses,
+    giou_losses,
+    masked_mean,
+)
 from bigdet.models.norms import Kind as Norm
-from bigdet.models.norms import conv_norm
+from bigdet.models.norms import conv_norm, valid_rows
 from bigdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas
 from bigdet.ops.nms import grouped_nms
 
 POOLED_SIZE = 7
 DELTA_WEIGHTS = (10.0, 5.0)  # of shifts and scales
+Pool = Callable[[Tensor], Tensor]  # regions (B, S, 4) to their features (N, C, 7, 7), N = B x S
 MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
 NUM_LAYERS = {"2fc": (0, 2), "4conv1fc": (4, 1)}  # convolutions, fully connected layers
 
@@ -79,8 +89,11 @@ class FlatDetections:
     labels: Tensor
 
 
-class BoxHead(nn.Module):
-    """Convolutions (4 or none), fully connected layers, then class logits and deltas per class."""
+class BoxHead(Checkpointed):
+    """Convolutions (4 or none), fully connected layers, then class logits and deltas.
+
+    Deltas are D per region: one for each of the K classes, or 1 for all of them.
+    """
 
     def __init__(
         self,
@@ -91,15 +104,33 @@ class BoxHead(nn.Module):
         num_classes: int,
         config: RoiConfig,
         conventions: Conventions,
+        *,
+        is_class_agnostic: bool = False,
+        delta_weights: tuple[float, float] = DELTA_WEIGHTS,
+        positive_iou: float | None = None,
     ) -> None:
         """Build for pooled features of ``width`` channels.
 
         Convolutions MSRA, fully connected layers Xavier, classes N(0, 0.01), deltas N(0, 0.001).
+
+        Args:
+            kind: which layers.
+            norm: of the convolutions.
+            width: channels of the convolutions.
+            fc_width: channels of the fully connected layers.
+            num_classes: K.
+            config: of training and detections.
+            conventions: where frameworks differ.
+            is_class_agnostic: one set of deltas for all classes.
+            delta_weights: of shifts and scales.
+            positive_iou: a region on an object overlaps it by at least this. None: the config's.
         """
         super().__init__()
         self.config = config
         self.conventions = conventions
         self.num_classes = num_classes
+        self.delta_weights = delta_weights
+        self.positive_iou = config.positive_iou if positive_iou is None else positive_iou
         num_convs, num_fcs = NUM_LAYERS[kind]
         self.convs = nn.Sequential(
             *[conv_norm(width, width, 3, norm, relu=True) for _ in range(num_convs)]
@@ -108,7 +139,7 @@ class BoxHead(nn.Module):
         fcs = [nn.Linear(size, fc_width) for size in inputs]
         self.fcs = nn.ModuleList(fcs)
         self.classifier = nn.Linear(fc_width, num_classes + 1)
-        self.regressor = nn.Linear(fc_width, 4 * num_classes)
+        self.regressor = nn.Linear(fc_width, 4 if is_class_agnostic else 4 * num_classes)
         for layer in fcs:
             nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's XavierFill, fan-in
         nn.init.normal_(self.classifier.weight, std=0.01)
@@ -117,12 +148,43 @@ class BoxHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Give class logits ``(N, K + 1)`` and deltas ``(N, K, 4)`` of ``(N, C, 7, 7)``."""
-        hidden = self.convs(pooled).permute(0, 2, 3, 1).flatten(1)
+        """Give class logits ``(N, K + 1)`` and deltas ``(N, D, 4)`` of ``(N, C, 7, 7)``."""
+        hidden = self.run(self.convs, pooled).permute(0, 2, 3, 1).flatten(1)
         for layer in self.fcs:
             hidden = torch.relu_(layer(hidden))
-        deltas = self.regressor(hidden).view(-1, self.num_classes, 4)
+        deltas = self.regressor(hidden).unflatten(1, (-1, 4))
         return at_least_fp32(self.classifier(hidden)), at_least_fp32(deltas)
+
+    def use_test_settings(self, config: RoiConfig) -> None:
+        """Take thresholds and limits of the detections from a config."""
+        self.config = config
+
+    def train_on(
+        self,
+        pool: Pool,
+        proposals: Proposals,
+        objects: Objects,
+        weights: Tensor,
+        image_sizes: Tensor,
+    ) -> tuple[dict[str, Tensor], Regions]:
+        """Give the losses of a sample of the proposals, and the sample, for further heads.
+
+        Args:
+            pool: gives the features of regions.
+            proposals: of B images.
+            objects: what is in them.
+            weights: ``(B,)`` 0 for an image that counts nothing.
+            image_sizes: ``(B, 2)`` height, width.
+        """
+        regions = self.sample(proposals, objects, weights)
+        with valid_rows(regions.is_valid.flatten()):
+            logits, deltas = self(pool(regions.boxes))
+        return self.losses(logits, deltas, regions), regions
+
+    def find(self, pool: Pool, proposals: Proposals, image_sizes: Tensor) -> FlatDetections:
+        """Detect objects among the proposals of B images of sizes ``(B, 2)``."""
+        logits, deltas = self(pool(proposals.boxes))
+        return self.detect(logits.softmax(dim=-1), deltas, proposals, image_sizes)
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, objects: Objects, weights: Tensor) -> Regions:
@@ -135,25 +197,44 @@ class BoxHead(nn.Module):
         """
         boxes = torch.cat([proposals.boxes, objects.boxes], dim=1)  # (B, P + G, 4)
         exists = torch.cat([proposals.is_valid, objects.is_object], dim=1)
+        labels, slots = self._assign(boxes, exists, objects)
+        drawn = draw_sample(labels, self.config.rois_per_image, self.config.positive_fraction)
+        boxes = boxes.gather(1, drawn.index[..., None].expand(-1, -1, 4))
+        return self._regions(boxes, slots.gather(1, drawn.index), drawn, objects, weights)
+
+    @torch.no_grad()
+    def label_all(self, proposals: Proposals, objects: Objects, weights: Tensor) -> Regions:
+        """Label all proposals as regions to train on, in their places; see `sample`."""
+        labels, slots = self._assign(proposals.boxes, proposals.is_valid, objects)
+        taken = Sample(
+            index=torch.arange(labels.shape[1], device=labels.device).expand_as(labels),
+            is_valid=labels != IGNORED,
+            is_positive=labels == POSITIVE,
+        )
+        return self._regions(proposals.boxes, slots, taken, objects, weights)
+
+    def _assign(self, boxes: Tensor, exists: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
+        """Give the label ``(B, A)`` of each box ``(B, A, 4)`` and its object as a slot."""
         iou, slots, _ = match(objects, boxes, keep_best=False)
         labels = torch.full_like(iou, NEGATIVE, dtype=torch.int8)
         if self.conventions.crowd_coverage is not None:
             in_crowd = crowd_parts(objects, boxes) > self.conventions.crowd_coverage
             labels.masked_fill_(in_crowd, IGNORED)
-        labels.masked_fill_(iou >= self.config.positive_iou, POSITIVE)
-        labels.masked_fill_(~exists, IGNORED)
-        drawn = draw_sample(labels, self.config.rois_per_image, self.config.positive_fraction)
+        labels.masked_fill_(iou >= self.positive_iou, POSITIVE)
+        return labels.masked_fill_(~exists, IGNORED), slots
 
-        slots = slots.gather(1, drawn.index)
+    def _regions(
+        self, boxes: Tensor, slots: Tensor, taken: Sample, objects: Objects, weights: Tensor
+    ) -> Regions:
+        """Put together what is known of the boxes ``(B, S, 4)`` that were taken."""
         is_counted = (weights > 0)[:, None]
-        is_positive = drawn.is_positive & is_counted
-        index = drawn.index[..., None].expand(-1, -1, 4)
+        is_positive = taken.is_positive & is_counted
         return Regions(
-            boxes=boxes.gather(1, index),
+            boxes=boxes,
             labels=torch.where(is_positive, objects.labels.gather(1, slots), self.num_classes),
-            is_valid=drawn.is_valid & is_counted,
+            is_valid=taken.is_valid & is_counted,
             is_positive=is_positive,
-            object_boxes=objects.boxes.gather(1, slots[..., None].expand_as(index)),
+            object_boxes=objects.boxes.gather(1, slots[..., None].expand_as(boxes)),
             object_rows=objects.rows.gather(1, slots),
         )
 
@@ -162,46 +243,77 @@ class BoxHead(nn.Module):
 
         Args:
             logits: ``(N, K + 1)``, N = B x S.
-            deltas: ``(N, K, 4)``.
+            deltas: ``(N, D, 4)``.
             regions: what was sampled.
         """
         labels, is_positive = regions.labels.flatten(), regions.is_positive.flatten()
         is_valid = regions.is_valid.flatten()
-        targets = encode_deltas(regions.object_boxes, regions.boxes, DELTA_WEIGHTS).flatten(0, 1)
-        own = labels.clamp(max=self.num_classes - 1)[:, None, None].expand(-1, 1, 4)
-        own_deltas = deltas.gather(1, own).squeeze(1)  # (N, 4) of the object's class
-        box_losses = delta_losses(own_deltas, targets, is_positive, self.conventions.box_beta)
+        own_deltas = _deltas_of(deltas, labels.clamp(max=self.num_classes - 1))
         count = is_valid.sum()
+        box_loss = masked_mean(self._box_losses(own_deltas, regions), is_positive, count)
         return {
             "box_class": masked_mean(class_losses(logits, labels), is_valid, count),
-            "box_delta": masked_mean(box_losses, is_positive, count),
+            "box_delta": box_loss * self.config.box_loss_weight,
         }
+
+    def _box_losses(self, deltas: Tensor, regions: Regions) -> Tensor:
+        """Give the losses ``(N,)`` of deltas ``(N, 4)`` of the objects' classes."""
+        is_positive, boxes = regions.is_positive.flatten(), regions.boxes.flatten(0, 1)
+        object_boxes = regions.object_boxes.flatten(0, 1)
+        if self.config.box_loss == "giou":
+            # A region on no object is compared with itself, so that all gradients are numbers.
+            deltas = torch.where(is_positive[:, None], deltas, 0)
+            targets = torch.where(is_positive[:, None], object_boxes, boxes)
+            return giou_losses(decode_deltas(deltas, boxes, self.delta_weights), targets)
+        beta = self.config.box_beta if self.config.box_loss == "smooth_l1" else 0.0
+        targets = encode_deltas(object_boxes, boxes, self.delta_weights)
+        return delta_losses(deltas, targets, is_positive, beta)
+
+    @torch.no_grad()
+    def refine(
+        self, logits: Tensor, deltas: Tensor, boxes: Tensor, image_sizes: Tensor
+    ) -> Proposals:
+        """Move the regions as their best class says: the proposals of another stage.
+
+        Args:
+            logits: ``(N, K + 1)``, N = B x S.
+            deltas: ``(N, D, 4)``.
+            boxes: ``(B, S, 4)`` the regions.
+            image_sizes: ``(B, 2)`` height, width.
+
+        Returns:
+            The same regions in the same places; those that are left without an area, or not
+            finite, are not valid.
+        """
+        own_deltas = _deltas_of(deltas, logits[:, :-1].argmax(dim=1)).view_as(boxes)
+        moved = clip_boxes(decode_deltas(own_deltas, boxes, self.delta_weights), image_sizes)
+        is_valid = moved.isfinite().all(-1) & (moved[..., 2:] > moved[..., :2]).all(-1)
+        return Proposals(torch.where(is_valid[..., None], moved, 0), is_valid)
 
     @torch.no_grad()
     def detect(
-        self, logits: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor
+        self, probabilities: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor
     ) -> FlatDetections:
         """Turn predictions for all proposals into detections.
 
         Args:
-            logits: ``(N, K + 1)``, N = B x P.
-            deltas: ``(N, K, 4)``.
+            probabilities: ``(N, K + 1)``, N = B x P.
+            deltas: ``(N, D, 4)``.
             proposals: of B images.
             image_sizes: ``(B, 2)`` height, width.
         """
         num_images, num_proposals = proposals.is_valid.shape
         num_classes = self.num_classes
-        probabilities = logits.softmax(dim=-1)[:, :-1]
-        probabilities = probabilities.reshape(num_images, num_proposals, num_classes)
+        probabilities = probabilities[:, :-1].reshape(num_images, num_proposals, num_classes)
         # Not a number is not above the threshold either.
         is_candidate = probabilities > self.config.score_threshold
         is_candidate &= proposals.is_valid[..., None]
         images, regions, labels = is_candidate.nonzero(as_tuple=True)
         scores = probabilities[images, regions, labels]
         boxes = decode_deltas(
-            deltas[images * num_proposals + regions, labels],
+            _deltas_of(deltas[images * num_proposals + regions], labels),
             proposals.boxes[images, regions],
-            DELTA_WEIGHTS,
+            self.delta_weights,
         )
         boxes = clip_boxes(boxes, image_sizes[images])
         is_usable = boxes.isfinite().all(-1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(-1)
@@ -221,3 +333,10 @@ class BoxHead(nn.Module):
         places -= (counts.cumsum(0) - counts)[images[rows]]  # place within the image
         rows = rows[places < self.config.detections_per_image]
         return FlatDetections(images[rows], boxes[rows], scores[rows], labels[rows])
+
+
+def _deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
+    """Give the deltas ``(N, 4)`` of the labels' classes out of ``(N, D, 4)``."""
+    if deltas.shape[1] == 1:
+        return deltas[:, 0]
+    return deltas.gather(1, labels[:, None, None].expand(-1, 1, 4)).squeeze(1)

@@ -181,7 +181,7 @@ class RegionProposals(nn.Module):
             count = self.config.anchors_per_image * is_counted.sum()
         else:
             count = is_valid.sum()
-        box_losses = delta_losses(deltas, targets, is_positive, self.conventions.rpn_beta)
+        box_losses = delta_losses(deltas, targets, is_positive, self.config.box_beta)
         object_losses = binary_losses(logits, sample.is_positive)
         return {
             "rpn_objectness": masked_mean(object_losses, is_valid, count),

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.norms import Kind, conv_norm
 
 
-class FPN(nn.Module):
+class FPN(Checkpointed):
     """Lateral 1x1 convolutions, a top-down path of nearest upsampling, output 3x3 convolutions.
 
     No activation anywhere. P6 is every second position of P5.
@@ -40,6 +41,10 @@ class FPN(nn.Module):
         Returns:
             ``(B, width, H_i, W_i)`` per level, and P6 of half P5's size, rounded up.
         """
+        pyramid: list[Tensor] = self.run(self._mix, *features)
+        return pyramid
+
+    def _mix(self, *features: Tensor) -> list[Tensor]:
         merged = self.laterals[-1](features[-1])
         pyramid = [self.outputs[-1](merged)]
         for level in range(len(features) - 2, -1, -1):

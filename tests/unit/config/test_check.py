@@ -84,6 +84,18 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["phases.finetune.start_from.parts=[fpn]"], "phases.finetune.norm_mode", "backbone"),
         (["phases.finetune.start_from.source=timm", "phases.finetune.start_from.parts=[fpn]"],
          "phases.finetune.start_from.parts", "backbone only"),
+        (["model.roi.box_beta=0.5"], "model.roi.box_beta", "box_loss: smooth_l1"),
+        (["model.roi.box_loss_weight=0"], "model.roi.box_loss_weight", "above 0"),
+        (["model.rpn.box_beta=-1"], "model.rpn.box_beta", "0 or more"),
+        (["model.cascade.gradients=mmdet"], "model.cascade.gradients", "cascade_mask_rcnn"),
+        (["model.detector=cascade_rcnn", "model.roi.positive_iou=0.6"], "model.roi.positive_iou",
+         "0.5, 0.6 and 0.7"),
+        (["model.detector=faster_rcnn", "phases.finetune.model.detector=mask_rcnn",
+          "phases.finetune.start_from.parts=[backbone,mask_head]"],
+         "phases.finetune.start_from.parts", "faster_rcnn, which has no mask_head"),
+        (["phases.pretrain.model.detector=cascade_rcnn",
+          "phases.finetune.model.detector=faster_rcnn"], "phases.finetune.model.detector",
+         "three box heads"),
         (["data.train.weights=[1,2]"], "data.train.weights", "each of 1 sets"),
         (["data.train.weights=[0]"], "data.train.weights", "above 0"),
         (["data.train.repeat_threshold=2"], "data.train.repeat_threshold", "at most 1"),
@@ -108,3 +120,11 @@ def test_rules_name_the_key_and_the_reason(overrides: list[str], key: str, reaso
 def test_swin_with_default_norm_has_no_norm_mode():
     config = load_config(CONFIGS / "swin_t_direct.yaml", ["model.norm=bn"])
     check_config(config)
+
+
+def test_a_phase_may_go_on_as_a_cascade():
+    overrides = [
+        "phases.finetune.model.detector=cascade_mask_rcnn",
+        "model.cascade.gradients=mmdet",
+    ]
+    check_config(load_config(CONFIGS / "quickstart.yaml", overrides))

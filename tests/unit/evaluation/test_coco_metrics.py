@@ -124,14 +124,14 @@ def test_object_without_a_mask_is_ignored_in_mask_ap(make_shards):
 
 def test_masks_are_measured_where_both_model_and_data_have_them(make_shards):
     shards = make_shards([[truth(0, [10, 10, 40, 40])]])
-    assert evaluation_kinds(shards, has_mask_head=True) == ("bbox", "segm")
-    assert evaluation_kinds(shards, has_mask_head=False) == ("bbox",)
+    assert evaluation_kinds(shards, with_masks=True) == ("bbox", "segm")
+    assert evaluation_kinds(shards, with_masks=False) == ("bbox",)
 
 
 def test_masks_are_not_measured_on_data_of_boxes(make_shards):
     boxed = truth(0, [10, 10, 40, 40])
     del boxed["segmentation"]
-    assert evaluation_kinds(make_shards([[boxed]]), has_mask_head=True) == ("bbox",)
+    assert evaluation_kinds(make_shards([[boxed]]), with_masks=True) == ("bbox",)
 
 
 def test_pycocotools_prints_nothing(make_shards, capsys):

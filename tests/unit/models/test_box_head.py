@@ -123,16 +123,77 @@ def test_the_box_loss_reads_the_deltas_of_the_objects_class() -> None:
     assert losses["box_delta"] == 0
 
 
-def logits_of(probabilities: list[list[float]]) -> Tensor:
+@pytest.mark.parametrize(("box_loss", "expected"), [("l1", 15.0), ("smooth_l1", 14.0),
+                                                    ("giou", 2 / 3)])  # fmt: skip
+def test_the_box_loss_is_an_option_worked_out_by_hand(box_loss: str, expected: float) -> None:
+    if box_loss == "giou":
+        # 50 square pixels shared, 150 together, which fill their hull: 1 - 1 / 3.
+        target = [5.0, 0.0, 15.0, 10.0]
+    else:
+        # The center moves by half of the sides, the width grows e-fold: dx = 0.5 x 10, dy = 0.5 x
+        # 10 and dw = 1 x 5 make 15. With smooth L1 each is beta / 2 = 1 / 3 less.
+        e = math.e
+        target = [10 - 5 * e, 5.0, 10 + 5 * e, 15.0]
+    options = {"box_beta": 2 / 3} if box_loss == "smooth_l1" else {}
+    head = head_of(box_loss=box_loss, box_loss_weight=3.0, **options)
+    regions = regions_of([1, K], [A, C], [target, A])
+    losses = head.losses(torch.zeros(2, K + 1), torch.zeros(2, K, 4), regions)
+    torch.testing.assert_close(losses["box_delta"], torch.tensor(3.0 * expected / 2))
+
+
+def test_giou_has_finite_gradients_where_no_object_is() -> None:
+    deltas = torch.full((2, 1, 4), 1e6, requires_grad=True)
+    empty = [0.0, 0.0, 0.0, 0.0]
+    regions = regions_of([K, K], [A, empty], [C, empty])
+    loss = head_of(box_loss="giou").losses(torch.zeros(2, K + 1), deltas, regions)["box_delta"]
+    loss.backward()
+    assert loss == 0
+    assert not deltas.grad.any()
+
+
+def test_class_agnostic_deltas_are_one_set_for_all_classes() -> None:
+    torch.manual_seed(0)
+    head = BoxHead("2fc", "none", 16, 32, K, RoiConfig(), Conventions(), is_class_agnostic=True)
+    assert head(torch.zeros(3, 16, 7, 7))[1].shape == (3, 1, 4)
+    shift = torch.tensor([[[1.0, 0.0, 0.0, 0.0]]])  # a tenth of the width
+    found = head.detect(
+        torch.tensor([[0.5, 0.3, 0.2]]), shift, proposals_of([[A]]), torch.tensor([[64, 64]])
+    )
+    torch.testing.assert_close(found.boxes, torch.tensor([B, B]))
+    losses = head.losses(torch.zeros(1, K + 1), shift, regions_of([1], [A], [B]))
+    assert losses["box_delta"] == 0
+
+
+@pytest.mark.parametrize("kind", ["2fc", "4conv1fc"])
+def test_weights_begin_as_the_recipes_say(kind: str) -> None:
+    torch.manual_seed(0)
+    head = BoxHead(kind, "none", 64, 512, 80, RoiConfig(), Conventions())
+    expected = {
+        "classifier.weight": 0.01,
+        "regressor.weight": 0.001,
+        # XavierFill: uniform with variance 1 / fan-in. MSRA: variance 2 / fan-out.
+        "fcs.0.weight": (1 / (64 * 49)) ** 0.5,
+        **{f"convs.{i}.conv.weight": (2 / (64 * 9)) ** 0.5 for i in range(4 * (kind != "2fc"))},
+    }
+    found = dict(head.named_parameters())
+    for name, deviation in expected.items():
+        assert found[name].mean().abs() < 0.05 * deviation, name
+        torch.testing.assert_close(found[name].std().item(), deviation, rtol=0.03, atol=0)
+    assert not any(value.any() for name, value in found.items() if name.endswith("bias"))
+
+
+def probabilities_of(probabilities: list[list[float]]) -> Tensor:
     rest = [[*row, 1 - sum(row)] for row in probabilities]
-    return torch.tensor(rest).log()
+    return torch.tensor(rest)
 
 
 def test_detections_are_suppressed_within_a_class_and_sorted() -> None:
     # A and B overlap by 0.818. B loses to A in class 0, and has class 1 for itself.
     proposals = proposals_of([[A, B, C]])
-    logits = logits_of([[0.9, 0.01], [0.6, 0.3], [0.01, 0.7]])
-    found = head_of().detect(logits, torch.zeros(3, K, 4), proposals, torch.tensor([[64, 64]]))
+    probabilities = probabilities_of([[0.9, 0.01], [0.6, 0.3], [0.01, 0.7]])
+    found = head_of().detect(
+        probabilities, torch.zeros(3, K, 4), proposals, torch.tensor([[64, 64]])
+    )
     assert found.boxes.tolist() == [A, C, B]
     torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.7, 0.3]))
     assert found.labels.tolist() == [0, 1, 1]
@@ -140,9 +201,11 @@ def test_detections_are_suppressed_within_a_class_and_sorted() -> None:
 
 def test_detections_of_several_images_are_limited_and_cut_at_each_image() -> None:
     proposals = proposals_of([[A, C], [A, C]])
-    logits = logits_of([[0.5, 0.01], [0.8, 0.01], [0.9, 0.01], [0.6, 0.01]])
+    probabilities = probabilities_of([[0.5, 0.01], [0.8, 0.01], [0.9, 0.01], [0.6, 0.01]])
     head = head_of(detections_per_image=1)
-    found = head.detect(logits, torch.zeros(4, K, 4), proposals, torch.tensor([[64, 30], [8, 64]]))
+    found = head.detect(
+        probabilities, torch.zeros(4, K, 4), proposals, torch.tensor([[64, 30], [8, 64]])
+    )
     assert found.images.tolist() == [0, 1]
     assert found.boxes.tolist() == [[20.0, 20.0, 30.0, 30.0], [0.0, 0.0, 10.0, 8.0]]
 
@@ -152,12 +215,12 @@ def test_low_scores_empty_slots_and_bad_numbers_are_no_detections() -> None:
         torch.tensor([[A, C, B, [40.0, 40.0, 50.0, 50.0]]]),
         torch.tensor([[True, True, False, True]]),
     )
-    logits = logits_of([[0.04, 0.05], [0.5, 0.01], [0.9, 0.01], [0.9, 0.05]])
-    logits[1] = math.nan
+    probabilities = probabilities_of([[0.04, 0.05], [0.5, 0.01], [0.9, 0.01], [0.9, 0.05]])
+    probabilities[1] = math.nan
     deltas = torch.zeros(4, K, 4)
     deltas[3, 0, 0] = math.inf
     deltas[3, 1] = math.nan
-    found = head_of().detect(logits, deltas, proposals, torch.tensor([[64, 64]]))
+    found = head_of().detect(probabilities, deltas, proposals, torch.tensor([[64, 64]]))
     assert len(found.boxes) == 0
 
 

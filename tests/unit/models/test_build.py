@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bigdet.config import schema
+from bigdet.config.derived import DETECTOR_PARTS
 from bigdet.config.schema import ModelConfig
-from bigdet.models.build import HAS_MASK_HEAD, build_detector, head_norm
+from bigdet.models.build import DETECTORS, build_detector, head_norm
 from bigdet.models.heads.box import NUM_LAYERS
 
 PUBLISHED = [  # RECIPES.md, E.1: 80 classes
@@ -24,6 +25,8 @@ PUBLISHED = [  # RECIPES.md, E.1: 80 classes
     ("mask_rcnn", "swin_s", "none", "2fc", 69_112_506),
     ("mask_rcnn", "swin_b", "none", "2fc", 107_141_800),
     ("mask_rcnn", "swin_t", "none", "4conv1fc", 49_105_322),
+    ("cascade_mask_rcnn", "resnet50", "bn", "2fc", 72_038_046),
+    ("cascade_mask_rcnn", "resnext152_32x8d", "gn", "4conv1fc", 172_791_710),
 ]
 
 
@@ -60,7 +63,7 @@ def test_parts_have_the_published_sizes() -> None:
 
 
 def test_choices_of_the_schema_are_the_ones_that_can_be_built() -> None:
-    assert set(HAS_MASK_HEAD) == set(get_args(schema.Detector))
+    assert set(DETECTORS) == set(DETECTOR_PARTS) == set(get_args(schema.Detector))
     assert set(NUM_LAYERS) == set(get_args(schema.BoxHead))
 
 

@@ -191,8 +191,9 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
 def test_the_host_waits_for_the_device_at_most_three_times_a_step(
-    monkeypatch: pytest.MonkeyPatch,
+    detector: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On a CPU, suppression is one call per image and level; a device takes the branch with one.
     calls = []
@@ -202,10 +203,10 @@ def test_the_host_waits_for_the_device_at_most_three_times_a_step(
         return torch.ones_like(scores, dtype=torch.bool)
 
     monkeypatch.setattr("bigdet.models.heads.rpn.grouped_nms", one_call)
-    detector = detector_of()
+    model = detector_of(replace(CONFIG, detector=detector))
     batch = scene()
     with Waits() as waits:
-        losses = detector(batch)
+        losses = model(batch)
     # The largest number of objects and the number of positives; and the one suppression.
     assert waits.found == {"aten._local_scalar_dense.default": 2}
     assert len(calls) == 1

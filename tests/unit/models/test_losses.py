@@ -10,6 +10,7 @@ from bigdet.models.losses import (
     binary_losses,
     class_losses,
     delta_losses,
+    giou_losses,
     masked_mean,
 )
 
@@ -68,3 +69,11 @@ def test_losses_of_bfloat16_predictions_are_single_precision() -> None:
     assert delta_losses(logits, torch.zeros(2, 4), mask, 0.0).dtype == torch.float32
     assert class_losses(logits, torch.tensor([0, 1])).dtype == torch.float32
     assert binary_losses(logits, logits).dtype == torch.float32
+
+
+def test_giou_losses_are_worked_out_by_hand() -> None:
+    # Shared 1, together 7, hull 9: GIoU 1 / 7 - 2 / 9. Apart by 1 in a hull of 3: -1 / 3. Equal: 1.
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0.0, 0, 1, 1], [3.0, 4, 5, 9]], dtype=torch.float64)
+    targets = torch.tensor([[1.0, 1, 3, 3], [2.0, 0, 3, 1], [3.0, 4, 5, 9]], dtype=torch.float64)
+    expected = torch.tensor([1 + 5 / 63, 4 / 3, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(giou_losses(boxes, targets), expected, rtol=0, atol=1e-6)

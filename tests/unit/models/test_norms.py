@@ -15,6 +15,7 @@ from bigdet.models.norms import (
     make_norm,
     set_norm_mode,
     update_running_statistics,
+    valid_rows,
 )
 
 
@@ -97,6 +98,49 @@ def test_running_statistics_stay_without_collecting_and_in_evaluation():
     assert norm.running_var.item() == 1.0
 
 
+@pytest.mark.parametrize("mode", ["live", "sync"])
+def test_rows_that_are_not_valid_do_not_count(mode):
+    torch.manual_seed(0)
+    ours, theirs = ours_and_torchs(3)
+    set_norm_mode(ours, mode)
+    x = torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    rows = torch.tensor([True, False, True, True, False, True])
+    grad = torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    grad[~rows] = 0  # what is masked out of a loss
+    mine, valid = x.clone().requires_grad_(), x[rows].clone().requires_grad_()
+    with valid_rows(rows), collect_statistics():
+        y = ours(mine)
+    y.backward(grad)
+    theirs.momentum = 1.0
+    expected = theirs(valid)
+    expected.backward(grad[rows])
+    torch.testing.assert_close(y[rows], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine.grad[rows], valid.grad, rtol=1e-10, atol=1e-12)
+    assert not mine.grad[~rows].any()
+    assert y.isfinite().all()
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(getattr(ours, name).grad, getattr(theirs, name).grad)
+    torch.testing.assert_close(ours.lane_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.lane_var, theirs.running_var)
+
+
+def test_a_lane_without_valid_rows_is_left_out_of_the_running_statistics():
+    norm = BatchNorm2d(1).double()
+    values = torch.tensor([1.0, 3.0, 50.0], dtype=torch.float64).view(3, 1, 1, 1)
+    for rows in ([False, False, False], [True, True, False], [False, False, False]):
+        with valid_rows(torch.tensor(rows)), collect_statistics():
+            y = norm(values)
+        if not any(rows):  # statistics of nothing: mean 0, deviation 1
+            torch.testing.assert_close(y, values, rtol=1e-4, atol=0)
+    update_running_statistics(norm)
+    assert norm.running_mean.item() == pytest.approx(0.2, rel=1e-12)  # 0.1 x mean 2
+    assert norm.running_var.item() == pytest.approx(0.9 + 0.2, rel=1e-12)  # unbiased 2
+    with valid_rows(torch.tensor([False, False, False])), collect_statistics():
+        norm(values)
+    update_running_statistics(norm)
+    assert norm.running_mean.item() == pytest.approx(0.2, rel=1e-12)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_forward_repeated_by_checkpointing_is_counted_once(use_reentrant):
     norm = BatchNorm2d(1).double()
@@ -143,16 +187,18 @@ def test_fixed_and_affine_layers_keep_their_running_statistics():
         assert norm.running_mean.item() == 0.0
 
 
-@pytest.mark.parametrize("mode", ["live", "affine", "fixed"])
+@pytest.mark.parametrize("mode", ["live", "rows", "affine", "fixed"])
 def test_bf16_inputs_are_normalized_in_fp32_and_stay_bf16(mode):
     torch.manual_seed(0)
     norm, reference = BatchNorm2d(4), nn.BatchNorm2d(4).double()
+    rows = torch.ones(2, dtype=torch.bool) if mode == "rows" else None
+    mode = "live" if mode == "rows" else mode
     set_norm_mode(norm, mode)
     reference.train(mode == "live")
     reference.momentum = 1.0
     # A mean of 100 deviations: sums in bf16 would lose the variance.
     x = (torch.randn(2, 4, 32, 32) + 100).bfloat16().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16), collect_statistics():
+    with torch.autocast("cpu", dtype=torch.bfloat16), collect_statistics(), valid_rows(rows):
         y = norm(x)
     y.sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16
@@ -192,6 +238,8 @@ def test_memory_format_is_kept():
         norm = BatchNorm2d(4)
         set_norm_mode(norm, mode)
         assert norm(x).is_contiguous(memory_format=torch.channels_last)
+    with valid_rows(torch.tensor([True, False])):
+        assert BatchNorm2d(4)(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_state_has_the_names_of_torchs_without_its_counter():
@@ -201,7 +249,7 @@ def test_state_has_the_names_of_torchs_without_its_counter():
 
 def test_set_norm_mode_reaches_every_layer_and_its_gradients():
     model = nn.Sequential(conv_norm(3, 8, 3, "bn"), nn.Sequential(BatchNorm2d(8)))
-    for mode in ("fixed", "affine", "live"):
+    for mode in ("fixed", "affine", "sync", "live"):
         set_norm_mode(model, mode)
         assert [layer.mode for layer in batch_norms(model)] == [mode, mode]
         for layer in batch_norms(model):

@@ -28,13 +28,20 @@ NUM_CLASSES = 3
 EVERYTHING = 1_000_000  # slots for all candidates: nothing is left to chance
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 RPN = RpnConfig(
+    box_beta=1 / 9,
     anchor_sizes=[16, 32, 64, 96, 128],
     anchors_per_image=EVERYTHING,
     train_proposals=150,
     test_proposals=100,
 )
 # Untrained proposals overlap objects little: a low bar makes some of them positive.
-ROI = RoiConfig(rois_per_image=EVERYTHING, positive_iou=0.3, detections_per_image=60)
+ROI = RoiConfig(
+    rois_per_image=EVERYTHING,
+    positive_iou=0.3,
+    box_loss="smooth_l1",
+    box_beta=1 / 9,
+    detections_per_image=60,
+)
 LOSS_NAMES = {
     "loss_objectness": "rpn_objectness",
     "loss_rpn_box_reg": "rpn_box",

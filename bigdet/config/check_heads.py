@@ -1,0 +1,61 @@
+"""Rules of the heads, and of phases that hand over to another detector."""
+
+from __future__ import annotations
+
+from bigdet.config.derived import (
+    DETECTOR_PARTS,
+    has_cascade,
+    model_parts,
+    phase_before,
+    phase_model,
+)
+from bigdet.config.load import ConfigError
+from bigdet.config.rules import not_negative, positive, unused
+from bigdet.config.schema import RunConfig
+
+
+def check_heads(config: RunConfig) -> None:
+    """Check the losses of the heads, and that each option has a head that heeds it."""
+    rpn, roi = config.model.rpn, config.model.roi
+    not_negative("model.rpn.box_beta", rpn.box_beta)
+    positive("model.roi.box_beta", roi.box_beta)
+    positive("model.roi.box_loss_weight", roi.box_loss_weight)
+    if roi.box_loss != "smooth_l1":
+        unused("model.roi", roi, "box_beta", "is for box_loss: smooth_l1")
+    models = [phase_model(config, name) for name in config.phases]
+    if not any(has_cascade(model) for model in models):
+        reason = "is for cascade_rcnn and cascade_mask_rcnn"
+        unused("model.cascade", config.model.cascade, "gradients", reason)
+    if models and all(has_cascade(model) for model in models):
+        reason = "the stages of a cascade have their own, 0.5, 0.6 and 0.7"
+        unused("model.roi", roi, "positive_iou", reason)
+
+
+def check_detector(config: RunConfig, name: str) -> None:
+    """Check that a phase changes the detector within the family that shares its parts."""
+    detectors = (config.model.detector, phase_model(config, name).detector)
+    is_shared = all("rpn" in DETECTOR_PARTS[detector] for detector in detectors)
+    if detectors[0] != detectors[1] and not is_shared:
+        raise ConfigError(
+            f"phases.{name}.model.detector: found {detectors[1]} where model.detector is "
+            f"{detectors[0]}, expected two of the R-CNN family, which share their parts. Write "
+            f"two runs instead; the second may start from parts of the first."
+        )
+
+
+def check_hand_over(config: RunConfig, name: str, parts: list[str]) -> None:
+    """Check that the phase before has the parts that a phase loads from it."""
+    key, before = f"phases.{name}", phase_before(config, name)
+    earlier, model = phase_model(config, before), phase_model(config, name)
+    absent = [part for part in parts if part not in model_parts(earlier)]
+    if absent:
+        raise ConfigError(
+            f"{key}.start_from.parts: the phase {before} trains a {earlier.detector}, which has no "
+            f"{', '.join(absent)}. Leave them out; they start anew."
+        )
+    if has_cascade(earlier) and not has_cascade(model) and "box_head" in parts:
+        raise ConfigError(
+            f"{key}.model.detector: the three box heads of {before}'s {earlier.detector} do not "
+            f"become the one of a {model.detector}. Write {earlier.detector} here too, or list "
+            f"start_from.parts without box_head, which then starts anew."
+        )
