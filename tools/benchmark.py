@@ -2,6 +2,7 @@
 
 python tools/benchmark.py stream configs/swin_t_direct.yaml --workers 2
 python tools/benchmark.py step configs/quickstart.yaml
+python tools/benchmark.py evaluate configs/r50_direct.yaml data.val.shards=data/coco/val
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from bigdet.commands import run_command
 from bigdet.config.load import load_config
 
-PARTS = ("stream", "step")
+PARTS = ("stream", "step", "evaluate")
 """What can be measured, by ``benchmark_PART.py`` beside this file: ``add_arguments(parser)`` says
 what it wants to know beside the config, ``run(config, arguments)`` returns the numbers."""
 

@@ -2,14 +2,17 @@
 
 The images repeat those of the validation set; detections are its objects' masks and boxes, moved
 about, in the sizes, places and classes of the set, some with a wrong class or where nothing is.
-Both score the same results file, from reading it to the numbers, in a process of their own. The
-numbers must be the same to the last digit. ``ratio`` is pycocotools' seconds over bigdet's;
-``memory_gib`` is the peak of each process less what it had after its imports.
+Both score the same results file, from reading it to the numbers, each in a process of its own. The
+numbers must be the same to the last digit. ``ratio`` is pycocotools' seconds over bigdet's and
+``cpu_ratio`` the same of CPU seconds, which a busy machine changes less; ``memory_gib`` is what the
+peak of each process rises above what it was after its imports.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import multiprocessing
 import resource
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -30,11 +34,11 @@ from pycocotools.cocoeval import COCOeval
 from bigdet.config.schema import RunConfig
 from bigdet.data.shard_writer import ShardWriter
 from bigdet.data.shards import ShardSet
-from bigdet.evaluation.coco_metrics import METRICS, evaluate_detections
-from bigdet.evaluation.ground_truth import coco_ground_truth
-from bigdet.evaluation.results import read_results
+from bigdet.evaluation.coco_metrics import METRICS, measure
+from bigdet.evaluation.detections import Kind, load_results, read_detections
+from bigdet.evaluation.ground_truth import read_ground_truth
 
-KINDS = ("bbox", "segm")
+KINDS: tuple[Kind, ...] = ("bbox", "segm")
 POOL = 300
 """Different detections of a source image."""
 WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
@@ -64,22 +68,26 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         "bigdet_seconds": ours["seconds"],
         "pycocotools_seconds": theirs["seconds"],
         "ratio": theirs["seconds"] / ours["seconds"],
+        "cpu_seconds": {"bigdet": ours["cpu_seconds"], "pycocotools": theirs["cpu_seconds"]},
+        "cpu_ratio": theirs["cpu_seconds"] / ours["cpu_seconds"],
         "memory_gib": {"bigdet": ours["memory_gib"], "pycocotools": theirs["memory_gib"]},
         "numbers": ours["numbers"],
     }
 
 
 def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -> None:
-    """Write shards (without pixels), the same as a COCO file, and the results of a made detector."""
+    """Write shards (of blank images), the same as a COCO file, and a made detector's results."""
     random = np.random.default_rng(arguments.seed)
     records = [source.record(row) for row in range(len(source))]
     pools = [make_pool(record, records, source, random) for record in records]
     about = {"name": "benchmark", "source": "coco", "categories": source.categories, "options": {}}
     results: list[dict[str, Any]] = []
+    blank = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(blank, "jpeg")
     with ShardWriter(folder / "shards", **about) as writer:
         for image_id in range(1, arguments.images + 1):
             number = int(random.integers(len(records)))
-            writer.add(b"\xff\xd8\xff", {**records[number], "image_id": image_id})
+            writer.add(blank.getvalue(), {**records[number], "image_id": image_id})
             chosen = random.choice(len(pools[number]), arguments.detections, replace=False)
             results += [{"image_id": image_id, **pools[number][place]} for place in chosen]
     truth = coco_ground_truth(ShardSet(folder / "shards"))
@@ -154,33 +162,104 @@ def in_a_process(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[
 
 def _measure(score: Callable[[Path], dict[str, Any]], folder: Path, sender: Connection) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     numbers = score(folder)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    sender.send({"numbers": numbers, "seconds": seconds, "memory_gib": grown / (1 << 20)})
+    found = {"numbers": numbers, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    sender.send({**found, "memory_gib": grown / (1 << 20)})
 
 
 def score_bigdet(folder: Path) -> dict[str, Any]:
     """Return our numbers."""
-    shards = ShardSet(folder / "shards")
-    detections = read_results(folder / "results.json", shards, KINDS)
-    metrics = evaluate_detections(shards, detections, KINDS)
-    return {kind: metrics[kind] for kind in KINDS}
+    truth = read_ground_truth(ShardSet(folder / "shards"), with_masks=True, with_keypoints=False)
+    found = read_detections(load_results(folder / "results.json"), truth, KINDS)
+    numbers = {}
+    for kind in KINDS:
+        stats = measure(truth, found, kind).stats()
+        numbers[kind] = {name: stats[place] for name, place in METRICS.items()}
+    return numbers
 
 
 def score_pycocotools(folder: Path) -> dict[str, Any]:
-    """Return pycocotools' numbers; areas of mask results are those of the masks, as ours are."""
+    """Return pycocotools' numbers."""
+    truth = json.loads((folder / "truth.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     numbers = {}
-    truth = COCO(str(folder / "truth.json"))
     for kind in KINDS:
-        results = json.loads((folder / "results.json").read_text())
-        if kind == "segm":
-            for result in results:
-                del result["bbox"]
-        evaluation = COCOeval(truth, truth.loadRes(results), kind)
+        stats, _ = pycocotools_stats(truth, results, kind)
+        numbers[kind] = {name: stats[place] for name, place in METRICS.items()}
+    return numbers
+
+
+def coco_ground_truth(shards: ShardSet) -> dict[str, Any]:
+    """Return the annotations of all samples as the content of a COCO file.
+
+    Annotations are numbered anew from 1: data sets do have the id 0, which pycocotools takes for
+    "not matched". What cannot be measured of a kind is a region to ignore: for masks an object
+    without one.
+    """
+    ids = [category.id for category in shards.categories]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for row in range(len(shards)):
+        record = shards.record(row)
+        size = {"height": record["height"], "width": record["width"]}
+        images.append({"id": record["image_id"], "file_name": record["file_name"], **size})
+        for source in record["annotations"]:
+            annotation = {key: source[key] for key in ("bbox", "area", "iscrowd")}
+            for key in ("segmentation", "keypoints"):
+                if key in source:
+                    annotation[key] = source[key]
+            annotation["image_id"], annotation["id"] = record["image_id"], len(annotations) + 1
+            annotation["category_id"] = ids[source["label"]]
+            annotations.append(annotation)
+    categories = [{"id": category.id, "name": category.name} for category in shards.categories]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def pycocotools_stats(
+    truth: dict[str, Any], results: list[dict[str, Any]], kind: str
+) -> tuple[list[float | None], dict[int, float | None]]:
+    """Return ``COCOeval.stats`` and the AP of each category by its id; None for its -1.
+
+    Args:
+        truth: the content of a COCO file.
+        results: COCO results. The area of a mask is that of its pixels, as in the COCO server;
+            with a box beside it pycocotools would take the box's.
+        kind: ``bbox``, ``segm`` or ``keypoints``.
+    """
+    annotations = [_truth_of(annotation, kind) for annotation in truth["annotations"]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt, found = COCO(), COCO()
+        gt.dataset = {**truth, "annotations": annotations}
+        gt.createIndex()
+        if results:
+            other = {"segm": "bbox", "bbox": "segmentation", "keypoints": "bbox"}[kind]
+            chosen = [{k: v for k, v in result.items() if k != other} for result in results]
+            found = gt.loadRes(chosen)
+        evaluation = COCOeval(gt, found, kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        numbers[kind] = {name: float(evaluation.stats[place]) for name, place in METRICS.items()}
-    return numbers
+    stats = [None if number < 0 else float(number) for number in evaluation.stats]
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, categories)
+    aps: dict[int, float | None] = {}
+    for place, number in enumerate(evaluation.params.catIds):
+        defined = precision[:, :, place][precision[:, :, place] > -1]
+        aps[number] = float(defined.mean()) if defined.size else None
+    return stats, aps
+
+
+def _truth_of(annotation: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Copy an annotation, which pycocotools writes into, with what this kind needs of it."""
+    if kind == "segm" and "segmentation" not in annotation:
+        x, y, width, height = annotation["bbox"]
+        right, bottom = x + width, y + height
+        corners = [[x, y, right, y, right, bottom, x, bottom]]
+        return {**annotation, "segmentation": corners, "iscrowd": 1}
+    if kind == "keypoints":
+        points = annotation.get("keypoints", [0] * 51)
+        num_labeled = sum(visibility > 0 for visibility in points[2::3])
+        return {**annotation, "keypoints": points, "num_keypoints": num_labeled}
+    return dict(annotation)

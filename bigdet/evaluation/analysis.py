@@ -26,11 +26,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bigdet.evaluation.coco_metrics import THRESHOLDS, Measured, mean_of_defined, never_counts
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.errors import (
-    NOTHING,
     TYPES,
     Cover,
     error_costs,
@@ -39,6 +39,7 @@ from bigdet.evaluation.errors import (
     match_all,
 )
 from bigdet.evaluation.ground_truth import GroundTruth
+from bigdet.evaluation.matching import NOTHING
 
 NUM_BINS = 10
 CONFUSION_SCORE = 0.3
@@ -46,9 +47,7 @@ CONFUSION_SCORE = 0.3
 Analysis = dict[str, Any]
 
 
-def analyze(
-    truth: GroundTruth, found: DetectionTable, kind: Kind, measured: Measured
-) -> Analysis:
+def analyze(truth: GroundTruth, found: DetectionTable, kind: Kind, measured: Measured) -> Analysis:
     """Return the numbers that the docstring of this file lists, of one kind.
 
     Args:
@@ -112,7 +111,7 @@ def _per_class(
     }
 
 
-def _calibration(cover: Cover, is_right: np.typing.NDArray[np.bool_]) -> Analysis | None:
+def _calibration(cover: Cover, is_right: NDArray[np.bool_]) -> Analysis | None:
     """Compare scores with the part of detections that are right."""
     counts = is_right | ~cover.in_crowd
     scores, right = cover.scores[counts], is_right[counts]
@@ -123,7 +122,7 @@ def _calibration(cover: Cover, is_right: np.typing.NDArray[np.bool_]) -> Analysi
     score_sum = np.bincount(places, weights=scores, minlength=NUM_BINS)
     right_sum = np.bincount(places, weights=right, minlength=NUM_BINS)
 
-    def means(sums: np.typing.NDArray[np.float64]) -> list[float | None]:
+    def means(sums: NDArray[Any]) -> list[float | None]:
         return [s / n if n else None for s, n in zip(sums.tolist(), count.tolist(), strict=True)]
 
     return {

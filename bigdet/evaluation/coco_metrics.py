@@ -9,20 +9,18 @@ N detections and M objects of a class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.config.schema import Metric
 from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
-from bigdet.evaluation.detections import DetectionTable, Kind, Result
+from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
-
-Metrics = dict[str, Any]  # kind -> name -> number, "per_class" -> kind -> class -> AP, and more
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 """Our names and the positions of these numbers in ``COCOeval.stats``."""
@@ -115,9 +113,18 @@ def _at(values: Numbers, threshold: float | None) -> Numbers:
 
 
 def evaluation_kinds(
-    shards: ShardSet, with_masks: bool, with_keypoints: bool = False
+    shards: ShardSet, with_masks: bool, with_keypoints: bool, metric: Metric = "coco"
 ) -> tuple[Kind, ...]:
-    """Return what can be measured: boxes always, the others if model and data have them."""
+    """Return what can be measured: boxes always, the others if model and data have them.
+
+    Args:
+        shards: the validation set.
+        with_masks: the model predicts masks.
+        with_keypoints: the model predicts keypoints.
+        metric: VOC's are of boxes only.
+    """
+    if metric != "coco":
+        return ("bbox",)
     flags = int(np.bitwise_or.reduce(shards.index["flags"], initial=0))
     kinds: list[Kind] = ["bbox"]
     kinds += ["segm"] if with_masks and flags & FLAG_MASKS else []
@@ -173,7 +180,12 @@ def _by_label(values: Index, labels: Sequence[int]) -> list[Index]:
 
 
 def _measure_class(
-    truth: GroundTruth, found: DetectionTable, kind: Kind, rows: Index, objects: Index, areas: Numbers
+    truth: GroundTruth,
+    found: DetectionTable,
+    kind: Kind,
+    rows: Index,
+    objects: Index,
+    areas: Numbers,
 ) -> tuple[Numbers, Numbers]:
     """Return the precision ``(T, R, A)`` and the recall ``(T, A, D)`` of one class.
 

@@ -109,10 +109,15 @@ def read_detections(
     """
     reader = _Reader(truth, kinds, where)
     parts = [reader.read(chunk) for chunk in _chunks(results)] or [reader.read([])]
-    columns = zip(*((p.images, p.labels, p.scores, p.boxes, p.mask_areas, p.keypoints) for p in parts))
-    images, labels, scores, boxes, areas, keypoints = (np.concatenate(parts) for parts in columns)
-    masks = [mask for part in parts for mask in part.masks]
-    return DetectionTable(images, labels, scores, boxes, masks, areas, keypoints)
+    return DetectionTable(
+        images=np.concatenate([part.images for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        boxes=np.concatenate([part.boxes for part in parts]),
+        masks=[mask for part in parts for mask in part.masks],
+        mask_areas=np.concatenate([part.mask_areas for part in parts]),
+        keypoints=np.concatenate([part.keypoints for part in parts]),
+    )
 
 
 def _chunks(results: Iterable[Result]) -> Iterator[list[Result]]:
@@ -164,10 +169,13 @@ class _Reader:
             keypoints = _numbers([r["keypoints"] for r in chunk], shape).reshape(count, -1, 3)
         if "segm" in self._kinds:
             found = [r["segmentation"] for r in chunk]
-            masks = [mask["counts"].encode("ascii") for mask in found]
+            masks = [_ascii(mask["counts"]) for mask in found]
             sizes = _integers([mask["size"] for mask in found]).reshape(count, 2)
             areas = mask_areas(masks)
-            if not are_masks(masks, areas, self._num_pixels[images]).all() or (sizes != self._truth.sizes[images]).any():
+            if (
+                not are_masks(masks, areas, self._num_pixels[images]).all()
+                or (sizes != self._truth.sizes[images]).any()
+            ):
                 raise ValueError("not a mask of the image")
         return DetectionTable(images, labels, scores, boxes, masks, areas, keypoints)
 
@@ -204,10 +212,8 @@ class _Reader:
         if not _are_numbers([score], 1):
             return f"score is {_shown(score)}, expected a number."
         box = result.get("bbox")
-        if "bbox" in self._kinds and not (_are_numbers(box, 4) and min(box[2:]) >= 0):
-            return (
-                f"bbox is {_shown(box)}, expected four numbers: x, y, width, height in pixels."
-            )
+        if "bbox" in self._kinds and not (_are_numbers(box, 4) and min(result["bbox"][2:]) >= 0):
+            return f"bbox is {_shown(box)}, expected four numbers: x, y, width, height in pixels."
         expected = 3 * self._num_points
         if "keypoints" in self._kinds and not _are_numbers(result["keypoints"], expected):
             return (
@@ -218,7 +224,7 @@ class _Reader:
 
     def _mask_problem(self, mask: Any, place: int) -> str:
         size = self._truth.sizes[place].tolist()
-        if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
+        if not isinstance(mask, dict) or not isinstance(mask.get("counts"), (str, bytes)):
             return (
                 f"segmentation is {_shown(mask)}, expected compressed RLE: an object with size and "
                 f"counts, a string. pycocotools.mask.encode makes it of a bitmap."
@@ -228,10 +234,15 @@ class _Reader:
                 f"the mask is of size {_shown(mask.get('size'))}, but its image is of height and "
                 f"width {size}. Give masks of the original images."
             )
-        text = mask["counts"].encode("ascii", "replace")
+        text = _ascii(mask["counts"], "replace")
         if not are_masks([text], mask_areas([text]), self._num_pixels[[place]]).all():
             return f"the counts of the mask do not make an image of {size[0]} x {size[1]} pixels."
         return ""
+
+
+def _ascii(counts: str | bytes, errors: str = "strict") -> bytes:
+    """Return counts as pycocotools gives them, or as JSON has them, as bytes."""
+    return counts if isinstance(counts, bytes) else counts.encode("ascii", errors)
 
 
 def _integers(values: list[Any]) -> NDArray[np.int64]:

@@ -122,10 +122,10 @@ def find_errors(truth: GroundTruth, cover: Cover, kind: Kind) -> Errors:
     types[finds != NOTHING] = _RIGHT
     target = np.where(types == TYPES.index("localization"), own, NOTHING)
     target = np.where(types == TYPES.index("classification"), other, target)
-    target[(target != NOTHING) & is_found[target]] = NOTHING
     # The best detection of each object is the one that is mended; earlier images come first.
     mended = np.full(len(types), -1)
     claims = np.flatnonzero(target != NOTHING)
+    claims = claims[~is_found[target[claims]]]
     claims = claims[np.argsort(-cover.scores[claims], kind="stable")]
     claimed, first = np.unique(target[claims], return_index=True)
     mended[claims[first]] = truth.labels[claimed]

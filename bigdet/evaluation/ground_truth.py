@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from bigdet.data.shards import Category, ShardSet
 from bigdet.evaluation.run_lengths import mask_areas
 
+
 @dataclass(frozen=True)
 class GroundTruth:
     """What is there to find. Objects of one image stand together, in the order of its record.

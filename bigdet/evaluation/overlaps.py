@@ -19,6 +19,8 @@ COCO_SIGMAS = np.array(
     [.26, .25, .25, .35, .35, .79, .79, .72, .72, .62, .62, 1.07, 1.07, .87, .87, .89, .89]
 ) / 10.0  # fmt: skip
 """How widely annotators scatter on each of COCO's 17 keypoints, in parts of the object's size."""
+OTHER_SIGMA = 0.05
+"""The same where keypoints are not those 17, and nobody has measured it."""
 
 _ROUNDING = 1 - 1e-9
 
@@ -163,7 +165,7 @@ def _point_overlaps(
 
 
 def keypoint_sigmas(num_points: int) -> NDArray[np.float64]:
-    """Return COCO's sigmas, or for another number of keypoints their mean for each, ``(P,)``."""
+    """Return COCO's sigmas, or one for all where there are not 17 keypoints, ``(P,)``."""
     if num_points == len(COCO_SIGMAS):
         return COCO_SIGMAS
-    return np.full(num_points, COCO_SIGMAS.mean())
+    return np.full(num_points, OTHER_SIGMA)

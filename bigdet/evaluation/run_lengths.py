@@ -59,7 +59,9 @@ def are_masks(
     turned = mask_areas([b"0" + text for text in masks])
     background = turned - first * ((num_counts + 1) // 2 - 1)
     in_range = (areas <= num_pixels) & (first >= 0)
-    return well_formed & in_range & ((areas + background - num_pixels) % 2**32 == 0)
+    adds_up = (areas + background - num_pixels) % 2**32 == 0  # areas are of 32 bits
+    found: NDArray[np.bool_] = well_formed & in_range & adds_up
+    return found
 
 
 def _leave_out(
@@ -68,7 +70,7 @@ def _leave_out(
     """Do the same where some have no counts at all."""
     some = np.flatnonzero(lengths)
     found = np.zeros(len(masks), dtype=np.bool_)
-    found[some] = are_masks([masks[n] for n in some], areas[some], num_pixels[some])
+    found[some] = are_masks([masks[n] for n in some.tolist()], areas[some], num_pixels[some])
     return found
 
 

@@ -22,7 +22,7 @@ from bigdet.evaluation.ground_truth import GroundTruth, read_ground_truth
 from bigdet.evaluation.voc_metrics import VocMetric, measure_voc
 
 Metrics = dict[str, Any]
-"""Kind -> name -> number; ``per_class`` -> kind -> class -> AP; ``analysis`` -> kind -> see there."""
+"""Kind -> name -> number; ``per_class`` -> kind -> class -> AP; ``analysis`` -> kind -> numbers."""
 
 
 def evaluate_detections(
@@ -116,14 +116,19 @@ def _blocks(numbers: Metrics) -> Iterator[list[str]]:
     """Yield the tables of one kind."""
     by_iou = numbers["by_iou"]
     yield _aligned([["IoU", *by_iou], ["AP", *map(_text, by_iou.values())]], 5, 7)
-    sizes = [[n, str(s["objects"]), _text(s["AP"]), _text(s["AR"])] for n, s in numbers["by_size"].items()]
+    sizes = [
+        [n, str(s["objects"]), _text(s["AP"]), _text(s["AR"])]
+        for n, s in numbers["by_size"].items()
+    ]
     yield _aligned([["size", "objects", "AP", "AR"], *sizes], 8, 9)
     recall = numbers["recall"]
     yield _aligned([["detections", *recall], ["AR", *map(_text, recall.values())]], 10, 7)
     errors = numbers["errors"]
     rows = [[n, str(c), _text(errors["dAP"][n])] for n, c in errors["count"].items()]
     special = errors["special"]
-    rows += [[f"all {name.replace('_', ' ')}", "", _text(special[name])] for name in list(special)[1:]]
+    rows += [
+        [f"all {name.replace('_', ' ')}", "", _text(special[name])] for name in list(special)[1:]
+    ]
     yield [
         f"errors at IoU 0.5, AP50 {_text(special['AP50'])}, and what mending them would gain:",
         *_aligned([["error", "number", "dAP"], *rows], 20, 9),

@@ -231,8 +231,9 @@ class PhaseTrainer:
         run, state = self.run, self.state
         size_cap = measuring.test_size(self.config, self.name)
         metrics = measuring.evaluate(
-            self.config, self.detector, run.val_set, size_cap, self._must_stop
-        )
+            self.config, self.detector, run.val_set, size_cap, self._must_stop,
+            run.run_dir.evaluations,
+        )  # fmt: skip
         if metrics is None:
             return False
         flat = measuring.flat_metrics(metrics)

@@ -7,7 +7,9 @@ from pycocotools.coco import COCO
 
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
-from bigdet.evaluation.coco_metrics import METRICS, coco_ground_truth, evaluate_detections
+from bigdet.evaluation.coco_metrics import METRICS
+from bigdet.evaluation.scoring import evaluate_detections
+from tools.benchmark_evaluate import coco_ground_truth
 
 
 @pytest.fixture(scope="module")
