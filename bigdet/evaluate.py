@@ -35,7 +35,7 @@ from bigdet.config.schema import Metric, RunConfig
 from bigdet.data.mix import with_categories
 from bigdet.data.shards import Category, ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
-from bigdet.evaluation.detections import RESULT_KEYS, Kind, Result, load_results
+from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
 from bigdet.evaluation.waiting import work_on_main
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str]) -> int:
     for name, file in (("--out", options.out), ("--detections", options.detections)):
         if file is not None and file.is_dir():
             raise ValueError(f"{name}: {file} is a folder. Give the name of a JSON file.")
-    if options.metric is not None:
-        options.overrides.append(f"evaluation.metric={options.metric}")
     if options.model.suffix == ".json":
         return evaluate_file(options) if distributed.is_main() else 0
+    if options.metric is not None:
+        options.overrides.append(f"evaluation.metric={options.metric}")
     distributed.start()
     setup_logging(distributed.rank())
     with distributed.together():
@@ -118,9 +118,8 @@ def main(arguments: Sequence[str]) -> int:
 def evaluate_file(options: argparse.Namespace) -> int:
     """Measure the detections in a file and return the exit code (one process)."""
     setup_logging(rank=0)
-    overrides = [word for word in options.overrides if not word.startswith("evaluation.metric=")]
-    if overrides or options.detections is not None:
-        what = overrides[0] if overrides else "--detections"
+    if options.overrides or options.detections is not None:
+        what = options.overrides[0] if options.overrides else "--detections"
         raise ValueError(
             f"{options.model}: a file of detections is scored as it is, so {what} would be "
             f"ignored. Leave it out."
@@ -128,15 +127,17 @@ def evaluate_file(options: argparse.Namespace) -> int:
     metric: Metric = options.metric or "coco"
     check_analysis(options, metric)
     results = load_results(options.model)
-    keys = {kind: key for kind, key in RESULT_KEYS.items() if metric == "coco" or kind == "bbox"}
+    shards = ShardSet(options.shards)
     first = results[0] if results and isinstance(results[0], dict) else {"bbox": []}
-    kinds: list[Kind] = [kind for kind, key in keys.items() if key in first]
+    with_masks, with_keypoints = (RESULT_KEYS[kind] in first for kind in ("segm", "keypoints"))
+    possible = evaluation_kinds(shards, with_masks, with_keypoints, metric)
+    kinds = [kind for kind in possible if RESULT_KEYS[kind] in first]
     if not kinds:
         raise ValueError(
-            f"{options.model}: the first detection has none of {', '.join(keys.values())}. Give "
-            f"detections in the COCO results format."
+            f"{options.model}: the first detection has none of what {shards.address} lets be "
+            f"measured by {metric}: bbox, or segmentation and keypoints where the set has them. "
+            f"Give detections in the COCO results format."
         )
-    shards = ShardSet(options.shards)
     report(evaluate_detections(shards, results, kinds, metric, str(options.model)), options)
     return 0
 

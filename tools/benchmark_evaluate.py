@@ -79,7 +79,7 @@ def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -
     """Write shards (of blank images), the same as a COCO file, and a made detector's results."""
     random = np.random.default_rng(arguments.seed)
     records = [source.record(row) for row in range(len(source))]
-    pools = [make_pool(record, records, source, random) for record in records]
+    pools: dict[int, list[dict[str, Any]]] = {}
     about = {"name": "benchmark", "source": "coco", "categories": source.categories, "options": {}}
     results: list[dict[str, Any]] = []
     blank = io.BytesIO()
@@ -88,6 +88,8 @@ def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -
         for image_id in range(1, arguments.images + 1):
             number = int(random.integers(len(records)))
             writer.add(blank.getvalue(), {**records[number], "image_id": image_id})
+            if number not in pools:
+                pools[number] = make_pool(records[number], records, source, random)
             chosen = random.choice(len(pools[number]), arguments.detections, replace=False)
             results += [{"image_id": image_id, **pools[number][place]} for place in chosen]
     truth = coco_ground_truth(ShardSet(folder / "shards"))
@@ -235,9 +237,9 @@ def pycocotools_stats(
         gt.dataset = {**truth, "annotations": annotations}
         gt.createIndex()
         if results:
-            other = {"segm": "bbox", "bbox": "segmentation", "keypoints": "bbox"}[kind]
-            chosen = [{k: v for k, v in result.items() if k != other} for result in results]
-            found = gt.loadRes(chosen)
+            key = "segmentation" if kind == "segm" else kind
+            keys = ("image_id", "category_id", "score", key)
+            found = gt.loadRes([{key: result[key] for key in keys} for result in results])
         evaluation = COCOeval(gt, found, kind)
         evaluation.evaluate()
         evaluation.accumulate()

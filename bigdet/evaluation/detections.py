@@ -166,7 +166,8 @@ class _Reader:
                 raise ValueError("negative size")
         if "keypoints" in self._kinds:
             shape = (count, 3 * self._num_points)
-            keypoints = _numbers([r["keypoints"] for r in chunk], shape).reshape(count, -1, 3)
+            points = _numbers([r["keypoints"] for r in chunk], shape)
+            keypoints = points.reshape(count, self._num_points, 3)
         if "segm" in self._kinds:
             found = [r["segmentation"] for r in chunk]
             masks = [_ascii(mask["counts"]) for mask in found]

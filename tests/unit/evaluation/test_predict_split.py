@@ -111,3 +111,23 @@ def test_detections_without_masks_give_results_without_segmentation():
     found = Detections(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([0.5]), torch.tensor([1]))
     expected = {"image_id": 5, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}
     assert coco_results(found, 5, (64, 96), [17, 3]) == [expected]
+
+
+def test_module_runs_in_the_precision_of_the_run_with_single_precision_weights(make_shards):
+    class Multiplying(Oracle):
+        def __init__(self, shards):
+            super().__init__(shards)
+            self.linear = torch.nn.Linear(4, 4)
+            self.seen = set()
+
+        def forward(self, batch):
+            self.seen.add((self.linear(torch.ones(1, 4)).dtype, self.linear.weight.dtype))
+            return super().forward(batch)
+
+    shards = make_shards(FIVE_IMAGES)
+    module = Multiplying(shards)
+    predict_split(module, shards, (100, 100), 2, 0, CPU, precision="bf16")
+    assert module.seen == {(torch.bfloat16, torch.float32)}
+    module.seen.clear()
+    predict_split(module, shards, (100, 100), 2, 0, CPU)
+    assert module.seen == {(torch.float32, torch.float32)}
