@@ -1,4 +1,4 @@
-"""Boxes, names and masks drawn on an image, legible on 128 pixels and on 4000.
+"""Boxes, names, masks and keypoints drawn on an image, legible on 128 pixels and on 4000.
 
 Drawing itself is numpy and Pillow; what is drawn, ground truth or detections, is the caller's
 choice.
@@ -8,8 +8,9 @@ Letters: N objects of one image.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ Rectangle = tuple[float, float, float, float]  # xyxy, pixels of the picture
 
 MIN_LONG_SIDE = 800  # smaller images are enlarged, so that text has room
 MASK_OPACITY = 0.4
+SURE_LOGIT = 2.0  # keypoints are drawn from this peak of their heat map on, as Detectron does
 GOLDEN_RATIO = 0.618034
 
 
@@ -43,6 +45,8 @@ def draw(
     labels: Sequence[int],
     scores: Sequence[float] | None = None,
     masks: Sequence[Bitmap | None] | None = None,
+    keypoints: NDArray[np.floating] | None = None,
+    skeletons: Sequence[Sequence[Sequence[int]]] = (),
 ) -> Image.Image:
     """Draw N objects on an image; large ones first, so that small ones stay visible.
 
@@ -53,6 +57,8 @@ def draw(
         labels: N numbers of classes, which choose the colors.
         scores: N numbers in [0, 1], written behind the names, or None.
         masks: N bitmaps ``(H, W)``, None for an object without one; or None.
+        keypoints: ``(N, K, 3)`` x, y in pixels of the image, and above 0 what is to be drawn.
+        skeletons: for each of the N, the pairs of keypoints that a line joins.
 
     Returns:
         The picture: the image, enlarged to a long side of ``MIN_LONG_SIDE`` if it is smaller.
@@ -76,6 +82,9 @@ def draw(
         pen.rectangle(
             (x0, y0, max(x0, x1), max(y0, y1)), outline=class_color(labels[i]), width=line
         )
+    if keypoints is not None:
+        for i in order:
+            _draw_pose(pen, keypoints[i] * (scale, scale, 1.0), skeletons[i], line)
     writer = _LabelWriter(picture, [(x0, y0, x1, y1) for x0, y0, x1, y1 in scaled.tolist()])
     for i in reversed(order):  # the labels of small objects choose their places first
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
@@ -86,7 +95,7 @@ def draw(
 def draw_detections(
     image: NDArray[np.uint8],
     detections: Detections,
-    names: Sequence[str],
+    categories: Sequence[Mapping[str, Any]],
     score_threshold: float,
 ) -> Image.Image:
     """Draw what a model found on an image.
@@ -94,7 +103,7 @@ def draw_detections(
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
         detections: on the CPU, boxes in pixels of the image, best first.
-        names: of the classes, by label.
+        categories: by label; ``name`` of each, and ``skeleton`` where it has keypoints.
         score_threshold: detections with a lower score are left out, as they hide the others.
     """
     num_shown = int((detections.scores >= score_threshold).sum())
@@ -106,8 +115,45 @@ def draw_detections(
             paste_mask(prob, box, height, width).numpy()
             for prob, box in zip(detections.masks[:num_shown], boxes, strict=True)
         ]
-    scores = detections.scores[:num_shown].tolist()
-    return draw(image, boxes.numpy(), [names[label] for label in labels], labels, scores, masks)
+    keypoints = None
+    if detections.keypoints is not None:
+        keypoints = detections.keypoints[:num_shown].double().numpy()
+        keypoints[..., 2] -= SURE_LOGIT
+    return draw(
+        image,
+        boxes.numpy(),
+        [categories[label]["name"] for label in labels],
+        labels,
+        detections.scores[:num_shown].tolist(),
+        masks,
+        keypoints,
+        [categories[label].get("skeleton") or [] for label in labels],
+    )
+
+
+def _draw_pose(
+    pen: ImageDraw.ImageDraw,
+    points: NDArray[np.floating],
+    skeleton: Sequence[Sequence[int]],
+    line: int,
+) -> None:
+    """Draw the shown ones of some keypoints, and the lines between them.
+
+    Args:
+        pen: draws on the picture.
+        points: ``(K, 3)`` x, y in pixels of the picture, and above 0 what is shown.
+        skeleton: pairs of keypoints.
+        line: its width, pixels.
+    """
+    is_shown = points[:, 2] > 0
+    for number, (start, end) in enumerate(skeleton):
+        if is_shown[start] and is_shown[end]:
+            ends = [(float(x), float(y)) for x, y, _ in points[[start, end]]]
+            pen.line(ends, fill=class_color(number), width=line)
+    for x, y, _ in points[is_shown].tolist():
+        pen.ellipse(
+            (x - line, y - line, x + line, y + line), fill=(255, 255, 255), outline=(0, 0, 0)
+        )
 
 
 def _paint_mask(picture: Image.Image, mask: Bitmap, scale: float, line: int, color: Color) -> None:

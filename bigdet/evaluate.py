@@ -29,11 +29,12 @@ from safetensors import safe_open
 from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_masks, plan_of
+from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import Metric, RunConfig
+from bigdet.data.manifest import Category
 from bigdet.data.mix import with_categories
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
 from bigdet.evaluation.predict import predict_split
@@ -101,7 +102,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     assert results is not None, "nobody asks it to stop"
     metric = config.evaluation.metric
-    kinds = evaluation_kinds(shards, has_masks(detector.config), False, metric)
+    model = detector.config
+    kinds = evaluation_kinds(shards, has_masks(model), has_keypoints(model), metric)
 
     def score() -> Metrics:
         if options.detections is not None:

@@ -88,8 +88,8 @@ def predict_image(
     """
     pixels = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
     detections = detector.predict([pixels])[0].to(torch.device("cpu"))
-    names = [category["name"] for category in detector.categories]
-    draw_detections(image, detections, names, score_threshold).save(picture, quality=90)
+    drawn = draw_detections(image, detections, detector.categories, score_threshold)
+    drawn.save(picture, quality=90)
     ids = [category["id"] for category in detector.categories]
     size = (image.shape[0], image.shape[1])
     found = coco_results(detections, number, size, ids)

@@ -114,12 +114,15 @@ class Detections:
         scores: ``(N,)`` float32 in [0, 1], falling.
         labels: ``(N,)`` int64 in ``0..K-1``.
         masks: ``(N, 28, 28)`` float32 in [0, 1], probabilities on a grid over the box, or None.
+        keypoints: ``(N, K, 3)`` float32 x, y in the boxes' pixels, and the logit at the peak of the
+            heat map (above 2 or so the model is sure), or None.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    keypoints: Tensor | None = None
 
     def to(self, device: torch.device) -> Detections:
         """Return the detections with their tensors on ``device``."""

@@ -2,6 +2,8 @@
 
 python tools/benchmark.py stream configs/swin_t_direct.yaml --workers 2
 python tools/benchmark.py step configs/quickstart.yaml
+python tools/benchmark.py step configs/quickstart.yaml --engines all --ranks 2
+python tools/benchmark.py resume configs/quickstart.yaml --samples 118000
 python tools/benchmark.py evaluate configs/r50_direct.yaml data.val.shards=data/coco/val
 """
 
@@ -16,7 +18,7 @@ from pathlib import Path
 from bigdet.commands import run_command
 from bigdet.config.load import load_config
 
-PARTS = ("stream", "step", "evaluate")
+PARTS = ("stream", "step", "resume", "evaluate")
 """What can be measured, by ``benchmark_PART.py`` beside this file: ``add_arguments(parser)`` says
 what it wants to know beside the config, ``run(config, arguments)`` returns the numbers."""
 

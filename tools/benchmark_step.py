@@ -15,20 +15,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
 import functools
 import itertools
-import resource
 import statistics
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import benchmark_engines
 import torch
+from benchmark_memory import peak_memory, start_memory
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -57,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", help="whose batch, size and norm mode; default: the first")
     parser.add_argument("--objects", type=int, default=20, help="per image; default 20")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps each; default 5")
+    parser.add_argument(
+        "--engines", help="compare with DDP instead: all, or some of zero0,zero1,zero2,zero3,fsdp"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="of --engines; default 2")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +69,11 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     height, width = side, side
     if phase.resize.kind == "short_side" and phase.resize.cap is not None:
         width = phase.resize.cap // 32 * 32
+    if arguments.engines:
+        scene = functools.partial(
+            make_scene, phase.images_per_gpu, (height, width), arguments.objects
+        )
+        return benchmark_engines.run(config, phase, scene, NUM_CLASSES, arguments)
     torch.manual_seed(config.seed)
     detector = build_detector(config.model, NUM_CLASSES).to(device)
     heads = torchvision_detector(detector, config.model).to(device)
@@ -78,6 +85,8 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         if phase.norm_mode is not None:
             set_norm_mode(model, phase.norm_mode)
         model.train()
+    if config.model.compile:
+        detector.compile_dense()
     batch = make_scene(phase.images_per_gpu, (height, width), arguments.objects, config.seed)
     batch = batch.to(device)
     images, targets = as_torchvision(batch)
@@ -149,7 +158,7 @@ class Taker:
         hook = (
             head.register_forward_pre_hook(lambda _, x: count.append(len(x[0]))) if head else None
         )
-        before = self._start_memory()
+        before = start_memory(self.device)
         clock = [self._now()]
         with self.precision():
             losses = self.losses()
@@ -159,7 +168,7 @@ class Taker:
         self.optimizer.step()
         self.optimizer.zero_grad()
         clock.append(self._now())
-        self.peaks.append(self._peak_memory() - before)
+        self.peaks.append(peak_memory(self.device) - before)
         spans = [end - start for start, end in itertools.pairwise(clock)]
         self.times.append(dict(zip(PARTS, spans, strict=True)))
         self.mask_regions += count
@@ -185,29 +194,6 @@ class Taker:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-    def _start_memory(self) -> int:
-        """Begin to watch for a peak; give the bytes in use now."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        refs = Path("/proc/self/clear_refs")
-        if refs.exists():
-            # What the step before left in the allocator would hide what this one takes.
-            ctypes.CDLL(None).malloc_trim(0)
-            refs.write_text("5")  # Linux: forget the largest resident size so far
-        return self._peak_memory()
-
-    def _peak_memory(self) -> int:
-        """Give the largest number of bytes in use since then (since the start, off Linux)."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status")
-        if status.exists():
-            line = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
-            return int(line.split()[1]) * 1024
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Pyramid(nn.Module):

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from bigdet.config.derived import has_masks, phase_model, plan_of
+from bigdet.config.derived import has_keypoints, has_masks, phase_model, plan_of
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import Sample, ShardSet
@@ -60,13 +60,14 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--phase {name}: the config has {', '.join(config.phases)}.")
     phase = config.phases[name]
     workers = config.data.workers if arguments.workers is None else arguments.workers
-    with_masks = has_masks(phase_model(config, name))
+    model = phase_model(config, name)
+    with_masks, with_keypoints = has_masks(model), has_keypoints(model)
 
     def open_stream(workers: int) -> TrainStream:
         data = dataclasses.replace(config.data, workers=workers)
         return open_train_stream(
             ShardSet(data.train.shards), data, phase, name=name, with_masks=with_masks,
-            seed=config.seed, rank=0, world_size=1,
+            with_keypoints=with_keypoints, seed=config.seed, rank=0, world_size=1,
         )  # fmt: skip
 
     num_groups = max(1, arguments.images // phase.images_per_gpu)

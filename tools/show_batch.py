@@ -19,10 +19,11 @@ from PIL import Image
 
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_masks, phase_model
+from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_train_set
 from bigdet.data.order import lanes_of_rank
+from bigdet.data.shards import Category
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.drawing import draw
 from bigdet.run_dir import RunDir
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         config.phases[arguments.phase],
         name=arguments.phase,
         with_masks=has_masks(phase_model(config, arguments.phase)),
+        with_keypoints=has_keypoints(phase_model(config, arguments.phase)),
         seed=config.seed,
         rank=0,
         world_size=arguments.world,
@@ -67,12 +69,12 @@ def main(argv: Sequence[str]) -> int:
     if folder is None:
         folder = RunDir(Path(config.output)).pictures / f"batch-{arguments.phase}-{arguments.step}"
     folder.mkdir(parents=True, exist_ok=True)
-    names = [category.name for category in shards.manifest.categories]
+    categories = shards.manifest.categories
     for rank in ranks:
         for lane in lanes[rank]:
             path = folder / f"rank-{rank}-lane-{lane}.png"
             batch = stream.read_group(arguments.step, lane)
-            _sheet(batch, names).save(path)
+            _sheet(batch, categories).save(path)
             print(f"{path}: image ids {batch.image_ids.tolist()}, weights {batch.weights.tolist()}")
     return 0
 
@@ -95,9 +97,9 @@ def _ids(stream: TrainStream, step: int, lanes: Iterable[int]) -> list[int | Non
     return [image_id for lane in lanes for image_id in stream.group_ids(step, lane)]
 
 
-def _sheet(batch: Batch, names: Sequence[str]) -> Image.Image:
+def _sheet(batch: Batch, categories: Sequence[Category]) -> Image.Image:
     """Draw a batch, padding included, on one sheet; images of masked slots are darkened."""
-    pictures = [_picture(batch, slot, names) for slot in range(len(batch.images))]
+    pictures = [_picture(batch, slot, categories) for slot in range(len(batch.images))]
     num_columns = math.ceil(math.sqrt(len(pictures)))
     num_rows = -(-len(pictures) // num_columns)
     width, height = pictures[0].size
@@ -108,22 +110,25 @@ def _sheet(batch: Batch, names: Sequence[str]) -> Image.Image:
     return sheet
 
 
-def _picture(batch: Batch, slot: int, names: Sequence[str]) -> Image.Image:
+def _picture(batch: Batch, slot: int, categories: Sequence[Category]) -> Image.Image:
     """Draw one image of a batch with its objects."""
     targets = batch.targets
     first, last = targets.offsets[slot : slot + 2].tolist()
     pixels = batch.images[slot].permute(1, 2, 0).numpy()
     labels = targets.labels[first:last].tolist()
     is_crowd = targets.is_crowd[first:last].tolist()
+    keypoints = None if targets.keypoints is None else targets.keypoints[first:last].numpy()
     picture = draw(
         pixels,
         targets.boxes[first:last].numpy(),
         [
-            f"{names[label]}{' (crowd)' if crowd else ''}"
+            f"{categories[label].name}{' (crowd)' if crowd else ''}"
             for label, crowd in zip(labels, is_crowd, strict=True)
         ],
         labels,
         masks=_bitmaps(targets.masks, first, last, pixels.shape[:2]),
+        keypoints=keypoints,
+        skeletons=[categories[label].skeleton or [] for label in labels],
     )
     return picture if batch.weights[slot] else picture.point(lambda value: value // 3)
 

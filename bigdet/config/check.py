@@ -31,6 +31,7 @@ from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
 from bigdet.config.schema import (
     DataConfig,
+    EngineConfig,
     ModelConfig,
     PhaseConfig,
     ResizeConfig,
@@ -88,7 +89,7 @@ def check_config(config: RunConfig) -> None:
 def _check_numbers(config: RunConfig) -> None:
     engine = config.engine
     _check_addresses(config.data)
-    _require(engine.zero_stage in (0, 1, 2), "engine.zero_stage", engine.zero_stage, "0, 1 or 2")
+    _check_engine(engine)
     for key, value in (
         ("engine.clip_norm", engine.clip_norm),
         ("data.cache.gib", config.data.cache.gib),
@@ -96,7 +97,9 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.images_per_gpu", config.evaluation.images_per_gpu),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep", config.checkpoint.keep),
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
         ("log.every", config.log.every),
+        ("log.stall_seconds", config.log.stall_seconds),
     ):
         _positive(key, value)
     for key, count in (
@@ -106,10 +109,39 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.pictures", config.evaluation.pictures),
     ):
         _not_negative(key, count)
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    _require(
+        keep_every is None or keep_every % every == 0,
+        "checkpoint.keep_every", keep_every, f"a multiple of checkpoint.every, {every}",
+    )  # fmt: skip
     if config.evaluation.resize is not None:
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    stage, key = engine.zero_stage, "engine.offload"
+    if engine.kind == "fsdp":
+        if stage is not None:
+            raise ConfigError(
+                f"engine.zero_stage: found {stage}, but engine.kind is fsdp, which has no stages. "
+                f"Write null, or engine.kind: deepspeed."
+            )
+        if engine.offload == "optimizer":
+            raise ConfigError(
+                f"{key}: found optimizer, but fsdp steps the optimizer where the weights are. "
+                f"Write all or none, or engine.kind: deepspeed."
+            )
+        return
+    _require(stage in (0, 1, 2, 3), "engine.zero_stage", stage, "0, 1, 2 or 3 under deepspeed")
+    assert stage is not None
+    lowest = {"none": 0, "optimizer": 1, "all": 3}[engine.offload]
+    if stage < lowest:
+        raise ConfigError(
+            f"{key}: found {engine.offload}, which needs engine.zero_stage of at least {lowest}, "
+            f"found {stage}: only what is sharded can lie on the CPU. Write none, or raise it."
+        )
 
 
 def check_train_split(split: TrainSplitConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bigdet.config.derived import (
     DETECTOR_PARTS,
     has_cascade,
+    has_keypoints,
     model_parts,
     phase_before,
     phase_model,
@@ -22,10 +23,15 @@ def check_heads(config: RunConfig) -> None:
     positive("model.roi.box_loss_weight", roi.box_loss_weight)
     if roi.box_loss != "smooth_l1":
         unused("model.roi", roi, "box_beta", "is for box_loss: smooth_l1")
+    for name in ("num_keypoints", "width"):
+        positive(f"model.keypoint.{name}", getattr(config.model.keypoint, name))
     models = [phase_model(config, name) for name in config.phases]
     if not any(has_cascade(model) for model in models):
         reason = "is for cascade_rcnn and cascade_mask_rcnn"
         unused("model.cascade", config.model.cascade, "gradients", reason)
+    if not any(has_keypoints(model) for model in models):
+        for name in ("num_keypoints", "width"):
+            unused("model.keypoint", config.model.keypoint, name, "is for keypoint_rcnn")
     if models and all(has_cascade(model) for model in models):
         reason = "the stages of a cascade have their own, 0.5, 0.6 and 0.7"
         unused("model.roi", roi, "positive_iou", reason)

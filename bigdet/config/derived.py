@@ -12,6 +12,7 @@ DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "mask_rcnn": (*_PROPOSING, "mask_head"),
     "cascade_rcnn": _PROPOSING,
     "cascade_mask_rcnn": (*_PROPOSING, "mask_head"),
+    "keypoint_rcnn": (*_PROPOSING, "keypoint_head"),
 }
 """The parts of each detector, in the order in which data flows through them."""
 
@@ -59,6 +60,11 @@ def has_masks(model: ModelConfig) -> bool:
     return "mask_head" in DETECTOR_PARTS[model.detector]
 
 
+def has_keypoints(model: ModelConfig) -> bool:
+    """Tell whether a detector learns and predicts keypoints."""
+    return "keypoint_head" in DETECTOR_PARTS[model.detector]
+
+
 def has_cascade(model: ModelConfig) -> bool:
     """Tell whether the box head of a detector is a cascade of three."""
     return model.detector in ("cascade_rcnn", "cascade_mask_rcnn")
@@ -91,7 +97,10 @@ def parts_with_batch_norm(model: ModelConfig) -> list[str]:
         return parts
     with_convolutions = model.box_head == "4conv1fc"
     parts += ["fpn", *(["box_head"] if with_convolutions else [])]
-    return [*parts, "mask_head"] if has_masks(model) else parts
+    return [
+        *parts,
+        *(head for head in ("mask_head", "keypoint_head") if head in model_parts(model)),
+    ]
 
 
 def has_batch_norm(model: ModelConfig) -> bool:

@@ -12,7 +12,9 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"]
+Detector = Literal[
+    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn",
+]  # fmt: skip
 Backbone = Literal[
     "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
@@ -26,10 +28,11 @@ Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
 NormMode = Literal["live", "sync", "affine", "fixed"]
 Pixels = Literal["rgb", "bgr", "bgr_255"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
 Metric = Literal["coco", "voc07", "voc12"]
-Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head"]
+Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +172,16 @@ class CascadeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeypointConfig:
+    """The keypoint head."""
+
+    num_keypoints: int = 17
+    """Keypoints of an object, as many as the categories of the data have (COCO's persons: 17)."""
+    width: int = 512
+    """Channels of its eight convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The detector."""
 
@@ -187,6 +200,10 @@ class ModelConfig:
     """Channels of the FPN and of the convolutions in the heads."""
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
+    compile: bool = False
+    """torch.compile of backbone, FPN and RPN (or RetinaNet's) head in training. It pays where the
+    canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The first
+    steps take minutes."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
     rpn: RpnConfig = field(default_factory=RpnConfig)
@@ -195,18 +212,25 @@ class ModelConfig:
     """Regions of interest."""
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     """Stages of a cascade."""
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
+    """The head of ``keypoint_rcnn``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How weights are updated."""
 
-    kind: Literal["deepspeed"] = "deepspeed"
-    """Which engine."""
-    zero_stage: int = 2
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+    kind: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """``deepspeed`` (ZeRO), or ``fsdp``: torch's FSDP2, which shards as ZeRO-3 does."""
+    zero_stage: int | None = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
+    weights too. Must be null under fsdp."""
     precision: Precision = "bf16"
-    """Of activations and matrix products; master weights are fp32 always."""
+    """Of convolutions and matrix products; weights, gradients and their sums are fp32 always.
+    ``fp16`` has a loss scale, which finds itself."""
+    offload: Offload = "none"
+    """What lies in the memory of the CPU while it is not needed, and is stepped there:
+    ``optimizer`` (its state; ZeRO 1 to 3), or ``all`` (weights too; ZeRO 3 and fsdp)."""
     activation_checkpointing: bool = False
     """Blocks of the backbone, the FPN and convolutions of the heads keep their inputs only and run
     again in the backward pass: less memory, about a third more time, the same results."""
@@ -323,7 +347,8 @@ class PhaseConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = 1e-4
-    """On weights; not on normalization layers, biases of them, and Swin's position tables."""
+    """On weights; not on normalization layers, biases of them, and the position tables and scales
+    of transformers."""
     schedule: Literal["constant", "step"] = "step"
     """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
     drops: list[int] | None = None
@@ -371,6 +396,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps of a phase stay too. None: none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,6 +408,9 @@ class LogConfig:
     """Steps between lines of the log and of ``metrics.jsonl``."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
+    stall_seconds: float | None = 1200.0
+    """A rank without progress for so long writes its stacks and ends the run; longer than the
+    longest step, save or computing of AP. None: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +424,10 @@ class RunConfig:
     resume: str = "auto"
     """``auto``: go on if the run folder has a checkpoint. ``never``: refuse a folder that has one.
     Else the path of a checkpoint to go on from."""
+    change_batch: bool = False
+    """Let a resumed run go on with another ``images_per_step`` or ``images_per_gpu`` of its phase.
+    ``lr`` follows by the linear rule (``reference_images_per_step`` must be set), ``steps``,
+    ``warmup_steps`` and ``drops`` may change too, and the pass under way is left for the next."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the images are."""
     model: ModelConfig = field(default_factory=ModelConfig)

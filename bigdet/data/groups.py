@@ -7,11 +7,18 @@ from numpy.typing import NDArray
 
 from bigdet.config.derived import is_square
 from bigdet.config.schema import AugmentConfig, ResizeConfig
-from bigdet.data.collate import PackedGroup, pack, training_canvas
+from bigdet.data.collate import (
+    Allocate,
+    PackedGroup,
+    fresh_memory,
+    pack,
+    training_canvas,
+)
+from bigdet.data.manifest import ShardError
 from bigdet.data.objects import Wanted, check_annotations
 from bigdet.data.order import Order
 from bigdet.data.samples import Damage, DamagedSampleError, damaged, decode_sample, read_sample
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.transforms import Scene, make_examples
 from bigdet.data.views import Size, draw_view, resize_of_step
 from bigdet.ops.random import Words, seed_of
@@ -41,9 +48,12 @@ class TrainGroups:
         self._wanted = wanted
         self._key = (seed, phase)
 
-    def read(self, key: tuple[int, int]) -> PackedGroup:
-        """Return the group of (step, lane)."""
+    def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:
+        """Return the group of (step, lane), in memory that ``allocate`` gives."""
         step, lane = key
+        upcoming = self.order.upcoming(step, lane)
+        if upcoming is not None:
+            self.shards.expect(self.rows[upcoming])
         group = self.order.group(step, lane)
         resize = resize_of_step(self._resize, *self._key, step)
         index = self.shards.index[self.rows[group.samples]]
@@ -59,7 +69,7 @@ class TrainGroups:
         square = canvas if is_square(resize) else None
         examples = make_examples(scenes, self._augment, square, self._wanted)
         seed = seed_of("model", *self._key, step, lane)
-        return pack(examples, canvas=canvas, seed=seed, notes=damages)
+        return pack(examples, canvas=canvas, seed=seed, notes=damages, allocate=allocate)
 
     def _sound_scene(
         self, sample: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig,

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.manifest import Category
+from bigdet.data.shards import ShardSet
 from bigdet.evaluation.run_lengths import mask_areas
 
 

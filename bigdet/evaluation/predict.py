@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,14 @@ from bigdet.data.stream import EvalStream
 from bigdet.evaluation.coco_metrics import category_ids
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.saved import SavedResults
-from bigdet.ops.boxes import scale_boxes
+from bigdet.models.detector import scale_detections
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Batch, Detections
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10.0
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()
@@ -88,13 +88,17 @@ def predict_split(
         for _ in range(len(batches)):  # equally many on all ranks, as are the collectives
             try:
                 batch = next(source)
-                with autocast(device, precision):
-                    found = module(batch.to(device))
-                collected.add(batch, found)
             except (ValueError, OSError) as error:
                 problem = error
+            # Before the forward pass: where weights are sharded, that is a collective too.
             if distributed.any_rank(problem is not None):
                 break
+            with autocast(device, precision):
+                found = module(batch.to(device))
+            try:
+                collected.add(batch, found)
+            except OSError as error:  # a full disk: told with the next batch
+                problem = error
             if must_stop():
                 return None
     finally:
@@ -113,7 +117,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     """Return a context in which a module with fp32 weights runs in the precision of a run."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, HALF_TYPES[precision])
 
 
 def coco_results(
@@ -142,6 +146,11 @@ def coco_results(
         # One at a time: 100 bitmaps of a large photo would be gigabytes.
         for result, mask, box in zip(results, detections.masks, detections.boxes, strict=True):
             result["segmentation"] = _run_lengths(mask, box, size)
+    if detections.keypoints is not None:
+        # COCO counts pixels: its 0 is the center of the first, where ours is 0.5.
+        shifted = detections.keypoints - detections.keypoints.new_tensor([0.5, 0.5, 0.0])
+        for result, points in zip(results, shifted.flatten(1).tolist(), strict=True):
+            result["keypoints"] = points
     return results
 
 
@@ -167,8 +176,7 @@ class _Collected:
             image_id = int(batch.image_ids[slot])
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
-            boxes = scale_boxes(detections.boxes, image_size, size)
-            moved = replace(detections, boxes=boxes)
+            moved = scale_detections(detections, image_size, size)
             self._results.add(image_id, coco_results(moved, image_id, size, self._ids))
         now = time.monotonic()
         if now - self._reported > PROGRESS_SECONDS:

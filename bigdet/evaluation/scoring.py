@@ -61,7 +61,7 @@ def evaluate_detections(
         places = KEYPOINT_METRICS if kind == "keypoints" else METRICS
         metrics[kind] = {name: stats[place] for name, place in places.items()}
         aps = measured.class_aps()
-        per_class[kind] = {truth.categories[k].name: aps[k] for k in sorted(measured.labels)}
+        per_class[kind] = {one.name: aps.get(k) for k, one in enumerate(truth.categories)}
         analysis[kind] = analyze(truth, found, kind, measured)
     return {**metrics, "per_class": per_class, "analysis": analysis}
 

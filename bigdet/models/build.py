@@ -7,13 +7,14 @@ from functools import partial
 
 import torch
 
-from bigdet.config.derived import has_cascade, has_masks, is_class_agnostic
+from bigdet.config.derived import has_cascade, has_keypoints, has_masks, is_class_agnostic
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.heads.cascade import CascadeHead
+from bigdet.models.heads.keypoint import KeypointHead
 from bigdet.models.heads.mask import MaskHead
 from bigdet.models.heads.rpn import RegionProposals
 from bigdet.models.necks.fpn import FPN
@@ -46,7 +47,7 @@ def build_detector(
 def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
     norm = head_norm(config)
     backbone = build_backbone(config.backbone, config.norm, config.drop_path)
-    mask_head = None
+    mask_head = keypoint_head = None
     fpn = FPN(backbone.channels, config.width, norm)
     rpn = RegionProposals(config.rpn, config.width, conventions)
     box_head: BoxHead | CascadeHead
@@ -64,7 +65,9 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
     box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
     if has_masks(config):
         mask_head = MaskHead(norm, config.width, num_classes)
-    return RCNN(backbone, fpn, rpn, box_head, mask_head)
+    if has_keypoints(config):
+        keypoint_head = KeypointHead(norm, config.width, config.keypoint, num_classes)
+    return RCNN(backbone, fpn, rpn, box_head, mask_head, keypoint_head)
 
 
 DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
@@ -72,5 +75,6 @@ DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
     "mask_rcnn": _rcnn,
     "cascade_rcnn": _rcnn,
     "cascade_mask_rcnn": _rcnn,
+    "keypoint_rcnn": _rcnn,
 }
 """How each detector is built: config, classes and conventions to the detector."""

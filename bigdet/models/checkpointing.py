@@ -2,8 +2,8 @@
 
 ``engine.activation_checkpointing`` turns it on in everything that is `Checkpointed`: each block of
 the backbone, the pyramid, the convolutions of the heads. Losses and gradients stay what they are:
-random words (drop path) are those of the first run, and batch normalization counts statistics in
-the first run alone (``norms.collect_statistics``).
+random words (drop path) are those of the first run, and batch normalization counts statistics of
+the first run alone (``norms.count_lane``).
 """
 
 from __future__ import annotations

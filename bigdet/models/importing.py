@@ -55,7 +55,17 @@ PUBLISHED = {
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """Regular expressions on names, and what stands for what they match."""
 
-_CLASSIFIER = ("fc", "fc_norm", "head", "head_dist", "heads", "classifier", "norm", "norm_pre")
+_CLASSIFIER = (
+    "fc",
+    "fc_norm",
+    "head",
+    "head_dist",
+    "heads",
+    "classifier",
+    "norm",
+    "norm_pre",
+    "pre_logits",
+)
 _OWN = re.compile(r"(norm\d|pyramid)\.")
 """Layers that only detectors have; they start anew where a file has none."""
 _EPS = 1e-5  # of batch normalization

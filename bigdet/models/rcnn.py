@@ -14,8 +14,11 @@ from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
 from bigdet.models.heads.box import BoxHead, FlatDetections
 from bigdet.models.heads.cascade import CascadeHead
+from bigdet.models.heads.keypoint import POOLED_SIZE as KEYPOINT_POOLED_SIZE
+from bigdet.models.heads.keypoint import KeypointHead, find_keypoints, select_with_keypoints
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
-from bigdet.models.heads.mask import MaskHead, pad_to_bucket, select_positives
+from bigdet.models.heads.mask import MaskHead, select_positives
+from bigdet.models.heads.positives import pad_to_bucket
 from bigdet.models.heads.rpn import Proposals, RegionProposals
 from bigdet.models.necks.fpn import FPN
 from bigdet.models.norms import valid_rows
@@ -24,11 +27,14 @@ from bigdet.structures import Batch, Detections
 
 
 class RCNN(Detector):
-    """Faster R-CNN, and with a mask head Mask R-CNN, over a feature pyramid.
+    """Faster R-CNN over a feature pyramid; with more heads Mask R-CNN or Keypoint R-CNN.
 
-    Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta`` and, with a mask head,
-    ``mask``. With a cascade as box head there are ``stage1_box_class``, ..., ``stage3_box_delta``.
+    Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta``, with a mask head
+    ``mask``, and with a keypoint head ``keypoint``. A cascade as box head has
+    ``stage1_box_class``, ..., ``stage3_box_delta`` instead.
     """
+
+    dense_parts = ("backbone", "fpn", "rpn")
 
     def __init__(
         self,
@@ -37,6 +43,7 @@ class RCNN(Detector):
         rpn: RegionProposals,
         box_head: BoxHead | CascadeHead,
         mask_head: MaskHead | None,
+        keypoint_head: KeypointHead | None,
     ) -> None:
         """Put the parts together."""
         super().__init__(backbone)
@@ -44,6 +51,7 @@ class RCNN(Detector):
         self.rpn = rpn
         self.box_head = box_head
         self.mask_head = mask_head
+        self.keypoint_head = keypoint_head
         self.strides = [*backbone.strides, 2 * backbone.strides[-1]]
 
     def use_test_settings(self, config: ModelConfig) -> None:
@@ -92,6 +100,17 @@ class RCNN(Detector):
             with valid_rows(positives.is_valid):
                 mask_logits = self.mask_head(pooled, positives.labels)
             losses |= self.mask_head.losses(mask_logits, positives, masks)
+
+        if self.keypoint_head is not None:
+            keypoints = batch.targets.keypoints
+            if keypoints is None:
+                raise ValueError(
+                    "The batch has no keypoints, but the model has a keypoint head. Read the data "
+                    "with keypoints, or train a faster_rcnn."
+                )
+            chosen = select_with_keypoints(regions, keypoints, self.keypoint_head.num_classes)
+            pooled = self._pool(table, chosen.boxes, chosen.images, KEYPOINT_POOLED_SIZE)
+            losses |= self.keypoint_head.losses(self.keypoint_head(pooled), chosen, keypoints)
         return losses
 
     def _detect(self, batch: Batch) -> list[Detections]:
@@ -103,23 +122,43 @@ class RCNN(Detector):
         table = tabulate(features[:-1], self.strides[:-1])
         pool = partial(self._pool_all, table)
         found = self.box_head.find(pool, proposals, batch.image_sizes)
-        masks = None if self.mask_head is None else self._masks(self.mask_head, table, found)
+        masks = keypoints = None
+        if self.mask_head is not None:
+            masks = self._masks(self.mask_head, table, found)
+        if self.keypoint_head is not None:
+            keypoints = self._keypoints(self.keypoint_head, table, found)
         counts = torch.bincount(found.images, minlength=num_images).tolist()
         parts = zip(
             torch.split(found.boxes.float(), counts),
             torch.split(found.scores.float(), counts),
             torch.split(found.labels, counts),
             [None] * num_images if masks is None else torch.split(masks, counts),
+            [None] * num_images if keypoints is None else torch.split(keypoints, counts),
             strict=True,
         )
         return [Detections(*part) for part in parts]
 
     def _masks(self, mask_head: MaskHead, table: FeatureTable, found: FlatDetections) -> Tensor:
         """Give the mask probabilities ``(D, 28, 28)`` of detections; the head runs on none too."""
-        num_found = len(found.boxes)
-        more = pad_to_bucket(num_found) - num_found
-        boxes = torch.nn.functional.pad(found.boxes, (0, 0, 0, more))
-        images = torch.nn.functional.pad(found.images, (0, more))
-        labels = torch.nn.functional.pad(found.labels, (0, more))
-        logits: Tensor = mask_head(self._pool(table, boxes, images, MASK_POOLED_SIZE), labels)
-        return logits[:num_found].sigmoid().float()
+        filled = _fill_bucket(found)
+        pooled = self._pool(table, filled.boxes, filled.images, MASK_POOLED_SIZE)
+        logits: Tensor = mask_head(pooled, filled.labels)
+        return logits[: len(found.boxes)].sigmoid().float()
+
+    def _keypoints(self, head: KeypointHead, table: FeatureTable, found: FlatDetections) -> Tensor:
+        """Give the keypoints ``(D, K, 3)`` of detections; the head runs on none too."""
+        filled = _fill_bucket(found)
+        pooled = self._pool(table, filled.boxes, filled.images, KEYPOINT_POOLED_SIZE)
+        return find_keypoints(head(pooled)[: len(found.boxes)], found.boxes).float()
+
+
+def _fill_bucket(found: FlatDetections) -> FlatDetections:
+    """Add empty detections up to a full bucket."""
+    more = pad_to_bucket(len(found.boxes)) - len(found.boxes)
+    pad = torch.nn.functional.pad
+    return FlatDetections(
+        images=pad(found.images, (0, more)),
+        boxes=pad(found.boxes, (0, 0, 0, more)),
+        scores=pad(found.scores, (0, more)),
+        labels=pad(found.labels, (0, more)),
+    )

@@ -60,6 +60,8 @@ def build_for_phase(
     backbones.freeze_stages(detector.backbone, phase.freeze_stages)
     if config.engine.activation_checkpointing:
         enable_checkpointing(detector)
+    if phase_model(config, name).compile:
+        detector.compile_dense()
     return detector.to(device).train()
 
 

@@ -10,6 +10,10 @@ from bigdet.structures import Detections
 GRAY = 100
 
 
+CATEGORIES = [{"name": "cat"}, {"name": "dog"}]
+PEOPLE = [{"name": "person", "skeleton": [[0, 1], [1, 2]]}]
+
+
 def gray(height, width):
     return np.full((height, width, 3), GRAY, dtype=np.uint8)
 
@@ -104,7 +108,7 @@ def test_detections_above_the_threshold_are_drawn_with_their_masks():
         labels=torch.tensor([1, 0]),
         masks=torch.ones(2, 28, 28),
     )
-    picture = np.asarray(draw_detections(gray(800, 800), detections, ["cat", "dog"], 0.5))
+    picture = np.asarray(draw_detections(gray(800, 800), detections, CATEGORIES, 0.5))
     expected = 0.4 * np.array(class_color(1)) + 0.6 * GRAY  # inside the first mask
     np.testing.assert_allclose(picture[200, 200], expected, atol=2)
     assert (picture[450:750, 450:750] == GRAY).all()
@@ -114,5 +118,22 @@ def test_image_without_detections_is_drawn_as_it_is():
     nothing = Detections(
         torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 28, 28)
     )
-    picture = np.asarray(draw_detections(gray(800, 800), nothing, ["cat"], 0.5))
+    picture = np.asarray(draw_detections(gray(800, 800), nothing, CATEGORIES, 0.5))
     assert (picture == GRAY).all()
+
+
+def test_keypoints_are_drawn_where_the_model_is_sure_and_joined_as_the_skeleton_says():
+    # Three points on a line at y = 200; the last one's peak is too low to be shown.
+    points = [[200.0, 200.0, 3.0], [300.0, 200.0, 2.5], [400.0, 200.0, 1.0]]
+    detections = Detections(
+        boxes=torch.tensor([[100.0, 100.0, 500.0, 300.0]]),
+        scores=torch.tensor([0.9]),
+        labels=torch.tensor([0]),
+        keypoints=torch.tensor([points]),
+    )
+    picture = np.asarray(draw_detections(gray(800, 800), detections, PEOPLE, 0.5))
+    assert (picture[200, 200] == 255).all()
+    assert (picture[200, 300] == 255).all()
+    assert (picture[200, 250] == class_color(0)).all()  # the first line of the skeleton
+    assert (picture[200, 350] == GRAY).all()
+    assert (picture[200, 400] == GRAY).all()

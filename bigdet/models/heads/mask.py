@@ -5,13 +5,12 @@ Letters: N regions of all images, K classes, S sampled regions of one image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.heads.box import Regions
+from bigdet.models.heads.positives import Positives, take_positives
 from bigdet.models.losses import at_least_fp32, binary_losses, masked_mean
 from bigdet.models.norms import Kind as Norm
 from bigdet.models.norms import conv_norm
@@ -21,38 +20,10 @@ from bigdet.structures import Masks
 POOLED_SIZE = 14
 MASK_SIZE = 28
 NUM_CONVS = 4
-BUCKET = 32
-
-
-def pad_to_bucket(count: int) -> int:
-    """Round a number of regions up to a full bucket; none becomes one bucket.
-
-    So memory is allotted in few sizes, and a rank without regions runs the same modules as others.
-    """
-    return max(-(-count // BUCKET), 1) * BUCKET
-
-
-@dataclass(frozen=True)
-class MaskRegions:
-    """The regions that the mask head is trained on.
-
-    Attributes:
-        boxes: ``(N, 4)``.
-        images: ``(N,)`` int64.
-        labels: ``(N,)`` int64 in ``0..K-1``.
-        object_rows: ``(N,)`` int64, place of the object in the flat targets.
-        is_valid: ``(N,)`` bool; False in the slots that fill a bucket.
-    """
-
-    boxes: Tensor
-    images: Tensor
-    labels: Tensor
-    object_rows: Tensor
-    is_valid: Tensor
 
 
 @torch.no_grad()
-def select_positives(regions: Regions, masks: Masks, num_classes: int) -> MaskRegions:
+def select_positives(regions: Regions, masks: Masks, num_classes: int) -> Positives:
     """Take the sampled regions that lie on an object with a mask; one wait for the device.
 
     Args:
@@ -62,16 +33,7 @@ def select_positives(regions: Regions, masks: Masks, num_classes: int) -> MaskRe
     """
     sizes = torch.nn.functional.pad(masks.sizes, (0, 0, 0, 1))  # to read from without any object
     has_mask = (sizes > 0).all(dim=1)[regions.object_rows]
-    is_positive = (regions.is_positive & has_mask).flatten()
-    num_slots = pad_to_bucket(int(is_positive.sum()))  # the host waits here
-    chosen = torch.argsort(is_positive, descending=True, stable=True)[:num_slots]
-    return MaskRegions(
-        boxes=regions.boxes.flatten(0, 1)[chosen],
-        images=chosen // regions.boxes.shape[1],
-        labels=regions.labels.flatten()[chosen].clamp(max=num_classes - 1),
-        object_rows=regions.object_rows.flatten()[chosen],
-        is_valid=is_positive[chosen],
-    )
+    return take_positives(regions, has_mask, num_classes)
 
 
 class OwnClass(nn.Conv2d):
@@ -124,7 +86,7 @@ class MaskHead(Checkpointed):
         hidden = torch.relu_(self.deconv(self.run(self.convs, pooled)))
         return at_least_fp32(self.predictor(hidden, labels))
 
-    def losses(self, logits: Tensor, regions: MaskRegions, masks: Masks) -> dict[str, Tensor]:
+    def losses(self, logits: Tensor, regions: Positives, masks: Masks) -> dict[str, Tensor]:
         """Give the mean binary cross entropy over the grid points of all valid regions.
 
         Args:

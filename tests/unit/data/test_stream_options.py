@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from bigdet.config.schema import ResizeConfig, TrainSplitConfig
+from bigdet.data.manifest import Category
 from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream
 
 SPLIT_OPTIONS = ("keep_empty", "max_damaged", "scaled_decoding")

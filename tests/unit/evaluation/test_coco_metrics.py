@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from bigdet.data.shards import Category
 from bigdet.evaluation.coco_metrics import METRICS, evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections, metrics_table
 
@@ -118,14 +119,14 @@ def test_object_without_a_mask_is_ignored_in_mask_ap(make_shards):
 
 def test_masks_are_measured_where_both_model_and_data_have_them(make_shards):
     shards = make_shards([[truth(0, [10, 10, 40, 40])]])
-    assert evaluation_kinds(shards, True, False) == ("bbox", "segm")
+    assert evaluation_kinds(shards, True, True) == ("bbox", "segm")
     assert evaluation_kinds(shards, False, False) == ("bbox",)
 
 
 def test_masks_are_not_measured_on_data_of_boxes(make_shards):
     boxed = truth(0, [10, 10, 40, 40])
     del boxed["segmentation"]
-    assert evaluation_kinds(make_shards([[boxed]]), True, False) == ("bbox",)
+    assert evaluation_kinds(make_shards([[boxed]]), True, True) == ("bbox",)
 
 
 def test_pycocotools_prints_nothing(make_shards, capsys):
@@ -141,3 +142,54 @@ def test_table_has_a_line_per_kind_and_a_dash_for_what_is_undefined(make_shards)
     assert lines[1].split() == ["box", "1.000", "1.000", "1.000", "-", "1.000", "-", "1.000"]
     assert lines[2].split()[0] == "mask"
     assert [line.split() for line in lines[-2:]] == [["cat", "1.000", "1.000"], ["car", "-", "-"]]
+
+
+def pose(x, y, step=1.0, visibility=2):
+    """17 keypoints in a row."""
+    return [number for place in range(17) for number in (x + step * place, y, visibility)]
+
+
+def test_keypoints_are_measured_where_both_model_and_data_have_them(make_shards):
+    shards = make_shards([[truth(0, [10, 10, 40, 40], keypoints=pose(12, 30))]], PEOPLE)
+    assert evaluation_kinds(shards, False, True) == ("bbox", "keypoints")
+    assert evaluation_kinds(shards, False, False) == ("bbox",)
+
+
+PEOPLE = [Category(17, "cat", keypoints=[f"point {i}" for i in range(17)]), Category(3, "car")]
+
+
+def test_keypoints_at_their_places_score_one_and_far_from_them_zero(make_shards):
+    # 1600 square pixels: medium. The second cat has no labelled keypoint: whoever finds it is
+    # neither right nor wrong. The car has none at all.
+    annotations = [
+        truth(0, [10, 10, 40, 40], keypoints=pose(12, 30)),
+        truth(0, [60, 60, 30, 30], 2, keypoints=pose(0, 0, 0, 0)),
+        truth(1, [50, 10, 30, 30], 3),
+    ]
+    shards = make_shards([annotations], PEOPLE)
+    right = {**found(17, [10, 10, 40, 40], 0.9), "keypoints": pose(12, 30)}
+    wrong = {**found(17, [10, 10, 40, 40], 0.9), "keypoints": pose(80, 90)}
+    blank = {**found(17, [60, 60, 30, 30], 0.95), "keypoints": pose(62, 70)}
+    metrics = evaluate_detections(shards, [right, blank], ("keypoints",))
+    assert metrics["keypoints"] == pytest.approx(
+        {"AP": 1.0, "AP50": 1.0, "AP75": 1.0, "APm": 1.0, "APl": None, "AR20": 1.0}
+    )
+    assert metrics["per_class"]["keypoints"] == {"cat": pytest.approx(1.0), "car": None}
+    assert evaluate_detections(shards, [wrong], ("keypoints",))["keypoints"]["AP"] == 0.0
+    assert metrics_table(metrics | {"bbox": metrics["keypoints"]}).splitlines()[2].split() == [
+        "keypoint", "1.000", "1.000", "1.000", "1.000", "-", "1.000"
+    ]  # fmt: skip
+
+
+def test_other_numbers_of_keypoints_than_cocos_are_measured_too(make_shards):
+    people = [Category(17, "cat", keypoints=["nose", "tail"])]
+    points = [20.0, 20.0, 2, 40.0, 40.0, 2]
+    shards = make_shards([[truth(0, [10, 10, 40, 40], keypoints=points)]], people)
+    result = {**found(17, [10, 10, 40, 40], 0.9), "keypoints": points}
+    metrics = evaluate_detections(shards, [result], ("keypoints",))
+    assert metrics["keypoints"]["AP"] == pytest.approx(1.0)
+    # Both points off by d with d^2 / (2 area (2 sigma)^2) = 0.5: OKS = exp(-0.5) = 0.607, which
+    # reaches 3 of 10 thresholds: d^2 = 0.5 x 2 x 1600 x 0.01 = 16.
+    moved = [24.0, 20.0, 2, 44.0, 40.0, 2]
+    metrics = evaluate_detections(shards, [{**result, "keypoints": moved}], ("keypoints",))
+    assert metrics["keypoints"]["AP"] == pytest.approx(0.3)

@@ -131,3 +131,13 @@ def test_module_runs_in_the_precision_of_the_run_with_single_precision_weights(m
     module.seen.clear()
     predict_split(module, shards, (100, 100), 2, 0, CPU)
     assert module.seen == {(torch.float32, torch.float32)}
+
+
+def test_keypoints_are_counted_in_cocos_pixels():
+    # COCO's keypoint 0, 0 is the center of the first pixel, which lies at 0.5, 0.5.
+    found = Detections(
+        torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([0.5]), torch.tensor([0]),
+        keypoints=torch.tensor([[[1.5, 2.5, 3.0], [3.0, 8.0, -1.0]]]),
+    )  # fmt: skip
+    (result,) = coco_results(found, 5, (64, 96), [17])
+    assert result["keypoints"] == [1.0, 2.0, 3.0, 2.5, 7.5, -1.0]

@@ -33,8 +33,12 @@ def make_scene(
     canvas_size: tuple[int, int],
     num_classes: int = 3,
     seed: int = 0,
+    num_keypoints: int | None = None,
 ) -> Batch:
-    """A batch of noise with elliptic objects; ``objects`` are xyxy whole pixels, by image."""
+    """A batch of noise with elliptic objects; ``objects`` are xyxy whole pixels, by image.
+
+    With keypoints they lie anywhere in their object; some are hidden or not labelled.
+    """
     generator = torch.Generator().manual_seed(seed)
     images = torch.zeros(len(objects), 3, *canvas_size, dtype=torch.uint8)
     for image, (height, width) in zip(images, image_sizes, strict=True):
@@ -42,6 +46,13 @@ def make_scene(
         image[:, :height, :width] = noise.to(torch.uint8)
     boxes = [box for of_image in objects for box in of_image]
     counts = torch.tensor([0] + [len(of_image) for of_image in objects])
+    keypoints = None
+    if num_keypoints is not None:
+        edges = torch.tensor(boxes, dtype=torch.float32).view(-1, 1, 4)
+        parts = torch.rand(len(boxes), num_keypoints, 2, generator=generator)
+        points = edges[..., :2] + parts * (edges[..., 2:] - edges[..., :2])
+        seen = torch.randint(0, 3, (*points.shape[:2], 1), generator=generator)
+        keypoints = torch.cat([points, seen.float()], dim=2)
     targets = Targets(
         boxes=torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
         labels=torch.arange(len(boxes)) % num_classes,
@@ -51,6 +62,7 @@ def make_scene(
             [ellipse(y1 - y0, x1 - x0) for x0, y0, x1, y1 in boxes],
             [(x0, y0) for x0, y0, _, _ in boxes],
         ),
+        keypoints=keypoints,
     )
     return Batch(
         images=images,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigdet.config import schema
-from bigdet.config.derived import DETECTOR_PARTS
+from bigdet.config.derived import DETECTOR_PARTS, model_parts
 from bigdet.config.schema import ModelConfig
 from bigdet.models.build import DETECTORS, build_detector, head_norm
 from bigdet.models.heads.box import NUM_LAYERS
@@ -59,11 +59,21 @@ def test_parts_have_the_published_sizes() -> None:
         "box_head": 15_618_449,
         "mask_head": 2_644_304,
     }
-    assert tuple(sizes) == get_args(schema.Part)
+    assert list(sizes) == model_parts(config)
+
+
+def test_a_keypoint_rcnn_has_the_published_size() -> None:
+    config = ModelConfig(detector="keypoint_rcnn", backbone="resnet50")
+    with torch.device("meta"):
+        model = build_detector(config, 1)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 59_186_278
+    head = sum(parameter.numel() for parameter in model.keypoint_head.parameters())
+    assert head == 17_838_097
 
 
 def test_choices_of_the_schema_are_the_ones_that_can_be_built() -> None:
     assert set(DETECTORS) == set(DETECTOR_PARTS) == set(get_args(schema.Detector))
+    assert set().union(*DETECTOR_PARTS.values()) == set(get_args(schema.Part))
     assert set(NUM_LAYERS) == set(get_args(schema.BoxHead))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigdet.config.schema import ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.ops import nms
@@ -23,6 +23,7 @@ CONFIG = ModelConfig(
     fc_width=32,
     rpn=RpnConfig(anchor_sizes=[12, 24, 48, 96, 192], train_proposals=100, test_proposals=50),
     roi=RoiConfig(rois_per_image=32, score_threshold=0.01),
+    keypoint=KeypointConfig(num_keypoints=3, width=16),
 )
 OBJECTS = [[(5, 8, 60, 70), (50, 30, 100, 100)], [(10, 10, 30, 34)]]
 SIZES = [(128, 128), (96, 120)]
@@ -34,7 +35,7 @@ def detector_of(config: ModelConfig = CONFIG) -> Detector:
 
 
 def scene(objects: list = OBJECTS) -> Batch:
-    return make_scene(objects, SIZES, (128, 128))
+    return make_scene(objects, SIZES, (128, 128), num_keypoints=CONFIG.keypoint.num_keypoints)
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, [OBJECTS[0], []], [[], []]])
@@ -108,10 +109,31 @@ def test_a_faster_rcnn_reads_no_masks() -> None:
     assert all(found.masks is None for found in detector.eval()(batch))
 
 
-def test_a_batch_without_masks_is_an_error_of_a_mask_rcnn() -> None:
+def test_a_batch_without_what_a_head_learns_is_an_error() -> None:
     batch = scene()
     with pytest.raises(ValueError, match="The batch has no masks"):
         detector_of()(replace(batch, targets=replace(batch.targets, masks=None)))
+    detector = detector_of(replace(CONFIG, detector="keypoint_rcnn"))
+    with pytest.raises(ValueError, match="The batch has no keypoints"):
+        detector(replace(batch, targets=replace(batch.targets, keypoints=None)))
+
+
+def test_keypoints_are_moved_to_the_image_as_given() -> None:
+    detector = detector_of(replace(CONFIG, detector="keypoint_rcnn"))
+    detector.test_size = (128, 128)
+    image = scene().images[0]
+    small = torch.nn.functional.interpolate(image[None], size=(64, 32))[0]  # seen at 128 x 64
+    found = detector.predict([small])[0]
+    seen = []
+    forward = detector._detect
+    detector._detect = lambda batch: seen.extend(forward(batch)) or seen
+    detector.predict([small])
+    assert len(found.boxes) > 0
+    torch.testing.assert_close(found.keypoints[..., :2], seen[0].keypoints[..., :2] / 2)
+    torch.testing.assert_close(found.keypoints[..., 2], seen[0].keypoints[..., 2])
+    # Peaks lie in their boxes.
+    assert (found.keypoints[..., :2] >= found.boxes[:, None, :2]).all()
+    assert (found.keypoints[..., :2] <= found.boxes[:, None, 2:] + 1).all()
 
 
 def test_detections_lie_in_their_images_best_first() -> None:
@@ -191,7 +213,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn", "keypoint_rcnn"])
 def test_the_host_waits_for_the_device_at_most_three_times_a_step(
     detector: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,10 @@ import torch
 from bigdet.models.heads.box import Regions
 from bigdet.models.heads.mask import (
     MaskHead,
-    MaskRegions,
     OwnClass,
-    pad_to_bucket,
     select_positives,
 )
+from bigdet.models.heads.positives import Positives, pad_to_bucket
 from bigdet.structures import Masks
 from tests.unit.models.scenes import ellipse, pack_masks
 
@@ -58,9 +57,9 @@ def test_a_positive_on_an_object_without_a_mask_is_left_out() -> None:
     assert chosen.object_rows[0] == 0
 
 
-def mask_regions(is_valid: list[bool]) -> MaskRegions:
+def mask_regions(is_valid: list[bool]) -> Positives:
     number = len(is_valid)
-    return MaskRegions(
+    return Positives(
         boxes=torch.tensor([[5.0, 7.0, 35.0, 27.0]]).expand(number, 4),
         images=torch.zeros(number, dtype=torch.int64),
         labels=torch.ones(number, dtype=torch.int64),

@@ -13,11 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN, roi_heads
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN, roi_heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from bigdet.config.schema import ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
@@ -25,6 +25,7 @@ from bigdet.structures import Batch
 from tests.unit.models.scenes import make_scene
 
 NUM_CLASSES = 3
+NUM_KEYPOINTS = 5
 EVERYTHING = 1_000_000  # slots for all candidates: nothing is left to chance
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 RPN = RpnConfig(
@@ -48,6 +49,7 @@ LOSS_NAMES = {
     "loss_classifier": "box_class",
     "loss_box_reg": "box_delta",
     "loss_mask": "mask",
+    "loss_keypoint": "keypoint",
 }
 
 
@@ -66,16 +68,17 @@ class Pyramid(nn.Module):
         )
 
 
-def own_detector(backbone: str, box_head: str, width: int, with_masks: bool) -> Detector:
+def own_detector(name: str, backbone: str, box_head: str, width: int) -> Detector:
     torch.manual_seed(1)
     config = ModelConfig(
-        detector="mask_rcnn" if with_masks else "faster_rcnn",
+        detector=name,
         backbone=backbone,
         box_head=box_head,
         width=width,
         fc_width=64,
         rpn=RPN,
         roi=ROI,
+        keypoint=KeypointConfig(num_keypoints=NUM_KEYPOINTS, width=24),
     )
     detector = build_detector(config, NUM_CLASSES, TORCHVISION).double()
     heads = [detector.rpn, detector.box_head]
@@ -136,6 +139,10 @@ def to_torchvision(detector: Detector, read: str) -> dict[str, Tensor]:
             detector.mask_head.predictor,
             background(1),
         )
+    if detector.keypoint_head is not None:
+        for i, layer in enumerate(detector.keypoint_head.convs):
+            take(f"roi_heads.keypoint_head.{2 * i}", layer.conv)
+        take("roi_heads.keypoint_predictor.kps_score_lowres", detector.keypoint_head.deconv)
     return found
 
 
@@ -144,6 +151,10 @@ def torchvision_detector(detector: Detector, box_head: str, width: int) -> Faste
         FastRCNNConvFCHead,
         FastRCNNPredictor,
         TwoMLPHead,
+    )
+    from torchvision.models.detection.keypoint_rcnn import (
+        KeypointRCNNHeads,
+        KeypointRCNNPredictor,
     )
     from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
@@ -170,7 +181,14 @@ def torchvision_detector(detector: Detector, box_head: str, width: int) -> Faste
         "box_predictor": FastRCNNPredictor(64, NUM_CLASSES + 1),
         "_skip_resize": True,  # in training
     }
-    if detector.mask_head is None:
+    if detector.keypoint_head is not None:
+        options |= {
+            "keypoint_roi_pool": MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
+            "keypoint_head": KeypointRCNNHeads(width, [24] * 8),
+            "keypoint_predictor": KeypointRCNNPredictor(24, NUM_KEYPOINTS),
+        }
+        other = KeypointRCNN(Pyramid(detector, width), **options)
+    elif detector.mask_head is None:
         other = FasterRCNN(Pyramid(detector, width), **options)
     else:
         options |= {
@@ -198,8 +216,16 @@ def scene() -> Batch:
     second = [(10, 12, 100, 80), (60, 20, 118, 60), (30, 50, 50, 90)]
     batch = make_scene([first, second], [(128, 160), (96, 128)], (128, 160), NUM_CLASSES)
     # Off the pixel grid: half-covered grid points of a mask would be decided by rounding.
-    moved = batch.targets.boxes + torch.rand(8, 4, generator=torch.Generator().manual_seed(2))
-    return replace(batch, targets=replace(batch.targets, boxes=moved))
+    generator = torch.Generator().manual_seed(2)
+    moved = batch.targets.boxes + torch.rand(8, 4, generator=generator)
+    # Keypoints in and around the boxes, some of them hidden or not labelled.
+    parts = torch.rand(8, NUM_KEYPOINTS, 2, generator=generator) * 1.4 - 0.2
+    points = moved[:, None, :2] + parts * (moved[:, 2:] - moved[:, :2])[:, None]
+    seen = torch.randint(0, 3, (8, NUM_KEYPOINTS, 1), generator=generator)
+    keypoints = torch.cat([points, seen.float()], dim=2)
+    keypoints[0, 0, :2] = moved[0, 2:]  # the corner belongs to the box
+    keypoints[0, 0, 2] = 2
+    return replace(batch, targets=replace(batch.targets, boxes=moved, keypoints=keypoints))
 
 
 def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -218,6 +244,7 @@ def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]
                 "boxes": batch.targets.boxes[offsets[i] : offsets[i + 1]].double(),
                 "labels": batch.targets.labels[offsets[i] : offsets[i + 1]] + 1,
                 "masks": bitmaps,
+                "keypoints": batch.targets.keypoints[offsets[i] : offsets[i + 1]],
             }
         )
     return images, targets
@@ -232,52 +259,53 @@ def center_targets(bitmaps: Tensor, boxes: Tensor, rows: Tensor, size: int) -> T
 
 
 MODELS = pytest.mark.parametrize(
-    ("backbone", "box_head", "width", "with_masks"),
+    ("name", "backbone", "box_head", "width"),
     [
-        ("resnet10", "2fc", 32, True),
-        ("resnet10", "4conv1fc", 16, True),
-        ("resnet50", "2fc", 64, True),
-        ("resnet18", "2fc", 32, False),
+        ("mask_rcnn", "resnet10", "2fc", 32),
+        ("mask_rcnn", "resnet10", "4conv1fc", 16),
+        ("mask_rcnn", "resnet50", "2fc", 64),
+        ("faster_rcnn", "resnet18", "2fc", 32),
+        ("keypoint_rcnn", "resnet10", "2fc", 32),
     ],
 )
 
 
 @MODELS
 def test_losses_and_gradients_equal_torchvisions(
-    backbone: str, box_head: str, width: int, with_masks: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, backbone: str, box_head: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roi_heads, "project_masks_on_boxes", center_targets)
-    ours = own_detector(backbone, box_head, width, with_masks)
+    ours = own_detector(name, backbone, box_head, width)
     theirs = torchvision_detector(ours, box_head, width)
     batch = scene()
     images, targets = as_torchvision(batch)
 
     losses = ours(batch)
     expected = theirs(images, targets)
-    assert len(expected) == (5 if with_masks else 4)
-    for name, value in expected.items():
+    assert len(expected) == (4 if name == "faster_rcnn" else 5)
+    for key, value in expected.items():
         assert value > 1e-4
         # torchvision rounds the objectness loss to fp32 on its way.
-        torch.testing.assert_close(losses[LOSS_NAMES[name]], value.double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(losses[LOSS_NAMES[key]], value.double(), rtol=1e-6, atol=0)
 
     sum(losses.values()).backward()
     sum(expected.values()).backward()
     found = to_torchvision(ours, "grad")
     pyramid = {"backbone": ours.backbone, "fpn": ours.fpn}
     for part, module in pyramid.items():
-        found |= {f"backbone.{part}.{name}": p.grad for name, p in module.named_parameters()}
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+        found |= {f"backbone.{part}.{key}": p.grad for key, p in module.named_parameters()}
+    gradients = {key: p.grad for key, p in theirs.named_parameters()}
     assert found.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(found[name], gradient, **CLOSE, msg=name)
+    for key, gradient in gradients.items():
+        assert gradient.abs().max() > 0, key
+        torch.testing.assert_close(found[key], gradient, **CLOSE, msg=key)
 
 
 @MODELS
 def test_predictions_equal_torchvisions_at_every_stage(
-    backbone: str, box_head: str, width: int, with_masks: bool
+    name: str, backbone: str, box_head: str, width: int
 ) -> None:
-    ours = own_detector(backbone, box_head, width, with_masks).eval()
+    ours = own_detector(name, backbone, box_head, width).eval()
     theirs = torchvision_detector(ours, box_head, width).eval()
     batch = scene()
     # Untrained running statistics would let the features, and with them all scores, overflow.
@@ -315,5 +343,10 @@ def test_predictions_equal_torchvisions_at_every_stage(
         torch.testing.assert_close(one.boxes, other["boxes"].float(), rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(one.scores, other["scores"].float(), **CLOSE)
         torch.testing.assert_close(one.labels, other["labels"] - 1)
-        if with_masks:
+        if name == "mask_rcnn":
             torch.testing.assert_close(one.masks, other["masks"][:, 0].float(), **CLOSE)
+        if name == "keypoint_rcnn":
+            points = other["keypoints"][..., :2].float()
+            torch.testing.assert_close(one.keypoints[..., :2], points, rtol=1e-6, atol=1e-5)
+            scores = other["keypoints_scores"].float()
+            torch.testing.assert_close(one.keypoints[..., 2], scores, **CLOSE)

@@ -1,0 +1,63 @@
+"""The regions on objects that a mask or keypoint head is trained on.
+
+Letters: N regions of all images, S sampled regions of one image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigdet.models.heads.box import Regions
+
+BUCKET = 32
+
+
+def pad_to_bucket(count: int) -> int:
+    """Round a number of regions up to a full bucket; none becomes one bucket.
+
+    So memory is allotted in few sizes, and a rank without regions runs the same modules as others.
+    """
+    return max(-(-count // BUCKET), 1) * BUCKET
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Some of the sampled regions that lie on objects.
+
+    Attributes:
+        boxes: ``(N, 4)``.
+        images: ``(N,)`` int64.
+        labels: ``(N,)`` int64 in ``0..K-1``.
+        object_rows: ``(N,)`` int64, place of the object in the flat targets.
+        is_valid: ``(N,)`` bool; False in the slots that fill a bucket.
+    """
+
+    boxes: Tensor
+    images: Tensor
+    labels: Tensor
+    object_rows: Tensor
+    is_valid: Tensor
+
+
+@torch.no_grad()
+def take_positives(regions: Regions, is_wanted: Tensor, num_classes: int) -> Positives:
+    """Take the wanted ones of the regions on objects; one wait for the device.
+
+    Args:
+        regions: B x S sampled regions.
+        is_wanted: ``(B, S)`` bool.
+        num_classes: K.
+    """
+    is_taken = (regions.is_positive & is_wanted).flatten()
+    num_slots = pad_to_bucket(int(is_taken.sum()))  # the host waits here
+    chosen = torch.argsort(is_taken, descending=True, stable=True)[:num_slots]
+    return Positives(
+        boxes=regions.boxes.flatten(0, 1)[chosen],
+        images=chosen // regions.boxes.shape[1],
+        labels=regions.labels.flatten()[chosen].clamp(max=num_classes - 1),
+        object_rows=regions.object_rows.flatten()[chosen],
+        is_valid=is_taken[chosen],
+    )
