@@ -70,8 +70,9 @@ class Toy(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         shifted = batch["images"] - self.mean.view(1, 3, 1, 1)
-        with norms.collect_statistics():
-            features = self.norm(self.convolution(shifted)).relu().mean((2, 3))
+        features = self.norm(self.convolution(shifted)).relu().mean((2, 3))
+        if self.training:
+            norms.count_lane(self)
         outputs = self.linear(self.frozen(features)).float()
         square = (outputs - batch["targets"]).square().mean()
         size = 0.1 * outputs.abs().mean()
