@@ -134,6 +134,9 @@ class RCNN(Detector):
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions = self.rpn(pyramid, self.strides, canvas_size)
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
+        # Empty slots stand last. Training keeps them; here they would only cost time.
+        most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()))
+        proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
         return self.box_head.find(partial(self._pool_all, table), proposals, batch.image_sizes)
 
     def maps(
