@@ -22,22 +22,36 @@ STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
 
 
-def run_command(main: Callable[[Sequence[str]], int]) -> None:
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
     """Run a command's ``main`` and end the process with its exit code.
 
-    ``ValueError`` and ``OSError`` are what a user can cause: they end in one message and exit
-    code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all ranks share is told once.
+    ``ValueError`` and ``OSError`` are what a user can cause, and another rank may be gone: they end
+    in one message and exit code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all
+    ranks share is told once. Ctrl-C ends with one line too.
+
+    Args:
+        main: takes the arguments and returns the exit code.
+        interrupted: what Ctrl-C says.
     """
     try:
         code = main(sys.argv[1:])
     except SystemExit as end:  # argparse: it has told what is wrong, and its own code for it is 2
         code = 1 if end.code else 0
-    except (ValueError, OSError) as error:
-        if os.environ.get("BIGDET_TRACEBACK") == "1":
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{interrupted}\n")
+        code = INTERRUPTED
+    except (ValueError, OSError, RuntimeError) as error:
+        lost = distributed.lost_peer(error)
+        is_bug = isinstance(error, RuntimeError) and not lost
+        if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
-        if distributed.is_main() or not distributed.is_on_all_ranks(error):
+        if distributed.must_tell(error):
             where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
-            sys.stderr.write(f"error{where}: {error}\n")
+            sys.stderr.write(f"error{where}: {lost or error}\n")
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,18 +1,29 @@
-"""Ranks: who this process is, the process group, reductions. Nobody else reads RANK."""
+"""Ranks: who this process is, the process group, reductions. Nobody else reads RANK.
+
+Launchers say who a process is: ``deepspeed`` and ``torchrun`` by RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT, Slurm's ``srun`` by SLURM_*, from which these are made here.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
+import re
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+JOIN_SECONDS = 300.0
+"""How long the first ranks wait for the last one to start; BIGDET_JOIN_SECONDS changes it."""
+POLL_SECONDS = 0.05
 
 
 def rank() -> int:
@@ -49,12 +60,7 @@ def start() -> None:
     """
     if dist.is_initialized():
         return
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in os.environ:
-        raise ValueError(
-            f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but RANK is not set, so each would "
-            f"train alone. Start one task per node that runs torchrun, or set RANK, WORLD_SIZE, "
-            f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT from Slurm's variables."
-        )
+    _adopt_slurm()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -63,11 +69,125 @@ def start() -> None:
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
     timeout = datetime.timedelta(minutes=30)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend, timeout=timeout)  # torchrun's agents have met already
         return
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    alone = "MASTER_ADDR" not in os.environ
+    store = dist.HashStore() if alone else _meet()  # type: ignore[attr-defined]
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout
+    )
+
+
+def _adopt_slurm() -> None:
+    """Set what other launchers set, where ``srun`` started this process as one of several tasks.
+
+    A process that torchrun started inside a task has RANK already.
+
+    Raises:
+        ValueError: Slurm gave the job several tasks, and this process is none of them.
+    """
+    variables = os.environ
+    num_tasks = int(variables.get("SLURM_NTASKS", "1"))
+    if "RANK" in variables or int(variables.get("SLURM_STEP_NUM_TASKS", num_tasks)) == 1:
+        return
+    if "SLURM_STEP_NUM_TASKS" not in variables:
+        raise ValueError(
+            f"Slurm gave this job {num_tasks} tasks, but python was started without srun and would "
+            f"run alone. Write `srun python ...`, as in launch/slurm.sbatch, or ask for one task."
+        )
+    variables["RANK"] = variables["SLURM_PROCID"]
+    variables["WORLD_SIZE"] = variables["SLURM_STEP_NUM_TASKS"]
+    # With --gpus-per-task a task sees its own GPU alone, as number 0.
+    sees_one = torch.cuda.is_available() and torch.cuda.device_count() == 1
+    variables["LOCAL_RANK"] = "0" if sees_one else variables["SLURM_LOCALID"]
+    variables.setdefault("MASTER_ADDR", first_host(variables["SLURM_STEP_NODELIST"]))
+    # Jobs and steps that share a host need ports of their own, below those that Linux gives away.
+    number = int(variables["SLURM_JOB_ID"]) * 16 + int(variables["SLURM_STEP_ID"])
+    variables.setdefault("MASTER_PORT", str(12_000 + number % 20_000))
+
+
+def first_host(node_list: str) -> str:
+    """Return the first host of a Slurm list such as ``gpu[03-05,9],login1``: ``gpu03``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)  # to the first comma outside brackets
+    assert first is not None
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
+
+
+def _meet() -> Any:
+    """Wait until every rank is here, and return the store that rank 0 keeps for them.
+
+    Raises:
+        ValueError: this rank cannot reach rank 0, or cannot be reached as rank 0.
+        SharedError: on every rank, when some did not come.
+    """
+    seconds = float(os.environ.get("BIGDET_JOIN_SECONDS", JOIN_SECONDS))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Rank 0 gives up first: it can tell who is missing.
+    timeout = datetime.timedelta(seconds=seconds if is_main() else seconds + 10)
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, world_size(), is_main(), timeout, wait_for_workers=False
+        )
+    except dist.DistError as error:
+        problem = str(error).splitlines()[0]
+        if is_main():
+            raise ValueError(
+                f"cannot listen on port {port}: {problem}. Another run may use it: choose another "
+                f"one (--master_port)."
+            ) from error
+        raise ValueError(
+            f"rank {rank()} on {socket.gethostname()} did not reach rank 0 at {address}:{port} "
+            f"within {timeout.seconds} s: {problem}. Check that this host reaches that one, and "
+            f"that python starts there."
+        ) from error
+    try:
+        store.set(f"host/{rank()}", socket.gethostname())
+        if is_main():
+            problem = _wait_for_all(store, seconds)
+            store.set("problem", problem)
+        problem = store.get("problem").decode()
+    except dist.DistError as error:
+        raise SharedError(f"rank 0 at {address}:{port} is gone: {error}") from error
+    if problem:
+        time.sleep(is_main())  # else the others would lose the store before they have read it
+        raise SharedError(problem)
+    return store
+
+
+def _wait_for_all(store: Any, seconds: float) -> str:
+    """Wait until every rank has written its host into the store; say who did not (rank 0)."""
+    deadline = time.monotonic() + seconds
+    missing = list(range(world_size()))
+    while missing := [number for number in missing if not store.check([f"host/{number}"])]:
+        if time.monotonic() > deadline:
+            came = sorted(set(range(world_size())) - set(missing))
+            names = sorted({store.get(f"host/{number}").decode() for number in came})
+            return (
+                f"only {len(came)} of {world_size()} ranks came within {seconds:g} s, from "
+                f"{', '.join(names)}; missing: {', '.join(map(str, missing[:16]))}. A host of the "
+                f"hostfile cannot be reached, python does not start there, or it cannot reach "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}. See what the launcher "
+                f"says of it above, and try `ssh HOST true`. BIGDET_JOIN_SECONDS changes the time."
+            )
+        time.sleep(POLL_SECONDS)
+    return ""
+
+
+def lost_peer(error: BaseException) -> str:
+    """Say that another rank is gone, where an error of a collective means that; else nothing."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    is_lost = isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo" in text or "Connection closed" in text
+    )
+    if not is_lost:
+        return ""
+    return (
+        f"lost the connection to another rank ({text}). The rank that ended first says why, above "
+        f"or in its own log (OUTPUT/logs/rank-N.log); if it was killed, its host says why (out of "
+        f"memory?). The same command goes on from the newest checkpoint."
+    )
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -81,6 +201,35 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Average a tensor of equal shape over all ranks; every rank gets the result."""
     return sum_over_ranks(tensor) / world_size()
+
+
+class _SumWithGradient(torch.autograd.Function):
+    """A sum over ranks whose gradient is that of the losses of all ranks together."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_over_ranks(grad)
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Add up a tensor of equal shape over all ranks, in the forward and in the backward pass.
+
+    Every rank has to run both, and in the same order. (torch's own, ``torch.distributed.nn``, is
+    deprecated.)
+    """
+    total: Tensor = _SumWithGradient.apply(tensor)
+    return total
+
+
+def group() -> dist.ProcessGroup:
+    """Return the group of all ranks."""
+    world = dist.group.WORLD
+    assert world is not None, "start() comes first"
+    return world
 
 
 def max_over_ranks(value: float) -> float:
@@ -133,14 +282,27 @@ class SharedError(ValueError):
     """An error that every rank raises at the same point, so that it is told once."""
 
 
-def is_on_all_ranks(error: BaseException) -> bool:
-    """Tell whether every rank raises this error: then rank 0 alone needs to print it.
+def must_tell(error: BaseException) -> bool:
+    """Tell whether this rank is the one that prints an error, so that each is told once.
 
     Before the ranks have met, those of one host are taken to see the same files.
     """
-    if not dist.is_initialized():
-        return local_rank() > 0
-    return isinstance(error, SharedError)
+    if isinstance(error, SharedError):
+        return is_main()
+    return tells_first() if dist.is_initialized() else local_rank() == 0
+
+
+def tells_first() -> bool:
+    """Tell whether no other rank has asked this before; no collective.
+
+    The ranks that lose their connection to a rank that failed come after it.
+    """
+    if not dist.is_initialized() or world_size() == 1:
+        return True
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("told", 1) == 1)
+    except RuntimeError:
+        return True  # rank 0 is gone, and the store with it
 
 
 @contextmanager

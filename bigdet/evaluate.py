@@ -28,8 +28,9 @@ from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import RunConfig, TtaConfig
+from bigdet.data.manifest import Category
 from bigdet.data.mix import with_categories
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds, metrics_table
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.tta import AugmentedDetector

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigdet import distributed
+from bigdet import distributed, doctor
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
@@ -24,12 +24,13 @@ from bigdet.config.load import load_config
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
 from bigdet.engine import checkpoint
-from bigdet.engine.deepspeed_engine import DeepSpeedEngine
+from bigdet.engine.build import build_engine
 from bigdet.log import setup_logging
 from bigdet.run_dir import RunDir
-from bigdet.training import optim, resume, saving, stopping
+from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
+from bigdet.training.watchdog import Watchdog
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     check_config(config)
     distributed.start()
+    if options.doctor:
+        setup_logging(distributed.rank())
+        return doctor.examine(config)
     stopping.listen()
     run_dir = RunDir(Path(config.output))
     folder: Path | None = None
@@ -48,20 +52,24 @@ def main(arguments: Sequence[str]) -> int:
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
             folder = resume.find_checkpoint(config, run_dir)
+    resume.check_same_everywhere(config, train_set, val_set)
     folder = distributed.broadcast_object(folder)
     saved = None if folder is None else checkpoint.load(folder)
     with distributed.together():
         config = resume.settle_config(config, saved, folder)
         resume.check_phases(config, train_set, saved)
-        state, metrics = resume.begin(config, run_dir, saved)
-    run = Run(config, run_dir, train_set, val_set, metrics, state)
+        state, metrics = resume.begin(config, run_dir, train_set, saved)
+    watchdog = Watchdog(config.log.stall_seconds, run_dir.log(distributed.rank()))
+    run = Run(config, run_dir, train_set, val_set, metrics, state, watchdog)
     if saved is not None:
         run.restored = saved.engine
         del saved  # weights and optimizer state: gone once they are in place
     run.log_start(folder)
     try:
-        return run_phases(run)
+        with watchdog:
+            return run_phases(run)
     finally:
+        run.saver.join()
         if metrics is not None:
             metrics.close()
 
@@ -97,7 +105,7 @@ def run_phase(run: Run) -> bool:
             seed=config.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            first_step=state.step,
+            first_step=state.step + state.stream_shift,
         )
         if run.restored is not None:
             stream.check_state(state.stream)
@@ -107,12 +115,17 @@ def run_phase(run: Run) -> bool:
         config, name, run.train_set.num_classes, run.run_dir, device, run.restored is not None
     )
     make_optimizer = partial(optim.build_optimizer, phase=phase)
-    engine = DeepSpeedEngine(detector, make_optimizer, config.engine, len(stream.lanes), device)
+    num_micro_batches = len(stream.lanes)
+    engine = build_engine(
+        detector, make_optimizer, config.engine, num_micro_batches, device, detector.units
+    )
     try:
         if run.restored is not None:
             engine.load_state(run.restored)
             run.restored = None
-        return PhaseTrainer(run, detector, engine, stream, device).train()
+        trainer = PhaseTrainer(run, detector, engine, stream, device)
+        with failures.explained(trainer):
+            return trainer.train()
     finally:
         stream.close()
         engine.close()
@@ -127,6 +140,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("config", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="check hosts, data, memory and collectives, then end",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -1,9 +1,13 @@
-"""How long a training step takes, beside torchvision's R-CNN with the same backbone and pyramid.
+"""How long a training step takes, beside torchvision's R-CNN.
 
-Both train on the same random scene: noise with elliptic objects of all sizes. They take turns, one
-step each, since the speed of a shared machine drifts; medians over the rounds count. ``ratio`` is
-bigdet's images per second over torchvision's in the same precision, ``ratio_bf16`` those of bigdet
-in bf16 over torchvision's in fp32 (CPU) or under the same autocast (CUDA).
+They train on the same random scene: noise with elliptic objects of all sizes. They take turns, one
+step each, since the speed of a shared machine drifts; medians over the rounds count.
+
+There are two peers. ``torchvision`` is what its users have: for a ResNet its own backbone and
+pyramid, in its memory format. ``torchvision_heads`` has bigdet's backbone and pyramid, in
+channels_last memory, so that only proposals, heads and losses differ. ``ratio`` and ``ratio_heads``
+are bigdet's images per second over theirs in fp32; ``ratio_bf16`` those of bigdet in bf16 over
+torchvision's in fp32 (CPU) or under the same autocast (CUDA).
 """
 
 from __future__ import annotations
@@ -11,30 +15,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
 import functools
 import itertools
-import resource
 import statistics
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import benchmark_engines
 import torch
+from benchmark_memory import peak_memory, start_memory
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import (
     FastRCNNConvFCHead,
     FastRCNNPredictor,
     TwoMLPHead,
 )
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from bigdet.config.derived import has_masks
 from bigdet.config.schema import ModelConfig, RunConfig
@@ -52,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", help="whose batch, size and norm mode; default: the first")
     parser.add_argument("--objects", type=int, default=20, help="per image; default 20")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps each; default 5")
+    parser.add_argument(
+        "--engines", help="compare with DDP instead: all, or some of zero0,zero1,zero2,zero3,fsdp"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="of --engines; default 2")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -62,13 +69,24 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     height, width = side, side
     if phase.resize.kind == "short_side" and phase.resize.cap is not None:
         width = phase.resize.cap // 32 * 32
+    if arguments.engines:
+        scene = functools.partial(
+            make_scene, phase.images_per_gpu, (height, width), arguments.objects
+        )
+        return benchmark_engines.run(config, phase, scene, NUM_CLASSES, arguments)
     torch.manual_seed(config.seed)
     detector = build_detector(config.model, NUM_CLASSES).to(device)
-    other = torchvision_detector(detector, config.model).to(device)
-    for model in (detector, other):
+    heads = torchvision_detector(detector, config.model).to(device)
+    peers = {"torchvision_heads": heads}
+    if config.model.backbone in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+        own = own_pyramid(config.model, is_live=phase.norm_mode in ("live", "sync"))
+        peers["torchvision"] = torchvision_rcnn(own, config.model).to(device)
+    for model in (detector, *peers.values()):
         if phase.norm_mode is not None:
             set_norm_mode(model, phase.norm_mode)
         model.train()
+    if config.model.compile:
+        detector.compile_dense()
     batch = make_scene(phase.images_per_gpu, (height, width), arguments.objects, config.seed)
     batch = batch.to(device)
     images, targets = as_torchvision(batch)
@@ -78,16 +96,17 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
     fp32 = contextlib.nullcontext
     ours = functools.partial(detector, batch)
-    theirs = functools.partial(other, images, targets)
-    takers = {
-        "bigdet_fp32": Taker(detector, ours, fp32, device),
-        "torchvision_fp32": Taker(other, theirs, fp32, device),
-        "bigdet_bf16": Taker(detector, ours, bf16, device),
-    }
-    rival = "torchvision_fp32"
+    takers = {"bigdet_fp32": Taker(detector, ours, fp32, device)}
+    for name, peer in peers.items():
+        theirs = functools.partial(peer, images, targets)
+        takers[f"{name}_fp32"] = Taker(peer, theirs, fp32, device)
+    takers["bigdet_bf16"] = Taker(detector, ours, bf16, device)
+    best = list(peers)[-1]
+    rival = f"{best}_fp32"
     if device.type == "cuda":
-        rival = "torchvision_bf16"
-        takers[rival] = Taker(other, theirs, bf16, device)
+        rival = f"{best}_bf16"
+        theirs = functools.partial(peers[best], images, targets)
+        takers[rival] = Taker(peers[best], theirs, bf16, device)
     for _ in range(arguments.rounds + 1):
         for taker in takers.values():
             taker.step()
@@ -101,7 +120,8 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         "canvas_size": [height, width],
         "objects_per_image": arguments.objects,
         **report,
-        "ratio": round(speed["bigdet_fp32"] / speed["torchvision_fp32"], 3),
+        "ratio": round(speed["bigdet_fp32"] / speed[f"{best}_fp32"], 3),
+        "ratio_heads": round(speed["bigdet_fp32"] / speed["torchvision_heads_fp32"], 3),
         "ratio_bf16": round(speed["bigdet_bf16"] / speed[rival], 3),
     }
 
@@ -138,7 +158,7 @@ class Taker:
         hook = (
             head.register_forward_pre_hook(lambda _, x: count.append(len(x[0]))) if head else None
         )
-        before = self._start_memory()
+        before = start_memory(self.device)
         clock = [self._now()]
         with self.precision():
             losses = self.losses()
@@ -148,7 +168,7 @@ class Taker:
         self.optimizer.step()
         self.optimizer.zero_grad()
         clock.append(self._now())
-        self.peaks.append(self._peak_memory() - before)
+        self.peaks.append(peak_memory(self.device) - before)
         spans = [end - start for start, end in itertools.pairwise(clock)]
         self.times.append(dict(zip(PARTS, spans, strict=True)))
         self.mask_regions += count
@@ -175,29 +195,6 @@ class Taker:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _start_memory(self) -> int:
-        """Begin to watch for a peak; give the bytes in use now."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        refs = Path("/proc/self/clear_refs")
-        if refs.exists():
-            # What the step before left in the allocator would hide what this one takes.
-            ctypes.CDLL(None).malloc_trim(0)
-            refs.write_text("5")  # Linux: forget the largest resident size so far
-        return self._peak_memory()
-
-    def _peak_memory(self) -> int:
-        """Give the largest number of bytes in use since then (since the start, off Linux)."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status")
-        if status.exists():
-            line = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
-            return int(line.split()[1]) * 1024
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
 
 class Pyramid(nn.Module):
     """bigdet's backbone and FPN in the form that torchvision's detectors take."""
@@ -215,8 +212,29 @@ class Pyramid(nn.Module):
         return OrderedDict(zip(["0", "1", "2", "3", "pool"], features, strict=True))
 
 
+def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
+    """Build torchvision's own ResNet with its pyramid.
+
+    Args:
+        config: of our model.
+        is_live: batch normalization with live statistics; else frozen, torchvision's default.
+    """
+    norm: Callable[..., nn.Module] = nn.BatchNorm2d if is_live else FrozenBatchNorm2d
+    if config.norm == "gn":
+        norm = functools.partial(nn.GroupNorm, 32)
+    return resnet_fpn_backbone(
+        backbone_name=config.backbone, weights=None, norm_layer=norm, trainable_layers=5
+    )
+
+
 def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
-    """Build torchvision's detector with the settings of ours, in channels_last memory."""
+    """Build torchvision's heads on our backbone and pyramid, in channels_last memory."""
+    model = torchvision_rcnn(Pyramid(detector, config.width), config)
+    return model.to(memory_format=torch.channels_last)
+
+
+def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
+    """Build torchvision's detector with the settings of ours on a backbone with pyramid."""
     width, rpn, roi = config.width, config.rpn, config.roi
     norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(nn.GroupNorm, 32)}[
         head_norm(config)
@@ -243,15 +261,14 @@ def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
         "box_predictor": FastRCNNPredictor(config.fc_width, NUM_CLASSES + 1),
         "_skip_resize": True,
     }
-    pyramid = Pyramid(detector, width)
     if has_masks(config):
         options |= {
             "mask_roi_pool": MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
             "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm),
             "mask_predictor": MaskRCNNPredictor(width, width, NUM_CLASSES + 1),
         }
-        return MaskRCNN(pyramid, **options).to(memory_format=torch.channels_last)
-    return FasterRCNN(pyramid, **options).to(memory_format=torch.channels_last)
+        return MaskRCNN(pyramid, **options)
+    return FasterRCNN(pyramid, **options)
 
 
 def make_scene(num_images: int, size: tuple[int, int], num_objects: int, seed: int) -> Batch:

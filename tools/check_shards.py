@@ -1,6 +1,7 @@
 """Check a shard set: read every byte, compare hashes, decode every image, count.
 
 python tools/check_shards.py DIR
+python tools/check_shards.py https://host/path        (or s3://..., pipe:...; nothing is kept)
 
 Ends with 1 if anything is wrong, one line per problem: shard, key, what.
 """
@@ -11,13 +12,12 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from progress_bar import ProgressBar
 
 from bigdet.commands import run_command
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import Manifest
+from bigdet.data.remote import shown
+from bigdet.data.shard_check import check_shards, load_manifest
 
 MAX_LINES = 100
 
@@ -27,22 +27,21 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="the shard set")
+    parser.add_argument("path", help="folder or address of the shard set")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args(argv)
-    folder: Path = arguments.folder
     start = time.monotonic()
     num_problems = 0
     progress = ProgressBar(tells_end=False)
-    for problem in check_shards(folder, processes=arguments.processes, progress=progress):
+    for problem in check_shards(arguments.path, processes=arguments.processes, progress=progress):
         num_problems += 1
         if num_problems <= MAX_LINES:
             print(f"{problem.place}: {problem.what}", flush=True)
     if num_problems > MAX_LINES:
         print(f"... and {num_problems - MAX_LINES} more")
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(arguments.path)
     print(
-        f"{folder}: {len(manifest.shards)} shards, {manifest.images} images, "
+        f"{shown(arguments.path)}: {len(manifest.shards)} shards, {manifest.images} images, "
         f"{manifest.instances} instances, {manifest.crowd} crowd regions, "
         f"{len(manifest.categories)} classes; read and decoded in "
         f"{time.monotonic() - start:.1f} s: "

@@ -22,8 +22,9 @@ from progress_bar import ProgressBar
 
 from bigdet.commands import run_command
 from bigdet.data.conversion import Making, merge_parts
+from bigdet.data.manifest import Manifest
 from bigdet.data.reencoding import Reencoding
-from bigdet.data.shards import SKIPPED_NAME, Manifest
+from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
 from bigdet.data.sources.coco import convert_coco, convert_objects365
 from bigdet.data.sources.shapes import NUM_IMAGES, make_shapes
@@ -170,4 +171,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, interrupted="stopped; start it again to go on")

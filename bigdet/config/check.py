@@ -12,10 +12,12 @@ import re
 from bigdet.config.check_family import check_family
 from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.derived import (
-    TRANSFORMERS,
+    LAYER_NORM_BACKBONES,
     has_batch_norm,
     has_masks,
+    is_foreign_file,
     is_square,
+    is_timm,
     largest_plan,
     model_parts,
     parts_with_batch_norm,
@@ -30,6 +32,7 @@ from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
 from bigdet.config.schema import (
     DataConfig,
+    EngineConfig,
     ModelConfig,
     PhaseConfig,
     ResizeConfig,
@@ -48,9 +51,10 @@ _RESIZE_KINDS = {
     "variant": ("direct",),
     "scale_range": ("direct",),
     "jitter_range": ("jitter",),
+    "pad_to": ("short_side", "stitcher"),
 }
 """The kinds of resize that heed each option; ``size`` is for all."""
-_DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range")
+_DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range", "pad_to")
 """Options of a resize that only training heeds."""
 _MOSAIC_IMAGES = 4
 
@@ -87,7 +91,7 @@ def check_config(config: RunConfig) -> None:
 def _check_numbers(config: RunConfig) -> None:
     engine = config.engine
     _check_addresses(config.data)
-    _require(engine.zero_stage in (0, 1, 2), "engine.zero_stage", engine.zero_stage, "0, 1 or 2")
+    _check_engine(engine)
     for key, value in (
         ("engine.clip_norm", engine.clip_norm),
         ("data.cache.gib", config.data.cache.gib),
@@ -95,7 +99,9 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.images_per_gpu", config.evaluation.images_per_gpu),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep", config.checkpoint.keep),
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
         ("log.every", config.log.every),
+        ("log.stall_seconds", config.log.stall_seconds),
     ):
         _positive(key, value)
     for key, count in (
@@ -105,6 +111,11 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.pictures", config.evaluation.pictures),
     ):
         _not_negative(key, count)
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    _require(
+        keep_every is None or keep_every % every == 0,
+        "checkpoint.keep_every", keep_every, f"a multiple of checkpoint.every, {every}",
+    )  # fmt: skip
     _check_tta(config.evaluation.tta)
     if config.evaluation.resize is not None:
         if config.evaluation.tta is not None:
@@ -115,6 +126,30 @@ def _check_numbers(config: RunConfig) -> None:
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    stage, key = engine.zero_stage, "engine.offload"
+    if engine.kind == "fsdp":
+        if stage is not None:
+            raise ConfigError(
+                f"engine.zero_stage: found {stage}, but engine.kind is fsdp, which has no stages. "
+                f"Write null, or engine.kind: deepspeed."
+            )
+        if engine.offload == "optimizer":
+            raise ConfigError(
+                f"{key}: found optimizer, but fsdp steps the optimizer where the weights are. "
+                f"Write all or none, or engine.kind: deepspeed."
+            )
+        return
+    _require(stage in (0, 1, 2, 3), "engine.zero_stage", stage, "0, 1, 2 or 3 under deepspeed")
+    assert stage is not None
+    lowest = {"none": 0, "optimizer": 1, "all": 3}[engine.offload]
+    if stage < lowest:
+        raise ConfigError(
+            f"{key}: found {engine.offload}, which needs engine.zero_stage of at least {lowest}, "
+            f"found {stage}: only what is sharded can lie on the CPU. Write none, or raise it."
+        )
 
 
 def _check_tta(tta: TtaConfig | None) -> None:
@@ -184,16 +219,16 @@ def _check_addresses(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    is_transformer = model.backbone in TRANSFORMERS
-    if model.drop_path and not is_transformer:
+    has_layer_norm = model.backbone in LAYER_NORM_BACKBONES
+    if model.drop_path and not has_layer_norm:
         raise ConfigError(
             f"model.drop_path: found {model.drop_path}, but {model.backbone} has no drop path. "
-            f"Remove it, or choose one of {', '.join(TRANSFORMERS)}."
+            f"Remove it, or choose one of {', '.join(LAYER_NORM_BACKBONES)}."
         )
     _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
     if model.norm == "none" and model.norm_scope is not None:
         raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
-    if is_transformer and model.norm != "bn" and model.norm_scope == "backbone":
+    if has_layer_norm and model.norm != "bn" and model.norm_scope == "backbone":
         raise ConfigError(
             f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
             f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
@@ -314,7 +349,7 @@ def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     if has_batch_norm(model) and phase.norm_mode is None:
         raise ConfigError(
             f"{key}.norm_mode: not set, but the model has BN. Write live (statistics of the "
-            f"batch), affine, or fixed (paper 2's fine-tuning)."
+            f"batch), sync (of all GPUs' batches), affine, or fixed (paper 2's fine-tuning)."
         )
     if not has_batch_norm(model) and phase.norm_mode is not None:
         raise ConfigError(
@@ -339,8 +374,16 @@ def _check_start(config: RunConfig, name: str) -> None:
             f"{key}.start_from.parts: found {parts}, but source is random, so nothing is loaded. "
             f"Remove parts, or name a source."
         )
-    if source == "timm" and parts not in (None, ["backbone"]):
-        raise ConfigError(f"{key}.start_from.parts: timm has weights of the backbone only.")
+    has_backbone_only = is_timm(source) or is_foreign_file(source)
+    if has_backbone_only and parts not in (None, ["backbone"]):
+        raise ConfigError(f"{key}.start_from.parts: {source} has weights of the backbone only.")
+    pixels = phase.start_from.pixels
+    if source.endswith(".pkl") != (pixels is not None):
+        raise ConfigError(
+            f"{key}.start_from.pixels: found {pixels} with source {source}. It is for .pkl files, "
+            f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
+            f"and R-101 and what was trained from them)."
+        )
     loaded = start_parts(config, name)
     if source == "previous":
         check_hand_over(config, name, loaded)

@@ -17,11 +17,14 @@ DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
 }
 """The parts of each detector, in the order in which data flows through them."""
 
+LAYER_NORM_BACKBONES = (
+    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
+)  # fmt: skip
+"""Those with LayerNorm and drop path of their own, which ``model.norm`` does not touch."""
+
 SINGLE_LEVEL = ("vgg16",)
 """Backbones with one level of features, of which no pyramid is made: such a model has no FPN."""
-
-TRANSFORMERS = ("swin_t", "swin_s", "swin_b")
-"""Backbones with LayerNorm of their own, which ``model.norm`` does not touch."""
 
 DEFAULT_CAP = (1333, 800)
 """Longest long side, and the short side it goes with, in both papers; others in proportion."""
@@ -99,7 +102,7 @@ def parts_with_batch_norm(model: ModelConfig) -> list[str]:
     """Return the parts of a detector that have BN layers (the RPN head never has)."""
     if model.norm != "bn":
         return []
-    parts = [] if model.backbone in TRANSFORMERS else ["backbone"]
+    parts = [] if model.backbone in LAYER_NORM_BACKBONES else ["backbone"]
     if model.norm_scope != "all":
         return parts
     with_convolutions = model.box_head == "4conv1fc"
@@ -121,6 +124,16 @@ def phase_source(config: RunConfig, name: str) -> str:
     return config.phases[name].start_from.source or ("random" if is_first else "previous")
 
 
+def is_timm(source: str) -> bool:
+    """Tell whether a source is published weights by timm's name: ``timm`` or ``timm:NAME``."""
+    return source == "timm" or source.startswith("timm:")
+
+
+def is_foreign_file(source: str) -> bool:
+    """Tell by its name whether a source is a file that holds a backbone alone."""
+    return source.endswith((".pkl", ".pth", ".pt", ".bin", ".th", ".tar"))
+
+
 def start_parts(config: RunConfig, name: str) -> list[str]:
     """Return the parts that a phase loads, with the default filled in.
 
@@ -129,7 +142,7 @@ def start_parts(config: RunConfig, name: str) -> list[str]:
     source, parts = phase_source(config, name), config.phases[name].start_from.parts
     if source == "random":
         return []
-    if source == "timm":
+    if is_timm(source) or is_foreign_file(source):
         return ["backbone"]
     own = model_parts(phase_model(config, name))
     if parts is None and source == "previous":

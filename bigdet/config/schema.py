@@ -16,15 +16,20 @@ Detector = Literal[
     "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn", "retinanet",
 ]  # fmt: skip
 Backbone = Literal[
-    "resnet10", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext152_32x8d",
-    "swin_t", "swin_s", "swin_b", "vgg16",
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
+    "resnext152_32x8d",
+    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b", "vgg16",
 ]  # fmt: skip
 BoxHead = Literal["2fc", "4conv1fc"]
 BoxLoss = Literal["l1", "smooth_l1", "giou"]
 Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
-NormMode = Literal["live", "affine", "fixed"]
-Precision = Literal["fp32", "bf16"]
+NormMode = Literal["live", "sync", "affine", "fixed"]
+Pixels = Literal["rgb", "bgr", "bgr_255"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
 Part = Literal[
     "backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head", "retina_head",
@@ -234,8 +239,12 @@ class ModelConfig:
     the backbone's."""
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
+    compile: bool = False
+    """torch.compile of backbone, FPN and RPN (or RetinaNet's) head in training. It pays where the
+    canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The first
+    steps take minutes."""
     drop_path: float = 0.0
-    """Highest rate of stochastic depth in a transformer backbone, in [0, 1)."""
+    """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
     rpn: RpnConfig = field(default_factory=RpnConfig)
     """Region proposals."""
     roi: RoiConfig = field(default_factory=RoiConfig)
@@ -252,12 +261,20 @@ class ModelConfig:
 class EngineConfig:
     """How weights are updated."""
 
-    kind: Literal["deepspeed"] = "deepspeed"
-    """Which engine."""
-    zero_stage: int = 2
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+    kind: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """``deepspeed`` (ZeRO), or ``fsdp``: torch's FSDP2, which shards as ZeRO-3 does."""
+    zero_stage: int | None = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
+    weights too. Must be null under fsdp."""
     precision: Precision = "bf16"
-    """Of activations and matrix products; master weights are fp32 always."""
+    """Of convolutions and matrix products; weights, gradients and their sums are fp32 always.
+    ``fp16`` has a loss scale, which finds itself."""
+    offload: Offload = "none"
+    """What lies in the memory of the CPU while it is not needed, and is stepped there:
+    ``optimizer`` (its state; ZeRO 1 to 3), or ``all`` (weights too; ZeRO 3 and fsdp)."""
+    activation_checkpointing: bool = False
+    """Blocks of the backbone, the FPN and convolutions of the heads keep their inputs only and run
+    again in the backward pass: less memory, about a third more time, the same results."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm. None: no clipping."""
     max_bad_steps: int = 20
@@ -296,6 +313,10 @@ class ResizeConfig:
     """Range of the random factor of ``direct`` in training; 1 at test time."""
     jitter_range: tuple[float, float] = (0.1, 2.0)
     """Range of the random factor of ``jitter`` in training; 1 at test time."""
+    pad_to: Literal["batch", "two_shapes"] = "batch"
+    """For ``short_side`` and ``stitcher`` in training. ``batch``: a canvas is as large as its
+    images need. ``two_shapes``: it is one of two, landscape or portrait, whichever most of its
+    images are; one of the other kind is made smaller to fit. ``model.compile`` likes few shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,12 +337,17 @@ class StartFromConfig:
     """Which weights a phase starts from."""
 
     source: str | None = None
-    """``random``, ``timm`` (the backbone's published ImageNet weights), ``previous`` (the phase
-    before), or the path of a run or a ``model.safetensors``. None: ``random`` in the first phase,
-    ``previous`` in the others."""
+    """``random``; ``timm`` (the backbone's published ImageNet weights) or ``timm:NAME`` (others by
+    timm's name); ``previous`` (the phase before); the path of a run or a ``model.safetensors``; or
+    the file of a backbone that others wrote: ``.safetensors``, ``.pth``, ``.pkl`` (README). None:
+    ``random`` in the first phase, ``previous`` in the others."""
     parts: list[Part] | None = None
-    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``:
-    the backbone)."""
+    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``
+    and files of others: the backbone)."""
+    pixels: Pixels | None = None
+    """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
+    as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
+    reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +388,8 @@ class PhaseConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = 1e-4
-    """On weights; not on normalization layers, biases of them, and Swin's position tables."""
+    """On weights; not on normalization layers, biases of them, and the position tables and scales
+    of transformers."""
     schedule: Literal["constant", "step"] = "step"
     """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
     drops: list[int] | None = None
@@ -374,8 +401,9 @@ class PhaseConfig:
     warmup_factor: float = 0.001
     """Part of the rate at which the warm-up begins."""
     norm_mode: NormMode | None = None
-    """For BN only. ``live``: statistics of the batch. ``affine``: statistics fixed, scale and shift
-    trained. ``fixed``: both fixed. Must be null without BN."""
+    """For BN only. ``live``: statistics of the batch of each GPU. ``sync``: of the batches of all
+    GPUs together, so that losses depend on their number. ``affine``: statistics fixed, scale and
+    shift trained. ``fixed``: both fixed. Must be null without BN."""
     freeze_stages: int = 0
     """So many first stages of the backbone (the stem is the first) are not trained."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
@@ -426,6 +454,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps of a phase stay too. None: none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,6 +466,9 @@ class LogConfig:
     """Steps between lines of the log and of ``metrics.jsonl``."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
+    stall_seconds: float | None = 1200.0
+    """A rank without progress for so long writes its stacks and ends the run; longer than the
+    longest step, save or computing of AP. None: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,6 +482,10 @@ class RunConfig:
     resume: str = "auto"
     """``auto``: go on if the run folder has a checkpoint. ``never``: refuse a folder that has one.
     Else the path of a checkpoint to go on from."""
+    change_batch: bool = False
+    """Let a resumed run go on with another ``images_per_step`` or ``images_per_gpu`` of its phase.
+    ``lr`` follows by the linear rule (``reference_images_per_step`` must be set), ``steps``,
+    ``warmup_steps`` and ``drops`` may change too, and the pass under way is left for the next."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the images are."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -10,8 +10,8 @@ from typing import Any, TypeGuard
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from bigdet.data.manifest import Category
 from bigdet.data.shard_tar import SampleLog
-from bigdet.data.shards import Category
 
 BOX_TOLERANCE = 0.01  # pixels: COCO's boxes have two decimals, so a sum may go over by rounding
 MIN_SIDE = 0.01  # pixels: float32 edges of a thinner box, far from the origin, would coincide

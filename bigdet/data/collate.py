@@ -9,7 +9,7 @@ Letters: B images of the group, M objects of all of them, H and W the canvas.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,11 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigdet.config.derived import is_square, plan_of
+from bigdet.config.schema import ResizeConfig
 from bigdet.data.objects import Objects
 from bigdet.structures import Batch, Masks, Targets
 
 CANVAS_MULTIPLE = 32
 """Height and width of a canvas are multiples of the stride of the deepest pyramid level in use."""
+
+Allocate = Callable[[int], Tensor]
+"""Gives so many bytes of memory, ``(bytes,)`` uint8."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,32 @@ def canvas_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return _round_up(height), _round_up(width)
 
 
+def training_canvas(
+    resize: ResizeConfig, sizes: Sequence[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Return the canvas, height and width, that a group has whatever its images; None: no such one.
+
+    Args:
+        resize: of the step.
+        sizes: height, width of the images as stored.
+    """
+    if is_square(resize):
+        return resize.size, resize.size
+    if resize.pad_to == "batch":
+        return None
+    short, long = canvas_size([plan_of(resize)])
+    num_portrait = sum(height > width for height, width in sizes)
+    num_landscape = sum(width > height for height, width in sizes)
+    return (long, short) if num_portrait > num_landscape else (short, long)
+
+
 def _round_up(pixels: int) -> int:
     return -(-pixels // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+
+
+def fresh_memory(num_bytes: int) -> Tensor:
+    """Return ordinary memory."""
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def pack(
@@ -82,6 +111,7 @@ def pack(
     canvas: tuple[int, int] | None,
     seed: int,
     notes: Sequence[Any] = (),
+    allocate: Allocate = fresh_memory,
 ) -> PackedGroup:
     """Pack a group.
 
@@ -90,6 +120,7 @@ def pack(
         canvas: height and width; None is the smallest that fits.
         seed: of the model's randomness, in ``[0, 2**63)``.
         notes: travel along as they are.
+        allocate: gives the memory of the group.
     """
     sizes = [(example.image.shape[1], example.image.shape[2]) for example in examples]
     objects = [example.objects for example in examples]
@@ -98,6 +129,7 @@ def pack(
     weights = np.array([example.weight for example in examples], dtype=np.float32)
     is_crowd = np.concatenate([found.is_crowd for found in objects])
     has_masks = objects[0].masks is not None
+    crops = [crop for found in objects for crop in found.masks or []]
     keypoints = [found.keypoints for found in objects if found.keypoints is not None]
     num_keypoints = keypoints[0].shape[1] if keypoints else -1
     num_dropped = sum(found.num_dropped for found in objects)
@@ -109,29 +141,37 @@ def pack(
         offsets,
         np.concatenate([found.labels for found in objects]),
     ]
-    bits: list[NDArray[np.uint8]] = [is_crowd.view(np.uint8)]
     if has_masks:
-        crops = [crop for found in objects for crop in found.masks or []]
         integers += [
             np.cumsum([0, *(crop.size for crop in crops)]),
             np.concatenate([found.mask_origins for found in objects]),
             [crop.shape for crop in crops],
         ]
-        bits += [crop.reshape(-1) for crop in crops]
-    flat = np.concatenate([np.asarray(part, dtype=np.int64).reshape(-1) for part in integers])
-    floats = [boxes, *keypoints]
     return PackedGroup(
-        _lay_on_canvas([example.image for example in examples], canvas or canvas_size(sizes)),
-        torch.from_numpy(np.concatenate([weights, *(part.reshape(-1) for part in floats)])),
-        torch.from_numpy(flat),
-        torch.from_numpy(np.concatenate(bits)),
+        _lay_on_canvas(
+            [example.image for example in examples], canvas or canvas_size(sizes), allocate
+        ),
+        _lay_flat([weights, boxes, *keypoints], torch.float32, allocate),
+        _lay_flat([np.asarray(part, np.int64) for part in integers], torch.int64, allocate),
+        _lay_flat([is_crowd.view(np.uint8), *crops], torch.uint8, allocate),
         list(notes),
     )
 
 
-def _lay_on_canvas(images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def _lay_flat(arrays: Sequence[NDArray[Any]], dtype: torch.dtype, allocate: Allocate) -> Tensor:
+    """Return arrays one behind the other, flat; each is copied once, whatever its strides."""
+    flat = allocate(dtype.itemsize * sum(array.size for array in arrays)).view(dtype)
+    whole, start = flat.numpy(), 0
+    for array in arrays:
+        whole[start : start + array.size].reshape(array.shape)[...] = array
+        start += array.size
+    return flat
+
+
+def _lay_on_canvas(images: Sequence[Tensor], size: tuple[int, int], allocate: Allocate) -> Tensor:
     """Return ``(B, 3, H, W)``: each image in the top left corner, zeros right and below."""
-    canvas = torch.empty((len(images), *size, 3), dtype=torch.uint8)
+    shape = (len(images), *size, 3)
+    canvas = allocate(math.prod(shape)).view(shape)
     for place, image in zip(canvas, images, strict=True):
         height, width = image.shape[1:]
         place[:height, :width] = image.permute(1, 2, 0)

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.reencoding import Reencoding, reencode
 from bigdet.data.shard_tar import FinishedShard, SampleLog, ShardTar, stored_bytes
@@ -40,16 +41,7 @@ from bigdet.data.shard_writer import (
     shard_name,
     summarize,
 )
-from bigdet.data.shards import (
-    INDEX_DTYPE,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    SKIPPED_NAME,
-    Category,
-    Manifest,
-    Shard,
-    ShardError,
-)
+from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME
 from bigdet.data.storage import Storage, open_storage
 
 PLAN_NAME = f"{UNFINISHED}/plan.json"

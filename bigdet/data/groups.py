@@ -7,13 +7,20 @@ from numpy.typing import NDArray
 
 from bigdet.config.derived import is_square
 from bigdet.config.schema import AugmentConfig, ResizeConfig
-from bigdet.data.collate import PackedGroup, pack
+from bigdet.data.collate import (
+    Allocate,
+    PackedGroup,
+    fresh_memory,
+    pack,
+    training_canvas,
+)
+from bigdet.data.manifest import ShardError
 from bigdet.data.objects import Wanted, check_annotations
 from bigdet.data.order import Order
 from bigdet.data.samples import Damage, DamagedSampleError, damaged, decode_sample, read_sample
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.transforms import Scene, make_examples
-from bigdet.data.views import draw_view, resize_of_step
+from bigdet.data.views import Size, draw_view, resize_of_step
 from bigdet.ops.random import Words, seed_of
 
 REPLACEMENT_TRIES = 100
@@ -41,33 +48,39 @@ class TrainGroups:
         self._wanted = wanted
         self._key = (seed, phase)
 
-    def read(self, key: tuple[int, int]) -> PackedGroup:
-        """Return the group of (step, lane)."""
+    def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:
+        """Return the group of (step, lane), in memory that ``allocate`` gives."""
         step, lane = key
+        upcoming = self.order.upcoming(step, lane)
+        if upcoming is not None:
+            self.shards.expect(self.rows[upcoming])
         group = self.order.group(step, lane)
         resize = resize_of_step(self._resize, *self._key, step)
+        index = self.shards.index[self.rows[group.samples]]
+        sizes = list(zip(index["height"].tolist(), index["width"].tolist(), strict=True))
+        canvas = training_canvas(resize, sizes)
         damages: list[Damage] = []
         scenes = (
             self._sound_scene(
-                int(sample), int(copy), float(weight), group.pass_number, resize, damages
+                int(sample), int(copy), float(weight), group.pass_number, resize, canvas, damages
             )
             for sample, copy, weight in zip(group.samples, group.copies, group.weights, strict=True)
         )
-        canvas = (resize.size, resize.size) if is_square(resize) else None
-        examples = make_examples(scenes, self._augment, canvas, self._wanted)
+        square = canvas if is_square(resize) else None
+        examples = make_examples(scenes, self._augment, square, self._wanted)
         seed = seed_of("model", *self._key, step, lane)
-        return pack(examples, canvas=canvas, seed=seed, notes=damages)
+        return pack(examples, canvas=canvas, seed=seed, notes=damages, allocate=allocate)
 
     def _sound_scene(
         self, sample: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig,
-        damages: list[Damage],
+        canvas: Size | None, damages: list[Damage],
     ) -> Scene:  # fmt: skip
         """Return the scene of a sample, or of one drawn in its place when it is damaged."""
         row = int(self.rows[sample])
         replacement_words: Words | None = None
         for _ in range(REPLACEMENT_TRIES):
             try:
-                return self._scene(row, copy, weight, pass_number, resize)
+                return self._scene(row, copy, weight, pass_number, resize, canvas)
             except DamagedSampleError as error:
                 damages.append(Damage(row, error.kind, str(error)))
                 if replacement_words is None:
@@ -79,13 +92,14 @@ class TrainGroups:
         )
 
     def _scene(
-        self, row: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig
-    ) -> Scene:
+        self, row: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig,
+        canvas: Size | None,
+    ) -> Scene:  # fmt: skip
         sample = read_sample(self.shards, row)
         record = sample.record
         copy_key = (copy,) if copy else ()  # a sample that comes again in a pass looks different
         key = (*self._key, pass_number, row, *copy_key)
-        view = draw_view(record, resize, self._flip, Words("augmentation", *key))
+        view = draw_view(record, resize, self._flip, Words("augmentation", *key), canvas)
         may_shrink = self._scaled_decoding and view.window is None
         least_size = view.scaled_size if may_shrink else None
         image = decode_sample(self.shards, row, sample, least_size)

@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from bigdet.data.conversion import Progress, no_progress
+from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.shard_tar import (
@@ -31,17 +32,7 @@ from bigdet.data.shard_tar import (
     image_suffix,
 )
 from bigdet.data.shard_writer import SetInfo, index_bytes, manifest_text, summarize
-from bigdet.data.shards import (
-    INDEX_DTYPE,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    SKIPPED_NAME,
-    Category,
-    Manifest,
-    Shard,
-    ShardError,
-    file_sha256,
-)
+from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME, file_sha256
 from bigdet.data.sources.image_files import header_size
 from bigdet.data.storage import LocalStorage
 

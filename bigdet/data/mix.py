@@ -11,13 +11,16 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bigdet.config.schema import DataConfig
-from bigdet.data.shards import Category, Sample, ShardError, ShardSet
+from bigdet.data.manifest import Category, ShardError
+from bigdet.data.shards import Sample, ShardSet
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,11 @@ class MixedSet(ShardSet):
         record = self.parts[part].record(own_row)
         self._relabel(part, own_row, record)
         return record
+
+    def expect(self, rows: NDArray[np.integer[Any]]) -> None:
+        """Take note of samples that will be read soon, in this order."""
+        for part, (start, end) in zip(self.parts, pairwise(self.starts), strict=True):
+            part.expect(rows[(rows >= start) & (rows < end)] - start)
 
     def close(self) -> None:
         """Close the tars; they are opened again when needed."""

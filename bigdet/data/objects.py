@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.data.manifest import Category
 from bigdet.data.masks import Bitmap, rasterize_polygons, sample_rle
-from bigdet.data.shards import Category
 from bigdet.data.views import Size, View, Views, boxes_xywh
 
 

@@ -79,6 +79,10 @@ class _Pass:
         return samples, entries.astype(np.int64) - starts
 
 
+_Pool = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Samples and copies of the groups of a pool, ``(groups, m)`` each."""
+
+
 class Order:
     """The endless order of a phase. Any group of any step is found without those before it.
 
@@ -115,6 +119,10 @@ class Order:
         self._repeats = repeats
         self._windows = windows
         self._pass: _Pass | None = None
+        # The last pool of each lane, and its pass and number.
+        self._pools: dict[int, tuple[tuple[int, int], _Pool]] = {}
+        # The last pool of each lane that ``upcoming`` has told.
+        self._expected: dict[int, tuple[int, int]] = {}
 
     def group(self, step: int, lane: int) -> Group:
         """Return one group.
@@ -133,10 +141,29 @@ class Order:
             weights = whole.last_weights[lane]
         return Group(samples, copies, weights, pass_number)
 
+    def upcoming(self, step: int, lane: int) -> NDArray[np.int64] | None:
+        """Return what a lane reads next, a window from its aspect pool on; None if that is known.
+
+        It is given once for each pool of a lane, and in the order ``windowed`` alone.
+
+        Args:
+            step: of the phase, from 1.
+            lane: ``0..L-1``.
+        """
+        pass_number, position = divmod(step - 1, self.steps_per_pass)
+        pool = (pass_number, position // POOL_GROUPS)
+        if self._windows is None or self._expected.get(lane) == pool:
+            return None
+        self._expected[lane] = pool
+        first = pool[1] * POOL_GROUPS
+        last = first + POOL_GROUPS + -(-self._windows.size // self._images_per_gpu)
+        whole = self._whole_pass(pass_number)
+        return whole.samples(whole.slots[first:last, lane].reshape(-1))[0]
+
     def _whole_pass(self, number: int) -> _Pass:
         """Return a pass before pooling; kept for reuse.
 
-        It takes some 10 ms per 100,000 samples, a pool 0.05 ms: that is done anew for every group.
+        It takes some 10 ms per 100,000 samples, a pool 0.05 ms.
         """
         if self._pass is None or self._pass.number != number:
             self._pass = None  # before the next one takes memory
@@ -178,12 +205,20 @@ class Order:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return samples and copies, both ``(m,)``, that the aspect pool of a group gives it."""
         pool, place = divmod(position, POOL_GROUPS)
+        known, found = self._pools.get(lane, (None, None))
+        if found is None or known != (whole.number, pool):
+            found = self._pool(whole, pool, lane)
+            self._pools[lane] = ((whole.number, pool), found)
+        return found[0][place], found[1][place]
+
+    def _pool(self, whole: _Pass, pool: int, lane: int) -> _Pool:
+        """Return the groups of an aspect pool of a lane."""
         first = pool * POOL_GROUPS
         last = min(first + POOL_GROUPS, self.steps_per_pass - 1)
         samples, copies = whole.samples(whole.slots[first:last, lane].reshape(-1))
         ranked = np.argsort(self._aspect_ratios[samples], kind="stable").reshape(last - first, -1)
         key = ("pool", *self._key, whole.number, pool, lane)
-        chosen = ranked[permutation(*key, count=last - first)[place]]
+        chosen = ranked[permutation(*key, count=last - first)]
         return samples[chosen], copies[chosen]
 
 

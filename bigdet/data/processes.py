@@ -6,6 +6,7 @@ caller ends, however it ends, and leave signals to it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bigdet.data.shards import ShardError
+from bigdet.data.manifest import ShardError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -62,7 +63,8 @@ def run_jobs(
             try:
                 while True:
                     for job in remaining:
-                        waiting.add(pool.submit(_run_in_worker, work, job))
+                        with _without_interrupts():
+                            waiting.add(pool.submit(_run_in_worker, work, job))
                         if len(waiting) >= 2 * processes:
                             break
                     if not waiting:
@@ -106,9 +108,22 @@ def _run_here(
         yield work(job, tick)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back; for good in the processes that are started meanwhile.
+
+    It reaches all processes of a terminal, and the caller answers it. From the first moment on:
+    while a process imports what it needs, Ctrl-C would end it with a traceback.
+    """
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def _start_worker(done: Any, stop: Any) -> None:
     _state[:] = [done, stop]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the caller answers it
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_caller, daemon=True).start()
 

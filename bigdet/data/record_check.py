@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigdet.data.annotations import are_numbers, clean_mask
-from bigdet.data.shards import Category
+from bigdet.data.manifest import Category
 
 EDGE_TOLERANCE = 1  # pixel: where exactly an edge may lie is the converter's business
 MAX_ID = 2**63 - 1

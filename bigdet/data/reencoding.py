@@ -16,9 +16,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from bigdet.data.annotations import MIN_SIDE
+from bigdet.data.manifest import ShardError
 from bigdet.data.masks import sample_rle
 from bigdet.data.shard_tar import SampleLog
-from bigdet.data.shards import ShardError
 from bigdet.ops.resize import resize_image, test_size
 
 DECIMALS = 3  # of coordinates

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.data.decode import decode_image, stored_size
-from bigdet.data.shards import Sample, ShardError, ShardSet, UnavailableShardError
+from bigdet.data.manifest import ShardError
+from bigdet.data.shards import Sample, ShardSet, UnavailableShardError
 
 
 class DamagedSampleError(ShardError):

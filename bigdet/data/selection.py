@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.schema import SubsetConfig, TrainSplitConfig
+from bigdet.data.manifest import ShardError
 from bigdet.data.mix import MixedSet
 from bigdet.data.repeats import Repeats, repeat_factors
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.windows import Windows
 from bigdet.ops.random import permutation
 

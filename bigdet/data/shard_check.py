@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
+from bigdet.config.schema import CacheConfig
 from bigdet.data.conversion import Progress, no_progress
 from bigdet.data.decode import decode_image
+from bigdet.data.manifest import Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
+from bigdet.data.remote import is_remote
 from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags
-from bigdet.data.shards import Sample, ShardError, ShardSet, file_sha256, size_problem
+from bigdet.data.shards import (
+    MISSING,
+    Sample,
+    ShardSet,
+    UnavailableShardError,
+    file_sha256,
+    size_problem,
+)
+
+ANY_SIZE = 1e9  # GiB; of a cache whose shards' sizes are not known yet
 
 
 @dataclass(frozen=True)
@@ -32,52 +45,66 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Job:
-    folder: Path
+    path: str
+    cache: CacheConfig
     shard: int
 
 
 def check_shards(
-    folder: Path, *, processes: int = 1, progress: Progress = no_progress
+    path: str | Path, *, processes: int = 1, progress: Progress = no_progress
 ) -> Iterator[Problem]:
     """Read a whole shard set and give its problems one by one.
 
     Args:
-        folder: of the set.
+        path: folder or address of the set. From an address all is fetched anew, whatever is in a
+            cache, and kept no longer than it takes.
         processes: how many shards are read at a time.
         progress: called now and then with the number of samples done and in all.
 
     Raises:
         ShardError: manifest or index are missing or are not of one set.
     """
-    shards = ShardSet(folder, check_files=False)
-    num_shards = len(shards.manifest.shards)
-    num_bytes = sum(shard.bytes for shard in shards.manifest.shards)
-    processes = min(processes, num_shards, useful_processes(num_bytes))
-    jobs = (_Job(folder, number) for number in range(num_shards))
-    found: Counter[str] = Counter()
-    for problems, counts in run_jobs(
-        _check_shard, jobs, processes, lambda done: progress(done, len(shards))
-    ):
-        yield from problems
-        found += counts
-    yield from _count_problems(shards, found)
+    with tempfile.TemporaryDirectory(prefix="bigdet-check-") as cache_folder:
+        shards = _open(path, CacheConfig(folder=cache_folder, gib=ANY_SIZE))
+        sizes = [shard.bytes for shard in shards.manifest.shards]
+        processes = min(processes, len(sizes), useful_processes(sum(sizes)))
+        room = (processes + 1) * max(sizes) / 2**30
+        cache = CacheConfig(folder=cache_folder, gib=room)
+        jobs = (_Job(str(path), cache, number) for number in range(len(sizes)))
+        found: Counter[str] = Counter()
+        for problems, counts in run_jobs(
+            _check_shard, jobs, processes, lambda done: progress(done, len(shards))
+        ):
+            yield from problems
+            found += counts
+        yield from _count_problems(shards, found)
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Return the manifest of a set in a folder or at an address."""
+    with tempfile.TemporaryDirectory(prefix="bigdet-check-") as cache_folder:
+        return _open(path, CacheConfig(folder=cache_folder, gib=ANY_SIZE)).manifest
+
+
+def _open(path: str | Path, cache: CacheConfig) -> ShardSet:
+    return ShardSet(path, cache=cache, check_files=False)
 
 
 def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
     """Return what is wrong with a tar and its samples, and the counts of what could be read."""
-    shards = ShardSet(job.folder, check_files=False)
+    shards = _open(job.path, job.cache)
     shard = shards.manifest.shards[job.shard]
     found: Counter[str] = Counter()
-    problem = size_problem(job.folder, shard)
-    if problem is None and file_sha256(job.folder / shard.file) != shard.sha256:
-        problem = "SHA-256 is not that of the manifest"
+    problem = None if is_remote(job.path) else _file_problem(Path(job.path), shard)
     problems = [] if problem is None else [Problem(shard.file, problem)]
-    if not (job.folder / shard.file).is_file():
+    if problem == MISSING:
         return problems, found  # told once for all of its samples
     for row in np.flatnonzero(shards.index["shard"] == job.shard).tolist():
         place = f"{shard.file} {shards.key(row)}"
         try:
             sample = shards.read(row)
+        except UnavailableShardError as error:  # size and SHA-256 are checked on the way
+            return [Problem(shard.file, str(error))], found
         except ShardError as error:
             problems.append(Problem(place, error.finding))
         else:
@@ -92,6 +119,14 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
         tick()
     shards.close()
     return problems, found
+
+
+def _file_problem(folder: Path, shard: Shard) -> str | None:
+    """Say what is wrong with a tar of a local set as a file."""
+    problem = size_problem(folder, shard)
+    if problem is None and file_sha256(folder / shard.file) != shard.sha256:
+        problem = "SHA-256 is not that of the manifest"
+    return problem
 
 
 def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
+from bigdet.data.manifest import Shard, ShardError
 from bigdet.data.shards import (
     FLAG_CROWD,
     FLAG_KEYPOINTS,
@@ -23,8 +24,6 @@ from bigdet.data.shards import (
     FLAG_NOT_JPEG,
     FLAG_PROGRESSIVE,
     INDEX_DTYPE,
-    Shard,
-    ShardError,
     file_sha256,
     sample_key,
 )

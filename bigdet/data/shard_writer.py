@@ -25,10 +25,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.data.shard_tar import FinishedShard, ShardTar, record_text, stored_bytes
-from bigdet.data.shards import (
-    INDEX_DTYPE,
-    INDEX_NAME,
+from bigdet.data.manifest import (
     MANIFEST_NAME,
     VERSION,
     Category,
@@ -37,13 +34,15 @@ from bigdet.data.shards import (
     ShardError,
     manifest_sha256,
 )
+from bigdet.data.shard_tar import FinishedShard, ShardTar, record_text, stored_bytes
+from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME
 
 UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
 class SetInfo:
-    """What a manifest says that does not depend on the samples, see ``shards.Manifest``."""
+    """What a manifest says that does not depend on the samples, see ``manifest.Manifest``."""
 
     name: str
     source: str

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import fsspec
 
+from bigdet.data.manifest import ShardError
 from bigdet.data.shard_writer import UNFINISHED, flush_to_disk, make_folders
-from bigdet.data.shards import ShardError
 
 
 class Storage(Protocol):

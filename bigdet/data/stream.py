@@ -20,9 +20,18 @@ from bigdet.config.schema import (
     ResizeConfig,
     TrainSplitConfig,
 )
-from bigdet.data.collate import Example, PackedGroup, group_bytes, num_dropped, pack, unpack
+from bigdet.data.collate import (
+    Allocate,
+    Example,
+    PackedGroup,
+    group_bytes,
+    num_dropped,
+    pack,
+    unpack,
+)
 from bigdet.data.groups import TrainGroups
 from bigdet.data.loader import Loader
+from bigdet.data.manifest import ShardError
 from bigdet.data.objects import Wanted, keypoint_order, no_objects
 from bigdet.data.order import Order, evaluation_groups, lanes_of_rank
 from bigdet.data.samples import (
@@ -31,7 +40,7 @@ from bigdet.data.samples import (
     load_sample,
 )
 from bigdet.data.selection import select
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.views import whole_view
 from bigdet.structures import Batch
 
@@ -332,12 +341,12 @@ class EvalStream:
         short, long = (max(map(side, sizes)) for side in (min, max))
         return short, long
 
-    def _read(self, batch: int) -> PackedGroup:
+    def _read(self, batch: int, allocate: Allocate) -> PackedGroup:
         examples = [
             self._example(int(row), float(weight))
             for row, weight in zip(self._rows[batch], self._weights[batch], strict=True)
         ]
-        return pack(examples, canvas=None, seed=0)
+        return pack(examples, canvas=None, seed=0, allocate=allocate)
 
     def _example(self, row: int, weight: float) -> Example:
         image, record = load_sample(self._shards, row)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from bigdet.config.load import ConfigError
 from bigdet.config.schema import CacheConfig
 from bigdet.data.cache import Cache, locked, name_of, write_whole
+from bigdet.data.manifest import Shard
 from bigdet.data.remote import RemoteFile, UnreachableError, fetch, file_address, is_remote, shown
-
-if TYPE_CHECKING:
-    from bigdet.data.shards import Shard
 
 MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
 RUN_BYTES = 8 << 20
 """What is fetched at a time where shards are not fetched whole: some 50 photographs."""
+
+Span = tuple[int, int, int]
+"""Number of a tar, first byte, the byte behind the last."""
 
 
 class Tars(Protocol):
@@ -27,6 +31,10 @@ class Tars(Protocol):
 
     def read(self, shard: int, start: int, size: int) -> bytes:
         """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
+        ...
+
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Take note of what will be read soon, in this order."""
         ...
 
     def close(self) -> None:
@@ -53,6 +61,9 @@ class LocalTars:
             self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
         return os.pread(self._files[shard], size, start)
 
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Nothing: all of it is here."""
+
     def close(self) -> None:
         """Close what is open; it is opened again when needed."""
         for file in self._files.values():
@@ -60,10 +71,21 @@ class LocalTars:
         self._files.clear()
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What is fetched at a time: bytes ``start`` to ``stop`` of a file; ``name`` in the cache."""
+
+    name: str
+    file: RemoteFile
+    start: int
+    stop: int
+
+
 class CachedTars:
     """Reads the tars of a remote shard set through the cache.
 
-    One file is open at a time, so that a process keeps one alone from being deleted.
+    One file is open at a time, so that a process keeps one alone from being deleted. What is
+    expected counts as just used, and is fetched ahead by a thread.
 
     Args:
         files: the tars, in order, with their sizes.
@@ -76,23 +98,40 @@ class CachedTars:
         self._cache = cache
         self._run_bytes = run_bytes
         self._open: tuple[str, int] | None = None  # name and file descriptor
+        self._ahead: list[_Piece] = []  # to be fetched ahead
+        self._thread: threading.Thread | None = None
 
     def read(self, shard: int, start: int, size: int) -> bytes:
         """Return bytes of a tar, fewer where it ends; ``UnreachableError`` if it cannot be had."""
-        file = self._files[shard]
-        assert file.bytes is not None
-        if self._run_bytes is None:
-            return os.pread(self._descriptor(file, 0, file.bytes), size, start)
-        pieces = []
-        stop = min(start + size, file.bytes)
+        parts = []
+        stop = min(start + size, self._size(shard))
         while start < stop:
-            run_start = start // self._run_bytes * self._run_bytes
-            run_stop = min(run_start + self._run_bytes, file.bytes)
-            count = min(stop, run_stop) - start
-            descriptor = self._descriptor(file, run_start, run_stop)
-            pieces.append(os.pread(descriptor, count, start - run_start))
+            piece = self._piece(shard, start)
+            count = min(stop, piece.stop) - start
+            parts.append(os.pread(self._descriptor(piece), count, start - piece.start))
             start += count
-        return b"".join(pieces)
+        return b"".join(parts)  # of one part that part itself
+
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Keep what will be read soon, and fetch it ahead where the cache has room for it twice."""
+        pieces: dict[str, _Piece] = {}
+        for shard, start, stop in spans:
+            while start < min(stop, self._size(shard)):
+                piece = self._piece(shard, start)
+                pieces[piece.name] = piece
+                start = piece.stop
+        ahead = [p for p in pieces.values() if not self._cache.touch(p.name, p.stop - p.start)]
+        # With less room processes would fetch what makes the others' files go.
+        has_room = 2 * sum(p.stop - p.start for p in pieces.values()) <= self._cache.limit_bytes
+        self._ahead = ahead if has_room else []
+        if self._ahead and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
+            self._thread.start()
+
+    def _fetch_ahead(self) -> None:
+        with contextlib.suppress(IndexError, OSError):  # an error is for who reads it to tell
+            while True:
+                os.close(self._fetched(self._ahead.pop(0)))
 
     def close(self) -> None:
         """Close what is open; it is opened again when needed."""
@@ -100,20 +139,36 @@ class CachedTars:
             os.close(self._open[1])
             self._open = None
 
-    def _descriptor(self, file: RemoteFile, start: int, stop: int) -> int:
+    def _size(self, shard: int) -> int:
+        size = self._files[shard].bytes
+        assert size is not None
+        return size
+
+    def _piece(self, shard: int, position: int) -> _Piece:
+        """Return the piece of a tar that has a byte."""
+        file, start, stop = self._files[shard], 0, self._size(shard)
+        if self._run_bytes is not None:
+            start = position // self._run_bytes * self._run_bytes
+            stop = min(start + self._run_bytes, stop)
         # The hash tells a shard from one that was there under the same address before.
-        name = name_of(file.address, file.sha256, start, stop)
-        if self._open is None or self._open[0] != name:
+        return _Piece(name_of(file.address, file.sha256, start, stop), file, start, stop)
+
+    def _descriptor(self, piece: _Piece) -> int:
+        if self._open is None or self._open[0] != piece.name:
             self.close()
-            part = (0, None) if stop - start == file.bytes else (start, stop)
             try:
-                opened = self._cache.open(name, stop - start, lambda to: fetch(file, to, *part))
+                self._open = (piece.name, self._fetched(piece))
             except UnreachableError:
                 raise
             except OSError as error:  # no damage of a shard either
                 raise UnreachableError(f"the cache cannot be written: {error}") from error
-            self._open = (name, opened)
         return self._open[1]
+
+    def _fetched(self, piece: _Piece) -> int:
+        """Return a file descriptor of a piece, fetched if it is not in the cache."""
+        size = piece.stop - piece.start
+        part = (0, None) if size == piece.file.bytes else (piece.start, piece.stop)
+        return self._cache.open(piece.name, size, lambda to: fetch(piece.file, to, *part))
 
 
 def open_tars(path: str, shards: Sequence[Shard], config: CacheConfig) -> Tars:

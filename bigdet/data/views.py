@@ -148,14 +148,21 @@ class Views:
         return clipped.astype(np.float32)
 
 
-def whole_view(original_size: Size, plan: Size) -> View:
+def whole_view(original_size: Size, plan: Size, canvas: Size | None = None) -> View:
     """Return the view of test time: the whole image, scaled.
 
     Args:
         original_size: height, width as stored.
         plan: short side and longest long side, pixels.
+        canvas: height and width into which it must fit; None for no such limit.
     """
     scaled = test_size(*original_size, *plan)
+    if canvas is not None and (scaled[0] > canvas[0] or scaled[1] > canvas[1]):
+        height, width = original_size
+        if height * canvas[1] >= width * canvas[0]:
+            scaled = (canvas[0], max(1, width * canvas[0] // height))
+        else:
+            scaled = (max(1, height * canvas[1] // width), canvas[1])
     return View(original_size, scaled, (0, 0), scaled, is_flipped=False)
 
 
@@ -179,7 +186,11 @@ def resize_of_step(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
 
 
 def draw_view(
-    record: dict[str, Any], resize: ResizeConfig, flip: float, sample_words: Words
+    record: dict[str, Any],
+    resize: ResizeConfig,
+    flip: float,
+    sample_words: Words,
+    canvas: Size | None = None,
 ) -> View:
     """Draw the view of a training sample.
 
@@ -192,11 +203,13 @@ def draw_view(
         resize: of the step.
         flip: probability of a horizontal flip.
         sample_words: of this sample in this pass.
+        canvas: height and width into which a whole image must fit; None for no such limit.
     """
     original_size = (record["height"], record["width"])
     is_flipped = sample_words.uniform(0.0, 1.0) < flip
     if resize.kind in ("short_side", "stitcher"):
-        return replace(whole_view(original_size, plan_of(resize)), is_flipped=is_flipped)
+        whole = whole_view(original_size, plan_of(resize), canvas)
+        return replace(whole, is_flipped=is_flipped)
     factors = resize.scale_range if resize.kind == "direct" else resize.jitter_range
     long_side = max(1, round(resize.size * sample_words.uniform(*factors)))
     if resize.variant == "paper":

@@ -7,12 +7,15 @@ reads what another one wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+
+from bigdet import distributed
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 """Called by an engine once the parameters are where and how it wants them."""
@@ -29,11 +32,17 @@ class StepResult:
             some rank, and neither weights nor optimizer state were touched on any.
         grad_norm: L2 norm of the gradient of the mean loss of all lanes, before clipping; ``inf``
             for a skipped step.
+        is_overflow: only with fp16, the same on every rank: the step was skipped although all
+            losses were finite, because the loss scale was too high, and it is halved now. That is
+            how the scale is found; nothing is wrong.
+        loss_scale: what the losses of this step were multiplied by; 1 but for fp16.
     """
 
     losses: dict[str, Tensor]
     is_finite: bool
     grad_norm: float
+    is_overflow: bool = False
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,20 @@ class EngineState:
         model: parameters and persistent buffers; what is floating point is fp32.
         optimizer: per trained parameter ``momentum_buffer`` (SGD) or ``exp_avg``, ``exp_avg_sq``
             and the scalar ``step`` (AdamW), fp32. Empty before the first step of a phase.
+        loss_scale: of fp16: ``value`` and ``good_steps`` since it last changed. Empty otherwise.
     """
 
     model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
     """Updates the weights of one module during one phase.
 
     Attributes:
-        module: the bare module, for evaluation and for its running statistics.
+        module: the bare module, for evaluation and for its running statistics. Where parameters
+            are sharded, a forward pass is a collective: every rank runs equally many.
     """
 
     module: nn.Module
@@ -91,13 +103,43 @@ def state_keys(optimizer: Optimizer) -> list[str]:
     return ["momentum_buffer"] if any(group["momentum"] for group in optimizer.param_groups) else []
 
 
-def misfits(state: EngineState, module: nn.Module, keys: Sequence[str]) -> str:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_shapes(module: nn.Module) -> Shapes:
+    """Shapes of parameters and persistent buffers by name; read them before they are sharded."""
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def check_fits(
+    state: EngineState, shapes: Shapes, trained: Collection[str], keys: Sequence[str]
+) -> None:
+    """Check on rank 0 that a state is that of this model and optimizer. Collective.
+
+    Args:
+        state: complete on rank 0.
+        shapes: of the module, from `weight_shapes`.
+        trained: names of the parameters that the optimizer steps.
+        keys: of the optimizer, from `state_keys`.
+
+    Raises:
+        SharedError: on every rank, with the names that differ.
+    """
+    problems = misfits(state, shapes, trained, keys) if distributed.is_main() else ""
+    problems = distributed.broadcast_object(problems)
+    if problems:
+        raise distributed.SharedError(
+            f"The checkpoint does not fit the model and optimizer of this phase: {problems}. "
+            f"Go on with the config it was made with, or start anew in another output folder."
+        )
+
+
+def misfits(
+    state: EngineState, shapes: Shapes, trained: Collection[str], keys: Sequence[str]
+) -> str:
     """Say how a state differs from what a module and its optimizer need; empty if it fits."""
-    problems = _differences(
-        "weights",
-        {name: tuple(value.shape) for name, value in state.model.items()},
-        {name: tuple(value.shape) for name, value in module.state_dict().items()},
-    )
+    found = {name: tuple(value.shape) for name, value in state.model.items()}
+    problems = _differences("weights", found, shapes)
     if state.optimizer and not problems:
         problems = _differences(
             "optimizer state",
@@ -107,17 +149,22 @@ def misfits(state: EngineState, module: nn.Module, keys: Sequence[str]) -> str:
                 for key, value in values.items()
             },
             {
-                f"{name}/{key}": () if key == "step" else tuple(parameter.shape)
-                for name, parameter in module.named_parameters()
-                if parameter.requires_grad
+                f"{name}/{key}": () if key == "step" else shapes[name]
+                for name in trained
                 for key in keys
             },
         )
     return problems
 
 
+def to_save(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU, as fp32 if it is floating point."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def _differences(
-    what: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+    what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> str:
     """Compare names and shapes; the first few of each kind of difference in one sentence."""
     missing = [name for name in expected if name not in found]

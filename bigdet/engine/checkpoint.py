@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``PHASE-STEP``: ``model.safetensors`` (parameters and buffers, fp32),
 ``optimizer.safetensors`` (``NAME/exp_avg`` and so on) and ``state.json`` (what the caller gives,
-with size and hash of the other two). Beside the folders, the text files ``latest`` and ``best``
-hold the name of one each. Rank 0 alone reads and writes; all ranks learn how it went.
+the loss scale of fp16, and size and hash of the other two). Beside the folders, the text files
+``latest`` and ``best`` hold the name of one each. Rank 0 alone reads and writes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def save(folder: Path, state: EngineState, metadata: dict[str, str], run: dict[str, Any]) -> None:
-    """Write a checkpoint and make it the latest. Called by all ranks; rank 0 writes.
+    """Write a checkpoint and make it the latest (rank 0 only; may run beside training).
 
     Args:
         folder: ``CHECKPOINTS/PHASE-STEP``; a checkpoint of that name is replaced.
@@ -57,18 +57,16 @@ def save(folder: Path, state: EngineState, metadata: dict[str, str], run: dict[s
         run: plain values for ``state.json``.
 
     Raises:
-        ValueError: on all ranks, when it cannot be written; earlier checkpoints are untouched.
+        ValueError: when it cannot be written; earlier checkpoints are untouched.
     """
-    with distributed.together():
-        if distributed.is_main():
-            try:
-                _write(folder, state, metadata, run)
-            except (OSError, SafetensorError) as error:
-                free_gib = shutil.disk_usage(_existing(folder.parent)).free / 2**30
-                raise ValueError(
-                    f"{folder}: cannot write the checkpoint: {error}; {free_gib:.2f} GiB are free. "
-                    f"Earlier checkpoints are untouched: make room and start the run again."
-                ) from error
+    try:
+        _write(folder, state, metadata, run)
+    except (OSError, SafetensorError) as error:
+        free_gib = shutil.disk_usage(_existing(folder.parent)).free / 2**30
+        raise ValueError(
+            f"{folder}: cannot write the checkpoint: {error}; {free_gib:.2f} GiB are free. "
+            f"Earlier checkpoints are untouched; make room."
+        ) from error
 
 
 def load(folder: Path) -> Checkpoint:
@@ -89,7 +87,8 @@ def load(folder: Path) -> Checkpoint:
                 before = _usable_before(folder)
                 advice = f"Go on with resume={before}" if before else "No earlier one can be used"
                 raise ValueError(f"{error} {advice}.") from error
-            checkpoint = Checkpoint(_read_engine_state(folder), run)
+            scale = run.pop("loss_scale")
+            checkpoint = Checkpoint(_read_engine_state(folder, scale), run)
     return Checkpoint(checkpoint.engine, distributed.broadcast_object(checkpoint.run))
 
 
@@ -97,8 +96,8 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     """Check that the files of a checkpoint are those that were written.
 
     Returns:
-        What the caller of ``save`` gave for ``state.json``, and the checkpoint's number: 1 for
-        the first that was written beside it, and so on.
+        What the caller of ``save`` gave for ``state.json``, with ``loss_scale`` of the engine, and
+        the checkpoint's number: 1 for the first that was written beside it, and so on.
 
     Raises:
         ValueError: naming the first file that is missing, cut short or altered.
@@ -120,7 +119,7 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
         if _hash_of_file(file) != written["sha256"]:
             raise ValueError(f"{file}: altered since it was written (its hash differs).")
     run = {key: value for key, value in content.items() if key not in ("files", "number")}
-    return run, number
+    return {"loss_scale": {}, **run}, number
 
 
 def adopt(folder: Path, checkpoints: Path) -> None:
@@ -139,13 +138,16 @@ def mark_best(folder: Path) -> None:
     _write_name(folder.parent / "best", folder.name)
 
 
-def clean(checkpoints: Path, keep: int, protected: Collection[str]) -> None:
+def clean(
+    checkpoints: Path, keep: int, protected: Collection[str], keep_every: int | None = None
+) -> None:
     """Delete what is not needed: old checkpoints and what a crash has left (rank 0 only).
 
     Args:
         checkpoints: the folder of all checkpoints.
         keep: so many of the newest stay, beside the latest and the best.
         protected: names that stay too, such as the ends of phases.
+        keep_every: checkpoints at steps that this divides stay too.
     """
     if not checkpoints.is_dir():
         return
@@ -154,7 +156,10 @@ def clean(checkpoints: Path, keep: int, protected: Collection[str]) -> None:
     numbers = _numbers(checkpoints)
     newest = sorted(numbers, key=lambda name: numbers[name])[-keep:] if keep else []
     named = [_read_name(checkpoints / "latest"), _read_name(checkpoints / "best")]
-    for name in numbers.keys() - {*newest, *named, *protected}:
+    milestones = [
+        name for name in numbers if keep_every and int(name.rsplit("-", 1)[1]) % keep_every == 0
+    ]
+    for name in numbers.keys() - {*newest, *named, *protected, *milestones}:
         doomed = checkpoints / f"{PARTIAL}{name}"
         (checkpoints / name).rename(doomed)  # so that a crash here leaves no half a checkpoint
         _delete(doomed)
@@ -162,7 +167,7 @@ def clean(checkpoints: Path, keep: int, protected: Collection[str]) -> None:
 
 def _write(folder: Path, state: EngineState, metadata: dict[str, str], run: dict[str, Any]) -> None:
     """Write all files under a temporary name, then put the folder and ``latest`` in place."""
-    assert not {"files", "number", "sha256"} & run.keys(), run.keys()
+    assert not {"files", "number", "sha256", "loss_scale"} & run.keys(), run.keys()
     checkpoints = folder.parent
     partial = checkpoints / f"{PARTIAL}{folder.name}"
     _delete(partial)
@@ -183,7 +188,7 @@ def _write(folder: Path, state: EngineState, metadata: dict[str, str], run: dict
             for name in (MODEL_FILE, OPTIMIZER_FILE)
         }
         number = max(_numbers(checkpoints).values(), default=0) + 1
-        content = {**run, "files": files, "number": number}
+        content = {**run, "files": files, "number": number, "loss_scale": state.loss_scale}
         content["sha256"] = _hash_of_json(content)
         text = json.dumps(content, indent=1)
         (partial / STATE_FILE).write_text(text, encoding="utf-8")
@@ -206,13 +211,13 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(f"{PARTIAL}replaced-{folder.name}")
 
 
-def _read_engine_state(folder: Path) -> EngineState:
+def _read_engine_state(folder: Path, loss_scale: dict[str, float]) -> EngineState:
     """Read the tensors of a checkpoint that has been checked."""
     optimizer: dict[str, dict[str, Tensor]] = {}
     for full_name, value in _read_tensors(folder / OPTIMIZER_FILE).items():
         name, key = full_name.rsplit("/", 1)
         optimizer.setdefault(name, {})[key] = value
-    return EngineState(_read_tensors(folder / MODEL_FILE), optimizer)
+    return EngineState(_read_tensors(folder / MODEL_FILE), optimizer, loss_scale)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -76,11 +76,12 @@ def predict_split(
         for _ in range(len(batches)):  # equally many on all ranks, as are the collectives
             try:
                 batch = next(source)
-                collected.add(batch, module(batch.to(device)))
             except (ValueError, OSError) as error:
                 problem = error
+            # Before the forward pass: where weights are sharded, that is a collective too.
             if distributed.any_rank(problem is not None):
                 break
+            collected.add(batch, module(batch.to(device)))
             if must_stop():
                 return None
     finally:

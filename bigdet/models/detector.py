@@ -13,7 +13,7 @@ from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import Backbone
 from bigdet.models.heads.detections import FlatDetections, TestSettings
 from bigdet.models.heads.keypoint import find_keypoints
-from bigdet.models.norms import collect_statistics
+from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.resize import resize_image, test_size
 from bigdet.structures import Batch, Detections, Targets
@@ -31,6 +31,7 @@ class Detector(nn.Module):
         backbone: images to features.
         config: the model section that it was built from.
         num_classes: K.
+        dense_parts: those that see whole canvases, and nothing whose number varies.
         categories: what the labels ``0..K-1`` mean: id, name and more of each.
         test_size: short side and longest long side, pixels, to which ``predict`` resizes.
     """
@@ -38,15 +39,37 @@ class Detector(nn.Module):
     config: ModelConfig
     num_classes: int
 
+    dense_parts: tuple[str, ...]
+
     def __init__(self, backbone: Backbone) -> None:
         """Keep the backbone; names of parts are those of ``start_from.parts``."""
         super().__init__()
         self.backbone = backbone
+        self._is_compiled = False
         self.categories: list[dict[str, Any]] = []
         self.test_size = (800, 1333)
         mean, deviation = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_DEVIATION)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", deviation.view(3, 1, 1), persistent=False)
+
+    @property
+    def units(self) -> list[list[nn.Module]]:
+        """Modules that an engine may shard and gather together: backbone stages, neck, heads.
+
+        Each module is called in every forward pass, of training and of evaluation. A stage is
+        given as its layers with weights, since backbones run the blocks of a stage one by one.
+        """
+        stages = [
+            [layer for part in stage for layer in _layers_with_weights(part)]
+            for stage in self.backbone.stages
+        ]
+        heads = [
+            called
+            for name, part in self.named_children()
+            if name != "backbone"
+            for called in _called_modules(part)
+        ]
+        return [*stages, *([head] for head in heads)]
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | list[Detections]:
         """Give the losses of a batch in training mode, else the detections of its images.
@@ -55,11 +78,14 @@ class Detector(nn.Module):
         the canvas.
         """
         if not self.training:
-            with torch.no_grad():
+            # Test images have many sizes: compiled for each, they would take longer than they save.
+            eager = torch.compiler.set_stance("force_eager" if self._is_compiled else "default")
+            with torch.no_grad(), eager:
                 return self._detect(batch)
         torch.manual_seed(batch.seed)  # all randomness of the model comes after this line
-        with collect_statistics():
-            return self._losses(batch)
+        losses = self._losses(batch)
+        count_lane(self)
+        return losses
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""
@@ -122,6 +148,18 @@ class Detector(nn.Module):
         """Thresholds and limits of the detections."""
         raise NotImplementedError
 
+    def compile_dense(self, **options: Any) -> None:
+        """Let torch compile the dense parts for training, once for each size of the canvas.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        torch.compiler.reset()  # what was compiled for an earlier phase
+        for name, part in self.named_children():
+            if name in self.dense_parts:  # a model without a pyramid has no fpn
+                part.compile(dynamic=False, **options)
+        self._is_compiled = True
+
     def use_test_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
         raise NotImplementedError
@@ -159,6 +197,20 @@ class Detector(nn.Module):
             scale_detections(one, size, (image.shape[1], image.shape[2]))
             for one, size, image in zip(found, resized, images, strict=True)
         ]
+
+
+def _layers_with_weights(module: nn.Module) -> list[nn.Module]:
+    """List the outermost modules that have parameters of their own, in the model's order."""
+    if any(True for _ in module.parameters(recurse=False)):
+        return [module]
+    return [layer for child in module.children() for layer in _layers_with_weights(child)]
+
+
+def _called_modules(module: nn.Module) -> list[nn.Module]:
+    """List the outermost modules that have a forward pass of their own."""
+    if type(module).forward is not nn.Module.forward:
+        return [module]
+    return [called for child in module.children() for called in _called_modules(child)]
 
 
 def scale_detections(

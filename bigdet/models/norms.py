@@ -5,16 +5,23 @@ Batch normalization has a mode, set for a whole model by `set_norm_mode`:
 | mode | normalizes with | scale and shift | running statistics |
 | --- | --- | --- | --- |
 | ``live`` | the batch in training, running statistics else | trained | one update per step |
+| ``sync`` | the batches of all ranks together in training | trained | one update per step |
 | ``affine`` | running statistics | trained | stay |
 | ``fixed`` | running statistics | stay | stay |
 
 Running statistics do not follow every forward pass, as torch's do. A lane is one micro-batch of
-one rank; a step has a fixed number of lanes, however many ranks share them. Each layer averages the
-batch means and the (unbiased) batch variances of its lanes; the trainer then calls
-`update_running_statistics` once per step, which averages over the ranks and moves the running
-statistics of all layers by one momentum. So they depend on neither accumulation nor ranks. The mean
-of the variances leaves out how far the means of the lanes lie apart: a layer that will be fixed
-sees the spread that a lane saw, which is what its weights were trained for.
+one rank; a step has a fixed number of lanes, however many ranks share them. A forward pass leaves
+its mean and (unbiased) variance in each layer, the detector then calls `count_lane`, which adds
+them up, and the trainer `update_running_statistics` once per step, which averages over the lanes of
+all ranks and moves the running statistics of all layers by one momentum. (A pass that activation
+checkpointing repeats leaves what the first one left, and is not counted.) So they depend on neither
+accumulation nor ranks. The mean of the variances leaves out how far the means of the lanes lie
+apart: a layer that will be fixed sees the spread that a lane saw, which is what its weights were
+trained for. In ``sync`` the lanes that run at the same time on all ranks have the statistics of
+their joint batch, so there the number of ranks matters.
+
+Rows of a batch that fill empty slots (`valid_rows`) are normalized but not counted; a lane without
+any other row is left out of the averages.
 """
 
 from __future__ import annotations
@@ -28,10 +35,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm
 
 from bigdet import distributed
 
-Mode = Literal["live", "affine", "fixed"]
+Mode = Literal["live", "sync", "affine", "fixed"]
 Kind = Literal["bn", "gn", "none"]
 
 MOMENTUM = 0.1
@@ -39,22 +47,29 @@ MOMENTUM = 0.1
 GROUPS = 32
 """Of group normalization, as in its paper and in Detectron."""
 
-_is_collecting = False
+_rows: Tensor | None = None
 
 
 @contextmanager
-def collect_statistics() -> Iterator[None]:
-    """Count the batch statistics of the forward passes inside, and of no others.
+def valid_rows(rows: Tensor | None) -> Iterator[None]:
+    """Let only some rows of a batch count in the statistics of the forward passes inside.
 
-    The detector's forward runs in it in training. A forward pass that activation checkpointing
-    repeats during backward lies outside, so its statistics are not counted a second time.
+    Heads run on a number of slots, some of which hold no region.
+
+    Args:
+        rows: ``(N,)`` bool, which of the N rows count. None: all.
     """
-    global _is_collecting
-    before, _is_collecting = _is_collecting, True
+    global _rows
+    before, _rows = _rows, rows
     try:
         yield
     finally:
-        _is_collecting = before
+        _rows = before
+
+
+def current_rows() -> Tensor | None:
+    """Return what `valid_rows` was given: a pass that is repeated later needs it again."""
+    return _rows
 
 
 class BatchNorm2d(nn.Module):
@@ -68,8 +83,12 @@ class BatchNorm2d(nn.Module):
     bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
-    lane_mean: Tensor
-    lane_var: Tensor
+    batch_mean: Tensor
+    batch_var: Tensor
+    mean_sum: Tensor
+    var_sum: Tensor
+    is_filled: Tensor
+    num_filled: Tensor
 
     def __init__(
         self,
@@ -82,21 +101,25 @@ class BatchNorm2d(nn.Module):
         super().__init__()
         self.eps = eps
         self.mode: Mode = "live"
-        self.num_lanes = 0
         ones = torch.ones(num_features, device=device, dtype=dtype)
         zeros = torch.zeros(num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(ones.clone())
         self.bias = nn.Parameter(zeros.clone())
         self.register_buffer("running_mean", zeros.clone())
         self.register_buffer("running_var", ones.clone())
-        # Averages over the lanes of this step so far.
-        self.register_buffer("lane_mean", zeros.clone(), persistent=False)
-        self.register_buffer("lane_var", zeros.clone(), persistent=False)
+        # What the last pass left, 1 if any row of it counted; their sums over this step's lanes.
+        for name in ("batch_mean", "batch_var", "mean_sum", "var_sum"):
+            self.register_buffer(name, zeros.clone(), persistent=False)
+        self.register_buffer("is_filled", torch.ones(1, device=device), persistent=False)
+        self.register_buffer("num_filled", torch.zeros(1, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(B, C, H, W)`` as the mode says; dtype and memory format stay."""
-        if self.mode == "live" and self.training:
-            return self._normalize_with_batch(x)
+        if self.mode in ("live", "sync") and self.training:
+            is_joint = self.mode == "sync" and distributed.world_size() > 1
+            if _rows is not None or (is_joint and not x.is_cuda):
+                return self._normalize_with_rows(x, _rows, is_joint)
+            return self._normalize_with_batch(x, is_joint)
         if self.mode == "fixed" and x.requires_grad and torch.is_grad_enabled():
             normalized: Tensor = _FixedNorm.apply(
                 x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
@@ -106,24 +129,52 @@ class BatchNorm2d(nn.Module):
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
 
-    def _normalize_with_batch(self, x: Tensor) -> Tensor:
-        momentum = 0.0
-        if _is_collecting:
-            # Momentums 1, 1/2, 1/3, ... make torch's own update the plain average over the lanes:
-            # counting costs no kernel of its own.
-            self.num_lanes += 1
-            momentum = 1.0 / self.num_lanes
+    def _normalize_with_batch(self, x: Tensor, is_joint: bool) -> Tensor:
+        # With a momentum of 1 they become those of this pass. A pass without `valid_rows` is never
+        # empty, and a layer has all its passes with them or all without: is_filled stays 1.
+        left = (self.batch_mean, self.batch_var)
+        if is_joint:
+            normalized: Tensor = SyncBatchNorm.apply(  # torch's own, for CUDA alone
+                x, self.weight, self.bias, *left, self.eps, 1.0,
+                distributed.group(), distributed.world_size(),
+            )  # fmt: skip
+            return normalized
         return F.batch_norm(
-            x,
-            # Passed even when nothing is counted: checkpointing compares what is saved.
-            self.lane_mean,
-            self.lane_var,
-            self.weight,
-            self.bias,
-            training=True,
-            momentum=momentum,
-            eps=self.eps,
+            x, *left, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
         )
+
+    def _normalize_with_rows(self, x: Tensor, rows: Tensor | None, is_joint: bool) -> Tensor:
+        """Normalize by the rows that count, of this rank or of all ranks together.
+
+        The mathematics of torch's SyncBatchNorm in plain operations: any number of rows per rank,
+        or none. It keeps more for backward than the fused layers do.
+
+        Args:
+            x: ``(N, C, H, W)``.
+            rows: ``(N,)`` bool. None: all.
+            is_joint: over all ranks.
+        """
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        if rows is None:
+            rows = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        assert len(rows) == len(x), (len(rows), len(x))
+        is_counted = rows[:, None, None, None]
+        add = distributed.sum_with_gradient if is_joint else _identity
+        count = (rows.sum() * (x.shape[2] * x.shape[3])).to(values.dtype)
+        total = torch.where(is_counted, values, 0).sum(dim=(0, 2, 3))
+        sums = add(torch.cat([total, count[None]]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count.clamp(min=1)
+        centered = values - mean[:, None, None]
+        squares = add(torch.where(is_counted, centered, 0).square().sum(dim=(0, 2, 3)))
+        # Without any row at all the others pass as they are: magnified, they could overflow.
+        var = torch.where(count > 0, squares / count.clamp(min=1), 1)
+        self.batch_mean.copy_(mean.detach())  # 0 without any row
+        self.batch_var.copy_(squares.detach() / (count - 1).clamp(min=1))
+        self.is_filled.copy_(count > 0)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        normalized = centered * scale[:, None, None] + self.bias[:, None, None]
+        return normalized.to(x.dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -134,6 +185,10 @@ class BatchNorm2d(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer in the printed model."""
         return f"{len(self.weight)}, mode={self.mode}"
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _FixedNorm(torch.autograd.Function):
@@ -215,32 +270,57 @@ def set_norm_mode(module: nn.Module, mode: Mode) -> None:
         layer.bias.requires_grad_(mode != "fixed")
 
 
+def _live_norms(module: nn.Module) -> list[BatchNorm2d]:
+    return [layer for layer in batch_norms(module) if layer.mode in ("live", "sync")]
+
+
+@torch.no_grad()
+def count_lane(module: nn.Module) -> None:
+    """Add what the forward pass of a lane left in the layers, all of them, to this step's sums."""
+    layers = _live_norms(module)
+    if not layers:
+        return
+    sums = [tensor for layer in layers for tensor in (layer.mean_sum, layer.var_sum)]
+    left = [tensor for layer in layers for tensor in (layer.batch_mean, layer.batch_var)]
+    torch._foreach_add_(sums, left)
+    torch._foreach_add_([layer.num_filled for layer in layers], [x.is_filled for x in layers])
+
+
 @torch.no_grad()
 def update_running_statistics(module: nn.Module) -> None:
     """Move all running statistics once, by the mean over all lanes of all ranks of this step.
 
     Every rank calls it after its last micro-batch of a step (one all-reduce of all layers'
-    statistics), and all ranks have equal running statistics afterwards.
+    statistics), and all ranks have equal running statistics afterwards. A layer whose lanes were
+    all empty stays as it is.
     """
-    layers = [layer for layer in batch_norms(module) if layer.num_lanes]
+    layers = _live_norms(module)
     if not layers:
         return
-    lanes = [layer.lane_mean for layer in layers] + [layer.lane_var for layer in layers]
-    flat = distributed.mean_over_ranks(torch.cat(lanes))
-    means = list(torch.split(flat, [len(lane) for lane in lanes]))
+    counts = torch.cat([layer.num_filled for layer in layers])
+    sums = [layer.mean_sum for layer in layers] + [layer.var_sum for layer in layers]
+    flat = distributed.sum_over_ranks(torch.cat([counts.to(sums[0].dtype), *sums]))
+    counts, *totals = torch.split(flat, [len(layers), *[len(total) for total in sums]])
     running = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
-    torch._foreach_lerp_(running, means, MOMENTUM)
+    means = torch._foreach_div(totals, list(counts.clamp(min=1).unbind() * 2))
+    parts = list((MOMENTUM * (counts > 0).to(counts.dtype)).unbind() * 2)
+    changes = torch._foreach_mul(torch._foreach_sub(means, running), parts)
+    torch._foreach_add_(running, changes)
     discard_statistics(module)
 
 
 @torch.no_grad()
 def discard_statistics(module: nn.Module) -> None:
     """Forget the statistics collected since the last update: those of a skipped step."""
-    layers = batch_norms(module)
+    layers = _live_norms(module)
     if not layers:
         return
-    # A momentum of 1 multiplies what was there by 0, and 0 x inf is not a number.
-    torch._foreach_zero_([layer.lane_mean for layer in layers])
-    torch._foreach_zero_([layer.lane_var for layer in layers])
-    for layer in layers:
-        layer.num_lanes = 0
+    # Those of the last pass too: a momentum of 1 multiplies what was there by 0, and 0 x inf is not
+    # a number.
+    torch._foreach_zero_(
+        [
+            tensor
+            for x in layers
+            for tensor in (x.batch_mean, x.batch_var, x.mean_sum, x.var_sum, x.num_filled)
+        ]
+    )

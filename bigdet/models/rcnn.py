@@ -22,6 +22,7 @@ from bigdet.models.heads.mask import MaskHead, select_positives
 from bigdet.models.heads.positives import pad_to_bucket
 from bigdet.models.heads.rpn import Proposals, RegionProposals
 from bigdet.models.necks.fpn import FPN
+from bigdet.models.norms import valid_rows
 from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
 from bigdet.structures import Batch
 
@@ -33,6 +34,8 @@ class RCNN(Detector):
     ``mask``, and with a keypoint head ``keypoint``. A cascade as box head has
     ``stage1_box_class``, ..., ``stage3_box_delta`` instead.
     """
+
+    dense_parts = ("backbone", "fpn", "rpn")
 
     def __init__(
         self,
@@ -102,7 +105,8 @@ class RCNN(Detector):
                 )
             positives = select_positives(regions, masks, self.mask_head.num_classes)
             pooled = self._pool(table, positives.boxes, positives.images, MASK_POOLED_SIZE)
-            mask_logits = self.mask_head(pooled, positives.labels)
+            with valid_rows(positives.is_valid):
+                mask_logits = self.mask_head(pooled, positives.labels)
             losses |= self.mask_head.losses(mask_logits, positives, masks)
 
         if self.keypoint_head is not None:
@@ -114,7 +118,9 @@ class RCNN(Detector):
                 )
             chosen = select_with_keypoints(regions, keypoints, self.keypoint_head.num_classes)
             pooled = self._pool(table, chosen.boxes, chosen.images, KEYPOINT_POOLED_SIZE)
-            losses |= self.keypoint_head.losses(self.keypoint_head(pooled), chosen, keypoints)
+            with valid_rows(chosen.is_valid):
+                heat_maps = self.keypoint_head(pooled)
+            losses |= self.keypoint_head.losses(heat_maps, chosen, keypoints)
         return losses
 
     def features(self, batch: Batch) -> tuple[list[Tensor], FeatureTable]:

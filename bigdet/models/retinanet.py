@@ -17,6 +17,8 @@ from bigdet.structures import Batch
 class RetinaNet(Detector):
     """A head over P3 to P7. Losses are ``retina_class`` and ``retina_box``."""
 
+    dense_parts = ("backbone", "fpn", "retina_head")
+
     def __init__(self, backbone: Backbone, fpn: RetinaFPN, retina_head: RetinaHead) -> None:
         """Put the parts together."""
         super().__init__(backbone)

@@ -44,4 +44,7 @@ class VGG(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute conv5_3: one map ``(B, 512, ceil(H / 16), ceil(W / 16))``."""
-        return [self.features(images)]
+        x = images
+        for stage in self.stages:
+            x = self.run(nn.Sequential(*stage), x)
+        return [x]

@@ -1,4 +1,4 @@
-"""Weights in and out of files: whole detectors, parts of them, published backbones.
+"""Weights in and out of files: whole detectors and parts of them.
 
 A weights file is a ``model.safetensors`` whose metadata carry the resolved config and the
 categories, so that it is a detector by itself. Names of tensors are those of the detector's state;
@@ -8,15 +8,12 @@ the first word of a name is its part (``backbone``, ``fpn``, ``rpn``, ``box_head
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,23 +23,10 @@ from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import set_norm_mode
+from bigdet.models.weight_files import read_safetensors
 from bigdet.run_dir import RunDir
 
-logger = logging.getLogger(__name__)
-
 FORMAT = "bigdet-1"
-
-PUBLISHED = {
-    "resnet18": "resnet18.tv_in1k",
-    "resnet50": "resnet50.tv_in1k",
-    "resnet101": "resnet101.tv_in1k",
-    "resnext101_32x8d": "resnext101_32x8d.tv_in1k",
-    "vgg16": "vgg16.tv_in1k",
-    "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
-    "swin_s": "swin_small_patch4_window7_224.ms_in1k",
-    "swin_b": "swin_base_patch4_window7_224.ms_in1k",
-}
-"""timm's names of ImageNet-1k weights, of the plain recipes that detection papers start from."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +83,7 @@ def load_detector(path: str | Path) -> Detector:
         long side, pixels) as the run evaluated it.
     """
     file = find_weights(Path(path))
-    tensors, metadata = _read(file)
+    tensors, metadata = read_safetensors(file)
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{file}: found format {metadata.get('format')!r} in its metadata, expected "
@@ -141,19 +125,7 @@ def find_weights(path: Path) -> Path:
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file, a checkpoint or a run, onto the CPU."""
-    return _read(find_weights(Path(path)))[0]
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: cannot be read as safetensors ({error}). Nothing else is read, because "
-            f"pickled files can run code; a cut file has to be copied again."
-        ) from error
+    return read_safetensors(find_weights(Path(path)))[0]
 
 
 def part_of(name: str) -> str:
@@ -215,55 +187,3 @@ def load_parts(
         num_tensors = sum(part_of(name) == part for name in wanted)
         rows.append(LoadedPart(part, source, num_tensors, sum(sizes)))
     return rows
-
-
-def check_published(name: str) -> None:
-    """Raise ``ValueError`` if timm has no weights for a backbone."""
-    if name not in PUBLISHED:
-        raise ValueError(
-            f"start_from.source: timm has no weights for model.backbone {name}, only for "
-            f"{', '.join(PUBLISHED)}. Choose one of them, or start from random."
-        )
-
-
-def load_timm_backbone(detector: nn.Module, name: str) -> list[LoadedPart]:
-    """Load the published ImageNet weights of a backbone into the detector's.
-
-    timm downloads them into the Hugging Face cache of this machine, once.
-
-    Args:
-        detector: a detector whose backbone is ``name``.
-        name: ``model.backbone`` of the config.
-    """
-    check_published(name)
-    model_name = PUBLISHED[name]
-    try:
-        timm_model = timm.create_model(model_name, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"start_from.source: timm could not download {model_name} ({error}). Without a network "
-            f'here, fetch it on another machine with python -c "import timm; timm.create_model('
-            f"'{model_name}', pretrained=True)\", copy its Hugging Face cache folder "
-            f"(~/.cache/huggingface) to this one, and point HF_HOME at it."
-        ) from error
-    return load_parts(detector, from_timm(timm_model.state_dict()), ["backbone"], model_name)
-
-
-def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the tensors of a timm classifier as those of a detector's backbone.
-
-    The classifier is dropped, and Swin's final norm with it: the norms of the four outputs are the
-    detector's own, and start at scale 1 and shift 0.
-    """
-    tensors = {
-        f"backbone.{name}": tensor
-        for name, tensor in state.items()
-        if part_of(name) not in ("fc", "head", "norm", "pre_logits")
-    }
-    if "norm.weight" in state:
-        width = len(state["norm.weight"])
-        for index in range(4):
-            channels = width // 2 ** (3 - index)
-            tensors[f"backbone.norm{index}.weight"] = torch.ones(channels)
-            tensors[f"backbone.norm{index}.bias"] = torch.zeros(channels)
-    return tensors

@@ -29,6 +29,7 @@ from bigdet.training.metrics import StepMeter, mean_losses, progress_line
 from bigdet.training.prefetch import prefetch
 from bigdet.training.state import RunState
 from bigdet.training.stopping import stop_requested
+from bigdet.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ class Run:
         train_set: the images to learn from.
         val_set: the images to measure on.
         metrics: rank 0's log for machines, None on the other ranks.
+        saver: writes the checkpoints.
         state: where the run is; changed in place.
+        watchdog: ends a run that stands still.
         restored: engine state to go on from inside the current phase; taken once.
     """
 
@@ -53,7 +56,12 @@ class Run:
     val_set: ShardSet
     metrics: MetricsWriter | None
     state: RunState
+    watchdog: Watchdog
     restored: EngineState | None = None
+
+    def __post_init__(self) -> None:
+        """Begin without a save under way."""
+        self.saver = saving.Saver(self.config, self.run_dir, self.train_set)
 
     def log_start(self, folder: Path | None) -> None:
         """Log the decisions that the run was started with.
@@ -70,10 +78,12 @@ class Run:
                 len(shards.manifest.shards), shards.address,
             )  # fmt: skip
         engine = self.config.engine
+        stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
+        offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
         logger.info(
-            "%d ranks on %s, %s ZeRO-%d, %s",
-            distributed.world_size(), distributed.device().type, engine.kind, engine.zero_stage,
-            engine.precision,
+            "%d ranks on %s, %s%s, %s%s",
+            distributed.world_size(), distributed.device().type, engine.kind, stage,
+            engine.precision, offload,
         )  # fmt: skip
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None
@@ -112,6 +122,7 @@ class PhaseTrainer:
         self.phase = run.config.phases[self.name]
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter()
+        self.micro_batches: list[Batch] = []  # of the step under way, for messages
         assert self.phase.images_per_step is not None
         self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
 
@@ -119,15 +130,23 @@ class PhaseTrainer:
         """Take all steps that are left.
 
         Returns:
-            True when the phase is complete, False when the run was asked to stop. Either way a
-            checkpoint is written.
+            True when the phase is complete, False when the run was asked to stop. Either way the
+            last checkpoint is written.
 
         Raises:
             SharedError: too many steps were not finite, or too many samples damaged.
         """
+        is_complete = self._take_steps()
+        self.run.saver.finish()
+        if not is_complete:
+            logger.info("stopped on request at %s; start again to go on", self.state.position)
+        return is_complete
+
+    def _take_steps(self) -> bool:
+        """Take the steps; tell whether all of them were taken."""
         state, batches = self.state, iter(self.stream)
         if state.needs_evaluation and not self._evaluate():  # interrupted before or in it
-            return self._stop()
+            return False
         while state.step < self.phase.steps:
             result, lr = self._step(batches)
             is_last = state.step == self.phase.steps
@@ -142,23 +161,27 @@ class PhaseTrainer:
             ):
                 self._save()
             if must_stop or (state.needs_evaluation and not self._evaluate()):
-                return self._stop()
+                return False
         return True
 
     def _must_stop(self) -> bool:
         """Tell on every rank whether any rank was asked to stop (a collective)."""
+        self.run.watchdog.alive()
         return stop_requested(self.run.run_dir.stop)
 
-    def _stop(self) -> bool:
-        logger.info("stopped on request at %s; start again to go on", self.state.position)
-        return False
+    def _at(self, what: str) -> None:
+        """Note what is done now, for messages and against standing still."""
+        self.run.watchdog.at(f"{self.name} step {self.state.step + 1}: {what}")
 
     def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
         """Take one optimizer step; return what it saw and its learning rate."""
         started = time.perf_counter()
         with distributed.together():  # a shard that one rank cannot get ends the run on all
-            micro_batches = list(islice(batches, len(self.stream.lanes)))
+            self._at("waiting for data")
+            micro_batches = self.micro_batches = list(islice(batches, len(self.stream.lanes)))
             data_seconds = time.perf_counter() - started
+            self._at("has its data, waits for the other ranks")
+        self._at("forward, backward, update")
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
         result = self.engine.train_step(prefetch(micro_batches, self.device))
@@ -167,13 +190,17 @@ class PhaseTrainer:
         if result.is_finite:
             norms.update_running_statistics(self.detector)
         else:
-            self._note_bad_step(micro_batches)
+            norms.discard_statistics(self.detector)
+            if result.is_overflow:
+                logger.info("%s: fp16 overflow, step skipped, loss scale now %g",
+                            self.state.position, result.loss_scale / 2)  # fmt: skip
+            else:
+                self._note_bad_step(micro_batches)
         self.meter.add(micro_batches, time.perf_counter() - started, data_seconds)
         return result, lr
 
     def _note_bad_step(self, micro_batches: Sequence[Batch]) -> None:
         """Count a step that changed no weight, on all ranks alike; too many stop the run."""
-        norms.discard_statistics(self.detector)
         self.state.bad_steps += 1
         ids = [number for batch in micro_batches for number in batch.image_ids.tolist()]
         logger.warning(
@@ -181,6 +208,7 @@ class PhaseTrainer:
             self.state.position, self.state.bad_steps, ids,
         )  # fmt: skip
         if self.state.bad_steps > self.config.engine.max_bad_steps:
+            self.run.saver.wait()
             last = saving.newest_checkpoint(self.run.run_dir)
             raise distributed.SharedError(
                 f"{self.state.position}: {self.state.bad_steps} steps had a loss or gradient that "
@@ -199,6 +227,7 @@ class PhaseTrainer:
             **mean_losses(result.losses),
             "grad_norm": result.grad_norm if result.is_finite else None,
             "lr": lr,
+            **({"loss_scale": result.loss_scale} if self.config.engine.precision == "fp16" else {}),
             **self.meter.rates(),
             **seen,
             "bad_steps": self.state.bad_steps,
@@ -229,6 +258,8 @@ class PhaseTrainer:
             False when a request to stop came meanwhile; the evaluation is then still due.
         """
         run, state = self.run, self.state
+        run.watchdog.at(f"{state.position}: evaluation")
+        self.micro_batches = []
         size_cap = measuring.test_size(self.config, self.name)
         metrics = measuring.evaluate(
             self.config, self.detector, run.val_set, size_cap, self._must_stop
@@ -239,7 +270,16 @@ class PhaseTrainer:
         logger.info("%s: %s", state.position, measuring.one_line(flat))
         with distributed.together():
             if run.metrics is not None:
-                self._write_evaluation(run.metrics, metrics, size_cap)
+                file = run.run_dir.evaluation(self.name, state.step)
+                measuring.write_evaluation(metrics, file)
+                run.metrics.write(
+                    {"phase": self.name, "step": state.step, **flat}, state.total_steps
+                )
+        if state.step == self.phase.steps:
+            count = self.config.evaluation.pictures
+            measuring.draw_validation(
+                self.detector, run.val_set, size_cap, count, run.run_dir, self.name
+            )
         box_ap = flat["bbox/AP"] or 0.0
         if state.best_ap is None or box_ap > state.best_ap:
             state.best_ap = box_ap
@@ -248,25 +288,11 @@ class PhaseTrainer:
         self._save()
         return True
 
-    def _write_evaluation(
-        self, log: MetricsWriter, metrics: dict[str, Any], size_cap: tuple[int, int]
-    ) -> None:
-        """Write the numbers, and at the end of the phase pictures (rank 0)."""
-        run, state = self.run, self.state
-        measuring.write_evaluation(metrics, run.run_dir.evaluation(self.name, state.step))
-        line = {"phase": self.name, "step": state.step, **measuring.flat_metrics(metrics)}
-        log.write(line, state.total_steps)
-        if state.step == self.phase.steps:
-            count = self.config.evaluation.pictures
-            measuring.draw_validation(
-                self.detector, run.val_set, size_cap, count, run.run_dir, self.name
-            )
-
     def _save(self) -> None:
-        """Write a checkpoint of this moment (a collective)."""
+        """Save this moment (a collective)."""
+        self.run.watchdog.at(f"{self.state.position}: writing a checkpoint")
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
-        run = self.run
-        saving.save_checkpoint(self.config, run.run_dir, self.engine, run.train_set, self.state)
+        self.run.saver.save(self.engine, self.state)
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -58,7 +58,7 @@ def evaluate(
         size_cap if tta is None else None,
         config.evaluation.images_per_gpu,
         config.data.workers,
-        next(detector.parameters()).device,
+        distributed.device(),
         must_stop,
     )
     if results is None:
@@ -101,24 +101,29 @@ def draw_validation(
     run_dir: RunDir,
     prefix: str,
 ) -> list[Path]:
-    """Draw the first validation images with their detections (one rank, no collective).
+    """Draw the first validation images with their detections; every rank must call it.
+
+    All ranks detect, since sharded weights are gathered for it; rank 0 draws.
 
     Returns:
-        The files written, ``pictures/PREFIX-KEY.jpg``.
+        On rank 0 the files written, ``pictures/PREFIX-KEY.jpg``.
     """
-    categories = [asdict(category) for category in val_set.categories]
-    run_dir.pictures.mkdir(parents=True, exist_ok=True)
-    files = []
+    rows = range(min(count, len(val_set)))
+    with distributed.together():
+        images = [decode_image(val_set.read(row).image_bytes) for row in rows]
     was_training = detector.training
     detector.eval()
     detector.test_size = size_cap
-    for row in range(min(count, len(val_set))):
-        image = decode_image(val_set.read(row).image_bytes)
-        with torch.no_grad():
-            found = detector.predict([image])[0].to(torch.device("cpu"))
-        picture = draw_detections(image.permute(1, 2, 0).numpy(), found, categories, 0.5)
-        file = run_dir.pictures / f"{prefix}-{val_set.key(row)}.jpg"
-        picture.save(file, quality=90)
-        files.append(file)
+    found = [detector.predict([image])[0].to(torch.device("cpu")) for image in images]
     detector.train(was_training)
+    files: list[Path] = []
+    with distributed.together():
+        if distributed.is_main():
+            categories = [asdict(category) for category in val_set.categories]
+            run_dir.pictures.mkdir(parents=True, exist_ok=True)
+            for row, image, detections in zip(rows, images, found, strict=True):
+                pixels = image.permute(1, 2, 0).numpy()
+                file = run_dir.pictures / f"{prefix}-{val_set.key(row)}.jpg"
+                draw_detections(pixels, detections, categories, 0.5).save(file, quality=90)
+                files.append(file)
     return files

@@ -7,29 +7,32 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet.config.schema import PhaseConfig
 
-# Swin's position tables: offsets added to attention scores or features, not weights of a map.
-POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed")
+# Position tables: offsets added to attention scores or features, not weights of a map. And scales:
+# ConvNeXt's of layers, SwinV2's of attention.
+PLAIN = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "gamma", "logit_scale")
+POSITION_NETWORK = ".cpb_mlp."  # SwinV2's, which stands for a position table
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Split what is trained into at most two groups: with and without weight decay.
 
-    Scale and shift of normalization layers and position tables are not decayed. Ordinary biases
-    are, as in detectron2 and mmdetection (Detectron of 2018 gave them no decay and twice the
-    rate). Few groups, because multi-tensor updates work within a group.
+    Scale and shift of normalization layers, position tables and scales of transformers are not
+    decayed, as in the published codes. Ordinary biases are, as in detectron2 and mmdetection
+    (Detectron of 2018 gave them no decay and twice the rate). Few groups, because multi-tensor
+    updates work within a group.
 
     Returns:
         Groups for a torch optimizer; an empty one is left out.
     """
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
-    for layer in module.modules():
+    for place, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
         # Of all layers only normalizations have a weight with one dimension.
         is_norm = isinstance(weight, Tensor) and weight.ndim == 1
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.requires_grad:
-                is_plain = is_norm or name in POSITION_TABLES
+                is_plain = is_norm or name in PLAIN or POSITION_NETWORK in f".{place}."
                 (plain if is_plain else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

@@ -10,6 +10,7 @@ import torch
 from bigdet import distributed
 from bigdet.config.derived import (
     has_cascade,
+    is_timm,
     model_parts,
     phase_before,
     phase_model,
@@ -17,8 +18,9 @@ from bigdet.config.derived import (
     start_parts,
 )
 from bigdet.config.schema import RunConfig
-from bigdet.models import backbones, norms, weights
+from bigdet.models import backbones, importing, norms, weights
 from bigdet.models.build import build_detector
+from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.ops.random import seed_of
@@ -56,6 +58,10 @@ def build_for_phase(
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     backbones.freeze_stages(detector.backbone, phase.freeze_stages)
+    if config.engine.activation_checkpointing:
+        enable_checkpointing(detector)
+    if phase_model(config, name).compile:
+        detector.compile_dense()
     return detector.to(device).train()
 
 
@@ -88,9 +94,12 @@ def _read_start(
     source = phase_source(config, name)
     if source == "random":
         return []
-    if source == "timm":
-        return weights.load_timm_backbone(detector, config.model.backbone)
+    if is_timm(source):
+        return importing.load_timm_backbone(detector, source, config.model.backbone)
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
+    start = config.phases[name].start_from
+    if importing.is_published_file(path):
+        return importing.load_backbone_file(detector, path, start.parts, start.pixels)
     tensors = weights.read_tensors(path)
     if has_cascade(phase_model(config, name)):
         tensors = spread_over_stages(tensors)

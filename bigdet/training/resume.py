@@ -9,28 +9,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigdet import distributed
-from bigdet.config.derived import has_keypoints, has_masks, num_lanes, phase_model, phase_source
+from bigdet import distributed, hosts
+from bigdet.config.derived import (
+    has_keypoints,
+    has_masks,
+    is_timm,
+    num_lanes,
+    phase_model,
+    phase_source,
+)
 from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.schema import PhaseConfig, RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
-from bigdet.data.stream import open_train_stream
+from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
-from bigdet.models import weights
+from bigdet.models import importing, weights
 from bigdet.run_dir import RunDir, write_text
+from bigdet.training.optim import scaled_lr
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    "output", "resume", "data.train.shards", "data.train.more_shards", "data.train.subset.ids",
-    "data.val.shards", "data.cache", "data.workers", "data.train.max_damaged", "engine.kind",
-    "engine.zero_stage", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
+    "output", "resume", "change_batch", "data.train.shards", "data.train.more_shards",
+    "data.train.subset.ids", "data.val.shards", "data.cache", "data.workers",
+    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.offload",
+    "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
+
+
+BATCH_OPTIONS = (
+    "images_per_step", "images_per_gpu", "reference_images_per_step", "steps", "warmup_steps",
+    "drops",
+)  # fmt: skip
+"""Options of its phase that a resumed run may change with ``change_batch``."""
 
 
 def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
@@ -63,6 +79,21 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
                 f"categories of {train_set.address} have {max(counts)}. Write that, or make shards "
                 f"with --keypoints."
             )
+
+
+def check_same_everywhere(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
+    """Check that all hosts have the same code, config and data (collective).
+
+    Raises:
+        SharedError: with what differs, and who has what.
+    """
+    hosts.check_same(
+        {
+            "config": hosts.text_hash(dump_config(config)),
+            f"training shards {train_set.address}": train_set.index_hash()[: hosts.SHOWN_HASH],
+            f"validation shards {val_set.address}": val_set.index_hash()[: hosts.SHOWN_HASH],
+        }
+    )
 
 
 def check_same_stream(state: dict[str, Any]) -> None:
@@ -109,8 +140,8 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
             world_size=distributed.world_size(),
         )
         source = phase_source(config, name)
-        if source == "timm":
-            weights.check_published(config.model.backbone)
+        if is_timm(source):
+            importing.timm_name(source, config.model.backbone)
         elif source not in ("random", "previous"):
             weights.find_weights(Path(source))
 
@@ -119,7 +150,7 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     """Return the checkpoint to go on from, None for a fresh start (rank 0).
 
     A checkpoint of another run, which ``resume`` names, is copied into the run folder first, so
-    that the run goes on from its own folder from then on.
+    that the run goes on from its own folder from then on. One of this run becomes the latest again.
 
     Raises:
         ConfigError: the folder holds a finished run, or one that ``resume`` says not to touch.
@@ -145,6 +176,10 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
         )
     if newest is None:
         checkpoint.adopt(folder, run_dir.checkpoints)
+        return newest_checkpoint(run_dir)
+    if folder.parent.resolve() == run_dir.checkpoints.resolve():
+        if load_config(run_dir.config).resume != config.resume:  # asked for the first time
+            write_text(run_dir.latest, f"{folder.name}\n")
         return newest_checkpoint(run_dir)
     if load_config(run_dir.config).resume != config.resume:
         raise ConfigError(
@@ -187,15 +222,81 @@ def settle_config(config: RunConfig, saved: Checkpoint | None, folder: Path | No
     return config
 
 
+def note_changes(
+    config: RunConfig, train_set: ShardSet, saved: Checkpoint, state: RunState
+) -> None:
+    """Fit a resumed run to another number of ranks or another batch, and say what changed.
+
+    The order of a pass holds for one shape of the batch. With another one, the images that are
+    left of the pass under way are not shown; every later pass shows each image once, as ever.
+
+    Args:
+        config: resolved; with ``change_batch`` its batch may differ from the checkpoint's.
+        train_set: what the phase trains on.
+        saved: the checkpoint.
+        state: as read from it; changed in place.
+    """
+    name, ranks = state.phase, distributed.world_size()
+    now = config.phases[name]
+    before = parse_config(saved.run["config"], "the checkpoint").phases[name]
+    if state.ranks not in (0, ranks):
+        logger.info(
+            "%d ranks instead of %d: each runs %g micro-batches of %d per step instead of %g; "
+            "%d images per step as before", ranks, state.ranks, num_lanes(now) / ranks,
+            now.images_per_gpu, num_lanes(before) / state.ranks, before.images_per_step,
+        )  # fmt: skip
+    state.ranks = ranks
+    if (now.images_per_step, now.images_per_gpu) == (before.images_per_step, before.images_per_gpu):
+        return
+    assert now.images_per_step is not None
+    assert before.images_per_step is not None
+    if now.images_per_step != before.images_per_step and now.reference_images_per_step is None:
+        raise ConfigError(
+            f"phases.{name}.images_per_step: changes from {before.images_per_step} to "
+            f"{now.images_per_step}, but lr would stay, as reference_images_per_step is not set. "
+            f"Set phases.{name}.reference_images_per_step, to {before.images_per_step} if lr is "
+            f"meant for that."
+        )
+    old, new = (_any_stream(config, train_set, name, phase) for phase in (before, now))
+    old.check_state(state.stream)
+    position = state.step + state.stream_shift
+    passes = -(-position // old.steps_per_pass)
+    state.stream_shift = passes * new.steps_per_pass - state.step
+    state.stream = new.state()
+    logger.info(
+        "batch of phase %s changed at step %d: %d images per step instead of %d, %d per GPU "
+        "instead of %d, lr %.3g instead of %.3g; pass %d begins, %d steps of the one before it are "
+        "left out; step N is step N + %d of tools/show_batch.py",
+        name, state.step, now.images_per_step, before.images_per_step, now.images_per_gpu,
+        before.images_per_gpu, scaled_lr(now, now.images_per_step),
+        scaled_lr(before, before.images_per_step), passes + 1,
+        passes * old.steps_per_pass - position, state.stream_shift,
+    )  # fmt: skip
+
+
+def _any_stream(
+    config: RunConfig, train_set: ShardSet, name: str, phase: PhaseConfig
+) -> TrainStream:
+    """Return the stream of a phase as one rank alone would see it, for its order."""
+    return open_train_stream(
+        train_set, config.data, phase,
+        name=name, with_masks=False, seed=config.seed, rank=0, world_size=1,
+    )  # fmt: skip
+
+
 def begin(
-    config: RunConfig, run_dir: RunDir, saved: Checkpoint | None
+    config: RunConfig, run_dir: RunDir, train_set: ShardSet, saved: Checkpoint | None
 ) -> tuple[RunState, MetricsWriter | None]:
     """Prepare the run folder, and return where the run is and rank 0's log for machines.
 
     The resolved config is written, and ``metrics.jsonl`` is cut back to where the run goes on.
     """
     names = list(config.phases)
-    state = RunState(names[0]) if saved is None else RunState.from_json(saved.run["run"])
+    if saved is None:
+        state = RunState(names[0], ranks=distributed.world_size())
+    else:
+        state = RunState.from_json(saved.run["run"])
+        note_changes(config, train_set, saved, state)
     if not distributed.is_main():
         return state, None
     if saved is None:
@@ -227,8 +328,11 @@ def _check_unchanged(
             f"{folder}: the run to go on has the phases {', '.join(before.phases)}, the config "
             f"{', '.join(names)}. Set them back, or choose another output."
         )
-    to_come = names[names.index(saved.run["run"]["phase"]) + 1 :]
-    changeable = (*CHANGEABLE, *(f"phases.{name}" for name in to_come))
+    current = saved.run["run"]["phase"]
+    to_come = names[names.index(current) + 1 :]
+    changeable = [*CHANGEABLE, *(f"phases.{name}" for name in to_come)]
+    if config.change_batch:
+        changeable += [f"phases.{current}.{name}" for name in BATCH_OPTIONS]
     new, old = flat_options(config), flat_options(before)
     changed = [
         f"{key} (was {old.get(key)}, now {new.get(key)})"

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bigdet import distributed
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
 from bigdet.engine import checkpoint
-from bigdet.engine.base import Engine
+from bigdet.engine.base import Engine, EngineState
 from bigdet.models.weights import weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.state import RunState
@@ -21,27 +24,109 @@ from bigdet.training.state import RunState
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(
-    config: RunConfig, run_dir: RunDir, engine: Engine, train_set: ShardSet, state: RunState
-) -> None:
-    """Write a checkpoint, make it the latest, and delete those that are not kept (collective).
+class Saver:
+    """Writes the checkpoints of a run beside training, one at a time.
 
-    Raises:
-        SharedError: on all ranks, when it cannot be written; earlier ones are untouched.
+    A step loses only the time of the copy to rank 0's memory (twice or three times the size of the
+    weights); a thread of rank 0 writes the copy. When a write fails, the run goes on with a warning
+    and what was saved before stays; when the next one fails too, or it was the last one before a
+    hand-over or the end, the run ends with the reason.
     """
-    folder = run_dir.checkpoint(state.phase, state.step)
-    metadata = weights_metadata(config, categories_of(train_set), state.phase)
-    run = {"config": dump_config(config), "run": state.to_json()}
-    checkpoint.save(folder, engine.state(), metadata, run)
-    with distributed.together():
+
+    def __init__(self, config: RunConfig, run_dir: RunDir, train_set: ShardSet) -> None:
+        """Take what goes into every checkpoint."""
+        self._config, self._run_dir = config, run_dir
+        self._categories = categories_of(train_set)
+        self._is_pending = False  # the same on all ranks, as is the number of failures
+        self._num_failures = 0
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+
+    def save(self, engine: Engine, state: RunState) -> None:
+        """Copy what a resume needs and let it be written; wait for the save before (collective).
+
+        Raises:
+            SharedError: on all ranks, when two saves in a row could not be written.
+        """
+        self.wait()
+        started = time.perf_counter()
+        saved = engine.state()
         if distributed.is_main():
+            folder = self._run_dir.checkpoint(state.phase, state.step)
+            metadata = weights_metadata(self._config, self._categories, state.phase)
+            run = {"config": dump_config(self._config), "run": state.to_json()}
+            best = state.best_checkpoint
+            copied = time.perf_counter() - started
+            self._thread = threading.Thread(
+                target=self._write, args=(folder, saved, metadata, run, best, copied)
+            )
+            self._thread.start()
+        self._is_pending = True
+
+    def _write(
+        self,
+        folder: Path,
+        saved: EngineState,
+        metadata: dict[str, str],
+        run: dict[str, Any],
+        best: str | None,
+        copied: float,
+    ) -> None:
+        """Write a checkpoint and delete those that are not kept (the thread of rank 0)."""
+        started = time.perf_counter()
+        settings = self._config.checkpoint
+        try:
+            checkpoint.save(folder, saved, metadata, run)
             # From the state, so that a crash right here is made good by the next checkpoint.
-            if state.best_checkpoint is not None:
-                checkpoint.mark_best(run_dir.checkpoints / state.best_checkpoint)
-            phases = config.phases.items()
-            ends = {run_dir.checkpoint(name, phase.steps).name for name, phase in phases}
-            checkpoint.clean(run_dir.checkpoints, config.checkpoint.keep, ends)
-    logger.info("checkpoint written: %s", folder)
+            if best is not None:
+                checkpoint.mark_best(self._run_dir.checkpoints / best)
+            phases = self._config.phases.items()
+            ends = {self._run_dir.checkpoint(name, phase.steps).name for name, phase in phases}
+            checkpoint.clean(self._run_dir.checkpoints, settings.keep, ends, settings.keep_every)
+        except (OSError, ValueError) as error:
+            self._problem = str(error)
+            return
+        logger.info(
+            "checkpoint written: %s (copied in %.2f s, written beside training in %.2f s)",
+            folder, copied, time.perf_counter() - started,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """Wait until the save under way is written (collective).
+
+        Raises:
+            SharedError: on all ranks, when it failed and the one before it too.
+        """
+        if not self._is_pending:
+            return
+        self.join()
+        problem = distributed.broadcast_object(self._problem)
+        self._is_pending, self._problem = False, None
+        self._num_failures = 0 if problem is None else self._num_failures + 1
+        if self._num_failures > 1:
+            raise distributed.SharedError(f"{problem} Two saves in a row failed.")
+        if problem is not None:
+            logger.warning("%s The run goes on, and stops if the next save fails too.", problem)
+
+    def finish(self) -> None:
+        """Wait until all is written (collective).
+
+        Raises:
+            SharedError: on all ranks, when the last save failed.
+        """
+        self.wait()
+        if self._num_failures:
+            raise distributed.SharedError(
+                f"{self._run_dir.checkpoints}: the last checkpoint could not be written; see the "
+                f"warning above. Make room and start the run again: it goes on from "
+                f"{newest_checkpoint(self._run_dir) or 'its beginning'}."
+            )
+
+    def join(self) -> None:
+        """Wait for the thread of this rank, whatever the others do."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
 
 def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:

@@ -41,6 +41,8 @@ class RunState:
         best_ap: highest box AP of an evaluation so far, in [0, 1]; None before the first.
         best_checkpoint: name of the checkpoint that has it.
         stream: what ``step`` is relative to in the order of the data.
+        stream_shift: step of that order less ``step``; not 0 once the batch size was changed.
+        ranks: that trained when this was written; 0 if not known.
     """
 
     phase: str
@@ -55,6 +57,8 @@ class RunState:
     best_ap: float | None = None
     best_checkpoint: str | None = None
     stream: dict[str, Any] = field(default_factory=dict)
+    stream_shift: int = 0
+    ranks: int = 0
 
     @property
     def position(self) -> str:
@@ -63,7 +67,7 @@ class RunState:
 
     def begin(self, phase: str) -> None:
         """Move on to the start of another phase."""
-        self.phase, self.step = phase, 0
+        self.phase, self.step, self.stream_shift = phase, 0, 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as plain values."""

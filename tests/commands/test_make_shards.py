@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,44 @@ def test_parts_are_merged_and_their_tars_indexed_anew(tmp_path: Path, coco_dir: 
     assert (indexed.returncode, indexed.stderr) == (0, "")
     assert "87 images, 1137 instances, 0 crowd regions, 0 left out" in indexed.stdout
     assert (folder / "index.npy").read_bytes() == index
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+sys.path.insert(0, "tools")
+import make_shards
+from bigdet.commands import run_command
+from bigdet.data import processes
+processes.BYTES_PER_PROCESS = 10**6  # so that a small set is worth two processes
+print("ready", flush=True)
+run_command(make_shards.main, interrupted="stopped; start it again to go on")
+"""
+
+
+def test_ctrl_c_is_one_line_and_finished_shards_stay(tmp_path: Path, coco_dir: Path) -> None:
+    arguments = (
+        *("coco", "--images", coco_dir / "val2017", "--out", tmp_path / "set"),
+        *("--annotations", coco_dir / "annotations" / "instances_val2017.json"),
+        *("--shard-megabytes", "2", "--processes", "2"),
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, *(str(argument) for argument in arguments)],
+        cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list((tmp_path / "set").glob("*.tar")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "stopped; start it again to go on\n")
+    finished = {path.name: path.stat().st_ino for path in (tmp_path / "set").glob("*.tar")}
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    again = run_tool("tools/make_shards.py", *arguments)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "192  images" in again.stdout
+    assert {name: (tmp_path / "set" / name).stat().st_ino for name in finished} == finished
 
 
 @pytest.mark.parametrize(

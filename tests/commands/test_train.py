@@ -1,14 +1,10 @@
 """The training command on a tiny set: whole, killed, stopped, resumed, misused."""
 
-import json
 import logging
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,93 +15,15 @@ from safetensors.torch import load_file
 
 from bigdet import train
 from bigdet.data.shards import ShardSet
-
-ROOT = Path(__file__).parents[2]
-TINY = [
-    "model.width=32", "model.fc_width=32", "model.rpn.train_proposals=50",
-    "model.rpn.test_proposals=20", "model.roi.rois_per_image=16",
-    "phases.pretrain.steps=6", "phases.pretrain.warmup_steps=2", "phases.pretrain.resize.size=64",
-    "phases.finetune.steps=4", "phases.finetune.warmup_steps=1", "phases.finetune.resize.size=64",
-    "phases.finetune.resize.cap=64", "phases.finetune.freeze_stages=2",
-    "phases.pretrain.images_per_gpu=2", "phases.pretrain.images_per_step=8",
-    "phases.finetune.images_per_gpu=2", "phases.finetune.images_per_step=8",
-    "checkpoint.every=2", "log.every=1", "evaluation.pictures=1",
-]  # fmt: skip
-
-
-def arguments(output: Path, shards: Path, *more: str) -> list[str]:
-    """The words of a command line for a tiny run."""
-    config = str(ROOT / "configs" / "quickstart.yaml")
-    data = [f"data.train.shards={shards}/train", f"data.val.shards={shards}/val"]
-    return [config, *TINY, *data, f"output={output}", *more]
-
-
-class Command:
-    """One run of the training command in processes of its own."""
-
-    def __init__(self, output: Path, shards: Path, *more: str, ranks: int = 1):
-        self.output = output
-        launcher = [sys.executable, "-m", "bigdet.train"]
-        if ranks > 1:
-            deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-            port = 20000 + os.getpid() % 20000
-            launcher = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)]
-            launcher += ["--module", "bigdet.train"]
-        command = [*launcher, *arguments(output, shards, *more)]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def finish(self) -> tuple[int, str]:
-        """Wait for the end; return exit code and output."""
-        printed, _ = self.process.communicate(timeout=300)
-        return self.process.returncode, printed
-
-    def wait_for(self, phase: str, step: int) -> None:
-        """Wait until the log has a step."""
-        deadline = time.monotonic() + 200
-        while (phase, step) not in [(line["phase"], line["step"]) for line in self.lines()]:
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def lines(self) -> list[dict]:
-        file = self.output / "metrics.jsonl"
-        text = file.read_text() if file.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-    def kill(self) -> None:
-        """SIGKILL to every process of the run."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-def numbers(output: Path) -> list[dict]:
-    """The metrics that a repeated run must give again: all but time and memory."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    volatile = ("time/", "images_per_second", "memory_gib", "seen/gpu_seconds")
-    return [
-        {key: value for key, value in line.items() if not key.startswith(volatile)}
-        for line in lines
-    ]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model.safetensors")
-
-
-def assert_same_run(output: Path, expected: Path) -> None:
-    assert numbers(output) == numbers(expected)
-    own, other = weights(output), weights(expected)
-    assert own.keys() == other.keys()
-    different = [name for name in own if not torch.equal(own[name], other[name])]
-    assert not different, different
+from tests.commands.kill_often import kill_often
+from tests.commands.runs import (
+    Command,
+    arguments,
+    assert_same_run,
+    numbers,
+    rank_processes,
+    weights,
+)
 
 
 @pytest.fixture
@@ -208,6 +126,13 @@ def test_a_killed_run_goes_on_exactly(
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_run_killed_at_random_moments_goes_on_exactly(
+    whole: Path, tmp_path: Path, shapes_shards: Path
+):
+    counts = kill_often(whole, tmp_path / "run", shapes_shards, kills=3, seed=5, seconds=1.5)
+    assert counts["kills"] == 3
+
+
 def test_a_killed_run_of_two_ranks_goes_on_exactly(
     whole_on_two: Path, tmp_path: Path, shapes_shards: Path
 ):
@@ -217,6 +142,31 @@ def test_a_killed_run_of_two_ranks_goes_on_exactly(
     code, printed = Command(tmp_path / "run", shapes_shards, ranks=2).finish()
     assert code == 0, printed
     assert_same_run(tmp_path / "run", whole_on_two)
+
+
+@pytest.mark.parametrize(
+    "engine", [["engine.zero_stage=3"], ["engine.kind=fsdp", "engine.zero_stage=null"]]
+)
+def test_a_run_goes_on_in_an_engine_that_shards_weights(
+    whole_on_two: Path, tmp_path: Path, shapes_shards: Path, engine: list[str]
+):
+    checkpoint = whole_on_two / "checkpoints/finetune-2"
+    output = tmp_path / "run"
+    command = Command(output, shapes_shards, f"resume={checkpoint}", *engine, ranks=2)
+    code, printed = command.finish()
+    assert code == 0, printed
+    expected = {(line["phase"], line["step"]): line for line in numbers(whole_on_two)[:-1]}
+    first = numbers(output)[0]
+    assert (first["phase"], first["step"]) == ("finetune", 3)
+    for key, value in expected["finetune", 3].items():
+        if key.startswith("loss/"):
+            assert first[key] == pytest.approx(value, rel=1e-4), key
+    own, other = weights(output), weights(whole_on_two)
+    assert own.keys() == other.keys()
+    # Two steps at rates of 5e-4 and 5e-5; AdamW moves a weight by up to that.
+    assert all(torch.allclose(own[name], other[name], rtol=0, atol=1e-3) for name in own)
+    assert (output / "evaluation/finetune-4.json").exists()
+    assert len(list((output / "pictures").glob("*.jpg"))) == 1
 
 
 @pytest.mark.parametrize("request_kind", ["SIGTERM", "SIGUSR1", "file"])
@@ -238,24 +188,11 @@ def test_a_stop_request_ends_with_75_and_a_checkpoint(
     assert_same_run(output, whole)
 
 
-def rank_process(output: Path, rank: int) -> int:
-    """Process id of a rank that the deepspeed launcher started (not of its loader processes)."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it ended meanwhile
-        if f"--local_rank={rank}".encode() in words and f"output={output}".encode() in words:
-            found.append(int(folder.name))
-    return min(found)  # the loader processes were forked from it
-
-
 def test_sigterm_to_one_of_two_ranks_stops_both(tmp_path: Path, shapes_shards: Path):
     output = tmp_path / "run"
     command = Command(output, shapes_shards, "phases.pretrain.steps=500", ranks=2)
     command.wait_for("pretrain", 2)
-    os.kill(rank_process(output, 1), signal.SIGTERM)
+    os.kill(rank_processes(output)[1], signal.SIGTERM)
     code, printed = command.finish()
     assert code == 75, printed
     last = command.lines()[-1]["step"]

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from bigdet import distributed
+from bigdet.data.manifest import Category
 from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.evaluation.predict import predict_split
 from tests.spawn import run_ranks
 from tests.unit.evaluation.oracle import Oracle

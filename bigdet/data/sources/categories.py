@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bigdet.data.shards import Category, ShardError
+from bigdet.data.manifest import Category, ShardError
 
 Json = dict[str, Any]
 

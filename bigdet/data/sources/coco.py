@@ -25,9 +25,9 @@ from bigdet.data.conversion import (
     no_progress,
     refuse_others,
 )
+from bigdet.data.manifest import Category, Manifest, ShardError
 from bigdet.data.shard_tar import MAX_U2, SampleLog, count_boxes
 from bigdet.data.shard_writer import SetInfo, category_values
-from bigdet.data.shards import Category, Manifest, ShardError
 from bigdet.data.sources.coco_file import CocoFile, ImageEntry, load_coco, read_text
 from bigdet.data.sources.image_files import check_folder, file_bytes, read_image, safe_path
 from bigdet.data.storage import open_storage

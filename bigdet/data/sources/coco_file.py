@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.data.shards import Category, ShardError
+from bigdet.data.manifest import Category, ShardError
 from bigdet.data.sources.categories import make_category, short_repr
 from bigdet.data.sources.json_lists import Entry, read_lists
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from bigdet.data.decode import decode_image
+from bigdet.data.manifest import ShardError
 from bigdet.data.shard_tar import MAX_U2, SampleLog, image_suffix
-from bigdet.data.shards import ShardError
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, too: what is larger is there to exhaust memory
 MAX_BYTES = 2**30

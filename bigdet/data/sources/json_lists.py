@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigdet.data.shards import ShardError
+from bigdet.data.manifest import ShardError
 
 WINDOW = 1 << 22  # bytes that are looked at together
 # An error so near to the end of the window may come from where the window ends.

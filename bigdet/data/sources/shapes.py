@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from bigdet.data.manifest import Category, Manifest
 from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import Category, Manifest
 from bigdet.ops.random import Words, words
 
 CLASSES = ["circle", "square", "triangle", "star"]

@@ -29,10 +29,10 @@ from bigdet.data.conversion import (
     no_progress,
     refuse_others,
 )
+from bigdet.data.manifest import Category, Manifest, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.shard_tar import MAX_U2, SampleLog
 from bigdet.data.shard_writer import SetInfo, category_values
-from bigdet.data.shards import Category, Manifest, ShardError
 from bigdet.data.sources.image_files import file_bytes, read_image, safe_path
 from bigdet.data.storage import open_storage
 

@@ -29,6 +29,7 @@ from bigdet.models.assign import (
     draw_sample,
     match,
 )
+from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.models.heads.rpn import Proposals
@@ -40,7 +41,7 @@ from bigdet.models.losses import (
     masked_mean,
 )
 from bigdet.models.norms import Kind as Norm
-from bigdet.models.norms import conv_norm
+from bigdet.models.norms import conv_norm, valid_rows
 from bigdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas
 
 POOLED_SIZE = 7
@@ -70,7 +71,7 @@ class Regions:
     object_rows: Tensor
 
 
-class BoxHead(nn.Module):
+class BoxHead(Checkpointed):
     """Convolutions (4 or none), fully connected layers, then class logits and deltas.
 
     Deltas are D per region: one for each of the K classes, or 1 for all of them.
@@ -130,7 +131,7 @@ class BoxHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Give class logits ``(N, K + 1)`` and deltas ``(N, D, 4)`` of ``(N, C, 7, 7)``."""
-        hidden = self.convs(pooled).permute(0, 2, 3, 1).flatten(1)
+        hidden = self.run(self.convs, pooled).permute(0, 2, 3, 1).flatten(1)
         for layer in self.fcs:
             hidden = torch.relu_(layer(hidden))
         deltas = self.regressor(hidden).unflatten(1, (-1, 4))
@@ -158,7 +159,8 @@ class BoxHead(nn.Module):
             image_sizes: ``(B, 2)`` height, width.
         """
         regions = self.sample(proposals, objects, weights)
-        logits, deltas = self(pool(regions.boxes))
+        with valid_rows(regions.is_valid.flatten()):
+            logits, deltas = self(pool(regions.boxes))
         return self.losses(logits, deltas, regions), regions
 
     def find(self, pool: Pool, proposals: Proposals, image_sizes: Tensor) -> FlatDetections:

@@ -23,6 +23,7 @@ from bigdet.models.assign import Objects
 from bigdet.models.heads.box import BoxHead, Pool, Regions
 from bigdet.models.heads.detections import FlatDetections
 from bigdet.models.heads.rpn import Proposals
+from bigdet.models.norms import valid_rows
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class CascadeHead(nn.Module):
             pooled = pool(regions.boxes)
             if self.gradients == "detectron2":
                 pooled = _ScaledGradient.apply(pooled, 1 / NUM_STAGES)
-            logits, deltas = stage(pooled)
+            with valid_rows(regions.is_valid.flatten()):
+                logits, deltas = stage(pooled)
             factor = LOSS_WEIGHTS[number] if self.gradients == "mmdet" else 1.0
             for name, loss in stage.losses(logits, deltas, regions).items():
                 losses[f"stage{number + 1}_{name}"] = factor * loss

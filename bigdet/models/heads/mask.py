@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.heads.box import Regions
 from bigdet.models.heads.positives import Positives, take_positives
 from bigdet.models.losses import at_least_fp32, binary_losses, masked_mean
@@ -55,7 +56,7 @@ class OwnClass(nn.Conv2d):
         return logits + self.bias[labels].view(-1, 1, 1)
 
 
-class MaskHead(nn.Module):
+class MaskHead(Checkpointed):
     """Four 3x3 convolutions, a transposed one that doubles the size, then logits per class."""
 
     def __init__(self, norm: Norm, width: int, num_classes: int) -> None:
@@ -82,7 +83,7 @@ class MaskHead(nn.Module):
         Returns:
             ``(N, 28, 28)`` in at least single precision.
         """
-        hidden = torch.relu_(self.deconv(self.convs(pooled)))
+        hidden = torch.relu_(self.deconv(self.run(self.convs, pooled)))
         return at_least_fp32(self.predictor(hidden, labels))
 
     def losses(self, logits: Tensor, regions: Positives, masks: Masks) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bigdet.config.schema import RetinaConfig
 from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors
 from bigdet.models.assign import NEGATIVE, POSITIVE, Objects, label_anchors, match
+from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.models.losses import at_least_fp32, delta_losses, focal_loss_sum
@@ -43,7 +44,7 @@ class RetinaPredictions:
     anchors: Tensor
 
 
-class RetinaHead(nn.Module):
+class RetinaHead(Checkpointed):
     """Two branches of four 3x3 convolutions, shared by the levels: class logits, and deltas."""
 
     def __init__(
@@ -100,9 +101,9 @@ class RetinaHead(nn.Module):
         """
         logits, deltas = [], []
         for level in features:
-            by_class = self.classifier(self.class_convs(level)).permute(0, 2, 3, 1)
+            by_class = self.classifier(self.run(self.class_convs, level)).permute(0, 2, 3, 1)
             logits.append(by_class.reshape(len(level), -1, self.num_classes))  # (B, A_l, K)
-            moves = self.regressor(self.box_convs(level)).permute(0, 2, 3, 1)
+            moves = self.regressor(self.run(self.box_convs, level)).permute(0, 2, 3, 1)
             deltas.append(moves.reshape(len(level), -1, 4))
         all_deltas = at_least_fp32(torch.cat(deltas, dim=1))
         sizes = [(level.shape[2], level.shape[3]) for level in features]

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.norms import Kind, conv_norm
 
 
-class FPN(nn.Module):
+class FPN(Checkpointed):
     """Lateral 1x1 convolutions, a top-down path of nearest upsampling, output 3x3 convolutions.
 
     No activation anywhere. P6 is every second position of P5.
@@ -42,10 +43,10 @@ class FPN(nn.Module):
         Returns:
             ``(B, width, H_i, W_i)`` per level, and P6 of half P5's size, rounded up.
         """
-        pyramid = self._merge(features)
+        pyramid: list[Tensor] = self.run(self._mix, *features)
         return [*pyramid, F.max_pool2d(pyramid[-1], kernel_size=1, stride=2)]
 
-    def _merge(self, features: Sequence[Tensor]) -> list[Tensor]:
+    def _mix(self, *features: Tensor) -> list[Tensor]:
         """Give a level of the pyramid for each of the backbone's."""
         merged = self.laterals[-1](features[-1])
         pyramid = [self.outputs[-1](merged)]
@@ -76,6 +77,6 @@ class RetinaFPN(FPN):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Mix C3 to C5 into P3 to P7; each has half the size of the one before, rounded up."""
-        pyramid = self._merge(features)
+        pyramid: list[Tensor] = self.run(self._mix, *features)
         p6 = self.p6(features[-1] if self.p6_source == "c5" else pyramid[-1])
         return [*pyramid, p6, self.p7(torch.relu(p6))]

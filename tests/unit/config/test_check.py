@@ -29,7 +29,14 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["model.backbone=vgg16"], "model.norm", "has no normalization"),
         (["model.backbone=vgg16", "model.norm=none"], "model.width", "as wide as vgg16's"),
         (["model.roi.nms_iou=1.5"], "model.roi.nms_iou", "in [0, 1]"),
-        (["engine.zero_stage=3"], "engine.zero_stage", "0, 1 or 2"),
+        (["engine.zero_stage=4"], "engine.zero_stage", "0, 1, 2 or 3"),
+        (["engine.zero_stage=null"], "engine.zero_stage", "0, 1, 2 or 3"),
+        (["engine.kind=fsdp"], "engine.zero_stage", "has no stages"),
+        (["engine.kind=fsdp", "engine.zero_stage=null", "engine.offload=optimizer"],
+         "engine.offload", "all or none"),
+        (["engine.zero_stage=0", "engine.offload=optimizer"], "engine.offload", "at least 1"),
+        (["engine.offload=all"], "engine.offload", "at least 3"),
+        (["checkpoint.keep_every=150"], "checkpoint.keep_every", "multiple of checkpoint.every"),
         (["checkpoint.every=0"], "checkpoint.every", "above 0"),
         (["data.workers=-1"], "data.workers", "0 or more"),
         (["data.cache.gib=0"], "data.cache.gib", "above 0"),
@@ -55,6 +62,7 @@ def test_every_shipped_config_passes_the_checks(path: Path):
          "phases.finetune.resize.size_range", "rising"),
         (["phases.pretrain.resize.sizes=[96]"], "phases.pretrain.resize.sizes", "short_side"),
         (["phases.finetune.resize.variant=paper"], "phases.finetune.resize.variant", "direct"),
+        (["phases.pretrain.resize.pad_to=two_shapes"], "phases.pretrain.resize.pad_to", "stitcher"),
         (["phases.pretrain.resize.divide_by=4"], "phases.pretrain.resize.divide_by", "stitcher"),
         (["phases.finetune.resize.kind=stitcher", "phases.finetune.resize.divide_by=1"],
          "phases.finetune.resize.divide_by", "2 or more"),
@@ -92,6 +100,17 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["phases.finetune.start_from.parts=[fpn]"], "phases.finetune.norm_mode", "backbone"),
         (["phases.finetune.start_from.source=timm", "phases.finetune.start_from.parts=[fpn]"],
          "phases.finetune.start_from.parts", "backbone only"),
+        (["phases.finetune.start_from.source=timm:x.y", "phases.finetune.start_from.parts=[fpn]"],
+         "phases.finetune.start_from.parts", "timm:x.y has weights of the backbone only"),
+        (["phases.finetune.start_from.source=a.pth", "phases.finetune.start_from.parts=[fpn]"],
+         "phases.finetune.start_from.parts", "a.pth has weights of the backbone only"),
+        (["phases.pretrain.start_from.source=a.pkl"], "phases.pretrain.start_from.pixels",
+         "bgr_255"),
+        (["phases.pretrain.start_from.source=a.pth", "phases.pretrain.start_from.pixels=rgb"],
+         "phases.pretrain.start_from.pixels", "for .pkl files"),
+        (["model.norm_scope=all", "phases.pretrain.norm_mode=fixed",
+          "phases.pretrain.start_from.source=a.pth"], "phases.pretrain.norm_mode",
+         "fpn, mask_head start anew"),
         (["model.roi.box_beta=0.5"], "model.roi.box_beta", "box_loss: smooth_l1"),
         (["model.roi.box_loss_weight=0"], "model.roi.box_loss_weight", "above 0"),
         (["model.rpn.box_beta=-1"], "model.rpn.box_beta", "0 or more"),
@@ -126,6 +145,21 @@ def test_rules_name_the_key_and_the_reason(overrides: list[str], key: str, reaso
         check_config(config)
     assert str(caught.value).startswith(f"{key}: ")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["phases.pretrain.norm_mode=sync"],
+        ["phases.pretrain.start_from.source=a.pth", "phases.pretrain.freeze_stages=2"],
+        ["phases.pretrain.start_from.source=timm:resnet18.x", "phases.pretrain.norm_mode=fixed"],
+        ["phases.pretrain.start_from={source: a.pkl, pixels: bgr_255, parts: [backbone]}"],
+        ["model.backbone=convnext_t", "model.drop_path=0.1", "model.norm=none",
+         "phases.pretrain.norm_mode=null", "phases.finetune.norm_mode=null"],
+    ],
+)  # fmt: skip
+def test_what_these_say_is_allowed(overrides: list[str]):
+    check_config(load_config(CONFIGS / "quickstart.yaml", overrides))
 
 
 def test_swin_with_default_norm_has_no_norm_mode():

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bigdet.data.manifest import Category
 from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.shards import ShardSet
 
 HEIGHT, WIDTH = 24, 32
 Change = dict[int, Any]

@@ -17,8 +17,9 @@ import pytest
 
 from bigdet.data import processes
 from bigdet.data.conversion import Making, merge_parts, plan_shards
+from bigdet.data.manifest import ShardError
 from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
 
 PROJECT = Path(__file__).parents[3]

@@ -12,8 +12,9 @@ import pytest
 
 from bigdet.config.schema import ResizeConfig, TrainSplitConfig
 from bigdet.data.decode import decode_image
+from bigdet.data.manifest import ShardError
 from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream
 from tests.unit.data.small_shards import forget_hashes, noise_jpeg, write_set
 

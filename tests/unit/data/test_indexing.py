@@ -15,8 +15,9 @@ import simplejpeg
 import webdataset
 
 from bigdet.data.indexing import index_shards
+from bigdet.data.manifest import Category, ShardError
 from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import FLAG_CROWD, Category, ShardError, ShardSet
+from bigdet.data.shards import FLAG_CROWD, ShardSet
 from bigdet.data.sources.categories import load_categories
 
 CATEGORIES = [Category(18, "dog"), Category(3, "cat")]

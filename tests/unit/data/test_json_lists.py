@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bigdet.data.shards import ShardError
+from bigdet.data.manifest import ShardError
 from bigdet.data.sources import json_lists
 from bigdet.data.sources.coco_file import load_coco
 from bigdet.data.sources.json_lists import Entry, read_lists

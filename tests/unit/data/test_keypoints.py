@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from bigdet.data.manifest import ShardError
 from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import FLAG_KEYPOINTS, ShardError, ShardSet
+from bigdet.data.shards import FLAG_KEYPOINTS, ShardSet
 from bigdet.data.sources.coco import convert_coco
 from tests.unit.data.coco_trial import Trial, box_of, image_of
 

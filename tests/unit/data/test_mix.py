@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from bigdet.config.schema import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
+from bigdet.data.manifest import Category, ShardError
 from bigdet.data.mix import MixedSet, open_sets, with_categories
-from bigdet.data.shards import Category, ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 
 NAMES = ["circle", "square", "triangle", "star"]  # of the synthetic shapes
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from bigdet.data.manifest import Category
 from bigdet.data.objects import (
     Wanted,
     check_annotations,
@@ -20,7 +21,6 @@ from bigdet.data.objects import (
     shift,
     tighten,
 )
-from bigdet.data.shards import Category
 from bigdet.data.views import View, whole_view
 
 WITH_MASKS = Wanted(masks=True)

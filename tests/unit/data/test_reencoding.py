@@ -10,10 +10,11 @@ from pycocotools import mask as coco_mask
 
 from bigdet.data.conversion import Making
 from bigdet.data.decode import decode_image
+from bigdet.data.manifest import ShardError
 from bigdet.data.reencoding import Reencoding, reencode, scale_annotation
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shard_tar import SampleLog
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
 
 BOX = {"id": 5, "label": 0, "bbox": [10, 20, 30, 40], "area": 900.0, "iscrowd": 0}

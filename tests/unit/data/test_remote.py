@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -20,8 +21,10 @@ import pytest
 from bigdet.config.load import ConfigError
 from bigdet.config.schema import CacheConfig, ResizeConfig, TrainSplitConfig
 from bigdet.data import remote, tars
+from bigdet.data.manifest import ShardError
 from bigdet.data.remote import file_address, shown
-from bigdet.data.shards import ShardError, ShardSet, UnavailableShardError
+from bigdet.data.shard_check import check_shards
+from bigdet.data.shards import ShardSet, UnavailableShardError
 from bigdet.data.stream import EvalStream, TrainStream
 from tests.unit.data.shard_server import FAULTS, ShardServer
 from tests.unit.data.small_shards import write_set
@@ -189,6 +192,52 @@ def test_a_shard_that_a_process_has_open_is_not_deleted(local, cache, caplog):
         assert "in use at a time, data.cache.gib allows" in caplog.text
         for shards in (first, second, third):
             shards.close()
+
+
+def test_what_is_expected_stays_and_what_was_used_since_goes(local, cache):
+    config = CacheConfig(folder=cache.folder, gib=room_for(local, 4.0))
+    with ShardServer(local.folder) as server:
+        shards = ShardSet(server.address, cache=config)
+        for shard in range(3):
+            shards.read(shard * PER_SHARD)
+        first, second = (shards._tars._piece(shard, 0).name for shard in range(2))
+        for time_of_use, name in enumerate((first, second), start=1):
+            os.utime(Path(cache.folder) / "shards" / name, (time_of_use, time_of_use))
+        shards.expect(np.arange(PER_SHARD))
+        for shard in range(3, 6):
+            shards.read(shard * PER_SHARD)
+        names = {path.name for path in cached(config)}
+        assert (first in names, second in names) == (True, False)
+        assert_same(shards, local, [1])
+        assert server.requests["000000.tar"] == 1
+
+
+@pytest.mark.parametrize(("room", "num_ahead"), [(6.0, 3), (4.0, 0)])
+def test_what_is_expected_is_fetched_ahead_where_there_is_room(local, cache, room, num_ahead):
+    config = CacheConfig(folder=cache.folder, gib=room_for(local, room))
+    with ShardServer(local.folder) as server:
+        shards = ShardSet(server.address, cache=config)
+        shards.expect(np.array([0, 1, 9, 5]))  # of the first, third and second shard
+        if num_ahead:
+            shards._tars._thread.join(30)
+        else:
+            assert shards._tars._thread is None
+        asked = [name for name in server.ranges if name.endswith(".tar")]
+        assert asked == ["000000.tar", "000002.tar", "000001.tar"][:num_ahead]
+        assert_same(shards, local, [0, 1, 5, 9])
+        assert {server.requests[f"00000{shard}.tar"] for shard in range(3)} == {1}
+
+
+def test_a_fetch_ahead_that_fails_is_left_to_the_read_that_needs_it(local, cache):
+    with ShardServer(local.folder) as server:
+        shards = ShardSet(server.address, cache=cache)
+        server.stop()
+        shards.expect(np.arange(PER_SHARD))
+        shards._tars._thread.join(30)
+        with pytest.raises(
+            UnavailableShardError, match=r"000000\.tar: the shard cannot be fetched"
+        ):
+            shards.read(0)
 
 
 def test_a_cache_that_holds_no_two_pieces_is_refused(local, cache):
@@ -388,3 +437,18 @@ def test_retries_are_told_and_the_pauses_double(local, cache, monkeypatch, caplo
         assert server.requests["manifest.json"] == 6
     assert pauses[:5] == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert "manifest.json: HTTP Error 500: Internal Server Error; again in 0.5 s" in caplog.text
+
+
+def test_a_remote_set_is_checked_whole_and_nothing_of_it_is_kept(local, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = shutil.copytree(local.folder, tmp_path / "set")
+    with ShardServer(folder, fault_rate=0.1, seed=5) as server:
+        assert list(check_shards(server.address)) == []
+        tar = folder / "000003.tar"
+        data = bytearray(tar.read_bytes())
+        data[700] ^= 1
+        tar.write_bytes(data)
+        (problem,) = check_shards(server.address)
+    assert problem.place == "000003.tar"
+    assert "its SHA-256 is" in problem.what
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]

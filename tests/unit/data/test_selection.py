@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from bigdet.config.schema import SubsetConfig, TrainSplitConfig
+from bigdet.data.manifest import ShardError
 from bigdet.data.mix import MixedSet
 from bigdet.data.repeats import repeat_factors
 from bigdet.data.selection import read_classes, select
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import webdataset
 from PIL import Image
 
 from bigdet.data import tars as tars_module
+from bigdet.data.manifest import Category, ShardError
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shard_tar import image_flags
 from bigdet.data.shard_writer import UNFINISHED, ShardWriter
@@ -25,8 +26,6 @@ from bigdet.data.shards import (
     FLAG_NOT_JPEG,
     FLAG_PROGRESSIVE,
     INDEX_DTYPE,
-    Category,
-    ShardError,
     ShardSet,
 )
 

@@ -8,20 +8,25 @@ from itertools import count, islice
 import pytest
 import torch
 
-from bigdet.data.collate import PackedGroup
+from bigdet.data.collate import Allocate, PackedGroup, fresh_memory
 from bigdet.data.loader import Loader
 from bigdet.data.slots import Slots, Stored
 
 
-def group(number: int, num_values: int = 5) -> PackedGroup:
-    images = torch.full((2, 4, 6, 3), number, dtype=torch.uint8).permute(0, 3, 1, 2)
-    floats = torch.full((num_values,), float(number))
-    integers = torch.full((3,), 2**40 + number)
-    return PackedGroup(images, floats, integers, torch.zeros(0, dtype=torch.uint8), [number])
+def group(number: int, allocate: Allocate = fresh_memory, num_values: int = 5) -> PackedGroup:
+    images = allocate(2 * 4 * 6 * 3).view(2, 4, 6, 3).fill_(number).permute(0, 3, 1, 2)
+    floats = allocate(4 * num_values).view(torch.float32).fill_(number)
+    integers = allocate(8 * 3).view(torch.int64).fill_(2**40 + number)
+    return PackedGroup(images, floats, integers, allocate(0), [number])
+
+
+def store(slots: Slots, number: int, worker: int, num_values: int = 5) -> Stored | PackedGroup:
+    slots.begin(worker)
+    return slots.store(group(number, slots.allocate, num_values))
 
 
 def assert_is(found: PackedGroup, number: int, num_values: int = 5):
-    for one, other in zip(found[:4], group(number, num_values)[:4], strict=True):
+    for one, other in zip(found[:4], group(number, num_values=num_values)[:4], strict=True):
         assert one.dtype == other.dtype
         assert one.stride() == other.stride()
         assert torch.equal(one, other)
@@ -30,35 +35,39 @@ def assert_is(found: PackedGroup, number: int, num_values: int = 5):
 
 def test_a_group_is_taken_as_it_was_stored_and_outlives_its_slot():
     slots = Slots(workers=2, per_worker=2, group_bytes=1000)
-    stored = [slots.store(group(number), worker=1) for number in range(2)]
+    stored = [store(slots, number, worker=1) for number in range(2)]
     assert all(isinstance(one, Stored) for one in stored)
     taken = [slots.take(one) for one in stored]
     for number in (8, 9):
-        slots.store(group(number), worker=1)
+        store(slots, number, worker=1)
     for number in range(2):
         assert_is(taken[number], number)
 
 
 def test_a_slot_that_was_written_again_is_noticed():
     slots = Slots(workers=1, per_worker=2, group_bytes=1000)
-    first = slots.store(group(0), worker=0)
+    first = store(slots, 0, worker=0)
     for number in (1, 2):
-        slots.store(group(number), worker=0)
+        store(slots, number, worker=0)
     with pytest.raises(AssertionError, match="too early"):
         slots.take(first)
 
 
 def test_a_group_that_is_too_large_is_handed_over_as_it_is():
     slots = Slots(workers=1, per_worker=2, group_bytes=1000)
-    large = group(0, num_values=2000)
-    assert slots.store(large, worker=0) is large
+    for number in range(3):
+        large = store(slots, number, worker=0, num_values=2000)
+        assert isinstance(large, PackedGroup)
+        store(slots, 3, worker=0)
+        store(slots, 4, worker=0)  # into the slot in which the large group was begun
+        assert_is(large, number, num_values=2000)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_slow_consumer_of_fast_processes_gets_every_group_in_order(workers):
     # Every fifth group is too large for a slot.
-    def read(key: int) -> PackedGroup:
-        return group(key, 5000 if key % 5 == 0 else 5)
+    def read(key: int, allocate: Allocate) -> PackedGroup:
+        return group(key, allocate, 5000 if key % 5 == 0 else 5)
 
     loader = Loader(read, count(1), workers=workers, group_bytes=1000)
     for number, found in zip(range(1, 41), islice(loader, 40), strict=True):

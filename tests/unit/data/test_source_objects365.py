@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from bigdet.data.manifest import ShardError
 from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco, convert_objects365, find_by_end
 
 

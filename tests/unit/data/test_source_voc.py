@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from bigdet.data.conversion import Making
+from bigdet.data.manifest import Category, ShardError
 from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import Category, ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.sources.voc import convert_voc
 
 HEIGHT, WIDTH = 60, 80

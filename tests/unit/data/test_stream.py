@@ -26,8 +26,9 @@ from bigdet.config.schema import (
     SubsetConfig,
     TrainSplitConfig,
 )
+from bigdet.data.manifest import ShardError
 from bigdet.data.mix import MixedSet
-from bigdet.data.shards import ShardError, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
 from bigdet.data.stream import EvalStream, TrainStream, open_train_stream
 from bigdet.ops.random import Words

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from bigdet.config.schema import ResizeConfig, TrainSplitConfig
-from bigdet.data.collate import Example, PackedGroup, pack
+from bigdet.data.collate import Allocate, Example, PackedGroup, pack
 from bigdet.data.loader import Loader
+from bigdet.data.manifest import MANIFEST_NAME
 from bigdet.data.objects import no_objects
-from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, MANIFEST_NAME, ShardSet
+from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, ShardSet
 from bigdet.data.stream import TrainStream
 
 
@@ -29,14 +30,18 @@ def memory(process: int | str, kind: str) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024 / 10**6
 
 
-def small_group() -> PackedGroup:
+def small_group(allocate: Allocate) -> PackedGroup:
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    return pack([Example(image, (8, 8), 1, 1.0, no_objects())], canvas=None, seed=0)
+    return pack(
+        [Example(image, (8, 8), 1, 1.0, no_objects())], canvas=None, seed=0, allocate=allocate
+    )
 
 
 @pytest.mark.parametrize("order", ["shuffled", "windowed"])
 def test_loader_processes_stay_small_over_three_passes(shapes_shards, order):
-    bare = Loader(lambda _: small_group(), range(100), workers=1, group_bytes=1000)
+    bare = Loader(
+        lambda _, allocate: small_group(allocate), range(100), workers=1, group_bytes=1000
+    )
     next(bare)
     (process,) = active_children()
     bare_mb = memory(process.pid, "Private_"), memory(process.pid, "Rss:")
@@ -95,9 +100,9 @@ def open_and_measure(folder: str, order: str, workers: int) -> dict[str, float]:
         seed=0, images_per_gpu=2, images_per_step=16, rank=0, world_size=1, workers=workers,
     )  # fmt: skip
 
-    def read(key: tuple[int, int]) -> PackedGroup:
+    def read(key: tuple[int, int], allocate: Allocate) -> PackedGroup:
         stream.group_ids(*key)
-        return small_group()
+        return small_group(allocate)
 
     stream._groups.read = read  # the tars hold nothing to decode: all but that
     batches = iter(stream)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from bigdet.config.schema import ResizeConfig, TrainSplitConfig
+from bigdet.data.manifest import Category
 from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream
 
 SPLIT_OPTIONS = ("keep_empty", "max_damaged", "scaled_decoding")
@@ -56,6 +57,36 @@ def test_all_lanes_of_a_step_share_a_size_that_varies(people_shards):
     assert all(len(found) == 1 for found in sizes)
     assert all(32 <= size[1] <= 64 and size[0] == 2 * size[1] for found in sizes for size in found)
     assert len(set.union(*sizes)) > 4
+
+
+def test_two_shapes_are_all_that_a_model_sees(coco_dir, tmp_path):
+    from bigdet.data.sources.coco import convert_coco
+
+    convert_coco(
+        coco_dir / "val2017", coco_dir / "annotations" / "instances_val2017.json", tmp_path / "val"
+    )
+    resize = ResizeConfig(kind="short_side", size=100, cap=150, pad_to="two_shapes")
+    stream = open_stream(
+        ShardSet(tmp_path / "val"), resize=resize, images_per_gpu=4, images_per_step=4
+    )
+    shapes = {}
+    for step in range(1, 41):
+        batch = stream.read_group(step, 0)
+        height, width = batch.images.shape[-2:]
+        heights, widths = batch.original_sizes.unbind(dim=1)
+        kinds = shapes.setdefault((height, width), set())
+        for own, stored in zip(
+            batch.image_sizes.tolist(), batch.original_sizes.tolist(), strict=True
+        ):
+            is_same_way = (own[0] > own[1]) == (height > width) or stored[0] == stored[1]
+            kinds.add(is_same_way)
+            assert own[0] <= height
+            assert own[1] <= width
+            # As ever, or, where it lies across and is too long, as long as the canvas allows.
+            assert min(own) == 100 or max(own) == (150 if is_same_way else 128)
+        num_portrait, num_landscape = (heights > widths).sum(), (widths > heights).sum()
+        assert (num_portrait > num_landscape) == (height > width)
+    assert shapes == {(128, 160): {True, False}, (160, 128): {True, False}}
 
 
 def test_keypoints_come_with_the_targets_where_they_are_wanted(people_shards):

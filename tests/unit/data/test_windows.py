@@ -142,3 +142,21 @@ def test_shards_need_not_be_in_the_order_of_the_rows():
     entries, _ = windowed(SHARDS[mixed], 1, 1, 0, "train", 0)
     np.testing.assert_array_equal(np.sort(entries), np.arange(3000))
     assert (np.diff(SHARDS[mixed][entries].astype(int)) != 0).sum() == 11
+
+
+@pytest.mark.parametrize("lane", [0, 5])
+def test_what_is_upcoming_is_told_once_per_pool_and_covers_a_window_from_there(lane):
+    order = make(3000, 4, 6, size=128)  # lanes of 500: 125 steps, the last pool of 12
+    told = {step: order.upcoming(step, lane) for step in range(1, 251)}
+    assert [step for step, samples in told.items() if samples is not None] == [
+        first + 16 * pool for first in (1, 126) for pool in range(8)
+    ]
+    for step in (1, 49, 126):
+        # 16 groups of the pool and the 32 of a window of 128; pools in other orders.
+        found = [order.group(step + i, lane).samples for i in range(48)]
+        np.testing.assert_array_equal(np.sort(told[step]), np.sort(np.concatenate(found)))
+
+
+def test_the_order_shuffled_has_nothing_upcoming():
+    order = Order(np.ones(100), seed=0, phase="train", images_per_gpu=2, num_lanes=1)
+    assert order.upcoming(1, 0) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bigdet.engine.base import EngineState, misfits, state_keys
+from bigdet.engine.base import EngineState, Shapes, misfits, state_keys, weight_shapes
 
 
 def make_module() -> nn.Module:
@@ -14,32 +14,38 @@ def make_module() -> nn.Module:
     return module
 
 
+TRAINED = {"0.weight": (2, 3), "1.weight": (2,), "1.bias": (2,)}
+
+
+def fits_to() -> tuple[Shapes, list[str]]:
+    return weight_shapes(make_module()), list(TRAINED)
+
+
 def make_state() -> EngineState:
-    trained = {"0.weight": (2, 3), "1.weight": (2,), "1.bias": (2,)}
     return EngineState(
         make_module().state_dict(),
-        {name: {"momentum_buffer": torch.zeros(shape)} for name, shape in trained.items()},
+        {name: {"momentum_buffer": torch.zeros(shape)} for name, shape in TRAINED.items()},
     )
 
 
 def test_state_of_the_same_module_fits_with_and_without_optimizer_state() -> None:
     state = make_state()
-    assert misfits(state, make_module(), ["momentum_buffer"]) == ""
-    assert misfits(EngineState(state.model, {}), make_module(), ["momentum_buffer"]) == ""
+    assert misfits(state, *fits_to(), ["momentum_buffer"]) == ""
+    assert misfits(EngineState(state.model, {}), *fits_to(), ["momentum_buffer"]) == ""
 
 
 def test_missing_unexpected_and_reshaped_weights_are_named() -> None:
     model = make_state().model
     model["0.weight"] = torch.zeros(4, 3)
     model["2.weight"] = model.pop("1.running_mean")
-    assert misfits(EngineState(model, {}), make_module(), []) == (
+    assert misfits(EngineState(model, {}), *fits_to(), []) == (
         "weights: 1 missing (1.running_mean), 1 unexpected (2.weight), "
         "1 reshaped (0.weight (4, 3) instead of (2, 3))"
     )
 
 
 def test_state_of_another_optimizer_does_not_fit() -> None:
-    assert misfits(make_state(), make_module(), ["exp_avg", "exp_avg_sq", "step"]).startswith(
+    assert misfits(make_state(), *fits_to(), ["exp_avg", "exp_avg_sq", "step"]).startswith(
         "optimizer state: 9 missing (0.weight/exp_avg, 0.weight/exp_avg_sq, 0.weight/step), 3 un"
     )
 

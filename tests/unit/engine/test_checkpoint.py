@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 from pathlib import Path
@@ -181,6 +182,22 @@ def test_newest_best_and_protected_checkpoints_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "best").read_text() == "b-20\n"
     checkpoint.clean(tmp_path, keep=0, protected=[])
     assert names(tmp_path) == ["a-4", "b-20", "best", "latest"]  # the latest always stays
+
+
+def test_every_kth_checkpoint_is_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, "train", step)
+    checkpoint.clean(tmp_path, keep=1, protected=[], keep_every=20)
+    assert names(tmp_path) == ["latest", "train-20", "train-40", "train-50"]
+
+
+def test_the_loss_scale_is_kept(tmp_path: Path) -> None:
+    scale = {"value": 1024.0, "good_steps": 7}
+    state = dataclasses.replace(make_state(1), loss_scale=scale)
+    checkpoint.save(tmp_path / "train-1", state, {}, {})
+    loaded = checkpoint.load(tmp_path / "train-1")
+    assert loaded.engine.loss_scale == scale
+    assert loaded.run == {}
 
 
 def test_cleaning_where_nothing_was_saved_does_nothing(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@ import io
 import pytest
 from PIL import Image
 
+from bigdet.data.manifest import Category
 from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import Category, ShardSet
+from bigdet.data.shards import ShardSet
 
 CATEGORIES = [Category(17, "cat"), Category(3, "car")]  # ids neither dense nor sorted
 

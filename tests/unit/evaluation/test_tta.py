@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdet.config.schema import ModelConfig, RoiConfig, RpnConfig, TtaConfig
-from bigdet.data.shards import Category
+from bigdet.data.manifest import Category
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.tta import AugmentedDetector, View, mirror, vote
 from bigdet.models.build import build_detector

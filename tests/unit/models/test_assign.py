@@ -98,7 +98,7 @@ def test_match_in_chunks_equals_match_at_once(monkeypatch: pytest.MonkeyPatch) -
     anchors, regions = boxes_of(101), boxes_of(2, 53)
     whole = [match(objects, boxes, keep_best=True) for boxes in (anchors, regions)]
     parts = crowd_parts(objects, regions)
-    monkeypatch.setattr(assign, "CHUNK", 2 * 7 * 10)
+    monkeypatch.setattr(assign, "CPU_CHUNK", 2 * 7 * 10)
     split = [match(objects, boxes, keep_best=True) for boxes in (anchors, regions)]
     for one, other in zip(whole, split, strict=True):
         for first, second in zip(one, other, strict=True):

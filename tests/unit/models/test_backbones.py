@@ -1,13 +1,19 @@
 import re
+from functools import partial
 from typing import get_args
 
 import pytest
 import timm
 import torch
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
-from torchvision.models import swin_t as torchvision_swin_t
 
 from bigdet.config import schema
+from bigdet.config.derived import LAYER_NORM_BACKBONES
 from bigdet.models.backbones import BACKBONES, build_backbone, freeze_stages
 from bigdet.models.norms import BatchNorm2d, batch_norms, set_norm_mode
 
@@ -26,6 +32,8 @@ def randomized(backbone):
 
 def test_every_backbone_of_the_schema_is_in_the_table():
     assert set(BACKBONES) == set(get_args(schema.Backbone))
+    convolutional = {name for name in BACKBONES if name.startswith(("res", "vgg"))}
+    assert set(LAYER_NORM_BACKBONES) == set(BACKBONES) - convolutional
 
 
 @pytest.mark.parametrize(
@@ -41,8 +49,34 @@ def test_every_backbone_of_the_schema_is_in_the_table():
         # 2,643,280; Swin-B's FPN has 1x1 convolutions of 1920 inputs, not 1440: 122,880 more.
         ("swin_s", 69_112_506 - 20_273_904, [96, 192, 384, 768]),
         ("swin_b", 107_141_800 - 20_273_904 - 122_880, [128, 256, 512, 1024]),
-        # torchvision's count, 11,689,512, less its classifier of 512 x 1000 + 1000.
+        # torchvision's counts, less their classifiers of C x 1000 + 1000.
         ("resnet18", 11_689_512 - 513_000, [64, 128, 256, 512]),
+        ("resnet34", 21_797_672 - 513_000, [64, 128, 256, 512]),
+        ("resnet152", 60_192_808 - 2_049_000, [256, 512, 1024, 2048]),
+        ("resnext50_32x4d", 25_028_904 - 2_049_000, [256, 512, 1024, 2048]),
+        # The published 44.18 million; of resnext50_32x8d nothing is published.
+        ("resnext101_32x4d", 44_177_704 - 2_049_000, [256, 512, 1024, 2048]),
+        # Less the final norm, with output norms of 2 x 15 C; of SwinV2 torchvision also has biases
+        # of the keys: C x the blocks of each stage, of which only those of q and v count.
+        ("swin_l", 196_532_476 - 1_537_000 - 3_072 + 5_760, [192, 384, 768, 1536]),
+        ("swinv2_t", 28_351_570 - 769_000 - 1_536 + 2_880 - 4_416, [96, 192, 384, 768]),
+        ("swinv2_s", 49_737_442 - 769_000 - 1_536 + 2_880 - 9_024, [96, 192, 384, 768]),
+        ("swinv2_b", 87_930_848 - 1_025_000 - 2_048 + 3_840 - 12_032, [128, 256, 512, 1024]),
+        ("convnext_t", 28_589_128 - 769_000 - 1_536 + 2_880, [96, 192, 384, 768]),
+        ("convnext_s", 50_223_688 - 769_000 - 1_536 + 2_880, [96, 192, 384, 768]),
+        ("convnext_b", 88_591_464 - 1_025_000 - 2_048 + 3_840, [128, 256, 512, 1024]),
+        # Less final norm, class token and its position. The pyramid has transposed convolutions
+        # C to C/2 twice (2 C^2 + C/2 numbers) and C/2 to C/4 (C^2 / 2 + C/4), and a norm of C.
+        (
+            "vit_s",
+            22_050_664 - 385_000 - 768 - 768 + 2 * (2 * 384**2 + 192) + 384**2 // 2 + 96 + 384,
+            [96, 192, 384, 384],
+        ),
+        (
+            "vit_b",
+            86_567_656 - 769_000 - 1_536 - 1_536 + 2 * (2 * 768**2 + 384) + 768**2 // 2 + 192 + 768,
+            [192, 384, 768, 768],
+        ),
     ],
 )
 @pytest.mark.parametrize("norm", ["bn", "gn"])
@@ -61,7 +95,10 @@ def test_norms_of_resnet50_number_53():
     assert sum(2 * len(norm.weight) for norm in norms) == 53_120
 
 
-@pytest.mark.parametrize("name", ["resnet10", "swin_t"])
+FAMILIES = ["resnet10", "swin_t", "swinv2_t", "convnext_t", "vit_s"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_features_have_the_strides_at_any_size(name):
     backbone = build_backbone(name, "bn", 0.0).eval()
     images = torch.randn(1, 3, 61, 99).contiguous(memory_format=torch.channels_last)
@@ -70,18 +107,78 @@ def test_features_have_the_strides_at_any_size(name):
     # ceil(61 / stride), ceil(99 / stride)
     assert [tuple(f.shape[-2:]) for f in features] == [(16, 25), (8, 13), (4, 7), (2, 4)]
     assert [f.shape[1] for f in features] == backbone.channels
-    assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
+    if name not in ("convnext_t", "vit_s"):  # which cut what they padded
+        assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
 
 
-def test_resnet_features_equal_timms_own():
+def test_at_canvas_sizes_no_feature_is_cut_and_all_are_channels_last():
+    images = torch.randn(1, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+    for name in ("convnext_t", "vit_s"):
+        with torch.no_grad():
+            features = build_backbone(name, "bn", 0.0).eval()(images)
+        assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features), name
+
+
+def without_output_norms(backbone):
+    """Our backbone in double precision, without the norms that nobody else has."""
+    backbone = randomized(backbone).double().eval()
+    for index in range(4):
+        setattr(backbone, f"norm{index}", nn.Identity())
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "timm_name", "size", "options"),
+    [
+        ("resnet18", "resnet18", (64, 96), {}),
+        ("resnext50_32x8d", "resnext50_32x4d", (32, 64), {"base_width": 8}),
+        ("convnext_t", "convnext_tiny", (32, 64), {}),
+        # Sizes that windows of 8 divide, where timm need not pad.
+        ("swinv2_t", "swinv2_tiny_window8_256", (256, 256), {"always_partition": True}),
+    ],
+)
+def test_features_equal_timms_own(name, timm_name, size, options):
     torch.manual_seed(0)
-    backbone = randomized(build_backbone("resnet18", "bn", 0.0)).eval()
-    reference = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3, 4)).eval()
-    reference.load_state_dict(backbone.state_dict(), strict=False)  # it counts batches
-    images = torch.randn(2, 3, 64, 96)
+    backbone = without_output_norms(build_backbone(name, "bn", 0.0))
+    indices = {"out_indices": (1, 2, 3, 4)} if name.startswith("res") else {}
+    reference = timm.create_model(timm_name, features_only=True, **indices, **options)
+    state = {
+        re.sub(r"^layers\.", "layers_" if "swin" in name else "stages_", key).replace(
+            "stem.", "stem_"
+        ): tensor
+        for key, tensor in backbone.state_dict().items()
+    }
+    missing, unexpected = reference.load_state_dict(state, strict=False)
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+    assert not unexpected
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
     with torch.no_grad():
-        for mine, theirs in zip(backbone(images), reference(images), strict=True):
-            torch.testing.assert_close(mine, theirs)
+        expected = reference.double().eval()(images)
+        if "swin" in name:
+            expected = [feature.permute(0, 3, 1, 2) for feature in expected]
+        for mine, theirs in zip(backbone(images), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (320, 352)])
+def test_vit_equals_timms_vitdet_with_interpolated_positions(size):
+    torch.manual_seed(0)
+    backbone = randomized(build_backbone("vit_s", "bn", 0.0)).double().eval()
+    nn.init.normal_(backbone.patch_embed.pos_embed)
+    reference = VisionTransformerSAM(
+        img_size=224, embed_dim=384, num_heads=6, num_classes=0, neck_chans=0, window_size=14,
+        global_attn_indexes=(2, 5, 8, 11), norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    ).double().eval()  # fmt: skip
+    reference.neck = nn.Identity()
+    state = backbone.state_dict()
+    state["pos_embed"] = state.pop("patch_embed.pos_embed").view(1, 14, 14, 384)
+    reference.load_state_dict({k: v for k, v in state.items() if not k.startswith("pyramid")})
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
+    backbone.pyramid = nn.ModuleList([nn.Identity()] * 4)  # the last map, four times
+    with torch.no_grad():
+        expected = reference.forward_features(images)
+        found = backbone(images)
+    torch.testing.assert_close(found[2], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_resnet_strides_in_the_3x3_convolution():
@@ -140,29 +237,6 @@ def test_swin_features_at_224_equal_timms_own_wherever_that_was_built(built_at):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_swin_features_equal_torchvisions_at_sizes_that_windows_do_not_divide():
-    torch.manual_seed(0)
-    backbone = randomized(build_backbone("swin_t", "bn", 0.0)).eval()
-    reference = torchvision_swin_t().eval()
-    state = {}
-    for name, tensor in backbone.state_dict().items():
-        name = re.sub(r"^patch_embed\.proj", "features.0.0", name)
-        name = re.sub(r"^patch_embed\.norm", "features.0.2", name)
-        name = re.sub(r"^layers\.(\d)\.blocks", lambda m: f"features.{2 * int(m[1]) + 1}", name)
-        name = re.sub(r"^layers\.(\d)\.downsample", lambda m: f"features.{2 * int(m[1])}", name)
-        state[name.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3")] = tensor
-    reference.load_state_dict(state, strict=False)
-    images = torch.randn(1, 3, 256, 288)  # C5 is 8x9: two windows of 7 in each direction
-    x, expected = images, []
-    with torch.no_grad():
-        for index, layer in enumerate(reference.features):
-            x = layer(x)
-            if index % 2:
-                expected.append(x.permute(0, 3, 1, 2))
-    for mine, theirs in zip(swin_stage_outputs(backbone, images), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
 def test_swin_output_norms_normalize_over_channels():
     backbone = build_backbone("swin_t", "bn", 0.0).eval()
     with torch.no_grad():
@@ -174,14 +248,25 @@ def test_swin_output_norms_normalize_over_channels():
             assert feature.var(1, unbiased=False).sub(1).abs().max() < 0.01
 
 
-def test_drop_path_grows_to_its_rate_and_follows_the_seed():
-    backbone = build_backbone("swin_t", "bn", 0.2)
+@pytest.mark.parametrize(
+    ("name", "block_type", "layer", "num_blocks"),
+    [
+        ("swin_t", SwinTransformerBlock, "drop_path1", 12),
+        ("swinv2_t", SwinTransformerV2Block, "drop_path2", 12),
+        ("convnext_t", ConvNeXtBlock, "drop_path", 18),
+        ("vit_s", Block, "drop_path1", 12),
+    ],
+)
+def test_drop_path_grows_to_its_rate_and_follows_the_seed(name, block_type, layer, num_blocks):
+    backbone = build_backbone(name, "bn", 0.2)
+    randomized(backbone)  # ConvNeXt's scales start near 0, SwinV2's at 0
     rates = [
-        getattr(block.drop_path1, "drop_prob", 0.0)
-        for stage in backbone.layers
-        for block in stage.blocks
+        getattr(getattr(block, layer), "drop_prob", 0.0)
+        for block in backbone.modules()
+        if isinstance(block, block_type)
     ]
-    assert rates == pytest.approx([0.2 * index / 11 for index in range(12)], abs=1e-6)
+    expected = [0.2 * index / (num_blocks - 1) for index in range(num_blocks)]
+    assert rates == pytest.approx(expected, abs=1e-6)
     images = torch.randn(4, 3, 32, 32)
     outputs = []
     for seed in (1, 1, 2):
@@ -191,7 +276,7 @@ def test_drop_path_grows_to_its_rate_and_follows_the_seed():
     assert not torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("name", ["resnet10", "swin_t"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_freezing_stages_is_undone_by_freezing_fewer(name):
     backbone = build_backbone(name, "bn", 0.0)
     for frozen in (2, 0, 5, 1):
@@ -200,14 +285,17 @@ def test_freezing_stages_is_undone_by_freezing_fewer(name):
         for index, modules in enumerate(backbone.stages):
             flags = {p.requires_grad for module in modules for p in module.parameters()}
             assert flags == {index >= frozen}
-        assert all(p.requires_grad for n, p in backbone.named_parameters() if n.startswith("norm"))
+        outside = ("norm", "pyramid")
+        assert all(p.requires_grad for n, p in backbone.named_parameters() if n.startswith(outside))
 
 
-def test_every_parameter_of_a_resnet_is_in_one_stage():
-    backbone = build_backbone("resnet10", "bn", 0.0)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_parameter_but_those_of_the_outputs_is_in_one_stage(name):
+    backbone = build_backbone(name, "bn", 0.0)
     staged = [p for modules in backbone.stages for module in modules for p in module.parameters()]
-    assert {id(p) for p in staged} == {id(p) for p in backbone.parameters()}
-    assert len(staged) == len(list(backbone.parameters()))
+    inner = [p for n, p in backbone.named_parameters() if not n.startswith(("norm", "pyramid"))]
+    assert len(backbone.stages) == 5
+    assert sorted(map(id, staged)) == sorted(map(id, inner))
 
 
 def test_norms_in_frozen_stages_are_fixed_and_others_keep_their_mode():

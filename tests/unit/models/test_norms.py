@@ -9,12 +9,13 @@ from torch.utils.checkpoint import checkpoint
 from bigdet.models.norms import (
     BatchNorm2d,
     batch_norms,
-    collect_statistics,
     conv_norm,
+    count_lane,
     discard_statistics,
     make_norm,
     set_norm_mode,
     update_running_statistics,
+    valid_rows,
 )
 
 
@@ -72,29 +73,73 @@ def test_live_batch_norm_uses_running_statistics_in_evaluation():
 
 def test_running_statistics_move_once_by_the_mean_over_the_micro_batches():
     norm = BatchNorm2d(1).double()
-    with collect_statistics():
-        norm(constant_columns(1.0, 3.0))  # mean 2, unbiased variance 1 + 1 = 2
-        norm(constant_columns(2.0, 8.0))  # mean 5, unbiased variance 9 + 9 = 18
+    norm(constant_columns(1.0, 3.0))  # mean 2, unbiased variance 1 + 1 = 2
+    count_lane(norm)
+    norm(constant_columns(2.0, 8.0))  # mean 5, unbiased variance 9 + 9 = 18
+    count_lane(norm)
     assert norm.running_mean.item() == 0.0  # not before the step is over
     update_running_statistics(norm)
     # Means over the lanes: 3.5 and 10; running 0.9 x (0, 1) + 0.1 x (3.5, 10).
     assert norm.running_mean.item() == pytest.approx(0.35, rel=1e-12)
     assert norm.running_var.item() == pytest.approx(1.9, rel=1e-12)
-    with collect_statistics():
-        norm(constant_columns(0.0, 2.0))  # mean 1, variance 2: a new step forgets the old lanes
+    norm(constant_columns(0.0, 2.0))  # mean 1, variance 2: a new step forgets the old lanes
+    count_lane(norm)
     update_running_statistics(norm)
     assert norm.running_mean.item() == pytest.approx(0.9 * 0.35 + 0.1, rel=1e-12)
     assert norm.running_var.item() == pytest.approx(0.9 * 1.9 + 0.2, rel=1e-12)
 
 
-def test_running_statistics_stay_without_collecting_and_in_evaluation():
+def test_running_statistics_stay_as_long_as_no_lane_is_counted():
     norm = BatchNorm2d(1).double()
     norm(constant_columns(1.0, 3.0))
-    with collect_statistics():
-        norm.eval()(constant_columns(1.0, 3.0))
     update_running_statistics(norm)
     assert norm.running_mean.item() == 0.0
     assert norm.running_var.item() == 1.0
+
+
+@pytest.mark.parametrize("mode", ["live", "sync"])
+def test_rows_that_are_not_valid_do_not_count(mode):
+    torch.manual_seed(0)
+    ours, theirs = ours_and_torchs(3)
+    set_norm_mode(ours, mode)
+    x = torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    rows = torch.tensor([True, False, True, True, False, True])
+    grad = torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    grad[~rows] = 0  # what is masked out of a loss
+    mine, valid = x.clone().requires_grad_(), x[rows].clone().requires_grad_()
+    with valid_rows(rows):
+        y = ours(mine)
+    y.backward(grad)
+    theirs.momentum = 1.0
+    expected = theirs(valid)
+    expected.backward(grad[rows])
+    torch.testing.assert_close(y[rows], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine.grad[rows], valid.grad, rtol=1e-10, atol=1e-12)
+    assert not mine.grad[~rows].any()
+    assert y.isfinite().all()
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(getattr(ours, name).grad, getattr(theirs, name).grad)
+    torch.testing.assert_close(ours.batch_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.batch_var, theirs.running_var)
+
+
+def test_a_lane_without_valid_rows_is_left_out_of_the_running_statistics():
+    norm = BatchNorm2d(1).double()
+    values = torch.tensor([1.0, 3.0, 50.0], dtype=torch.float64).view(3, 1, 1, 1)
+    for rows in ([False, False, False], [True, True, False], [False, False, False]):
+        with valid_rows(torch.tensor(rows)):
+            y = norm(values)
+        count_lane(norm)
+        if not any(rows):  # statistics of nothing: mean 0, deviation 1
+            torch.testing.assert_close(y, values, rtol=1e-4, atol=0)
+    update_running_statistics(norm)
+    assert norm.running_mean.item() == pytest.approx(0.2, rel=1e-12)  # 0.1 x mean 2
+    assert norm.running_var.item() == pytest.approx(0.9 + 0.2, rel=1e-12)  # unbiased 2
+    with valid_rows(torch.tensor([False, False, False])):
+        norm(values)
+    count_lane(norm)
+    update_running_statistics(norm)
+    assert norm.running_mean.item() == pytest.approx(0.2, rel=1e-12)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -103,32 +148,23 @@ def test_a_forward_repeated_by_checkpointing_is_counted_once(use_reentrant):
     x = constant_columns(1.0, 3.0).requires_grad_()
     y = constant_columns(2.0, 8.0).requires_grad_()
     for values in (x, y):
-        with collect_statistics():
-            out = checkpoint(norm, values, use_reentrant=use_reentrant)
+        out = checkpoint(norm, values, use_reentrant=use_reentrant)
+        count_lane(norm)
         out.square().sum().backward()
     update_running_statistics(norm)
     assert norm.running_mean.item() == pytest.approx(0.35, rel=1e-12)
     assert norm.running_var.item() == pytest.approx(1.9, rel=1e-12)
 
 
-def test_two_micro_batches_may_be_collected_before_their_backward():
-    norm = BatchNorm2d(3).double()
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    with collect_statistics():
-        total = norm(x).square().sum() + norm(2 * x).square().sum()
-    total.backward()
-    assert torch.isfinite(x.grad).all()
-
-
 def test_statistics_of_a_skipped_step_are_forgotten_even_if_not_finite():
     norm = BatchNorm2d(1).double()
-    with collect_statistics():
-        norm(constant_columns(math.inf, 3.0))
+    norm(constant_columns(math.inf, 3.0))
+    count_lane(norm)
     discard_statistics(norm)
     update_running_statistics(norm)
     assert norm.running_mean.item() == 0.0
-    with collect_statistics():
-        norm(constant_columns(1.0, 3.0))
+    norm(constant_columns(1.0, 3.0))
+    count_lane(norm)
     update_running_statistics(norm)
     assert norm.running_mean.item() == pytest.approx(0.2, rel=1e-12)
 
@@ -137,22 +173,24 @@ def test_fixed_and_affine_layers_keep_their_running_statistics():
     for mode in ("affine", "fixed"):
         norm = BatchNorm2d(1).double()
         set_norm_mode(norm, mode)
-        with collect_statistics():
-            norm(constant_columns(1.0, 3.0))
+        norm(constant_columns(1.0, 3.0))
+        count_lane(norm)
         update_running_statistics(norm)
         assert norm.running_mean.item() == 0.0
 
 
-@pytest.mark.parametrize("mode", ["live", "affine", "fixed"])
+@pytest.mark.parametrize("mode", ["live", "rows", "affine", "fixed"])
 def test_bf16_inputs_are_normalized_in_fp32_and_stay_bf16(mode):
     torch.manual_seed(0)
     norm, reference = BatchNorm2d(4), nn.BatchNorm2d(4).double()
+    rows = torch.ones(2, dtype=torch.bool) if mode == "rows" else None
+    mode = "live" if mode == "rows" else mode
     set_norm_mode(norm, mode)
     reference.train(mode == "live")
     reference.momentum = 1.0
     # A mean of 100 deviations: sums in bf16 would lose the variance.
     x = (torch.randn(2, 4, 32, 32) + 100).bfloat16().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16), collect_statistics():
+    with torch.autocast("cpu", dtype=torch.bfloat16), valid_rows(rows):
         y = norm(x)
     y.sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16
@@ -160,11 +198,13 @@ def test_bf16_inputs_are_normalized_in_fp32_and_stay_bf16(mode):
     # bf16 keeps 8 bits, so the result is exact to half of 2^-8 of its size.
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-10)
     if mode == "live":
-        assert norm.lane_mean.dtype == torch.float32
+        assert norm.batch_mean.dtype == torch.float32
         torch.testing.assert_close(
-            norm.lane_mean.double(), reference.running_mean, rtol=1e-5, atol=0
+            norm.batch_mean.double(), reference.running_mean, rtol=1e-5, atol=0
         )
-        torch.testing.assert_close(norm.lane_var.double(), reference.running_var, rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            norm.batch_var.double(), reference.running_var, rtol=1e-4, atol=0
+        )
 
 
 def test_a_fixed_layer_keeps_nothing_of_the_size_of_its_input_for_backward():
@@ -192,6 +232,8 @@ def test_memory_format_is_kept():
         norm = BatchNorm2d(4)
         set_norm_mode(norm, mode)
         assert norm(x).is_contiguous(memory_format=torch.channels_last)
+    with valid_rows(torch.tensor([True, False])):
+        assert BatchNorm2d(4)(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_state_has_the_names_of_torchs_without_its_counter():
@@ -201,7 +243,7 @@ def test_state_has_the_names_of_torchs_without_its_counter():
 
 def test_set_norm_mode_reaches_every_layer_and_its_gradients():
     model = nn.Sequential(conv_norm(3, 8, 3, "bn"), nn.Sequential(BatchNorm2d(8)))
-    for mode in ("fixed", "affine", "live"):
+    for mode in ("fixed", "affine", "sync", "live"):
         set_norm_mode(model, mode)
         assert [layer.mode for layer in batch_norms(model)] == [mode, mode]
         for layer in batch_norms(model):
@@ -209,13 +251,16 @@ def test_set_norm_mode_reaches_every_layer_and_its_gradients():
         assert model[0].conv.weight.requires_grad
 
 
-def test_all_layers_are_updated_and_those_that_did_not_run_stay():
-    used, unused = BatchNorm2d(1).double(), BatchNorm2d(2).double()
-    with collect_statistics():
-        used(constant_columns(1.0, 3.0))
-    update_running_statistics(nn.ModuleList([unused, used]))
-    assert used.running_mean.item() == pytest.approx(0.2, rel=1e-12)
-    assert unused.running_mean.tolist() == [0.0, 0.0]
+def test_all_layers_are_updated_but_those_that_are_fixed():
+    live, fixed = BatchNorm2d(1).double(), BatchNorm2d(1).double()
+    fixed.mode = "fixed"
+    model = nn.ModuleList([fixed, live])
+    for layer in model:
+        layer(constant_columns(1.0, 3.0))
+    count_lane(model)
+    update_running_statistics(model)
+    assert live.running_mean.item() == pytest.approx(0.2, rel=1e-12)
+    assert fixed.running_mean.item() == 0.0
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(256, 32), (64, 32), (48, 16), (20, 4), (7, 1)])

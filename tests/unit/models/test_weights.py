@@ -1,21 +1,14 @@
-import re
-
 import pytest
-import timm
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from bigdet.config.load import parse_config
-from bigdet.models import weights
 from bigdet.models.build import build_detector
 from bigdet.models.norms import batch_norms
 from bigdet.models.weights import (
     find_weights,
-    from_timm,
     load_detector,
     load_parts,
-    load_timm_backbone,
     read_tensors,
     save_detector_weights,
     weights_metadata,
@@ -160,54 +153,6 @@ def test_a_part_that_the_model_has_not_is_an_error():
     detector = make_detector(mask_rcnn="faster_rcnn")
     with pytest.raises(ValueError, match=r"1 no part of the model \(mask_head\)"):
         load_parts(detector, detector.state_dict(), ["backbone", "mask_head"], "elsewhere")
-
-
-@pytest.mark.parametrize(
-    ("name", "timm_name"), [("resnet50", "resnet50"), ("swin_t", "swin_tiny_patch4_window7_224")]
-)
-def test_a_timm_classifier_fits_the_backbone(name, timm_name, monkeypatch):
-    classifier = timm.create_model(timm_name)
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: classifier)
-    detector = make_detector(resnet10=name)
-    (row,) = load_timm_backbone(detector, name)
-    assert row.part == "backbone"
-    own = detector.backbone.state_dict()
-    dropped = {"fc.weight", "fc.bias", "head.fc.weight", "head.fc.bias", "norm.weight", "norm.bias"}
-    for key, tensor in classifier.state_dict().items():
-        if key not in dropped and not key.endswith("num_batches_tracked"):
-            assert torch.equal(own.pop(key), tensor), key
-    # Left are Swin's output norms, which no classifier has.
-    assert set(own) == (
-        {f"norm{i}.{k}" for i in range(4) for k in ("weight", "bias")} if "swin" in name else set()
-    )
-    assert all((tensor == (key.endswith("weight"))).all() for key, tensor in own.items())
-
-
-def test_batch_norm_weights_do_not_fit_a_backbone_with_group_norm():
-    detector = make_detector(resnet10="resnet18, norm: gn")
-    classifier = timm.create_model("resnet18")
-    with pytest.raises(ValueError, match=r"40 unexpected \(backbone.bn1.running_mean; "):
-        load_parts(detector, from_timm(classifier.state_dict()), ["backbone"], "timm")
-
-
-def test_every_published_name_is_one_of_timms():
-    for name in weights.PUBLISHED.values():
-        assert timm.is_model_pretrained(name), name
-
-
-def test_a_backbone_without_published_weights_is_one_clear_error():
-    with pytest.raises(ValueError, match=r"timm has no weights for model\.backbone resnet10, only"):
-        load_timm_backbone(make_detector(), "resnet10")
-
-
-def test_a_failed_download_says_what_to_do(monkeypatch):
-    def fail(name, pretrained):
-        raise LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(timm, "create_model", fail)
-    expected = re.escape("could not download resnet50.tv_in1k (no connection)") + ".*HF_HOME"
-    with pytest.raises(ValueError, match=expected):
-        load_timm_backbone(make_detector(), "resnet50")
 
 
 def test_saved_tensors_are_those_of_the_state(tmp_path):

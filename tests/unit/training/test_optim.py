@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from bigdet.config.schema import PhaseConfig
+from bigdet.models.backbones import build_backbone
 from bigdet.models.norms import BatchNorm2d
 from bigdet.training.optim import (
     build_optimizer,
@@ -88,6 +90,29 @@ def test_norms_and_position_tables_are_not_decayed_and_biases_are() -> None:
         "batch_norm.bias", "batch_norm.weight", "group_norm.bias", "group_norm.weight",
         "layer_norm.bias", "layer_norm.weight", "relative_position_bias_table",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backbone", "expected"),
+    [
+        ("swinv2_t", {"logit_scale", "cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight"}),
+        ("convnext_t", {"gamma"}),
+        ("vit_s", {"pos_embed"}),
+    ],
+)
+def test_scales_and_positions_of_transformers_are_not_decayed(
+    backbone: str, expected: set[str]
+) -> None:
+    with torch.device("meta"):
+        module = build_backbone(backbone, "none", 0.0)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    _, plain = parameter_groups(module, 0.05)
+    assert isinstance(plain["params"], list)
+    found = {names[id(parameter)] for parameter in plain["params"]}
+    is_norm = re.compile(r"norm\d?\.|stem\.1\.|downsample\.0\.|pyramid\.0\.1\.")
+    endings = {name for name in found if not is_norm.search(name)}
+    assert all(name.endswith(tuple(expected)) for name in endings)
+    assert all(any(name.endswith(ending) for name in endings) for ending in expected)
 
 
 def test_empty_groups_are_left_out() -> None:

@@ -1,12 +1,16 @@
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 
 from bigdet.config.load import ConfigError, dump_config, load_config
+from bigdet.data.shards import ShardSet
+from bigdet.data.stream import open_train_stream
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
-from bigdet.training.resume import find_checkpoint, settle_config
+from bigdet.training.resume import find_checkpoint, note_changes, settle_config
+from bigdet.training.state import RunState
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 OPEN = ["phases.pretrain.images_per_step=null"]
@@ -50,7 +54,7 @@ SIZES = ["phases.pretrain.images_per_step=32", "phases.finetune.images_per_step=
     "override",
     ["data.workers=9", "data.train.shards=moved", "log.every=7", "output=other",
      "engine.zero_stage=0", "evaluation.every=10", "checkpoint.keep=9",
-     "phases.finetune.lr=0.1"],
+     "engine.offload=optimizer", "phases.finetune.lr=0.1"],
 )  # fmt: skip
 def test_what_does_not_change_the_training_may_change(override: str):
     config = load_config(CONFIG, [*SIZES, override])
@@ -107,5 +111,86 @@ def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tm
     assert (new.checkpoint("pretrain", 5) / "state.json").is_file()
     new.config.write_text(dump_config(config))
     assert find_checkpoint(config, new) == new.checkpoint("pretrain", 5)  # the same command again
+    elsewhere = load_config(CONFIG, [f"resume={new.checkpoint('pretrain', 5)}"])
     with pytest.raises(ConfigError, match="has checkpoints of its own"):
-        find_checkpoint(config, run_dir)
+        find_checkpoint(elsewhere, run_dir)
+
+
+def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDir):
+    earlier, newest = run_dir.checkpoint("pretrain", 3), run_dir.checkpoint("pretrain", 5)
+    earlier.mkdir()
+    (earlier / "state.json").write_text("{}")
+    config = load_config(CONFIG, [f"resume={earlier}"])
+    assert find_checkpoint(config, run_dir) == earlier
+    run_dir.config.write_text(dump_config(config))  # as the run that began there writes it
+    run_dir.latest.write_text("pretrain-5\n")
+    assert find_checkpoint(config, run_dir) == newest
+
+
+@pytest.fixture
+def train_set(shapes_shards: Path) -> ShardSet:
+    return ShardSet(shapes_shards / "train")
+
+
+def at_step(train_set: ShardSet, step: int, ranks: int, *overrides: str):
+    """Config, checkpoint and state of a run in ``pretrain``."""
+    config = load_config(CONFIG, overrides)
+    stream = open_train_stream(
+        train_set, config.data, config.phases["pretrain"],
+        name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
+    )  # fmt: skip
+    state = RunState("pretrain", step, stream=stream.state(), ranks=ranks)
+    return Checkpoint(run={"config": dump_config(config)}), state, stream
+
+
+SMALL = ["data.train.keep_empty=true", "phases.pretrain.images_per_gpu=2"]
+
+
+def test_other_ranks_change_the_accumulation_and_are_told(
+    train_set: ShardSet, caplog: pytest.LogCaptureFixture
+):
+    overrides = [*SMALL, "phases.pretrain.images_per_step=16"]
+    saved, state, _ = at_step(train_set, 3, 2, *overrides)
+    with caplog.at_level("INFO", "bigdet"):
+        note_changes(load_config(CONFIG, overrides), train_set, saved, state)
+    (line,) = caplog.messages
+    assert line.startswith("4 ranks instead of 2: each runs 2 micro-batches of 2 per step instead")
+    assert "instead of 4; 16 images per step as before" in line
+    assert (state.ranks, state.stream_shift) == (4, 0)
+
+
+def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
+    train_set: ShardSet, caplog: pytest.LogCaptureFixture
+):
+    # 16 images. At 4 per step a pass has 4 steps: step 6 is in the middle of the second one. At 8
+    # per step a pass has 2 steps, so the third pass begins after its step 4, two steps earlier.
+    saved, state, _ = at_step(train_set, 6, 4, *SMALL, "phases.pretrain.images_per_step=4")
+    changed = [*SMALL, "phases.pretrain.images_per_step=8", "change_batch=true"]
+    with pytest.raises(ConfigError, match=r"reference_images_per_step, to 4 if lr is"):
+        note_changes(load_config(CONFIG, changed), train_set, saved, copy.deepcopy(state))
+    config = load_config(CONFIG, [*changed, "phases.pretrain.reference_images_per_step=4"])
+    with caplog.at_level("INFO", "bigdet"):
+        note_changes(config, train_set, saved, state)
+    (line,) = caplog.messages
+    assert "step 6: 8 images per step instead of 4" in line
+    assert "lr 0.002 instead of 0.001; pass 3 begins, 2 steps of the one before" in line
+    assert state.stream_shift == 4 - 6
+    stream = open_train_stream(
+        train_set, config.data, config.phases["pretrain"],
+        name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
+        first_step=state.step + state.stream_shift,
+    )  # fmt: skip
+    stream.check_state(state.stream)
+    ids = [i for step in (5, 6) for lane in range(4) for i in stream.group_ids(step, lane)]
+    assert sorted(ids) == sorted(train_set.index["image_id"])
+
+
+def test_another_batch_must_be_asked_for():
+    sizes = ["phases.pretrain.images_per_step=64", "phases.finetune.images_per_step=32"]
+    with pytest.raises(ConfigError, match=r"images_per_step \(was 32, now 64\)"):
+        settle_config(load_config(CONFIG, sizes), saved_by(*SIZES), Path("x"))
+    asked = load_config(CONFIG, [*sizes, "change_batch=true", "phases.pretrain.steps=900"])
+    assert settle_config(asked, saved_by(*SIZES), Path("x")) == asked
+    asked = load_config(CONFIG, [*sizes, "change_batch=true", "phases.pretrain.lr=3"])
+    with pytest.raises(ConfigError, match=r"phases\.pretrain\.lr"):
+        settle_config(asked, saved_by(*SIZES), Path("x"))

@@ -1,0 +1,267 @@
+"""Checks before a long run: ``python -m bigdet.train CONFIG --doctor``, under any launcher.
+
+Every rank looks at its own host; rank 0 compares and writes a table, one row for each check. What
+fails here would fail later, or hang, or train on something else than was meant.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bigdet import distributed, hosts
+from bigdet.config.derived import has_masks, largest_plan, phase_model
+from bigdet.config.load import dump_config
+from bigdet.config.schema import RunConfig
+from bigdet.data.collate import group_bytes
+from bigdet.data.loader import PREFETCHED_GROUPS
+from bigdet.data.mix import open_sets
+from bigdet.run_dir import RunDir
+from bigdet.training import resume
+from bigdet.training.sizes import FP32_BYTES, ModelSizes, checkpoint_bytes, model_sizes
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+_LATENCY_ROUNDS = 20
+_SPEED_ROUNDS = 4
+
+
+@dataclass
+class Facts:
+    """What one rank found on its host.
+
+    Attributes:
+        host: its name.
+        device: name of the GPU, or cpu.
+        software: versions and the hash of the code.
+        inputs: hashes of config and shards by what they are.
+        problems: what cannot be read, written or shared out, by check.
+        classes: K of the training set, 0 if it cannot be read.
+        free_disk, free_shm, free_memory: bytes where the run is written, in ``/dev/shm``, and of
+            memory that processes may still take.
+    """
+
+    host: str
+    device: str
+    software: dict[str, str]
+    inputs: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    classes: int = 0
+    free_disk: int = 0
+    free_shm: int = 0
+    free_memory: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    check: str
+    found: str
+    is_ok: bool = True
+
+
+def examine(config: RunConfig) -> int:
+    """Check hosts, data, ranks, memory and collectives, and write the table (a collective).
+
+    Returns:
+        0 when all is well, 1 when a row says FAIL.
+    """
+    everywhere = distributed.gather_objects(find_facts(config))
+    speed = measure_collectives(distributed.device())
+    rows: list[Row] = []
+    if distributed.is_main():
+        rows = [
+            *compare(everywhere),
+            *memory_rows(config, everywhere),
+            disk_row(config, everywhere[0]),
+        ]
+        rows.append(_speed_row(config, everywhere[0], speed))
+        for row in rows:
+            logger.info("%-4s  %-18s  %s", "ok" if row.is_ok else "FAIL", row.check, row.found)
+        failed = sum(not row.is_ok for row in rows)
+        logger.info("%s", f"{failed} of {len(rows)} checks failed" if failed else "all is well")
+    return distributed.broadcast_object(int(not all(row.is_ok for row in rows)))
+
+
+def find_facts(config: RunConfig) -> Facts:
+    """Look at this rank's host; what goes wrong is noted, not raised (no collective)."""
+    device = distributed.device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    facts = Facts(socket.gethostname(), name, hosts.software())
+    facts.inputs["config"] = hosts.text_hash(dump_config(config))
+    run_dir = RunDir(Path(config.output))
+
+    def note(check: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            facts.problems[check] = str(error)
+
+    def look_at_data() -> None:
+        train_set, val_set = open_sets(config.data)
+        for what, shards in (("training shards", train_set), ("validation shards", val_set)):
+            facts.inputs[what] = shards.index_hash()[: hosts.SHOWN_HASH]
+        facts.classes = train_set.num_classes
+        resume.check_data(config, train_set, val_set)
+        resume.check_phases(settled, train_set, None)
+
+    def look_at_output() -> None:
+        run_dir.root.mkdir(parents=True, exist_ok=True)
+        probe = run_dir.root / f".doctor-{distributed.rank()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        facts.free_disk = shutil.disk_usage(run_dir.root).free
+
+    settled = config
+
+    def share_out() -> None:
+        nonlocal settled
+        settled = resume.settle_config(config, None, None)
+
+    note("images per step", share_out)
+    note("data", look_at_data)
+    note("output", look_at_output)
+    shm = Path("/dev/shm")
+    facts.free_shm = shutil.disk_usage(shm).free if shm.is_dir() else 0
+    facts.free_memory = _available_memory()
+    return facts
+
+
+def compare(everywhere: list[Facts]) -> list[Row]:
+    """Say what all ranks have alike, and what was wrong on any of them."""
+    names = list(dict.fromkeys(facts.host for facts in everywhere))
+    devices = sorted({facts.device for facts in everywhere})
+    ranks = f"{len(everywhere)} on {len(names)} hosts ({_some(names)}), {', '.join(devices)}"
+    rows = [Row("ranks", ranks, len(devices) == 1)]
+    for kind in ("software", "inputs"):
+        values = [(facts.host, getattr(facts, kind)) for facts in everywhere]
+        known = set.intersection(*(set(own) for _, own in values))
+        values = [(host, {key: own[key] for key in own if key in known}) for host, own in values]
+        differing = hosts.differences(values)
+        rows += [
+            Row(name, differing.get(name, f"{value} everywhere"), name not in differing)
+            for name, value in values[0][1].items()
+        ]
+    for check in ("images per step", "data", "output"):
+        found = [(facts.host, facts.problems.get(check)) for facts in everywhere]
+        bad = next(((host, text) for host, text in found if text is not None), None)
+        good = {"images per step": "ranks share every phase's steps equally",
+                "data": "sets, phases and weights to start from go together",
+                "output": "can be written on every host"}[check]  # fmt: skip
+        rows.append(Row(check, good if bad is None else f"{bad[0]}: {bad[1]}", bad is None))
+    return rows
+
+
+def measure_collectives(device: torch.device) -> tuple[float, float, bool]:
+    """Time all-reduce over all ranks (a collective).
+
+    Returns:
+        Seconds of a small one; bytes per second that each rank's link carries in a large one,
+        ``2 (n - 1) / n`` of its bytes; whether the sums were right.
+    """
+    size = distributed.world_size()
+    if size == 1:
+        return 0.0, 0.0, True
+
+    def seconds(numel: int, rounds: int) -> tuple[float, bool]:
+        is_right = True
+        for attempt in range(rounds + 1):
+            tensor = torch.full((numel,), float(distributed.rank() + 1), device=device)
+            if attempt == 1:
+                distributed.barrier()
+                started = time.perf_counter()
+            dist.all_reduce(tensor)
+            is_right &= bool(tensor[-1].item() == size * (size + 1) / 2)
+        return (time.perf_counter() - started) / rounds, is_right
+
+    numel = (256 if device.type == "cuda" else 16) * (1 << 20) // FP32_BYTES
+    latency, small_is_right = seconds(1, _LATENCY_ROUNDS)
+    large, large_is_right = seconds(numel, _SPEED_ROUNDS)
+    carried = 2 * (size - 1) / size * numel * FP32_BYTES
+    return latency, carried / large, small_is_right and large_is_right
+
+
+def _speed_row(config: RunConfig, facts: Facts, speed: tuple[float, float, bool]) -> Row:
+    latency, bytes_per_second, is_right = speed
+    if distributed.world_size() == 1:
+        return Row("all-reduce", "one rank: nothing to send")
+    text = f"{bytes_per_second / 1e9:.2f} GB/s per rank, {latency * 1e6:.0f} us for one number"
+    if facts.classes:
+        sizes = _largest(config, facts.classes)[1]
+        size = distributed.world_size()
+        seconds = 2 * (size - 1) / size * FP32_BYTES * sizes.trained / bytes_per_second
+        text += f"; gradients of {sizes.trained / 1e6:.1f} M weights take {seconds:.3f} s a step"
+    return Row("all-reduce", text if is_right else f"wrong sums; {text}", is_right)
+
+
+def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
+    """Compare what the loader processes of a host take with what it has."""
+    group = max(
+        group_bytes(
+            phase.images_per_gpu,
+            largest_plan(phase.resize),
+            with_masks=has_masks(phase_model(config, name)),
+        )
+        for name, phase in config.phases.items()
+    )
+    rows = []
+    for check, groups, name in (
+        # A group that outgrows its slot travels through /dev/shm (data/slots.py).
+        ("/dev/shm", 1, "free_shm"),
+        ("loader memory", PREFETCHED_GROUPS + 1, "free_memory"),
+    ):
+        scarce: list[str] = []
+        for host in dict.fromkeys(facts.host for facts in everywhere):
+            own = [facts for facts in everywhere if facts.host == host]
+            needed = len(own) * config.data.workers * groups * group
+            free = getattr(own[0], name)
+            if free < needed:
+                scarce.append(f"{host}: {free / _GIB:.2f} of {needed / _GIB:.2f} GiB")
+        least = min(getattr(facts, name) for facts in everywhere) / _GIB
+        found = "; ".join(scarce) + ". Lower data.workers." if scarce else f"{least:.2f} GiB free"
+        rows.append(Row(check, found, not scarce))
+    return rows
+
+
+def disk_row(config: RunConfig, facts: Facts) -> Row:
+    """Compare what the run's checkpoints take with what is free (rank 0 writes them)."""
+    if not facts.classes:
+        return Row("disk", "not known: the training set cannot be read", is_ok=False)
+    name, sizes = _largest(config, facts.classes)
+    one = checkpoint_bytes(sizes, config.phases[name])
+    # The newest, the best, the ends of phases, and the one that is being written.
+    number = config.checkpoint.keep + 1 + len(config.phases) + 1
+    text = (
+        f"{number} checkpoints of {one / _GIB:.2f} GiB need {number * one / _GIB:.2f}, "
+        f"{facts.free_disk / _GIB:.2f} GiB are free"
+    )
+    return Row("disk", text, facts.free_disk >= number * one)
+
+
+def _largest(config: RunConfig, classes: int) -> tuple[str, ModelSizes]:
+    """Return the phase with the largest checkpoints, and the sizes of its model."""
+    sizes = {name: model_sizes(config, name, classes) for name in config.phases}
+    name = max(sizes, key=lambda name: checkpoint_bytes(sizes[name], config.phases[name]))
+    return name, sizes[name]
+
+
+def _available_memory() -> int:
+    """Bytes that processes of this host may still take, as Linux says."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("/proc/meminfo: has no line MemAvailable.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

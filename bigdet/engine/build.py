@@ -1,0 +1,39 @@
+"""From the config to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from bigdet.config.schema import EngineConfig
+from bigdet.engine.base import Engine, MakeOptimizer
+
+
+def build_engine(
+    module: nn.Module,
+    make_optimizer: MakeOptimizer,
+    config: EngineConfig,
+    num_micro_batches: int,
+    device: torch.device,
+    units: Sequence[Sequence[nn.Module]],
+) -> Engine:
+    """Build the engine that the config names around a module.
+
+    Args:
+        module: with its weights loaded and ``requires_grad`` set; the same on every rank.
+        make_optimizer: gives SGD or AdamW over what is trained in the module.
+        config: the engine section.
+        num_micro_batches: of this rank per step, the same on every rank.
+        device: of this rank.
+        units: modules that FSDP2 shards and gathers together, each called in a forward pass.
+    """
+    # Here, because deepspeed takes seconds to import.
+    if config.kind == "fsdp":
+        from bigdet.engine.fsdp_engine import FsdpEngine
+
+        return FsdpEngine(module, make_optimizer, config, num_micro_batches, device, units)
+    from bigdet.engine.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(module, make_optimizer, config, num_micro_batches, device)

@@ -1,0 +1,208 @@
+"""The engine on torch's FSDP2: weights, gradients and optimizer state sharded by rows.
+
+Each unit (a stage of the backbone, a head) is gathered when its forward or backward pass begins and
+let go when it ends; its gradients are reduced to shards after each micro-batch. Gathered and
+reduced in fp32, as in the other engine; see `precision.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from bigdet import distributed
+from bigdet.config.schema import EngineConfig
+from bigdet.engine.base import (
+    EngineState,
+    MakeOptimizer,
+    StepResult,
+    check_fits,
+    state_keys,
+    to_save,
+    weight_shapes,
+)
+from bigdet.engine.precision import LossScale, TotalLoss, mean_losses
+
+# Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+CLIP_EPSILON = 1e-6
+"""As in torch's own clipping."""
+
+
+class FsdpEngine:
+    """``Engine`` on ``fully_shard``.
+
+    Args:
+        module: with its weights loaded and ``requires_grad`` set; the same on every rank.
+        make_optimizer: gives SGD or AdamW over what is trained in the module.
+        config: precision, clipping and offload.
+        num_micro_batches: of this rank per step, the same on every rank.
+        device: of this rank.
+        units: modules that are sharded and gathered together, each called once or more in a
+            forward pass; what is in none of them makes one more unit.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer,
+        config: EngineConfig,
+        num_micro_batches: int,
+        device: torch.device,
+        units: Sequence[Sequence[nn.Module]],
+    ) -> None:
+        distributed.start()
+        self.module = module
+        self._num_micro_batches = num_micro_batches
+        self._clip_norm = config.clip_norm
+        self._device = device
+        self._scale = LossScale(config.precision)
+        self._shapes = weight_shapes(module)
+        module.to(device)
+        for parameter in module.parameters():
+            # Shards are rows, so channels_last weights cannot be sharded.
+            parameter.data = parameter.data.contiguous()
+        mesh = init_device_mesh(device.type, (distributed.world_size(),))
+        offload = OffloadPolicy()
+        if config.offload == "all":
+            offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        for unit in units:
+            if any(True for part in unit for _ in part.parameters()):
+                fully_shard(list(unit), mesh=mesh, offload_policy=offload)
+        fully_shard(module, mesh=mesh, offload_policy=offload)
+        self._total = TotalLoss(module, config.precision, device)
+        self._optimizer = make_optimizer(module)
+        self._keys = state_keys(self._optimizer)
+        self._trained = {
+            name: parameter
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
+        """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
+        scale = self._scale.value
+        seen: list[dict[str, Tensor]] = []
+        for batch in micro_batches:
+            total, losses = self._total(batch)
+            (total * (scale / self._num_micro_batches)).backward()
+            seen.append(losses)
+        assert len(seen) == self._num_micro_batches, len(seen)
+        losses = mean_losses(seen)
+        norm = self._step(scale)
+        is_finite = math.isfinite(norm)
+        is_overflow = self._scale.update(is_finite, losses)
+        return StepResult(losses, is_finite, norm, is_overflow, scale)
+
+    def _step(self, scale: float) -> float:
+        """Step the optimizer unless a gradient is not finite; return the norm, inf if skipped."""
+        gradients = [_shard(p.grad) for p in self._trained.values() if p.grad is not None]
+        # In fp64, as in DeepSpeed: a sum of 10 million squares in fp32 is off by 4e-4.
+        squares = [torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in gradients]
+        total = distributed.sum_over_ranks(torch.stack(squares).sum().to(self._device))
+        norm = math.sqrt(float(total)) / scale if torch.isfinite(total) else math.inf
+        if math.isfinite(norm):
+            factor = 1 / scale
+            if self._clip_norm is not None:
+                factor *= min(1.0, self._clip_norm / (norm + CLIP_EPSILON))
+            if factor != 1:
+                torch._foreach_mul_(gradients, factor)
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next steps."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def state(self) -> EngineState:
+        """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
+        model = {name: self._gather(value) for name, value in self.module.state_dict().items()}
+        optimizer: dict[str, dict[str, Tensor]] = {}
+        if self._optimizer.state:
+            for name, parameter in self._trained.items():
+                values = self._optimizer.state[parameter]
+                optimizer[name] = {key: self._gather(values[key]) for key in self._keys}
+        if not distributed.is_main():
+            return EngineState()
+        return EngineState(model, optimizer, self._scale.state())
+
+    def _gather(self, value: Tensor) -> Tensor:
+        """Put the shards of a tensor together on the CPU of rank 0; others get an empty one."""
+        is_main = distributed.is_main()
+        if not isinstance(value, DTensor):
+            return to_save(value) if is_main else torch.empty(0)
+        rows = _rows_per_rank(value.shape)
+        shard = _shard(value)
+        sent = torch.zeros(rows, *value.shape[1:], dtype=value.dtype, device=self._device)
+        sent[: len(shard)] = shard
+        parts = [torch.empty_like(sent) for _ in range(distributed.world_size())]
+        dist.gather(sent, parts if is_main else None)
+        return to_save(torch.cat(parts)[: value.shape[0]]) if is_main else torch.empty(0)
+
+    def load_state(self, state: EngineState) -> None:
+        """Go on from the state that rank 0 has. Collective.
+
+        Raises:
+            ValueError: on every rank, when the state is that of another model or optimizer.
+        """
+        check_fits(state, self._shapes, self._trained, self._keys)
+        for name, value in self.module.state_dict().items():
+            self._scatter(state.model.get(name), value)
+        self._optimizer.state.clear()
+        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
+        if self._keys and has_optimizer:
+            for name, parameter in self._trained.items():
+                saved = state.optimizer.get(name, {})
+                values = {
+                    key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
+                    for key in self._keys
+                }
+                for key, value in values.items():
+                    self._scatter(saved.get(key), value)
+                self._optimizer.state[parameter] = values
+        self._scale.load_state(state.loss_scale)
+
+    @torch.no_grad()
+    def _scatter(self, source: Tensor | None, value: Tensor) -> None:
+        """Fill a tensor, or its shards, from the whole one that rank 0 has."""
+        device = self._device if isinstance(value, DTensor) else value.device
+        if source is None:
+            source = torch.empty(value.shape, dtype=value.dtype)
+        whole = distributed.broadcast_tensor(source.to(device, value.dtype))
+        if isinstance(value, DTensor):
+            rows = _rows_per_rank(value.shape)
+            first = min(rows * distributed.rank(), len(whole))
+            shard = _shard(value)
+            shard.copy_(whole[first : first + rows])
+        else:
+            value.copy_(whole)
+
+    def close(self) -> None:
+        """Let go of all memory but the module's own."""
+        self._optimizer.zero_grad()
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
+        self._trained.clear()
+
+
+def _shard(value: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor."""
+    assert isinstance(value, DTensor), type(value)
+    return value.to_local()
+
+
+def _rows_per_rank(shape: Sequence[int]) -> int:
+    """Rows of the first ranks' shards; the last ones may have fewer or none."""
+    return -(-shape[0] // distributed.world_size())

@@ -1,0 +1,106 @@
+"""What a micro-batch is computed in, the same in all engines: autocast, loss scale, total loss.
+
+Weights, gradients and their sums over ranks are fp32 whatever the precision; under bf16 and fp16
+torch's autocast casts the inputs of convolutions and matrix products, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigdet import distributed
+from bigdet.config.schema import Precision
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INITIAL_SCALE = 2.0**16
+GROWTH_STEPS = 2000
+"""Both as in torch's GradScaler."""
+
+
+class TotalLoss(nn.Module):
+    """A module's losses under autocast, and their sum. Engines wrap this, not the module itself.
+
+    Args:
+        module: gives a dict of scalar losses for a batch.
+        precision: of convolutions and matrix products.
+        device: of the module.
+    """
+
+    def __init__(self, module: nn.Module, precision: Precision, device: torch.device) -> None:
+        super().__init__()
+        assert any(p.requires_grad for p in module.parameters()), "no parameter is trained"
+        self.module = module
+        self._dtype = DTYPES.get(precision)
+        self._device_type = device.type
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the module on a batch.
+
+        Returns:
+            The sum of the losses, for the backward pass, and all losses with it, detached.
+        """
+        with torch.autocast(self._device_type, self._dtype, enabled=self._dtype is not None):
+            losses: dict[str, Tensor] = self.module(batch)
+        total = torch.stack(list(losses.values())).sum()
+        seen = {"total": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
+        # A loss can be infinite where its gradient is not (through a masked branch). The verdict
+        # on a step is taken from the gradient norm, which all ranks know, so such a loss must
+        # reach it: as NaN in all gradients. Costs neither a collective nor a wait for the device.
+        return total * torch.where(torch.isfinite(total.detach()), 1.0, torch.nan), seen
+
+
+def mean_losses(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Average the losses of the micro-batches of a step by name, in fp32."""
+    return {name: torch.stack([losses[name] for losses in seen]).float().mean() for name in seen[0]}
+
+
+class LossScale:
+    """The dynamic loss scale of fp16, whose gradients reach neither below 6e-8 nor above 65504.
+
+    Halved by each step that overflows, doubled after 2000 steps without.
+
+    Attributes:
+        value: what the next losses are multiplied by; stays 1 for bf16 and fp32.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self._is_used = precision == "fp16"
+        self.value = INITIAL_SCALE if self._is_used else 1.0
+        self._good_steps = 0
+
+    def update(self, is_finite: bool, losses: dict[str, Tensor]) -> bool:
+        """Take note of how a step went, on all ranks alike (a collective for a bad step of fp16).
+
+        Args:
+            is_finite: the gradient norm is, on all ranks.
+            losses: of this rank.
+
+        Returns:
+            True for a step that failed because the scale was too high.
+        """
+        if not self._is_used:
+            return False
+        if is_finite:
+            self._good_steps += 1
+            if self._good_steps == GROWTH_STEPS:
+                self.value, self._good_steps = 2 * self.value, 0
+            return False
+        is_loss_finite = bool(torch.isfinite(losses["total"]))
+        if distributed.any_rank(not is_loss_finite) or self.value == 1:
+            return False
+        self.value, self._good_steps = self.value / 2, 0
+        return True
+
+    def state(self) -> dict[str, float]:
+        """What a resume needs; empty where no scale is used."""
+        return {"value": self.value, "good_steps": self._good_steps} if self._is_used else {}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Go on from the state that rank 0 has, or start anew where it has none. Collective."""
+        state = distributed.broadcast_object(state)
+        self.value = state.get("value", INITIAL_SCALE) if self._is_used else 1.0
+        self._good_steps = int(state.get("good_steps", 0)) if self._is_used else 0

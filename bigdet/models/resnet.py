@@ -1,0 +1,79 @@
+"""ResNet and ResNeXt (He et al. 2015; Xie et al. 2016): timm's modules and names."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.resnet import ResNet as TimmResNet
+from torch import Tensor, nn
+
+from bigdet.models.backbone_base import Backbone
+from bigdet.models.norms import Kind, make_norm
+
+
+class ResNet(Backbone):
+    """A ResNet or ResNeXt with a 7x7 stem, and stride in the 3x3 convolutions."""
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: list[int],
+        norm: Kind,
+        *,
+        cardinality: int = 1,
+        base_width: int = 64,
+    ) -> None:
+        """Build timm's; convolutions MSRA, scale 1 and shift 0 (the last norms of blocks too)."""
+        super().__init__()
+        timm_model = TimmResNet(
+            block,
+            layers,
+            num_classes=0,
+            cardinality=cardinality,
+            base_width=base_width,
+            norm_layer=partial(_timm_norm, kind=norm),
+            zero_init_last=False,
+        )
+        self.conv1: nn.Module = timm_model.conv1
+        self.bn1: nn.Module = timm_model.bn1
+        self.act1: nn.Module = timm_model.act1
+        self.maxpool: nn.Module = timm_model.maxpool
+        self.layer1: nn.Sequential = timm_model.layer1
+        self.layer2: nn.Sequential = timm_model.layer2
+        self.layer3: nn.Sequential = timm_model.layer3
+        self.layer4: nn.Sequential = timm_model.layer4
+        self.channels = [info["num_chs"] for info in timm_model.feature_info[1:]]
+        if norm == "none":
+            _add_biases(self)
+
+    @property
+    def stages(self) -> list[list[nn.Module]]:
+        """The modules of the stem and of the four stages."""
+        return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute C2 to C5."""
+        x = self.maxpool(self.run(self._stem, images))
+        features = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = self.run_all(layer, x)
+            features.append(x)
+        return features
+
+    def _stem(self, images: Tensor) -> Tensor:
+        hidden: Tensor = self.act1(self.bn1(self.conv1(images)))
+        return hidden
+
+
+def _timm_norm(channels: int, *, kind: Kind, **_factory: Any) -> nn.Module:
+    """Build a norm where timm passes device and dtype too (None: its defaults)."""
+    return make_norm(kind, channels)
+
+
+def _add_biases(module: nn.Module) -> None:
+    """Give every convolution a bias of zero, which timm leaves to the normalization."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.bias = nn.Parameter(torch.zeros(layer.out_channels))

@@ -1,0 +1,129 @@
+"""Plain ViT with a simple feature pyramid, as in ViTDet (Li et al. 2022).
+
+Blocks and their names are timm's. There is no class token. Most blocks attend within windows; four
+of them, at even distances, over the whole image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, resample_abs_pos_embed
+from timm.models.swin_transformer import window_partition, window_reverse
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import Tensor, nn
+
+from bigdet.models.backbone_base import STRIDES, Backbone, cut_to_size, pad_to_multiple
+
+PATCH = 16
+GRID = 14  # patches on a side of the images of pre-training, 224 pixels
+WINDOW = (GRID, GRID)
+NUM_QUARTERS = 4
+
+
+class PatchEmbedding(nn.Module):
+    """Patches to tokens with their positions, at any image size.
+
+    Attributes:
+        pos_embed: ``(1, 14 x 14, C)``, interpolated to the patches of the image.
+    """
+
+    def __init__(self, timm_model: Any) -> None:
+        """Take the layers of timm's."""
+        super().__init__()
+        self.proj: nn.Module = timm_model.patch_embed.proj
+        self.pos_embed: nn.Parameter = timm_model.pos_embed
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Give the tokens ``(B, H/16, W/16, C)`` of ``(B, 3, H, W)``."""
+        x: Tensor = self.proj(images).permute(0, 2, 3, 1)
+        size = [x.shape[1], x.shape[2]]
+        positions: Tensor = resample_abs_pos_embed(
+            self.pos_embed, size, old_size=[GRID, GRID], num_prefix_tokens=0
+        )
+        return x + positions.view(1, *size, -1)
+
+
+class ViT(Backbone):
+    """Patches of 16x16 pixels; C2 to C5 come from the last map by (de)convolutions."""
+
+    def __init__(self, width: int, depth: int, num_heads: int, drop_path: float) -> None:
+        """Build timm's, initialized as there; the pyramid with MSRA weights."""
+        super().__init__()
+        timm_model = TimmViT(
+            img_size=GRID * PATCH,
+            patch_size=PATCH,
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads,
+            class_token=False,
+            global_pool="avg",
+            num_classes=0,
+            drop_path_rate=drop_path,
+        )
+        self.patch_embed = PatchEmbedding(timm_model)
+        self.blocks: Any = nn.ModuleList(timm_model.blocks)
+        self.channels = [width // 4, width // 2, width, width]
+        self.pyramid = nn.ModuleList(
+            [
+                nn.Sequential(
+                    _doubling(width, width // 2),
+                    LayerNorm2d(width // 2),
+                    nn.GELU(),
+                    _doubling(width // 2, width // 4),
+                ),
+                _doubling(width, width // 2),
+                nn.Identity(),
+                nn.MaxPool2d(2),
+            ]
+        )
+
+    @property
+    def stages(self) -> list[list[nn.Module]]:
+        """The patch embedding and the blocks in quarters; the pyramid belongs to none of them."""
+        length = len(self.blocks) // NUM_QUARTERS
+        quarters = [
+            list(self.blocks[length * number : length * (number + 1)])
+            for number in range(NUM_QUARTERS)
+        ]
+        return [[self.patch_embed], *quarters]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute C2 to C5."""
+        height, width = images.shape[-2:]
+        x = self.patch_embed(pad_to_multiple(images, STRIDES[-1]))
+        for quarter in self.stages[1:]:
+            for block in quarter[:-1]:
+                x = self.run(_run_block, block, x, True)
+            x = self.run(_run_block, quarter[-1], x, False)
+        x = x.permute(0, 3, 1, 2)
+        return cut_to_size([level(x) for level in self.pyramid], (height, width))
+
+
+def _doubling(in_channels: int, out_channels: int) -> nn.Module:
+    """Build a transposed convolution that doubles height and width."""
+    layer = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _run_block(block: Any, x: Tensor, in_windows: bool) -> Tensor:
+    """Run a block on tokens ``(B, h, w, C)``.
+
+    Like ViTDet's own, windows that reach over the edge are filled with zeros, without a mask.
+    """
+    height, width = x.shape[1:3]
+    y = block.norm1(x)
+    if in_windows:
+        y = F.pad(y, (0, 0, 0, -width % GRID, 0, -height % GRID))
+        windows = window_partition(y, WINDOW)  # (B x windows, 14, 14, C)
+        attended = block.attn(windows.flatten(1, 2)).view_as(windows)
+        y = window_reverse(attended, WINDOW, y.shape[1], y.shape[2])[:, :height, :width]
+    else:
+        y = block.attn(y.flatten(1, 2)).view_as(y)
+    x = x + block.drop_path1(block.ls1(y))
+    mixed: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return mixed

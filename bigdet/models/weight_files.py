@@ -1,0 +1,199 @@
+"""Weights files that others wrote, read without running what may stand in them.
+
+safetensors; torch's files, with ``weights_only``; pickles of Detectron and detectron2, in which
+nothing but arrays, text and plain containers is admitted. What the names mean is left to
+``models/importing.py``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+NESTS = ("model", "state_dict", "blobs")
+"""Keys under which files keep the tensors beside other things."""
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a safetensors file onto the CPU, and its metadata."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return tensors, opened.metadata() or {}
+    except SafetensorError as error:
+        raise _not_safetensors(file, error) from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file alone."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise _not_safetensors(file, error) from error
+
+
+def _not_safetensors(file: Path, error: SafetensorError) -> ValueError:
+    return ValueError(
+        f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
+    )
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read the named tensors of a file in any of the formats, onto the CPU.
+
+    Raises:
+        ValueError: the file is cut, of another format, or holds more than tensors.
+    """
+    if file.suffix not in _READERS:
+        raise ValueError(
+            f"{file}: found the ending {file.suffix!r}, expected one of {', '.join(_READERS)}."
+        )
+    content: Any = _READERS[file.suffix](file)
+    for nest in NESTS:
+        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
+            content = content[nest]
+    named = content if isinstance(content, Mapping) else {}
+    tensors = {
+        str(name): torch.from_numpy(value.values) if isinstance(value, _Array) else value
+        for name, value in named.items()
+        if isinstance(value, Tensor | _Array)
+    }
+    if not tensors:
+        raise ValueError(
+            f"{file}: found no named tensors in it, expected them at the top or under one of "
+            f"{', '.join(NESTS)}."
+        )
+    return tensors
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads a pickle of numpy arrays in dicts and lists; any other name in it is refused.
+
+    Not even numpy's own functions are called, whose states are trusted with raw memory.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Give what a name in the file stands for; called before anything of it could run."""
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _ADMITTED[module, name]
+
+
+class _ArrayClass:
+    """Stands for ``numpy.ndarray``, which pickles name."""
+
+
+class _Dtype:
+    """Stands for ``numpy.dtype``: numbers only."""
+
+    def __init__(self, code: object, *_flags: object) -> None:
+        if not (isinstance(code, str) and re.fullmatch(r"[biuf]\d", code)):
+            raise pickle.UnpicklingError(f"it asks for an array of type {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder("<" if state[1] == "|" else state[1])
+
+    def decode(self, content: str | bytes) -> np.ndarray[Any, Any]:
+        """Give the numbers of raw bytes, in this machine's order; Python 2 wrote bytes as text."""
+        raw = content.encode("latin1") if isinstance(content, str) else content
+        return np.frombuffer(raw, self.dtype).astype(self.dtype.newbyteorder("="))
+
+
+class _Array:
+    """Stands for numpy's ``_reconstruct``: an array that its state fills."""
+
+    def __init__(self, *_kind_shape_type: object) -> None:
+        self.values: np.ndarray[Any, Any] = np.zeros(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, is_fortran, content = state
+        self.values = dtype.decode(content).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _from_buffer(
+    content: bytes, dtype: _Dtype, shape: Any, order: Any, *_axis_order: object
+) -> _Array:
+    """Stand in for what newer pickles call instead of ``_reconstruct``."""
+    array = _Array()
+    array.values = dtype.decode(bytes(content)).reshape(shape, order=order)
+    return array
+
+
+def _new_scalar(dtype: _Dtype, content: str | bytes) -> Any:
+    return dtype.decode(content)[0]
+
+
+def _encode(text: str, encoding: object) -> bytes:
+    """Stand in for ``_codecs.encode``: how old pickles write bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """Stand in for ``bytes``, which old pickles call for an empty array."""
+    return b""
+
+
+_ADMITTED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
+    ("numpy", "ndarray"): _ArrayClass,
+    ("numpy", "dtype"): _Dtype,
+    **{
+        (f"numpy.{core}.{name}", function): stand_in
+        for core in ("core", "_core")
+        for name, function, stand_in in (
+            ("multiarray", "_reconstruct", _Array),
+            ("multiarray", "scalar", _new_scalar),
+            ("numeric", "_frombuffer", _from_buffer),
+        )
+    },
+}
+
+
+def _read_pickle(file: Path) -> Any:
+    try:
+        with file.open("rb") as opened:
+            return _ArraysOnly(opened, encoding="latin1").load()  # Detectron wrote under Python 2
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(
+            f"{file}: cannot be read as a pickle of arrays ({error}). Nothing in it was run. "
+            f"Expected the weights of Detectron or detectron2: names and numpy arrays; a cut file "
+            f"has to be copied again."
+        ) from error
+
+
+def _read_torch(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(
+            f"{file}: torch cannot read it as weights alone ({reason}). Files with other objects "
+            f"can run code and are refused: where you trust it, write its tensors into a "
+            f".safetensors file; a cut file has to be copied again."
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": lambda file: read_safetensors(file)[0],
+    ".pkl": _read_pickle,
+    **dict.fromkeys((".pth", ".pt", ".bin", ".th", ".tar"), _read_torch),
+}

@@ -1,0 +1,206 @@
+"""What a step costs on many GPUs: predicted from one GPU's step, the model's sizes and the links.
+
+The model, for n GPUs, P weights of which P_t are trained, A micro-batches per GPU and step:
+
+- **Computing.** A micro-batch takes the measured seconds whatever n is (each GPU has its own
+  images); a third of them forward, two thirds backward (the backward pass has two matrix products
+  for each one of the forward pass).
+- **A collective** over n GPUs carries ``(n-1)/n`` of its bytes once (all-gather, reduce-scatter)
+  or twice (all-reduce, which is one after the other) over every GPU's link: the optimum that rings
+  reach (Patarasuk and Yuan, *Bandwidth optimal all-reduce algorithms*, 2009; nccl-tests,
+  PERFORMANCE.md). Rings through several hosts are held up by the slower of a GPU's link inside its
+  host and all adapters of a host together, as every ring leaves a host through one of them. On top
+  come ``2 ceil(log2 n)`` latencies, as trees need (NCCL 2.4, double binary trees), for each of the
+  calls into which the bytes are cut.
+- **Bytes** (Rajbhandari et al., *ZeRO*, 2020, sections 5 and 7, with bigdet's types: weights,
+  gradients and what is sent are fp32; FSDP2 sends weights in the precision of the run).
+  ZeRO-0: one all-reduce of gradients per step. ZeRO-1: a reduce-scatter of gradients and an
+  all-gather of weights per step. ZeRO-2: the same, the reduce-scatter once per micro-batch. ZeRO-3
+  and FSDP2: per micro-batch, weights gathered in the forward and again in the backward pass, and
+  gradients scattered.
+- **Overlap.** On GPUs gradients travel while the backward pass of the same micro-batch computes,
+  gathered weights while the pass that needs them does; what exceeds the pass is waited for, and one
+  call at least: a bucket travels when it is full. ZeRO-1 and 2 wait for their gathered weights. On
+  CPUs nothing overlaps.
+- **Memory.** fp32: weights 4P, gradients 4 P_t, optimizer state 4 P_t for each of its tensors (with
+  AdamW 16 bytes per weight, as the 2+2+12 of ZeRO's section 3.1), and DeepSpeed's stages 1 to 3
+  keep another fp32 copy of the trained weights, sharded. Sharded over n: optimizer state from stage
+  1 on, gradients from 2, weights from 3. Activations and what the allocator keeps: the measured
+  peak of one GPU less its states.
+
+Left out: the optimizer's own time, which sharding shortens; hosts that wait for the slowest; data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bigdet.training.sizes import FP32_BYTES, ModelSizes
+
+KINDS = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
+_FORWARD_PART = 1 / 3
+_BUCKET_NUMBERS = 50_000_000
+"""Numbers sent in one call by stages 0 to 2 (``engine/deepspeed_engine.py``)."""
+_UNITS = 20
+"""Calls in which stage 3 and FSDP2 gather a detector: stages of the backbone and heads."""
+_ACHIEVED = 0.8
+"""Part of a link's nominal speed that collectives reach (nccl-tests on H100: 360 of 450 GB/s)."""
+LINKS = {
+    "nvlink3": 300e9, "nvlink": 450e9, "nvlink5": 900e9, "pcie4": 32e9, "pcie5": 64e9,
+}  # fmt: skip
+"""Nominal bytes per second of a GPU's link, one direction; nvlink is that of H100 and H200."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the GPUs are joined by.
+
+    Attributes:
+        gpus_per_host: GPUs of one host.
+        inside: bytes per second that a GPU's link inside its host carries.
+        between: bytes per second of the network adapter of each GPU.
+        latency: seconds of one message.
+        overlaps: communication goes on beside computing.
+    """
+
+    gpus_per_host: int
+    inside: float
+    between: float
+    latency: float
+    overlaps: bool = True
+
+    def seconds(self, num_bytes: float, gpus: int, calls: int, passes: int = 1) -> float:
+        """Return the time of collectives.
+
+        Args:
+            num_bytes: of the whole tensor.
+            gpus: that take part, n.
+            calls: into which the bytes are cut.
+            passes: 1 for an all-gather or reduce-scatter, 2 for an all-reduce.
+        """
+        if gpus == 1:
+            return 0.0
+        per_host = min(gpus, self.gpus_per_host)
+        speed = self.inside if per_host > 1 else math.inf
+        if gpus > self.gpus_per_host:
+            speed = min(speed, self.between * per_host)
+        hops = passes * math.ceil(math.log2(gpus))
+        return passes * (gpus - 1) / gpus * num_bytes / speed + calls * hops * self.latency
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one GPU does in a step.
+
+    Attributes:
+        sizes: of the model.
+        optimizer_tensors: that the optimizer keeps per trained weight.
+        micro_batch_seconds: forward and backward on one GPU.
+        activation_bytes: peak memory of one GPU less weights, gradients and optimizer state.
+        micro_batches: of one GPU per step, A.
+        sent_weight_bytes: of one weight that FSDP2 gathers: 2 in bf16 and fp16, 4 in fp32.
+    """
+
+    sizes: ModelSizes
+    optimizer_tensors: int
+    micro_batch_seconds: float
+    activation_bytes: float
+    micro_batches: int
+    sent_weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One way of sharding on a number of GPUs.
+
+    Attributes:
+        kind: of ``KINDS``.
+        step_seconds: of one step.
+        waiting_seconds: of it, for communication.
+        memory_bytes: peak of one GPU.
+        efficiency: computing over step, in (0, 1].
+    """
+
+    kind: str
+    step_seconds: float
+    waiting_seconds: float
+    memory_bytes: float
+    efficiency: float
+
+
+def forecast(kind: str, gpus: int, cluster: Cluster, work: Work) -> Forecast:
+    """Predict the step of one kind."""
+    computing = work.micro_batches * work.micro_batch_seconds
+    waiting = _waiting(kind, gpus, cluster, work) if gpus > 1 else 0.0
+    step = computing + waiting
+    memory = state_bytes(kind, gpus, work) + work.activation_bytes
+    return Forecast(kind, step, waiting, memory, computing / step)
+
+
+def _waiting(kind: str, gpus: int, cluster: Cluster, work: Work) -> float:
+    """Return the seconds of a step in which a GPU waits for others."""
+    forward = _FORWARD_PART * work.micro_batch_seconds
+    backward = work.micro_batch_seconds - forward
+    trained = work.sizes.trained
+    gradients = FP32_BYTES * trained
+
+    def exposed(seconds: float, computing: float, calls: int) -> float:
+        return max(seconds - computing, seconds / calls) if cluster.overlaps else seconds
+
+    if kind in ("ZeRO-3", "FSDP2"):
+        per_weight = work.sent_weight_bytes if kind == "FSDP2" else FP32_BYTES
+        gather = cluster.seconds(per_weight * work.sizes.parameters, gpus, _UNITS)
+        scatter = cluster.seconds(gradients, gpus, _UNITS)
+        once = exposed(gather, forward, _UNITS) + exposed(gather + scatter, backward, _UNITS)
+        return work.micro_batches * once
+    calls = math.ceil(trained / _BUCKET_NUMBERS)
+    if kind == "ZeRO-0":
+        return exposed(cluster.seconds(gradients, gpus, calls, passes=2), backward, calls)
+    scatter = exposed(cluster.seconds(gradients, gpus, calls), backward, calls)
+    gather = cluster.seconds(FP32_BYTES * trained, gpus, calls)
+    return scatter * (work.micro_batches if kind == "ZeRO-2" else 1) + gather
+
+
+def state_bytes(kind: str, gpus: int, work: Work) -> float:
+    """Return the bytes of weights, gradients and optimizer state on each GPU."""
+    stage = {"FSDP2": 3}.get(kind) or KINDS.index(kind)
+    weights = FP32_BYTES * (work.sizes.parameters + work.sizes.buffers)
+    gradients = FP32_BYTES * work.sizes.trained
+    optimizer = work.optimizer_tensors * gradients
+    if kind in ("ZeRO-1", "ZeRO-2", "ZeRO-3"):
+        optimizer += FP32_BYTES * work.sizes.trained  # DeepSpeed's own copy of the weights
+    shares = [1 / gpus if stage >= first else 1.0 for first in (3, 2, 1)]
+    return weights * shares[0] + gradients * shares[1] + optimizer * shares[2]
+
+
+def best(forecasts: list[Forecast], room_bytes: float) -> Forecast | None:
+    """Return the fastest that fits, the simplest of those within 2% of it; None if none fits."""
+    fitting = [one for one in forecasts if one.memory_bytes <= room_bytes]
+    if not fitting:
+        return None
+    fastest = min(one.step_seconds for one in fitting)
+    return next(one for one in fitting if one.step_seconds <= 1.02 * fastest)
+
+
+def link_speed(name: str) -> float:
+    """Return what collectives get out of a link, bytes per second.
+
+    Args:
+        name: of ``LINKS``, or gigabits per second such as ``400gb``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name in LINKS:
+        return _ACHIEVED * LINKS[name]
+    try:
+        gigabits = float(name.removesuffix("gb"))
+    except ValueError:
+        gigabits = 0.0
+    if not name.endswith("gb") or not 0 < gigabits < math.inf:
+        raise ValueError(
+            f"--link: found {name}, expected one of {', '.join(LINKS)}, or gigabits per second "
+            f"such as 400gb."
+        )
+    return _ACHIEVED * gigabits * 1e9 / 8

@@ -1,0 +1,64 @@
+"""What ends a run in the middle of a step, told as one message that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from bigdet import distributed
+from bigdet.training.metrics import peak_memory_gib
+
+if TYPE_CHECKING:
+    from bigdet.training.loop import PhaseTrainer
+
+_GIB = 1 << 30
+
+
+class StepError(ValueError):
+    """A step could not be taken."""
+
+
+@contextmanager
+def explained(trainer: PhaseTrainer) -> Iterator[None]:
+    """Give an error inside the block its place in the run.
+
+    Raises:
+        StepError: the memory is full, or another rank is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        where = trainer.run.watchdog.where
+        if _is_out_of_memory(error):
+            raise StepError(_out_of_memory(trainer, where)) from error
+        if lost := distributed.lost_peer(error):
+            raise StepError(f"{where}: {lost}") from error
+        raise
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether a device, or the host as one, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:
+    """Say what was on the device, and what to change."""
+    shapes = sorted({str(tuple(batch.images.shape)) for batch in trainer.micro_batches})
+    images = ", ".join(shapes) or "of the validation set"
+    device = trainer.device
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory / _GIB
+        found = f"{peak_memory_gib():.1f} of {room:.1f} GiB of {device}"
+    else:
+        found = f"{peak_memory_gib():.1f} GiB of memory"
+    key = f"phases.{trainer.name}"
+    return (
+        f"{where}: out of memory on rank {distributed.rank()}: images {images}, peak "
+        f"{found}. Lower {key}.images_per_gpu (images_per_step may stay: the rest is "
+        f"accumulated), {key}.resize.size or model.roi.rois_per_image, write "
+        f"engine.precision=bf16, engine.activation_checkpointing=true or a higher "
+        f"engine.zero_stage; in an evaluation, lower evaluation.images_per_gpu."
+    )

@@ -1,0 +1,57 @@
+"""How large a model and what a run keeps of it are, told before it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bigdet.config.derived import phase_model
+from bigdet.config.schema import PhaseConfig, RunConfig
+from bigdet.models import backbones, norms
+from bigdet.models.build import build_detector
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts of numbers (not bytes).
+
+    Attributes:
+        parameters: all weights.
+        trained: those that the phase trains.
+        buffers: running statistics.
+    """
+
+    parameters: int
+    trained: int
+    buffers: int
+
+
+def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
+    """Count the numbers of a phase's detector; nothing is allocated."""
+    settings = config.phases[phase]
+    with torch.device("meta"):
+        detector = build_detector(phase_model(config, phase), num_classes)
+    if settings.norm_mode is not None:
+        norms.set_norm_mode(detector, settings.norm_mode)
+    backbones.freeze_stages(detector.backbone, settings.freeze_stages)
+    return ModelSizes(
+        sum(parameter.numel() for parameter in detector.parameters()),
+        sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad),
+        sum(buffer.numel() for buffer in detector.buffers()),
+    )
+
+
+def optimizer_tensors(phase: PhaseConfig) -> int:
+    """Tensors of a trained weight's size that the optimizer keeps."""
+    if phase.optimizer == "adamw":
+        return 2
+    return 1 if phase.momentum else 0
+
+
+def checkpoint_bytes(sizes: ModelSizes, phase: PhaseConfig) -> int:
+    """Bytes of one checkpoint: weights, running statistics and optimizer state in fp32."""
+    state = optimizer_tensors(phase) * sizes.trained
+    return FP32_BYTES * (sizes.parameters + sizes.buffers + state)

@@ -1,0 +1,196 @@
+"""A small module, its data, plain PyTorch in one process as the oracle, and engines around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bigdet import distributed
+from bigdet.config.schema import EngineConfig, PhaseConfig
+from bigdet.engine.precision import DTYPES
+from bigdet.models import norms
+from bigdet.training.optim import build_optimizer
+
+if TYPE_CHECKING:
+    from bigdet.engine.base import Engine
+
+LANES = 4
+STEPS = 5
+ENGINES: dict[str, dict[str, Any]] = {
+    **{f"zero{stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in range(4)},
+    "fsdp": {"kind": "fsdp", "zero_stage": None},
+}
+REPLICATED = ("zero0", "zero1", "zero2")
+"""Engines that have all weights on every rank."""
+OFFLOADS = {
+    "zero1": ("optimizer",), "zero2": ("optimizer",), "zero3": ("optimizer", "all"),
+    "fsdp": ("all",),
+}  # fmt: skip
+# Means over 2 to 4 lanes are summed in another order than in one process: each sum of n fp32
+# numbers is off by up to n x 6e-8 of its terms, times cancellation; 5 steps add up.
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}
+OPTIMIZERS = {
+    "sgd": PhaseConfig(steps=100, images_per_gpu=2, lr=0.1, optimizer="sgd", weight_decay=0.05),
+    "adamw": PhaseConfig(
+        steps=100, images_per_gpu=2, lr=0.01, optimizer="adamw", weight_decay=0.05
+    ),
+}
+
+
+class Toy(nn.Module):
+    """Convolution, normalization, two linear layers, one of them frozen, a buffer; two losses.
+
+    Args:
+        norm: ``gn``, or a mode of batch normalization.
+    """
+
+    def __init__(self, norm: str = "gn") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 5, 3, bias=False)
+        self.norm = nn.GroupNorm(1, 5) if norm == "gn" else norms.BatchNorm2d(5)
+        self.frozen = nn.Linear(5, 5)
+        self.linear = nn.Linear(5, 3)
+        self.register_buffer("mean", torch.tensor([0.1, -0.2, 0.3]))
+        if norm != "gn":
+            self.norm.running_mean.copy_(torch.linspace(-0.3, 0.3, 5))
+            self.norm.running_var.copy_(torch.linspace(0.5, 1.5, 5))
+            norms.set_norm_mode(self, norm)
+        self.frozen.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def units(self) -> list[list[nn.Module]]:
+        """What FSDP2 shards together; ``linear`` is left to the whole module."""
+        return [[self.convolution, self.norm], [self.frozen]]
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        shifted = batch["images"] - self.mean.view(1, 3, 1, 1)
+        features = self.norm(self.convolution(shifted)).relu().mean((2, 3))
+        if self.training:
+            norms.count_lane(self)
+        outputs = self.linear(self.frozen(features)).float()
+        square = (outputs - batch["targets"]).square().mean()
+        size = 0.1 * outputs.abs().mean()
+        trouble = batch.get("trouble")
+        if trouble == "nan loss":
+            square = square * torch.nan
+        elif trouble == "infinite loss without a gradient":
+            size = size + torch.tensor(torch.inf)
+        elif trouble == "nan gradient of a finite loss":
+            size = size + (outputs * 0).square().sum().sqrt()  # d sqrt(0) is inf, times 0
+        return {"square": square, "size": size}
+
+
+def make_batch(step: int, lanes: Iterable[int]) -> dict[str, Any]:
+    """The images of some lanes of a step."""
+    images, targets = [], []
+    for lane in lanes:
+        generator = torch.Generator().manual_seed(1000 * step + lane)
+        images.append(torch.randn(2, 3, 8, 8, generator=generator))
+        targets.append(torch.randn(2, 3, generator=generator))
+    stacked = torch.cat(images).contiguous(memory_format=torch.channels_last)
+    return {"images": stacked, "targets": torch.cat(targets)}
+
+
+def lanes_of_rank(step: int, **changed: str) -> list[dict[str, Any]]:
+    """This rank's lanes; ``changed`` goes into the very last lane, which is the last rank's."""
+    share = LANES // distributed.world_size()
+    lanes = range(distributed.rank() * share, (distributed.rank() + 1) * share)
+    return [make_batch(step, [k]) | (changed if k == LANES - 1 else {}) for k in lanes]
+
+
+def lr_at(step: int, base: float) -> float:
+    return base * (1 + step % 3) / 3
+
+
+def train_plainly(
+    optimizer: str,
+    clip_norm: float | None = None,
+    norm: str = "gn",
+    precision: str = "fp32",
+    num_ranks: int = 1,
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Train with plain PyTorch in this process: losses, gradient norms and final weights.
+
+    Synchronized normalization is live normalization of the lanes that run at the same time, which
+    are as many as there are ranks; in all other modes lanes do not meet.
+    """
+    is_sync = norm == "sync"
+    module = Toy("live" if is_sync else norm)
+    share = LANES // num_ranks
+    groups = [[k + share * rank for rank in range(num_ranks)] for k in range(share)]
+    if not is_sync:
+        groups = [[lane] for lane in range(LANES)]
+    phase = OPTIMIZERS[optimizer]
+    torch_optimizer = build_optimizer(module, phase)
+    losses, grad_norms = [], []
+    for step in range(1, STEPS + 1):
+        for group in torch_optimizer.param_groups:
+            group["lr"] = lr_at(step, phase.lr)
+        with torch.autocast("cpu", DTYPES.get(precision), precision in DTYPES):
+            totals = [sum(module(make_batch(step, lanes)).values()) for lanes in groups]
+        total = torch.stack(totals).mean()
+        total.backward()
+        limit = float("inf") if clip_norm is None else clip_norm
+        grad_norms.append(nn.utils.clip_grad_norm_(module.parameters(), limit).item())
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
+        norms.update_running_statistics(module)
+        losses.append(total.item())
+    return losses, grad_norms, copy_of(module.state_dict())
+
+
+def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def make_engine(
+    name: str,
+    optimizer: str,
+    clip_norm: float | None = None,
+    precision: str = "fp32",
+    norm: str = "gn",
+    offload: str = "none",
+) -> Engine:
+    """An engine of `ENGINES` around a new module, the same on all ranks."""
+    from bigdet.engine import deepspeed_engine  # takes seconds: in the ranks only
+    from bigdet.engine.build import build_engine
+
+    deepspeed_engine.WHOLE_ELEMENTS = 10  # else stage 3 would leave all of the module whole
+    config = EngineConfig(
+        **ENGINES[name], precision=precision, clip_norm=clip_norm, offload=offload
+    )
+    make_optimizer = partial(build_optimizer, phase=OPTIMIZERS[optimizer])
+    num_micro_batches = LANES // distributed.world_size()
+    module = Toy(norm)
+    return build_engine(
+        module, make_optimizer, config, num_micro_batches, distributed.device(), module.units
+    )
+
+
+def run_steps(
+    engine: Engine, optimizer: str, steps: Iterable[int]
+) -> tuple[list[float], list[float]]:
+    """Take steps as the training loop does; give mean losses over all lanes and gradient norms."""
+    losses, grad_norms = [], []
+    for step in steps:
+        engine.set_lr(lr_at(step, OPTIMIZERS[optimizer].lr))
+        result = engine.train_step(lanes_of_rank(step))
+        assert result.is_finite
+        norms.update_running_statistics(engine.module)
+        losses.append(distributed.mean_over_ranks(result.losses["total"]).item())
+        grad_norms.append(result.grad_norm)
+    return losses, grad_norms
+
+
+def weights(name: str, engine: Engine) -> dict[str, Tensor] | None:
+    """All weights: of rank 0 as saved, of the others as they have them (None where sharded)."""
+    saved = engine.state().model
+    if distributed.is_main():
+        return saved
+    return copy_of(engine.module.state_dict()) if name in REPLICATED else None

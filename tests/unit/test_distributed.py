@@ -1,0 +1,86 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigdet import distributed
+
+ROOT = Path(__file__).parents[2]
+MEET = (
+    "from bigdet import distributed as d; import torch; d.start(); "
+    "print(d.rank(), d.world_size(), d.local_rank(), int(d.sum_over_ranks(torch.ones(()))), "
+    "flush=True); import os; os._exit(0)"
+)
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
+
+
+def python(text: str, **variables: str) -> subprocess.Popen:
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        env={**plain, "PYTHONPATH": str(ROOT), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def outputs(processes: list[subprocess.Popen]) -> list[str]:
+    try:
+        return [process.communicate(timeout=100)[0].strip() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("node_list", "host"),
+    [
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("gpu[7],gpu[9]", "gpu7"),
+        ("alone", "alone"),
+        ("a,b[1-2]", "a"),
+        ("rack[1-2]node[4,5]-ib,q", "rack1node4-ib"),
+    ],
+)
+def test_the_first_host_of_a_slurm_list_is_the_meeting_place(node_list: str, host: str):
+    assert distributed.first_host(node_list) == host
+
+
+def test_tasks_of_srun_meet():
+    tasks = [
+        python(
+            MEET,
+            **SLURM,
+            SLURM_NTASKS="2",
+            SLURM_STEP_NUM_TASKS="2",
+            SLURM_PROCID=str(rank),
+            SLURM_LOCALID=str(rank),
+        )
+        for rank in range(2)
+    ]
+    assert outputs(tasks) == ["0 2 0 2", "1 2 1 2"]
+
+
+def test_python_without_srun_in_a_job_of_several_tasks_is_refused():
+    (printed,) = outputs([python(MEET, SLURM_NTASKS="8")])
+    assert "ValueError: Slurm gave this job 8 tasks, but python was started without srun" in printed
+
+
+def test_a_rank_that_does_not_come_is_named_by_rank_0_alone():
+    code = (
+        "from bigdet.commands import run_command; from bigdet import distributed\n"
+        "run_command(lambda words: distributed.start())"
+    )
+    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345"}
+    came = [
+        python(code, **variables, BIGDET_JOIN_SECONDS="5", RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in (0, 2)
+    ]
+    told, silent = outputs(came)
+    assert told.startswith("error: only 2 of 3 ranks came within 5 s"), told
+    assert "missing: 1." in told
+    assert len(told.splitlines()) == 1
+    assert silent == ""

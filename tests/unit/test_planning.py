@@ -1,0 +1,89 @@
+import dataclasses
+
+import pytest
+
+from bigdet.plan import parse_cluster
+from bigdet.planning import KINDS, Cluster, Work, best, forecast, link_speed, state_bytes
+from bigdet.training.sizes import ModelSizes
+
+# 100 million weights, all trained: 0.4 GB of gradients. AdamW. 0.9 s: 0.3 forward, 0.6 backward.
+WORK = Work(
+    ModelSizes(100_000_000, 100_000_000, 0), optimizer_tensors=2, micro_batch_seconds=0.9,
+    activation_bytes=1e9, micro_batches=1, sent_weight_bytes=2,
+)  # fmt: skip
+SLOW = Cluster(gpus_per_host=1, inside=1e12, between=1e9, latency=0.0, overlaps=False)
+
+
+def waiting(kind: str, gpus: int, cluster: Cluster, work: Work = WORK) -> float:
+    return forecast(kind, gpus, cluster, work).waiting_seconds
+
+
+def test_one_gpu_waits_for_nobody():
+    for kind in KINDS:
+        row = forecast(kind, 1, SLOW, WORK)
+        assert (row.step_seconds, row.efficiency) == (0.9, 1.0)
+
+
+def test_stages_send_what_the_zero_paper_says():
+    # 4 GPUs send 3/4 of the bytes in a gather or scatter: 0.3 GB, 0.3 s at 1 GB/s.
+    assert waiting("ZeRO-0", 4, SLOW) == pytest.approx(0.6)
+    assert waiting("ZeRO-1", 4, SLOW) == pytest.approx(0.6)
+    assert waiting("ZeRO-3", 4, SLOW) == pytest.approx(0.9)  # 1.5 times, section 7.2.2
+    assert waiting("FSDP2", 4, SLOW) == pytest.approx(0.6)  # gathers 2 bytes per weight
+    twice = dataclasses.replace(WORK, micro_batches=2)
+    assert waiting("ZeRO-1", 4, SLOW, twice) == pytest.approx(0.6)
+    assert waiting("ZeRO-2", 4, SLOW, twice) == pytest.approx(0.9)
+    assert waiting("ZeRO-3", 4, SLOW, twice) == pytest.approx(1.8)
+
+
+def test_gpus_hide_what_the_pass_covers_but_for_one_call():
+    overlapping = dataclasses.replace(SLOW, overlaps=True)
+    # Two buckets of 50 million: the second of 0.3 s travels alone, 0.6 s of backward hide the rest.
+    assert waiting("ZeRO-0", 4, overlapping) == pytest.approx(0.3)
+    # The scatter of 0.3 s waits for one of two buckets; the gather of 0.3 s is not hidden.
+    assert waiting("ZeRO-2", 4, overlapping) == pytest.approx(0.15 + 0.3)
+
+
+def test_every_adapter_of_a_host_carries_rings_and_latency_grows_with_the_logarithm():
+    cluster = Cluster(gpus_per_host=4, inside=100e9, between=10e9, latency=1e-3)
+    # 8 GPUs: 2 * 7/8 of 0.4 GB at 4 * 10 GB/s, and 2 * log2(8) messages.
+    assert cluster.seconds(0.4e9, 8, calls=1, passes=2) == pytest.approx(0.0175 + 0.006)
+    # Inside one host the network plays no part: 2 * 3/4 of 0.4 GB at 100 GB/s.
+    assert cluster.seconds(0.4e9, 4, calls=1, passes=2) == pytest.approx(0.006 + 0.004)
+
+
+def test_states_take_what_the_zero_paper_says():
+    # 16 bytes per weight; DeepSpeed's own copy of the weights adds 4, sharded, from stage 1 on.
+    gb = {kind: state_bytes(kind, 4, WORK) / 1e9 for kind in KINDS}
+    assert gb == {
+        "ZeRO-0": pytest.approx(1.6),
+        "ZeRO-1": pytest.approx(0.8 + 1.2 / 4),
+        "ZeRO-2": pytest.approx(0.4 + 1.6 / 4),
+        "ZeRO-3": pytest.approx(2.0 / 4),
+        "FSDP2": pytest.approx(1.6 / 4),
+    }
+
+
+def test_the_fastest_that_fits_is_taken():
+    rows = [forecast(kind, 4, SLOW, WORK) for kind in KINDS]
+    assert best(rows, 10e9) == rows[0]  # as fast as ZeRO-1, and simpler
+    assert best(rows, 1.9e9) == rows[2]  # 1 GB of activations: 0.9 GB left
+    assert best(rows, 1.45e9) == rows[4]
+    assert best(rows, 1.3e9) is None
+
+
+def test_links_and_gpus_are_read():
+    assert link_speed("nvlink") == pytest.approx(0.8 * 450e9)
+    assert link_speed("400gb") == pytest.approx(0.8 * 50e9)
+    hosts, cluster = parse_cluster("8x16", "nvlink,400gb", 1e-5)
+    assert (hosts, cluster.gpus_per_host) == (16, 8)
+    for gpus, link, words in [
+        ("8", "nvlink,400gb", "--gpus: found 8"),
+        ("8x0", "nvlink,400gb", "--gpus: found 8x0"),
+        ("8x2", "nvlink", "--link: found nvlink, expected two"),
+        ("8x2", "fast,400gb", "--link: found fast"),
+        ("8x2", "nvlink,400", "--link: found 400"),
+        ("8x2", "nvlink,-1gb", "--link: found -1gb"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            parse_cluster(gpus, link, 1e-5)

@@ -1,0 +1,133 @@
+"""Saving beside training: what a step waits for, and what becomes of a save that fails."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bigdet import distributed
+from bigdet.config.load import load_config
+from bigdet.engine import checkpoint
+from bigdet.engine.base import EngineState
+from bigdet.run_dir import RunDir
+from bigdet.training.saving import Saver, newest_checkpoint
+from bigdet.training.state import RunState
+
+CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+
+
+class FakeEngine:
+    """Gives 400 KB of state."""
+
+    def state(self) -> EngineState:
+        return EngineState({"weight": torch.zeros(100_000)})
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+@pytest.fixture
+def saver(run_dir: RunDir) -> Saver:
+    train_set: Any = SimpleNamespace(categories=[])
+    return Saver(load_config(CONFIG, ["checkpoint.keep=1"]), run_dir, train_set)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Any]:
+    """Gives a function that lets no file grow beyond 50 KB, or lets them again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def set_full(is_full: bool) -> None:
+        soft = 50_000 if is_full else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, limits[1]))
+
+    yield set_full
+    set_full(False)
+
+
+def save(saver: Saver, step: int) -> None:
+    engine: Any = FakeEngine()
+    saver.save(engine, RunState("pretrain", step=step))
+
+
+def names(run_dir: RunDir) -> list[str]:
+    return sorted(path.name for path in run_dir.checkpoints.iterdir())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
+    saver: Saver, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, running = threading.Event(), []
+    original = checkpoint.save
+
+    def slow_save(folder: Path, *rest: Any) -> None:
+        running.append(folder.name)
+        assert may_write.wait(20)
+        original(folder, *rest)
+        running.remove(folder.name)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    save(saver, 1)  # returns although nothing can be written yet
+    assert newest_checkpoint(run_dir) is None
+    second = threading.Thread(target=save, args=(saver, 2))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "the second save did not wait for the first"
+    assert running == ["pretrain-1"]
+    may_write.set()
+    second.join()
+    saver.finish()
+    assert names(run_dir) == ["latest", "pretrain-2"]
+    saved = checkpoint.load(run_dir.checkpoints / "pretrain-2")
+    assert saved.run["run"]["step"] == 2
+
+
+def test_a_full_disk_is_a_warning_and_the_next_save_makes_it_good(
+    saver: Saver, run_dir: RunDir, full_disk: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(saver, 1)
+    saver.wait()
+    full_disk(True)
+    save(saver, 2)
+    saver.join()
+    full_disk(False)
+    with caplog.at_level(logging.WARNING, "bigdet"):
+        save(saver, 3)
+    assert "pretrain-2: cannot write the checkpoint" in caplog.text
+    assert "The run goes on" in caplog.text
+    saver.finish()
+    assert names(run_dir) == ["latest", "pretrain-3"]
+
+
+def test_a_second_failure_in_a_row_ends_the_run_with_the_checkpoint_before_untouched(
+    saver: Saver, run_dir: RunDir, full_disk: Any
+) -> None:
+    save(saver, 1)
+    saver.wait()
+    full_disk(True)
+    save(saver, 2)
+    save(saver, 3)
+    with pytest.raises(distributed.SharedError, match=r"pretrain-3: cannot write.*in a row"):
+        save(saver, 4)
+    full_disk(False)
+    assert names(run_dir) == ["latest", "pretrain-1"]
+    assert checkpoint.load(run_dir.checkpoints / "pretrain-1").run["run"]["step"] == 1
+
+
+def test_the_last_save_of_a_run_must_succeed(saver: Saver, run_dir: RunDir, full_disk: Any) -> None:
+    save(saver, 1)
+    saver.wait()
+    full_disk(True)
+    save(saver, 2)
+    with pytest.raises(distributed.SharedError, match=r"goes on from .*pretrain-1\."):
+        saver.finish()
