@@ -6,11 +6,11 @@ or on the number of ranks is checked by the parts that know them, also before th
 
 from __future__ import annotations
 
-import itertools
 import re
 
 from bigdet.config.check_family import check_family, check_tta
 from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
+from bigdet.config.check_schedule import check_cost, check_kept, check_length, check_schedule
 from bigdet.config.derived import (
     LAYER_NORM_BACKBONES,
     has_batch_norm,
@@ -85,6 +85,7 @@ def check_config(config: RunConfig) -> None:
         check_detector(config, name)
         _check_phase(key, phase, model, source)
         _check_start(config, name)
+    check_kept(config)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -246,7 +247,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
-    for name in ("steps", "images_per_gpu", "images_per_step", "lr", "reference_images_per_step"):
+    for name in ("images_per_gpu", "images_per_step", "lr", "reference_images_per_step"):
         _positive(f"{key}.{name}", getattr(phase, name))
     for name in ("warmup_steps", "weight_decay"):
         _not_negative(f"{key}.{name}", getattr(phase, name))
@@ -262,7 +263,8 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
         )
     _check_resize(f"{key}.resize", phase.resize)
     _check_augment(key, phase, model)
-    _check_schedule(key, phase)
+    check_schedule(key, phase)
+    check_length(key, phase)
     _check_norm_mode(key, phase, model)
 
 
@@ -306,31 +308,6 @@ def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
             )
 
 
-def _check_schedule(key: str, phase: PhaseConfig) -> None:
-    if phase.warmup_steps >= phase.steps:
-        raise ConfigError(
-            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {phase.steps} "
-            f"steps. Write fewer, or 0 for no warm-up."
-        )
-    _require(0 < phase.warmup_factor <= 1, f"{key}.warmup_factor", phase.warmup_factor, "in (0, 1]")
-    _require(0 < phase.decay_factor <= 1, f"{key}.decay_factor", phase.decay_factor, "in (0, 1]")
-    _require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
-    _require(
-        all(0 <= beta < 1 for beta in phase.betas), f"{key}.betas", phase.betas, "two in [0, 1)"
-    )
-    unused = "momentum" if phase.optimizer == "adamw" else "betas"
-    _unused(key, phase, unused, f"is not used by {phase.optimizer}")
-    if phase.schedule == "constant":
-        for name in ("drops", "decay_factor"):
-            _unused(key, phase, name, "is for schedule: step")
-    drops = phase.drops or []
-    if any(second <= first for first, second in itertools.pairwise([0, *drops, phase.steps])):
-        raise ConfigError(
-            f"{key}.drops: found {drops}, expected rising steps above 0 and below the phase's "
-            f"{phase.steps} steps."
-        )
-
-
 def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     if has_batch_norm(model) and phase.norm_mode is None:
         raise ConfigError(
@@ -370,6 +347,8 @@ def _check_start(config: RunConfig, name: str) -> None:
             f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
             f"and R-101 and what was trained from them)."
         )
+    if phase.start_from.cost is not None:
+        check_cost(f"{key}.start_from.cost", phase.start_from.cost, source)
     loaded = start_parts(config, name)
     if source == "previous":
         check_hand_over(config, name, loaded)

@@ -31,6 +31,7 @@ Pixels = Literal["rgb", "bgr", "bgr_255"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
+Metric = Literal["coco", "voc07", "voc12"]
 Part = Literal[
     "backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head", "retina_head",
 ]  # fmt: skip
@@ -333,6 +334,22 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartCostConfig:
+    """What it took to make weights that come from elsewhere, as far as it is known."""
+
+    preset: Literal["imagenet"] | None = None
+    """``imagenet``: 1.28 million images of one object, 100 passes at 224x224 (paper 1)."""
+    images: int | None = None
+    """Images seen, repeats counted."""
+    instances: int | None = None
+    """Objects seen."""
+    pixels: int | None = None
+    """Pixels seen."""
+    gpu_seconds: float | None = None
+    """Seconds of training times GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartFromConfig:
     """Which weights a phase starts from."""
 
@@ -348,6 +365,9 @@ class StartFromConfig:
     """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
     as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
     reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
+    cost: StartCostConfig | None = None
+    """For ``timm`` and paths: what the weights cost, to stand beside the run's own in
+    ``metrics.jsonl`` (``imported/images``, ...). None: not stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,8 +383,13 @@ class PhaseModelConfig:
 class PhaseConfig:
     """One part of a run with settings of its own."""
 
-    steps: int = MISSING
-    """Optimizer steps."""
+    steps: int | None = None
+    """Length of the phase in optimizer steps. One of ``steps``, ``passes`` and ``images`` says how
+    long the phase is; the run folder's config has ``steps``."""
+    passes: float | None = None
+    """Length in passes through the training data."""
+    images: int | None = None
+    """Length in training images, so that the steps follow from ``images_per_step``."""
     images_per_gpu: int = MISSING
     """Images in one forward pass of one rank (micro-batch)."""
     images_per_step: int | None = None
@@ -381,8 +406,9 @@ class PhaseConfig:
     lr: float = MISSING
     """Learning rate at ``reference_images_per_step``."""
     reference_images_per_step: int | None = None
-    """Linear scaling rule: the rate used is ``lr`` x images per step / this. None: ``lr`` as it
-    stands."""
+    """Linear scaling rule: the rate used is ``lr`` x images per step / this, up or down. It scales
+    nothing else; with a length in ``images`` or ``passes`` the steps follow the batch too. None:
+    ``lr`` as it stands."""
     momentum: float = 0.9
     """Of SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -390,10 +416,13 @@ class PhaseConfig:
     weight_decay: float = 1e-4
     """On weights; not on normalization layers, biases of them, and the position tables and scales
     of transformers."""
-    schedule: Literal["constant", "step"] = "step"
-    """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
-    drops: list[int] | None = None
-    """Steps of the drops. None: at 2/3 and 11/12 of ``steps`` (8 and 11 of 12 passes)."""
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    """After the warm-up: ``constant``; ``step``: times ``decay_factor`` at each of ``drops``; or
+    ``cosine``: half a cosine, from the full rate at the end of the warm-up to 0 at the end."""
+    drops: list[int | float] | None = None
+    """When the rate drops, in the unit of the phase's length; below 0: so long before its end
+    (paper 1's last 60k and last 20k steps: -60_000, -20_000). None: at 2/3 and 11/12 of the length
+    (8 and 11 of 12 passes)."""
     decay_factor: float = 0.1
     """Of each drop."""
     warmup_steps: int = 500
@@ -442,6 +471,9 @@ class EvaluationConfig:
     tta: TtaConfig | None = None
     """Test-time augmentation, in every evaluation; ``bigdet.evaluate --tta`` asks for it once. It
     takes two passes per view. None: one view at the size of ``resize``."""
+    metric: Metric = "coco"
+    """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
+    all of them (``voc12``), where AP50 is VOC's own number."""
     pictures: int = 8
     """Validation images drawn with their detections at the end of a phase."""
 
@@ -454,6 +486,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+    at: list[str] = field(default_factory=list)
+    """Further checkpoints, PHASE-STEP, that are written and stay: what other runs fork from."""
     keep_every: int | None = None
     """Checkpoints at multiples of so many steps of a phase stay too. None: none of them."""
 
