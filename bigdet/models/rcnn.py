@@ -119,8 +119,8 @@ class RCNN(Detector):
             chosen = select_with_keypoints(regions, keypoints, self.keypoint_head.num_classes)
             pooled = self._pool(table, chosen.boxes, chosen.images, KEYPOINT_POOLED_SIZE)
             with valid_rows(chosen.is_valid):
-                logits = self.keypoint_head(pooled)
-            losses |= self.keypoint_head.losses(logits, chosen, keypoints)
+                heat_maps = self.keypoint_head(pooled)
+            losses |= self.keypoint_head.losses(heat_maps, chosen, keypoints)
         return losses
 
     def features(self, batch: Batch) -> tuple[list[Tensor], FeatureTable]:
