@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from bigdet.config.check_family import check_family
 from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.check_schedule import check_cost, check_kept, check_length, check_schedule
 from bigdet.config.derived import (
@@ -37,6 +38,7 @@ from bigdet.config.schema import (
     ResizeConfig,
     RunConfig,
     TrainSplitConfig,
+    TtaConfig,
 )
 
 _STRIDE = 32
@@ -115,7 +117,13 @@ def _check_numbers(config: RunConfig) -> None:
         keep_every is None or keep_every % every == 0,
         "checkpoint.keep_every", keep_every, f"a multiple of checkpoint.every, {every}",
     )  # fmt: skip
+    _check_tta(config.evaluation.tta)
     if config.evaluation.resize is not None:
+        if config.evaluation.tta is not None:
+            raise ConfigError(
+                "evaluation.resize: with test-time augmentation evaluation.tta.scales say the "
+                "sizes, so it would be ignored. Remove one of them."
+            )
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
@@ -143,6 +151,19 @@ def _check_engine(engine: EngineConfig) -> None:
             f"{key}: found {engine.offload}, which needs engine.zero_stage of at least {lowest}, "
             f"found {stage}: only what is sharded can lie on the CPU. Write none, or raise it."
         )
+
+
+def _check_tta(tta: TtaConfig | None) -> None:
+    if tta is None:
+        return
+    key, scales = "evaluation.tta", tta.scales
+    _require(bool(scales) and min(scales) > 0, f"{key}.scales", scales, "sizes above 0")
+    _require(tta.cap >= max(scales), f"{key}.cap", tta.cap, f"at least {max(scales)}")
+    vote_iou = tta.vote_iou
+    _require(
+        vote_iou is None or 0 < vote_iou <= 1,
+        f"{key}.vote_iou", vote_iou, "above 0, at most 1, or null",
+    )  # fmt: skip
 
 
 def check_train_split(split: TrainSplitConfig) -> None:
@@ -216,10 +237,7 @@ def _check_model(model: ModelConfig) -> None:
     for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
         _positive(key, value)
     rpn, roi = model.rpn, model.roi
-    _require(
-        len(rpn.anchor_sizes) == 5 and all(size > 0 for size in rpn.anchor_sizes),
-        "model.rpn.anchor_sizes", rpn.anchor_sizes, "five sizes above 0, one for each of P2 to P6",
-    )  # fmt: skip
+    check_family(model)
     _require(
         bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
         "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
@@ -228,7 +246,7 @@ def _check_model(model: ModelConfig) -> None:
         rpn.anchors_per_image >= 2, "model.rpn.anchors_per_image", rpn.anchors_per_image,
         "2 or more, half of them for objects",
     )  # fmt: skip
-    for name in ("train_proposals", "test_proposals"):
+    for name in ("train_proposals", "test_proposals", "train_candidates", "test_candidates"):
         _positive(f"model.rpn.{name}", getattr(rpn, name))
     for name in ("rois_per_image", "detections_per_image"):
         _positive(f"model.roi.{name}", getattr(roi, name))

@@ -20,6 +20,7 @@ DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "cascade_rcnn": _PROPOSING,
     "cascade_mask_rcnn": (*_PROPOSING, "mask_head"),
     "keypoint_rcnn": (*_PROPOSING, "keypoint_head"),
+    "retinanet": ("backbone", "fpn", "retina_head"),
 }
 """The parts of each detector, in the order in which data flows through them."""
 
@@ -33,6 +34,9 @@ IMAGENET_COST = {
     "images": 128_000_000, "instances": 128_000_000, "pixels": 128_000_000 * 224 * 224,
 }  # fmt: skip
 """What paper 1 counts for ImageNet weights: 1.28 million images, 100 passes at 224x224."""
+
+SINGLE_LEVEL = ("vgg16",)
+"""Backbones with one level of features, of which no pyramid is made: such a model has no FPN."""
 
 DEFAULT_CAP = (1333, 800)
 """Longest long side, and the short side it goes with, in both papers; others in proportion."""
@@ -64,7 +68,13 @@ def largest_plan(resize: ResizeConfig) -> tuple[int, int]:
 
 def model_parts(model: ModelConfig) -> list[str]:
     """Return the parts of a detector, in the order in which data flows through them."""
-    return list(DETECTOR_PARTS[model.detector])
+    parts = DETECTOR_PARTS[model.detector]
+    return [part for part in parts if part != "fpn" or has_fpn(model)]
+
+
+def has_fpn(model: ModelConfig) -> bool:
+    """Tell whether a feature pyramid stands between the backbone and the heads."""
+    return model.backbone not in SINGLE_LEVEL
 
 
 def has_masks(model: ModelConfig) -> bool:

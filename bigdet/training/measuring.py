@@ -19,6 +19,7 @@ from bigdet.data.shards import ShardSet
 from bigdet.drawing import draw_detections
 from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds
 from bigdet.evaluation.predict import predict_split
+from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir, write_text
 
@@ -50,10 +51,11 @@ def evaluate(
     Returns:
         On every rank the numbers of ``evaluate_detections``; None when it was told to stop.
     """
+    tta = config.evaluation.tta
     results = predict_split(
-        detector,
+        detector if tta is None else AugmentedDetector(detector, tta, val_set.categories),
         val_set,
-        size_cap,
+        size_cap if tta is None else None,
         config.evaluation.images_per_gpu,
         config.data.workers,
         distributed.device(),

@@ -19,6 +19,15 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["model.drop_path=0.1"], "model.drop_path", "resnet10 has no drop path"),
         (["model.norm=none", "model.norm_scope=all"], "model.norm_scope", "norm is none"),
         (["model.rpn.anchor_sizes=[32]"], "model.rpn.anchor_sizes", "five sizes"),
+        (["evaluation.tta={scales: []}"], "evaluation.tta.scales", "above 0"),
+        (["evaluation.tta={scales: [800], cap: 700}"], "evaluation.tta.cap", "at least 800"),
+        (["evaluation.tta={vote_iou: 0}"], "evaluation.tta.vote_iou", "above 0"),
+        (["evaluation.tta={}", "evaluation.resize={kind: direct, size: 64}"], "evaluation.resize",
+         "say the sizes"),
+        (["model.retina.nms_iou=0.6"], "model.retina", "is for retinanet"),
+        (["model.rpn.train_candidates=0"], "model.rpn.train_candidates", "above 0"),
+        (["model.backbone=vgg16"], "model.norm", "has no normalization"),
+        (["model.backbone=vgg16", "model.norm=none"], "model.width", "as wide as vgg16's"),
         (["model.roi.nms_iou=1.5"], "model.roi.nms_iou", "in [0, 1]"),
         (["engine.zero_stage=4"], "engine.zero_stage", "0, 1, 2 or 3"),
         (["engine.zero_stage=null"], "engine.zero_stage", "0, 1, 2 or 3"),
@@ -187,3 +196,31 @@ def test_a_phase_may_go_on_as_a_cascade():
         "model.cascade.gradients=mmdet",
     ]
     check_config(load_config(CONFIGS / "quickstart.yaml", overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "reason"),
+    [
+        (["model.box_head=4conv1fc"], "model.box_head", "no box head"),
+        (["model.rpn.nms_iou=0.6"], "model.rpn", "no proposals"),
+        (["model.roi.score_threshold=0.1"], "model.roi", "model.retina"),
+        (["model.norm_scope=all"], "model.norm_scope", "share retinanet's head"),
+        (["model.backbone=vgg16"], "model.backbone", "needs a pyramid"),
+        (["model.retina.anchor_sizes=[32]"], "model.retina.anchor_sizes", "P3 to P7"),
+        (["model.retina.anchor_ratios=[]"], "model.retina.anchor_ratios", "above 0"),
+        (["model.retina.scales_per_octave=0"], "model.retina.scales_per_octave", "above 0"),
+        (["model.retina.focal_gamma=-1"], "model.retina.focal_gamma", "0 or more"),
+        (["model.retina.focal_alpha=2"], "model.retina.focal_alpha", "in [0, 1]"),
+        (["model.retina.negative_iou=0.6"], "model.retina.negative_iou", "at most positive_iou"),
+        (["phases.finetune.start_from.parts=[rpn]"], "phases.finetune.start_from.parts",
+         "retinanet has no rpn"),
+    ],
+)  # fmt: skip
+def test_rules_of_a_retinanet_name_the_key_and_the_reason(
+    overrides: list[str], key: str, reason: str
+):
+    config = load_config(CONFIGS / "retinanet_r50_direct.yaml", overrides)
+    with pytest.raises(ConfigError) as caught:
+        check_config(config)
+    assert str(caught.value).startswith(f"{key}: ")
+    assert reason in str(caught.value)
