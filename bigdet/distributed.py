@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -334,3 +334,23 @@ def broadcast_tensor(tensor: Tensor) -> Tensor:
     if dist.is_initialized() and world_size() > 1:
         dist.broadcast(sent, src=0)
     return sent
+
+
+CHUNK_BYTES = 16 << 20
+
+
+def send_bytes(file: IO[bytes], num_bytes: int) -> None:
+    """Send what comes next in a file to rank 0, which calls ``receive_bytes``."""
+    while num_bytes:
+        part = bytearray(file.read(min(num_bytes, CHUNK_BYTES)))
+        dist.send(torch.frombuffer(part, dtype=torch.uint8), dst=0)
+        num_bytes -= len(part)
+
+
+def receive_bytes(sender: int, num_bytes: int) -> Iterator[bytes]:
+    """Yield what another rank sends to rank 0, in parts."""
+    while num_bytes:
+        part = torch.empty(min(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
+        dist.recv(part, src=sender)
+        yield part.numpy().tobytes()
+        num_bytes -= len(part)

@@ -4,11 +4,17 @@
     torchrun --nproc-per-node 8 -m bigdet.evaluate runs/x/checkpoints/train-90000 --shards data/val
     python -m bigdet.evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
     python -m bigdet.evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
+    python -m bigdet.evaluate runs/x --shards data/val --analysis --detections results.json
+    python -m bigdet.evaluate results.json --shards data/val
+    python -m bigdet.evaluate runs/voc --shards data/voc/test --metric voc07
 
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
 model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
-(size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), data.workers
-and data.cache.*.
+(size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
+data.workers and data.cache.*.
+
+A file that ends in .json is taken for detections in the COCO results format, of whatever program,
+and scored as it is: boxes, masks and keypoints, whichever its first detection has.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -27,13 +33,16 @@ from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
-from bigdet.config.schema import RunConfig, TtaConfig
+from bigdet.config.schema import Metric, RunConfig, TtaConfig
 from bigdet.data.manifest import Category
 from bigdet.data.mix import with_categories
 from bigdet.data.shards import ShardSet
-from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds, metrics_table
+from bigdet.evaluation.coco_metrics import evaluation_kinds
+from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
 from bigdet.evaluation.predict import predict_split
+from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
 from bigdet.evaluation.tta import AugmentedDetector
+from bigdet.evaluation.waiting import work_on_main
 from bigdet.log import setup_logging
 from bigdet.models.detector import Detector
 from bigdet.models.weights import find_weights, load_detector
@@ -50,6 +59,8 @@ CHANGEABLE = (
     "model.retina.score_threshold",
     "model.retina.nms_iou",
     "model.retina.detections_per_image",
+    "evaluation.metric",
+    "engine.precision",
     "data.workers",
     "data.cache",
 )
@@ -59,13 +70,19 @@ CHANGEABLE = (
 def main(arguments: Sequence[str]) -> int:
     """Measure a detector and return the exit code."""
     options = parse_arguments(arguments)
-    if options.out is not None and options.out.is_dir():
-        raise ValueError(f"--out: {options.out} is a folder. Give the name of a JSON file.")
+    for name, file in (("--out", options.out), ("--detections", options.detections)):
+        if file is not None and file.is_dir():
+            raise ValueError(f"{name}: {file} is a folder. Give the name of a JSON file.")
+    if options.model.suffix == ".json":
+        return evaluate_file(options) if distributed.is_main() else 0
+    if options.metric is not None:
+        options.overrides.append(f"evaluation.metric={options.metric}")
     distributed.start()
     setup_logging(distributed.rank())
     with distributed.together():
         detector = load_detector(options.model)
         config = read_config(options.model, options.overrides)
+        check_analysis(options, config.evaluation.metric)
         shards = ShardSet(options.shards, cache=config.data.cache)
         if config.data.train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
@@ -92,17 +109,79 @@ def main(arguments: Sequence[str]) -> int:
         config.evaluation.images_per_gpu,
         config.data.workers,
         device,
+        precision=config.engine.precision,
     )
-    if distributed.is_main() and results is not None:
-        kinds = evaluation_kinds(shards, has_masks(detector.config), has_keypoints(detector.config))
-        metrics = evaluate_detections(shards, results, kinds)
-        sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-            logger.info("written to %s", options.out)
-    distributed.barrier()
+    assert results is not None, "nobody asks it to stop"
+    metric = config.evaluation.metric
+    model = detector.config
+    kinds = evaluation_kinds(shards, has_masks(model), has_keypoints(model), metric)
+
+    def score() -> Metrics:
+        if options.detections is not None:
+            write_detections(options.detections, results)
+        return evaluate_detections(shards, results, kinds, metric)
+
+    metrics = work_on_main(score, must_stop=lambda: False)
+    with distributed.together():
+        if distributed.is_main() and metrics is not None:
+            report(metrics, options)
     return 0
+
+
+def evaluate_file(options: argparse.Namespace) -> int:
+    """Measure the detections in a file and return the exit code (one process)."""
+    setup_logging(rank=0)
+    if options.overrides or options.detections is not None:
+        what = options.overrides[0] if options.overrides else "--detections"
+        raise ValueError(
+            f"{options.model}: a file of detections is scored as it is, so {what} would be "
+            f"ignored. Leave it out."
+        )
+    metric: Metric = options.metric or "coco"
+    check_analysis(options, metric)
+    results = load_results(options.model)
+    shards = ShardSet(options.shards)
+    first = results[0] if results and isinstance(results[0], dict) else {"bbox": []}
+    with_masks, with_keypoints = (RESULT_KEYS[kind] in first for kind in ("segm", "keypoints"))
+    possible = evaluation_kinds(shards, with_masks, with_keypoints, metric)
+    kinds = [kind for kind in possible if RESULT_KEYS[kind] in first]
+    if not kinds:
+        raise ValueError(
+            f"{options.model}: the first detection has none of what {shards.address} lets be "
+            f"measured by {metric}: bbox, or segmentation and keypoints where the set has them. "
+            f"Give detections in the COCO results format."
+        )
+    report(evaluate_detections(shards, results, kinds, metric, str(options.model)), options)
+    return 0
+
+
+def check_analysis(options: argparse.Namespace, metric: Metric) -> None:
+    """Raise ``ValueError`` where an analysis is asked for that this metric does not come with."""
+    if options.analysis and metric != "coco":
+        raise ValueError(
+            f"--analysis: comes with the metric coco only, found {metric}. Leave it out."
+        )
+
+
+def write_detections(file: Path, results: Iterable[Result]) -> None:
+    """Write detections as one list in the COCO results format, without holding them in memory."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", encoding="utf-8") as opened:
+        for number, result in enumerate(results):
+            opened.write(("[" if number == 0 else ",\n") + json.dumps(result))
+        opened.write("]\n" if opened.tell() else "[]\n")
+    logger.info("detections written to %s", file)
+
+
+def report(metrics: Metrics, options: argparse.Namespace) -> None:
+    """Print the numbers, and write them to a file where one is asked for."""
+    sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
+    if options.analysis:
+        sys.stdout.write("\n" + analysis_table(metrics["analysis"]) + "\n")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        logger.info("written to %s", options.out)
 
 
 def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
@@ -148,11 +227,21 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
+    parser.add_argument(
+        "model", type=Path, help="run folder, checkpoint, model.safetensors; or detections.json"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
     parser.add_argument("--shards", required=True, help="folder or address of a shard set")
     parser.add_argument("--tta", action="store_true", help="several views of each image, mirrored")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument(
+        "--metric", choices=["coco", "voc07", "voc12"], help="instead of the config's"
+    )
+    parser.add_argument(
+        "--analysis", action="store_true",
+        help="print what keeps the AP down: sizes, errors, calibration, confusion, classes",
+    )  # fmt: skip
+    parser.add_argument("--detections", type=Path, help="JSON file for all detections")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 

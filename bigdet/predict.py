@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.drawing import draw_detections
-from bigdet.evaluation.coco_metrics import Result
+from bigdet.evaluation.detections import Result
 from bigdet.evaluation.predict import coco_results
 from bigdet.log import setup_logging
 from bigdet.models.detector import Detector

@@ -30,13 +30,13 @@ LAYER_NORM_BACKBONES = (
 )  # fmt: skip
 """Those with LayerNorm and drop path of their own, which ``model.norm`` does not touch."""
 
+SINGLE_LEVEL = ("vgg16",)
+"""Backbones with one level of features, of which no pyramid is made: such a model has no FPN."""
+
 IMAGENET_COST = {
     "images": 128_000_000, "instances": 128_000_000, "pixels": 128_000_000 * 224 * 224,
 }  # fmt: skip
 """What paper 1 counts for ImageNet weights: 1.28 million images, 100 passes at 224x224."""
-
-SINGLE_LEVEL = ("vgg16",)
-"""Backbones with one level of features, of which no pyramid is made: such a model has no FPN."""
 
 DEFAULT_CAP = (1333, 800)
 """Longest long side, and the short side it goes with, in both papers; others in proportion."""

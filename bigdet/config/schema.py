@@ -31,6 +31,7 @@ Pixels = Literal["rgb", "bgr", "bgr_255"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
+Metric = Literal["coco", "voc07", "voc12"]
 Part = Literal[
     "backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head", "retina_head",
 ]  # fmt: skip
@@ -470,6 +471,9 @@ class EvaluationConfig:
     tta: TtaConfig | None = None
     """Test-time augmentation, in every evaluation; ``bigdet.evaluate --tta`` asks for it once. It
     takes two passes per view. None: one view at the size of ``resize``."""
+    metric: Metric = "coco"
+    """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
+    all of them (``voc12``), where AP50 is VOC's own number."""
     pictures: int = 8
     """Validation images drawn with their detections at the end of a phase."""
 

@@ -1,54 +1,134 @@
-"""Average precision as COCO defines it, with pycocotools, on the ground truth of a shard set.
+"""Average precision as COCO defines it, of boxes, masks and keypoints.
 
-Detections come as COCO results: a list of dicts with ``image_id``, ``category_id``, ``score`` and
-``bbox`` (xywh, pixels of the original image), and maybe ``segmentation`` (compressed RLE) or
-``keypoints`` (x, y, score of each, flat).
-Letters: T IoU thresholds, R recalls, K classes, A area ranges, D limits of detections per image.
+The numbers are those of pycocotools to the last bit (tests compare them); what differs is that
+matching runs on arrays, many images at once, a class at a time.
+
+Letters: T IoU thresholds, R recalls, K classes, A area ranges, D limits of detections per image,
+N detections and M objects of a class.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from bigdet.config.schema import Metric
 from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
-
-Kind = Literal["bbox", "segm", "keypoints"]
-Result = dict[str, Any]  # one detection in the COCO results format
-Metrics = dict[str, Any]  # kind -> name -> number, and "per_class" -> kind -> class -> AP
+from bigdet.evaluation.detections import DetectionTable, Kind
+from bigdet.evaluation.ground_truth import GroundTruth
+from bigdet.evaluation.matching import NOTHING, Pairs, match
+from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 """Our names and the positions of these numbers in ``COCOeval.stats``."""
 KEYPOINT_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APm": 3, "APl": 4, "AR20": 5}
-"""The same for keypoints, of which small objects have none: 20 detections of an image count."""
+"""The same for keypoints."""
 KIND_NAMES: dict[Kind, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 """What people call the kinds."""
-OTHER_SIGMA = 0.05
-"""Tolerance of keypoints in object sides, where they are not the 17 that COCO has measured."""
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0.0, 1.0, 101)
+HIGHEST_THRESHOLD = 1 - 1e-10
+
+Index = NDArray[np.int64]
+Numbers = NDArray[np.float64]
 
 
-def evaluation_kinds(shards: ShardSet, with_masks: bool, with_keypoints: bool) -> tuple[Kind, ...]:
-    """Return what can be measured: boxes always, the rest if both model and data have it.
+@dataclass(frozen=True)
+class Rules:
+    """What COCO measures of a kind.
+
+    Attributes:
+        areas: least and largest area of each range, pixels; the first has all objects.
+        limits: detections per image and class that count; the last one is for AP.
+        stats: the numbers of ``COCOeval.stats`` in their order: precision or recall, IoU threshold
+            (None: the mean over all), place in ``areas``, place in ``limits``.
+    """
+
+    areas: list[tuple[float, float]]
+    limits: list[int]
+    stats: list[tuple[str, float | None, int, int]]
+
+
+_ALL, _SMALL, _MEDIUM, _LARGE = (0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)
+_BOX_RULES = Rules(
+    areas=[_ALL, _SMALL, _MEDIUM, _LARGE],
+    limits=[1, 10, 100],
+    stats=[
+        ("precision", None, 0, 2), ("precision", 0.5, 0, 2), ("precision", 0.75, 0, 2),
+        ("precision", None, 1, 2), ("precision", None, 2, 2), ("precision", None, 3, 2),
+        ("recall", None, 0, 0), ("recall", None, 0, 1), ("recall", None, 0, 2),
+        ("recall", None, 1, 2), ("recall", None, 2, 2), ("recall", None, 3, 2),
+    ],
+)  # fmt: skip
+_KEYPOINT_RULES = Rules(
+    areas=[_ALL, _MEDIUM, _LARGE],
+    limits=[20],
+    stats=[
+        ("precision", None, 0, 0), ("precision", 0.5, 0, 0), ("precision", 0.75, 0, 0),
+        ("precision", None, 1, 0), ("precision", None, 2, 0),
+        ("recall", None, 0, 0), ("recall", 0.5, 0, 0), ("recall", 0.75, 0, 0),
+        ("recall", None, 1, 0), ("recall", None, 2, 0),
+    ],
+)  # fmt: skip
+RULES: dict[Kind, Rules] = {"bbox": _BOX_RULES, "segm": _BOX_RULES, "keypoints": _KEYPOINT_RULES}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Precision and recall of one kind.
+
+    Attributes:
+        rules: what was measured.
+        labels: the classes that were, K of them, by their category ids.
+        precision: ``(T, R, K, A)`` at each recall; -1 for a class without objects in the range.
+        recall: ``(T, K, A, D)``, -1 likewise.
+    """
+
+    rules: Rules
+    labels: list[int]
+    precision: Numbers
+    recall: Numbers
+
+    def stats(self) -> list[float | None]:
+        """Return the numbers of ``COCOeval.stats``; None where there is nothing to measure."""
+        return [self._mean(*stat) for stat in self.rules.stats]
+
+    def class_aps(self, threshold: float | None = None) -> dict[int, float | None]:
+        """Return the AP of each class by its label, over all thresholds or at one."""
+        chosen = _at(self.precision, threshold)[..., 0]
+        return {k: mean_of_defined(chosen[:, :, n]) for n, k in enumerate(self.labels)}
+
+    def _mean(self, what: str, threshold: float | None, area: int, limit: int) -> float | None:
+        if what == "precision":
+            return mean_of_defined(_at(self.precision, threshold)[..., area])
+        return mean_of_defined(_at(self.recall, threshold)[..., area, limit])
+
+
+def _at(values: Numbers, threshold: float | None) -> Numbers:
+    return values if threshold is None else values[np.isclose(THRESHOLDS, threshold)]
+
+
+def evaluation_kinds(
+    shards: ShardSet, with_masks: bool, with_keypoints: bool, metric: Metric = "coco"
+) -> tuple[Kind, ...]:
+    """Return what can be measured: boxes always, the others if model and data have them.
 
     Args:
         shards: the validation set.
         with_masks: the model predicts masks.
         with_keypoints: the model predicts keypoints.
+        metric: VOC's are of boxes only.
     """
-    flags = int(np.bitwise_or.reduce(shards.index["flags"])) if len(shards) else 0
+    if metric != "coco":
+        return ("bbox",)
+    flags = int(np.bitwise_or.reduce(shards.index["flags"], initial=0))
     kinds: list[Kind] = ["bbox"]
-    if with_masks and flags & FLAG_MASKS:
-        kinds.append("segm")
-    if with_keypoints and flags & FLAG_KEYPOINTS:
-        kinds.append("keypoints")
+    kinds += ["segm"] if with_masks and flags & FLAG_MASKS else []
+    kinds += ["keypoints"] if with_keypoints and flags & FLAG_KEYPOINTS else []
     return tuple(kinds)
 
 
@@ -57,171 +137,141 @@ def category_ids(shards: ShardSet) -> list[int]:
     return [category.id for category in shards.categories]
 
 
-def coco_ground_truth(shards: ShardSet) -> dict[str, Any]:
-    """Return the annotations of all samples as the content of a COCO file.
-
-    Annotations are numbered anew from 1: data sets do have the id 0, which pycocotools takes for
-    "not matched". An object without a mask beside others that have one is a box to ignore.
-    """
-    ids = category_ids(shards)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for row in range(len(shards)):
-        record = shards.record(row)
-        size = {"height": record["height"], "width": record["width"]}
-        images.append({"id": record["image_id"], "file_name": record["file_name"], **size})
-        for source in record["annotations"]:
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": record["image_id"],
-                "category_id": ids[source["label"]],
-                "bbox": source["bbox"],
-                "area": source["area"],
-                "iscrowd": source["iscrowd"],
-            }
-            if "segmentation" in source:
-                annotation["segmentation"] = source["segmentation"]
-            if "keypoints" in source:
-                annotation["keypoints"] = source["keypoints"]
-            annotations.append(annotation)
-    categories = [{"id": category.id, "name": category.name} for category in shards.categories]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def evaluate_detections(
-    shards: ShardSet, results: Sequence[Result], kinds: Sequence[Kind]
-) -> Metrics:
-    """Measure detections against the ground truth of a whole shard set.
+def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
+    """Measure precision and recall of one kind, class by class.
 
     Args:
-        shards: the validation set; images without detections count too.
-        results: detections of any of its images, in any order; with ``bbox`` for the kind
-            ``bbox``, ``segmentation`` for ``segm``, ``keypoints`` for ``keypoints``.
-        kinds: what to measure, see ``evaluation_kinds``.
-
-    Returns:
-        Per kind the numbers of ``METRICS`` (keypoints: ``KEYPOINT_METRICS``) in 0..1, and under
-        ``per_class`` the AP by class name.
-        None stands where there is nothing to measure: no object of this class or size.
+        truth: with masks or keypoints if the kind needs them.
+        found: detections of any of its images.
+        kind: what to compare.
     """
-    truth = coco_ground_truth(shards)
-    names = [category["name"] for category in truth["categories"]]
-    metrics: Metrics = {}
-    per_class = {}
-    for kind in kinds:
-        stats, class_aps = _measure(truth, results, kind)
-        places = KEYPOINT_METRICS if kind == "keypoints" else METRICS
-        metrics[kind] = {name: _defined(stats[place]) for name, place in places.items()}
-        per_class[kind] = dict(zip(names, class_aps, strict=True))
-    metrics["per_class"] = per_class
-    return metrics
+    rules = RULES[kind]
+    is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
+    labels = [k for k, is_one in enumerate(is_measured) if is_one]
+    labels.sort(key=lambda k: truth.categories[k].id)  # as pycocotools: means add up in this order
+    shape = (len(THRESHOLDS), len(labels), len(rules.areas))
+    precision = np.full((shape[0], len(RECALLS), *shape[1:]), -1.0)
+    recall = np.full((*shape, len(rules.limits)), -1.0)
+    areas = detection_areas(found, kind)
+    for place, (rows, objects) in enumerate(labels_in(truth, found, labels)):
+        one = _measure_class(truth, found, kind, rows, objects, areas[rows])
+        precision[:, :, place], recall[:, place] = one
+    return Measured(rules, labels, precision, recall)
 
 
-def metrics_table(metrics: Metrics, per_class: bool = False) -> str:
-    """Return the numbers as text, in 0..1, with a dash where there is nothing to measure.
+def labels_in(
+    truth: GroundTruth, found: DetectionTable, labels: Sequence[int]
+) -> list[tuple[Index, Index]]:
+    """Return the detections and the objects of each label.
+
+    Both are by image; the detections of an image come best first, equal scores as they came.
+    """
+    by_image = np.lexsort((-found.scores, found.images))
+    rows = _by_label(found.labels[by_image], labels)
+    objects = _by_label(truth.labels, labels)
+    return [(by_image[mine], others) for mine, others in zip(rows, objects, strict=True)]
+
+
+def _by_label(values: Index, labels: Sequence[int]) -> list[Index]:
+    """Return where each label stands in ``values``, rising."""
+    order = np.argsort(values, kind="stable")
+    bounds = np.searchsorted(values[order], [[label, label + 1] for label in labels])
+    return [order[first:end] for first, end in bounds.reshape(-1, 2).tolist()]
+
+
+def _measure_class(
+    truth: GroundTruth,
+    found: DetectionTable,
+    kind: Kind,
+    rows: Index,
+    objects: Index,
+    areas: Numbers,
+) -> tuple[Numbers, Numbers]:
+    """Return the precision ``(T, R, A)`` and the recall ``(T, A, D)`` of one class.
 
     Args:
-        metrics: what ``evaluate_detections`` returns.
-        per_class: add a line with the AP of each class.
+        truth: all objects.
+        found: all detections.
+        kind: what to compare.
+        rows: ``(N,)`` the class's detections by image, within an image the best first.
+        objects: ``(M,)`` its objects by image.
+        areas: ``(N,)`` of the detections, pixels.
     """
-    kinds = [kind for kind in KIND_NAMES if kind in metrics]
-    rows = [["", *METRICS]]
-    rows += [
-        [KIND_NAMES[kind], *(_text(metrics[kind].get(name)) for name in METRICS)] for kind in kinds
-    ]
-    lines = [f"{first:<8}" + "".join(f"{cell:>7}" for cell in cells) for first, *cells in rows]
-    if per_class:
-        aps = metrics["per_class"]
-        width = max(len(name) for name in aps["bbox"])
-        lines += ["", " " * width + "".join(f"{KIND_NAMES[kind] + ' AP':>12}" for kind in kinds)]
-        for name in aps["bbox"]:
-            cells = "".join(f"{_text(aps[kind][name]):>12}" for kind in kinds)
-            lines.append(f"{name:<{width}}{cells}")
-    return "\n".join(lines)
+    rules = RULES[kind]
+    images = found.images[rows]
+    ranks = np.arange(len(images)) - np.searchsorted(images, images)
+    kept = ranks < rules.limits[-1]
+    rows, images, ranks, areas = rows[kept], images[kept], ranks[kept], areas[kept]
+    ranges = np.array(rules.areas)[:, :, None]  # (A, 2, 1)
+    is_ignored = never_counts(truth, kind)[objects] | _is_outside(truth.areas[objects], ranges)
+    detections, others = pair_up(images, truth.images[objects])
+    pairs = Pairs(
+        detections,
+        others,
+        overlaps(kind, truth, found, rows[detections], objects[others], THRESHOLDS[0]),
+    )
+    is_crowd = truth.is_crowd[objects] | (kind == "segm" and ~truth.has_mask[objects])
+    matched, chosen = match(
+        pairs, images, is_ignored, is_crowd, np.minimum(THRESHOLDS, HIGHEST_THRESHOLD)
+    )
+    order = np.argsort(-found.scores[rows], kind="stable")
+    is_outside = _is_outside(areas, ranges)  # (A, N)
+    precision = np.full((len(THRESHOLDS), len(RECALLS), len(ranges)), -1.0)
+    recall = np.full((len(THRESHOLDS), len(ranges), len(rules.limits)), -1.0)
+    for area, ignored in enumerate(is_ignored):
+        total = int((~ignored).sum())
+        if not total:
+            continue
+        hit = chosen[:, area] != NOTHING  # (T, S)
+        right = hit & ~ignored[chosen[:, area]]
+        is_right = np.zeros((len(THRESHOLDS), len(rows)), dtype=np.bool_)
+        is_right[:, matched] = right
+        counts = np.repeat(~is_outside[area][None], len(THRESHOLDS), axis=0)
+        counts[:, matched] = np.where(hit, right, counts[:, matched])
+        for place, limit in enumerate(rules.limits):
+            recall[:, area, place] = is_right[:, ranks < limit].sum(axis=1) / total
+        seen = np.cumsum(counts[:, order], axis=1)
+        for level, (are_right, num_seen) in enumerate(zip(is_right[:, order], seen, strict=True)):
+            precision[level, :, area] = precision_at_recalls(are_right, num_seen, total)
+    return precision, recall
 
 
-def _measure(
-    truth: dict[str, Any], results: Sequence[Result], kind: Kind
-) -> tuple[NDArray[np.float64], list[float | None]]:
-    """Return the numbers of COCOeval, and the AP of each category in the order of ``truth``."""
-    counts = {len(a["keypoints"]) // 3 for a in truth["annotations"] if "keypoints" in a}
-    num_keypoints = max(counts, default=0)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints; numbers are returned
-        gt = _index(
-            {
-                **truth,
-                "annotations": [_truth_of(a, kind, num_keypoints) for a in truth["annotations"]],
-            }
-        )
-        found = [_detection_of(r, number + 1, kind) for number, r in enumerate(results)]
-        evaluation = COCOeval(gt, _index({**truth, "annotations": found}), kind)
-        if kind == "keypoints" and len(evaluation.params.kpt_oks_sigmas) != num_keypoints:
-            evaluation.params.kpt_oks_sigmas = np.full(num_keypoints, OTHER_SIGMA)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    precision = evaluation.eval["precision"][
-        :, :, :, 0, -1
-    ]  # (T, R, K): all areas, most detections
-    by_id = {
-        category: _mean_of_defined(precision[:, :, place])
-        for place, category in enumerate(evaluation.params.catIds)
-    }
-    return evaluation.stats, [by_id[category["id"]] for category in truth["categories"]]
+def precision_at_recalls(is_right: NDArray[np.bool_], seen: Index, total: int) -> Numbers:
+    """Return the highest precision at or beyond each of ``RECALLS``, ``(R,)``.
 
+    Precision rises only where a detection is right, so the others need not be looked at.
 
-def _index(dataset: dict[str, Any]) -> COCO:
-    """Return pycocotools' view of a data set (``loadRes`` fails where nothing was detected)."""
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
-
-
-def _truth_of(annotation: dict[str, Any], kind: Kind, num_keypoints: int) -> dict[str, Any]:
-    """Copy an annotation, which pycocotools writes into.
-
-    Without a mask, or without any labelled keypoint, it is a box to ignore.
+    Args:
+        is_right: ``(N,)`` by falling score.
+        seen: ``(N,)`` detections that count, up to each one.
+        total: objects to find.
     """
+    places = np.flatnonzero(is_right)
+    num_right = np.arange(1, len(places) + 1, dtype=np.float64)
+    precision = num_right / (seen[places] + np.spacing(1))
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    reached = np.searchsorted(num_right / total, RECALLS, side="left")
+    return np.append(envelope, 0.0)[reached]
+
+
+def never_counts(truth: GroundTruth, kind: Kind) -> NDArray[np.bool_]:
+    """Tell which objects count neither as found nor as missed, ``(M,)``.
+
+    Crowds; for masks an object without one; for keypoints one of which no point is labeled.
+    """
+    if kind == "segm":
+        return truth.is_crowd | ~truth.has_mask
     if kind == "keypoints":
-        points = annotation.get("keypoints", [0] * (3 * num_keypoints))
-        num_labelled = sum(visibility > 0 for visibility in points[2::3])
-        return {**annotation, "keypoints": points, "num_keypoints": num_labelled}
-    if kind == "segm" and "segmentation" not in annotation:
-        x, y, width, height = annotation["bbox"]
-        right, bottom = x + width, y + height
-        corners = [[x, y, right, y, right, bottom, x, bottom]]
-        return {**annotation, "segmentation": corners, "iscrowd": 1}
-    return dict(annotation)
+        return truth.is_crowd | ~(truth.keypoints[:, :, 2] > 0).any(axis=1)
+    return truth.is_crowd
 
 
-def _detection_of(result: Result, number: int, kind: Kind) -> dict[str, Any]:
-    """Return the annotation that pycocotools expects; its area decides between APs, APm and APl."""
-    annotation = {key: result[key] for key in ("image_id", "category_id", "score")}
-    annotation.update(id=number, iscrowd=0)
-    if kind == "bbox":
-        area = result["bbox"][2] * result["bbox"][3]
-        return {**annotation, "bbox": result["bbox"], "area": area}
-    if kind == "keypoints":  # the area is that of the points' own box, as in pycocotools' loadRes
-        points = result["keypoints"]
-        width, height = max(points[0::3]) - min(points[0::3]), max(points[1::3]) - min(points[1::3])
-        box = [min(points[0::3]), min(points[1::3]), width, height]
-        return {**annotation, "keypoints": points, "bbox": box, "area": width * height}
-    # The area of the mask, as in the COCO server; with a box beside it loadRes takes the box's.
-    mask = result["segmentation"]
-    return {**annotation, "segmentation": mask, "area": float(coco_mask.area(mask))}
+def _is_outside(areas: Numbers, ranges: Numbers) -> NDArray[np.bool_]:
+    """Tell which areas ``(N,)`` are outside of which ranges ``(A, 2, 1)``: ``(A, N)``."""
+    return (areas < ranges[:, 0]) | (areas > ranges[:, 1])
 
 
-def _defined(number: float) -> float | None:
-    """Return the number, or None for pycocotools' -1: nothing to measure."""
-    return None if number < 0 else float(number)
-
-
-def _mean_of_defined(precision: NDArray[np.float64]) -> float | None:
-    """Return the mean over thresholds and recalls, or None for a class without objects."""
-    defined = precision[precision > -1]
-    return float(defined.mean()) if defined.size else None
-
-
-def _text(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3f}"
+def mean_of_defined(values: Numbers) -> float | None:
+    """Return the mean of what is not -1, or None if nothing is."""
+    defined = values[values > -1]
+    return float(np.mean(defined)) if defined.size else None

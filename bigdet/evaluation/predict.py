@@ -1,7 +1,8 @@
 """The model over a whole split: every image once, on whichever rank, detections on rank 0.
 
-Also the one place where a model's output (labels, 28x28 masks) becomes COCO results (category ids,
-masks of the image as run lengths).
+Detections go to a file on disk as they come, so memory does not grow with the images. Also the one
+place where a model's output (labels, 28x28 masks) becomes COCO results (category ids, masks of the
+image as run lengths).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +20,12 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from bigdet import distributed
+from bigdet.config.schema import Precision
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import EvalStream
-from bigdet.evaluation.coco_metrics import Result, category_ids
+from bigdet.evaluation.coco_metrics import category_ids
+from bigdet.evaluation.detections import Result
+from bigdet.evaluation.saved import SavedResults
 from bigdet.models.detector import scale_detections
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Batch, Detections
@@ -27,6 +33,7 @@ from bigdet.structures import Batch, Detections
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10.0
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()
@@ -38,7 +45,9 @@ def predict_split(
     workers: int,
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
-) -> list[Result] | None:
+    precision: Precision = "fp32",
+    folder: Path | None = None,
+) -> SavedResults | None:
     """Detect the objects on every image of a shard set; every rank must call it.
 
     Args:
@@ -50,10 +59,13 @@ def predict_split(
         workers: loader processes per rank.
         device: of the module.
         must_stop: asked on all ranks after every batch (a collective); the same answer on all.
+        precision: of activations and matrix products; weights are as they are.
+        folder: where detections wait on disk, None for the system's place for temporary files.
+            Nothing is left there, whatever happens.
 
     Returns:
-        On rank 0 the COCO results of all images, sorted by image id, best first within an image;
-        an empty list on the other ranks. None on all when they had to stop.
+        On rank 0 the COCO results of all images, by image id, best first within an image; nothing
+        on the other ranks. None on all when they had to stop.
 
     Raises:
         SharedError: on every rank, when one of them cannot read an image: a number over fewer
@@ -69,7 +81,8 @@ def predict_split(
     )
     was_training = module.training
     module.eval()
-    collected = _Collected(category_ids(shards), len(shards))
+    results = SavedResults(folder)
+    collected = _Collected(category_ids(shards), len(shards), results)
     problem: Exception | None = None
     try:
         source = iter(batches)
@@ -81,7 +94,12 @@ def predict_split(
             # Before the forward pass: where weights are sharded, that is a collective too.
             if distributed.any_rank(problem is not None):
                 break
-            collected.add(batch, module(batch.to(device)))
+            with autocast(device, precision):
+                found = module(batch.to(device))
+            try:
+                collected.add(batch, found)
+            except OSError as error:  # a full disk: told with the next batch
+                problem = error
             if must_stop():
                 return None
     finally:
@@ -89,13 +107,18 @@ def predict_split(
     with distributed.together():
         if problem is not None:
             raise problem
-    gathered = distributed.gather_objects((collected.image_ids, collected.results))
-    if not distributed.is_main():
-        return []
-    seen = sorted(image_id for image_ids, _ in gathered for image_id in image_ids)
-    assert seen == sorted(shards.index["image_id"].tolist()), "images left out or seen twice"
-    results = [result for _, part in gathered for result in part]
-    return sorted(results, key=lambda result: int(result["image_id"]))  # stable: best first stays
+    results.gather()
+    if distributed.is_main():
+        seen = results.image_ids()
+        assert seen == sorted(shards.index["image_id"].tolist()), "images left out or seen twice"
+    return results
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return a context in which a module with fp32 weights runs in the precision of a run."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, HALF_TYPES[precision])
 
 
 def coco_results(
@@ -133,18 +156,17 @@ def coco_results(
 
 
 class _Collected:
-    """What this rank has found so far: the ids of its images, and the results on them."""
+    """What this rank has found so far."""
 
-    def __init__(self, ids: Sequence[int], num_images: int) -> None:
+    def __init__(self, ids: Sequence[int], num_images: int, results: SavedResults) -> None:
         """Begin with nothing.
 
         Args:
             ids: the data set's category id of each label.
             num_images: of all ranks, for the progress line.
+            results: where detections go.
         """
-        self.image_ids: list[int] = []
-        self.results: list[Result] = []
-        self._ids, self._num_images = ids, num_images
+        self._ids, self._num_images, self._results = ids, num_images, results
         self._start = self._reported = time.monotonic()
 
     def add(self, batch: Batch, found: Sequence[Detections]) -> None:
@@ -156,12 +178,11 @@ class _Collected:
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
             moved = scale_detections(detections, image_size, size)
-            self.results += coco_results(moved, image_id, size, self._ids)
-            self.image_ids.append(image_id)
+            self._results.add(image_id, coco_results(moved, image_id, size, self._ids))
         now = time.monotonic()
         if now - self._reported > PROGRESS_SECONDS:
             self._reported = now
-            num_done = len(self.image_ids) * distributed.world_size()
+            num_done = self._results.num_images * distributed.world_size()
             _log_progress(num_done, self._num_images, now - self._start)
 
 

@@ -267,8 +267,9 @@ class PhaseTrainer:
         size_cap = measuring.test_size(self.config, self.name)
         started = time.perf_counter()
         metrics = measuring.evaluate(
-            self.config, self.detector, run.val_set, size_cap, self._must_stop
-        )
+            self.config, self.detector, run.val_set, size_cap, self._must_stop,
+            run.run_dir.evaluations,
+        )  # fmt: skip
         if metrics is None:
             return False
         self.meter.add_evaluation(time.perf_counter() - started)

@@ -17,9 +17,11 @@ from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import ShardSet
 from bigdet.drawing import draw_detections
-from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds
+from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.predict import predict_split
+from bigdet.evaluation.scoring import evaluate_detections
 from bigdet.evaluation.tta import AugmentedDetector
+from bigdet.evaluation.waiting import work_on_main
 from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir, write_text
 
@@ -38,6 +40,7 @@ def evaluate(
     val_set: ShardSet,
     size_cap: tuple[int, int],
     must_stop: Callable[[], bool],
+    folder: Path,
 ) -> dict[str, Any] | None:
     """Measure the detector on the whole validation set; every rank must call it.
 
@@ -47,6 +50,7 @@ def evaluate(
         val_set: what AP is measured on.
         size_cap: short side and longest long side, pixels.
         must_stop: asked by all ranks after every batch; the same answer on all of them.
+        folder: where detections wait on disk.
 
     Returns:
         On every rank the numbers of ``evaluate_detections``; None when it was told to stop.
@@ -60,12 +64,14 @@ def evaluate(
         config.data.workers,
         distributed.device(),
         must_stop,
+        config.engine.precision,
+        folder,
     )
     if results is None:
         return None
-    kinds = evaluation_kinds(val_set, has_masks(detector.config), has_keypoints(detector.config))
-    metrics = evaluate_detections(val_set, results, kinds) if distributed.is_main() else {}
-    return distributed.broadcast_object(metrics)
+    metric, model = config.evaluation.metric, detector.config
+    kinds = evaluation_kinds(val_set, has_masks(model), has_keypoints(model), metric)
+    return work_on_main(lambda: evaluate_detections(val_set, results, kinds, metric), must_stop)
 
 
 def write_evaluation(metrics: dict[str, Any], file: Path) -> None:
@@ -77,9 +83,9 @@ def flat_metrics(metrics: dict[str, Any]) -> dict[str, float | None]:
     """Return the numbers of an evaluation by the names of ``metrics.jsonl``: ``bbox/AP``, ..."""
     return {
         f"{kind}/{name}": value
-        for kind, numbers in metrics.items()
-        if kind != "per_class"
-        for name, value in numbers.items()
+        for kind in KIND_NAMES
+        if kind in metrics
+        for name, value in metrics[kind].items()
     }
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bigdet.data.shards import ShardSet
-from bigdet.evaluate import check_categories, read_config
+from bigdet.evaluate import check_categories, main, read_config
 from bigdet.evaluation.coco_metrics import METRICS
 from bigdet.models.weights import load_detector
 from tests.commands.tiny_detector import ROOT, save_detector
@@ -21,6 +22,12 @@ def run_and_shards(shapes_shards, tmp_path_factory):
     return save_detector(tmp_path_factory.mktemp("evaluate") / "run", categories), val
 
 
+@pytest.fixture(autouse=True)
+def _keep_logging(monkeypatch):
+    """Commands that run in this process would take the log from other tests."""
+    monkeypatch.setattr("bigdet.evaluate.setup_logging", lambda rank: None)
+
+
 def call(*words, ranks=None):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks else []
     return subprocess.run(
@@ -30,18 +37,19 @@ def call(*words, ranks=None):
 
 
 def test_command_gives_the_same_table_and_numbers_on_two_ranks_and_remote_shards(
-    run_and_shards, tmp_path
+    run_and_shards, tmp_path, capsys
 ):
     model, val = run_and_shards
     words = ["--local_rank=0", model, "data.workers=0", f"data.cache.folder={tmp_path}/cache"]
-    one = call(*words, "--shards", val.folder, "--out", tmp_path / "one.json")
+    files = ["--out", tmp_path / "one.json", "--detections", tmp_path / "found.json"]
+    one = call(*words, "--shards", val.folder, *files)
     assert one.returncode == 0, one.stderr
     lines = one.stdout.splitlines()
     assert lines[0].split() == list(METRICS)
     assert [line.split()[0] for line in lines[1:3]] == ["box", "mask"]
     assert len(lines) == 5 + val.num_classes
     metrics = json.loads((tmp_path / "one.json").read_text())
-    assert list(metrics) == ["bbox", "segm", "per_class"]
+    assert list(metrics) == ["bbox", "segm", "per_class", "analysis"]
     assert list(metrics["segm"]) == list(METRICS)
     assert list(metrics["per_class"]["bbox"]) == [category.name for category in val.categories]
 
@@ -51,12 +59,48 @@ def test_command_gives_the_same_table_and_numbers_on_two_ranks_and_remote_shards
     assert json.loads((tmp_path / "two.json").read_text()) == metrics
     assert two.stdout == one.stdout
 
+    alone = ["--shards", val.folder, "--out", tmp_path / "alone.json", "--analysis"]
+    assert main(list(map(str, [tmp_path / "found.json", *alone]))) == 0
+    assert json.loads((tmp_path / "alone.json").read_text()) == metrics
+    printed = capsys.readouterr().out
+    assert printed.startswith(one.stdout)
+    assert "classification" in printed
+
 
 def test_command_ends_with_one_message_on_shards_that_are_not_there(run_and_shards, tmp_path):
     ended = call(run_and_shards[0], "--shards", tmp_path / "nowhere")
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path / 'nowhere'}: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        ('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]', [], "1: has no score"),
+        ('[{"image_id": -5, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]', [],
+         "image_id is -5, which none of the"),
+        ('[{"image_id": 1, "keypoints": [1, 2, 3]}]', [], "has none of what"),
+        ('[{"image_id": 1, "segmentation": {}}]', ["--metric", "voc07"], "has none of what"),
+        ("[]", ["evaluation.metric=voc07"], "evaluation.metric=voc07 would be ignored"),
+        ("[]", ["--detections", "x.json"], "--detections would be ignored"),
+        ("[]", ["--metric", "voc12", "--analysis"], "--analysis: comes with the metric coco only"),
+        ("{}", [], "found a dict, expected a list of detections"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_of_detections_is_told(
+    run_and_shards, tmp_path, content, words, message
+):
+    (tmp_path / "found.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main([str(tmp_path / "found.json"), "--shards", str(run_and_shards[1].folder), *words])
+
+
+def test_no_detections_and_the_metric_of_voc(run_and_shards, tmp_path, capsys):
+    (tmp_path / "found.json").write_text("[]")
+    words = ["--shards", str(run_and_shards[1].folder), "--metric", "voc07"]
+    assert main([str(tmp_path / "found.json"), *words]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["box", "0.000", "0.000", "0.000"]
 
 
 def test_shards_with_other_categories_are_refused(run_and_shards):

@@ -33,7 +33,7 @@ def seven_images(tmp_path):
 def on_one_rank(folder):
     shards = ShardSet(folder)
     oracle = Oracle(shards)
-    return predict_split(oracle, shards, (60, 100), 2, 0, CPU), oracle.passes
+    return list(predict_split(oracle, shards, (60, 100), 2, 0, CPU)), oracle.passes
 
 
 def shared_message(folder):

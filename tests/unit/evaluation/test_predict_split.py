@@ -6,8 +6,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from bigdet.evaluation import predict
-from bigdet.evaluation.coco_metrics import evaluate_detections
 from bigdet.evaluation.predict import coco_results, predict_split
+from bigdet.evaluation.scoring import evaluate_detections
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Detections
 from tests.unit.evaluation.oracle import Oracle
@@ -34,7 +34,7 @@ FIVE_IMAGES = [
 def test_detections_on_resized_images_come_back_in_original_pixels_and_category_ids(make_shards):
     shards = make_shards(FIVE_IMAGES)
     oracle = Oracle(shards).train()
-    results = predict_split(oracle, shards, (64, 107), 2, 0, CPU)
+    results = list(predict_split(oracle, shards, (64, 107), 2, 0, CPU))
     assert [result["image_id"] for result in results] == [7, 7, 9, 10, 11]
     assert [result["category_id"] for result in results] == [17, 3, 3, 17, 17]
     assert results[1]["bbox"] == pytest.approx([50, 60, 30, 20])
@@ -55,7 +55,7 @@ def test_boxes_are_cut_at_the_border_of_the_image(make_shards):
 
 def test_split_without_any_detection_gives_no_results(make_shards):
     shards = make_shards([[], []])
-    assert predict_split(Oracle(shards), shards, (100, 100), 1, 0, CPU) == []
+    assert list(predict_split(Oracle(shards), shards, (100, 100), 1, 0, CPU)) == []
 
 
 def test_a_request_to_stop_ends_the_evaluation_without_a_result(make_shards):
@@ -111,6 +111,26 @@ def test_detections_without_masks_give_results_without_segmentation():
     found = Detections(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([0.5]), torch.tensor([1]))
     expected = {"image_id": 5, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}
     assert coco_results(found, 5, (64, 96), [17, 3]) == [expected]
+
+
+def test_module_runs_in_the_precision_of_the_run_with_single_precision_weights(make_shards):
+    class Multiplying(Oracle):
+        def __init__(self, shards):
+            super().__init__(shards)
+            self.linear = torch.nn.Linear(4, 4)
+            self.seen = set()
+
+        def forward(self, batch):
+            self.seen.add((self.linear(torch.ones(1, 4)).dtype, self.linear.weight.dtype))
+            return super().forward(batch)
+
+    shards = make_shards(FIVE_IMAGES)
+    module = Multiplying(shards)
+    predict_split(module, shards, (100, 100), 2, 0, CPU, precision="bf16")
+    assert module.seen == {(torch.bfloat16, torch.float32)}
+    module.seen.clear()
+    predict_split(module, shards, (100, 100), 2, 0, CPU)
+    assert module.seen == {(torch.float32, torch.float32)}
 
 
 def test_keypoints_are_counted_in_cocos_pixels():

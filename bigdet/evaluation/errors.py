@@ -1,0 +1,249 @@
+"""What keeps the AP down: the error types of TIDE (Bolya et al., ECCV 2020), and what each costs.
+
+All at an IoU of 0.5 with the best 100 detections of an image. A detection that finds nothing is,
+by the first rule that holds:
+
+    localization    it covers an object of its class by 0.1 to 0.5
+    classification  it covers an object of another class by 0.5 or more
+    duplicate       it covers an object of its class by 0.5, which a better one has found
+    background      it covers no object by more than 0.1
+    both            the rest: wrong class and badly placed
+
+An object is missed if nothing finds it and no localization or classification error is on it. What a
+type costs is how much the AP rises when all its errors are mended: a detection on an object that
+nothing found becomes right (the best one), all others of the type vanish, missed objects are not
+asked for. The numbers are those of the authors' ``tidecv``, but for classes without objects, which
+count for nothing here, as in COCO.
+
+Letters: N detections, M objects, Q pairs of them that overlap by 0.1 or more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigdet.evaluation.coco_metrics import Index, Numbers, never_counts, precision_at_recalls
+from bigdet.evaluation.detections import DetectionTable, Kind
+from bigdet.evaluation.ground_truth import GroundTruth
+from bigdet.evaluation.matching import NOTHING, Pairs, match
+from bigdet.evaluation.overlaps import overlaps, pair_up
+
+FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
+MAX_DETECTIONS = 100
+TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
+IMAGES_AT_ONCE = 1024
+
+_RIGHT, _MISSED = len(TYPES), 5
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Cover:
+    """The best detections of every image, and what they cover.
+
+    Attributes:
+        rows: ``(N,)`` rows of the detection table by image, within an image the best first.
+        images: ``(N,)``.
+        labels: ``(N,)``.
+        scores: ``(N,)``.
+        pairs: with the objects that count, of any class, covered by 0.1 or more.
+        in_crowd: ``(N,)`` covers an ignored region of its class by more than 0.5 of itself.
+    """
+
+    rows: Index
+    images: Index
+    labels: Index
+    scores: Numbers
+    pairs: Pairs
+    in_crowd: Flags
+
+
+def find_cover(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Cover:
+    """Return what detections cover, of whatever class; a thousand images at a time."""
+    rows = np.lexsort((-found.scores, found.images))
+    images = found.images[rows]
+    kept = np.arange(len(rows)) - np.searchsorted(images, images) < MAX_DETECTIONS
+    rows, images = rows[kept], images[kept]
+    is_ignored = never_counts(truth, kind)
+    in_crowd = np.zeros(len(rows), dtype=np.bool_)
+    parts = []
+    for first in range(0, len(truth.image_ids), IMAGES_AT_ONCE):
+        start, end = np.searchsorted(images, [first, first + IMAGES_AT_ONCE])
+        detections, objects = pair_up(images[start:end], truth.images)
+        detections += start
+        iou = overlaps(kind, truth, found, rows[detections], objects, BACKGROUND_IOU)
+        of_crowd = is_ignored[objects]
+        is_same = found.labels[rows[detections]] == truth.labels[objects]
+        in_crowd[detections[of_crowd & is_same & (iou > FOREGROUND_IOU)]] = True
+        near = ~of_crowd & (iou >= BACKGROUND_IOU)
+        parts.append((detections[near], objects[near], iou[near]))
+    detections, objects, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
+    pairs = Pairs(detections, objects, iou)
+    return Cover(rows, images, found.labels[rows], found.scores[rows], pairs, in_crowd)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The verdict on each detection and each object.
+
+    Attributes:
+        types: ``(N,)`` places in ``TYPES``, or ``len(TYPES)`` for what is right.
+        mended: ``(N,)`` the label with which a classification or localization error would be right;
+            -1 where it would vanish.
+        is_missed: ``(M,)`` by the rule above.
+        is_unfound: ``(M,)`` objects that count and that nothing found.
+    """
+
+    types: Index
+    mended: Index
+    is_missed: Flags
+    is_unfound: Flags
+
+
+def find_errors(truth: GroundTruth, cover: Cover, kind: Kind) -> Errors:
+    """Say of each detection whether it is right or which error it is."""
+    counts = ~never_counts(truth, kind)
+    finds = match_all(truth, cover, same_class=True)  # (N,)
+    is_found = np.zeros(len(counts), dtype=np.bool_)
+    is_found[finds[finds != NOTHING]] = True
+    is_same = cover.labels[cover.pairs.detections] == truth.labels[cover.pairs.objects]
+    own, own_iou = _best(cover, is_same)
+    other, other_iou = _best(cover, ~is_same)
+    _, used_iou = _best(cover, is_same & is_found[cover.pairs.objects])
+    types = np.full(len(cover.rows), TYPES.index("both"))
+    types[np.maximum(own_iou, other_iou) <= BACKGROUND_IOU] = TYPES.index("background")
+    types[used_iou >= FOREGROUND_IOU] = TYPES.index("duplicate")
+    types[other_iou >= FOREGROUND_IOU] = TYPES.index("classification")
+    is_near = (own_iou >= BACKGROUND_IOU) & (own_iou <= FOREGROUND_IOU)
+    types[is_near] = TYPES.index("localization")
+    types[finds != NOTHING] = _RIGHT
+    target = np.where(types == TYPES.index("localization"), own, NOTHING)
+    target = np.where(types == TYPES.index("classification"), other, target)
+    # The best detection of each object is the one that is mended; earlier images come first.
+    mended = np.full(len(types), -1)
+    claims = np.flatnonzero(target != NOTHING)
+    claims = claims[~is_found[target[claims]]]
+    claims = claims[np.argsort(-cover.scores[claims], kind="stable")]
+    claimed, first = np.unique(target[claims], return_index=True)
+    mended[claims[first]] = truth.labels[claimed]
+    is_unfound = counts & ~is_found
+    is_missed = is_unfound.copy()
+    is_missed[claimed] = False
+    return Errors(types, mended, is_missed, is_unfound)
+
+
+def match_all(
+    truth: GroundTruth, cover: Cover, same_class: bool, min_score: float = -np.inf
+) -> Index:
+    """Return the object that each detection finds, ``(N,)``, or ``NOTHING``.
+
+    Args:
+        truth: the objects.
+        cover: the detections and what they cover.
+        same_class: find objects of the same class only.
+        min_score: detections below it find nothing.
+    """
+    pairs, num_objects = cover.pairs, len(truth.labels)
+    kept = cover.scores[pairs.detections] >= min_score
+    if same_class:
+        kept &= cover.labels[pairs.detections] == truth.labels[pairs.objects]
+    nothing = np.zeros((1, num_objects), dtype=np.bool_)
+    rows, objects = match(
+        Pairs(pairs.detections[kept], pairs.objects[kept], pairs.overlaps[kept]),
+        cover.images,
+        nothing,
+        nothing[0],
+        np.array([FOREGROUND_IOU]),
+    )
+    finds = np.full(len(cover.rows), NOTHING)
+    finds[rows] = objects[0, 0]
+    return finds
+
+
+def _best(cover: Cover, chosen: Flags) -> tuple[Index, Numbers]:
+    """Return the object that each detection covers most among some pairs, and by how much."""
+    detections, objects = cover.pairs.detections[chosen], cover.pairs.objects[chosen]
+    iou = cover.pairs.overlaps[chosen]
+    order = np.lexsort((objects, -iou, detections))
+    first = order[np.flatnonzero(np.diff(detections[order], prepend=-1))]
+    best, most = np.full(len(cover.rows), NOTHING), np.zeros(len(cover.rows))
+    best[detections[first]], most[detections[first]] = objects[first], iou[first]
+    return best, most
+
+
+def error_costs(
+    truth: GroundTruth, cover: Cover, errors: Errors, kind: Kind
+) -> dict[str, dict[str, float | int | None]]:
+    """Return how many errors of each type there are and what they cost.
+
+    Returns:
+        ``count`` by type; ``dAP`` by type, what the AP at IoU 0.5 would gain, in 0..1; and
+        ``special``: that AP (``AP50``), and what it would gain were no detection wrong
+        (``false_positives``) or all objects found (``false_negatives``).
+    """
+    totals = np.bincount(truth.labels[~never_counts(truth, kind)], minlength=len(truth.categories))
+    is_right = errors.types == _RIGHT
+    counts = is_right | ~cover.in_crowd  # wrong ones in a crowd are nothing, unless mended
+    now = _mean_ap(cover.labels[counts], cover.scores[counts], is_right[counts], totals, totals)
+    costs: dict[str, float | int | None] = {}
+    for number, name in enumerate(TYPES):
+        kept, labels, right, asked = counts, cover.labels, is_right, totals
+        if number == _MISSED:
+            asked = totals - np.bincount(truth.labels[errors.is_missed], minlength=len(totals))
+        else:
+            wrong = errors.types == number
+            right = is_right | (wrong & (errors.mended >= 0))
+            kept = (counts & ~wrong) | right
+            labels = np.where(wrong & right, errors.mended, labels)
+        better = _mean_ap(labels[kept], cover.scores[kept], right[kept], totals, asked)
+        costs[name] = None if now is None or better is None else max(better - now, 0.0)
+    unfound = np.bincount(truth.labels[errors.is_unfound], minlength=len(totals))
+    perfect = is_right[counts].astype(np.float64)
+    rightly = _mean_ap(cover.labels[counts], perfect, is_right[counts], totals, totals)
+    all_found = _mean_ap(
+        cover.labels[counts], cover.scores[counts], is_right[counts], totals, totals - unfound
+    )
+    number_of = np.bincount(errors.types, minlength=_RIGHT).tolist()
+    number_of[_MISSED] = int(errors.is_missed.sum())
+    return {
+        "count": dict(zip(TYPES, number_of, strict=False)),
+        "dAP": costs,
+        "special": {
+            "AP50": now,
+            "false_positives": _minus(rightly, now),
+            "false_negatives": _minus(all_found, now),
+        },
+    }
+
+
+def _minus(better: float | None, now: float | None) -> float | None:
+    return None if better is None or now is None else better - now
+
+
+def _mean_ap(
+    labels: Index, scores: Numbers, is_right: Flags, totals: Index, asked: Index
+) -> float | None:
+    """Return the AP over 101 recalls, mean over the classes that have objects.
+
+    Args:
+        labels: ``(N,)`` of the detections that count.
+        scores: ``(N,)``.
+        is_right: ``(N,)``.
+        totals: ``(K,)`` objects of each class; those with none are left out.
+        asked: ``(K,)`` objects that are asked for; a class with none left scores 0 if anything was
+            detected, else it is left out.
+    """
+    order = np.lexsort((-scores, labels))
+    bounds = np.searchsorted(labels[order], np.arange(len(totals) + 1))
+    aps = []
+    for label in np.flatnonzero(totals).tolist():
+        right = is_right[order[bounds[label] : bounds[label + 1]]]
+        if asked[label]:
+            seen = np.arange(1, len(right) + 1)
+            aps.append(float(precision_at_recalls(right, seen, int(asked[label])).mean()))
+        elif len(right):
+            aps.append(0.0)
+    return sum(aps) / len(aps) if aps else None

@@ -1,0 +1,126 @@
+"""The objects of a whole shard set as flat arrays, which all metrics measure against.
+
+Letters: I images, M objects of all of them, P keypoints of an object.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from bigdet.data.manifest import Category
+from bigdet.data.shards import ShardSet
+from bigdet.evaluation.run_lengths import mask_areas
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What is there to find. Objects of one image stand together, in the order of its record.
+
+    Attributes:
+        address: of the shard set, for messages.
+        categories: in the order of the labels.
+        image_ids: ``(I,)`` int64, rising. An image is known by its place here from then on.
+        sizes: ``(I, 2)`` int64 height and width, pixels.
+        images: ``(M,)`` int64, the image of each object.
+        labels: ``(M,)`` int64.
+        boxes: ``(M, 4)`` float64 xywh, pixels.
+        areas: ``(M,)`` float64 as the data set says, pixels.
+        is_crowd: ``(M,)`` bool.
+        masks: M counts of compressed RLE, the box of an object without a mask; empty if nobody
+            asked for masks, as are the next two.
+        mask_areas: ``(M,)`` float64, pixels of the masks.
+        has_mask: ``(M,)`` bool.
+        keypoints: ``(M, P, 3)`` float64 x, y, visibility, 0 for none; P is 0 if nobody asked.
+    """
+
+    address: str
+    categories: Sequence[Category]
+    image_ids: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    images: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    boxes: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    is_crowd: NDArray[np.bool_]
+    masks: list[bytes]
+    mask_areas: NDArray[np.float64]
+    has_mask: NDArray[np.bool_]
+    keypoints: NDArray[np.float64]
+
+
+KEPT = ("label", "bbox", "area", "iscrowd")
+
+
+@functools.lru_cache(maxsize=1)
+def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) -> GroundTruth:
+    """Read the objects of all samples; of the set used last they are kept.
+
+    Args:
+        shards: the set.
+        with_masks: make masks of polygons, which takes most of the time.
+        with_keypoints: read keypoints, of the categories that have any.
+    """
+    order = np.argsort(shards.index["image_id"], kind="stable")
+    num_points = keypoints_per_object(shards.categories) if with_keypoints else 0
+    images: list[int] = []
+    objects: list[dict[str, Any]] = []
+    masks: list[bytes] = []
+    has_mask: list[bool] = []
+    points: list[list[float]] = []
+    none = [0.0] * (3 * num_points)
+    for place, row in enumerate(order.tolist()):
+        record = shards.record(row)
+        annotations = record["annotations"]
+        images += [place] * len(annotations)
+        # A few numbers each: the records themselves would take ten times the memory.
+        objects += [{key: a[key] for key in KEPT} for a in annotations]
+        if with_masks:
+            size = (record["height"], record["width"])
+            masks += [_run_lengths(a, *size) for a in annotations]
+            has_mask += ["segmentation" in a for a in annotations]
+        if num_points:
+            points += [a.get("keypoints", none) for a in annotations]
+    count = len(objects)
+    sizes = np.stack([shards.index["height"][order], shards.index["width"][order]], axis=1)
+    return GroundTruth(
+        address=shards.address,
+        categories=shards.categories,
+        image_ids=shards.index["image_id"][order].astype(np.int64),
+        sizes=sizes.astype(np.int64),
+        images=np.array(images, dtype=np.int64),
+        labels=np.array([o["label"] for o in objects], dtype=np.int64),
+        boxes=np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(count, 4),
+        areas=np.array([o["area"] for o in objects], dtype=np.float64),
+        is_crowd=np.array([o["iscrowd"] for o in objects], dtype=np.bool_),
+        masks=masks,
+        mask_areas=mask_areas(masks),
+        has_mask=np.array(has_mask, dtype=np.bool_),
+        keypoints=np.array(points, dtype=np.float64).reshape(count, num_points, 3),
+    )
+
+
+def keypoints_per_object(categories: Sequence[Category]) -> int:
+    """Return P, the same for all categories that have keypoints; 0 where none has any."""
+    return max((len(category.keypoints or []) for category in categories), default=0)
+
+
+def _run_lengths(annotation: dict[str, Any], height: int, width: int) -> bytes:
+    """Return an object's mask, or else its box, as counts of compressed RLE."""
+    x, y, across, down = annotation["bbox"]
+    right, bottom = x + across, y + down
+    segmentation = annotation.get("segmentation", [[x, y, right, y, right, bottom, x, bottom]])
+    if isinstance(segmentation, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        rle = coco_mask.frPyObjects(segmentation, height, width)
+    else:
+        return bytes(segmentation["counts"], "ascii")
+    counts: bytes = rle["counts"]
+    return counts

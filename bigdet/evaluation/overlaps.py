@@ -1,0 +1,171 @@
+"""How well detections cover objects: IoU of boxes and masks, OKS of keypoints.
+
+The numbers are those of pycocotools to the last bit: the same operations in the same order.
+
+Letters: N detections, M objects, Q pairs of a detection and an object on the same image, P
+keypoints.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from bigdet.evaluation.detections import DetectionTable, Kind
+from bigdet.evaluation.ground_truth import GroundTruth
+
+COCO_SIGMAS = np.array(
+    [.26, .25, .25, .35, .35, .79, .79, .72, .72, .62, .62, 1.07, 1.07, .87, .87, .89, .89]
+) / 10.0  # fmt: skip
+"""How widely annotators scatter on each of COCO's 17 keypoints, in parts of the object's size."""
+OTHER_SIGMA = 0.05
+"""The same where keypoints are not those 17, and nobody has measured it."""
+
+_ROUNDING = 1 - 1e-9
+
+Index = NDArray[np.int64]
+
+
+def detection_areas(found: DetectionTable, kind: Kind) -> NDArray[np.float64]:
+    """Return the size of each detection by its kind, ``(N,)``, pixels: of box, mask or points."""
+    if kind == "segm":
+        return found.mask_areas
+    if kind == "bbox":
+        return found.boxes[:, 2] * found.boxes[:, 3]
+    points = found.keypoints[:, :, :2]
+    width, height = (points.max(axis=1) - points.min(axis=1)).T
+    areas: NDArray[np.float64] = width * height
+    return areas
+
+
+def pair_up(images: Index, truth_images: Index) -> tuple[Index, Index]:
+    """Return all pairs of a detection and an object on the same image.
+
+    Args:
+        images: ``(N,)`` of the detections, rising.
+        truth_images: ``(M,)`` of the objects, rising.
+
+    Returns:
+        Places of detections and of objects, ``(Q,)`` each, by detection, then by object.
+    """
+    first = np.searchsorted(truth_images, images, side="left")
+    count = np.searchsorted(truth_images, images, side="right") - first
+    detections = np.repeat(np.arange(len(images)), count)
+    within = np.arange(len(detections)) - np.repeat(np.cumsum(count) - count, count)
+    return detections, np.repeat(first, count) + within
+
+
+def overlaps(
+    kind: Kind,
+    truth: GroundTruth,
+    found: DetectionTable,
+    detections: Index,
+    objects: Index,
+    at_least: float,
+) -> NDArray[np.float64]:
+    """Return the overlap of each pair, in [0, 1]; of a crowd, the part of the detection in it.
+
+    Args:
+        kind: boxes, masks or keypoints.
+        truth: has the objects.
+        found: has the detections.
+        detections: ``(Q,)`` rows of ``found``; pairs of one image stand together.
+        objects: ``(Q,)`` rows of ``truth``.
+        at_least: what is less may be 0 instead, to save work.
+    """
+    if kind == "bbox":
+        is_crowd = truth.is_crowd[objects]
+        return box_overlaps(found.boxes[detections], truth.boxes[objects], is_crowd)
+    if kind == "keypoints":
+        return _point_overlaps(truth, found.keypoints[detections, :, :2], objects)
+    return _mask_overlaps(truth, found, detections, objects, at_least)
+
+
+def box_overlaps(
+    boxes: NDArray[np.float64], others: NDArray[np.float64], is_crowd: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Return the IoU of pairs of boxes, ``(Q,)``, both ``(Q, 4)`` xywh."""
+    x, y, width, height = boxes.T
+    other_x, other_y, other_width, other_height = others.T
+    columns = np.minimum(width + x, other_width + other_x) - np.maximum(x, other_x)
+    rows = np.minimum(height + y, other_height + other_y) - np.maximum(y, other_y)
+    shared = columns * rows
+    area = width * height
+    union = np.where(is_crowd, area, area + other_width * other_height - shared)
+    meets = (columns > 0) & (rows > 0)
+    ious: NDArray[np.float64] = np.divide(shared, union, out=np.zeros_like(union), where=meets)
+    return ious
+
+
+def _mask_overlaps(
+    truth: GroundTruth, found: DetectionTable, detections: Index, objects: Index, at_least: float
+) -> NDArray[np.float64]:
+    """Return the IoU of pairs of masks, ``(Q,)``.
+
+    An IoU is at most the smaller area over the larger one, so many pairs need no looking at.
+    """
+    is_crowd = truth.is_crowd | ~truth.has_mask
+    area, other_area = found.mask_areas[detections], truth.mask_areas[objects]
+    smaller, larger = np.minimum(area, other_area), np.maximum(area, other_area)
+    is_near = (smaller > 0) & (is_crowd[objects] | (smaller >= at_least * _ROUNDING * larger))
+    ious = np.zeros(len(detections))
+    near = np.flatnonzero(is_near)
+    if not len(near):
+        return ious
+    images = found.images[detections[near]]
+    for pairs in np.split(near, np.flatnonzero(np.diff(images)) + 1):
+        row = np.cumsum(np.diff(detections[pairs], prepend=detections[pairs[0]]) != 0)
+        rows = detections[pairs][np.diff(row, prepend=-1) > 0]
+        columns, column = np.unique(objects[pairs], return_inverse=True)
+        size = truth.sizes[found.images[rows[0]]].tolist()
+        table = coco_mask.iou(
+            [{"size": size, "counts": found.masks[number]} for number in rows.tolist()],
+            [{"size": size, "counts": truth.masks[number]} for number in columns.tolist()],
+            is_crowd[columns].astype(np.uint8),
+        )
+        ious[pairs] = table[row, column]
+    return ious
+
+
+def _point_overlaps(
+    truth: GroundTruth, points: NDArray[np.float64], objects: Index
+) -> NDArray[np.float64]:
+    """Return the object keypoint similarity of pairs, ``(Q,)``.
+
+    Of an object without labeled keypoints: how near the points are to its doubled box.
+
+    Args:
+        truth: has the objects.
+        points: ``(Q, P, 2)`` x, y of the detections.
+        objects: ``(Q,)``.
+    """
+    wanted = truth.keypoints[objects]
+    labeled = wanted[:, :, 2] > 0  # (Q, P)
+    x, y, width, height = truth.boxes[objects].T[:, :, None]
+    zero = np.zeros(points.shape[:2])
+    across, down = points[:, :, 0], points[:, :, 1]
+    beside = np.maximum(zero, (x - width) - across) + np.maximum(zero, across - (x + width * 2))
+    above = np.maximum(zero, (y - height) - down) + np.maximum(zero, down - (y + height * 2))
+    counts = labeled.sum(axis=1)
+    has_points = (counts > 0)[:, None]
+    dx = np.where(has_points, across - wanted[:, :, 0], beside)
+    dy = np.where(has_points, down - wanted[:, :, 1], above)
+    variances = (keypoint_sigmas(points.shape[1]) * 2) ** 2
+    areas = truth.areas[objects][:, None]
+    errors = (dx**2 + dy**2) / variances / (areas + np.spacing(1)) / 2
+    near = np.exp(-errors)
+    labeled |= ~has_points
+    counts = labeled.sum(axis=1)
+    similar = np.zeros(len(objects))
+    for count in np.unique(counts).tolist():  # rows of equal length add up in pycocotools' order
+        rows = np.flatnonzero(counts == count)
+        similar[rows] = near[rows][labeled[rows]].reshape(-1, count).sum(axis=1) / count
+    return similar
+
+
+def keypoint_sigmas(num_points: int) -> NDArray[np.float64]:
+    """Return COCO's sigmas, or one for all where there are not 17 keypoints, ``(P,)``."""
+    if num_points == len(COCO_SIGMAS):
+        return COCO_SIGMAS
+    return np.full(num_points, OTHER_SIGMA)

@@ -1,0 +1,84 @@
+"""Detections on disk: each rank writes its own, rank 0 gets all of them, once, and reads them back.
+
+Files are temporary and have no name, so nothing is left of them even after SIGKILL.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import orjson
+
+from bigdet import distributed
+from bigdet.evaluation.detections import Result
+
+
+class SavedResults:
+    """COCO results in a file, a line per image; iterating reads them, by image id."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Begin with an empty file.
+
+        Args:
+            folder: on the disk to use; None for the system's place for temporary files.
+        """
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._lines: list[tuple[int, int, int]] = []  # image id, where its line begins, its bytes
+        self._end = 0
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are, those without detections too."""
+        return len(self._lines)
+
+    def image_ids(self) -> list[int]:
+        """Return the ids of the images, rising."""
+        return sorted(image_id for image_id, _, _ in self._lines)
+
+    def add(self, image_id: int, results: Sequence[Result]) -> None:
+        """Append all results of one image."""
+        line = orjson.dumps(results)
+        self._file.write(line)
+        self._lines.append((image_id, self._end, len(line)))
+        self._end += len(line)
+
+    def gather(self) -> None:
+        """Move what all ranks have to rank 0 (collective); the others are empty then.
+
+        Raises:
+            SharedError: on all ranks, when the disk of rank 0 is full.
+        """
+        gathered = distributed.gather_objects((self._end, self._lines))
+        self._file.seek(0, 2)
+        problem: OSError | None = None
+        for rank, (num_bytes, lines) in enumerate(gathered):
+            if rank == 0:
+                continue
+            for part in distributed.receive_bytes(rank, num_bytes):
+                try:
+                    if problem is None:
+                        self._file.write(part)
+                except OSError as error:  # the others wait to be heard to the end
+                    problem = error
+            self._lines += [(image_id, start + self._end, size) for image_id, start, size in lines]
+            self._end += num_bytes
+        if not distributed.is_main():
+            self._file.seek(0)
+            distributed.send_bytes(self._file, self._end)
+            self._file.truncate(0)
+            self._lines, self._end = [], 0
+        with distributed.together():
+            if problem is not None:
+                raise problem
+
+    def __del__(self) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[Result]:
+        for _, start, size in sorted(self._lines):
+            self._file.seek(start)
+            yield from orjson.loads(self._file.read(size))

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from bigdet.data.shards import Category
+from bigdet.evaluation.detections import ResultsError, load_results, read_detections
+from bigdet.evaluation.ground_truth import read_ground_truth
+from bigdet.evaluation.run_lengths import are_masks, mask_areas
+
+KINDS = ("bbox", "segm", "keypoints")
+PERSON = Category(17, "person", keypoints=["nose", "tail"])
+
+
+def rle(height=100, width=100, area=50):
+    bitmap = np.zeros((height, width), dtype=np.uint8, order="F")
+    bitmap.reshape(-1, order="A")[:area] = 1
+    return {"size": [height, width], "counts": coco_mask.encode(bitmap)["counts"].decode()}
+
+
+def result(**changes):
+    values = {"image_id": 7, "category_id": 17, "score": 0.5, "bbox": [1, 2, 3.5, 4]}
+    return values | {"segmentation": rle(), "keypoints": [1, 2, 0.5, 3, 4, 0.5]} | changes
+
+
+@pytest.fixture
+def truth(make_shards):
+    box = {"id": 1, "label": 0, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0}
+    return read_ground_truth(make_shards([[box], [box]], [PERSON]), True, True)
+
+
+def test_results_become_arrays_in_their_order(truth):
+    results = [result(), result(image_id=8, score=1, segmentation=rle(area=30)), result(score=0.1)]
+    found = read_detections(iter(results), truth, KINDS)
+    assert found.images.tolist() == [0, 1, 0]
+    assert found.labels.tolist() == [0, 0, 0]
+    assert found.scores.tolist() == [0.5, 1.0, 0.1]
+    assert found.boxes.tolist() == [[1, 2, 3.5, 4]] * 3
+    assert found.mask_areas.tolist() == [50, 30, 50]
+    assert found.keypoints[1].tolist() == [[1, 2, 0.5], [3, 4, 0.5]]
+
+
+def test_only_what_is_measured_need_be_there(truth):
+    boxed = {key: result()[key] for key in ("image_id", "category_id", "score", "bbox")}
+    assert len(read_detections([boxed], truth, ("bbox",))) == 1
+    assert len(read_detections([], truth, KINDS)) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (result(image_id=99), "image_id is 99, which none of the 2 images of"),
+        (result(image_id="7"), 'image_id is "7", which none'),
+        (result(image_id=7.5), "image_id is 7.5, which none"),
+        (result(category_id=1), "category_id is 1, which none of the 1 categories"),
+        (result(category_id="person"), 'category_id is "person"'),
+        (result(score="0.9"), 'score is "0.9", expected a number'),
+        (result(score=None), "score is null"),
+        (result(score=float("nan")), "score is NaN"),
+        (result(bbox=["1", "2", "3", "4"]), r'bbox is \["1", "2", "3", "4"\], expected four'),
+        (result(bbox=[1, 2, 3]), "expected four numbers"),
+        (result(bbox=[1, 2, -3, 4]), "expected four numbers"),
+        (result(bbox=None), "bbox is null"),
+        (result(keypoints=[1, 2, 3]), "expected 6 numbers: x, y and a score of each of 2 points"),
+        (result(segmentation=rle(50, 100)), r"size \[50, 100\], but its image .* \[100, 100\]"),
+        (result(segmentation=[[1, 2, 3, 4, 5, 6]]), "expected compressed RLE"),
+        (result(segmentation=rle() | {"counts": rle()["counts"][:-1]}), "do not make an image"),
+        ({k: v for k, v in result().items() if k != "score"}, "has no score.*no results file"),
+        ({k: v for k, v in result().items() if k != "bbox"}, "has no bbox"),
+        ([1, 2], r"found \[1, 2\], expected an object"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_with_its_number(truth, wrong, message):
+    with pytest.raises(ResultsError, match=f"^some.json: detection 3: .*{message}"):
+        read_detections([result(), result(), wrong, result()], truth, KINDS, "some.json")
+
+
+def test_files_that_are_no_results_are_told(tmp_path):
+    (tmp_path / "broken.json").write_text("[{")
+    with pytest.raises(ResultsError, match="not a readable JSON file"):
+        load_results(tmp_path / "broken.json")
+    (tmp_path / "truth.json").write_text('{"images": []}')
+    with pytest.raises(ResultsError, match="found a dict, expected a list of detections"):
+        load_results(tmp_path / "truth.json")
+
+
+def test_masks_are_told_from_what_only_looks_like_one():
+    random = np.random.default_rng(0)
+    bitmaps = [random.random((40, 30)) < density for density in (0.0, 0.01, 0.5, 0.99, 1.0)]
+    masks = [coco_mask.encode(np.asfortranarray(b.astype(np.uint8)))["counts"] for b in bitmaps]
+    areas = mask_areas(masks)
+    assert areas.tolist() == [bitmap.sum() for bitmap in bitmaps]
+    assert are_masks(masks, areas, np.full(5, 1200)).all()
+    assert not are_masks(masks, areas, np.full(5, 1201)).any()
+    good = masks[2]
+    broken = [b"", good[:-1], good + b"1", good[1:], good + good, b"\x00" + good, good + b"P"]
+    mixed = [*broken, good]
+    expected = [False] * len(broken) + [True]
+    assert are_masks(mixed, mask_areas(mixed), np.full(8, 1200)).tolist() == expected

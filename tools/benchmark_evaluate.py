@@ -1,0 +1,267 @@
+"""How long AP takes to compute, beside pycocotools, on made detections with masks.
+
+The images repeat those of the validation set; detections are its objects' masks and boxes, moved
+about, in the sizes, places and classes of the set, some with a wrong class or where nothing is.
+Both score the same results file, from reading it to the numbers, each in a process of its own. The
+numbers must be the same to the last digit. ``ratio`` is pycocotools' seconds over bigdet's and
+``cpu_ratio`` the same of CPU seconds, which a busy machine changes less; ``memory_gib`` is what the
+peak of each process rises above what it was after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from bigdet.config.schema import RunConfig
+from bigdet.data.shard_writer import ShardWriter
+from bigdet.data.shards import ShardSet
+from bigdet.evaluation.coco_metrics import METRICS, measure
+from bigdet.evaluation.detections import Kind, load_results, read_detections
+from bigdet.evaluation.ground_truth import read_ground_truth
+
+KINDS: tuple[Kind, ...] = ("bbox", "segm")
+POOL = 300
+"""Different detections of a source image."""
+WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
+"""Parts of the detections."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be set beside the config."""
+    parser.add_argument("--images", type=int, default=5000, help="default 5000")
+    parser.add_argument("--detections", type=int, default=100, help="per image; default 100")
+    parser.add_argument("--seed", type=int, default=0, help="of the made detections; default 0")
+
+
+def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure; return seconds, memory and the ratio, after comparing all numbers."""
+    source = ShardSet(config.data.val.shards, cache=config.data.cache)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_inputs(source, folder, arguments)
+        ours = in_a_process(score_bigdet, folder)
+        theirs = in_a_process(score_pycocotools, folder)
+    for kind in KINDS:
+        assert ours["numbers"][kind] == theirs["numbers"][kind], (kind, ours, theirs)
+    return {
+        "images": arguments.images,
+        "detections": arguments.images * arguments.detections,
+        "bigdet_seconds": ours["seconds"],
+        "pycocotools_seconds": theirs["seconds"],
+        "ratio": theirs["seconds"] / ours["seconds"],
+        "cpu_seconds": {"bigdet": ours["cpu_seconds"], "pycocotools": theirs["cpu_seconds"]},
+        "cpu_ratio": theirs["cpu_seconds"] / ours["cpu_seconds"],
+        "memory_gib": {"bigdet": ours["memory_gib"], "pycocotools": theirs["memory_gib"]},
+        "numbers": ours["numbers"],
+    }
+
+
+def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -> None:
+    """Write shards (of blank images), the same as a COCO file, and a made detector's results."""
+    random = np.random.default_rng(arguments.seed)
+    records = [source.record(row) for row in range(len(source))]
+    pools: dict[int, list[dict[str, Any]]] = {}
+    about = {"name": "benchmark", "source": "coco", "categories": source.categories, "options": {}}
+    results: list[dict[str, Any]] = []
+    blank = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(blank, "jpeg")
+    with ShardWriter(folder / "shards", **about) as writer:
+        for image_id in range(1, arguments.images + 1):
+            number = int(random.integers(len(records)))
+            writer.add(blank.getvalue(), {**records[number], "image_id": image_id})
+            if number not in pools:
+                pools[number] = make_pool(records[number], records, source, random)
+            chosen = random.choice(len(pools[number]), arguments.detections, replace=False)
+            results += [{"image_id": image_id, **pools[number][place]} for place in chosen]
+    truth = coco_ground_truth(ShardSet(folder / "shards"))
+    (folder / "truth.json").write_bytes(orjson.dumps(truth))
+    (folder / "results.json").write_bytes(orjson.dumps(results))
+
+
+def make_pool(
+    record: dict[str, Any],
+    records: list[dict[str, Any]],
+    source: ShardSet,
+    random: np.random.Generator,
+) -> list[dict[str, Any]]:
+    """Return possible detections of an image, without its id."""
+    size = (record["height"], record["width"])
+    ids = [category.id for category in source.categories]
+    shapes = polygons_of(record)
+    others = [shape for other in records for shape in polygons_of(other)]
+    pool = []
+    while len(pool) < POOL:
+        is_object = bool(shapes) and random.random() > NOTHING_THERE
+        shape = (shapes if is_object else others)[
+            int(random.integers(len(shapes if is_object else others)))
+        ]
+        spread = 0.1 if is_object else 3.0
+        shift = random.normal(0, spread, 2) * np.array(shape["bbox"][2:])
+        rle = moved_mask(shape["segmentation"], size, shift)
+        if coco_mask.area(rle) == 0:
+            continue
+        is_right = is_object and random.random() > WRONG_CLASS
+        label = shape["label"] if is_right else others[int(random.integers(len(others)))]["label"]
+        box = np.asarray(coco_mask.toBbox(rle)) + random.normal(0, 0.5, 4)
+        pool.append(
+            {
+                "category_id": ids[label],
+                "bbox": np.maximum(box, 0.1).round(3).tolist(),
+                "score": round(float(random.beta(2, 2 if is_right else 5)), 4),
+                "segmentation": {"size": list(size), "counts": rle["counts"].decode()},
+            }
+        )
+    return pool
+
+
+def polygons_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the objects of an image that have polygons."""
+    return [a for a in record["annotations"] if isinstance(a.get("segmentation"), list)]
+
+
+def moved_mask(
+    polygons: list[list[float]], size: tuple[int, int], shift: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return polygons, moved by x, y pixels, as RLE of an image, cut at its edges."""
+    moved = [
+        (np.array(polygon).reshape(-1, 2) + shift).clip(0, size[::-1]).ravel().tolist()
+        for polygon in polygons
+    ]
+    rle: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(moved, *size))
+    return rle
+
+
+def in_a_process(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Run a scorer in a fresh process; return its numbers, seconds and peak memory in GiB."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(score, folder, sender))
+    process.start()
+    sender.close()
+    found: dict[str, Any] = receiver.recv()
+    process.join()
+    return found
+
+
+def _measure(score: Callable[[Path], dict[str, Any]], folder: Path, sender: Connection) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started, cpu_started = time.perf_counter(), time.process_time()
+    numbers = score(folder)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    found = {"numbers": numbers, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    sender.send({**found, "memory_gib": grown / (1 << 20)})
+
+
+def score_bigdet(folder: Path) -> dict[str, Any]:
+    """Return our numbers."""
+    truth = read_ground_truth(ShardSet(folder / "shards"), with_masks=True, with_keypoints=False)
+    found = read_detections(load_results(folder / "results.json"), truth, KINDS)
+    numbers = {}
+    for kind in KINDS:
+        stats = measure(truth, found, kind).stats()
+        numbers[kind] = {name: stats[place] for name, place in METRICS.items()}
+    return numbers
+
+
+def score_pycocotools(folder: Path) -> dict[str, Any]:
+    """Return pycocotools' numbers."""
+    truth = json.loads((folder / "truth.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
+    numbers = {}
+    for kind in KINDS:
+        stats, _ = pycocotools_stats(truth, results, kind)
+        numbers[kind] = {name: stats[place] for name, place in METRICS.items()}
+    return numbers
+
+
+def coco_ground_truth(shards: ShardSet) -> dict[str, Any]:
+    """Return the annotations of all samples as the content of a COCO file.
+
+    Annotations are numbered anew from 1: data sets do have the id 0, which pycocotools takes for
+    "not matched". What cannot be measured of a kind is a region to ignore: for masks an object
+    without one.
+    """
+    ids = [category.id for category in shards.categories]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for row in range(len(shards)):
+        record = shards.record(row)
+        size = {"height": record["height"], "width": record["width"]}
+        images.append({"id": record["image_id"], "file_name": record["file_name"], **size})
+        for source in record["annotations"]:
+            annotation = {key: source[key] for key in ("bbox", "area", "iscrowd")}
+            for key in ("segmentation", "keypoints"):
+                if key in source:
+                    annotation[key] = source[key]
+            annotation["image_id"], annotation["id"] = record["image_id"], len(annotations) + 1
+            annotation["category_id"] = ids[source["label"]]
+            annotations.append(annotation)
+    categories = [{"id": category.id, "name": category.name} for category in shards.categories]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def pycocotools_stats(
+    truth: dict[str, Any], results: list[dict[str, Any]], kind: str
+) -> tuple[list[float | None], dict[int, float | None]]:
+    """Return ``COCOeval.stats`` and the AP of each category by its id; None for its -1.
+
+    Args:
+        truth: the content of a COCO file.
+        results: COCO results. The area of a mask is that of its pixels, as in the COCO server;
+            with a box beside it pycocotools would take the box's.
+        kind: ``bbox``, ``segm`` or ``keypoints``.
+    """
+    annotations = [_truth_of(annotation, kind) for annotation in truth["annotations"]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt, found = COCO(), COCO()
+        gt.dataset = {**truth, "annotations": annotations}
+        gt.createIndex()
+        if results:
+            key = "segmentation" if kind == "segm" else kind
+            keys = ("image_id", "category_id", "score", key)
+            found = gt.loadRes([{key: result[key] for key in keys} for result in results])
+        evaluation = COCOeval(gt, found, kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    stats = [None if number < 0 else float(number) for number in evaluation.stats]
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, categories)
+    aps: dict[int, float | None] = {}
+    for place, number in enumerate(evaluation.params.catIds):
+        defined = precision[:, :, place][precision[:, :, place] > -1]
+        aps[number] = float(defined.mean()) if defined.size else None
+    return stats, aps
+
+
+def _truth_of(annotation: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Copy an annotation, which pycocotools writes into, with what this kind needs of it."""
+    if kind == "segm" and "segmentation" not in annotation:
+        x, y, width, height = annotation["bbox"]
+        right, bottom = x + width, y + height
+        corners = [[x, y, right, y, right, bottom, x, bottom]]
+        return {**annotation, "segmentation": corners, "iscrowd": 1}
+    if kind == "keypoints":
+        points = annotation.get("keypoints", [0] * 51)
+        num_labeled = sum(visibility > 0 for visibility in points[2::3])
+        return {**annotation, "keypoints": points, "num_keypoints": num_labeled}
+    return dict(annotation)
