@@ -263,7 +263,7 @@ class PhaseTrainer:
         size_cap = measuring.test_size(self.config, self.name)
         metrics = measuring.evaluate(
             self.config, self.detector, run.val_set, size_cap, self._must_stop,
-            run.run_dir.evaluations,
+            run.run_dir.root,
         )  # fmt: skip
         if metrics is None:
             return False
