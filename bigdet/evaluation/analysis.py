@@ -145,7 +145,7 @@ def _confusion(truth: GroundTruth, cover: Cover, kind: Kind) -> Analysis:
     unfound = truth.labels[~is_found & ~never_counts(truth, kind)]
     table = np.zeros((nothing + 1, nothing + 1), dtype=np.int64)  # true class, detected class
     np.add.at(table, (labels[finds[shown]], cover.labels[shown]), 1)
-    np.add.at(table, (unfound, nothing), 1)
+    table[:, nothing] += np.bincount(unfound, minlength=nothing + 1)
     names = [*(category.name for category in truth.categories), None]
     return {
         "min_score": CONFUSION_SCORE,
