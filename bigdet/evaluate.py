@@ -3,13 +3,15 @@
     python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
     torchrun --nproc-per-node 8 -m bigdet.evaluate runs/x/checkpoints/train-90000 --shards data/val
     python -m bigdet.evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
+    python -m bigdet.evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
     python -m bigdet.evaluate runs/x --shards data/val --analysis --detections results.json
     python -m bigdet.evaluate results.json --shards data/val
     python -m bigdet.evaluate runs/voc --shards data/voc/test --metric voc07
 
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
 model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
-(size, batch), model.roi.* (thresholds), engine.precision, data.workers and data.cache.*.
+(size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
+data.workers and data.cache.*.
 
 A file that ends in .json is taken for detections in the COCO results format, of whatever program,
 and scored as it is: boxes, masks and keypoints, whichever its first detection has.
@@ -31,7 +33,7 @@ from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
-from bigdet.config.schema import Metric, RunConfig
+from bigdet.config.schema import Metric, RunConfig, TtaConfig
 from bigdet.data.manifest import Category
 from bigdet.data.mix import with_categories
 from bigdet.data.shards import ShardSet
@@ -39,6 +41,7 @@ from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
+from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.log import setup_logging
 from bigdet.models.detector import Detector
@@ -49,9 +52,13 @@ logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 CHANGEABLE = (
     "evaluation.resize",
     "evaluation.images_per_gpu",
+    "evaluation.tta",
     "model.roi.score_threshold",
     "model.roi.nms_iou",
     "model.roi.detections_per_image",
+    "model.retina.score_threshold",
+    "model.retina.nms_iou",
+    "model.retina.detections_per_image",
     "evaluation.metric",
     "engine.precision",
     "data.workers",
@@ -86,15 +93,19 @@ def main(arguments: Sequence[str]) -> int:
         resize = config.evaluation.resize
         detector.test_size = plan_of(resize)
     device = distributed.device()
+    tta = config.evaluation.tta or (TtaConfig() if options.tta else None)
+    short, long = detector.test_size
     logger.info(
-        "%s on %d images of %s: short side %d, long side at most %d, %d ranks on %s",
-        find_weights(options.model), len(shards), shards.address, *detector.test_size,
+        "%s on %d images of %s: %s, %d ranks on %s",
+        find_weights(options.model), len(shards), shards.address,
+        f"short side {short}, long side at most {long}" if tta is None else f"views {tta}",
         distributed.world_size(), device.type,
     )  # fmt: skip
+    detector = detector.to(device)
     results = predict_split(
-        detector.to(device),
+        detector if tta is None else AugmentedDetector(detector, tta, shards.categories),
         shards,
-        detector.test_size,
+        detector.test_size if tta is None else None,
         config.evaluation.images_per_gpu,
         config.data.workers,
         device,
@@ -221,6 +232,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
     parser.add_argument("--shards", required=True, help="folder or address of a shard set")
+    parser.add_argument("--tta", action="store_true", help="several views of each image, mirrored")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument(
         "--metric", choices=["coco", "voc07", "voc12"], help="instead of the config's"

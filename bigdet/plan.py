@@ -32,10 +32,10 @@ from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_masks, phase_model
 from bigdet.config.load import ConfigError, load_config
-from bigdet.config.schema import EngineConfig, RunConfig
+from bigdet.config.schema import RunConfig
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
-from bigdet.engine.deepspeed_engine import DeepSpeedEngine
+from bigdet.engine.build import build_engine
 from bigdet.log import setup_logging
 from bigdet.planning import KINDS, Cluster, Forecast, Work, best, forecast, link_speed, state_bytes
 from bigdet.run_dir import RunDir
@@ -79,7 +79,6 @@ def main(arguments: Sequence[str]) -> int:
         measured["seconds"],
         activation_bytes=0.0,
         micro_batches=1,
-        sent_weight_bytes=4 if config.engine.precision == "fp32" else 2,
     )
     if measured["gib"]:
         rest = measured["gib"] * _GIB - state_bytes("ZeRO-0", 1, work)
@@ -197,12 +196,13 @@ def measure(config: RunConfig, phase: str) -> dict[str, float]:
     stream.close()
     with tempfile.TemporaryDirectory() as folder:
         # As if resumed: which weights it starts from changes nothing.
-        detector = build_for_phase(
-            config, phase, train_set.num_classes, RunDir(Path(folder)), device, True
-        )
-    whole = EngineConfig(zero_stage=0, precision=config.engine.precision)
+        classes = [category.name for category in train_set.categories]
+        detector = build_for_phase(config, phase, classes, RunDir(Path(folder)), device, True)
+    whole = dataclasses.replace(
+        config.engine, kind="deepspeed", zero_stage=0, offload="none", clip_norm=None
+    )
     make_optimizer = partial(optim.build_optimizer, phase=settings)
-    engine = DeepSpeedEngine(detector, make_optimizer, whole, 1, device)
+    engine = build_engine(detector, make_optimizer, whole, 1, device, detector.units)
     engine.set_lr(0.0)
     seconds = []
     for batch in batches:

@@ -13,7 +13,7 @@ The model, for n GPUs, P weights of which P_t are trained, A micro-batches per G
   come ``2 ceil(log2 n)`` latencies, as trees need (NCCL 2.4, double binary trees), for each of the
   calls into which the bytes are cut.
 - **Bytes** (Rajbhandari et al., *ZeRO*, 2020, sections 5 and 7, with bigdet's types: weights,
-  gradients and what is sent are fp32; FSDP2 sends weights in the precision of the run).
+  gradients and what is sent are fp32 in any precision).
   ZeRO-0: one all-reduce of gradients per step. ZeRO-1: a reduce-scatter of gradients and an
   all-gather of weights per step. ZeRO-2: the same, the reduce-scatter once per micro-batch. ZeRO-3
   and FSDP2: per micro-batch, weights gathered in the forward and again in the backward pass, and
@@ -23,10 +23,10 @@ The model, for n GPUs, P weights of which P_t are trained, A micro-batches per G
   call at least: a bucket travels when it is full. ZeRO-1 and 2 wait for their gathered weights. On
   CPUs nothing overlaps.
 - **Memory.** fp32: weights 4P, gradients 4 P_t, optimizer state 4 P_t for each of its tensors (with
-  AdamW 16 bytes per weight, as the 2+2+12 of ZeRO's section 3.1), and DeepSpeed's stages 1 to 3
-  keep another fp32 copy of the trained weights, sharded. Sharded over n: optimizer state from stage
-  1 on, gradients from 2, weights from 3. Activations and what the allocator keeps: the measured
-  peak of one GPU less its states.
+  AdamW 16 bytes per weight, as the 2+2+12 of ZeRO's section 3.1), and at ZeRO-1 and 2 a rank steps
+  a copy of its part of the trained weights. Sharded over n: optimizer state from stage 1 on,
+  gradients from 2, weights from 3. Activations and what the allocator keeps: the measured peak of
+  one GPU less its states.
 
 Left out: the optimizer's own time, which sharding shortens; hosts that wait for the slowest; data.
 """
@@ -99,7 +99,6 @@ class Work:
         micro_batch_seconds: forward and backward on one GPU.
         activation_bytes: peak memory of one GPU less weights, gradients and optimizer state.
         micro_batches: of one GPU per step, A.
-        sent_weight_bytes: of one weight that FSDP2 gathers: 2 in bf16 and fp16, 4 in fp32.
     """
 
     sizes: ModelSizes
@@ -107,7 +106,6 @@ class Work:
     micro_batch_seconds: float
     activation_bytes: float
     micro_batches: int
-    sent_weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -149,8 +147,7 @@ def _waiting(kind: str, gpus: int, cluster: Cluster, work: Work) -> float:
         return max(seconds - computing, seconds / calls) if cluster.overlaps else seconds
 
     if kind in ("ZeRO-3", "FSDP2"):
-        per_weight = work.sent_weight_bytes if kind == "FSDP2" else FP32_BYTES
-        gather = cluster.seconds(per_weight * work.sizes.parameters, gpus, _UNITS)
+        gather = cluster.seconds(FP32_BYTES * work.sizes.parameters, gpus, _UNITS)
         scatter = cluster.seconds(gradients, gpus, _UNITS)
         once = exposed(gather, forward, _UNITS) + exposed(gather + scatter, backward, _UNITS)
         return work.micro_batches * once
@@ -168,8 +165,8 @@ def state_bytes(kind: str, gpus: int, work: Work) -> float:
     weights = FP32_BYTES * (work.sizes.parameters + work.sizes.buffers)
     gradients = FP32_BYTES * work.sizes.trained
     optimizer = work.optimizer_tensors * gradients
-    if kind in ("ZeRO-1", "ZeRO-2", "ZeRO-3"):
-        optimizer += FP32_BYTES * work.sizes.trained  # DeepSpeed's own copy of the weights
+    if kind in ("ZeRO-1", "ZeRO-2"):
+        optimizer += FP32_BYTES * work.sizes.trained  # DeepSpeed steps a copy
     shares = [1 / gpus if stage >= first else 1.0 for first in (3, 2, 1)]
     return weights * shares[0] + gradients * shares[1] + optimizer * shares[2]
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = distributed.broadcast_object(folder)
     saved = None if folder is None else checkpoint.load(folder)
     with distributed.together():
-        config = resume.settle_config(config, saved, folder)
+        config = resume.settle_config(config, saved, folder, train_set)
         resume.check_phases(config, train_set, saved)
         state, metrics = resume.begin(config, run_dir, train_set, saved)
     watchdog = Watchdog(config.log.stall_seconds, run_dir.log(distributed.rank()))
@@ -111,9 +111,8 @@ def run_phase(run: Run) -> bool:
             stream.check_state(state.stream)
     state.stream = stream.state()
     resume.check_same_stream(state.stream)
-    detector = build_for_phase(
-        config, name, run.train_set.num_classes, run.run_dir, device, run.restored is not None
-    )
+    classes = [category.name for category in run.train_set.categories]
+    detector = build_for_phase(config, name, classes, run.run_dir, device, run.restored is not None)
     make_optimizer = partial(optim.build_optimizer, phase=phase)
     num_micro_batches = len(stream.lanes)
     engine = build_engine(

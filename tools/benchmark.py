@@ -2,6 +2,7 @@
 
 python tools/benchmark.py stream configs/swin_t_direct.yaml --workers 2
 python tools/benchmark.py step configs/quickstart.yaml
+python tools/benchmark.py predict configs/r50_direct.yaml --phase finetune
 python tools/benchmark.py step configs/quickstart.yaml --engines all --ranks 2
 python tools/benchmark.py resume configs/quickstart.yaml --samples 118000
 python tools/benchmark.py evaluate configs/r50_direct.yaml data.val.shards=data/coco/val
@@ -18,7 +19,7 @@ from pathlib import Path
 from bigdet.commands import run_command
 from bigdet.config.load import load_config
 
-PARTS = ("stream", "step", "resume", "evaluate")
+PARTS = ("stream", "step", "predict", "evaluate", "resume")
 """What can be measured, by ``benchmark_PART.py`` beside this file: ``add_arguments(parser)`` says
 what it wants to know beside the config, ``run(config, arguments)`` returns the numbers."""
 

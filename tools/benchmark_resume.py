@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from bigdet.config.schema import RunConfig
-from bigdet.data.manifest import INDEX_NAME, MANIFEST_NAME, Manifest
+from bigdet.data.manifest import MANIFEST_NAME, Manifest
 from bigdet.data.shard_writer import index_bytes, manifest_text
+from bigdet.data.shards import INDEX_NAME
 from bigdet.run_dir import RunDir
 
 STEPS_BETWEEN_SAVES = 100

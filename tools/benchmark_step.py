@@ -7,7 +7,9 @@ There are two peers. ``torchvision`` is what its users have: for a ResNet its ow
 pyramid, in its memory format. ``torchvision_heads`` has bigdet's backbone and pyramid, in
 channels_last memory, so that only proposals, heads and losses differ. ``ratio`` and ``ratio_heads``
 are bigdet's images per second over theirs in fp32; ``ratio_bf16`` those of bigdet in bf16 over
-torchvision's in fp32 (CPU) or under the same autocast (CUDA).
+torchvision's in fp32 (CPU) or under the same autocast (CUDA). With
+``engine.activation_checkpointing=true`` there is also ``bigdet_fp32_checkpointed``, the same
+detector with it.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from bigdet.config.derived import has_masks
 from bigdet.config.schema import ModelConfig, RunConfig
 from bigdet.models.build import build_detector, head_norm
+from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.norms import set_norm_mode
 from bigdet.structures import Batch, Masks, Targets
@@ -85,6 +88,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         if phase.norm_mode is not None:
             set_norm_mode(model, phase.norm_mode)
         model.train()
+    saving = copy.deepcopy(detector) if config.engine.activation_checkpointing else None
     if config.model.compile:
         detector.compile_dense()
     batch = make_scene(phase.images_per_gpu, (height, width), arguments.objects, config.seed)
@@ -101,6 +105,10 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         theirs = functools.partial(peer, images, targets)
         takers[f"{name}_fp32"] = Taker(peer, theirs, fp32, device)
     takers["bigdet_bf16"] = Taker(detector, ours, bf16, device)
+    if saving is not None:
+        enable_checkpointing(saving)
+        again = functools.partial(saving, batch)
+        takers["bigdet_fp32_checkpointed"] = Taker(saving, again, fp32, device)
     best = list(peers)[-1]
     rival = f"{best}_fp32"
     if device.type == "cuda":

@@ -21,9 +21,9 @@ from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.load import load_config
+from bigdet.data.manifest import Category
 from bigdet.data.mix import open_train_set
 from bigdet.data.order import lanes_of_rank
-from bigdet.data.shards import Category
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.drawing import draw
 from bigdet.run_dir import RunDir

@@ -6,10 +6,11 @@ or on the number of ranks is checked by the parts that know them, also before th
 
 from __future__ import annotations
 
-import itertools
 import re
 
+from bigdet.config.check_family import check_family
 from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
+from bigdet.config.check_schedule import check_cost, check_kept, check_length, check_schedule
 from bigdet.config.derived import (
     LAYER_NORM_BACKBONES,
     has_batch_norm,
@@ -37,6 +38,7 @@ from bigdet.config.schema import (
     ResizeConfig,
     RunConfig,
     TrainSplitConfig,
+    TtaConfig,
 )
 
 _STRIDE = 32
@@ -84,6 +86,7 @@ def check_config(config: RunConfig) -> None:
         check_detector(config, name)
         _check_phase(key, phase, model, source)
         _check_start(config, name)
+    check_kept(config)
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -114,7 +117,13 @@ def _check_numbers(config: RunConfig) -> None:
         keep_every is None or keep_every % every == 0,
         "checkpoint.keep_every", keep_every, f"a multiple of checkpoint.every, {every}",
     )  # fmt: skip
+    _check_tta(config.evaluation.tta)
     if config.evaluation.resize is not None:
+        if config.evaluation.tta is not None:
+            raise ConfigError(
+                "evaluation.resize: with test-time augmentation evaluation.tta.scales say the "
+                "sizes, so it would be ignored. Remove one of them."
+            )
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
@@ -142,6 +151,19 @@ def _check_engine(engine: EngineConfig) -> None:
             f"{key}: found {engine.offload}, which needs engine.zero_stage of at least {lowest}, "
             f"found {stage}: only what is sharded can lie on the CPU. Write none, or raise it."
         )
+
+
+def _check_tta(tta: TtaConfig | None) -> None:
+    if tta is None:
+        return
+    key, scales = "evaluation.tta", tta.scales
+    _require(bool(scales) and min(scales) > 0, f"{key}.scales", scales, "sizes above 0")
+    _require(tta.cap >= max(scales), f"{key}.cap", tta.cap, f"at least {max(scales)}")
+    vote_iou = tta.vote_iou
+    _require(
+        vote_iou is None or 0 < vote_iou <= 1,
+        f"{key}.vote_iou", vote_iou, "above 0, at most 1, or null",
+    )  # fmt: skip
 
 
 def check_train_split(split: TrainSplitConfig) -> None:
@@ -215,10 +237,7 @@ def _check_model(model: ModelConfig) -> None:
     for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
         _positive(key, value)
     rpn, roi = model.rpn, model.roi
-    _require(
-        len(rpn.anchor_sizes) == 5 and all(size > 0 for size in rpn.anchor_sizes),
-        "model.rpn.anchor_sizes", rpn.anchor_sizes, "five sizes above 0, one for each of P2 to P6",
-    )  # fmt: skip
+    check_family(model)
     _require(
         bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
         "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
@@ -227,7 +246,7 @@ def _check_model(model: ModelConfig) -> None:
         rpn.anchors_per_image >= 2, "model.rpn.anchors_per_image", rpn.anchors_per_image,
         "2 or more, half of them for objects",
     )  # fmt: skip
-    for name in ("train_proposals", "test_proposals"):
+    for name in ("train_proposals", "test_proposals", "train_candidates", "test_candidates"):
         _positive(f"model.rpn.{name}", getattr(rpn, name))
     for name in ("rois_per_image", "detections_per_image"):
         _positive(f"model.roi.{name}", getattr(roi, name))
@@ -242,7 +261,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:
-    for name in ("steps", "images_per_gpu", "images_per_step", "lr", "reference_images_per_step"):
+    for name in ("images_per_gpu", "images_per_step", "lr", "reference_images_per_step"):
         _positive(f"{key}.{name}", getattr(phase, name))
     for name in ("warmup_steps", "weight_decay"):
         _not_negative(f"{key}.{name}", getattr(phase, name))
@@ -258,7 +277,8 @@ def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) 
         )
     _check_resize(f"{key}.resize", phase.resize)
     _check_augment(key, phase, model)
-    _check_schedule(key, phase)
+    check_schedule(key, phase)
+    check_length(key, phase)
     _check_norm_mode(key, phase, model)
 
 
@@ -302,31 +322,6 @@ def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
             )
 
 
-def _check_schedule(key: str, phase: PhaseConfig) -> None:
-    if phase.warmup_steps >= phase.steps:
-        raise ConfigError(
-            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {phase.steps} "
-            f"steps. Write fewer, or 0 for no warm-up."
-        )
-    _require(0 < phase.warmup_factor <= 1, f"{key}.warmup_factor", phase.warmup_factor, "in (0, 1]")
-    _require(0 < phase.decay_factor <= 1, f"{key}.decay_factor", phase.decay_factor, "in (0, 1]")
-    _require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
-    _require(
-        all(0 <= beta < 1 for beta in phase.betas), f"{key}.betas", phase.betas, "two in [0, 1)"
-    )
-    unused = "momentum" if phase.optimizer == "adamw" else "betas"
-    _unused(key, phase, unused, f"is not used by {phase.optimizer}")
-    if phase.schedule == "constant":
-        for name in ("drops", "decay_factor"):
-            _unused(key, phase, name, "is for schedule: step")
-    drops = phase.drops or []
-    if any(second <= first for first, second in itertools.pairwise([0, *drops, phase.steps])):
-        raise ConfigError(
-            f"{key}.drops: found {drops}, expected rising steps above 0 and below the phase's "
-            f"{phase.steps} steps."
-        )
-
-
 def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
     if has_batch_norm(model) and phase.norm_mode is None:
         raise ConfigError(
@@ -366,6 +361,8 @@ def _check_start(config: RunConfig, name: str) -> None:
             f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
             f"and R-101 and what was trained from them)."
         )
+    if phase.start_from.cost is not None:
+        check_cost(f"{key}.start_from.cost", phase.start_from.cost, source)
     loaded = start_parts(config, name)
     if source == "previous":
         check_hand_over(config, name, loaded)

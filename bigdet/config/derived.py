@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from bigdet.config.schema import ModelConfig, PhaseConfig, ResizeConfig, RunConfig
+from bigdet.config.schema import (
+    ModelConfig,
+    PhaseConfig,
+    ResizeConfig,
+    RunConfig,
+    StartCostConfig,
+)
 
 _PROPOSING = ("backbone", "fpn", "rpn", "box_head")
 DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
@@ -13,6 +20,7 @@ DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "cascade_rcnn": _PROPOSING,
     "cascade_mask_rcnn": (*_PROPOSING, "mask_head"),
     "keypoint_rcnn": (*_PROPOSING, "keypoint_head"),
+    "retinanet": ("backbone", "fpn", "retina_head"),
 }
 """The parts of each detector, in the order in which data flows through them."""
 
@@ -21,6 +29,14 @@ LAYER_NORM_BACKBONES = (
     "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
 )  # fmt: skip
 """Those with LayerNorm and drop path of their own, which ``model.norm`` does not touch."""
+
+SINGLE_LEVEL = ("vgg16",)
+"""Backbones with one level of features, of which no pyramid is made: such a model has no FPN."""
+
+IMAGENET_COST = {
+    "images": 128_000_000, "instances": 128_000_000, "pixels": 128_000_000 * 224 * 224,
+}  # fmt: skip
+"""What paper 1 counts for ImageNet weights: 1.28 million images, 100 passes at 224x224."""
 
 DEFAULT_CAP = (1333, 800)
 """Longest long side, and the short side it goes with, in both papers; others in proportion."""
@@ -52,7 +68,13 @@ def largest_plan(resize: ResizeConfig) -> tuple[int, int]:
 
 def model_parts(model: ModelConfig) -> list[str]:
     """Return the parts of a detector, in the order in which data flows through them."""
-    return list(DETECTOR_PARTS[model.detector])
+    parts = DETECTOR_PARTS[model.detector]
+    return [part for part in parts if part != "fpn" or has_fpn(model)]
+
+
+def has_fpn(model: ModelConfig) -> bool:
+    """Tell whether a feature pyramid stands between the backbone and the heads."""
+    return model.backbone not in SINGLE_LEVEL
 
 
 def has_masks(model: ModelConfig) -> bool:
@@ -112,6 +134,71 @@ def phase_source(config: RunConfig, name: str) -> str:
     """Return where the weights of a phase come from, with the default filled in."""
     is_first = name == next(iter(config.phases))
     return config.phases[name].start_from.source or ("random" if is_first else "previous")
+
+
+def stated_cost(cost: StartCostConfig) -> dict[str, float]:
+    """Return the numbers of a stated cost that are known, by the names of its options."""
+    numbers: dict[str, float] = {}
+    if cost.preset == "imagenet":
+        numbers |= IMAGENET_COST
+    for name in ("images", "instances", "pixels", "gpu_seconds"):
+        if (number := getattr(cost, name)) is not None:
+            numbers[name] = number
+    return numbers
+
+
+def imported_cost(config: RunConfig, name: str) -> dict[str, float]:
+    """Return what was stated of the weights that a phase and those before it took from elsewhere.
+
+    A phase that starts from random weights leaves behind what came before it.
+    """
+    total: dict[str, float] = {}
+    for phase in config.phases:
+        if phase_source(config, phase) != "previous":
+            total = {}
+        cost = config.phases[phase].start_from.cost
+        for key, number in (stated_cost(cost) if cost is not None else {}).items():
+            total[key] = total.get(key, 0) + number
+        if phase == name:
+            break
+    return total
+
+
+def length_of(phase: PhaseConfig) -> tuple[str, float]:
+    """Return how long a phase is: the unit (``steps``, ``passes`` or ``images``) and the number."""
+    lengths = {"steps": phase.steps, "passes": phase.passes, "images": phase.images}
+    found = [(unit, length) for unit, length in lengths.items() if length is not None]
+    assert len(found) == 1, found  # check_config refuses others
+    return found[0]
+
+
+def num_steps(phase: PhaseConfig) -> int:
+    """Return the optimizer steps of a phase whose length has been settled."""
+    assert phase.steps is not None
+    return phase.steps
+
+
+def drop_points(phase: PhaseConfig) -> list[float]:
+    """Return when the rate drops, in the unit of the phase's length and counted from its start."""
+    length = length_of(phase)[1]
+    if phase.drops is None:
+        return [length * 2 / 3, length * 11 / 12]
+    return [drop if drop >= 0 else length + drop for drop in phase.drops]
+
+
+def in_steps(phase: PhaseConfig, steps_per_unit: float) -> PhaseConfig:
+    """Return a phase with its length and its drops in steps.
+
+    Args:
+        phase: with its length in any unit.
+        steps_per_unit: steps in one unit of its length.
+    """
+    drops = phase.drops
+    if drops is not None:
+        drops = [round(point * steps_per_unit) for point in drop_points(phase)]
+    length = length_of(phase)[1]
+    steps = math.ceil(length * steps_per_unit - 1e-6)  # 1.1 x 10 is a little more than 11
+    return dataclasses.replace(phase, steps=steps, passes=None, images=None, drops=drops)
 
 
 def is_timm(source: str) -> bool:

@@ -13,14 +13,14 @@ from typing import Literal
 from omegaconf import MISSING
 
 Detector = Literal[
-    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn",
+    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn", "retinanet",
 ]  # fmt: skip
 Backbone = Literal[
     "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
     "resnext152_32x8d",
     "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
-    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b", "vgg16",
 ]  # fmt: skip
 BoxHead = Literal["2fc", "4conv1fc"]
 BoxLoss = Literal["l1", "smooth_l1", "giou"]
@@ -32,7 +32,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Order = Literal["shuffled", "windowed"]
 Metric = Literal["coco", "voc07", "voc12"]
-Part = Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head"]
+Part = Literal[
+    "backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head", "retina_head",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,8 @@ class RpnConfig:
     """Region proposals."""
 
     anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
-    """Side of the square anchor of each pyramid level P2 to P6, pixels."""
+    """Side of the square anchor of each pyramid level P2 to P6, pixels. Without an FPN (vgg16): of
+    all anchors of a point, in any number; Detectron has 64, 128, 256, 512."""
     anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     """Height over width of the anchors, area kept."""
     anchors_per_image: int = 256
@@ -128,6 +131,11 @@ class RpnConfig:
     """Proposals per level before NMS, and per image after it, in training."""
     test_proposals: int = 1000
     """The same at test time."""
+    train_candidates: int | None = None
+    """Proposals per level before NMS in training, where they are not as many as after it. None:
+    ``train_proposals``."""
+    test_candidates: int | None = None
+    """The same at test time. None: ``test_proposals``."""
     box_beta: float = 0.0
     """Where the box loss turns from square to linear (smooth L1); 0 is L1. Detectron: 1/9."""
     nms_iou: float = 0.7
@@ -155,6 +163,37 @@ class RoiConfig:
     """Factor of the box loss; with ``giou`` 10 is usual."""
     score_threshold: float = 0.05
     """Detections with a lower score are not reported."""
+    nms_iou: float = 0.5
+    """Detections of one class that overlap a better one by more than this are dropped."""
+    detections_per_image: int = 100
+    """At most this many detections are reported per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetinaConfig:
+    """RetinaNet: its anchors, its loss, and what is reported."""
+
+    anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    """Side of the smallest square anchor of each pyramid level P3 to P7, pixels."""
+    scales_per_octave: int = 3
+    """Anchor sizes of a level, from its smallest up to less than twice that."""
+    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    """Height over width of the anchors, area kept."""
+    positive_iou: float = 0.5
+    """An anchor that overlaps an object by at least this, or more than all others do, is its."""
+    negative_iou: float = 0.4
+    """An anchor that overlaps no object by this is background; those between count nothing."""
+    focal_alpha: float = 0.25
+    """Weight of an anchor's own class in the focal loss; other classes weigh 1 - this."""
+    focal_gamma: float = 2.0
+    """How much less well-classified anchors count; 0 is cross entropy."""
+    box_beta: float = 0.0
+    """Where the smooth L1 loss of boxes turns from square to linear. 0: L1 (torchvision,
+    mmdetection); detectron2 has 0.1."""
+    score_threshold: float = 0.05
+    """Detections with a lower score are not reported."""
+    candidates_per_level: int = 1000
+    """Detections per level and image before NMS."""
     nms_iou: float = 0.5
     """Detections of one class that overlap a better one by more than this are dropped."""
     detections_per_image: int = 100
@@ -197,7 +236,8 @@ class ModelConfig:
     """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
     bn, ``all`` with gn."""
     width: int = 256
-    """Channels of the FPN and of the convolutions in the heads."""
+    """Channels of the FPN and of the convolutions in the heads. Without an FPN (vgg16) they are
+    the backbone's."""
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
     compile: bool = False
@@ -214,6 +254,8 @@ class ModelConfig:
     """Stages of a cascade."""
     keypoint: KeypointConfig = field(default_factory=KeypointConfig)
     """The head of ``keypoint_rcnn``."""
+    retina: RetinaConfig = field(default_factory=RetinaConfig)
+    """RetinaNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +334,22 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartCostConfig:
+    """What it took to make weights that come from elsewhere, as far as it is known."""
+
+    preset: Literal["imagenet"] | None = None
+    """``imagenet``: 1.28 million images of one object, 100 passes at 224x224 (paper 1)."""
+    images: int | None = None
+    """Images seen, repeats counted."""
+    instances: int | None = None
+    """Objects seen."""
+    pixels: int | None = None
+    """Pixels seen."""
+    gpu_seconds: float | None = None
+    """Seconds of training times GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartFromConfig:
     """Which weights a phase starts from."""
 
@@ -307,6 +365,9 @@ class StartFromConfig:
     """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
     as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
     reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
+    cost: StartCostConfig | None = None
+    """For ``timm`` and paths: what the weights cost, to stand beside the run's own in
+    ``metrics.jsonl`` (``imported/images``, ...). None: not stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,8 +383,13 @@ class PhaseModelConfig:
 class PhaseConfig:
     """One part of a run with settings of its own."""
 
-    steps: int = MISSING
-    """Optimizer steps."""
+    steps: int | None = None
+    """Length of the phase in optimizer steps. One of ``steps``, ``passes`` and ``images`` says how
+    long the phase is; the run folder's config has ``steps``."""
+    passes: float | None = None
+    """Length in passes through the training data."""
+    images: int | None = None
+    """Length in training images, so that the steps follow from ``images_per_step``."""
     images_per_gpu: int = MISSING
     """Images in one forward pass of one rank (micro-batch)."""
     images_per_step: int | None = None
@@ -340,8 +406,9 @@ class PhaseConfig:
     lr: float = MISSING
     """Learning rate at ``reference_images_per_step``."""
     reference_images_per_step: int | None = None
-    """Linear scaling rule: the rate used is ``lr`` x images per step / this. None: ``lr`` as it
-    stands."""
+    """Linear scaling rule: the rate used is ``lr`` x images per step / this, up or down. It scales
+    nothing else; with a length in ``images`` or ``passes`` the steps follow the batch too. None:
+    ``lr`` as it stands."""
     momentum: float = 0.9
     """Of SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -349,10 +416,13 @@ class PhaseConfig:
     weight_decay: float = 1e-4
     """On weights; not on normalization layers, biases of them, and the position tables and scales
     of transformers."""
-    schedule: Literal["constant", "step"] = "step"
-    """After the warm-up: ``constant``, or ``step``: times ``decay_factor`` at each of ``drops``."""
-    drops: list[int] | None = None
-    """Steps of the drops. None: at 2/3 and 11/12 of ``steps`` (8 and 11 of 12 passes)."""
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    """After the warm-up: ``constant``; ``step``: times ``decay_factor`` at each of ``drops``; or
+    ``cosine``: half a cosine, from the full rate at the end of the warm-up to 0 at the end."""
+    drops: list[int | float] | None = None
+    """When the rate drops, in the unit of the phase's length; below 0: so long before its end
+    (paper 1's last 60k and last 20k steps: -60_000, -20_000). None: at 2/3 and 11/12 of the length
+    (8 and 11 of 12 passes)."""
     decay_factor: float = 0.1
     """Of each drop."""
     warmup_steps: int = 500
@@ -372,6 +442,23 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TtaConfig:
+    """Test-time augmentation: several views of each image, put together."""
+
+    flip: bool = True
+    """Every size also mirrored."""
+    scales: list[int] = field(
+        default_factory=lambda: [400, 500, 600, 700, 800, 900, 1000, 1100, 1200]
+    )
+    """Short sides of the views, pixels."""
+    cap: int = 2000
+    """Longest long side of all views, pixels."""
+    vote_iou: float | None = 0.9
+    """Boxes move to the mean of those of other views that overlap them by at least this. None: they
+    stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """When and how AP is measured; every phase also ends with an evaluation."""
 
@@ -381,6 +468,9 @@ class EvaluationConfig:
     """Images in one forward pass of one rank."""
     resize: ResizeConfig | None = None
     """Size of the images. None: that of the phase."""
+    tta: TtaConfig | None = None
+    """Test-time augmentation, in every evaluation; ``bigdet.evaluate --tta`` asks for it once. It
+    takes two passes per view. None: one view at the size of ``resize``."""
     metric: Metric = "coco"
     """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
     all of them (``voc12``), where AP50 is VOC's own number."""
@@ -396,6 +486,8 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The newest checkpoints that stay, beside the best one and the last one of each phase."""
+    at: list[str] = field(default_factory=list)
+    """Further checkpoints, PHASE-STEP, that are written and stay: what other runs fork from."""
     keep_every: int | None = None
     """Checkpoints at multiples of so many steps of a phase stay too. None: none of them."""
 

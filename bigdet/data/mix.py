@@ -66,9 +66,9 @@ class MixedSet(ShardSet):
             num_shards = np.cumsum([0, *(len(manifest.shards) for manifest in manifests)])
             for start, end, shift in zip(self.starts, self.starts[1:], num_shards, strict=False):
                 self.index["shard"][start:end] += np.uint32(shift)
-        place = {_name_key(category): label for label, category in enumerate(categories)}
+        place = {name_key(category.name): label for label, category in enumerate(categories)}
         self._labels = [
-            [place[_name_key(category)] for category in part.categories] for part in parts
+            [place[name_key(category.name)] for category in part.categories] for part in parts
         ]
 
     def index_hash(self) -> str:
@@ -159,8 +159,8 @@ def open_train_set(data: DataConfig) -> ShardSet:
     categories = _union([part.categories for part in parts])
     for part in parts:
         _check_names(part)
-        own = {_name_key(category) for category in part.categories}
-        absent = [category.name for category in categories if _name_key(category) not in own]
+        own = {name_key(category.name) for category in part.categories}
+        absent = [category.name for category in categories if name_key(category.name) not in own]
         if absent:
             logger.warning(
                 "data.train.more_shards: %s does not know %d of the %d classes of the mix; objects "
@@ -172,8 +172,8 @@ def open_train_set(data: DataConfig) -> ShardSet:
 
 def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSet:
     """Return a set with its labels counted by another list of categories, matched by name."""
-    known = {_name_key(category) for category in categories}
-    unknown = [repr(entry.name) for entry in shards.categories if _name_key(entry) not in known]
+    known = {name_key(category.name) for category in categories}
+    unknown = [repr(entry.name) for entry in shards.categories if name_key(entry.name) not in known]
     if unknown:
         raise ShardError(
             f"{shards.address}: {len(unknown)} of its categories are not among the {len(known)} of "
@@ -188,16 +188,16 @@ def _union(lists: Sequence[Sequence[Category]]) -> list[Category]:
     union: dict[str, Category] = {}
     used: set[int] = set()
     for category in (category for categories in lists for category in categories):
-        if _name_key(category) not in union:
+        if name_key(category.name) not in union:
             number = max(used) + 1 if category.id in used else category.id
             used.add(number)
-            union[_name_key(category)] = replace(category, id=number)
+            union[name_key(category.name)] = replace(category, id=number)
     return list(union.values())
 
 
 def _check_names(shards: ShardSet) -> None:
     """Refuse a set in which two categories would become one."""
-    names = [_name_key(category) for category in shards.categories]
+    names = [name_key(category.name) for category in shards.categories]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ShardError(
@@ -211,5 +211,6 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED_NAMES]) + more
 
 
-def _name_key(category: Category) -> str:
-    return " ".join(category.name.casefold().split())
+def name_key(name: str) -> str:
+    """Return what two names of a category have in common if they mean the same."""
+    return " ".join(name.casefold().split())

@@ -293,7 +293,7 @@ class EvalStream:
         self,
         shards: ShardSet,
         *,
-        size_cap: tuple[int, int],
+        size_cap: tuple[int, int] | None,
         images_per_gpu: int,
         rank: int,
         world_size: int,
@@ -303,7 +303,7 @@ class EvalStream:
 
         Args:
             shards: the set; all of it is used.
-            size_cap: short side and longest long side, pixels.
+            size_cap: short side and longest long side, pixels; None leaves images as they are.
             images_per_gpu: images of a batch.
             rank: this process.
             world_size: number of ranks.
@@ -325,13 +325,21 @@ class EvalStream:
             self._read,
             range(len(self)),
             workers=self._workers,
-            group_bytes=group_bytes(self._rows.shape[1], self._size_cap, with_masks=False),
+            group_bytes=group_bytes(self._rows.shape[1], self._largest(), with_masks=False),
         )
         try:
             for packed in loader:
                 yield unpack(packed)
         finally:
             loader.close()
+
+    def _largest(self) -> tuple[int, int]:
+        """Return the short side and the longest long side of what is given out, pixels."""
+        if self._size_cap is not None:
+            return self._size_cap
+        sizes = self._shards.index[["height", "width"]].tolist()
+        short, long = (max(map(side, sizes)) for side in (min, max))
+        return short, long
 
     def _read(self, batch: int, allocate: Allocate) -> PackedGroup:
         examples = [
@@ -343,5 +351,6 @@ class EvalStream:
     def _example(self, row: int, weight: float) -> Example:
         image, record = load_sample(self._shards, row)
         size = (record["height"], record["width"])
-        seen = whole_view(size, self._size_cap).move_image(image)
+        plan = self._size_cap or (min(size), max(size))
+        seen = whole_view(size, plan).move_image(image)
         return Example(seen, size, record["image_id"], weight, no_objects())

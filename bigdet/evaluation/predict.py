@@ -40,7 +40,7 @@ HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def predict_split(
     module: nn.Module,
     shards: ShardSet,
-    size_cap: tuple[int, int],
+    size_cap: tuple[int, int] | None,
     images_per_gpu: int,
     workers: int,
     device: torch.device,
@@ -53,7 +53,8 @@ def predict_split(
     Args:
         module: the detector; in evaluation mode meanwhile, then as it was.
         shards: the validation set.
-        size_cap: short side and longest long side at which images are seen, pixels.
+        size_cap: short side and longest long side at which images are seen, pixels; None for
+            modules that resize images themselves.
         images_per_gpu: images in one forward pass of one rank.
         workers: loader processes per rank.
         device: of the module.

@@ -29,6 +29,40 @@ def cell_anchors(size: float, ratios: Sequence[float], rounded: bool) -> Tensor:
     return torch.cat([-corners, corners], dim=1)
 
 
+def shape_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool) -> Tensor:
+    """Give the anchors of one grid point in several sizes: ratio after ratio, sizes within.
+
+    Args:
+        sizes: sides of the square anchors, pixels.
+        ratios: as in `cell_anchors`.
+        rounded: as in `cell_anchors`.
+
+    Returns:
+        ``(R * sizes, 4)`` float64, in torchvision's order.
+    """
+    by_size = [cell_anchors(size, ratios, rounded) for size in sizes]
+    return torch.stack(by_size, dim=1).flatten(0, 1)
+
+
+def grid_spacings(
+    feature_sizes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    canvas_size: tuple[int, int],
+    from_canvas: bool,
+) -> list[tuple[int, int]]:
+    """Give the distance of grid points down and across, pixels, for each level.
+
+    Args:
+        feature_sizes: height, width of each level.
+        strides: nominal, of each level.
+        canvas_size: height, width of the images.
+        from_canvas: canvas size // feature size, not the stride (see ``Conventions``).
+    """
+    if not from_canvas:
+        return [(stride, stride) for stride in strides]
+    return [(canvas_size[0] // height, canvas_size[1] // width) for height, width in feature_sizes]
+
+
 def grid_anchors(
     feature_sizes: Sequence[tuple[int, int]],
     strides: Sequence[tuple[int, int]],

@@ -128,19 +128,23 @@ def crowd_parts(objects: Objects, boxes: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def label_anchors(iou: Tensor, is_best: Tensor) -> Tensor:
-    """Label anchors: positive from IoU 0.7 or as an object's best, negative below 0.3.
+def label_anchors(
+    iou: Tensor, is_best: Tensor, negative_iou: float = 0.3, positive_iou: float = 0.7
+) -> Tensor:
+    """Label anchors: positive from an IoU on or as an object's best, negative below another.
 
     Args:
         iou: ``(B, A)`` with the best object.
         is_best: ``(B, A)`` bool, the anchor is some object's best.
+        negative_iou: in [0, 1]; by default the RPN's.
+        positive_iou: in [0, 1].
 
     Returns:
         ``(B, A)`` int8: POSITIVE, NEGATIVE or IGNORED.
     """
     labels = torch.full_like(iou, IGNORED, dtype=torch.int8)
-    labels.masked_fill_(iou < 0.3, NEGATIVE)
-    return labels.masked_fill_((iou >= 0.7) | is_best, POSITIVE)
+    labels.masked_fill_(iou < negative_iou, NEGATIVE)
+    return labels.masked_fill_((iou >= positive_iou) | is_best, POSITIVE)
 
 
 @dataclass(frozen=True)

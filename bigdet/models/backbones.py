@@ -17,6 +17,7 @@ from bigdet.models.convnext import ConvNeXt
 from bigdet.models.norms import BatchNorm2d, Kind
 from bigdet.models.resnet import ResNet
 from bigdet.models.swin import Swin, SwinV2
+from bigdet.models.vgg import VGG
 from bigdet.models.vit import ViT
 
 __all__ = ["BACKBONES", "Backbone", "build_backbone", "freeze_stages"]
@@ -66,6 +67,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "convnext_b": _convnext([3, 3, 27, 3], [128, 256, 512, 1024]),
     "vit_s": _vit(384, 12, 6),
     "vit_b": _vit(768, 12, 12),
+    "vgg16": lambda norm, drop_path: VGG(),
 }
 
 

@@ -7,7 +7,13 @@ from functools import partial
 
 import torch
 
-from bigdet.config.derived import has_cascade, has_keypoints, has_masks, is_class_agnostic
+from bigdet.config.derived import (
+    has_cascade,
+    has_fpn,
+    has_keypoints,
+    has_masks,
+    is_class_agnostic,
+)
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.conventions import Conventions
@@ -16,10 +22,12 @@ from bigdet.models.heads.box import BoxHead
 from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.heads.keypoint import KeypointHead
 from bigdet.models.heads.mask import MaskHead
+from bigdet.models.heads.retina import RetinaHead
 from bigdet.models.heads.rpn import RegionProposals
-from bigdet.models.necks.fpn import FPN
+from bigdet.models.necks.fpn import FPN, RetinaFPN
 from bigdet.models.norms import Kind
 from bigdet.models.rcnn import RCNN
+from bigdet.models.retinanet import RetinaNet
 
 
 def head_norm(config: ModelConfig) -> Kind:
@@ -41,6 +49,7 @@ def build_detector(
     build = DETECTORS[config.detector]
     detector = build(config, num_classes, conventions or Conventions())
     detector.config = config
+    detector.num_classes = num_classes
     return detector.to(memory_format=torch.channels_last)
 
 
@@ -48,14 +57,16 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
     norm = head_norm(config)
     backbone = build_backbone(config.backbone, config.norm, config.drop_path)
     mask_head = keypoint_head = None
-    fpn = FPN(backbone.channels, config.width, norm)
-    rpn = RegionProposals(config.rpn, config.width, conventions)
+    fpn, width = None, backbone.channels[-1]
+    if has_fpn(config):
+        fpn, width = FPN(backbone.channels, config.width, norm), config.width
+    rpn = RegionProposals(config.rpn, width, conventions, has_fpn(config))
     box_head: BoxHead | CascadeHead
     make_head = partial(
         BoxHead,
         config.box_head,
         norm,
-        config.width,
+        width,
         config.fc_width,
         num_classes,
         config.roi,
@@ -64,10 +75,18 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
     )
     box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
     if has_masks(config):
-        mask_head = MaskHead(norm, config.width, num_classes)
+        mask_head = MaskHead(norm, width, num_classes)
     if has_keypoints(config):
-        keypoint_head = KeypointHead(norm, config.width, config.keypoint, num_classes)
+        keypoint_head = KeypointHead(norm, width, config.keypoint, num_classes)
     return RCNN(backbone, fpn, rpn, box_head, mask_head, keypoint_head)
+
+
+def _retinanet(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
+    norm = head_norm(config)
+    backbone = build_backbone(config.backbone, config.norm, config.drop_path)
+    fpn = RetinaFPN(backbone.channels[1:], config.width, norm, conventions.p6_source)
+    head = RetinaHead(config.retina, norm, config.width, num_classes, conventions)
+    return RetinaNet(backbone, fpn, head)
 
 
 DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
@@ -76,5 +95,6 @@ DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
     "cascade_rcnn": _rcnn,
     "cascade_mask_rcnn": _rcnn,
     "keypoint_rcnn": _rcnn,
+    "retinanet": _retinanet,
 }
 """How each detector is built: config, classes and conventions to the detector."""

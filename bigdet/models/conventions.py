@@ -23,6 +23,10 @@ class Conventions:
             not at the nominal stride of their level; both agree where 64 divides the canvas.
         rpn_normalizer: RPN losses are divided by the number of sample ``slots`` (256 per image) or
             by the number of anchors ``sampled`` into them (torchvision).
+        retina_normalizer: RetinaNet's losses are divided by the number of positive anchors of the
+            ``lane``, or of each ``image`` and then by the number of images (torchvision).
+        p6_source: RetinaNet makes P6 from ``c5`` (the paper, detectron2, mmdetection) or from
+            ``p5`` (torchvision's first RetinaNet; its second takes C5).
         crowd_coverage: regions with more than this part of their area in a crowd are no background
             examples (Detectron). None: crowds have no effect.
     """
@@ -31,6 +35,8 @@ class Conventions:
     anchors_rounded: bool = False
     anchor_strides_from_canvas: bool = False
     rpn_normalizer: Literal["slots", "sampled"] = "slots"
+    retina_normalizer: Literal["lane", "image"] = "lane"
+    p6_source: Literal["c5", "p5"] = "c5"
     crowd_coverage: float | None = 0.7
 
 
@@ -39,5 +45,6 @@ TORCHVISION = Conventions(
     anchors_rounded=True,
     anchor_strides_from_canvas=True,
     rpn_normalizer="sampled",
+    retina_normalizer="image",
     crowd_coverage=None,
 )

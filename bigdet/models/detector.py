@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from bigdet.config.schema import ModelConfig
 from bigdet.models.backbones import Backbone
+from bigdet.models.heads.detections import FlatDetections, TestSettings
+from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.resize import resize_image, test_size
@@ -28,12 +30,14 @@ class Detector(nn.Module):
     Attributes:
         backbone: images to features.
         config: the model section that it was built from.
+        num_classes: K.
         dense_parts: those that see whole canvases, and nothing whose number varies.
         categories: what the labels ``0..K-1`` mean: id, name and more of each.
         test_size: short side and longest long side, pixels, to which ``predict`` resizes.
     """
 
     config: ModelConfig
+    num_classes: int
 
     dense_parts: tuple[str, ...]
 
@@ -89,6 +93,59 @@ class Detector(nn.Module):
 
     def _detect(self, batch: Batch) -> list[Detections]:
         """Give the detections of each image, best first."""
+        features = self.features(batch)
+        found = self.find(features, batch)
+        return self.finish(found, self.maps(features, found), len(batch.images))
+
+    def features(self, batch: Batch) -> Any:
+        """Compute what the heads read."""
+        raise NotImplementedError
+
+    def find(self, features: Any, batch: Batch) -> FlatDetections:
+        """Give boxes, scores and labels of the detections, boxes in pixels of the canvas."""
+        raise NotImplementedError
+
+    def maps(self, features: Any, found: FlatDetections) -> dict[str, Tensor]:
+        """Give maps ``(D, ..., h, w)`` on grids over D boxes, such as masks, by name.
+
+        Maps of the same boxes from several views of an image may be averaged.
+        """
+        raise NotImplementedError
+
+    def finish(
+        self, found: FlatDetections, maps: dict[str, Tensor], num_images: int
+    ) -> list[Detections]:
+        """Hand out detections by image.
+
+        Args:
+            found: D detections of all images.
+            maps: what `maps` gave for them.
+            num_images: of the batch.
+        """
+        counts = torch.bincount(found.images, minlength=num_images).tolist()
+        maps = dict(maps)
+        if "keypoints" in maps:
+            maps["keypoints"] = find_keypoints(maps["keypoints"], found.boxes).float()
+        parts = zip(
+            torch.split(found.boxes.float(), counts),
+            torch.split(found.scores.float(), counts),
+            torch.split(found.labels, counts),
+            *(
+                torch.split(maps[name], counts) if name in maps else [None] * num_images
+                for name in ("masks", "keypoints")
+            ),
+            strict=True,
+        )
+        return [Detections(*part) for part in parts]
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether `maps` gives any."""
+        raise NotImplementedError
+
+    @property
+    def test_settings(self) -> TestSettings:
+        """Thresholds and limits of the detections."""
         raise NotImplementedError
 
     def compile_dense(self, **options: Any) -> None:
@@ -98,8 +155,9 @@ class Detector(nn.Module):
             options: of ``torch.compile``.
         """
         torch.compiler.reset()  # what was compiled for an earlier phase
-        for name in self.dense_parts:
-            self.get_submodule(name).compile(dynamic=False, **options)
+        for name, part in self.named_children():
+            if name in self.dense_parts:  # a model without a pyramid has no fpn
+                part.compile(dynamic=False, **options)
         self._is_compiled = True
 
     def use_test_settings(self, config: ModelConfig) -> None:
@@ -131,7 +189,7 @@ class Detector(nn.Module):
         """
         was_training = self.training
         self.eval()
-        batch = _collate(images, self.test_size).to(self.get_buffer("pixel_mean").device)
+        batch = collate_images(images, self.test_size).to(self.get_buffer("pixel_mean").device)
         found = self(batch)
         self.train(was_training)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
@@ -173,8 +231,13 @@ def scale_detections(
     return replace(found, boxes=boxes, keypoints=keypoints)
 
 
-def _collate(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:
-    """Resize images and put them on one canvas, without targets."""
+def collate_images(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:
+    """Resize images and put them on one canvas, without targets.
+
+    Args:
+        images: ``(3, h, w)`` uint8 each.
+        short_and_long: short side and longest long side to reach, pixels.
+    """
     sizes = [test_size(image.shape[1], image.shape[2], *short_and_long) for image in images]
     height, width = (
         -(-max(size[axis] for size in sizes) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE

@@ -37,6 +37,7 @@ PUBLISHED = {
     "resnext50_32x4d": "resnext50_32x4d.tv_in1k",
     "resnext101_32x4d": "resnext101_32x4d.gluon_in1k",
     "resnext101_32x8d": "resnext101_32x8d.tv_in1k",
+    "vgg16": "vgg16.tv_in1k",
     "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
     "swin_s": "swin_small_patch4_window7_224.ms_in1k",
     "swin_b": "swin_base_patch4_window7_224.ms_in1k",

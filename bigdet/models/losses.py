@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torchvision.ops import generalized_box_iou_loss
+
+CHUNK = 2**22  # logits whose focal losses are computed at once: 16 MB of fp32
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -55,3 +61,94 @@ def class_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Give the softmax cross entropy of ``(..., K)`` logits with ``(...)`` labels."""
     flat = F.cross_entropy(at_least_fp32(logits).flatten(0, -2), labels.flatten(), reduction="none")
     return flat.view(labels.shape)
+
+
+def focal_loss_sum(
+    logits: Tensor,
+    labels: Tensor,
+    is_positive: Tensor,
+    weights: Tensor,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """Add up the weighted focal losses of all logits (Lin et al., RetinaNet, equation 5).
+
+    Args:
+        logits: ``(..., K)``, one binary decision per class.
+        labels: ``(...)`` int64 in ``0..K-1``; of use where the row is positive.
+        is_positive: ``(...)`` bool; other rows belong to no class.
+        weights: ``(...)`` of the rows; 0 leaves a row out.
+        alpha: weight of the logit of the own class; the others weigh 1 - alpha.
+        gamma: how much less easy decisions count.
+
+    Returns:
+        A scalar. No one-hot targets are made, and nothing in the size of the logits is kept for
+        backward but the logits themselves (plain autograd keeps five such tensors, in fp32).
+    """
+    total: Tensor = _FocalLossSum.apply(logits, labels, is_positive, weights, alpha, gamma)
+    return total
+
+
+class _FocalLossSum(torch.autograd.Function):
+    """The sum in chunks of rows; backward works the slopes out from the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        is_positive: Tensor,
+        weights: Tensor,
+        alpha: float,
+        gamma: float,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, labels, is_positive, weights)
+        ctx.alpha, ctx.gamma = alpha, gamma
+        total = at_least_fp32(logits.new_zeros(()))
+        for values, label, positive, weight in _row_chunks(logits, labels, is_positive, weights):
+            x, own = at_least_fp32(values), label[:, None]
+            losses = _losses_of_no(x, 1 - alpha, gamma)
+            own_losses = losses.gather(1, own)
+            of_yes = _losses_of_no(-x.gather(1, own), alpha, gamma)
+            losses.scatter_(1, own, torch.where(positive[:, None], of_yes, own_losses))
+            total += torch.where(weight > 0, losses.sum(dim=1) * weight, 0).sum()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, is_positive, weights = ctx.saved_tensors
+        alpha, gamma = ctx.alpha, ctx.gamma
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        chunks = _row_chunks(logits, labels, is_positive, weights)
+        (grads,) = zip(*_row_chunks(grad), strict=True)
+        for out, (values, label, positive, weight) in zip(grads, chunks, strict=True):
+            x, own = at_least_fp32(values), label[:, None]
+            slopes = _slopes_of_no(x, 1 - alpha, gamma)
+            own_slopes = slopes.gather(1, own)
+            of_yes = -_slopes_of_no(-x.gather(1, own), alpha, gamma)
+            slopes.scatter_(1, own, torch.where(positive[:, None], of_yes, own_slopes))
+            # In fp32 up to here: a loss scale keeps what fp16 would round to 0.
+            scaled = slopes * (weight * grad_total)[:, None]
+            out.copy_(torch.where(weight[:, None] > 0, scaled, 0))
+        return grad, None, None, None, None, None
+
+
+def _row_chunks(logits: Tensor, *facts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split rows of logits ``(..., K)`` and what is known of them ``(...)`` into pieces."""
+    num_classes = logits.shape[-1]
+    size = max(CHUNK // num_classes, 1)
+    flat = [logits.view(-1, num_classes), *(fact.flatten() for fact in facts)]
+    return zip(*(torch.split(tensor, size) for tensor in flat), strict=True)
+
+
+def _losses_of_no(x: Tensor, weight: float, gamma: float) -> Tensor:
+    """Give the focal losses of logits whose answer is no."""
+    return F.softplus(x).mul_(x.sigmoid().pow_(gamma)).mul_(weight)
+
+
+def _slopes_of_no(x: Tensor, weight: float, gamma: float) -> Tensor:
+    """Give the derivatives of `_losses_of_no`."""
+    p = x.sigmoid()
+    slopes = F.softplus(x).mul_(1 - p).mul_(gamma).add_(p)
+    return slopes.mul_(p.pow_(gamma)).mul_(weight)

@@ -12,10 +12,11 @@ from bigdet.models.assign import pad_objects
 from bigdet.models.backbones import Backbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
-from bigdet.models.heads.box import BoxHead, FlatDetections
+from bigdet.models.heads.box import BoxHead
 from bigdet.models.heads.cascade import CascadeHead
+from bigdet.models.heads.detections import FlatDetections, TestSettings
 from bigdet.models.heads.keypoint import POOLED_SIZE as KEYPOINT_POOLED_SIZE
-from bigdet.models.heads.keypoint import KeypointHead, find_keypoints, select_with_keypoints
+from bigdet.models.heads.keypoint import KeypointHead, select_with_keypoints
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
 from bigdet.models.heads.mask import MaskHead, select_positives
 from bigdet.models.heads.positives import pad_to_bucket
@@ -23,11 +24,11 @@ from bigdet.models.heads.rpn import Proposals, RegionProposals
 from bigdet.models.necks.fpn import FPN
 from bigdet.models.norms import valid_rows
 from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
-from bigdet.structures import Batch, Detections
+from bigdet.structures import Batch
 
 
 class RCNN(Detector):
-    """Faster R-CNN over a feature pyramid; with more heads Mask R-CNN or Keypoint R-CNN.
+    """Faster R-CNN over a pyramid or one map (VGG); with more heads Mask or Keypoint R-CNN.
 
     Losses are ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_delta``, with a mask head
     ``mask``, and with a keypoint head ``keypoint``. A cascade as box head has
@@ -39,7 +40,7 @@ class RCNN(Detector):
     def __init__(
         self,
         backbone: Backbone,
-        fpn: FPN,
+        fpn: FPN | None,
         rpn: RegionProposals,
         box_head: BoxHead | CascadeHead,
         mask_head: MaskHead | None,
@@ -52,16 +53,23 @@ class RCNN(Detector):
         self.box_head = box_head
         self.mask_head = mask_head
         self.keypoint_head = keypoint_head
-        self.strides = [*backbone.strides, 2 * backbone.strides[-1]]
+        self.strides = list(backbone.strides)
+        if fpn is not None:
+            self.strides.append(2 * backbone.strides[-1])
 
     def use_test_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
         self.box_head.use_test_settings(config.roi)
 
     def _features(self, batch: Batch) -> list[Tensor]:
-        """Give the pyramid P2 to P6."""
-        features: list[Tensor] = self.fpn(self.backbone(self._pixels(batch)))
-        return features
+        """Give the pyramid P2 to P6, or without an FPN what the backbone gives."""
+        features: list[Tensor] = self.backbone(self._pixels(batch))
+        return features if self.fpn is None else self.fpn(features)
+
+    def _table(self, features: list[Tensor]) -> FeatureTable:
+        """Lay out what regions are pooled from: P6 is for proposals alone."""
+        strides = self.backbone.strides
+        return tabulate(features[: len(strides)], strides)
 
     def _pool(self, table: FeatureTable, boxes: Tensor, images: Tensor, size: int) -> Tensor:
         is_aligned = self.rpn.conventions.roi_align_aligned
@@ -81,7 +89,7 @@ class RCNN(Detector):
         losses: dict[str, Tensor] = self.rpn.losses(predictions, objects, batch.weights)
 
         proposals = self.rpn.propose(predictions, batch.image_sizes)
-        table = tabulate(features[:-1], self.strides[:-1])  # P6 is for proposals alone
+        table = self._table(features)
         pool = partial(self._pool_all, table)
         box_losses, regions = self.box_head.train_on(
             pool, proposals, objects, batch.weights, batch.image_sizes
@@ -113,30 +121,47 @@ class RCNN(Detector):
             losses |= self.keypoint_head.losses(self.keypoint_head(pooled), chosen, keypoints)
         return losses
 
-    def _detect(self, batch: Batch) -> list[Detections]:
+    def features(self, batch: Batch) -> tuple[list[Tensor], FeatureTable]:
+        """Compute the pyramid, also as a table to pool regions from."""
         features = self._features(batch)
+        return features, self._table(features)
+
+    def find(self, features: tuple[list[Tensor], FeatureTable], batch: Batch) -> FlatDetections:
+        """Propose regions and give the detections among them."""
+        pyramid, table = features
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions = self.rpn(features, self.strides, canvas_size)
+        predictions = self.rpn(pyramid, self.strides, canvas_size)
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
-        num_images = len(batch.images)
-        table = tabulate(features[:-1], self.strides[:-1])
-        pool = partial(self._pool_all, table)
-        found = self.box_head.find(pool, proposals, batch.image_sizes)
-        masks = keypoints = None
+        return self.box_head.find(partial(self._pool_all, table), proposals, batch.image_sizes)
+
+    def maps(
+        self, features: tuple[list[Tensor], FeatureTable], found: FlatDetections
+    ) -> dict[str, Tensor]:
+        """Give the probabilities of masks and the logits of keypoints, where there are heads.
+
+        Returns:
+            ``masks`` ``(D, 28, 28)`` and ``keypoints`` ``(D, K, 56, 56)``.
+        """
+        _, table = features
+        maps = {}
         if self.mask_head is not None:
-            masks = self._masks(self.mask_head, table, found)
+            maps["masks"] = self._masks(self.mask_head, table, found)
         if self.keypoint_head is not None:
-            keypoints = self._keypoints(self.keypoint_head, table, found)
-        counts = torch.bincount(found.images, minlength=num_images).tolist()
-        parts = zip(
-            torch.split(found.boxes.float(), counts),
-            torch.split(found.scores.float(), counts),
-            torch.split(found.labels, counts),
-            [None] * num_images if masks is None else torch.split(masks, counts),
-            [None] * num_images if keypoints is None else torch.split(keypoints, counts),
-            strict=True,
-        )
-        return [Detections(*part) for part in parts]
+            maps["keypoints"] = self._heat_maps(self.keypoint_head, table, found)
+        return maps
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether there are masks or keypoints."""
+        return self.mask_head is not None or self.keypoint_head is not None
+
+    @property
+    def test_settings(self) -> TestSettings:
+        """Thresholds and limits of the detections."""
+        head = self.box_head
+        last = head.stages[-1] if isinstance(head, CascadeHead) else head
+        assert isinstance(last, BoxHead)
+        return last.config
 
     def _masks(self, mask_head: MaskHead, table: FeatureTable, found: FlatDetections) -> Tensor:
         """Give the mask probabilities ``(D, 28, 28)`` of detections; the head runs on none too."""
@@ -145,11 +170,12 @@ class RCNN(Detector):
         logits: Tensor = mask_head(pooled, filled.labels)
         return logits[: len(found.boxes)].sigmoid().float()
 
-    def _keypoints(self, head: KeypointHead, table: FeatureTable, found: FlatDetections) -> Tensor:
-        """Give the keypoints ``(D, K, 3)`` of detections; the head runs on none too."""
+    def _heat_maps(self, head: KeypointHead, table: FeatureTable, found: FlatDetections) -> Tensor:
+        """Give the logits ``(D, K, 56, 56)`` of detections; the head runs on none too."""
         filled = _fill_bucket(found)
         pooled = self._pool(table, filled.boxes, filled.images, KEYPOINT_POOLED_SIZE)
-        return find_keypoints(head(pooled)[: len(found.boxes)], found.boxes).float()
+        logits: Tensor = head(pooled)
+        return logits[: len(found.boxes)]
 
 
 def _fill_bucket(found: FlatDetections) -> FlatDetections:

@@ -125,7 +125,15 @@ def find_weights(path: Path) -> Path:
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file, a checkpoint or a run, onto the CPU."""
-    return read_safetensors(find_weights(Path(path)))[0]
+    return read_weights(path)[0]
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Read the tensors of a weights file, and the names of its classes where it has them."""
+    tensors, metadata = read_safetensors(find_weights(Path(path)))
+    if "categories" not in metadata:
+        return tensors, None
+    return tensors, [category["name"] for category in json.loads(metadata["categories"])]
 
 
 def part_of(name: str) -> str:

@@ -50,3 +50,23 @@ def shifted_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Te
     kept.index_fill_(0, nms(boxes + shifts[:, None], scores, iou), True)
     # What is left out comes last, by its score, so it drops nothing that stays.
     return kept & (scores > -torch.inf)
+
+
+def best_of_groups(scores: Tensor, groups: Tensor, num_groups: int, limit: int) -> Tensor:
+    """Give the rows of the best scores of each group.
+
+    Args:
+        scores: ``(N,)``.
+        groups: ``(N,)`` int64 in ``0..num_groups-1``.
+        num_groups: how many groups there may be.
+        limit: at most so many rows of each group.
+
+    Returns:
+        ``(n,)`` int64, group after group, best first within a group.
+    """
+    rows = scores.argsort(descending=True, stable=True)
+    rows = rows[groups[rows].argsort(stable=True)]
+    counts = torch.bincount(groups, minlength=num_groups)
+    places = torch.arange(len(rows), device=rows.device)
+    places -= (counts.cumsum(0) - counts)[groups[rows]]  # place within the group
+    return rows[places < limit]

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes
+from bigdet.config.derived import imported_cost, num_lanes, num_steps
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
@@ -87,13 +87,11 @@ class Run:
         )  # fmt: skip
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None
-            lr = optim.scaled_lr(phase, phase.images_per_step)
             logger.info(
-                "phase %s: %d steps of %d images (%d ranks x %d micro-batches of %d), lr %.3g%s",
-                name, phase.steps, phase.images_per_step, distributed.world_size(),
-                num_lanes(phase) // distributed.world_size(), phase.images_per_gpu, lr,
-                "" if lr == phase.lr else
-                f" ({phase.lr:.3g} at {phase.reference_images_per_step} images per step)",
+                "phase %s: %d steps of %d images (%d ranks x %d micro-batches of %d), %s",
+                name, num_steps(phase), phase.images_per_step, distributed.world_size(),
+                num_lanes(phase) // distributed.world_size(), phase.images_per_gpu,
+                optim.describe_lr(phase, phase.images_per_step),
             )  # fmt: skip
 
 
@@ -120,8 +118,9 @@ class PhaseTrainer:
         self.run, self.config, self.state = run, run.config, run.state
         self.name = run.state.phase
         self.phase = run.config.phases[self.name]
+        self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
-        self.meter = StepMeter()
+        self.meter = StepMeter(device)
         self.micro_batches: list[Batch] = []  # of the step under way, for messages
         assert self.phase.images_per_step is not None
         self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
@@ -147,9 +146,9 @@ class PhaseTrainer:
         state, batches = self.state, iter(self.stream)
         if state.needs_evaluation and not self._evaluate():  # interrupted before or in it
             return False
-        while state.step < self.phase.steps:
+        while state.step < self.num_steps:
             result, lr = self._step(batches)
-            is_last = state.step == self.phase.steps
+            is_last = state.step == self.num_steps
             state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
             if is_last or _is_due(state.step, self.config.log.every):
                 self._log(result, lr)
@@ -158,6 +157,7 @@ class PhaseTrainer:
                 must_stop
                 or state.needs_evaluation  # which takes long: nothing trained is lost in it
                 or _is_due(state.step, self.config.checkpoint.every)
+                or f"{self.name}-{state.step}" in self.config.checkpoint.at
             ):
                 self._save()
             if must_stop or (state.needs_evaluation and not self._evaluate()):
@@ -220,7 +220,6 @@ class PhaseTrainer:
         """Write one line for people and one object for machines (a collective)."""
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
         self._check_damage()
-        seen = {f"seen/{name}": value for name, value in asdict(self.state.seen).items()}
         values: dict[str, Any] = {
             "phase": self.name,
             "step": self.state.step,
@@ -229,14 +228,19 @@ class PhaseTrainer:
             "lr": lr,
             **({"loss_scale": result.loss_scale} if self.config.engine.precision == "fp16" else {}),
             **self.meter.rates(),
-            **seen,
+            **self._counters(),
             "bad_steps": self.state.bad_steps,
             "dropped_boxes": self.state.dropped_boxes,
             "damaged_samples": sum(self.state.damaged.values()),
         }
-        logger.info(progress_line(values, self.phase.steps))
+        logger.info(progress_line(values, self.num_steps))
         if self.run.metrics is not None:
             self.run.metrics.write(values, self.state.total_steps)
+
+    def _counters(self) -> dict[str, float]:
+        """Return what the run has taken so far, and what was stated of weights from elsewhere."""
+        imported = imported_cost(self.config, self.name)
+        return self.state.counters() | {f"imported/{name}": n for name, n in imported.items()}
 
     def _check_damage(self) -> None:
         """Stop on all ranks when too many training samples had to be replaced."""
@@ -261,22 +265,24 @@ class PhaseTrainer:
         run.watchdog.at(f"{state.position}: evaluation")
         self.micro_batches = []
         size_cap = measuring.test_size(self.config, self.name)
+        started = time.perf_counter()
         metrics = measuring.evaluate(
             self.config, self.detector, run.val_set, size_cap, self._must_stop,
             run.run_dir.root,
         )  # fmt: skip
         if metrics is None:
             return False
+        self.meter.add_evaluation(time.perf_counter() - started)
+        self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         flat = measuring.flat_metrics(metrics)
         logger.info("%s: %s", state.position, measuring.one_line(flat))
         with distributed.together():
             if run.metrics is not None:
                 file = run.run_dir.evaluation(self.name, state.step)
                 measuring.write_evaluation(metrics, file)
-                run.metrics.write(
-                    {"phase": self.name, "step": state.step, **flat}, state.total_steps
-                )
-        if state.step == self.phase.steps:
+                line = {"phase": self.name, "step": state.step, **flat, **self._counters()}
+                run.metrics.write(line, state.total_steps)
+        if state.step == self.num_steps:
             count = self.config.evaluation.pictures
             measuring.draw_validation(
                 self.detector, run.val_set, size_cap, count, run.run_dir, self.name

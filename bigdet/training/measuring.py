@@ -20,6 +20,7 @@ from bigdet.drawing import draw_detections
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.scoring import evaluate_detections
+from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir, write_text
@@ -54,10 +55,11 @@ def evaluate(
     Returns:
         On every rank the numbers of ``evaluate_detections``; None when it was told to stop.
     """
+    tta = config.evaluation.tta
     results = predict_split(
-        detector,
+        detector if tta is None else AugmentedDetector(detector, tta, val_set.categories),
         val_set,
-        size_cap,
+        size_cap if tta is None else None,
         config.evaluation.images_per_gpu,
         config.data.workers,
         distributed.device(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from torch import Tensor
 from bigdet import distributed
 from bigdet.data.samples import Damage
 from bigdet.structures import Batch
-from bigdet.training.state import RunState
+from bigdet.training.energy import EnergyCounter
+from bigdet.training.state import Cost, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,16 @@ _GIB = 1 << 30
 class StepMeter:
     """Counts this rank's images and seconds between two times when all ranks add them up."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """Count from now on; the device may tell its energy."""
         self._interval_steps = 0
         self._interval = torch.zeros(3, dtype=torch.float64)  # images, step and data seconds
-        self._unsynced = torch.zeros(4, dtype=torch.float64)  # images, instances, pixels, seconds
+        # Not yet in the state: images, instances, pixels; step, data and evaluation seconds.
+        self._unsynced = torch.zeros(6, dtype=torch.float64)
+        self._unsynced_steps = 0
         self._dropped_boxes = 0  # of this rank, when the ranks last added up
+        self._energy = EnergyCounter(device)
+        self._joules = self._energy.joules()  # when the ranks last added up
 
     def add(self, micro_batches: Sequence[Batch], step_seconds: float, data_seconds: float) -> None:
         """Count one step of this rank; the batches are on the host, so nothing waits.
@@ -39,10 +46,15 @@ class StepMeter:
             data_seconds: of the wait for data.
         """
         counts = sum((_count(batch) for batch in micro_batches), torch.zeros(3))
-        seconds = torch.tensor([step_seconds, data_seconds])
+        seconds = torch.tensor([step_seconds, data_seconds], dtype=torch.float64)
         self._interval += torch.cat([counts[:1], seconds])
-        self._unsynced += torch.cat([counts, seconds[:1]])
+        self._unsynced[:5] += torch.cat([counts, seconds])
         self._interval_steps += 1
+        self._unsynced_steps += 1
+
+    def add_evaluation(self, seconds: float) -> None:
+        """Count an evaluation that this rank took part in."""
+        self._unsynced[5] += seconds
 
     def sync(self, state: RunState, damages: Mapping[int, Damage], dropped_boxes: int) -> None:
         """Add what all ranks have seen since the last time to the state (a collective).
@@ -52,17 +64,32 @@ class StepMeter:
             damages: what this rank's stream has replaced so far, by row.
             dropped_boxes: boxes so far of this rank's stream that a crop left nothing of.
         """
-        dropped = self._unsynced.new_tensor([dropped_boxes - self._dropped_boxes])
-        self._dropped_boxes = dropped_boxes
-        images, instances, pixels, seconds, new_dropped = distributed.sum_over_ranks(
-            torch.cat([self._unsynced, dropped])
-        ).tolist()
+        joules = self._energy.joules()
+        own = [dropped_boxes - self._dropped_boxes, joules - self._joules]
+        self._dropped_boxes, self._joules = dropped_boxes, joules
+        images, instances, pixels, seconds, waited, evaluated, new_dropped, used = (
+            distributed.sum_over_ranks(
+                torch.cat([self._unsynced, self._unsynced.new_tensor(own)])
+            ).tolist()
+        )
+        cost = Cost(
+            steps=self._unsynced_steps,
+            images=round(images),
+            instances=round(instances),
+            pixels=round(pixels),
+            compute_gpu_seconds=seconds - waited,
+            data_gpu_seconds=waited,
+            evaluation_gpu_seconds=evaluated,
+            energy_joules=None if math.isnan(used) else used,
+        )
+        state.costs.setdefault(state.phase, Cost()).add(cost)
         state.dropped_boxes += round(new_dropped)
-        state.seen.images += round(images)
-        state.seen.instances += round(instances)
-        state.seen.pixels += round(pixels)
+        state.seen.images += cost.images
+        state.seen.instances += cost.instances
+        state.seen.pixels += cost.pixels
         state.seen.gpu_seconds += seconds
         self._unsynced.zero_()
+        self._unsynced_steps = 0
         kinds = {row: damage.kind for row, damage in damages.items()}
         for found in distributed.all_gather_objects(kinds):
             for row in sorted(found.keys() - set(state.damaged_rows)):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from bigdet.config.derived import drop_points, num_steps
 from bigdet.config.schema import PhaseConfig
 
 # Position tables: offsets added to attention scores or features, not weights of a map. And scales:
@@ -59,20 +62,34 @@ def scaled_lr(phase: PhaseConfig, images_per_step: int) -> float:
     return phase.lr * images_per_step / phase.reference_images_per_step
 
 
+def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
+    """Say how the learning rate came about: ``lr 0.02 at 16 images per step -> 0.08 at 64``."""
+    if phase.reference_images_per_step is None:
+        return f"lr {phase.lr:.3g} as written, whatever the images per step"
+    return (
+        f"lr {phase.lr:.3g} at {phase.reference_images_per_step} images per step -> "
+        f"{scaled_lr(phase, images_per_step):.3g} at {images_per_step}"
+    )
+
+
 def lr_factor(phase: PhaseConfig, step: int) -> float:
     """Part of ``scaled_lr`` that a step uses.
 
-    Linear warm-up from ``warmup_factor``; times ``decay_factor`` for each drop that so many
-    finished steps have reached.
+    Linear warm-up from ``warmup_factor``. After it, for ``step``: times ``decay_factor`` for each
+    drop that so many finished steps have reached; for ``cosine``: (1 + cos(pi t)) / 2, where t goes
+    from 0 at the end of the warm-up to 1 at the end of the phase.
 
     Args:
-        phase: schedule of the phase.
+        phase: its length in steps.
         step: counted from 1.
     """
     finished = step - 1
     factor = 1.0
     if phase.schedule == "step":
         factor = phase.decay_factor ** sum(finished >= drop for drop in drop_steps(phase))
+    elif phase.schedule == "cosine" and finished > phase.warmup_steps:
+        done = (finished - phase.warmup_steps) / (num_steps(phase) - phase.warmup_steps)
+        factor = (1 + math.cos(math.pi * done)) / 2
     if finished < phase.warmup_steps:
         progress = finished / phase.warmup_steps
         factor *= phase.warmup_factor * (1 - progress) + progress
@@ -81,6 +98,9 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
 
 def drop_steps(phase: PhaseConfig) -> list[int]:
     """Finished steps after which the rate drops; by default 8/12 and 11/12 of the phase."""
-    if phase.drops is not None:
-        return list(phase.drops)
-    return [round(phase.steps * 2 / 3), round(phase.steps * 11 / 12)]
+    return [round(point) for point in drop_points(phase)]
+
+
+def has_same_past(phase: PhaseConfig, other: PhaseConfig, steps: int) -> bool:
+    """Tell whether two schedules give the first steps the same learning rates."""
+    return all(lr_factor(phase, step) == lr_factor(other, step) for step in range(1, steps + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from bigdet import distributed
 from bigdet.config.derived import (
     has_cascade,
     is_timm,
-    model_parts,
+    num_steps,
     phase_before,
     phase_model,
     phase_source,
     start_parts,
+    stated_cost,
 )
 from bigdet.config.schema import RunConfig
 from bigdet.models import backbones, importing, norms, weights
@@ -25,6 +27,7 @@ from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
+from bigdet.training import transfer
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 def build_for_phase(
     config: RunConfig,
     name: str,
-    num_classes: int,
+    classes: Sequence[str],
     run_dir: RunDir,
     device: torch.device,
     is_resumed: bool,
@@ -42,7 +45,7 @@ def build_for_phase(
     Args:
         config: of the run.
         name: of the phase.
-        num_classes: K of the training set.
+        classes: names of the training set's categories, in the order of the labels.
         run_dir: where the phase before left its weights.
         device: of the detector.
         is_resumed: the weights come from a checkpoint of this phase afterwards.
@@ -52,9 +55,9 @@ def build_for_phase(
     """
     phase = config.phases[name]
     torch.manual_seed(seed_of("weights", config.seed, name))
-    detector = build_detector(phase_model(config, name), num_classes)
+    detector = build_detector(phase_model(config, name), len(classes))
     if not is_resumed:
-        _load_start(detector, config, name, run_dir)
+        _load_start(detector, config, name, classes, run_dir)
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     backbones.freeze_stages(detector.backbone, phase.freeze_stages)
@@ -65,48 +68,57 @@ def build_for_phase(
     return detector.to(device).train()
 
 
-def _load_start(detector: Detector, config: RunConfig, name: str, run_dir: RunDir) -> None:
+def _load_start(
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> None:
     """Fill the detector with the weights of the phase's source and say what came from where.
 
     Rank 0 reads and the others get them from it (a collective), so that a phase's weights need
     not lie on a disk that all hosts see.
     """
     rows: list[weights.LoadedPart] = []
+    kept: int | None = None
     with distributed.together():
         if distributed.is_main():
-            rows = _read_start(detector, config, name, run_dir)
+            rows, kept = _read_start(detector, config, name, classes, run_dir)
     for tensor in detector.state_dict().values():
         tensor.copy_(distributed.broadcast_tensor(tensor))
-    for row in rows:
-        logger.info(
-            "phase %s: %-9s from %s: %d tensors, %s numbers",
-            name, row.part, row.source, row.tensors, f"{row.parameters:,}",
-        )  # fmt: skip
-    loaded = {row.part for row in rows}
-    fresh = [part for part in model_parts(phase_model(config, name)) if part not in loaded]
-    if fresh:
-        logger.info("phase %s: random: %s", name, ", ".join(fresh))
+    for line in transfer.start_table(detector, rows, len(classes), kept):
+        logger.info("phase %s: %s", name, line)
+    if phase_source(config, name) not in ("random", "previous"):
+        cost = config.phases[name].start_from.cost
+        stated = "not stated (start_from.cost)"
+        if cost is not None:
+            stated = ", ".join(f"{number:,} {key}" for key, number in stated_cost(cost).items())
+        logger.info("phase %s: cost of the weights from elsewhere: %s", name, stated)
 
 
 def _read_start(
-    detector: Detector, config: RunConfig, name: str, run_dir: RunDir
-) -> list[weights.LoadedPart]:
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> tuple[list[weights.LoadedPart], int | None]:
+    """Load the detector; say what was loaded, and how many classes kept their weights.
+
+    The number is None where the source has the same classes, or does not say which.
+    """
     source = phase_source(config, name)
     if source == "random":
-        return []
+        return [], None
     if is_timm(source):
-        return importing.load_timm_backbone(detector, source, config.model.backbone)
+        return importing.load_timm_backbone(detector, source, config.model.backbone), None
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
     start = config.phases[name].start_from
     if importing.is_published_file(path):
-        return importing.load_backbone_file(detector, path, start.parts, start.pixels)
-    tensors = weights.read_tensors(path)
+        return importing.load_backbone_file(detector, path, start.parts, start.pixels), None
+    tensors, source_classes = weights.read_weights(path)
     if has_cascade(phase_model(config, name)):
         tensors = spread_over_stages(tensors)
-    return weights.load_parts(detector, tensors, start_parts(config, name), str(path))
+    kept = None
+    if source_classes is not None and source_classes != list(classes):
+        tensors, kept = transfer.to_own_classes(detector, tensors, source_classes, classes)
+    return weights.load_parts(detector, tensors, start_parts(config, name), str(path)), kept
 
 
 def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:
     """Return the checkpoint that the phase before ends with."""
     before = phase_before(config, name)
-    return run_dir.checkpoint(before, config.phases[before].steps)
+    return run_dir.checkpoint(before, num_steps(config.phases[before]))

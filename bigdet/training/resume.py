@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed, hosts
+from bigdet.config.check_schedule import check_length
 from bigdet.config.derived import (
     has_keypoints,
     has_masks,
+    in_steps,
     is_timm,
     num_lanes,
+    num_steps,
     phase_model,
     phase_source,
 )
@@ -27,7 +30,8 @@ from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.models import importing, weights
 from bigdet.run_dir import RunDir, write_text
-from bigdet.training.optim import scaled_lr
+from bigdet.training import optim
+from bigdet.training.forks import FORK_CHANGEABLE, check_fork, is_fork
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
 
@@ -40,7 +44,6 @@ CHANGEABLE = (
     "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they do not change what it trains."""
-
 
 BATCH_OPTIONS = (
     "images_per_step", "images_per_gpu", "reference_images_per_step", "steps", "warmup_steps",
@@ -129,16 +132,7 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
     names = list(config.phases)
     first = 0 if saved is None else names.index(saved.run["run"]["phase"]) + 1
     for name in names[first:]:
-        open_train_stream(
-            train_set,
-            config.data,
-            config.phases[name],
-            name=name,
-            with_masks=False,
-            seed=config.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
+        _any_stream(config, train_set, name, config.phases[name])
         source = phase_source(config, name)
         if is_timm(source):
             importing.timm_name(source, config.model.backbone)
@@ -189,14 +183,20 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     return newest
 
 
-def settle_config(config: RunConfig, saved: Checkpoint | None, folder: Path | None) -> RunConfig:
-    """Fill in ``images_per_step`` where it was left open, and check it against ranks and resume.
+def settle_config(
+    config: RunConfig,
+    saved: Checkpoint | None,
+    folder: Path | None,
+    train_set: ShardSet | None = None,
+) -> RunConfig:
+    """Fill in ``images_per_step`` and lengths in steps, and check them against ranks and resume.
 
     Args:
         config: as the user wrote it.
         saved: the checkpoint to go on from; its images per step stay. None for a fresh start,
             where a phase takes one micro-batch of each rank per step.
         folder: of the checkpoint, for messages.
+        train_set: what a pass goes through; None leaves lengths in passes as they are.
     """
     world_size = distributed.world_size()
     before = None if saved is None else parse_config(saved.run["config"], f"{folder}")
@@ -207,19 +207,41 @@ def settle_config(config: RunConfig, saved: Checkpoint | None, folder: Path | No
             images_per_step = before.phases[name].images_per_step
         if images_per_step is None:
             images_per_step = phase.images_per_gpu * world_size
-        phases[name] = dataclasses.replace(phase, images_per_step=images_per_step)
-        if num_lanes(phases[name]) % world_size:
+        phase = dataclasses.replace(phase, images_per_step=images_per_step)
+        if num_lanes(phase) % world_size:
             raise ConfigError(
                 f"phases.{name}.images_per_step: {images_per_step} images are "
-                f"{num_lanes(phases[name])} micro-batches of {phase.images_per_gpu}, which "
+                f"{num_lanes(phase)} micro-batches of {phase.images_per_gpu}, which "
                 f"{world_size} ranks cannot share equally. Change images_per_step, images_per_gpu "
                 f"or the number of ranks."
             )
+        if config.change_batch and saved is not None and phase.steps is None:
+            raise ConfigError(
+                f"phases.{name}.steps: not set, but with change_batch a phase under way needs its "
+                f"length in steps. Write steps, and null for passes and images."
+            )
+        phases[name] = _settle_length(config, name, phase, train_set)
     config = dataclasses.replace(config, phases=phases)
     if before is not None:
         assert saved is not None
         _check_unchanged(config, before, saved, folder)
     return config
+
+
+def _settle_length(
+    config: RunConfig, name: str, phase: PhaseConfig, train_set: ShardSet | None
+) -> PhaseConfig:
+    """Return a phase with its length in steps; its images per step are known."""
+    if phase.passes is not None:
+        if train_set is None:
+            return phase
+        steps_per_unit: float = _any_stream(config, train_set, name, phase).steps_per_pass
+    else:
+        assert phase.images_per_step is not None
+        steps_per_unit = 1 if phase.steps is not None else 1 / phase.images_per_step
+    settled = in_steps(phase, steps_per_unit)
+    check_length(f"phases.{name}", settled)
+    return settled
 
 
 def note_changes(
@@ -268,8 +290,8 @@ def note_changes(
         "instead of %d, lr %.3g instead of %.3g; pass %d begins, %d steps of the one before it are "
         "left out; step N is step N + %d of tools/show_batch.py",
         name, state.step, now.images_per_step, before.images_per_step, now.images_per_gpu,
-        before.images_per_gpu, scaled_lr(now, now.images_per_step),
-        scaled_lr(before, before.images_per_step), passes + 1,
+        before.images_per_gpu, optim.scaled_lr(now, now.images_per_step),
+        optim.scaled_lr(before, before.images_per_step), passes + 1,
         passes * old.steps_per_pass - position, state.stream_shift,
     )  # fmt: skip
 
@@ -297,6 +319,9 @@ def begin(
     else:
         state = RunState.from_json(saved.run["run"])
         note_changes(config, train_set, saved, state)
+        if is_fork(config, parse_config(saved.run["config"], "resume")):
+            state.best_ap = state.best_checkpoint = None  # it stays with the other run
+            state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
         return state, None
     if saved is None:
@@ -333,6 +358,10 @@ def _check_unchanged(
     changeable = [*CHANGEABLE, *(f"phases.{name}" for name in to_come)]
     if config.change_batch:
         changeable += [f"phases.{current}.{name}" for name in BATCH_OPTIONS]
+    if is_fork(config, before):
+        step = saved.run["run"].get("step", 0)
+        check_fork(current, step, config.phases[current], before.phases[current])
+        changeable += [f"phases.{current}.{name}" for name in FORK_CHANGEABLE]
     new, old = flat_options(config), flat_options(before)
     changed = [
         f"{key} (was {old.get(key)}, now {new.get(key)})"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
+from bigdet.config.derived import num_steps
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
@@ -81,8 +82,9 @@ class Saver:
             if best is not None:
                 checkpoint.mark_best(self._run_dir.checkpoints / best)
             phases = self._config.phases.items()
-            ends = {self._run_dir.checkpoint(name, phase.steps).name for name, phase in phases}
-            checkpoint.clean(self._run_dir.checkpoints, settings.keep, ends, settings.keep_every)
+            ends = {self._run_dir.checkpoint(name, num_steps(phase)).name for name, phase in phases}
+            kept = ends | set(settings.at)
+            checkpoint.clean(self._run_dir.checkpoints, settings.keep, kept, settings.keep_every)
         except (OSError, ValueError) as error:
             self._problem = str(error)
             return
@@ -134,7 +136,7 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
     name, phase = list(config.phases.items())[-1]
     with distributed.together():
         if distributed.is_main():
-            source = run_dir.checkpoint(name, phase.steps) / checkpoint.MODEL_FILE
+            source = run_dir.checkpoint(name, num_steps(phase)) / checkpoint.MODEL_FILE
             temporary = run_dir.weights.with_suffix(".tmp")
             shutil.copyfile(source, temporary)
             os.replace(temporary, run_dir.weights)

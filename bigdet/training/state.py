@@ -25,6 +25,37 @@ class Seen:
 
 
 @dataclass
+class Cost:
+    """What a phase has taken so far, over all ranks (paper 1, figure 2; paper 2's cost columns).
+
+    Attributes:
+        steps: of the optimizer.
+        images: training images, repeats counted, masked slots not.
+        instances: objects on them that are not crowd.
+        pixels: pixels of them at the size the model saw, padding not counted.
+        compute_gpu_seconds: seconds of training steps times ranks, the wait for data left out.
+        data_gpu_seconds: seconds of waiting for data times ranks.
+        evaluation_gpu_seconds: seconds of evaluations times ranks.
+        energy_joules: of the ranks' GPUs; None where one of them does not tell.
+    """
+
+    steps: int = 0
+    images: int = 0
+    instances: int = 0
+    pixels: int = 0
+    compute_gpu_seconds: float = 0.0
+    data_gpu_seconds: float = 0.0
+    evaluation_gpu_seconds: float = 0.0
+    energy_joules: float | None = 0.0
+
+    def add(self, more: Cost) -> None:
+        """Add what was taken since."""
+        for name, value in asdict(more).items():
+            own = getattr(self, name)
+            setattr(self, name, None if own is None or value is None else own + value)
+
+
+@dataclass
 class RunState:
     """Where a run is. Written to ``state.json`` of every checkpoint.
 
@@ -33,6 +64,7 @@ class RunState:
         step: finished steps of it.
         total_steps: finished steps of all phases.
         seen: what has been consumed.
+        costs: what each phase has taken, by name.
         needs_evaluation: the evaluation due at this step was not done yet.
         bad_steps: steps skipped because a loss or gradient was not finite.
         dropped_boxes: boxes of objects that a random crop left nothing of, over all ranks.
@@ -49,6 +81,7 @@ class RunState:
     step: int = 0
     total_steps: int = 0
     seen: Seen = field(default_factory=Seen)
+    costs: dict[str, Cost] = field(default_factory=dict)
     needs_evaluation: bool = False
     bad_steps: int = 0
     dropped_boxes: int = 0
@@ -69,6 +102,23 @@ class RunState:
         """Move on to the start of another phase."""
         self.phase, self.step, self.stream_shift = phase, 0, 0
 
+    def counters(self) -> dict[str, float]:
+        """Return what the run, and its current phase, have taken so far, as ``metrics.jsonl`` does.
+
+        ``seen/`` and ``cost/`` are of the whole run, ``phase_cost/`` of the phase.
+        """
+        total = Cost()
+        for cost in self.costs.values():
+            total.add(cost)
+        own = self.costs.get(self.phase, Cost())
+        seen = asdict(self.seen)
+        values = {f"seen/{name}": value for name, value in seen.items()}
+        values |= {
+            f"cost/{name}": value for name, value in asdict(total).items() if name not in seen
+        }
+        values |= {f"phase_cost/{name}": value for name, value in asdict(own).items()}
+        return {name: value for name, value in values.items() if value is not None}
+
     def to_json(self) -> dict[str, Any]:
         """Return the state as plain values."""
         return asdict(self)
@@ -76,4 +126,5 @@ class RunState:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
         """Read what ``to_json`` wrote."""
-        return cls(**{**values, "seen": Seen(**values["seen"])})
+        costs = {phase: Cost(**cost) for phase, cost in values.get("costs", {}).items()}
+        return cls(**{**values, "seen": Seen(**values["seen"]), "costs": costs})

@@ -75,7 +75,7 @@ def main() -> None:
         for ranks in options.ranks:
             links = measured_links(folder, ranks) if ranks > 1 else Cluster(1, 1.0, 1.0, 0.0)
             for stage in options.stages:
-                work = Work(sizes, 2, alone * max(1, ranks / cores), 0.0, 1, 4)
+                work = Work(sizes, 2, alone * max(1, ranks / cores), 0.0, 1)
                 predicted = forecast(f"ZeRO-{stage}", ranks, links, work)
                 measured = measured_step(folder, ranks, stage)
                 row = {

@@ -299,3 +299,24 @@ def test_a_damaged_validation_image_is_an_error_that_names_it(tmp_path: Path, sh
     assert str(tar) in message
     assert "CRC" in message
     assert "sample 0000" in message
+
+
+def test_another_batch_goes_on_under_the_linear_rule(tmp_path: Path, shapes_shards: Path):
+    output = tmp_path / "run"
+    more = ["phases.pretrain.warmup_steps=0", "phases.pretrain.reference_images_per_step=8"]
+    run = Command(output, shapes_shards, *more)
+    run.wait_for("pretrain", 3)
+    run.kill()
+    smaller = ["phases.pretrain.images_per_step=4", "phases.pretrain.steps=8"]
+    code, printed = Command(output, shapes_shards, *more, *smaller).finish()
+    assert code == 1
+    assert "phases.pretrain.images_per_step (was 8, now 4)" in printed
+    code, printed = Command(output, shapes_shards, *more, *smaller, "change_batch=true").finish()
+    assert code == 0, printed
+    assert "4 images per step instead of 8" in printed
+    lines = [line for line in numbers(output) if "loss/total" in line]
+    steps = [line["step"] for line in lines if line["phase"] == "pretrain"]
+    assert steps == [*range(1, 9)]
+    rates = [line["lr"] for line in lines if line["phase"] == "pretrain"]
+    assert rates[0] == pytest.approx(0.001)
+    assert rates[-1] == pytest.approx(0.0005)

@@ -127,7 +127,9 @@ def test_every_engine_gives_the_results_of_plain_pytorch(
     tmp_path, model, is_checkpointed, world_size, names
 ):
     expected_losses, expected_found, expected = train_plainly(model)
-    every_rank = run_ranks(train_with_engines, world_size, tmp_path, names, model, is_checkpointed)
+    every_rank = run_ranks(
+        train_with_engines, world_size, tmp_path, names, model, is_checkpointed, timeout_seconds=600
+    )
     for rank, results in enumerate(every_rank):
         assert len(results) == len(names)
         for losses, found, weights in results:

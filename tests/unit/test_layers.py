@@ -13,8 +13,9 @@ LEVELS = {
     "data": 3, "models": 3, "engine": 3,
     "evaluation": 4,
     "training": 5,
+    "reporting": 5,
     "commands": 6, "doctor": 6, "planning": 6,
-    "train": 7, "evaluate": 7, "predict": 7, "plan": 7,
+    "train": 7, "evaluate": 7, "predict": 7, "plan": 7, "sweep": 7,
 }  # fmt: skip
 
 

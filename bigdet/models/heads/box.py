@@ -1,7 +1,7 @@
 """Box head: classes and refined boxes of regions (Fast R-CNN), their training and decoding.
 
 Letters: P proposals of one image, S sampled regions of one image, N regions of all images, K
-classes, D detections of all images.
+classes.
 
 The background is class K, the last. The first fully connected layer reads a region's features in
 the order height, width, channels, which is how they lie in memory. Weights of torchvision,
@@ -31,6 +31,7 @@ from bigdet.models.assign import (
 )
 from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.conventions import Conventions
+from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.models.heads.rpn import Proposals
 from bigdet.models.losses import (
     at_least_fp32,
@@ -42,12 +43,10 @@ from bigdet.models.losses import (
 from bigdet.models.norms import Kind as Norm
 from bigdet.models.norms import conv_norm, valid_rows
 from bigdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas
-from bigdet.ops.nms import grouped_nms
 
 POOLED_SIZE = 7
 DELTA_WEIGHTS = (10.0, 5.0)  # of shifts and scales
 Pool = Callable[[Tensor], Tensor]  # regions (B, S, 4) to their features (N, C, 7, 7), N = B x S
-MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
 NUM_LAYERS = {"2fc": (0, 2), "4conv1fc": (4, 1)}  # convolutions, fully connected layers
 
 
@@ -70,23 +69,6 @@ class Regions:
     is_positive: Tensor
     object_boxes: Tensor
     object_rows: Tensor
-
-
-@dataclass(frozen=True)
-class FlatDetections:
-    """Detections of a group of images.
-
-    Attributes:
-        images: ``(D,)`` int64, rising.
-        boxes: ``(D, 4)``.
-        scores: ``(D,)``, falling within an image.
-        labels: ``(D,)`` int64.
-    """
-
-    images: Tensor
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
 
 
 class BoxHead(Checkpointed):
@@ -315,24 +297,9 @@ class BoxHead(Checkpointed):
             proposals.boxes[images, regions],
             self.delta_weights,
         )
-        boxes = clip_boxes(boxes, image_sizes[images])
-        is_usable = boxes.isfinite().all(-1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(-1)
-        boxes = torch.where(is_usable[:, None], boxes, 0)
-        kept = grouped_nms(
-            boxes,
-            torch.where(is_usable, scores, -torch.inf),
-            images * num_classes + labels,
-            num_images * num_classes,
-            self.config.nms_iou,
+        return best_detections(
+            FlatDetections(images, boxes, scores, labels), image_sizes, num_classes, self.config
         )
-        rows = kept.nonzero().squeeze(1)
-        rows = rows[scores[rows].argsort(descending=True, stable=True)]
-        rows = rows[images[rows].argsort(stable=True)]  # by image, best first
-        counts = torch.bincount(images[rows], minlength=num_images)
-        places = torch.arange(len(rows), device=rows.device)
-        places -= (counts.cumsum(0) - counts)[images[rows]]  # place within the image
-        rows = rows[places < self.config.detections_per_image]
-        return FlatDetections(images[rows], boxes[rows], scores[rows], labels[rows])
 
 
 def _deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:

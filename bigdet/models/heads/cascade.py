@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from bigdet.config.schema import CascadeConfig, RoiConfig
 from bigdet.models.assign import Objects
-from bigdet.models.heads.box import BoxHead, FlatDetections, Pool, Regions
+from bigdet.models.heads.box import BoxHead, Pool, Regions
+from bigdet.models.heads.detections import FlatDetections
 from bigdet.models.heads.rpn import Proposals
 from bigdet.models.norms import valid_rows
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdet.config.schema import RpnConfig
-from bigdet.models.anchors import cell_anchors, grid_anchors
+from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors
 from bigdet.models.assign import Objects, Sample, draw_sample, label_anchors, match
 from bigdet.models.conventions import Conventions
 from bigdet.models.losses import at_least_fp32, binary_losses, delta_losses, masked_mean
@@ -62,16 +62,22 @@ class RegionProposals(nn.Module):
     Never with normalization, whatever the rest has (RECIPES.md, C.1).
     """
 
-    def __init__(self, config: RpnConfig, width: int, conventions: Conventions) -> None:
-        """Build for pyramid features of ``width`` channels; weights N(0, 0.01), biases 0."""
+    def __init__(
+        self, config: RpnConfig, width: int, conventions: Conventions, has_levels: bool = True
+    ) -> None:
+        """Build for features of ``width`` channels; weights N(0, 0.01), biases 0.
+
+        The anchor sizes are those of a pyramid's levels, or without levels all of one map.
+        """
         super().__init__()
         self.config = config
         self.conventions = conventions
-        num_shapes = len(config.anchor_ratios)
+        sizes = config.anchor_sizes
         cells = [
-            cell_anchors(size, config.anchor_ratios, conventions.anchors_rounded)
-            for size in config.anchor_sizes
+            shape_anchors(of_level, config.anchor_ratios, conventions.anchors_rounded)
+            for of_level in ([[size] for size in sizes] if has_levels else [sizes])
         ]
+        num_shapes = len(cells[0])
         # A buffer, for it waits on the device: a copy at every step would stop the host.
         self.register_buffer("cells", torch.stack(cells).float(), persistent=False)
         self.conv = conv_norm(width, width, 3, "none", relu=True)
@@ -100,11 +106,9 @@ class RegionProposals(nn.Module):
             deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).flatten(1))
         all_logits = at_least_fp32(torch.cat(logits, dim=1))
         sizes = [(level.shape[2], level.shape[3]) for level in features]
-        spacings = [(stride, stride) for stride in strides]
-        if self.conventions.anchor_strides_from_canvas:
-            spacings = [
-                (canvas_size[0] // height, canvas_size[1] // width) for height, width in sizes
-            ]
+        spacings = grid_spacings(
+            sizes, strides, canvas_size, self.conventions.anchor_strides_from_canvas
+        )
         cells = self.get_buffer("cells").to(all_logits.dtype)
         return AnchorPredictions(
             logits=all_logits,
@@ -125,10 +129,11 @@ class RegionProposals(nn.Module):
         """
         config = self.config
         limit = config.train_proposals if self.training else config.test_proposals
+        candidates = config.train_candidates if self.training else config.test_candidates
         logits = torch.where(predictions.logits.isfinite(), predictions.logits, -torch.inf)
         index, levels, offset = [], [], 0
         for number, level in enumerate(torch.split(logits, predictions.counts, dim=1)):
-            best = level.topk(min(limit, level.shape[1]), dim=1).indices
+            best = level.topk(min(candidates or limit, level.shape[1]), dim=1).indices
             index.append(best + offset)
             levels.append(torch.full_like(best, number))
             offset += level.shape[1]

@@ -1,13 +1,15 @@
 """Feature pyramid network: backbone features of four strides to pyramid features of one width.
 
 Lin et al., *Feature Pyramid Networks for Object Detection* (2017), with the extra level P6 of
-Mask R-CNN's proposals.
+Mask R-CNN's proposals, or P6 and P7 of RetinaNet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,9 +44,10 @@ class FPN(Checkpointed):
             ``(B, width, H_i, W_i)`` per level, and P6 of half P5's size, rounded up.
         """
         pyramid: list[Tensor] = self.run(self._mix, *features)
-        return pyramid
+        return [*pyramid, F.max_pool2d(pyramid[-1], kernel_size=1, stride=2)]
 
     def _mix(self, *features: Tensor) -> list[Tensor]:
+        """Give a level of the pyramid for each of the backbone's."""
         merged = self.laterals[-1](features[-1])
         pyramid = [self.outputs[-1](merged)]
         for level in range(len(features) - 2, -1, -1):
@@ -52,5 +55,28 @@ class FPN(Checkpointed):
             # To the lateral's size and not by a factor of 2: sizes may be odd.
             merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
             pyramid.insert(0, self.outputs[level](merged))
-        pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
         return pyramid
+
+
+class RetinaFPN(FPN):
+    """The pyramid of RetinaNet: two convolutions of stride 2 go on from C5 (or P5) to P6 and P7."""
+
+    def __init__(
+        self, in_channels: Sequence[int], width: int, norm: Kind, p6_source: Literal["c5", "p5"]
+    ) -> None:
+        """Build a level per input and two more; P6 and P7 never have a normalization."""
+        super().__init__(in_channels, width, norm)
+        self.p6_source = p6_source
+        p6_channels = in_channels[-1] if p6_source == "c5" else width
+        self.p6 = nn.Conv2d(p6_channels, width, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        for layer in (self.p6, self.p7):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Mix C3 to C5 into P3 to P7; each has half the size of the one before, rounded up."""
+        pyramid: list[Tensor] = self.run(self._mix, *features)
+        p6 = self.p6(features[-1] if self.p6_source == "c5" else pyramid[-1])
+        return [*pyramid, p6, self.p7(torch.relu(p6))]

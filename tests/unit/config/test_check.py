@@ -19,6 +19,15 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["model.drop_path=0.1"], "model.drop_path", "resnet10 has no drop path"),
         (["model.norm=none", "model.norm_scope=all"], "model.norm_scope", "norm is none"),
         (["model.rpn.anchor_sizes=[32]"], "model.rpn.anchor_sizes", "five sizes"),
+        (["evaluation.tta={scales: []}"], "evaluation.tta.scales", "above 0"),
+        (["evaluation.tta={scales: [800], cap: 700}"], "evaluation.tta.cap", "at least 800"),
+        (["evaluation.tta={vote_iou: 0}"], "evaluation.tta.vote_iou", "above 0"),
+        (["evaluation.tta={}", "evaluation.resize={kind: direct, size: 64}"], "evaluation.resize",
+         "say the sizes"),
+        (["model.retina.nms_iou=0.6"], "model.retina", "is for retinanet"),
+        (["model.rpn.train_candidates=0"], "model.rpn.train_candidates", "above 0"),
+        (["model.backbone=vgg16"], "model.norm", "has no normalization"),
+        (["model.backbone=vgg16", "model.norm=none"], "model.width", "as wide as vgg16's"),
         (["model.roi.nms_iou=1.5"], "model.roi.nms_iou", "in [0, 1]"),
         (["engine.zero_stage=4"], "engine.zero_stage", "0, 1, 2 or 3"),
         (["engine.zero_stage=null"], "engine.zero_stage", "0, 1, 2 or 3"),
@@ -40,6 +49,20 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["phases.pretrain.drops=[10]"], "phases.pretrain.drops", "schedule: step"),
         (["phases.finetune.drops=[10,10]"], "phases.finetune.drops", "rising"),
         (["phases.finetune.drops=[10,2000]"], "phases.finetune.drops", "below"),
+        (["phases.finetune.drops=[-10,-20]"], "phases.finetune.drops", "rising"),
+        (["phases.finetune.drops=[-200]"], "phases.finetune.drops", "above 0"),
+        (["phases.finetune.passes=3"], "phases.finetune.passes", "steps: 100 and passes: 3.0"),
+        (["phases.finetune.steps=null"], "phases.finetune.steps", "found none"),
+        (["phases.finetune.steps=null", "phases.finetune.passes=3",
+          "phases.finetune.drops=[1,3]"], "phases.finetune.drops", "below the phase's 3 passes"),
+        (["phases.finetune.steps=null", "phases.finetune.images=0"], "phases.finetune.images",
+         "above 0"),
+        (["phases.pretrain.schedule=cosine", "phases.pretrain.decay_factor=0.5"],
+         "phases.pretrain.decay_factor", "schedule: step"),
+        (["phases.finetune.reference_images_per_step=0"],
+         "phases.finetune.reference_images_per_step", "above 0"),
+        (["checkpoint.at=[train-10]"], "checkpoint.at", "pretrain, finetune"),
+        (["checkpoint.at=[finetune-101]"], "checkpoint.at", "one of its steps"),
         (["phases.pretrain.images_per_step=12"], "phases.pretrain.images_per_step", "multiple"),
         (["phases.pretrain.resize.size=100"], "phases.pretrain.resize.size", "multiple of 32"),
         (["phases.pretrain.resize.cap=200"], "phases.pretrain.resize.cap", "short_side"),
@@ -91,6 +114,15 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["phases.finetune.start_from.parts=[fpn]"], "phases.finetune.norm_mode", "backbone"),
         (["phases.finetune.start_from.source=timm", "phases.finetune.start_from.parts=[fpn]"],
          "phases.finetune.start_from.parts", "backbone only"),
+        (["phases.finetune.start_from.cost.preset=imagenet"], "phases.finetune.start_from.cost",
+         "the source is previous"),
+        (["phases.pretrain.start_from.source=x", "phases.pretrain.start_from.cost={}"],
+         "phases.pretrain.start_from.cost", "states nothing"),
+        (["phases.pretrain.start_from.source=x", "phases.pretrain.start_from.cost.images=-1"],
+         "phases.pretrain.start_from.cost.images", "above 0"),
+        (["phases.pretrain.start_from.source=x", "phases.pretrain.start_from.cost.images=10",
+          "phases.pretrain.start_from.cost.preset=imagenet"],
+         "phases.pretrain.start_from.cost.images", "preset: imagenet says it"),
         (["phases.finetune.start_from.source=timm:x.y", "phases.finetune.start_from.parts=[fpn]"],
          "phases.finetune.start_from.parts", "timm:x.y has weights of the backbone only"),
         (["phases.finetune.start_from.source=a.pth", "phases.finetune.start_from.parts=[fpn]"],
@@ -164,3 +196,31 @@ def test_a_phase_may_go_on_as_a_cascade():
         "model.cascade.gradients=mmdet",
     ]
     check_config(load_config(CONFIGS / "quickstart.yaml", overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "reason"),
+    [
+        (["model.box_head=4conv1fc"], "model.box_head", "no box head"),
+        (["model.rpn.nms_iou=0.6"], "model.rpn", "no proposals"),
+        (["model.roi.score_threshold=0.1"], "model.roi", "model.retina"),
+        (["model.norm_scope=all"], "model.norm_scope", "share retinanet's head"),
+        (["model.backbone=vgg16"], "model.backbone", "needs a pyramid"),
+        (["model.retina.anchor_sizes=[32]"], "model.retina.anchor_sizes", "P3 to P7"),
+        (["model.retina.anchor_ratios=[]"], "model.retina.anchor_ratios", "above 0"),
+        (["model.retina.scales_per_octave=0"], "model.retina.scales_per_octave", "above 0"),
+        (["model.retina.focal_gamma=-1"], "model.retina.focal_gamma", "0 or more"),
+        (["model.retina.focal_alpha=2"], "model.retina.focal_alpha", "in [0, 1]"),
+        (["model.retina.negative_iou=0.6"], "model.retina.negative_iou", "at most positive_iou"),
+        (["phases.finetune.start_from.parts=[rpn]"], "phases.finetune.start_from.parts",
+         "retinanet has no rpn"),
+    ],
+)  # fmt: skip
+def test_rules_of_a_retinanet_name_the_key_and_the_reason(
+    overrides: list[str], key: str, reason: str
+):
+    config = load_config(CONFIGS / "retinanet_r50_direct.yaml", overrides)
+    with pytest.raises(ConfigError) as caught:
+        check_config(config)
+    assert str(caught.value).startswith(f"{key}: ")
+    assert reason in str(caught.value)

@@ -1,10 +1,17 @@
+from pathlib import Path
+
+import pytest
+
 from bigdet.config.derived import (
+    imported_cost,
+    in_steps,
     is_class_agnostic,
     largest_plan,
     phase_model,
     plan_of,
     start_parts,
 )
+from bigdet.config.load import load_config
 from bigdet.config.schema import (
     ModelConfig,
     PhaseConfig,
@@ -14,6 +21,44 @@ from bigdet.config.schema import (
     RunConfig,
     StartFromConfig,
 )
+
+CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("options", "steps_per_unit", "steps", "drops"),
+    [
+        # Paper 2's fine-tuning: 12 passes of 7330 steps, drops after 8 and 11.
+        ({"passes": 12, "drops": [8, 11]}, 7330, 87_960, [58_640, 80_630]),
+        ({"passes": 1.1}, 10, 11, None),
+        ({"passes": 0.01}, 10, 1, None),
+        # Paper 1's 2x is 2.88 million images: 180k steps of 16, 45k of 64.
+        ({"images": 2_880_000, "drops": [-960_000, -320_000]}, 1 / 64, 45_000, [30_000, 40_000]),
+        ({"steps": 540_000, "drops": [-60_000, 530_000]}, 1, 540_000, [480_000, 530_000]),
+    ],
+)
+def test_lengths_and_drops_become_steps(options, steps_per_unit, steps, drops):
+    phase = in_steps(PhaseConfig(images_per_gpu=2, lr=1.0, **options), steps_per_unit)
+    assert (phase.steps, phase.drops) == (steps, drops)
+    assert phase.passes is phase.images is None
+
+
+def test_a_stated_cost_stays_with_the_weights():
+    cost = ["phases.pretrain.start_from.source=timm", "phases.pretrain.start_from.cost.images=10"]
+    config = load_config(CONFIG, [*cost, "phases.pretrain.start_from.cost.gpu_seconds=2.5"])
+    assert imported_cost(config, "pretrain") == {"images": 10, "gpu_seconds": 2.5}
+    assert imported_cost(config, "finetune") == {"images": 10, "gpu_seconds": 2.5}
+    config = load_config(CONFIG, [*cost, "phases.finetune.start_from.source=random"])
+    assert imported_cost(config, "finetune") == {}
+    config = load_config(
+        CONFIG,
+        ["phases.pretrain.start_from.source=timm",
+         "phases.pretrain.start_from.cost.preset=imagenet"],
+    )  # fmt: skip
+    # 1.28M images x 100 passes, 1 object each, 224 x 224 pixels
+    assert imported_cost(config, "finetune") == {
+        "images": 128e6, "instances": 128e6, "pixels": 128e6 * 50_176,
+    }  # fmt: skip
 
 
 def test_the_cap_is_in_proportion_unless_given():

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from bigdet.models.anchors import cell_anchors, grid_anchors
+from bigdet.models.anchors import cell_anchors, grid_anchors, shape_anchors
 
 
 def test_anchors_of_a_point_keep_the_area_and_have_the_ratio_of_height_to_width() -> None:
@@ -40,3 +41,12 @@ def test_anchors_of_an_800_by_1344_canvas_are_as_many_as_published() -> None:
     cells = [cell_anchors(8 * s, [0.5, 1.0, 2.0], rounded=False) for s in strides]
     anchors = grid_anchors(sizes, [(s, s) for s in strides], torch.stack(cells))
     assert anchors.shape == (268_569, 4)
+
+
+def test_anchors_of_several_sizes_go_by_ratio_first_as_torchvisions() -> None:
+    generator = AnchorGenerator()
+    expected = generator.generate_anchors((32, 64), (0.25, 1.0, 4.0)).double()
+    assert torch.equal(shape_anchors([32, 64], [0.25, 1.0, 4.0], rounded=True), expected)
+    # Size within ratio; without rounding the first two are those of RECIPES.md, E.3.
+    exact = shape_anchors([32, 64], [0.25, 1.0, 4.0], rounded=False)
+    assert exact[:2].tolist() == [[-32.0, -8.0, 32.0, 8.0], [-64.0, -16.0, 64.0, 16.0]]

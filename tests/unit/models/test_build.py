@@ -7,7 +7,7 @@ import torch
 
 from bigdet.config import schema
 from bigdet.config.derived import DETECTOR_PARTS, model_parts
-from bigdet.config.schema import ModelConfig
+from bigdet.config.schema import ModelConfig, RpnConfig
 from bigdet.models.build import DETECTORS, build_detector, head_norm
 from bigdet.models.heads.box import NUM_LAYERS
 
@@ -75,6 +75,37 @@ def test_choices_of_the_schema_are_the_ones_that_can_be_built() -> None:
     assert set(DETECTORS) == set(DETECTOR_PARTS) == set(get_args(schema.Detector))
     assert set().union(*DETECTOR_PARTS.values()) == set(get_args(schema.Part))
     assert set(NUM_LAYERS) == set(get_args(schema.BoxHead))
+
+
+def test_a_retinanet_has_the_published_sizes() -> None:
+    config = ModelConfig(detector="retinanet", backbone="resnet50")
+    with torch.device("meta"):
+        model = build_detector(config, 80)
+    assert [name for name, _ in model.named_children()] == model_parts(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 37_968_692
+    pyramid = sum(p.numel() for part in (model.backbone, model.fpn) for p in part.parameters())
+    assert pyramid - 53_120 == 31_452_352  # of all but the scales and shifts of BN
+
+
+def test_a_faster_rcnn_on_vgg_has_the_published_sizes() -> None:
+    config = ModelConfig(
+        detector="faster_rcnn",
+        backbone="vgg16",
+        norm="none",
+        fc_width=4096,
+        rpn=RpnConfig(anchor_sizes=[64, 128, 256, 512]),
+    )
+    with torch.device("meta"):
+        model = build_detector(config, 80)
+    assert [name for name, _ in model.named_children()] == model_parts(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 138_294_029
+    assert sum(parameter.numel() for parameter in model.backbone.parameters()) == 14_714_688
+    assert sum(parameter.numel() for parameter in model.box_head.fcs.parameters()) == 119_545_856
+
+
+def test_parts_of_the_schema_are_those_of_the_detectors() -> None:
+    parts = {part for parts in DETECTOR_PARTS.values() for part in parts}
+    assert parts == set(get_args(schema.Part))
 
 
 @pytest.mark.parametrize(

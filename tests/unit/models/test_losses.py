@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import sigmoid_focal_loss
 
+from bigdet.models import losses as losses_module
 from bigdet.models.losses import (
     at_least_fp32,
     binary_losses,
     class_losses,
     delta_losses,
+    focal_loss_sum,
     giou_losses,
     masked_mean,
 )
@@ -77,3 +80,61 @@ def test_giou_losses_are_worked_out_by_hand() -> None:
     targets = torch.tensor([[1.0, 1, 3, 3], [2.0, 0, 3, 1], [3.0, 4, 5, 9]], dtype=torch.float64)
     expected = torch.tensor([1 + 5 / 63, 4 / 3, 0.0], dtype=torch.float64)
     torch.testing.assert_close(giou_losses(boxes, targets), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("logit", "of_yes", "of_no"),
+    # RECIPES.md, E.3: alpha 0.25, gamma 2
+    [(-2.0, 0.412520, 0.001353), (0.0, 0.043322, 0.129965), (2.0, 0.000451, 1.237559)],
+)
+def test_focal_losses_have_the_published_values(logit: float, of_yes: float, of_no: float) -> None:
+    # Two classes with the same logit: of a positive row one answer is yes, else both are no.
+    logits, label, one = torch.full((1, 2), logit), torch.tensor([1]), torch.ones(1)
+    yes = focal_loss_sum(logits, label, torch.tensor([True]), one, 0.25, 2.0)
+    no = focal_loss_sum(logits, label, torch.tensor([False]), one, 0.25, 2.0)
+    torch.testing.assert_close(yes, torch.tensor(of_yes + of_no), atol=2e-6, rtol=0)
+    torch.testing.assert_close(no, torch.tensor(2 * of_no), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_focal_loss_equals_torchvisions_in_value_and_gradient_whatever_the_chunks(
+    gamma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 5, generator=generator, dtype=torch.float64) * 3
+    labels = torch.randint(0, 5, (3, 7), generator=generator)
+    is_positive = torch.rand(3, 7, generator=generator) < 0.3
+    weights = torch.rand(3, 7, generator=generator, dtype=torch.float64).round(decimals=1)
+    weights[0, :3] = 0
+    one_hot = torch.nn.functional.one_hot(labels, 5) * is_positive[..., None]
+    theirs = logits.clone().requires_grad_()
+    expected = sigmoid_focal_loss(theirs, one_hot.double(), 0.25, gamma)
+    expected = (expected * weights[..., None]).sum()
+    (3 * expected).backward()
+    for chunk in (2**22, 20):
+        monkeypatch.setattr(losses_module, "CHUNK", chunk)
+        ours = logits.clone().requires_grad_()
+        total = focal_loss_sum(ours, labels, is_positive, weights, 0.25, gamma)
+        (3 * total).backward()
+        torch.testing.assert_close(total, expected)
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_focal_loss_leaves_rows_of_weight_0_out_whatever_they_hold() -> None:
+    logits = torch.tensor([[1.0, math.nan], [0.0, 0.0]], requires_grad=True)
+    label, positive = torch.zeros(2, dtype=torch.int64), torch.tensor([False, True])
+    total = focal_loss_sum(logits, label, positive, torch.tensor([0.0, 1.0]), 0.25, 2.0)
+    total.backward()
+    torch.testing.assert_close(total.detach(), torch.tensor(0.043322 + 0.129965), rtol=1e-5, atol=0)
+    assert logits.grad[0].tolist() == [0.0, 0.0]
+
+
+def test_focal_loss_of_bf16_logits_is_computed_in_fp32() -> None:
+    logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    label, positive = torch.zeros(50, dtype=torch.int64), torch.arange(50) < 10
+    ours = logits.clone().requires_grad_()
+    total = focal_loss_sum(ours, label, positive, torch.ones(50), 0.25, 2.0)
+    expected = focal_loss_sum(logits.float(), label, positive, torch.ones(50), 0.25, 2.0)
+    assert torch.equal(total, expected)
+    total.backward()
+    assert ours.grad.dtype == torch.bfloat16

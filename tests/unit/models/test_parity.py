@@ -1,26 +1,25 @@
 """The same weights in bigdet and in torchvision give the same numbers.
 
-In float64: with random weights, ties in fp32 flip the choice of the best anchors. The backbone and
-pyramid are bigdet's own in both; everything behind them is torchvision's on one side.
+In float64: with random weights, ties in fp32 flip the choice of the best anchors. All of the other
+side, from the backbone on, is torchvision's.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN, roi_heads
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.models.detection import roi_heads
+from torchvision.ops import roi_align
 
-from bigdet.config.schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import KeypointConfig, ModelConfig, RetinaConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION
-from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
+from bigdet.models.detector import Detector
+from bigdet.models.torchvision_layout import to_torchvision
+from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.structures import Batch
 from tests.unit.models.scenes import make_scene
 
@@ -43,7 +42,12 @@ ROI = RoiConfig(
     box_beta=1 / 9,
     detections_per_image=60,
 )
+RETINA = RetinaConfig(
+    anchor_sizes=[12, 24, 48, 64, 96], candidates_per_level=50, detections_per_image=1000
+)
 LOSS_NAMES = {
+    "classification": "retina_class",
+    "bbox_regression": "retina_box",
     "loss_objectness": "rpn_objectness",
     "loss_rpn_box_reg": "rpn_box",
     "loss_classifier": "box_class",
@@ -53,25 +57,41 @@ LOSS_NAMES = {
 }
 
 
-class Pyramid(nn.Module):
-    """bigdet's backbone and FPN in the form that torchvision's detectors take."""
-
-    def __init__(self, detector: Detector, width: int) -> None:
-        super().__init__()
-        self.backbone = copy.deepcopy(detector.backbone)
-        self.fpn = copy.deepcopy(detector.fpn)
-        self.out_channels = width
-
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        return OrderedDict(
-            zip(["0", "1", "2", "3", "pool"], self.fpn(self.backbone(images)), strict=True)
-        )
-
-
-def own_detector(name: str, backbone: str, box_head: str, width: int) -> Detector:
+def own_detector(
+    detector: str, backbone: str, box_head: str, width: int, p6_source: str = "c5"
+) -> Detector:
     torch.manual_seed(1)
-    config = ModelConfig(
-        detector=name,
+    conventions = replace(TORCHVISION, p6_source=p6_source)
+    config = model_config(detector, backbone, box_head, width)
+    ours = build_detector(config, NUM_CLASSES, conventions).double()
+    named = {"rpn", "box_head", "retina_head"}
+    heads = [part for name, part in ours.named_children() if name in named]
+    for layer in [layer for head in heads for layer in head.modules()]:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):  # weights with something to say
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=0.1)
+    if detector == "retinanet":
+        nn.init.normal_(ours.retina_head.classifier.weight, std=0.02)
+        nn.init.constant_(ours.retina_head.classifier.bias, -2.0)
+        nn.init.normal_(ours.retina_head.regressor.weight, std=0.01)
+        return ours
+    nn.init.normal_(ours.rpn.deltas.weight, std=0.01)
+    nn.init.normal_(ours.box_head.classifier.weight, std=0.02)  # several classes per region
+    nn.init.zeros_(ours.box_head.classifier.bias)
+    nn.init.normal_(ours.box_head.regressor.weight, std=0.1)
+    return ours
+
+
+def model_config(detector: str, backbone: str, box_head: str, width: int) -> ModelConfig:
+    if detector == "retinanet":
+        return ModelConfig(detector=detector, backbone=backbone, width=width, retina=RETINA)
+    if backbone == "vgg16":
+        rpn = replace(RPN, anchor_sizes=[24, 48, 96], train_candidates=200)
+        return ModelConfig(
+            detector=detector, backbone=backbone, norm="none", fc_width=64, rpn=rpn, roi=ROI
+        )
+    return ModelConfig(
+        detector=detector,
         backbone=backbone,
         box_head=box_head,
         width=width,
@@ -80,128 +100,6 @@ def own_detector(name: str, backbone: str, box_head: str, width: int) -> Detecto
         roi=ROI,
         keypoint=KeypointConfig(num_keypoints=NUM_KEYPOINTS, width=24),
     )
-    detector = build_detector(config, NUM_CLASSES, TORCHVISION).double()
-    heads = [detector.rpn, detector.box_head]
-    for layer in [layer for head in heads for layer in head.modules()]:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):  # weights with something to say
-            nn.init.kaiming_normal_(layer.weight)
-            nn.init.normal_(layer.bias, std=0.1)
-    nn.init.normal_(detector.rpn.deltas.weight, std=0.01)
-    nn.init.normal_(detector.box_head.classifier.weight, std=0.02)  # several classes per region
-    nn.init.zeros_(detector.box_head.classifier.bias)
-    nn.init.normal_(detector.box_head.regressor.weight, std=0.1)
-    return detector
-
-
-def channels_first(weight: Tensor, channels: int, side: int) -> Tensor:
-    """Columns of a fully connected layer from height, width, channels to channels first."""
-    grid = weight.view(len(weight), side, side, channels)
-    return grid.permute(0, 3, 1, 2).flatten(1)
-
-
-def to_torchvision(detector: Detector, read: str) -> dict[str, Tensor]:
-    """Weights (or gradients, ``read="grad"``) by torchvision's names; background rows are 0."""
-    width = detector.rpn.conv.conv.out_channels
-    found = {}
-
-    def take(theirs: str, ours: nn.Module, change=lambda value: value) -> None:
-        found[f"{theirs}.weight"] = change(getattr(ours.weight, read))
-        found[f"{theirs}.bias"] = change(getattr(ours.bias, read))
-
-    def background(rows: int):
-        return lambda value: torch.cat([torch.zeros_like(value[:rows]), value])
-
-    box, fcs = "roi_heads.box_head", detector.box_head.fcs
-    take("rpn.head.conv.0.0", detector.rpn.conv.conv)
-    take("rpn.head.cls_logits", detector.rpn.objectness)
-    take("rpn.head.bbox_pred", detector.rpn.deltas)
-    if len(detector.box_head.convs):
-        for i, layer in enumerate(detector.box_head.convs):
-            take(f"{box}.{i}.0", layer.conv)
-        names = [f"{box}.5"]
-    else:
-        names = [f"{box}.fc6", f"{box}.fc7"]
-    for name, layer in zip(names, fcs, strict=True):
-        take(name, layer)
-    found[f"{names[0]}.weight"] = channels_first(found[f"{names[0]}.weight"], width, 7)
-    take(
-        "roi_heads.box_predictor.cls_score",
-        detector.box_head.classifier,
-        lambda value: value.roll(1, dims=0),
-    )
-    take("roi_heads.box_predictor.bbox_pred", detector.box_head.regressor, background(4))
-    if detector.mask_head is not None:
-        for i, layer in enumerate(detector.mask_head.convs):
-            take(f"roi_heads.mask_head.{i}.0", layer.conv)
-        take("roi_heads.mask_predictor.conv5_mask", detector.mask_head.deconv)
-        take(
-            "roi_heads.mask_predictor.mask_fcn_logits",
-            detector.mask_head.predictor,
-            background(1),
-        )
-    if detector.keypoint_head is not None:
-        for i, layer in enumerate(detector.keypoint_head.convs):
-            take(f"roi_heads.keypoint_head.{2 * i}", layer.conv)
-        take("roi_heads.keypoint_predictor.kps_score_lowres", detector.keypoint_head.deconv)
-    return found
-
-
-def torchvision_detector(detector: Detector, box_head: str, width: int) -> FasterRCNN:
-    from torchvision.models.detection.faster_rcnn import (
-        FastRCNNConvFCHead,
-        FastRCNNPredictor,
-        TwoMLPHead,
-    )
-    from torchvision.models.detection.keypoint_rcnn import (
-        KeypointRCNNHeads,
-        KeypointRCNNPredictor,
-    )
-    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-
-    head = TwoMLPHead(width * 49, 64)
-    if box_head == "4conv1fc":
-        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [64])
-    options = {
-        # As bigdet's buffers have them: rounded to fp32.
-        "image_mean": (torch.tensor(PIXEL_MEAN).double() / 255).tolist(),
-        "image_std": (torch.tensor(PIXEL_DEVIATION).double() / 255).tolist(),
-        "rpn_anchor_generator": AnchorGenerator(
-            tuple((size,) for size in RPN.anchor_sizes), ((0.5, 1.0, 2.0),) * 5
-        ),
-        "rpn_pre_nms_top_n_train": RPN.train_proposals,
-        "rpn_post_nms_top_n_train": RPN.train_proposals,
-        "rpn_pre_nms_top_n_test": RPN.test_proposals,
-        "rpn_post_nms_top_n_test": RPN.test_proposals,
-        "rpn_batch_size_per_image": EVERYTHING,
-        "box_batch_size_per_image": EVERYTHING,
-        "box_fg_iou_thresh": ROI.positive_iou,
-        "box_bg_iou_thresh": ROI.positive_iou,
-        "box_detections_per_img": ROI.detections_per_image,
-        "box_head": head,
-        "box_predictor": FastRCNNPredictor(64, NUM_CLASSES + 1),
-        "_skip_resize": True,  # in training
-    }
-    if detector.keypoint_head is not None:
-        options |= {
-            "keypoint_roi_pool": MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
-            "keypoint_head": KeypointRCNNHeads(width, [24] * 8),
-            "keypoint_predictor": KeypointRCNNPredictor(24, NUM_KEYPOINTS),
-        }
-        other = KeypointRCNN(Pyramid(detector, width), **options)
-    elif detector.mask_head is None:
-        other = FasterRCNN(Pyramid(detector, width), **options)
-    else:
-        options |= {
-            "mask_roi_pool": MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
-            "mask_head": MaskRCNNHeads(width, [width] * 4, 1),
-            "mask_predictor": MaskRCNNPredictor(width, width, NUM_CLASSES + 1),
-        }
-        other = MaskRCNN(Pyramid(detector, width), **options)
-    other = other.double()
-    missing, unexpected = other.load_state_dict(to_torchvision(detector, "data"), strict=False)
-    assert not unexpected
-    assert all(name.startswith("backbone.") for name in missing)
-    return other
 
 
 def scene() -> Batch:
@@ -258,55 +156,52 @@ def center_targets(bitmaps: Tensor, boxes: Tensor, rows: Tensor, size: int) -> T
     return (soft >= 0.5).to(soft)
 
 
-MODELS = pytest.mark.parametrize(
-    ("name", "backbone", "box_head", "width"),
-    [
-        ("mask_rcnn", "resnet10", "2fc", 32),
-        ("mask_rcnn", "resnet10", "4conv1fc", 16),
-        ("mask_rcnn", "resnet50", "2fc", 64),
-        ("faster_rcnn", "resnet18", "2fc", 32),
-        ("keypoint_rcnn", "resnet10", "2fc", 32),
-    ],
-)
+RCNNS = [
+    ("mask_rcnn", "resnet10", "2fc", 32),
+    ("mask_rcnn", "resnet10", "4conv1fc", 16),
+    ("mask_rcnn", "resnet50", "2fc", 64),
+    ("faster_rcnn", "resnet18", "2fc", 32),
+    ("keypoint_rcnn", "resnet10", "2fc", 32),
+    ("faster_rcnn", "vgg16", "2fc", 512),
+]
+RETINANETS = [("retinanet", "resnet10", "2fc", 32), ("retinanet", "resnet10", "2fc", 32, "p5")]
 
 
-@MODELS
+@pytest.mark.parametrize("model", RCNNS + RETINANETS)
 def test_losses_and_gradients_equal_torchvisions(
-    name: str, backbone: str, box_head: str, width: int, monkeypatch: pytest.MonkeyPatch
+    model: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roi_heads, "project_masks_on_boxes", center_targets)
-    ours = own_detector(name, backbone, box_head, width)
-    theirs = torchvision_detector(ours, box_head, width)
+    ours = own_detector(*model)
+    theirs = torchvision_twin(ours)
     batch = scene()
     images, targets = as_torchvision(batch)
+    if "retinanet" in model:  # which has no background class
+        targets = [target | {"labels": target["labels"] - 1} for target in targets]
 
     losses = ours(batch)
     expected = theirs(images, targets)
-    assert len(expected) == (4 if name == "faster_rcnn" else 5)
-    for key, value in expected.items():
+    assert len(expected) == {"faster_rcnn": 4, "retinanet": 2}.get(model[0], 5)
+    assert len(losses) == len(expected)
+    for name, value in expected.items():
         assert value > 1e-4
         # torchvision rounds the objectness loss to fp32 on its way.
-        torch.testing.assert_close(losses[LOSS_NAMES[key]], value.double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(losses[LOSS_NAMES[name]], value.double(), rtol=1e-6, atol=0)
 
     sum(losses.values()).backward()
     sum(expected.values()).backward()
-    found = to_torchvision(ours, "grad")
-    pyramid = {"backbone": ours.backbone, "fpn": ours.fpn}
-    for part, module in pyramid.items():
-        found |= {f"backbone.{part}.{key}": p.grad for key, p in module.named_parameters()}
-    gradients = {key: p.grad for key, p in theirs.named_parameters()}
+    found = to_torchvision(ours, {name: p.grad for name, p in ours.named_parameters()})
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
     assert found.keys() == gradients.keys()
-    for key, gradient in gradients.items():
-        assert gradient.abs().max() > 0, key
-        torch.testing.assert_close(found[key], gradient, **CLOSE, msg=key)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, **CLOSE, msg=name)
 
 
-@MODELS
-def test_predictions_equal_torchvisions_at_every_stage(
-    name: str, backbone: str, box_head: str, width: int
-) -> None:
-    ours = own_detector(name, backbone, box_head, width).eval()
-    theirs = torchvision_detector(ours, box_head, width).eval()
+@pytest.mark.parametrize("model", RCNNS[:-1])  # one map is no other way than several
+def test_predictions_equal_torchvisions_at_every_stage(model: tuple) -> None:
+    ours = own_detector(*model).eval()
+    theirs = torchvision_twin(ours).eval()
     batch = scene()
     # Untrained running statistics would let the features, and with them all scores, overflow.
     ours.backbone.train()
@@ -316,6 +211,8 @@ def test_predictions_equal_torchvisions_at_every_stage(
     with torch.no_grad():
         features = ours._features(batch)
         their_features = theirs.backbone(images.tensors)
+        if isinstance(their_features, Tensor):
+            their_features = {"0": their_features}
         for one, other in zip(features, their_features.values(), strict=True):
             torch.testing.assert_close(one, other, **CLOSE)
 
@@ -343,10 +240,32 @@ def test_predictions_equal_torchvisions_at_every_stage(
         torch.testing.assert_close(one.boxes, other["boxes"].float(), rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(one.scores, other["scores"].float(), **CLOSE)
         torch.testing.assert_close(one.labels, other["labels"] - 1)
-        if name == "mask_rcnn":
+        if model[0] == "mask_rcnn":
             torch.testing.assert_close(one.masks, other["masks"][:, 0].float(), **CLOSE)
-        if name == "keypoint_rcnn":
+        if model[0] == "keypoint_rcnn":
             points = other["keypoints"][..., :2].float()
             torch.testing.assert_close(one.keypoints[..., :2], points, rtol=1e-6, atol=1e-5)
             scores = other["keypoints_scores"].float()
             torch.testing.assert_close(one.keypoints[..., 2], scores, **CLOSE)
+
+
+@pytest.mark.parametrize("model", RETINANETS)
+def test_detections_of_a_retinanet_equal_torchvisions(model: tuple) -> None:
+    ours = own_detector(*model).eval()
+    theirs = torchvision_twin(ours).eval()
+    batch = scene()
+    ours.backbone.train()
+    theirs.backbone.train()
+    theirs.transform.train()  # leaves the size as it is
+    with torch.no_grad():
+        found = ours(batch)
+        expected_found = theirs(as_torchvision(batch)[0])
+    for one, other in zip(found, expected_found, strict=True):
+        assert len(other["boxes"]) > 10
+        assert len(other["labels"].unique()) > 1
+        # torchvision also reports boxes beside the image, of which nothing is left.
+        is_real = (other["boxes"][:, 2:] > other["boxes"][:, :2]).all(dim=1)
+        boxes, scores, labels = (other[key][is_real] for key in ("boxes", "scores", "labels"))
+        torch.testing.assert_close(one.boxes, boxes.float(), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(one.scores, scores.float(), **CLOSE)
+        torch.testing.assert_close(one.labels, labels)

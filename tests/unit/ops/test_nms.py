@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torchvision.ops import batched_nms
 
-from bigdet.ops.nms import grouped_nms
+from bigdet.ops.nms import best_of_groups, grouped_nms
 
 # IoU of the first two: 9 x 10 / (2 x 100 - 90) = 0.818.
 BOXES = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 11.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
@@ -50,3 +50,10 @@ def test_nms_equals_torchvisions_on_many_groups() -> None:
     expected = batched_nms(boxes, scores, groups, 0.4)
     assert kept.nonzero().squeeze(1).tolist() == sorted(expected.tolist())
     assert 50 < len(expected) < 450
+
+
+def test_the_best_of_each_group_come_group_after_group() -> None:
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.5, 0.7])
+    groups = torch.tensor([2, 0, 2, 2, 2])
+    assert best_of_groups(scores, groups, 3, 2).tolist() == [1, 4, 2]
+    assert best_of_groups(scores[:0], groups[:0], 3, 2).tolist() == []

@@ -1,13 +1,18 @@
 import dataclasses
+import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bigdet.data.samples import Damage
+from bigdet.training.energy import EnergyCounter
 from bigdet.training.metrics import StepMeter, clock, mean_losses, progress_line
-from bigdet.training.state import RunState
+from bigdet.training.state import Cost, RunState
 from tests.unit.models.scenes import make_scene
+
+CPU = torch.device("cpu")
 
 
 def a_batch():
@@ -24,7 +29,7 @@ def damages(*rows: int, kind: str = "undecodable") -> dict[int, Damage]:
 
 
 def test_masked_slots_and_crowds_are_not_counted():
-    meter, state = StepMeter(), RunState("train")
+    meter, state = StepMeter(CPU), RunState("train")
     meter.add([a_batch(), a_batch()], step_seconds=2.0, data_seconds=0.5)
     meter.sync(state, damages(7), dropped_boxes=2)
     # Of each batch: 2 images that count, objects 1 + 1 (one is crowd), pixels 30x40 + 20x40.
@@ -35,8 +40,75 @@ def test_masked_slots_and_crowds_are_not_counted():
     assert state.damaged == {"undecodable": 1}
 
 
+def test_costs_are_counted_by_phase_and_in_all():
+    state, meter = RunState("pretrain"), StepMeter(CPU)
+    for _ in range(2):
+        meter.add([a_batch()], step_seconds=2.0, data_seconds=0.5)
+    meter.add_evaluation(7.0)
+    meter.sync(state, {}, 0)
+    state.total_steps = 2
+    state = RunState.from_json(json.loads(json.dumps(state.to_json())))  # as a resumed run does
+    state.begin("finetune")
+    meter = StepMeter(CPU)
+    meter.add([a_batch()], step_seconds=3.0, data_seconds=0.25)
+    meter.sync(state, {}, 0)
+    assert state.costs["pretrain"] == Cost(2, 4, 4, 4000, 3.0, 1.0, 7.0, None)
+    counters = state.counters()
+    # 2 images, 2 objects that are not crowd and 2000 pixels a step; a CPU tells no energy.
+    assert counters == {
+        "seen/images": 6, "seen/instances": 6, "seen/pixels": 6000, "seen/gpu_seconds": 7.0,
+        "cost/steps": 3, "cost/compute_gpu_seconds": 5.75, "cost/data_gpu_seconds": 1.25,
+        "cost/evaluation_gpu_seconds": 7.0,
+        "phase_cost/steps": 1, "phase_cost/images": 2, "phase_cost/instances": 2,
+        "phase_cost/pixels": 2000, "phase_cost/compute_gpu_seconds": 2.75,
+        "phase_cost/data_gpu_seconds": 0.25, "phase_cost/evaluation_gpu_seconds": 0.0,
+    }  # fmt: skip
+
+
+class OneGpu:
+    """NVML of a machine with one GPU, which uses 1.5 joules between two readings."""
+
+    def __init__(self, error: int = 0):
+        self.millijoules, self.error = 10_000, error
+
+    def nvmlInit_v2(self):  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid, handle):  # noqa: N802
+        assert uuid == b"GPU-1234-abcd"
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, target):  # noqa: N802
+        self.millijoules += 1500
+        target._obj.value = self.millijoules
+        return self.error
+
+
+@pytest.fixture
+def cuda_properties(monkeypatch: pytest.MonkeyPatch):
+    found = SimpleNamespace(uuid="1234-abcd")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+
+
+def test_energy_is_what_the_counter_grew_by(cuda_properties, monkeypatch):
+    library = OneGpu()
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    state, meter = RunState("train"), StepMeter(torch.device("cuda", 0))  # reads it once
+    meter.sync(state, {}, 0)
+    meter.sync(state, {}, 0)
+    assert state.counters()["cost/energy_joules"] == pytest.approx(3.0)
+    assert EnergyCounter(torch.device("cuda", 0), library).joules() == 16.0  # 16,000 mJ by now
+
+
+def test_a_gpu_that_does_not_tell_its_energy_leaves_the_run_without(cuda_properties, monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: OneGpu(error=3))  # not supported
+    state = RunState("train", costs={"train": Cost(energy_joules=5.0)})
+    StepMeter(torch.device("cuda", 0)).sync(state, {}, 0)
+    assert "cost/energy_joules" not in state.counters()
+
+
 def test_syncing_twice_counts_once_and_a_resumed_run_counts_on():
-    meter = StepMeter()
+    meter = StepMeter(CPU)
     state = RunState("train", damaged={"undecodable": 2}, damaged_rows=[3, 4])
     meter.add([a_batch()], 1.0, 0.0)
     meter.sync(state, damages(5), dropped_boxes=3)
@@ -47,13 +119,13 @@ def test_syncing_twice_counts_once_and_a_resumed_run_counts_on():
     assert state.seen.images == 2
     assert Counter(state.damaged) == {"undecodable": 3, "wrong_size": 1}
     assert sorted(state.damaged_rows) == [3, 4, 5, 6]
-    StepMeter().sync(state, damages(4, 5), dropped_boxes=1)  # another phase, another stream
+    StepMeter(CPU).sync(state, damages(4, 5), dropped_boxes=1)  # another phase, another stream
     assert sum(state.damaged.values()) == 4
     assert state.dropped_boxes == 5
 
 
 def test_rates_are_of_the_interval():
-    meter = StepMeter()
+    meter = StepMeter(CPU)
     meter.add([a_batch()], step_seconds=1.0, data_seconds=0.25)
     meter.add([a_batch()], step_seconds=3.0, data_seconds=0.25)
     rates = meter.rates()

@@ -14,7 +14,9 @@ from bigdet.models.backbones import build_backbone
 from bigdet.models.norms import BatchNorm2d
 from bigdet.training.optim import (
     build_optimizer,
+    describe_lr,
     drop_steps,
+    has_same_past,
     lr_factor,
     parameter_groups,
     scaled_lr,
@@ -59,11 +61,36 @@ def test_drops_in_the_warm_up_multiply_with_it() -> None:
     assert lr_factor(phase, 4) == pytest.approx(0.075)
 
 
+def test_drops_may_be_counted_from_the_end() -> None:
+    # Paper 1: the last 60k and the last 20k steps, here of 540k (6x).
+    phase = make_phase(steps=540_000, drops=[-60_000, -20_000])
+    assert drop_steps(phase) == [480_000, 520_000]
+
+
+def test_cosine_goes_from_the_full_rate_after_the_warm_up_to_nearly_0() -> None:
+    phase = make_phase(steps=12, schedule="cosine", warmup_steps=2, warmup_factor=0.5)
+    # 10 steps after the warm-up: (1 + cos(pi k / 10)) / 2 for k = 0, 5, 9
+    assert lr_factor(phase, 1) == 0.5
+    assert lr_factor(phase, 2) == 0.75
+    assert lr_factor(phase, 3) == 1.0
+    assert lr_factor(phase, 8) == pytest.approx(0.5)
+    assert lr_factor(phase, 12) == pytest.approx(0.0244717, rel=1e-5)
+
+
+def test_schedules_are_compared_up_to_a_step() -> None:
+    phase = make_phase(warmup_steps=5, drops=[20])
+    assert has_same_past(phase, make_phase(steps=90, warmup_steps=5, drops=[20, 25]), 25)
+    assert not has_same_past(phase, make_phase(steps=90, warmup_steps=5, drops=[20, 25]), 26)
+    assert not has_same_past(phase, make_phase(warmup_steps=6, drops=[20]), 3)
+
+
 def test_linear_scaling_rule_follows_the_images_per_step() -> None:
     # Paper 2: 0.02 at 16 images gives 0.08 at 64.
     phase = make_phase(lr=0.02, reference_images_per_step=16)
     assert scaled_lr(phase, 64) == pytest.approx(0.08)
     assert scaled_lr(make_phase(lr=0.02), 64) == 0.02
+    assert describe_lr(phase, 64) == "lr 0.02 at 16 images per step -> 0.08 at 64"
+    assert describe_lr(phase, 8) == "lr 0.02 at 16 images per step -> 0.01 at 8"
 
 
 class Layers(nn.Module):

@@ -1,64 +1,83 @@
-"""Where the weights of a phase come from, and what it does to the model."""
-
-from __future__ import annotations
+"""The hand-over from a Mask R-CNN to a cascade: weights, metadata, and what is left anew."""
 
 import logging
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
-from bigdet.config.load import parse_config
-from bigdet.models.checkpointing import Checkpointed
-from bigdet.models.norms import batch_norms
+from bigdet.config.load import load_config
+from bigdet.models.heads.cascade import CascadeHead
+from bigdet.models.weights import load_detector, save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
 
-CONFIG = """
-output: runs/x
-data: {train: {shards: a}, val: {shards: b}}
-model: {detector: mask_rcnn, backbone: resnet18, width: 16, fc_width: 16}
-engine: {activation_checkpointing: CHECKPOINTED}
-phases:
-  train:
-    {steps: 2, images_per_gpu: 1, lr: 0.1, resize: {kind: direct, size: 96}, norm_mode: sync,
-     freeze_stages: 2, start_from: {source: "SOURCE"}}
-"""
+CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+SMALL = ["model.width=16", "model.fc_width=16"]
+CPU = torch.device("cpu")
+CATEGORIES = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
 
 
-def test_a_phase_starts_from_a_backbone_that_others_trained(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    reference = torchvision.models.resnet18()
-    path = tmp_path / "resnet18.pth"
-    torch.save(reference.state_dict(), path)
-    config = parse_config(
-        CONFIG.replace("SOURCE", str(path)).replace("CHECKPOINTED", "true"), "test"
+def leave(run_dir: RunDir, config, phase: str, detector: torch.nn.Module) -> Path:
+    """Write what a phase leaves behind at its end."""
+    folder = run_dir.checkpoint(phase, config.phases[phase].steps)
+    folder.mkdir(parents=True)
+    metadata = weights_metadata(config, CATEGORIES, phase)
+    save_detector_weights(RunDir(folder).weights, detector, metadata)
+    return RunDir(folder).weights
+
+
+def test_a_cascade_starts_with_the_heads_of_the_mask_rcnn_before_it(tmp_path, caplog):
+    overrides = [*SMALL, "phases.finetune.model.detector=cascade_mask_rcnn"]
+    config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
+    first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
+    assert load_detector(leave(run_dir, config, "pretrain", first)).config.detector == "mask_rcnn"
+    with caplog.at_level(logging.INFO, "bigdet"):
+        second = build_for_phase(config, "finetune", ["a", "b"], run_dir, CPU, False)
+    assert "box_head: one, copied to all 3 stages of the cascade" in caplog.messages
+    assert not any("random" in message for message in caplog.messages)
+    pooled = torch.randn(4, 16, 7, 7)
+    assert isinstance(second.box_head, CascadeHead)
+    for stage in second.box_head.stages:
+        torch.testing.assert_close(stage(pooled), first.box_head(pooled), rtol=0, atol=0)
+    for name, tensor in first.state_dict().items():
+        if not name.startswith("box_head."):
+            assert torch.equal(tensor, second.state_dict()[name]), name
+
+    loaded = load_detector(leave(run_dir, config, "finetune", second))
+    assert loaded.config.detector == "cascade_mask_rcnn"
+    assert torch.equal(
+        loaded.box_head.stages[2].regressor.weight, second.box_head.stages[2].regressor.weight
     )
-    with caplog.at_level(logging.INFO):
-        detector = build_for_phase(
-            config, "train", 3, RunDir(tmp_path), torch.device("cpu"), is_resumed=False
-        )
-    expected = reference.state_dict()
-    for name, tensor in detector.backbone.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    # 11,176,512 numbers: torchvision's 11,689,512 less 512 x 1000 + 1000 of its classifier. 20
-    # convolutions and norms of 4 tensors each.
-    assert f"backbone  from {path}: 100 tensors, 11,176,512 numbers" in caplog.text
-    assert "random: fpn, rpn, box_head, mask_head" in caplog.text
-    frozen = batch_norms(detector.backbone.layer1)
-    assert {norm.mode for norm in frozen} == {"fixed"}
-    assert {norm.mode for norm in batch_norms(detector.backbone.layer2)} == {"sync"}
-    parts = [part for part in detector.modules() if isinstance(part, Checkpointed)]
-    assert len(parts) == 4
-    assert all(part.is_checkpointed for part in parts)
 
 
-def test_activation_checkpointing_is_off_by_default(tmp_path: Path) -> None:
-    text = CONFIG.replace("SOURCE", "random").replace("CHECKPOINTED", "false")
-    config = parse_config(text.replace("freeze_stages: 2", "freeze_stages: 0"), "test")
-    detector = build_for_phase(
-        config, "train", 3, RunDir(tmp_path), torch.device("cpu"), is_resumed=False
-    )
-    assert not any(p.is_checkpointed for p in detector.modules() if isinstance(p, Checkpointed))
+def test_a_head_that_the_phase_before_did_not_have_starts_anew_and_is_named(tmp_path, caplog):
+    overrides = [*SMALL, "model.detector=faster_rcnn", "phases.finetune.model.detector=mask_rcnn"]
+    config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
+    first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
+    leave(run_dir, config, "pretrain", first)
+    with caplog.at_level(logging.INFO, "bigdet"):
+        second = build_for_phase(config, "finetune", ["a", "b"], run_dir, CPU, False)
+    fresh = [message.split()[2] for message in caplog.messages if message.endswith("random")]
+    assert fresh == ["mask_head"]
+    assert torch.equal(second.box_head.regressor.weight, first.box_head.regressor.weight)
+
+
+def test_a_resumed_phase_loads_nothing(tmp_path):
+    config = load_config(CONFIG, [*SMALL, "phases.finetune.model.detector=cascade_mask_rcnn"])
+    detector = build_for_phase(config, "finetune", ["a", "b"], RunDir(tmp_path), CPU, True)
+    assert isinstance(detector.box_head, CascadeHead)  # its weights come from the checkpoint
+
+
+@pytest.mark.parametrize("is_agnostic", ["null", "true"])
+def test_the_boxes_of_all_phases_are_of_one_kind(tmp_path, is_agnostic):
+    overrides = [
+        *SMALL, "phases.finetune.model.detector=cascade_mask_rcnn",
+        f"model.roi.class_agnostic={is_agnostic}",
+    ]  # fmt: skip
+    config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
+    first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
+    leave(run_dir, config, "pretrain", first)
+    second = build_for_phase(config, "finetune", ["a", "b"], run_dir, CPU, False)
+    num_boxes = 1 if is_agnostic == "true" else 2
+    assert len(second.box_head.stages[0].regressor.weight) == 4 * num_boxes

@@ -1,15 +1,16 @@
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 
-from bigdet.config.load import ConfigError, dump_config, load_config
+from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import open_train_stream
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
-from bigdet.training.resume import find_checkpoint, note_changes, settle_config
+from bigdet.training.resume import begin, find_checkpoint, note_changes, settle_config
 from bigdet.training.state import RunState
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -21,30 +22,35 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
 
 
+@pytest.fixture(scope="module")
+def shards(shapes_shards: Path) -> ShardSet:
+    return ShardSet(shapes_shards / "train")
+
+
 def saved_by(*overrides: str) -> Checkpoint:
     """A checkpoint of the first phase."""
     config = dump_config(load_config(CONFIG, overrides))
     return Checkpoint(run={"config": config, "run": {"phase": "pretrain"}})
 
 
-def test_an_open_batch_size_becomes_one_micro_batch_per_rank():
+def test_an_open_batch_size_becomes_one_micro_batch_per_rank(shards: ShardSet):
     config = load_config(CONFIG, [*OPEN, "phases.finetune.images_per_step=32"])
-    settled = settle_config(config, None, None)
+    settled = settle_config(config, None, None, shards)
     assert settled.phases["pretrain"].images_per_step == 4 * 8
     assert settled.phases["finetune"].images_per_step == 32
 
 
-def test_a_resumed_run_keeps_its_batch_size_on_other_ranks():
+def test_a_resumed_run_keeps_its_batch_size_on_other_ranks(shards: ShardSet):
     sizes = ["phases.pretrain.images_per_step=64", "phases.finetune.images_per_step=64"]
     config = load_config(CONFIG, ["phases.finetune.images_per_step=64", *OPEN])
-    settled = settle_config(config, saved_by(*sizes), Path("x"))
+    settled = settle_config(config, saved_by(*sizes), Path("x"), shards)
     assert settled.phases["pretrain"].images_per_step == 64
 
 
-def test_ranks_that_cannot_share_a_step_equally_are_refused():
+def test_ranks_that_cannot_share_a_step_equally_are_refused(shards: ShardSet):
     config = load_config(CONFIG, ["phases.pretrain.images_per_step=48"])
     with pytest.raises(ConfigError, match=r"phases\.pretrain\.images_per_step: .*4 ranks"):
-        settle_config(config, None, None)
+        settle_config(config, None, None, shards)
 
 
 SIZES = ["phases.pretrain.images_per_step=32", "phases.finetune.images_per_step=32"]
@@ -56,9 +62,9 @@ SIZES = ["phases.pretrain.images_per_step=32", "phases.finetune.images_per_step=
      "engine.zero_stage=0", "evaluation.every=10", "checkpoint.keep=9",
      "engine.offload=optimizer", "phases.finetune.lr=0.1"],
 )  # fmt: skip
-def test_what_does_not_change_the_training_may_change(override: str):
+def test_what_does_not_change_the_training_may_change(shards: ShardSet, override: str):
     config = load_config(CONFIG, [*SIZES, override])
-    assert settle_config(config, saved_by(*SIZES), Path("x")) == config
+    assert settle_config(config, saved_by(*SIZES), Path("x"), shards) == config
 
 
 @pytest.mark.parametrize(
@@ -71,17 +77,110 @@ def test_what_does_not_change_the_training_may_change(override: str):
         ("data.train.keep_empty=true", r"data\.train\.keep_empty"),
     ],
 )
-def test_what_changes_the_training_is_named_with_both_values(override: str, said: str):
+def test_what_changes_the_training_is_named_with_both_values(
+    shards: ShardSet, override: str, said: str
+):
     config = load_config(CONFIG, [*SIZES, override])
     with pytest.raises(ConfigError, match=said):
-        settle_config(config, saved_by(*SIZES), Path("x"))
+        settle_config(config, saved_by(*SIZES), Path("x"), shards)
 
 
-def test_a_phase_may_not_be_added_to_a_run():
+def test_a_phase_may_not_be_added_to_a_run(shards: ShardSet):
     config = load_config(CONFIG, SIZES)
     extra = {**config.phases, "more": config.phases["finetune"]}
+    config = dataclasses.replace(config, phases=extra)
     with pytest.raises(ConfigError, match="pretrain, finetune, more"):
-        settle_config(dataclasses.replace(config, phases=extra), saved_by(*SIZES), Path("x"))
+        settle_config(config, saved_by(*SIZES), Path("x"), shards)
+
+
+def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: ShardSet):
+    config = load_config(
+        CONFIG,
+        ["phases.pretrain.steps=null", "phases.finetune.steps=null",
+         "phases.pretrain.images=4_000", "phases.pretrain.images_per_step=32",
+         "phases.finetune.images_per_step=4", "phases.finetune.images_per_gpu=1",
+         "phases.finetune.passes=12", "phases.finetune.drops=[8,-1.5]"],
+    )  # fmt: skip
+    settled = settle_config(config, None, None, shards)
+    pretrain, finetune = settled.phases["pretrain"], settled.phases["finetune"]
+    assert (pretrain.steps, pretrain.images, pretrain.drops) == (125, None, None)
+    num_images = int((shards.index["num_boxes"] > 0).sum())
+    steps_per_pass = math.ceil(num_images / 4)
+    assert finetune.steps == 12 * steps_per_pass
+    assert finetune.drops == [8 * steps_per_pass, round(10.5 * steps_per_pass)]
+    # The resolved config repeats the run, whatever becomes of the data.
+    assert settle_config(parse_config(dump_config(settled), "x"), None, None, shards) == settled
+
+
+def test_the_last_60k_and_20k_steps_stay_whatever_the_length_and_the_batch(shards: ShardSet):
+    # Paper 1, 2x: 180k steps of 16 images, drops at 120k and 160k; with 64 images a quarter.
+    words = ["phases.finetune.steps=null", "phases.finetune.images=2_880_000",
+             "phases.finetune.drops=[-960_000,-320_000]", "phases.finetune.images_per_gpu=1",
+             "phases.pretrain.images_per_gpu=1", "phases.pretrain.images_per_step=8"]  # fmt: skip
+    for images_per_step, steps, drops in ((16, 180_000, [120_000, 160_000]),
+                                          (8, 360_000, [240_000, 320_000])):  # fmt: skip
+        config = load_config(CONFIG, [*words, f"phases.finetune.images_per_step={images_per_step}"])
+        phase = settle_config(config, None, None, shards).phases["finetune"]
+        assert (phase.steps, phase.drops) == (steps, drops)
+
+
+def test_a_length_that_turns_out_shorter_than_its_warm_up_is_refused(shards: ShardSet):
+    config = load_config(CONFIG, ["phases.pretrain.steps=null", "phases.pretrain.passes=5",
+                                  "phases.pretrain.images_per_gpu=1",
+                                  "phases.pretrain.images_per_step=8"])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"phases\.pretrain\.warmup_steps: found 50, .* 10 steps"):
+        settle_config(config, None, None, shards)
+
+
+TRUNK = [*SIZES, "phases.pretrain.steps=60", "phases.pretrain.schedule=step", "output=trunk",
+         "phases.pretrain.drops=[50]"]  # fmt: skip
+
+
+def trunk_at(step: int) -> Checkpoint:
+    """A checkpoint of a trunk of 60 steps that drops after 50."""
+    saved = saved_by(*TRUNK)
+    saved.run["run"]["step"] = step
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("step", "override", "said"),
+    [
+        (55, "phases.pretrain.drops=[50,58]", None),
+        (40, "phases.pretrain.decay_factor=0.5", None),
+        (40, "phases.pretrain.steps=51", None),
+        (51, "phases.pretrain.drops=[49]", r"phases\.pretrain\.drops: up to the step 51"),
+        (55, "phases.pretrain.decay_factor=0.5", r"phases\.pretrain\.drops: up to the step 55"),
+        (55, "phases.pretrain.steps=51", r"phases\.pretrain\.steps: found 51, .* 55 steps behind"),
+        (40, "phases.pretrain.lr=0.5", r"phases\.pretrain\.lr"),
+        (40, "resume=auto", "started with other options: phases.pretrain.steps"),
+    ],
+)
+def test_a_fork_may_change_the_end_of_a_schedule_and_nothing_before_it(
+    shards: ShardSet, step: int, override: str, said: str | None
+):
+    steps = "phases.pretrain.steps=70"
+    config = load_config(CONFIG, [*TRUNK, steps, "output=fork", "resume=trunk/x", override])
+    if said is None:
+        assert settle_config(config, trunk_at(step), Path("x"), shards) == config
+    else:
+        with pytest.raises(ConfigError, match=said):
+            settle_config(config, trunk_at(step), Path("x"), shards)
+
+
+def test_a_fork_leaves_the_best_behind_and_ends_its_phase_with_an_evaluation(
+    shards: ShardSet, tmp_path: Path
+):
+    saved = trunk_at(40)
+    saved.run["run"] |= {"seen": {"images": 7}, "best_ap": 0.5, "best_checkpoint": "pretrain-30"}
+    for steps, is_due in ((40, True), (45, False)):
+        words = [f"phases.pretrain.steps={steps}", f"output={tmp_path}/{steps}", "resume=trunk/x"]
+        config = load_config(CONFIG, [*TRUNK, *words, "log.tensorboard=false"])
+        state, metrics = begin(config, RunDir(Path(config.output)), shards, saved)
+        metrics.close()
+        assert state.needs_evaluation is is_due
+        assert state.best_ap is state.best_checkpoint is None
+        assert (state.step, state.seen.images) == (40, 7)
 
 
 @pytest.fixture
@@ -127,16 +226,11 @@ def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDi
     assert find_checkpoint(config, run_dir) == newest
 
 
-@pytest.fixture
-def train_set(shapes_shards: Path) -> ShardSet:
-    return ShardSet(shapes_shards / "train")
-
-
-def at_step(train_set: ShardSet, step: int, ranks: int, *overrides: str):
+def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
     """Config, checkpoint and state of a run in ``pretrain``."""
     config = load_config(CONFIG, overrides)
     stream = open_train_stream(
-        train_set, config.data, config.phases["pretrain"],
+        shards, config.data, config.phases["pretrain"],
         name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
     )  # fmt: skip
     state = RunState("pretrain", step, stream=stream.state(), ranks=ranks)
@@ -147,12 +241,12 @@ SMALL = ["data.train.keep_empty=true", "phases.pretrain.images_per_gpu=2"]
 
 
 def test_other_ranks_change_the_accumulation_and_are_told(
-    train_set: ShardSet, caplog: pytest.LogCaptureFixture
+    shards: ShardSet, caplog: pytest.LogCaptureFixture
 ):
     overrides = [*SMALL, "phases.pretrain.images_per_step=16"]
-    saved, state, _ = at_step(train_set, 3, 2, *overrides)
+    saved, state, _ = at_step(shards, 3, 2, *overrides)
     with caplog.at_level("INFO", "bigdet"):
-        note_changes(load_config(CONFIG, overrides), train_set, saved, state)
+        note_changes(load_config(CONFIG, overrides), shards, saved, state)
     (line,) = caplog.messages
     assert line.startswith("4 ranks instead of 2: each runs 2 micro-batches of 2 per step instead")
     assert "instead of 4; 16 images per step as before" in line
@@ -160,29 +254,29 @@ def test_other_ranks_change_the_accumulation_and_are_told(
 
 
 def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
-    train_set: ShardSet, caplog: pytest.LogCaptureFixture
+    shards: ShardSet, caplog: pytest.LogCaptureFixture
 ):
     # 16 images. At 4 per step a pass has 4 steps: step 6 is in the middle of the second one. At 8
     # per step a pass has 2 steps, so the third pass begins after its step 4, two steps earlier.
-    saved, state, _ = at_step(train_set, 6, 4, *SMALL, "phases.pretrain.images_per_step=4")
+    saved, state, _ = at_step(shards, 6, 4, *SMALL, "phases.pretrain.images_per_step=4")
     changed = [*SMALL, "phases.pretrain.images_per_step=8", "change_batch=true"]
     with pytest.raises(ConfigError, match=r"reference_images_per_step, to 4 if lr is"):
-        note_changes(load_config(CONFIG, changed), train_set, saved, copy.deepcopy(state))
+        note_changes(load_config(CONFIG, changed), shards, saved, copy.deepcopy(state))
     config = load_config(CONFIG, [*changed, "phases.pretrain.reference_images_per_step=4"])
     with caplog.at_level("INFO", "bigdet"):
-        note_changes(config, train_set, saved, state)
+        note_changes(config, shards, saved, state)
     (line,) = caplog.messages
     assert "step 6: 8 images per step instead of 4" in line
     assert "lr 0.002 instead of 0.001; pass 3 begins, 2 steps of the one before" in line
     assert state.stream_shift == 4 - 6
     stream = open_train_stream(
-        train_set, config.data, config.phases["pretrain"],
+        shards, config.data, config.phases["pretrain"],
         name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
         first_step=state.step + state.stream_shift,
     )  # fmt: skip
     stream.check_state(state.stream)
     ids = [i for step in (5, 6) for lane in range(4) for i in stream.group_ids(step, lane)]
-    assert sorted(ids) == sorted(train_set.index["image_id"])
+    assert sorted(ids) == sorted(shards.index["image_id"])
 
 
 def test_another_batch_must_be_asked_for():

@@ -14,7 +14,7 @@ def test_sizes_are_those_of_the_detector_that_a_phase_trains(tmp_path: Path):
     config = load_config(CONFIG, small)
     sizes = model_sizes(config, "finetune", 3)
     # finetune: BN fixed and two stages frozen. As if resumed, so that no weights are looked for.
-    detector = build_for_phase(config, "finetune", 3, tmp_path, torch.device("cpu"), True)
+    detector = build_for_phase(config, "finetune", list("abc"), tmp_path, torch.device("cpu"), True)
     parameters = list(detector.parameters())
     assert sizes.parameters == sum(p.numel() for p in parameters)
     assert sizes.trained == sum(p.numel() for p in parameters if p.requires_grad)

@@ -1,0 +1,84 @@
+"""Rules on options that some detectors heed and others do not."""
+
+from __future__ import annotations
+
+from bigdet.config.derived import has_fpn, model_parts
+from bigdet.config.load import ConfigError
+from bigdet.config.rules import not_negative, positive, require, unused
+from bigdet.config.schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig
+
+_LEVELS = 5
+
+
+def check_family(model: ModelConfig) -> None:
+    """Check that the detector's options fit it, and that there are no others."""
+    if not has_fpn(model):
+        _check_single_level(model)
+    if model.detector == "retinanet":
+        _check_retinanet(model)
+        return
+    if model.retina != RetinaConfig():
+        raise ConfigError(
+            f"model.retina: is for retinanet, but model.detector is {model.detector}, so it would "
+            f"be ignored. Remove it."
+        )
+    sizes = model.rpn.anchor_sizes
+    if has_fpn(model):
+        _check_sizes("model.rpn.anchor_sizes", sizes, "P2 to P6")
+    else:
+        require(bool(sizes) and min(sizes) > 0, "model.rpn.anchor_sizes", sizes, "sizes above 0")
+
+
+def _check_single_level(model: ModelConfig) -> None:
+    name = model.backbone
+    if "rpn" not in model_parts(model):
+        raise ConfigError(
+            f"model.backbone: {name} has one level of features, but {model.detector} needs a "
+            f"pyramid. Choose another backbone, or faster_rcnn."
+        )
+    if model.norm != "none":
+        raise ConfigError(
+            f"model.norm: found {model.norm}, but {name} has no normalization. Write none."
+        )
+    unused("model", model, "width", f"the heads are as wide as {name}'s features")
+
+
+def _check_retinanet(model: ModelConfig) -> None:
+    key, retina = "model.retina", model.retina
+    for name in ("box_head", "fc_width"):
+        unused("model", model, name, "retinanet has no box head")
+    for name, default in (("rpn", RpnConfig()), ("roi", RoiConfig())):
+        if getattr(model, name) != default:
+            raise ConfigError(
+                f"model.{name}: retinanet has no proposals, so it would be ignored. Remove it; "
+                f"what is reported is set by model.retina."
+            )
+    if model.norm == "bn" and model.norm_scope == "all":
+        raise ConfigError(
+            "model.norm_scope: found all, but the levels of the pyramid share retinanet's head, "
+            "and one BN has no statistics that fit them all. Write backbone, or norm: gn."
+        )
+    _check_sizes(f"{key}.anchor_sizes", retina.anchor_sizes, "P3 to P7")
+    require(
+        bool(retina.anchor_ratios) and min(retina.anchor_ratios) > 0,
+        f"{key}.anchor_ratios", retina.anchor_ratios, "a list of numbers above 0",
+    )  # fmt: skip
+    for name in ("scales_per_octave", "candidates_per_level", "detections_per_image"):
+        positive(f"{key}.{name}", getattr(retina, name))
+    for name in ("focal_gamma", "box_beta"):
+        not_negative(f"{key}.{name}", getattr(retina, name))
+    for name in ("positive_iou", "negative_iou", "focal_alpha", "score_threshold", "nms_iou"):
+        value = getattr(retina, name)
+        require(0 <= value <= 1, f"{key}.{name}", value, "in [0, 1]")
+    require(
+        retina.negative_iou <= retina.positive_iou,
+        f"{key}.negative_iou", retina.negative_iou,
+        f"at most positive_iou, {retina.positive_iou}",
+    )  # fmt: skip
+
+
+def _check_sizes(key: str, sizes: list[int], levels: str) -> None:
+    require(
+        len(sizes) == _LEVELS and min(sizes) > 0,
+        key, sizes, f"five sizes above 0, one for each of {levels}",
+    )  # fmt: skip

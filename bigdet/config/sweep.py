@@ -1,0 +1,196 @@
+"""Sweeps: a file that lists runs, each a config with overrides, and what follows from it.
+
+A run may fork from another one: it begins at a checkpoint of that run, so that what both share is
+trained once (paper 1, figure 1: the 2x to 5x schedules end a 6x run earlier).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bigdet.config.check import check_config
+from bigdet.config.load import ConfigError, explain, load_config, read_yaml
+from bigdet.config.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkConfig:
+    """The checkpoint of another run at which a run begins."""
+
+    run: str = MISSING
+    """Name of the run, which stands above in the list."""
+    step: int = MISSING
+    """Step of the phase."""
+    phase: str | None = None
+    """Phase of the checkpoint. None: the only one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryConfig:
+    """One run, or one per seed."""
+
+    config: str | None = None
+    """Relative to the sweep. None: that of the sweep."""
+    overrides: list[str] = field(default_factory=list)
+    """Words ``key=value``, after those of the sweep."""
+    fork: ForkConfig | None = None
+    """Where it begins. None: at its own start."""
+    after: str | None = None
+    """Name of a run above whose weights it starts from: it waits for that run to finish. A run
+    waits for what it forks from anyway."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A list of runs that are to be compared."""
+
+    output: str = MISSING
+    """Folder of the run folders, which have the names of the runs, and of the report."""
+    command: str = "python -m bigdet.train"
+    """What starts a run; the config and the overrides are put behind it."""
+    config: str | None = None
+    """The config of runs that name none, relative to the sweep."""
+    overrides: list[str] = field(default_factory=list)
+    """Words ``key=value`` for all runs."""
+    seeds: list[int] | None = None
+    """Every run is made once with each of these seeds. None: once, with that of its config."""
+    runs: dict[str, EntryConfig] = MISSING
+    """The runs by name, in the order in which they are made."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: of the run folder.
+        group: of the entry; runs of one group differ in their seed.
+        config_file: its config.
+        overrides: words that make it this run.
+        config: what they come to.
+        fork_of: name of the run that it begins in.
+        after: name of the run that has to be finished before; None where there is none.
+    """
+
+    name: str
+    group: str
+    config_file: str
+    overrides: list[str]
+    config: RunConfig
+    fork_of: str | None
+    after: str | None
+
+    @property
+    def words(self) -> list[str]:
+        """The command line of ``bigdet.train``."""
+        return [self.config_file, *self.overrides]
+
+
+def load_sweep(path: str | Path) -> tuple[SweepConfig, list[PlannedRun]]:
+    """Read a sweep and check every run of it.
+
+    Raises:
+        ConfigError: with the file, the run and the key.
+    """
+    path = Path(path)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SweepConfig), read_yaml(path))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(f"{path}: required and not set: {', '.join(missing)}.")
+    sweep = OmegaConf.to_object(merged)
+    assert isinstance(sweep, SweepConfig)
+    planned: dict[str, PlannedRun] = {}
+    for group, entry in sweep.runs.items():
+        for seed in [None] if sweep.seeds is None else sweep.seeds:
+            try:
+                run = _plan(path, sweep, group, entry, seed, planned)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: runs.{group}: {error}") from error
+            planned[run.name] = run
+    if not planned:
+        raise ConfigError(f"{path}: runs: found none. Write at least one, as NAME: {{}}.")
+    return sweep, [_with_checkpoints(run, sweep, planned) for run in planned.values()]
+
+
+def _plan(
+    path: Path,
+    sweep: SweepConfig,
+    group: str,
+    entry: EntryConfig,
+    seed: int | None,
+    planned: dict[str, PlannedRun],
+) -> PlannedRun:
+    file = entry.config or sweep.config
+    if file is None:
+        raise ConfigError("config: not set, here or for the whole sweep. Write the path of one.")
+    config_file = os.path.normpath(path.parent / file)
+    name = _name(group, seed)
+    overrides = [*sweep.overrides, *entry.overrides, f"output={sweep.output}/{name}"]
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    trunk = None
+    if entry.fork is not None:
+        trunk = _above("fork.run", entry.fork.run, seed, planned)
+        checkpoint = _checkpoint(entry.fork, planned[trunk].config)
+        overrides.append(f"resume={sweep.output}/{trunk}/checkpoints/{checkpoint}")
+    after = trunk
+    if entry.after is not None:
+        if trunk is not None:
+            raise ConfigError("after: a fork waits for the run that it begins in. Remove it.")
+        after = _above("after", entry.after, seed, planned)
+    config = load_config(config_file, overrides)
+    check_config(config)
+    return PlannedRun(name, group, config_file, overrides, config, trunk, after)
+
+
+def _above(key: str, group: str, seed: int | None, planned: dict[str, PlannedRun]) -> str:
+    """Return the name of another run of the same seed, which has to stand above."""
+    name = _name(group, seed)
+    if name not in planned:
+        known = ", ".join(dict.fromkeys(run.group for run in planned.values())) or "none does"
+        raise ConfigError(f"{key}: found {group}, expected a run that stands above this: {known}.")
+    return name
+
+
+def _with_checkpoints(
+    run: PlannedRun, sweep: SweepConfig, planned: dict[str, PlannedRun]
+) -> PlannedRun:
+    """Let a run keep the checkpoints that others fork from."""
+    forks = [
+        sweep.runs[other.group].fork for other in planned.values() if other.fork_of == run.name
+    ]
+    wanted = {_checkpoint(fork, run.config) for fork in forks if fork is not None}
+    if not wanted:
+        return run
+    names = ",".join(sorted(wanted | set(run.config.checkpoint.at)))
+    overrides = [*run.overrides, f"checkpoint.at=[{names}]"]
+    config = load_config(run.config_file, overrides)
+    check_config(config)
+    return dataclasses.replace(run, overrides=overrides, config=config)
+
+
+def _checkpoint(fork: ForkConfig, trunk: RunConfig) -> str:
+    """Return the name of the checkpoint that a fork begins at."""
+    phases = list(trunk.phases)
+    phase = fork.phase or (phases[0] if len(phases) == 1 else None)
+    if phase not in phases:
+        raise ConfigError(f"fork.phase: found {fork.phase}, expected one of {', '.join(phases)}.")
+    steps = trunk.phases[phase].steps
+    if fork.step < 1 or (steps is not None and fork.step > steps):
+        raise ConfigError(
+            f"fork.step: found {fork.step}, expected 1 to {steps or 'the last'}, a step of the "
+            f"phase {phase} of {fork.run}."
+        )
+    return f"{phase}-{fork.step}"
+
+
+def _name(group: str, seed: int | None) -> str:
+    return group if seed is None else f"{group}-s{seed}"

@@ -1,0 +1,175 @@
+"""Test-time augmentation: what a detector finds in several views of an image becomes one result.
+
+Views are sizes, each also mirrored. As in Detectron (RECIPES.md, C.3): the detections of all views
+are pooled, near duplicates within a class dropped, and boxes may be moved to the mean of those that
+agree with them. Masks, and whatever else is a map over a box, are then read in every view for the
+boxes that remain, and averaged. So a view is run twice where there are such maps; its features are
+not kept, as those of 16 views do not fit on a device.
+
+Letters: B images, D detections of all images, N candidates of all images and views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bigdet.config.derived import has_keypoints
+from bigdet.config.schema import TtaConfig
+from bigdet.data.manifest import Category
+from bigdet.data.objects import keypoint_order
+from bigdet.models.detector import Detector, collate_images
+from bigdet.models.heads.detections import FlatDetections, best_detections
+from bigdet.ops.boxes import pairwise_iou
+from bigdet.structures import Batch, Detections
+
+
+class AugmentedDetector(nn.Module):
+    """A detector that looks at each image in several views; takes images at their own size."""
+
+    def __init__(
+        self, detector: Detector, config: TtaConfig, categories: Sequence[Category]
+    ) -> None:
+        """Wrap a detector; nothing is copied.
+
+        Args:
+            detector: of any family.
+            config: the views.
+            categories: say which keypoints a mirror exchanges.
+        """
+        super().__init__()
+        self.mirrored: list[int] = []
+        if has_keypoints(detector.config):
+            self.mirrored = keypoint_order(categories).tolist()
+        self.detector = detector
+        self.config = config
+        self.train(detector.training)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> list[Detections]:
+        """Give the detections of each image, boxes in pixels of the canvas.
+
+        Args:
+            batch: images as large as they are.
+        """
+        detector, sizes = self.detector, batch.image_sizes
+        settings, num_classes = detector.test_settings, detector.num_classes
+        seen = []
+        for view in self._views(batch):
+            found = detector.find(detector.features(view.batch), view.batch)
+            seen.append(replace(found, boxes=view.to_image(found.boxes, found.images)))
+        candidates = FlatDetections(
+            images=torch.cat([one.images for one in seen]),
+            boxes=torch.cat([one.boxes for one in seen]),
+            scores=torch.cat([one.scores for one in seen]),
+            labels=torch.cat([one.labels for one in seen]),
+        )
+        found = best_detections(candidates, sizes, num_classes, settings)
+        if self.config.vote_iou is not None:
+            found = replace(found, boxes=vote(found, candidates, self.config.vote_iou))
+        maps: dict[str, Tensor] = {}
+        if detector.has_maps:
+            maps = self._mean_maps(batch, found)
+        return detector.finish(found, maps, len(sizes))
+
+    def _mean_maps(self, batch: Batch, found: FlatDetections) -> dict[str, Tensor]:
+        """Read the maps of the detections in every view and average them."""
+        sums: dict[str, Tensor] = {}
+        num_views = 0
+        for view in self._views(batch):
+            moved = replace(found, boxes=view.from_image(found.boxes, found.images))
+            maps = self.detector.maps(self.detector.features(view.batch), moved)
+            for name, values in maps.items():
+                if view.is_flipped:
+                    values = values.flip(-1)
+                    if name == "keypoints":
+                        values = values[:, self.mirrored]
+                sums[name] = sums[name] + values if name in sums else values
+            num_views += 1
+        return {name: values / num_views for name, values in sums.items()}
+
+    def _views(self, batch: Batch) -> Iterator[View]:
+        """Yield the views of a batch, one at a time."""
+        # Resizing of uint8, which keeps training and testing alike, is the CPU's.
+        images = [
+            image[:, :height, :width]
+            for image, (height, width) in zip(
+                batch.images.cpu(), batch.image_sizes.tolist(), strict=True
+            )
+        ]
+        cap = self.config.cap
+        for scale in self.config.scales:
+            resized = collate_images(images, (scale, cap))
+            for is_flipped in (False, True) if self.config.flip else (False,):
+                seen = mirror(resized) if is_flipped else resized
+                yield View(seen.to(batch.images.device), batch.image_sizes, is_flipped)
+
+
+@dataclass(frozen=True)
+class View:
+    """Images as a view shows them.
+
+    Attributes:
+        batch: the resized, and maybe mirrored, images.
+        image_sizes: ``(B, 2)`` height, width of the images themselves.
+        is_flipped: left and right are exchanged.
+    """
+
+    batch: Batch
+    image_sizes: Tensor
+    is_flipped: bool
+
+    def to_image(self, boxes: Tensor, images: Tensor) -> Tensor:
+        """Move boxes ``(D, 4)`` from the view to the images ``(D,)`` they belong to."""
+        seen = self._mirror(boxes, images) if self.is_flipped else boxes
+        return seen / self._scales(images).to(boxes.dtype)
+
+    def from_image(self, boxes: Tensor, images: Tensor) -> Tensor:
+        """Move boxes ``(D, 4)`` from the images ``(D,)`` they belong to into the view."""
+        seen = boxes * self._scales(images).to(boxes.dtype)
+        return self._mirror(seen, images) if self.is_flipped else seen
+
+    def _scales(self, images: Tensor) -> Tensor:
+        """Give the factors ``(D, 4)`` from pixels of the images to pixels of the view."""
+        factors = self.batch.image_sizes.double() / self.image_sizes.double()
+        return factors.flip(1).repeat(1, 2)[images]
+
+    def _mirror(self, boxes: Tensor, images: Tensor) -> Tensor:
+        widths = self.batch.image_sizes[images, 1].to(boxes.dtype)
+        x0, y0, x1, y1 = boxes.unbind(dim=1)
+        return torch.stack([widths - x1, y0, widths - x0, y1], dim=1)
+
+
+def mirror(batch: Batch) -> Batch:
+    """Exchange left and right of each image; it stays in the top left corner of the canvas."""
+    images = torch.zeros_like(batch.images)
+    for place, image, (height, width) in zip(
+        images, batch.images, batch.image_sizes.tolist(), strict=True
+    ):
+        place[:, :height, :width] = image[:, :height, :width].flip(2)
+    return replace(batch, images=images)
+
+
+def vote(found: FlatDetections, candidates: FlatDetections, iou: float) -> Tensor:
+    """Move boxes to the mean, weighted by score, of the candidates that agree with them.
+
+    Args:
+        found: D detections, which are among the candidates.
+        candidates: N of all views.
+        iou: candidates of the same image and class that overlap a box by at least this agree.
+
+    Returns:
+        ``(D, 4)``
+    """
+    is_alike = (found.images[:, None] == candidates.images) & (
+        found.labels[:, None] == candidates.labels
+    )
+    # A box overlaps itself wholly, but for rounding, and for what was cut at the image's border.
+    agrees = is_alike & (pairwise_iou(found.boxes, candidates.boxes) >= iou)  # (D, N)
+    weights = agrees * candidates.scores
+    totals = weights.sum(dim=1, keepdim=True)
+    means = weights @ candidates.boxes / totals
+    return torch.where(totals > 0, means, found.boxes)

@@ -1,0 +1,76 @@
+"""Rows of a detector's weights that belong to classes, and moving them to another list of classes.
+
+Letters: K classes, A anchor shapes, R rows (output channels) of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def class_rows(name: str, num_rows: int, num_classes: int) -> Tensor | None:
+    """Return which rows of a tensor belong to which class.
+
+    Args:
+        name: of the tensor in the detector's state.
+        num_rows: R, its first dimension.
+        num_classes: K of the detector.
+
+    Returns:
+        ``(K + 1, r)`` int64, the last entry for the background, or ``(K, r)`` where there is none;
+        None where the tensor is the same for all classes.
+    """
+    words = name.split(".")
+    part, layer = words[0], words[-2] if len(words) > 1 else ""
+    rows = torch.arange(num_rows)
+    if (part, layer) == ("box_head", "classifier"):
+        return rows[:, None] if num_rows == num_classes + 1 else None
+    if (part, layer) == ("box_head", "regressor"):
+        return rows.view(-1, 4) if num_rows == 4 * num_classes else None  # else class-agnostic
+    if (part, layer) == ("mask_head", "predictor"):
+        return rows[:, None] if num_rows == num_classes else None
+    if (part, layer) == ("retina_head", "classifier") and num_rows % num_classes == 0:
+        return rows.view(-1, num_classes).t()  # the class runs fastest, within an anchor shape
+    return None
+
+
+def carry_classes(
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    num_source: int,
+    source_labels: Sequence[int | None],
+) -> dict[str, Tensor]:
+    """Return named tensors with their classes moved to a detector's own labels.
+
+    Args:
+        own: the detector's state; its rows stand for classes that the source does not have.
+        tensors: of the source, by the same names.
+        num_source: classes of the source.
+        source_labels: ``K`` labels that the source has for the detector's classes; None for a class
+            that it does not have.
+
+    Returns:
+        The tensors, those with class rows in the detector's shape. What has not the rows that its
+        number of classes calls for is left as it is.
+    """
+    kept = [label for label, source in enumerate(source_labels) if source is not None]
+    taken = [source for source in source_labels if source is not None]
+    carried = dict(tensors)
+    for name, tensor in tensors.items():
+        if name not in own or not tensor.ndim or tensor.shape[1:] != own[name].shape[1:]:
+            continue
+        rows = class_rows(name, len(own[name]), len(source_labels))
+        source_rows = class_rows(name, len(tensor), num_source)
+        if rows is None or source_rows is None or rows.shape[1] != source_rows.shape[1]:
+            continue
+        background = [len(source_labels)] if len(rows) > len(source_labels) else []
+        source_background = [num_source] if background else []
+        moved = own[name].clone()
+        moved[rows[kept + background].flatten()] = tensor[
+            source_rows[taken + source_background].flatten()
+        ].to(moved)
+        carried[name] = moved
+    return carried

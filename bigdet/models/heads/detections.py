@@ -1,0 +1,78 @@
+"""Detections of a group of images before they are handed out, and which of them are.
+
+Letters: D detections of all images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bigdet.ops.boxes import clip_boxes
+from bigdet.ops.nms import best_of_groups, grouped_nms
+
+MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
+
+
+@dataclass(frozen=True)
+class FlatDetections:
+    """Detections of a group of images.
+
+    Attributes:
+        images: ``(D,)`` int64, rising.
+        boxes: ``(D, 4)``.
+        scores: ``(D,)``, falling within an image.
+        labels: ``(D,)`` int64.
+    """
+
+    images: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class TestSettings(Protocol):
+    """The options that every detector has for its detections."""
+
+    @property
+    def nms_iou(self) -> float:
+        """Detections of one class that overlap a better one by more than this are dropped."""
+
+    @property
+    def detections_per_image(self) -> int:
+        """At most this many detections are reported per image."""
+
+
+@torch.no_grad()
+def best_detections(
+    candidates: FlatDetections, image_sizes: Tensor, num_classes: int, config: TestSettings
+) -> FlatDetections:
+    """Cut boxes at their images, drop near duplicates within a class, keep the best of each image.
+
+    Boxes that are not finite or smaller than `MIN_SIDE` are left out.
+
+    Args:
+        candidates: of B images, in any order.
+        image_sizes: ``(B, 2)`` height, width.
+        num_classes: K.
+        config: of the detections.
+    """
+    images, scores, labels = candidates.images, candidates.scores, candidates.labels
+    boxes = clip_boxes(candidates.boxes, image_sizes[images])
+    is_usable = boxes.isfinite().all(-1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(-1)
+    boxes = torch.where(is_usable[:, None], boxes, 0)
+    num_images = len(image_sizes)
+    kept = grouped_nms(
+        boxes,
+        torch.where(is_usable, scores, -torch.inf),
+        images * num_classes + labels,
+        num_images * num_classes,
+        config.nms_iou,
+    )
+    rows = kept.nonzero().squeeze(1)
+    best = best_of_groups(scores[rows], images[rows], num_images, config.detections_per_image)
+    rows = rows[best]
+    return FlatDetections(images[rows], boxes[rows], scores[rows], labels[rows])

@@ -1,0 +1,1 @@
+"""Runs that have been made, side by side."""

@@ -1,0 +1,237 @@
+"""Run the runs of a sweep one after another, or print them as commands or as Slurm arrays.
+
+    python -m bigdet.sweep configs/sweeps/small.yaml
+    python -m bigdet.sweep configs/sweeps/figure1.yaml --print
+    python -m bigdet.sweep configs/sweeps/figure1.yaml --slurm > submit.sh; bash submit.sh --nodes=1
+
+Started again, it skips what is finished and goes on with what is not. SIGTERM and SIGUSR1 stop the
+current run with a checkpoint. It ends with a table of all runs in OUTPUT/report.md. Exit code 0:
+all runs are finished; 1: an error, or runs that failed; 75: stopped on request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from bigdet.commands import STOPPED, run_command
+from bigdet.config.derived import in_steps
+from bigdet.config.load import ConfigError, flat_options, load_config
+from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
+from bigdet.log import setup_logging
+from bigdet.reporting.table import markdown_table, read_outcome
+from bigdet.run_dir import RunDir, write_text
+from bigdet.training.forks import check_fork
+from bigdet.training.resume import CHANGEABLE
+
+logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command
+
+SLURM_COMMAND = "srun python -m bigdet.train"
+SETTLED = (".steps", ".passes", ".images", ".drops", ".images_per_step")
+"""Ends of the keys that a run settles when it begins, from its data and its number of ranks."""
+
+_stop_requested = False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run or print a sweep and return the exit code."""
+    options = parse_arguments(arguments)
+    setup_logging(rank=0)
+    sweep, runs = load_sweep(options.sweep)
+    for run in runs:
+        _check_finished(run)
+    check_forks(runs)
+    command = shlex.split(options.command or (SLURM_COMMAND if options.slurm else sweep.command))
+    left = [run for run in runs if not _is_finished(run)]
+    if options.print:
+        sys.stdout.writelines(f"{shlex.join([*command, *run.words])}\n" for run in left)
+        return 0
+    if options.slurm:
+        sys.stdout.write(slurm_script(Path(options.sweep).stem, left, command))
+        return 0
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _note)
+    failed = run_all(runs, command)
+    report(sweep, runs)
+    if _stop_requested:
+        return STOPPED
+    if failed:
+        raise ValueError(
+            f"{options.sweep}: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. What "
+            f"they said is above and in their logs/rank-0.log; the same command tries them again."
+        )
+    return 0
+
+
+def check_forks(runs: Sequence[PlannedRun]) -> None:
+    """Check that forks have the learning rates of their trunk up to where they begin.
+
+    Phases whose length is in passes are checked when the fork begins: it takes the data.
+    """
+    by_name = {run.name: run for run in runs}
+    for run in runs:
+        if run.fork_of is None:
+            continue
+        phase, _, step = Path(run.config.resume).name.rpartition("-")
+        pair = [each.config.phases[phase] for each in (run, by_name[run.fork_of])]
+        if all(each.passes is None and (each.steps or each.images_per_step) for each in pair):
+            fork, trunk = (
+                in_steps(each, 1 if each.steps else 1 / (each.images_per_step or 1))
+                for each in pair
+            )
+            try:
+                check_fork(phase, int(step), fork, trunk)
+            except ConfigError as error:
+                raise ConfigError(f"runs.{run.group}: {error}") from error
+
+
+def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
+    """Make all runs that are not finished.
+
+    Returns:
+        The names of those that failed, or that could not begin because another one had.
+    """
+    failed: list[str] = []
+    for number, run in enumerate(runs, start=1):
+        place = f"run {number} of {len(runs)}, {run.name}"
+        if _is_finished(run):
+            logger.info("%s: finished already", place)
+        elif run.after in failed:
+            logger.warning("%s: not begun, for %s failed", place, run.after)
+            failed.append(run.name)
+        else:
+            logger.info("%s: %s", place, shlex.join([*command, *run.words]))
+            code = _run(run, command)
+            if code not in (0, STOPPED):
+                logger.warning("%s: failed with exit code %d", place, code)
+                failed.append(run.name)
+            if code == STOPPED or _stop_requested:
+                _note(0, None)
+                logger.info("stopped on request; start again to go on")
+                break
+    return failed
+
+
+def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
+    """Write the table of all runs into the sweep's folder, and show it."""
+    groups = {
+        group: [read_outcome(_run_dir(run)) for run in runs if run.group == group]
+        for group in sweep.runs
+    }
+    table = markdown_table(groups)
+    file = Path(sweep.output) / "report.md"
+    write_text(file, table)
+    logger.info("%s:\n%s", file, table)
+
+
+def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) -> str:
+    """Return a shell script that submits runs as arrays, each of which waits for the one before.
+
+    Args:
+        name: of the jobs.
+        runs: those to make; one that waits for none of them is in the first array.
+        command: what starts a run inside a job.
+    """
+    waves: list[list[PlannedRun]] = []
+    wave_of: dict[str, int] = {}
+    for run in runs:
+        place = wave_of.get(run.after or "", -1) + 1
+        wave_of[run.name] = place
+        waves += [[]] if place == len(waves) else []
+        waves[place].append(run)
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Submits the runs of {name} that were not finished when this was written. Words behind",
+        "# it are options of sbatch: --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --time=24:0:0",
+        "set -euo pipefail",
+    ]
+    for number, wave in enumerate(waves):
+        wait = f' --dependency="afterok:$wave{number - 1}"' if number else ""
+        lines += [
+            f"wave{number}=$(sbatch --parsable --job-name={shlex.quote(name)} --signal=TERM@120 "
+            f"--array=0-{len(wave) - 1}{wait} \"$@\" <<'JOB'",
+            "#!/usr/bin/env bash",
+            "commands=(",
+            *(f"  {shlex.quote(shlex.join([*command, *run.words]))}" for run in wave),
+            ")",
+            'eval "${commands[$SLURM_ARRAY_TASK_ID]}"',
+            "JOB",
+            ")",
+            f'echo "submitted array $wave{number} of {len(wave)} runs"',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _run(run: PlannedRun, command: Sequence[str]) -> int:
+    """Make one run in a process of its own and return its exit code.
+
+    A request to stop is handed on as the file OUTPUT/stop: launchers differ in what they do with
+    signals. It is made until the run ends, for a run that is just beginning removes it.
+    """
+    process = subprocess.Popen([*command, *run.words])
+    while True:
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            if _stop_requested:
+                _run_dir(run).root.mkdir(parents=True, exist_ok=True)
+                _run_dir(run).stop.touch()
+
+
+def _check_finished(run: PlannedRun) -> None:
+    """Refuse a sweep whose finished runs were made with other options than it lists now."""
+    if not _is_finished(run):
+        return
+    made = flat_options(load_config(_run_dir(run).config))
+    changed = [
+        f"{key} (was {made.get(key)}, now {value})"
+        for key, value in flat_options(run.config).items()
+        if made.get(key) != value
+        and not (key.startswith("phases.") and key.endswith(SETTLED))
+        and not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"runs.{run.group}: {_run_dir(run).root} holds a finished run with other options: "
+            f"{', '.join(changed)}. Give this one another name, or remove the folder."
+        )
+
+
+def _is_finished(run: PlannedRun) -> bool:
+    return _run_dir(run).weights.is_file()
+
+
+def _run_dir(run: PlannedRun) -> RunDir:
+    return RunDir(Path(run.config.output))
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _stop_requested
+    _stop_requested = True
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bigdet.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sweep", help="YAML file of the sweep")
+    parser.add_argument("--command", help="what starts a run, instead of the sweep's own")
+    parser.add_argument("--print", action="store_true", help="print the commands of what is left")
+    parser.add_argument(
+        "--slurm", action="store_true", help="print a script that submits what is left as arrays"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

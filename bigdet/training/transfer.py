@@ -1,0 +1,67 @@
+"""Weights of one list of classes for a detector of another, and the table of what was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from bigdet.data.mix import name_key
+from bigdet.models.classes import carry_classes, class_rows
+from bigdet.models.weights import LoadedPart, part_of
+
+
+def to_own_classes(
+    detector: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source_classes: Sequence[str],
+    classes: Sequence[str],
+) -> tuple[dict[str, Tensor], int]:
+    """Move the weights of classes to this run's labels, by name.
+
+    Args:
+        detector: whose weights stay where the source does not have a class.
+        tensors: of the source, by the names of the detector's state.
+        source_classes: names in the order of the source's labels.
+        classes: names in the order of the detector's labels.
+
+    Returns:
+        The tensors to load, and how many classes both have.
+    """
+    place = {name_key(name): label for label, name in enumerate(source_classes)}
+    labels = [place.get(name_key(name)) for name in classes]
+    carried = carry_classes(detector.state_dict(), tensors, len(source_classes), labels)
+    return carried, sum(label is not None for label in labels)
+
+
+def start_table(
+    detector: nn.Module, rows: Sequence[LoadedPart], num_classes: int, kept: int | None
+) -> list[str]:
+    """Return the lines of a table: each part of a detector, where it came from, how large it is.
+
+    Args:
+        detector: with its weights in place.
+        rows: what was loaded; the other parts are random.
+        num_classes: K.
+        kept: classes that kept the weights of the source; None where it has the same ones.
+    """
+    sources = {row.part: row.source for row in rows}
+    state, parameters = detector.state_dict(), dict(detector.named_parameters())
+    lines = [("part", "tensors", "parameters", "classes kept", "from")]
+    for part in dict.fromkeys(part_of(name) for name in state):
+        names = [name for name in state if part_of(name) == part]
+        count = sum(parameters[name].numel() for name in names if name in parameters)
+        has_classes = any(
+            state[name].ndim and class_rows(name, len(state[name]), num_classes) is not None
+            for name in names
+        )
+        classes = ""
+        if has_classes and part in sources:
+            classes = "all" if kept is None else f"{kept} of {num_classes}"
+        lines.append((part, f"{len(names)}", f"{count:,}", classes, sources.get(part, "random")))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    return [
+        f"{part:{widths[0]}}  {tensors:>{widths[1]}}  {count:>{widths[2]}}  "
+        f"{classes:>{widths[3]}}  {source}"
+        for part, tensors, count, classes, source in lines
+    ]

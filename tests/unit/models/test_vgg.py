@@ -1,0 +1,35 @@
+import pytest
+import torch
+from torch import nn
+from torchvision.models import vgg16
+
+from bigdet.models.backbones import build_backbone, freeze_stages
+from bigdet.models.vgg import VGG
+
+
+def test_features_are_torchvisions_with_the_same_weights() -> None:
+    ours = VGG()
+    with torch.device("meta"):
+        theirs = vgg16(weights=None).features[:-1]  # conv5_3, without the last pooling
+    theirs.load_state_dict(ours.features.state_dict(), assign=True)
+    images = torch.rand(1, 3, 64, 96)
+    (found,) = ours(images)
+    torch.testing.assert_close(found, theirs(images))
+
+
+@pytest.mark.parametrize("size", [(32, 64), (33, 70)])
+def test_the_map_has_stride_16_rounded_up(size: tuple[int, int]) -> None:
+    backbone = build_backbone("vgg16", "none", 0.0)
+    (found,) = backbone(torch.rand(1, 3, *size))
+    assert found.shape == (1, 512, -(-size[0] // 16), -(-size[1] // 16))
+    assert (backbone.channels, backbone.strides) == ([512], [16])
+
+
+def test_stages_are_the_five_groups_of_convolutions() -> None:
+    backbone = VGG()
+    sizes = [sum(isinstance(layer, nn.Conv2d) for layer in stage) for stage in backbone.stages]
+    assert sizes == [2, 2, 3, 3, 3]
+    freeze_stages(backbone, 2)
+    trained = [name for name, p in backbone.named_parameters() if p.requires_grad]
+    assert trained[0] == "features.10.weight"  # conv3_1
+    assert len(trained) == 2 * 9

@@ -1,0 +1,59 @@
+"""The table of runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from bigdet.reporting.table import Outcome, markdown_table, read_outcome, spread
+from bigdet.run_dir import RunDir
+
+DONE = Outcome(
+    ap={"bbox": 0.4, "segm": 0.35},
+    images=1_440_000,
+    pixels=1_500_000_000_000,
+    gpu_seconds=7200.0,
+    data_seconds=720.0,
+    evaluation_seconds=1800.0,
+    imported_images=0,
+    is_finished=True,
+)
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def test_seeds_are_one_line_with_mean_and_standard_deviation():
+    other = replace(DONE, ap={"bbox": 0.42, "segm": 0.35}, gpu_seconds=3600.0)
+    header, _, line, absent = rows(markdown_table({"direct": [DONE, other], "scratch": [None]}))
+    assert header == [
+        "run", "seeds", "box AP", "mask AP", "images (million)", "pixels (10^12)", "GPU-hours",
+        "data wait", "evaluation GPU-hours", "imported images (million)", "state",
+    ]  # fmt: skip
+    # 40 and 42: mean 41, deviation sqrt(2); 720 of 5400 seconds waited for data
+    assert line == ["direct", "2", "41.0 +- 1.4", "35.0 +- 0.0", "1.44", "1.5", "1.5", "13%", "0.5",
+                    "", "finished"]  # fmt: skip
+    assert absent == ["scratch", "0", *[""] * 8, "0 of 1 finished"]
+
+
+def test_what_was_imported_and_what_is_not_finished_shows():
+    run = replace(DONE, imported_images=128_000_000, is_finished=False)
+    line = rows(markdown_table({"imagenet": [run]}))[2]
+    assert line[-2:] == ["128", "0 of 1 finished"]
+
+
+def test_the_last_evaluation_counts(tmp_path: Path):
+    run_dir = RunDir(tmp_path)
+    assert read_outcome(run_dir) is None
+    counters = {"seen/images": 8, "seen/pixels": 80, "seen/gpu_seconds": 2.0,
+                "cost/data_gpu_seconds": 1.0, "cost/evaluation_gpu_seconds": 3.0}  # fmt: skip
+    values = [{"bbox/AP": 0.1, "segm/AP": None}, {"loss/total": 1.0}, {"bbox/AP": 0.2}]
+    run_dir.metrics.write_text("".join(json.dumps(line | counters) + "\n" for line in values))
+    assert read_outcome(run_dir) == Outcome({"bbox": 0.2}, 8, 80, 2.0, 1.0, 3.0, 0, False)
+
+
+def test_one_value_has_no_spread():
+    assert spread([0.4]) == "40.0"
+    assert spread([]) == ""

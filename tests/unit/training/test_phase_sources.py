@@ -1,0 +1,65 @@
+"""Where the weights of a phase come from, and what it does to the model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from bigdet.config.load import parse_config
+from bigdet.models.checkpointing import Checkpointed
+from bigdet.models.norms import batch_norms
+from bigdet.run_dir import RunDir
+from bigdet.training.phases import build_for_phase
+
+CONFIG = """
+output: runs/x
+data: {train: {shards: a}, val: {shards: b}}
+model: {detector: mask_rcnn, backbone: resnet18, width: 16, fc_width: 16}
+engine: {activation_checkpointing: CHECKPOINTED}
+phases:
+  train:
+    {steps: 2, images_per_gpu: 1, lr: 0.1, resize: {kind: direct, size: 96}, norm_mode: sync,
+     freeze_stages: 2, start_from: {source: "SOURCE"}}
+"""
+
+
+def test_a_phase_starts_from_a_backbone_that_others_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = torchvision.models.resnet18()
+    path = tmp_path / "resnet18.pth"
+    torch.save(reference.state_dict(), path)
+    config = parse_config(
+        CONFIG.replace("SOURCE", str(path)).replace("CHECKPOINTED", "true"), "test"
+    )
+    with caplog.at_level(logging.INFO):
+        detector = build_for_phase(
+            config, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
+        )
+    expected = reference.state_dict()
+    for name, tensor in detector.backbone.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    # 11,176,512 numbers: torchvision's 11,689,512 less 512 x 1000 + 1000 of its classifier. 20
+    # convolutions and norms of 4 tensors each.
+    rows = {m.split()[2]: m.split()[3:] for m in caplog.messages if m.startswith("phase train: ")}
+    assert rows["backbone"] == ["100", "11,176,512", str(path)]
+    assert {rows[part][-1] for part in ("fpn", "rpn", "box_head", "mask_head")} == {"random"}
+    frozen = batch_norms(detector.backbone.layer1)
+    assert {norm.mode for norm in frozen} == {"fixed"}
+    assert {norm.mode for norm in batch_norms(detector.backbone.layer2)} == {"sync"}
+    parts = [part for part in detector.modules() if isinstance(part, Checkpointed)]
+    assert len(parts) == 4
+    assert all(part.is_checkpointed for part in parts)
+
+
+def test_activation_checkpointing_is_off_by_default(tmp_path: Path) -> None:
+    text = CONFIG.replace("SOURCE", "random").replace("CHECKPOINTED", "false")
+    config = parse_config(text.replace("freeze_stages: 2", "freeze_stages: 0"), "test")
+    detector = build_for_phase(
+        config, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
+    )
+    assert not any(p.is_checkpointed for p in detector.modules() if isinstance(p, Checkpointed))

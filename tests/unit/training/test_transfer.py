@@ -1,0 +1,82 @@
+"""Weights of one list of classes for a detector of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigdet.config.load import load_config
+from bigdet.models.build import build_detector
+from bigdet.models.classes import carry_classes
+from bigdet.models.weights import load_parts
+from bigdet.training.transfer import start_table, to_own_classes
+
+CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+SOURCE = ["Person", "Wild Bird", "sports car", "boat"]
+OWN = ["dog", "wild  bird", "person"]  # rows 1 and 0 of the source, and one of its own
+
+
+def detector(classes, seed):
+    torch.manual_seed(seed)
+    config = load_config(CONFIG, ["model.width=32", "model.fc_width=16"])
+    made = build_detector(config.model, len(classes))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.1)  # biases too
+    return made.eval()
+
+
+def test_shared_classes_predict_what_they_did_and_new_ones_stay_as_they_were():
+    source, own = detector(SOURCE, 1), detector(OWN, 2)
+    fresh = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    tensors, kept = to_own_classes(own, source.state_dict(), SOURCE, OWN)
+    assert kept == 2
+    load_parts(own, tensors, ["backbone", "fpn", "rpn", "box_head", "mask_head"], "source")
+    pooled = torch.randn(5, 32, 7, 7)
+    logits, deltas = own.box_head(pooled)
+    source_logits, source_deltas = source.box_head(pooled)
+    torch.testing.assert_close(logits[:, [1, 2, 3]], source_logits[:, [1, 0, 4]])  # 4: background
+    torch.testing.assert_close(deltas[:, [1, 2]], source_deltas[:, [1, 0]])
+    pooled = torch.randn(2, 32, 14, 14)
+    masks = own.mask_head(pooled, torch.tensor([1, 2]))
+    torch.testing.assert_close(masks, source.mask_head(pooled, torch.tensor([1, 0])))
+    state = own.state_dict()
+    for name, rows in (("box_head.classifier.weight", 0), ("box_head.regressor.bias", slice(0, 4)),
+                       ("mask_head.predictor.weight", 0)):  # fmt: skip
+        assert torch.equal(state[name][rows], fresh[name][rows]), name
+
+
+def test_rows_of_anchor_shapes_are_moved_shape_by_shape():
+    # 2 anchor shapes: rows are shape 0 of all classes, then shape 1 of all classes.
+    own = {"retina_head.classifier.bias": torch.zeros(2 * 3)}
+    source = {"retina_head.classifier.bias": torch.arange(10.0, 18.0)}  # 4 classes
+    carried = carry_classes(own, source, 4, [None, 1, 0])
+    assert carried["retina_head.classifier.bias"].tolist() == [0, 11, 10, 0, 15, 14]
+
+
+def test_weights_that_are_the_same_for_all_classes_are_left_alone():
+    own = {"box_head.regressor.bias": torch.zeros(4), "fpn.convs.0.bias": torch.zeros(4)}
+    source = {name: torch.arange(4.0) for name in own}
+    assert carry_classes(own, source, 4, [None, None, None]) == source
+
+
+def test_the_table_says_where_every_part_came_from():
+    source, own = detector(SOURCE, 1), detector(OWN, 2)
+    tensors, kept = to_own_classes(own, source.state_dict(), SOURCE, OWN)
+    rows = load_parts(own, tensors, ["backbone", "box_head"], "runs/x")
+    lines = [line.split() for line in start_table(own, rows, len(OWN), kept)]
+    assert lines[0] == ["part", "tensors", "parameters", "classes", "kept", "from"]
+    table = {line[0]: line[1:] for line in lines[1:]}
+    assert list(table) == ["backbone", "fpn", "rpn", "box_head", "mask_head"]
+    assert table["backbone"][2:] == ["runs/x"]
+    # 2fc on 32 x 7 x 7 features: 1568 x 16 + 16, 16 x 16 + 16, (3 + 1) x 17, 12 x 17
+    assert table["box_head"] == ["8", "25,648", "2", "of", "3", "runs/x"]
+    assert table["mask_head"][2:] == ["random"]
+
+
+def test_other_shapes_are_still_refused():
+    source, own = detector(SOURCE, 1), detector(OWN, 2)
+    with pytest.raises(ValueError, match=r"box_head\.classifier\.bias: \(5,\) for \(4,\)"):
+        load_parts(own, source.state_dict(), ["box_head"], "source")

@@ -1,0 +1,145 @@
+"""How long inference takes, beside torchvision's detector with the same weights and settings.
+
+Weights are random, but those of the classifier are scaled so that about as many detections come out
+as of a trained model (``detections`` says how many), and normalization has the statistics of the
+image. Both are given an image at the size of the test, and draw its masks at that size. They take
+turns, since the speed of a shared machine drifts; ``ratio`` is the median over the rounds of
+bigdet's images per second over torchvision's in the same precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigdet.config.derived import phase_model, plan_of, test_resize
+from bigdet.config.schema import RunConfig
+from bigdet.models.build import build_detector
+from bigdet.models.detector import Detector, collate_images
+from bigdet.models.norms import batch_norms, collect_statistics, set_norm_mode
+from bigdet.models.torchvision_model import torchvision_twin
+from bigdet.ops.masks import paste_mask
+
+NUM_CLASSES = 80
+LOGIT_SPREAD = {"box_head": 0.7, "retina_head": 0.45}
+"""Deviation of class logits with which about as many of them pass the threshold as after training:
+just under one of a region's 80 classes, and some thousands of all anchors' classes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be set beside the config."""
+    parser.add_argument("--phase", help="whose model and test size; default: the last")
+    parser.add_argument("--rounds", type=int, default=5, help="measured passes each; default 5")
+    parser.add_argument("--images", type=int, default=1, help="of a pass; default 1")
+
+
+def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure; return seconds, images per second and ratios."""
+    phase = arguments.phase or list(config.phases)[-1]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = plan_of(test_resize(config, phase))
+    torch.manual_seed(config.seed)
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(arguments.images)]
+    detector = build_detector(phase_model(config, phase), NUM_CLASSES).to(device)
+    detector.test_size = size
+    settle(detector, images[0])
+    twin = torchvision_twin(detector)
+
+    def ours() -> int:
+        found = detector.predict(images)
+        for one in found:
+            if one.masks is not None:
+                for mask, box in zip(one.masks, one.boxes, strict=True):
+                    paste_mask(mask, box, *size)
+        return sum(len(one.boxes) for one in found)
+
+    def theirs() -> int:
+        with torch.no_grad():
+            found = twin([image.to(device).float() / 255 for image in images])
+        return sum(len(one["boxes"]) for one in found)
+
+    def bf16() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16)
+
+    takers = {
+        "bigdet_fp32": (ours, contextlib.nullcontext),
+        "torchvision_fp32": (theirs, contextlib.nullcontext),
+        "bigdet_bf16": (ours, bf16),
+    }
+    if device.type == "cuda":
+        takers["torchvision_bf16"] = (theirs, bf16)
+    seconds: dict[str, list[float]] = {name: [] for name in takers}
+    counts: dict[str, int] = {}
+    for _ in range(arguments.rounds + 1):
+        for name, (predict, precision) in takers.items():
+            with precision():
+                took, counts[name] = timed(predict, device)
+            seconds[name].append(took)
+    speeds = {
+        name: arguments.images / statistics.median(times[1:]) for name, times in seconds.items()
+    }
+    return {
+        "what": "predict",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "images": arguments.images,
+        "image_size": list(size),
+        "images_per_second": {name: round(speed, 3) for name, speed in speeds.items()},
+        "detections": counts,
+        "ratio": ratio(seconds, "bigdet_fp32", "torchvision_fp32"),
+        "ratio_bf16": ratio(
+            seconds,
+            "bigdet_bf16",
+            "torchvision_bf16" if device.type == "cuda" else "torchvision_fp32",
+        ),
+    }
+
+
+def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
+    """Give the median over the rounds, but the first, of how many times faster ours is."""
+    pairs = zip(seconds[theirs][1:], seconds[ours][1:], strict=True)
+    return round(statistics.median(their / our for their, our in pairs), 3)
+
+
+def timed(predict: Callable[[], int], device: torch.device) -> tuple[float, int]:
+    """Give the seconds that a call takes, and what it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = predict()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+@torch.no_grad()
+def settle(detector: Detector, image: Tensor) -> None:
+    """Give normalization the statistics of an image, and class logits a spread of their own."""
+    device = detector.get_buffer("pixel_mean").device
+    small = collate_images([image], (256, 256)).to(device)
+    set_norm_mode(detector, "live")
+    detector.train()
+    with collect_statistics():
+        detector.features(small)
+    for layer in batch_norms(detector):
+        layer.running_mean.copy_(layer.lane_mean)
+        layer.running_var.copy_(layer.lane_var)
+    set_norm_mode(detector, "fixed")
+    detector.eval()
+    name = next(name for name in LOGIT_SPREAD if hasattr(detector, name))
+    classifier: nn.Module = detector.get_submodule(f"{name}.classifier")
+    logits: list[Tensor] = []
+    hook = classifier.register_forward_hook(lambda _, __, output: logits.append(output.flatten()))
+    detector(small)
+    hook.remove()
+    weight, bias = classifier.get_parameter("weight"), classifier.get_parameter("bias")
+    weight.mul_(LOGIT_SPREAD[name] / torch.cat(logits).std())
+    if name == "box_head":
+        bias.zero_()
