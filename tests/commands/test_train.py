@@ -1,16 +1,13 @@
 """The training command on a tiny set: whole, killed, stopped, resumed, misused."""
 
-import logging
 import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from bigdet import train
@@ -24,24 +21,6 @@ from tests.commands.runs import (
     rank_processes,
     weights,
 )
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets the command run in this process, and leaves no trace of it."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    loggers = logging.getLogger("bigdet").handlers[:]
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for handler in set(logging.getLogger("bigdet").handlers) - set(loggers):
-        handler.close()
-    logging.getLogger("bigdet").handlers[:] = loggers
-    logging.getLogger("bigdet").propagate = True
 
 
 @pytest.fixture(scope="module")

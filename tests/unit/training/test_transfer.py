@@ -10,7 +10,9 @@ import torch
 from bigdet.config.load import load_config
 from bigdet.models.build import build_detector
 from bigdet.models.classes import carry_classes
-from bigdet.models.weights import load_parts
+from bigdet.models.weights import load_parts, save_detector_weights, weights_metadata
+from bigdet.run_dir import RunDir
+from bigdet.training.phases import build_for_phase
 from bigdet.training.transfer import start_table, to_own_classes
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -80,3 +82,18 @@ def test_other_shapes_are_still_refused():
     source, own = detector(SOURCE, 1), detector(OWN, 2)
     with pytest.raises(ValueError, match=r"box_head\.classifier\.bias: \(5,\) for \(4,\)"):
         load_parts(own, source.state_dict(), ["box_head"], "source")
+
+
+def test_a_phase_starts_from_a_run_with_other_classes(tmp_path, caplog):
+    words = ["model.width=32", "model.fc_width=16", f"phases.pretrain.start_from.source={tmp_path}"]
+    config = load_config(CONFIG, words)
+    source = detector(SOURCE, 1)
+    metadata = weights_metadata(config, [{"name": name} for name in SOURCE], "finetune")
+    save_detector_weights(tmp_path / "model.safetensors", source, metadata)
+    with caplog.at_level("INFO", "bigdet"):
+        built = build_for_phase(
+            config, "pretrain", OWN, RunDir(tmp_path / "run"), torch.device("cpu"), False
+        )
+    assert torch.equal(built.box_head.classifier.bias[2], source.box_head.classifier.bias[0])
+    assert any("box_head" in line and "2 of 3" in line for line in caplog.messages)
+    assert any("not stated (start_from.cost)" in line for line in caplog.messages)
