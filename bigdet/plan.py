@@ -142,7 +142,7 @@ def _cells(row: Forecast, gpus: int, work: Work, images_per_gpu: int, room_gib: 
 
 def _as_options(kind: str) -> str:
     if kind == "FSDP2":
-        return "engine.kind=fsdp"
+        return "engine.kind=fsdp engine.zero_stage=null"
     return f"engine.kind=deepspeed engine.zero_stage={kind[-1]}"
 
 

@@ -78,11 +78,6 @@ class RunDir:
         """The folder of one checkpoint, ``PHASE-STEP``."""
         return self.checkpoints / f"{phase}-{step}"
 
-    @property
-    def evaluations(self) -> Path:
-        """The folder of all evaluations."""
-        return self.root / "evaluation"
-
     def evaluation(self, phase: str, step: int) -> Path:
         """The numbers of one evaluation."""
-        return self.evaluations / f"{phase}-{step}.json"
+        return self.root / "evaluation" / f"{phase}-{step}.json"

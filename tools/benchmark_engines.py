@@ -19,9 +19,11 @@ optimizer on the same random scene, one step each in turns; medians over the rou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import socket
 import statistics
 import tempfile
@@ -102,9 +104,7 @@ def run(
 
 def _run_ranks(num_ranks: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
     """Call `_measure` on so many ranks of this host and return what they returned."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_rank, args=(rank, num_ranks, port, folder, *arguments))
@@ -117,6 +117,15 @@ def _run_ranks(num_ranks: int, folder: Path, *arguments: Any) -> list[dict[str, 
     if any(process.exitcode for process in processes):
         raise ValueError(f"a rank of {arguments[-2]} failed; see above")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def _free_port() -> int:
+    """Find a port below those that the system gives to connections of other programs."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ValueError("no free port between 20000 and 30000 in 100 tries")
 
 
 def _rank(rank: int, num_ranks: int, port: int, folder: Path, *arguments: Any) -> None:

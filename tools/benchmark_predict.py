@@ -23,7 +23,7 @@ from bigdet.config.derived import phase_model, plan_of, test_resize
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
-from bigdet.models.norms import batch_norms, collect_statistics, set_norm_mode
+from bigdet.models.norms import batch_norms, set_norm_mode
 from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.ops.masks import paste_mask
 
@@ -126,11 +126,11 @@ def settle(detector: Detector, image: Tensor) -> None:
     small = collate_images([image], (256, 256)).to(device)
     set_norm_mode(detector, "live")
     detector.train()
-    with collect_statistics():
-        detector.features(small)
+    detector.features(small)
     for layer in batch_norms(detector):
-        layer.running_mean.copy_(layer.lane_mean)
-        layer.running_var.copy_(layer.lane_var)
+        if layer.batch_var.any():  # a head has seen nothing yet
+            layer.running_mean.copy_(layer.batch_mean)
+            layer.running_var.copy_(layer.batch_var)
     set_norm_mode(detector, "fixed")
     detector.eval()
     name = next(name for name in LOGIT_SPREAD if hasattr(detector, name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from bigdet.config.check_family import check_family
+from bigdet.config.check_family import check_family, check_tta
 from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.check_schedule import check_cost, check_kept, check_length, check_schedule
 from bigdet.config.derived import (
@@ -38,7 +38,6 @@ from bigdet.config.schema import (
     ResizeConfig,
     RunConfig,
     TrainSplitConfig,
-    TtaConfig,
 )
 
 _STRIDE = 32
@@ -117,7 +116,7 @@ def _check_numbers(config: RunConfig) -> None:
         keep_every is None or keep_every % every == 0,
         "checkpoint.keep_every", keep_every, f"a multiple of checkpoint.every, {every}",
     )  # fmt: skip
-    _check_tta(config.evaluation.tta)
+    check_tta(config.evaluation.tta)
     if config.evaluation.resize is not None:
         if config.evaluation.tta is not None:
             raise ConfigError(
@@ -151,19 +150,6 @@ def _check_engine(engine: EngineConfig) -> None:
             f"{key}: found {engine.offload}, which needs engine.zero_stage of at least {lowest}, "
             f"found {stage}: only what is sharded can lie on the CPU. Write none, or raise it."
         )
-
-
-def _check_tta(tta: TtaConfig | None) -> None:
-    if tta is None:
-        return
-    key, scales = "evaluation.tta", tta.scales
-    _require(bool(scales) and min(scales) > 0, f"{key}.scales", scales, "sizes above 0")
-    _require(tta.cap >= max(scales), f"{key}.cap", tta.cap, f"at least {max(scales)}")
-    vote_iou = tta.vote_iou
-    _require(
-        vote_iou is None or 0 < vote_iou <= 1,
-        f"{key}.vote_iou", vote_iou, "above 0, at most 1, or null",
-    )  # fmt: skip
 
 
 def check_train_split(split: TrainSplitConfig) -> None:

@@ -1,11 +1,11 @@
-"""Rules on options that some detectors heed and others do not."""
+"""Rules on options that some detectors heed and others do not, and on test-time augmentation."""
 
 from __future__ import annotations
 
 from bigdet.config.derived import has_fpn, model_parts
 from bigdet.config.load import ConfigError
 from bigdet.config.rules import not_negative, positive, require, unused
-from bigdet.config.schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig, TtaConfig
 
 _LEVELS = 5
 
@@ -81,4 +81,18 @@ def _check_sizes(key: str, sizes: list[int], levels: str) -> None:
     require(
         len(sizes) == _LEVELS and min(sizes) > 0,
         key, sizes, f"five sizes above 0, one for each of {levels}",
+    )  # fmt: skip
+
+
+def check_tta(tta: TtaConfig | None) -> None:
+    """Check the views of test-time augmentation."""
+    if tta is None:
+        return
+    key, scales = "evaluation.tta", tta.scales
+    require(bool(scales) and min(scales) > 0, f"{key}.scales", scales, "sizes above 0")
+    require(tta.cap >= max(scales), f"{key}.cap", tta.cap, f"at least {max(scales)}")
+    vote_iou = tta.vote_iou
+    require(
+        vote_iou is None or 0 < vote_iou <= 1,
+        f"{key}.vote_iou", vote_iou, "above 0, at most 1, or null",
     )  # fmt: skip

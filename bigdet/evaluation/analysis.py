@@ -143,18 +143,14 @@ def _confusion(truth: GroundTruth, cover: Cover, kind: Kind) -> Analysis:
     shown = (cover.scores >= CONFUSION_SCORE) & ((finds != NOTHING) | ~cover.in_crowd)
     labels = np.append(truth.labels, nothing)  # NOTHING, -1, is the last one
     unfound = truth.labels[~is_found & ~never_counts(truth, kind)]
-    pairs = np.concatenate(
-        [
-            np.stack([labels[finds[shown]], cover.labels[shown]], axis=1),
-            np.stack([unfound, np.full_like(unfound, nothing)], axis=1),
-        ]
-    )
+    table = np.zeros((nothing + 1, nothing + 1), dtype=np.int64)  # true class, detected class
+    np.add.at(table, (labels[finds[shown]], cover.labels[shown]), 1)
+    table[:, nothing] += np.bincount(unfound, minlength=nothing + 1)
     names = [*(category.name for category in truth.categories), None]
-    kinds, counts = np.unique(pairs, axis=0, return_counts=True)
     return {
         "min_score": CONFUSION_SCORE,
         "pairs": [
-            [names[true], names[detected], count]
-            for (true, detected), count in zip(kinds.tolist(), counts.tolist(), strict=True)
+            [names[true], names[detected], int(table[true, detected])]
+            for true, detected in np.argwhere(table).tolist()
         ],
     }

@@ -185,26 +185,28 @@ def error_costs(
         (``false_positives``) or all objects found (``false_negatives``).
     """
     totals = np.bincount(truth.labels[~never_counts(truth, kind)], minlength=len(truth.categories))
-    is_right = errors.types == _RIGHT
-    counts = is_right | ~cover.in_crowd  # wrong ones in a crowd are nothing, unless mended
-    now = _mean_ap(cover.labels[counts], cover.scores[counts], is_right[counts], totals, totals)
+    order = np.argsort(-cover.scores, kind="stable")
+    types, mended, own_labels = errors.types[order], errors.mended[order], cover.labels[order]
+    is_right = types == _RIGHT
+    counts = is_right | ~cover.in_crowd[order]  # wrong ones in a crowd are nothing, unless mended
+    now = _mean_ap(own_labels[counts], is_right[counts], totals, totals)
     costs: dict[str, float | int | None] = {}
     for number, name in enumerate(TYPES):
-        kept, labels, right, asked = counts, cover.labels, is_right, totals
+        kept, labels, right, asked = counts, own_labels, is_right, totals
         if number == _MISSED:
             asked = totals - np.bincount(truth.labels[errors.is_missed], minlength=len(totals))
         else:
-            wrong = errors.types == number
-            right = is_right | (wrong & (errors.mended >= 0))
+            wrong = types == number
+            right = is_right | (wrong & (mended >= 0))
             kept = (counts & ~wrong) | right
-            labels = np.where(wrong & right, errors.mended, labels)
-        better = _mean_ap(labels[kept], cover.scores[kept], right[kept], totals, asked)
+            labels = np.where(wrong & right, mended, labels)
+        better = _mean_ap(labels[kept], right[kept], totals, asked)
         costs[name] = None if now is None or better is None else max(better - now, 0.0)
-    unfound = np.bincount(truth.labels[errors.is_unfound], minlength=len(totals))
-    perfect = is_right[counts].astype(np.float64)
-    rightly = _mean_ap(cover.labels[counts], perfect, is_right[counts], totals, totals)
-    all_found = _mean_ap(
-        cover.labels[counts], cover.scores[counts], is_right[counts], totals, totals - unfound
+    asked = totals - np.bincount(truth.labels[errors.is_unfound], minlength=len(totals))
+    all_found = _mean_ap(own_labels[counts], is_right[counts], totals, asked)
+    right_first = np.argsort(~is_right[counts], kind="stable")
+    no_wrong = _mean_ap(
+        own_labels[counts][right_first], is_right[counts][right_first], totals, totals
     )
     number_of = np.bincount(errors.types, minlength=_RIGHT).tolist()
     number_of[_MISSED] = int(errors.is_missed.sum())
@@ -213,7 +215,7 @@ def error_costs(
         "dAP": costs,
         "special": {
             "AP50": now,
-            "false_positives": _minus(rightly, now),
+            "false_positives": _minus(no_wrong, now),
             "false_negatives": _minus(all_found, now),
         },
     }
@@ -223,20 +225,18 @@ def _minus(better: float | None, now: float | None) -> float | None:
     return None if better is None or now is None else better - now
 
 
-def _mean_ap(
-    labels: Index, scores: Numbers, is_right: Flags, totals: Index, asked: Index
-) -> float | None:
+def _mean_ap(labels: Index, is_right: Flags, totals: Index, asked: Index) -> float | None:
     """Return the AP over 101 recalls, mean over the classes that have objects.
 
     Args:
-        labels: ``(N,)`` of the detections that count.
-        scores: ``(N,)``.
+        labels: ``(N,)`` of the detections that count, by falling score.
         is_right: ``(N,)``.
         totals: ``(K,)`` objects of each class; those with none are left out.
         asked: ``(K,)`` objects that are asked for; a class with none left scores 0 if anything was
             detected, else it is left out.
     """
-    order = np.lexsort((-scores, labels))
+    small = np.uint16 if len(totals) < 1 << 16 else np.int64  # which numpy sorts 10 times as fast
+    order = np.argsort(labels.astype(small), kind="stable")
     bounds = np.searchsorted(labels[order], np.arange(len(totals) + 1))
     aps = []
     for label in np.flatnonzero(totals).tolist():

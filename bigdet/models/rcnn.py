@@ -118,7 +118,9 @@ class RCNN(Detector):
                 )
             chosen = select_with_keypoints(regions, keypoints, self.keypoint_head.num_classes)
             pooled = self._pool(table, chosen.boxes, chosen.images, KEYPOINT_POOLED_SIZE)
-            losses |= self.keypoint_head.losses(self.keypoint_head(pooled), chosen, keypoints)
+            with valid_rows(chosen.is_valid):
+                heat_maps = self.keypoint_head(pooled)
+            losses |= self.keypoint_head.losses(heat_maps, chosen, keypoints)
         return losses
 
     def features(self, batch: Batch) -> tuple[list[Tensor], FeatureTable]:
@@ -132,6 +134,9 @@ class RCNN(Detector):
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions = self.rpn(pyramid, self.strides, canvas_size)
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
+        # Empty slots stand last. Training keeps them; here they would only cost time.
+        most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()))
+        proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
         return self.box_head.find(partial(self._pool_all, table), proposals, batch.image_sizes)
 
     def maps(

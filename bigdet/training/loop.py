@@ -268,7 +268,7 @@ class PhaseTrainer:
         started = time.perf_counter()
         metrics = measuring.evaluate(
             self.config, self.detector, run.val_set, size_cap, self._must_stop,
-            run.run_dir.evaluations,
+            run.run_dir.root,
         )  # fmt: skip
         if metrics is None:
             return False

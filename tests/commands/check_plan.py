@@ -37,7 +37,8 @@ WIDE = [
 def measured_step(folder: Path, ranks: int, stage: int) -> float:
     """Median seconds of a step on some ranks, data not counted."""
     more = [*WIDE, f"engine.zero_stage={stage}", f"phases.pretrain.images_per_step={2 * ranks}"]
-    run = Command(folder / f"run-{ranks}-{stage}", folder, *more, launcher=deepspeed(ranks))
+    output = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    run = Command(output, folder, *more, launcher=deepspeed(ranks))
     code, printed = run.finish()
     assert code == 0, printed
     seconds = [

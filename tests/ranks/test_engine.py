@@ -238,7 +238,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cells(folder: Path) -> dict[int, list[dict[str, Any]]]:
     """By number of ranks, what each rank saw."""
-    return {size: run_ranks(run_cells, size, folder, folder) for size in (1, 2)}
+    return {
+        size: run_ranks(run_cells, size, folder, folder, timeout_seconds=600) for size in (1, 2)
+    }
 
 
 def assert_close(got: dict[str, Tensor] | None, expected: dict[str, Tensor], **close: Any) -> None:

@@ -85,7 +85,7 @@ def train_all():
 
 
 def test_any_batch_trains_every_detector_on_two_ranks_at_zero_2(tmp_path):
-    first, second = run_ranks(train_all, 2, tmp_path, timeout_seconds=600)
+    first, second = run_ranks(train_all, 2, tmp_path, timeout_seconds=590)
     for (_, *rest), (losses, *others) in zip(first, second, strict=True):
         assert rest == others  # weights and scores
         learned = [
@@ -94,5 +94,5 @@ def test_any_batch_trains_every_detector_on_two_ranks_at_zero_2(tmp_path):
         for kind in ("nothing", "crowds"):  # no object: nothing to learn but the background
             assert all(losses[kind][name] == 0.0 for name in learned)
             assert losses[kind]["rpn_objectness"] > 0
-        assert all(losses["300"][name] > 0 for name in learned if "stage" not in name)
+        assert all(losses["300"][name] > 0 for name in learned)
         assert losses["one pixel"]["rpn_box"] > 0

@@ -75,7 +75,7 @@ def train_all(kinds):
 
 def test_any_batch_trains_on_two_ranks_at_zero_2(tmp_path):
     kinds = ["nothing", "crowds", "300", "one pixel"]
-    first, second = run_ranks(train_all, 2, tmp_path, kinds)
+    first, second = run_ranks(train_all, 2, tmp_path, kinds, timeout_seconds=480)
     for name, (losses, *rest) in second.items():
         assert rest == list(first[name][1:])  # weights and scores
         box = [step["retina_box" if "retina" in name else "rpn_box"] for step in losses]

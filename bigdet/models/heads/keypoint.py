@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigdet.config.schema import KeypointConfig
+from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.heads.box import Regions
 from bigdet.models.heads.positives import Positives, take_positives
 from bigdet.models.losses import at_least_fp32, class_losses, masked_mean
@@ -61,7 +62,7 @@ def select_with_keypoints(regions: Regions, keypoints: Tensor, num_classes: int)
     return take_positives(regions, is_wanted, num_classes)
 
 
-class KeypointHead(nn.Module):
+class KeypointHead(Checkpointed):
     """Eight 3x3 convolutions, a transposed one to heat maps, then twice their size."""
 
     def __init__(self, norm: Norm, width: int, config: KeypointConfig, num_classes: int) -> None:
@@ -90,7 +91,7 @@ class KeypointHead(nn.Module):
         Args:
             pooled: ``(N, C, 14, 14)``.
         """
-        logits = at_least_fp32(self.deconv(self.convs(pooled)))
+        logits = at_least_fp32(self.deconv(self.run(self.convs, pooled)))
         return F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
 
     def losses(self, logits: Tensor, regions: Positives, keypoints: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Real COCO ground truth, through shards, against numbers that pycocotools gave without them."""
 
+import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 from pycocotools.coco import COCO
@@ -11,6 +13,7 @@ from bigdet.evaluation.coco_metrics import METRICS, measure
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections
+from tools import benchmark_evaluate
 from tools.benchmark_evaluate import coco_ground_truth
 
 
@@ -120,3 +123,13 @@ def test_ground_truth_as_detections_scores_one(coco_val):
     metrics = evaluate_detections(coco_val, results, ("bbox", "segm"))
     assert metrics["bbox"] == pytest.approx(dict.fromkeys(METRICS, 1.0))
     assert metrics["segm"] == pytest.approx(dict.fromkeys(METRICS, 1.0))
+
+
+def test_benchmark_compares_with_pycocotools_on_made_detections(coco_val):
+    arguments = argparse.Namespace(images=3, detections=40, seed=0)
+    shards = SimpleNamespace(shards=str(coco_val.folder))
+    data = SimpleNamespace(val=shards, cache=None)
+    found = benchmark_evaluate.run(SimpleNamespace(data=data), arguments)  # asserts equal numbers
+    assert (found["images"], found["detections"]) == (3, 120)
+    assert 0 < found["numbers"]["segm"]["AP"] < found["numbers"]["bbox"]["AP"] < 1
+    assert found["ratio"] == found["pycocotools_seconds"] / found["bigdet_seconds"]

@@ -3,28 +3,32 @@ import gc
 import pytest
 import torch
 
-from bigdet.config.schema import ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.norms import batch_norms, set_norm_mode, update_running_statistics
 from tests.unit.models.scenes import make_scene
 
 SCENE = make_scene(
-    [[(4, 6, 40, 50), (20, 10, 60, 44)], [(10, 10, 30, 60)]], [(64, 64), (64, 60)], (64, 64)
-)
+    [[(4, 6, 40, 50), (20, 10, 60, 44)], [(10, 10, 30, 60)]], [(64, 64), (64, 60)], (64, 64),
+    num_keypoints=4,
+)  # fmt: skip
+KEYPOINTS = {
+    "detector": "keypoint_rcnn",
+    "keypoint": KeypointConfig(num_keypoints=4, width=64),
+}
 
 
 def make_detector(backbone, **options):
     torch.manual_seed(0)
     config = ModelConfig(
-        detector="mask_rcnn",
         backbone=backbone,
         box_head="4conv1fc",
         width=8,
         fc_width=16,
         rpn=RpnConfig(train_proposals=50, anchors_per_image=32),
         roi=RoiConfig(rois_per_image=16),
-        **options,
+        **{"detector": "mask_rcnn", **options},
     )
     detector = build_detector(config, 3).double()
     for parameter in detector.backbone.parameters():
@@ -58,6 +62,7 @@ def run_step(detector):
     ("backbone", "options"),
     [
         ("resnet18", {"norm": "bn", "norm_scope": "all"}),
+        ("resnet10", {"norm_scope": "all", **KEYPOINTS}),
         ("swin_t", {"norm": "none", "drop_path": 0.3}),
         ("swinv2_t", {"norm": "none", "drop_path": 0.3}),
         ("convnext_t", {"norm": "gn", "drop_path": 0.3}),

@@ -110,3 +110,14 @@ def test_logits_of_the_own_class_are_those_of_the_whole_convolution() -> None:
     features = torch.randn(4, 8, 5, 6)
     everything = torch.nn.functional.conv2d(features, layer.weight, layer.bias)
     torch.testing.assert_close(layer(features, labels), everything[torch.arange(4), labels])
+
+
+def test_all_weights_begin_as_msra_with_biases_of_zero() -> None:
+    torch.manual_seed(0)
+    head = MaskHead("none", 64, 80)
+    # Variance 2 / fan-out; torch counts that of a transposed convolution in its inputs.
+    fan_outs = {"convs.0.conv": 64 * 9, "convs.3.conv": 64 * 9, "deconv": 64 * 4, "predictor": 80}
+    for name, fan_out in fan_outs.items():
+        layer = head.get_submodule(name)
+        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03), name
+        assert not layer.bias.any(), name

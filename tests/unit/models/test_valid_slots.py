@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from bigdet.config.schema import Detector, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import Detector, KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.heads import positives
 from bigdet.models.norms import batch_norms, update_running_statistics
+from bigdet.structures import Batch
 from tests.unit.models.scenes import make_scene
 
-SCENE = make_scene([[(4, 6, 40, 50)], []], [(64, 64), (64, 60)], (64, 64))
+DETECTORS: list[Detector] = ["mask_rcnn", "cascade_mask_rcnn", "keypoint_rcnn"]
+BOX = (4, 6, 40, 50)
 
 
-def step(detector: Detector, slots: int) -> dict[str, torch.Tensor]:
-    """Losses and running statistics of one step with so many slots for box regions."""
+def scene(objects_of_second: list[tuple[int, int, int, int]]) -> Batch:
+    sizes = [(64, 64), (64, 60)]
+    return make_scene([[BOX], objects_of_second], sizes, (64, 64), num_keypoints=3)
+
+
+def step(detector: Detector, batch: Batch) -> dict[str, torch.Tensor]:
+    """Losses, gradients and running statistics of one step; 2 x 64 slots for regions."""
     config = ModelConfig(
         detector=detector,
         backbone="resnet10",
@@ -24,30 +33,47 @@ def step(detector: Detector, slots: int) -> dict[str, torch.Tensor]:
         box_head="4conv1fc",
         width=8,
         fc_width=16,
-        # 5 proposals of an image and its object: all are sampled, whatever the slots.
-        rpn=RpnConfig(train_proposals=5, anchors_per_image=16),
-        roi=RoiConfig(rois_per_image=slots, positive_fraction=0.5),
+        keypoint=KeypointConfig(num_keypoints=3, width=16),
+        rpn=RpnConfig(train_proposals=100, anchors_per_image=16),
+        roi=RoiConfig(rois_per_image=64),
     )
     torch.manual_seed(0)
     model = build_detector(config, 3).double()
-    found = model(SCENE)
+    found = model(batch)
     sum(found.values()).backward()
     update_running_statistics(model)
     for name, layer in model.named_modules():
         if layer in batch_norms(model):
             found |= {f"{name}.mean": layer.running_mean, f"{name}.var": layer.running_var}
             assert layer.running_mean.any(), name
-    found |= {f"{n}.grad": p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return found
+    return found | {f"{name}.grad": p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_losses_gradients_and_statistics_do_not_depend_on_empty_slots(
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert set(first) == set(second)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_slots_that_fill_a_bucket_do_not_count(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = step(detector, 16)
-    monkeypatch.setattr(positives, "BUCKET", 96)
-    many = step(detector, 32)
-    assert set(few) == set(many)
-    for name, value in few.items():
-        torch.testing.assert_close(many[name], value, rtol=1e-8, atol=1e-10, msg=name)
+    batch = scene([])
+    few = step(detector, batch)
+    monkeypatch.setattr(positives, "BUCKET", 96)  # of 128 regions
+    assert_equal(few, step(detector, batch))
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_regions_of_an_image_of_weight_zero_do_not_count(detector: Detector) -> None:
+    weights = torch.tensor([1.0, 0.0])
+    without, other = (replace(scene(objects), weights=weights) for objects in ([], [BOX]))
+    # Other objects: other regions are drawn in the second image, but the losses leave them out.
+    assert without.targets.keypoints is not None
+    assert other.targets.keypoints is not None
+    keypoints = torch.cat([without.targets.keypoints, other.targets.keypoints[1:]])
+    other = replace(
+        other, images=without.images, targets=replace(other.targets, keypoints=keypoints)
+    )
+    assert_equal(step(detector, without), step(detector, other))

@@ -1,0 +1,52 @@
+"""What a model needs of its data is known before the first step."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigdet.config.load import ConfigError, load_config
+from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, Category
+from bigdet.training.resume import check_data
+
+CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+
+
+class Shards:
+    """As much of a shard set as is asked."""
+
+    address = "somewhere"
+
+    def __init__(self, flags: int, num_keypoints: int | None = None) -> None:
+        names = None if num_keypoints is None else [str(i) for i in range(num_keypoints)]
+        self.categories = [Category(1, "car"), Category(2, "person", keypoints=names)]
+        self.index = np.array([(flags,)], dtype=[("flags", "u2")])
+
+    def __len__(self) -> int:
+        return 1
+
+    def check_random_reads(self) -> None:
+        pass
+
+
+def check(shards: Shards, *overrides: str) -> None:
+    check_data(load_config(CONFIG, overrides), shards, shards)
+
+
+def test_masks_are_asked_for_by_any_phase_that_learns_them() -> None:
+    check(Shards(FLAG_MASKS))
+    check(Shards(0), "model.detector=faster_rcnn")
+    late = ["model.detector=faster_rcnn", "phases.finetune.model.detector=cascade_mask_rcnn"]
+    check(Shards(FLAG_MASKS), *late)
+    with pytest.raises(ConfigError, match="cascade_mask_rcnn needs masks, but somewhere has none"):
+        check(Shards(0), *late)
+
+
+def test_a_keypoint_head_has_as_many_as_the_categories() -> None:
+    keypoints = ["model.detector=keypoint_rcnn"]
+    check(Shards(FLAG_KEYPOINTS, 17), *keypoints)
+    check(Shards(FLAG_KEYPOINTS, 5), *keypoints, "model.keypoint.num_keypoints=5")
+    with pytest.raises(ConfigError, match="found 17, but the categories of somewhere have 5"):
+        check(Shards(FLAG_KEYPOINTS, 5), *keypoints)
+    with pytest.raises(ConfigError, match="have 0"):
+        check(Shards(0), *keypoints)
