@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from bigdet.config.schema import RpnConfig
 from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors
@@ -41,6 +42,10 @@ class AnchorPredictions:
     deltas: Tensor
     anchors: Tensor
     counts: list[int]
+
+
+# So that FSDP2 of torch before 2.15 sees the tensors in it, on which it hangs its hooks.
+register_dataclass(AnchorPredictions)
 
 
 @dataclass(frozen=True)
