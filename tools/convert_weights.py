@@ -4,7 +4,7 @@
     python tools/convert_weights.py from-torchvision mask_rcnn.pth runs/x/config.yaml \
         --categories data/train/manifest.json --out model.safetensors
     python tools/convert_weights.py from-detectron2 model_final_f10217.pkl \
-        configs/r50_imagenet.yaml model.stride_in_1x1=true --pixels bgr_255 \
+        configs/r50_imagenet.yaml model.box_head=2fc model.stride_in_1x1=true --pixels bgr_255 \
         --categories instances_val2017.json --out model.safetensors
     python tools/convert_weights.py from-mmdetection mask_rcnn_swin-t-p4-w7_fpn_1x_coco.pth \
         configs/swin_t_imagenet.yaml model.box_head=2fc --pixels rgb \
@@ -148,7 +148,9 @@ def load_framework(
             )
         places = [names.index(name) for name in own]
         tensors = carry_classes(detector.state_dict(), tensors, len(names), places)
-    load_parts(detector, tensors, parts_to_load(detector, tensors), source)
+    advice = " (model.box_head=2fc or 4conv1fc, model.backbone, ...), and --categories its classes"
+    parts = parts_to_load(detector, tensors)
+    load_parts(detector, tensors, parts, source, advice=advice)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
