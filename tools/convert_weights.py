@@ -1,24 +1,41 @@
-"""Weights of a detector for torchvision's detection models, and back.
+"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
 
     python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth
     python tools/convert_weights.py from-torchvision mask_rcnn.pth runs/x/config.yaml \
         --categories data/train/manifest.json --out model.safetensors
+    python tools/convert_weights.py from-detectron2 model_final_f10217.pkl \
+        configs/r50_imagenet.yaml model.box_head=2fc model.stride_in_1x1=true --pixels bgr_255 \
+        --categories instances_val2017.json --out model.safetensors
+    python tools/convert_weights.py from-mmdetection mask_rcnn_swin-t-p4-w7_fpn_1x_coco.pth \
+        configs/swin_t_imagenet.yaml model.box_head=2fc --pixels rgb \
+        --categories instances_val2017.json --out model.safetensors
 
-Faster, Mask and Keypoint R-CNN and RetinaNet, on ResNets and ResNeXts, or R-CNNs on VGG-16. The
-result is a ``state_dict`` of torchvision's model of the same settings, written with torch.save
-(.pth) or as safetensors. torchvision pools regions without bigdet's half-pixel shift and rounds its
-anchors: ``bigdet.models.torchvision_model.torchvision_twin(detector)`` is its model without either,
-with the same detections as bigdet's.
+The config is that of any run with this model; key=value changes it. The model.safetensors is one as
+a run leaves it: predict, evaluate, export and start_from.source take it.
+
+torchvision: Faster, Mask and Keypoint R-CNN and RetinaNet, on ResNets and ResNeXts, or R-CNNs on
+VGG-16. What to-torchvision writes is a ``state_dict`` of torchvision's model of the same settings,
+with torch.save (.pth) or as safetensors. torchvision pools regions without bigdet's half-pixel
+shift and rounds its anchors: ``bigdet.models.torchvision_model.torchvision_twin(detector)`` is its
+model without either, with the same detections as bigdet's.
+
+detectron2 (.pkl, .pth) and mmdetection 2 and 3 (.pth): Faster, Mask and Cascade R-CNN and RetinaNet
+on a pyramid, detectron2's Keypoint R-CNN too, on ResNets, ResNeXts (without deformable
+convolutions) and Swin. --pixels says how images were given to the network, which most files do
+not: ``rgb``, ``bgr``, or ``bgr_255`` (not divided by the deviation: R-50 and R-101 of detectron2,
+'caffe' in mmdetection, both with model.stride_in_1x1=true). Classes are moved to the order of
+--categories; mmdetection's files name theirs, detectron2 has them by rising id. Nothing in a file
+is run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,9 +45,22 @@ from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import phase_model
 from bigdet.config.load import load_config
+from bigdet.config.schema import Pixels
+from bigdet.data.manifest import Category
+from bigdet.data.sources.categories import load_categories
+from bigdet.log import setup_logging
 from bigdet.models.build import build_detector
+from bigdet.models.classes import carry_classes
+from bigdet.models.detector import Detector
+from bigdet.models.framework_layouts import from_framework, parts_to_load
 from bigdet.models.torchvision_layout import from_torchvision, to_torchvision
-from bigdet.models.weights import load_detector, save_detector_weights, weights_metadata
+from bigdet.models.weight_files import read_tensors_and_classes
+from bigdet.models.weights import (
+    load_detector,
+    load_parts,
+    save_detector_weights,
+    weights_metadata,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,20 +72,32 @@ def main(argv: Sequence[str]) -> int:
     there = directions.add_parser("to-torchvision", help="from a run, checkpoint or safetensors")
     there.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     there.add_argument("out", type=Path, help=".pth or .safetensors")
-    back = directions.add_parser("from-torchvision", help="to a model.safetensors of bigdet")
-    back.add_argument("weights", type=Path, help="state_dict as .pth or .safetensors")
-    back.add_argument("config", type=Path, help="of a run with this model")
-    back.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
-    back.add_argument(
-        "--categories", type=Path, required=True,
-        help="manifest.json of a shard set, or a JSON list of {id, name}, in the order of labels",
-    )  # fmt: skip
-    back.add_argument("--phase", help="the phase whose model and size it is; default: the last")
-    back.add_argument("--out", type=Path, required=True, help="the model.safetensors to write")
+    for source in ("torchvision", "detectron2", "mmdetection"):
+        add_source(directions.add_parser(f"from-{source}", help="to a model.safetensors"), source)
     options = parser.parse_args(argv)
+    setup_logging(rank=0)
     num_tensors = export(options) if options.direction == "to-torchvision" else restore(options)
     print(f"{options.out}: {num_tensors} tensors")
     return 0
+
+
+def add_source(parser: argparse.ArgumentParser, source: str) -> None:
+    """Add the options of a conversion to bigdet."""
+    files = ".pkl or .pth" if source == "detectron2" else ".pth"
+    parser.add_argument("weights", type=Path, help=f"{files} or .safetensors")
+    parser.add_argument("config", type=Path, help="of a run with this model")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "--categories", type=Path, required=True,
+        help="manifest.json of a shard set, a COCO annotation file, or a JSON list of {id, name}",
+    )  # fmt: skip
+    parser.add_argument("--phase", help="the phase whose model and size it is; default: the last")
+    parser.add_argument("--out", type=Path, required=True, help="the model.safetensors to write")
+    parser.set_defaults(source=source, pixels=None)
+    if source != "torchvision":
+        parser.add_argument(
+            "--pixels", choices=get_args(Pixels), help="how images were given to the network"
+        )
 
 
 def export(options: argparse.Namespace) -> int:
@@ -66,7 +108,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def restore(options: argparse.Namespace) -> int:
-    """Write torchvision's weights as those of a detector; return how many tensors."""
+    """Write weights of others as those of a detector; return how many tensors."""
     config = load_config(options.config, options.overrides)
     check_config(config)
     phase = options.phase or list(config.phases)[-1]
@@ -74,25 +116,41 @@ def restore(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--phase: {options.config} has no phase {phase}, only {', '.join(config.phases)}."
         )
-    categories = read_categories(options.categories)
+    categories = load_categories(options.categories)
     detector = build_detector(phase_model(config, phase), len(categories))
-    state = read_state(options.weights)
-    detector.load_state_dict(from_torchvision(detector, state, str(options.weights)))
-    save_detector_weights(options.out, detector, weights_metadata(config, categories, phase))
+    if options.source == "torchvision":
+        state = read_state(options.weights)
+        detector.load_state_dict(from_torchvision(detector, state, str(options.weights)))
+    else:
+        load_framework(detector, options, categories)
+    metadata = weights_metadata(config, [asdict(category) for category in categories], phase)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_detector_weights(options.out, detector, metadata)
     return len(detector.state_dict())
 
 
-def read_categories(path: Path) -> list[dict[str, Any]]:
-    """Read the categories of a manifest, or of a list of them."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    categories = content.get("categories") if isinstance(content, dict) else content
-    is_list = isinstance(categories, list) and bool(categories)
-    if not is_list or not all("id" in entry and "name" in entry for entry in categories):
-        raise ValueError(
-            f"--categories {path}: found no list of categories with id and name. Give the "
-            f"manifest.json of the training set."
-        )
-    return list(categories)
+def load_framework(
+    detector: Detector, options: argparse.Namespace, categories: Sequence[Category]
+) -> None:
+    """Load the weights of detectron2 or mmdetection, the classes in the order of categories."""
+    source = str(options.weights)
+    tensors, names = read_tensors_and_classes(options.weights)
+    if names is None and options.source == "detectron2":
+        names = [category.name for category in sorted(categories, key=lambda one: one.id)]
+    tensors = from_framework(detector, tensors, options.source, options.pixels, source)
+    own = [category.name for category in categories]
+    if names is not None and names != own:
+        if sorted(names) != sorted(own):
+            raise ValueError(
+                f"{source}: its {len(names)} classes ({', '.join(names[:3])}, ...) are not the "
+                f"{len(own)} of {options.categories} ({', '.join(own[:3])}, ...). Give the "
+                f"categories that it was trained on."
+            )
+        places = [names.index(name) for name in own]
+        tensors = carry_classes(detector.state_dict(), tensors, len(names), places)
+    advice = " (model.box_head=2fc or 4conv1fc, model.backbone, ...), and --categories its classes"
+    parts = parts_to_load(detector, tensors)
+    load_parts(detector, tensors, parts, source, advice=advice)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bigdet.config.derived import has_fpn, model_parts
+from bigdet.config.derived import BOTTLENECKS, has_fpn, model_parts
 from bigdet.config.load import ConfigError
 from bigdet.config.rules import not_negative, positive, require, unused
 from bigdet.config.schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig, TtaConfig
@@ -12,6 +12,9 @@ _LEVELS = 5
 
 def check_family(model: ModelConfig) -> None:
     """Check that the detector's options fit it, and that there are no others."""
+    if model.backbone not in BOTTLENECKS:
+        reason = f"{model.backbone} has no blocks with 1x1 convolutions"
+        unused("model", model, "stride_in_1x1", reason)
     if not has_fpn(model):
         _check_single_level(model)
     if model.detector == "retinanet":

@@ -30,6 +30,12 @@ LAYER_NORM_BACKBONES = (
 )  # fmt: skip
 """Those with LayerNorm and drop path of their own, which ``model.norm`` does not touch."""
 
+BOTTLENECKS = (
+    "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext50_32x8d",
+    "resnext101_32x4d", "resnext101_32x8d", "resnext152_32x8d",
+)  # fmt: skip
+"""Those of blocks with 1x1 convolutions, which ``model.stride_in_1x1`` is for."""
+
 SINGLE_LEVEL = ("vgg16",)
 """Backbones with one level of features, of which no pyramid is made: such a model has no FPN."""
 

@@ -235,6 +235,10 @@ class ModelConfig:
     norm_scope: NormScope | None = None
     """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
     bn, ``all`` with gn."""
+    stride_in_1x1: bool = False
+    """Bottlenecks of a ResNet make their steps in the first 1x1 convolution, as MSRA's (Caffe's)
+    R-50 and R-101 do, and detectors on them: ``STRIDE_IN_1X1`` in detectron2, ``style='caffe'`` in
+    mmdetection. Weights fit either way, but are right for one only."""
     width: int = 256
     """Channels of the FPN and of the convolutions in the heads. Without an FPN (vgg16) they are
     the backbone's."""

@@ -15,7 +15,7 @@ from bigdet.config.derived import (
     is_class_agnostic,
 )
 from bigdet.config.schema import ModelConfig
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones import Backbone, build_backbone
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
@@ -27,6 +27,7 @@ from bigdet.models.heads.rpn import RegionProposals
 from bigdet.models.necks.fpn import FPN, RetinaFPN
 from bigdet.models.norms import Kind
 from bigdet.models.rcnn import RCNN
+from bigdet.models.resnet import ResNet
 from bigdet.models.retinanet import RetinaNet
 
 
@@ -53,9 +54,17 @@ def build_detector(
     return detector.to(memory_format=torch.channels_last)
 
 
+def _backbone(config: ModelConfig) -> Backbone:
+    backbone = build_backbone(config.backbone, config.norm, config.drop_path)
+    if config.stride_in_1x1:
+        assert isinstance(backbone, ResNet), "check_config refuses others"
+        backbone.put_stride_in_1x1()
+    return backbone
+
+
 def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
     norm = head_norm(config)
-    backbone = build_backbone(config.backbone, config.norm, config.drop_path)
+    backbone = _backbone(config)
     mask_head = keypoint_head = None
     fpn, width = None, backbone.channels[-1]
     if has_fpn(config):
@@ -83,7 +92,7 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
 
 def _retinanet(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
     norm = head_norm(config)
-    backbone = build_backbone(config.backbone, config.norm, config.drop_path)
+    backbone = _backbone(config)
     fpn = RetinaFPN(backbone.channels[1:], config.width, norm, conventions.p6_source)
     head = RetinaHead(config.retina, norm, config.width, num_classes, conventions)
     return RetinaNet(backbone, fpn, head)

@@ -153,12 +153,7 @@ def load_backbone_file(
     state = weight_files.read_tensors(path)
     if pixels is not None and pixels != "rgb":
         state = _to_rgb(state, pixels, str(path))
-        if pixels == "bgr_255" and _is_plain_bottleneck(detector.backbone):
-            logger.warning(
-                "%s: Caffe's ResNets have their stride in the 1x1 convolutions, bigdet's in the "
-                "3x3 ones: these weights fit, but see other positions until they are fine-tuned",
-                path,
-            )
+        warn_of_stride(detector, pixels, str(path))
     return _load(detector, state, str(path))
 
 
@@ -203,7 +198,8 @@ def _renamed(name: str, rules: Rules) -> str:
     return name
 
 
-def _renamed_all(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+def renamed_all(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """Apply all rules to all names."""
     return {_renamed(name, rules): tensor for name, tensor in state.items()}
 
 
@@ -211,8 +207,8 @@ def _from_resnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "conv1_w" in state:
         return _from_detectron(state)
     if "stem.conv1.weight" in state:
-        return _renamed_all(state, _DETECTRON2)
-    return dict(state)
+        return renamed_all(state, _DETECTRON2)
+    return renamed_all(state, _MMDETECTION_GN)
 
 
 def _from_detectron(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,21 +232,35 @@ def _from_detectron(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _from_swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {name: tensor for name, tensor in state.items() if not _SWIN_CONSTANTS.search(name)}
     if "features.0.0.weight" in named:
-        named = _renamed_all(named, _TORCHVISION_SWIN)
+        named = renamed_all(named, _TORCHVISION_SWIN)
         for name in [name for name in named if name.endswith("attn.qkv.bias")]:
             if name.replace("qkv.bias", "logit_scale") in named:  # SwinV2: keys have no bias
                 query, _, value = named.pop(name).chunk(3)
                 named[name.replace("qkv.bias", "q_bias")] = query
                 named[name.replace("qkv.bias", "v_bias")] = value
+    if "patch_embed.projection.weight" in named:
+        named = {
+            name: _unfolded(tensor) if ".downsample." in name else tensor
+            for name, tensor in renamed_all(named, _MMDETECTION_SWIN).items()
+        }
     if "layers.0.downsample.reduction.weight" in named:  # there the last layer of a stage
-        return _renamed_all(
+        return renamed_all(
             named, [(r"^layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample")]
         )
     return named
 
 
+def _unfolded(value: Tensor) -> Tensor:
+    """Order the last axis ``4 * C`` of a layer that merges 2x2 patches as Swin's authors do.
+
+    mmdetection has it by channel, row, column (``nn.Unfold``), they by column, row, channel.
+    """
+    grouped = value.reshape(*value.shape[:-1], -1, 2, 2)  # (..., C, 2, 2)
+    return grouped.transpose(-1, -3).reshape(value.shape)
+
+
 def _from_convnext(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    named = _renamed_all(state, _TORCHVISION_CONVNEXT)
+    named = renamed_all(state, _TORCHVISION_CONVNEXT)
     return {
         name: tensor.flatten() if name.endswith(".gamma") else tensor
         for name, tensor in named.items()
@@ -258,7 +268,7 @@ def _from_convnext(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    named = _renamed_all(state, _VIT)
+    named = renamed_all(state, _VIT)
     is_with_class = named.pop("cls_token", None) is not None
     positions = named.get("patch_embed.pos_embed")
     if positions is not None and is_with_class:
@@ -277,16 +287,30 @@ def _to_rgb(state: Mapping[str, Tensor], pixels: Pixels, source: str) -> dict[st
             f"{source}: found no first convolution (conv1_w or stem.conv1.weight), expected that "
             f"of a ResNet, which start_from.pixels is for."
         )
-    weight = state[found[0]].flip(1)
+    return {**state, found[0]: taking_rgb(state[found[0]], pixels)}
+
+
+def taking_rgb(weight: Tensor, pixels: Pixels) -> Tensor:
+    """Give the first convolution ``(C, 3, h, w)`` that does with our images what theirs does."""
+    if pixels == "rgb":
+        return weight
+    weight = weight.flip(1)
     if pixels == "bgr_255":
         weight = weight * torch.tensor(PIXEL_DEVIATION).to(weight).view(1, 3, 1, 1)
-    return {**state, found[0]: weight}
+    return weight
 
 
-def _is_plain_bottleneck(backbone: Backbone) -> bool:
-    convolution = getattr(getattr(backbone, "layer1", [None])[0], "conv2", None)
-    is_bottleneck = hasattr(getattr(backbone, "layer1", [None])[0], "conv3")
-    return is_bottleneck and getattr(convolution, "groups", 1) == 1
+def warn_of_stride(detector: Detector, pixels: Pixels, source: str) -> None:
+    """Say so where weights are MSRA's by their pixels, and the backbone is built otherwise."""
+    block = getattr(detector.backbone, "layer1", [None])[0]
+    is_plain = hasattr(block, "conv3") and getattr(block.conv2, "groups", 1) == 1
+    if pixels == "bgr_255" and is_plain and not detector.config.stride_in_1x1:
+        logger.warning(
+            "%s: MSRA's ResNets have their stride in the 1x1 convolutions, this one in the 3x3 "
+            "ones: the weights fit, but see other positions until they are fine-tuned. "
+            "model.stride_in_1x1=true builds theirs",
+            source,
+        )
 
 
 _DETECTRON_BACKBONE = re.compile(r"(res_)?conv1_|res\d_\d+_branch")
@@ -314,6 +338,14 @@ _DETECTRON2: Rules = [
 ]
 _SWIN_CONSTANTS = re.compile(r"relative_position_index$|relative_coords_table$|attn_mask$")
 """What old files store and ours are computed from the window."""
+_MMDETECTION_SWIN: Rules = [
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^stages\.", "layers."),
+    (r"\.attn\.w_msa\.", ".attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+]
+_MMDETECTION_GN: Rules = [(r"(^|\.)gn(\d)\.", r"\1bn\2.")]
 _TORCHVISION_SWIN: Rules = [
     (r"^features\.0\.0\.", "patch_embed.proj."),
     (r"^features\.0\.2\.", "patch_embed.norm."),

@@ -14,7 +14,7 @@ from bigdet.models.norms import Kind, make_norm
 
 
 class ResNet(Backbone):
-    """A ResNet or ResNeXt with a 7x7 stem, and stride in the 3x3 convolutions."""
+    """A ResNet or ResNeXt with a 7x7 stem; bottlenecks have their stride in the 3x3 convolution."""
 
     def __init__(
         self,
@@ -47,6 +47,16 @@ class ResNet(Backbone):
         self.channels = [info["num_chs"] for info in timm_model.feature_info[1:]]
         if norm == "none":
             _add_biases(self)
+
+    def put_stride_in_1x1(self) -> None:
+        """Let the first convolutions of bottlenecks make the steps, as in Caffe's ResNets."""
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                first, second = block.get_submodule("conv1"), block.get_submodule("conv2")
+                assert isinstance(first, nn.Conv2d)
+                assert isinstance(second, nn.Conv2d)
+                assert first.kernel_size == (1, 1), "a block that is no bottleneck"
+                first.stride, second.stride = second.stride, first.stride
 
     @property
     def stages(self) -> list[list[nn.Module]]:

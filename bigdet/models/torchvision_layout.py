@@ -93,6 +93,11 @@ def twins(detector: Detector) -> list[Twin]:
             "model.norm none: torchvision's ResNets have no biases, which ours have without "
             "normalization, so the weights have no place there."
         )
+    if config.stride_in_1x1:
+        raise ValueError(
+            "model.stride_in_1x1: torchvision's ResNets have their stride in the 3x3 convolutions, "
+            "so that they would see other positions with these weights."
+        )
     if has_keypoints(config) and head_norm(config) != "none":
         raise ValueError(
             f"model.norm {config.norm}: torchvision's keypoint head has no normalization, so the "

@@ -1,14 +1,16 @@
 """Weights files that others wrote, read without running what may stand in them.
 
-safetensors; torch's files, with ``weights_only``; pickles of Detectron and detectron2, in which
-nothing but arrays, text and plain containers is admitted. What the names mean is left to
-``models/importing.py``.
+safetensors; torch's files, with ``weights_only``, or where those of mmdetection hold notes of
+training beside the weights, with these notes left out; pickles of Detectron and detectron2, in
+which nothing but arrays, text and plain containers is admitted. What the names mean is left to
+``models/importing.py`` and ``models/framework_layouts.py``.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,13 +54,23 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read the named tensors of a file in any of the formats, onto the CPU.
 
     Raises:
-        ValueError: the file is cut, of another format, or holds more than tensors.
+        ValueError: the file is cut, of another format, or holds code.
+    """
+    return read_tensors_and_classes(file)[0]
+
+
+def read_tensors_and_classes(file: Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Read the named tensors of a file, and the names of the classes where mmdetection wrote them.
+
+    Raises:
+        ValueError: as `read_tensors`.
     """
     if file.suffix not in _READERS:
         raise ValueError(
             f"{file}: found the ending {file.suffix!r}, expected one of {', '.join(_READERS)}."
         )
     content: Any = _READERS[file.suffix](file)
+    classes = _class_names(content)
     for nest in NESTS:
         if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
             content = content[nest]
@@ -73,7 +85,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file}: found no named tensors in it, expected them at the top or under one of "
             f"{', '.join(NESTS)}."
         )
-    return tensors
+    return tensors, classes
+
+
+def _class_names(content: Any) -> list[str] | None:
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    for key in ("dataset_meta", "CLASSES", "classes"):
+        if isinstance(meta, Mapping) and key in meta:
+            meta = meta[key]
+    is_list = isinstance(meta, list | tuple) and all(isinstance(name, str) for name in meta)
+    return list(meta) if is_list and meta else None
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -178,9 +199,69 @@ def _read_pickle(file: Path) -> Any:
         ) from error
 
 
-def _read_torch(file: Path) -> Any:
+class _Note:
+    """Stands for an object that is no weight: takes what the file says of it and does nothing."""
+
+    def __new__(cls, *_arguments: object, **_named: object) -> _Note:
+        return super().__new__(cls)
+
+    def __init__(self, *_arguments: object, **_named: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+    def __setitem__(self, _key: object, _value: object) -> None:
+        pass
+
+    def append(self, _value: object) -> None:
+        pass
+
+    def extend(self, _values: object) -> None:
+        pass
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """Reads tensors; notes of mmdetection's runs become nothing, any other name is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Give what a name in the file stands for; called before anything of it could run."""
+        if (module, name) in _OF_TENSORS:
+            return _OF_TENSORS[module, name]
+        if module.partition(".")[0] in _OF_NOTES or (module, name) in _PLAIN:
+            return _Note
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+_OF_TENSORS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch", "Size"): torch.Size,
+}
+_OF_NOTES = ("mmengine", "mmcv", "mmdet", "numpy", "addict", "pathlib", "datetime")
+_PLAIN = {
+    ("builtins", "set"), ("builtins", "slice"), ("__builtin__", "set"),
+    ("collections", "defaultdict"), ("collections", "deque"), ("_codecs", "encode"),
+}  # fmt: skip
+_PICKLES = types.SimpleNamespace(
+    Unpickler=_TensorsOnly,
+    load=lambda file, **options: _TensorsOnly(file, **options).load(),
+    __name__="weights without code",
+)
+"""What torch takes for the ``pickle`` module."""
+
+
+def _load_torch(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLES)
+
+
+def _read_torch(file: Path) -> Any:
+    try:
+        return _load_torch(file)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged file can raise anything

@@ -142,7 +142,12 @@ def part_of(name: str) -> str:
 
 
 def load_parts(
-    detector: nn.Module, tensors: Mapping[str, Tensor], parts: Sequence[str], source: str
+    detector: nn.Module,
+    tensors: Mapping[str, Tensor],
+    parts: Sequence[str],
+    source: str,
+    *,
+    advice: str = ", or name only the parts that fit in start_from.parts",
 ) -> list[LoadedPart]:
     """Copy whole parts of a detector from named tensors; the other parts stay as they are.
 
@@ -153,6 +158,7 @@ def load_parts(
         tensors: by the names of the detector's state; other parts than the wanted are ignored.
         parts: the parts to load.
         source: where the tensors come from, for messages.
+        advice: what else to do where they do not fit, for messages.
 
     Returns:
         What was loaded, a row per part.
@@ -184,7 +190,7 @@ def load_parts(
     if misfits:
         raise ValueError(
             f"{source}: does not fit the model in {', '.join(parts)}: {', '.join(misfits)}. Make "
-            f"model.* that of the weights, or name only the parts that fit in start_from.parts."
+            f"model.* that of the weights{advice}."
         )
     with torch.no_grad():
         for name in wanted:

@@ -1,14 +1,20 @@
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors import safe_open
 
+from bigdet.models.backbones import build_backbone
 from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.models.weights import load_detector
 from tests.commands.tiny_detector import ROOT, save_detector
+from tests.unit.models import published_layouts as published
+from tools import convert_weights
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 
@@ -51,7 +57,7 @@ def test_weights_go_to_torchvision_and_back_with_the_same_detections(tmp_path):
     ended = call(*words, "--categories", tmp_path / "manifest.json", "--out", out)
     assert ended.returncode == 0, ended.stderr
     back = load_detector(out)
-    assert back.categories == CATEGORIES
+    assert [(one["id"], one["name"]) for one in back.categories] == [(3, "disc"), (7, "box")]
     assert back.test_size == load_detector(run).test_size
     for name, value in back.state_dict().items():
         assert torch.equal(value, weights[name]), name
@@ -67,3 +73,102 @@ def test_what_is_no_weights_file_is_one_message(tmp_path):
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path / 'theirs.pth'}: cannot be read as a state_dict")
+
+
+TINY = ["model.width=16", "model.fc_width=32", "model.roi.score_threshold=0.0"]
+KEPT = ["--pixels", "rgb", "--categories"]
+
+
+def tiny_backbone():
+    """The tensors of a small ResNet by mmdetection's names, which are torchvision's."""
+    names = build_backbone("resnet10", "bn", 0.0).state_dict()
+    return {f"backbone.{name}": tuple(value.shape) for name, value in names.items()}
+
+
+def as_detectron2(name):
+    """The name that detectron2 has for a tensor of a ResNet of basic blocks."""
+    name = name.removeprefix("backbone.")
+    name = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", name)
+    name = re.sub(r"^(conv|bn)1", r"stem.\g<1>1", name)
+    name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    return "backbone.bottom_up." + re.sub(r"bn(\d)", r"conv\1.norm", name)
+
+
+def random_float_state(shapes):
+    return {name: value.float() for name, value in published.random_state(shapes).items()}
+
+
+def predictions_of(path):
+    detector = load_detector(path)
+    detector.test_size = (96, 128)
+    image = torch.randint(
+        0, 256, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    return detector, detector.predict([image])[0]
+
+
+def convert(words, monkeypatch):
+    monkeypatch.setattr("tools.convert_weights.setup_logging", lambda rank: None)
+    assert convert_weights.main(list(map(str, words))) == 0
+
+
+def test_mmdetections_weights_keep_its_classes_in_another_order(tmp_path, monkeypatch):
+    """The same file, whose classes are named in it, for categories in two orders."""
+    channels = (64, 128, 256, 512)
+    shapes = published.mmdetection_rcnn(
+        tiny_backbone(), classes=2, channels=channels, width=16, fc_width=32
+    )
+    content = {"meta": {"dataset_meta": {"classes": ("box", "disc")}}}
+    torch.save({**content, "state_dict": random_float_state(shapes)}, tmp_path / "a.pth")
+    outs = []
+    for number, categories in enumerate((CATEGORIES, CATEGORIES[::-1])):
+        listed, out = tmp_path / f"{number}.json", tmp_path / f"{number}.safetensors"
+        listed.write_text(json.dumps(categories))
+        config = ROOT / "configs" / "quickstart.yaml"
+        words = ["from-mmdetection", tmp_path / "a.pth", config, *TINY, *KEPT, listed]
+        convert([*words, "--out", out], monkeypatch)
+        outs.append(out)
+    (first, one), (second, other) = map(predictions_of, outs)
+    assert [c["name"] for c in first.categories] == ["disc", "box"]
+    assert [c["name"] for c in second.categories] == ["box", "disc"]
+    assert len(one.boxes) > 10
+    assert torch.equal(one.boxes, other.boxes)
+    assert torch.equal(one.scores, other.scores)
+    assert torch.equal(one.labels, 1 - other.labels)
+    assert torch.equal(one.masks, other.masks)
+    # In the order of the file nothing moves.
+    theirs = torch.load(tmp_path / "a.pth")["state_dict"]["roi_head.bbox_head.fc_cls.bias"]
+    assert torch.equal(second.box_head.classifier.bias, theirs)
+
+    (tmp_path / "0.json").write_text(json.dumps([{"id": 1, "name": "cat"}, CATEGORIES[0]]))
+    words = ["from-mmdetection", tmp_path / "a.pth", config, *TINY, *KEPT, tmp_path / "0.json"]
+    with pytest.raises(ValueError, match=r"its 2 classes \(box, disc, ...\) are not the 2 of"):
+        convert([*words, "--out", tmp_path / "x"], monkeypatch)
+
+
+def test_detectron2s_pickle_becomes_a_detector_with_classes_by_rising_id(tmp_path, monkeypatch):
+    shapes = published.detectron2_rcnn(classes=2, width=16, fc_width=32)
+    rest = {n: s for n, s in shapes.items() if not n.startswith("backbone.")}
+    rest |= published.detectron2_fpn((64, 128, 256, 512), 2, 16, "")
+    body = {as_detectron2(name): shape for name, shape in tiny_backbone().items()}
+    state = random_float_state(rest | body)
+    content = {"model": {name: value.numpy() for name, value in state.items()},
+               "__author__": "Detectron2 Model Zoo"}  # fmt: skip
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(content))
+    annotations = {"images": [], "annotations": [], "categories": CATEGORIES[::-1]}
+    (tmp_path / "instances.json").write_text(json.dumps(annotations))
+    words = ["from-detectron2", tmp_path / "model_final.pkl", ROOT / "configs/quickstart.yaml"]
+    words += [
+        *TINY,
+        *KEPT,
+        tmp_path / "instances.json",
+        "--out",
+        tmp_path / "new" / "x.safetensors",
+    ]
+    convert(words, monkeypatch)
+    detector, found = predictions_of(tmp_path / "new" / "x.safetensors")
+    assert [category["id"] for category in detector.categories] == [7, 3]
+    bias = state["roi_heads.box_predictor.cls_score.bias"]  # of ids 3, 7, and the background
+    assert torch.equal(detector.box_head.classifier.bias, bias[[1, 0, 2]])
+    assert found.masks.shape[1:] == (28, 28)
+    assert len(found.boxes) > 10

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from pycocotools import mask as mask_tools
 
 from bigdet.data.shards import ShardSet
 from bigdet.evaluate import check_categories, main, read_config
 from bigdet.evaluation.coco_metrics import METRICS
 from bigdet.models.weights import load_detector
 from tests.commands.tiny_detector import ROOT, save_detector
+from tools.benchmark_evaluate import coco_ground_truth
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +146,34 @@ def test_options_that_an_evaluation_does_not_read_are_refused(run_and_shards, wo
 def test_value_that_breaks_a_rule_is_refused(run_and_shards: tuple[Path, ShardSet]):
     with pytest.raises(ValueError, match=r"model\.roi\.nms_iou"):
         read_config(run_and_shards[0], ["model.roi.nms_iou=7"])
+
+
+MADE_BY = {  # the keys of a detection, in the order in which each program writes them
+    "mmdetection.bbox.json": ("image_id", "bbox", "score", "category_id"),
+    "mmdetection.segm.json": ("image_id", "bbox", "score", "category_id", "segmentation"),
+    "coco_instances_results.json": ("image_id", "category_id", "bbox", "score", "segmentation"),
+}
+
+
+@pytest.mark.parametrize("name", MADE_BY)
+def test_results_of_other_frameworks_are_scored_as_they_are(run_and_shards, tmp_path, capsys, name):
+    val = run_and_shards[1]
+    truth = coco_ground_truth(val)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    found = []
+    for annotation in truth["annotations"]:
+        rle = annotation["segmentation"]
+        if isinstance(rle, list):
+            outlines = mask_tools.frPyObjects(rle, *sizes[annotation["image_id"]])
+            rle = mask_tools.merge(outlines)
+            rle["counts"] = rle["counts"].decode()
+        whole = annotation | {"score": 0.875, "segmentation": rle}
+        found.append({key: whole[key] for key in MADE_BY[name]})
+    (tmp_path / name).write_text(json.dumps(found))
+    assert main([str(tmp_path / name), "--shards", str(val.folder)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    kinds = ["box", "mask"] if "segmentation" in MADE_BY[name] else ["box"]
+    # The objects themselves were found: AP, AP50 and AP75 are 1.
+    assert [line[:4] for line in lines[1 : 1 + len(kinds)]] == [
+        [kind, *["1.000"] * 3] for kind in kinds
+    ]

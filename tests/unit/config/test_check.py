@@ -138,6 +138,10 @@ def test_every_shipped_config_passes_the_checks(path: Path):
         (["model.roi.box_loss_weight=0"], "model.roi.box_loss_weight", "above 0"),
         (["model.rpn.box_beta=-1"], "model.rpn.box_beta", "0 or more"),
         (["model.keypoint.width=64"], "model.keypoint.width", "is for keypoint_rcnn"),
+        (
+            ["model.backbone=resnet18", "model.stride_in_1x1=true"],
+            "model.stride_in_1x1", "resnet18 has no blocks with 1x1 convolutions",
+        ),
         (["model.detector=keypoint_rcnn", "model.keypoint.num_keypoints=0"],
          "model.keypoint.num_keypoints", "above 0"),
         (["model.cascade.gradients=mmdet"], "model.cascade.gradients", "cascade_mask_rcnn"),

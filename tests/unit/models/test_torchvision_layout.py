@@ -73,6 +73,7 @@ def test_tensors_that_do_not_fit_are_listed() -> None:
         (ModelConfig(detector="cascade_rcnn", backbone="resnet10"), "no cascade"),
         (ModelConfig(detector="faster_rcnn", backbone="resnet10", norm="none"), "no biases"),
         (ModelConfig(detector="keypoint_rcnn", backbone="resnet10", norm="gn"), "keypoint head"),
+        (ModelConfig(detector="faster_rcnn", backbone="resnet50", stride_in_1x1=True), "stride"),
     ],
 )
 def test_what_torchvision_does_not_have_is_an_error(config: ModelConfig, reason: str) -> None:

@@ -1,14 +1,19 @@
 import builtins
 import os
+import pathlib
 import pickle
+import shutil
+import sys
+import types
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from bigdet.models.weight_files import read_tensors
+from bigdet.models.weight_files import read_tensors, read_tensors_and_classes
 
 ARRAYS = {
     "plain": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -126,3 +131,63 @@ def test_other_endings_and_files_without_tensors_are_clear_errors(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match="no named tensors"):
         read_tensors(tmp_path / "a.pkl")
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    """Objects as mmdetection's runs leave them in checkpoints: of a package that is not here."""
+    package = types.ModuleType("mmengine")
+    history = type("HistoryBuffer", (list,), {"__module__": "mmengine"})
+    config = type("ConfigDict", (dict,), {"__module__": "mmengine"})
+    package.HistoryBuffer, package.ConfigDict = history, config
+    monkeypatch.setitem(sys.modules, "mmengine", package)
+    buffer = history([1.0, 2.0])
+    buffer.values = np.arange(3)
+    notes = {"log": buffer, "cfg": config(a=1), "path": pathlib.PurePosixPath("x"), "set": {1}}
+    yield notes
+    assert type(buffer) is history
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("key", ["CLASSES", "dataset_meta"])
+def test_mmdetections_notes_are_left_out(tmp_path, notes, key, is_zip):
+    classes = ("cat", "dog")
+    weights = OrderedDict(a=torch.arange(6.0).view(2, 3).t(), b=nn.Parameter(torch.ones(2)))
+    meta = {"epoch": 12, key: classes if key == "CLASSES" else {"classes": classes}}
+    content = {"meta": {**meta, **notes}, "state_dict": weights, "message_hub": notes}
+    path = tmp_path / "a.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    del sys.modules["mmengine"]
+    tensors, names = read_tensors_and_classes(path)
+    assert names == ["cat", "dog"]
+    assert tensors.keys() == {"a", "b"}
+    assert tensors["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert tensors["b"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_code_among_the_notes_is_refused_and_never_run(tmp_path, is_zip):
+    trace = tmp_path / "was-here"
+    path = tmp_path / "a.pth"
+    attacks = [
+        Code(os.system, f"touch {trace}"),
+        Code(builtins.eval, f"open({str(trace)!r}, 'w')"),
+        Code(builtins.getattr, "text", "upper"),
+        Code(torch.load, str(trace)),
+        Code(shutil.copy, __file__, str(trace)),
+    ]
+    for attack in attacks:
+        content = {"meta": {"note": attack}, "state_dict": {"a": torch.ones(2)}}
+        torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(ValueError, match=r"a\.pth: .*it asks for "):
+            read_tensors(path)
+    assert not trace.exists()
+
+
+def test_a_file_of_classes_that_are_no_names_has_none(tmp_path):
+    for number, meta in enumerate(({"CLASSES": [1, 2]}, {"CLASSES": None}, {"CLASSES": ()}, "x")):
+        path = tmp_path / f"{number}.pth"
+        torch.save({"meta": meta, "state_dict": {"a": torch.ones(2)}}, path)
+        assert read_tensors_and_classes(path)[1] is None
