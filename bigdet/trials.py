@@ -36,8 +36,6 @@ from bigdet.training.failures import is_out_of_memory
 from bigdet.training.metrics import peak_memory_gib
 from bigdet.training.phases import build_for_phase
 
-logger = logging.getLogger(__name__)
-
 GIB = 1 << 30
 WARM_STEPS = 2
 MEASURED_STEPS = 5
@@ -79,7 +77,10 @@ def run_trial(words: Sequence[str]) -> Measured | None:
     if done.returncode == -signal.SIGKILL:  # Linux ends whoever takes the last memory of the host
         return None
     if done.returncode:
-        raise ValueError("the steps could not be measured (see above); or give --step-seconds.")
+        raise ValueError(
+            "the steps could not be measured (see above). A plan of --gpus alone can do without, "
+            "with --step-seconds."
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     return None if found is None else Measured(**found)
 
@@ -94,6 +95,7 @@ def write_trial(config: RunConfig, phase: str, memory_gib: float | None) -> None
             engine that shards nothing, in whatever memory there is.
     """
     distributed.start()
+    logging.getLogger("bigdet").setLevel(logging.WARNING)  # of a run: nothing to say in a trial
     engine = dataclasses.replace(
         config.engine, kind="deepspeed", zero_stage=0, offload="none", clip_norm=None
     )
