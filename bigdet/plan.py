@@ -1,8 +1,15 @@
-"""Which way of sharding to take on many GPUs, and what more of them would give.
+"""Which sizes and batches fit into a GPU, and which way of sharding to take on many.
 
+    python -m bigdet.plan configs/r50_direct.yaml --memory-gib 11
     python -m bigdet.plan configs/swin_t_direct.yaml --gpus 8x16 --link nvlink,400gb
 
-``--gpus``: GPUs of a host x hosts. ``--link``: what joins the GPUs of a host, and the network
+``--memory-gib`` (equation 1 of paper 2): real steps of a few sizes and batches are measured on this
+device, each in a process of its own; the settings on the boundary of that memory are written to
+standard output, one line of options each. With ``--gpus``, as the config's engine shards over so
+many. ``--check 384x6`` measures one more and compares it with the prediction (exit code 1 when its
+memory is off by more than 10%). How it is reckoned stands in ``bigdet/memory.py``.
+
+``--gpus`` alone: GPUs of a host x hosts. ``--link``: what joins the GPUs of a host, and the network
 adapter of each GPU (``50gb`` where eight share one of 400). A few real steps are measured on this
 device first; ``--step-seconds`` says what they take where this is not the device that is planned
 for. How it is reckoned stands in ``bigdet/planning.py``.
@@ -12,43 +19,42 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
+import math
 import re
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from functools import partial
-from itertools import islice
-from pathlib import Path
 
 import torch
 
-from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_masks, phase_model
 from bigdet.config.load import ConfigError, load_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.schema import PhaseConfig, RunConfig
 from bigdet.data.mix import open_sets
-from bigdet.data.stream import open_train_stream
-from bigdet.engine.build import build_engine
 from bigdet.log import setup_logging
+from bigdet.memory import (
+    Search,
+    Setting,
+    check_one_size,
+    overrides,
+    read_numbers,
+    read_setting,
+)
 from bigdet.planning import KINDS, Cluster, Forecast, Work, best, forecast, link_speed, state_bytes
-from bigdet.run_dir import RunDir
-from bigdet.training import optim
-from bigdet.training.metrics import peak_memory_gib
-from bigdet.training.phases import build_for_phase
 from bigdet.training.sizes import model_sizes, optimizer_tensors
+from bigdet.trials import GIB, MEASURED_STEPS, Measured, run_trial, write_trial
 
 logger = logging.getLogger("bigdet.plan")  # __name__ is __main__ here
 
-_GIB = 1 << 30
-_WARM_STEPS = 2
-_MEASURED_STEPS = 5
+_GPUS = "8x16"
+_LINK = "nvlink,400gb"
+_LATENCY = 1e-5
+_SIZES = "224,320,448,640"  # the paper's grid
+_BATCHES = "2,4,8,16"
+_TRIALS = 6
+_TOLERANCE = 0.1
+"""Of a prediction of memory."""
 _SHOWN_GPUS = [8 << n for n in range(10)]  # 8 to 4096
 
 
@@ -64,26 +70,36 @@ def main(arguments: Sequence[str]) -> int:
             f"--phase: there is no {phase}. The config has {', '.join(config.phases)}."
         )
     if options.measure:
-        sys.stdout.write(json.dumps(measure(config, phase)) + "\n")
+        write_trial(config, phase, options.memory_gib)
         return 0
-    hosts, cluster = parse_cluster(options.gpus, options.link, options.latency)
+    if options.memory_gib is not None:
+        plan_memory(config, phase, options)
+        return 0
+    hosts, cluster = _cluster(options)
     if options.step_seconds is None:
-        measured = measure_apart(options)
+        words = [options.config, *options.overrides, "--phase", phase]
+        logger.info("measuring %d steps on this device", MEASURED_STEPS)
+        measured = run_trial(words)
+        if measured is None:
+            raise ValueError(
+                f"the steps ran out of memory on this device: lower phases.{phase}.images_per_gpu, "
+                f"or give --step-seconds."
+            )
     else:
-        measured = {"seconds": options.step_seconds, "gib": 0.0, "room_gib": 80.0}
-    room_gib = options.gpu_memory_gib or measured["room_gib"]
+        measured = Measured(options.step_seconds, gib=0.0, room_gib=80.0, images_per_pass=0)
+    room_gib = options.gpu_memory_gib or measured.room_gib
     sizes = model_sizes(config, phase, open_sets(config.data)[0].num_classes)
     work = Work(
         sizes,
         optimizer_tensors(config.phases[phase]),
-        measured["seconds"],
+        measured.seconds,
         activation_bytes=0.0,
         micro_batches=1,
     )
-    if measured["gib"]:
-        rest = measured["gib"] * _GIB - state_bytes("ZeRO-0", 1, work)
+    if measured.gib:
+        rest = measured.gib * GIB - state_bytes("ZeRO-0", 1, work)
         work = dataclasses.replace(work, activation_bytes=max(0.0, rest))
-    _write_tables(config, phase, hosts, cluster, work, room_gib, bool(measured["gib"]))
+    _write_tables(config, phase, hosts, cluster, work, room_gib, bool(measured.gib))
     return 0
 
 
@@ -99,7 +115,7 @@ def _write_tables(
     logger.info(
         "phase %s: %.1f M weights, %.1f M trained; a micro-batch of %d images takes %.3f s; "
         "memory %s", phase, work.sizes.parameters / 1e6, work.sizes.trained / 1e6, images,
-        work.micro_batch_seconds, f"{work.activation_bytes / _GIB:.1f} GiB beside weights, "
+        work.micro_batch_seconds, f"{work.activation_bytes / GIB:.1f} GiB beside weights, "
         f"gradients and optimizer" if knows_activations else "without activations (not measured)",
     )  # fmt: skip
     logger.info(
@@ -111,7 +127,7 @@ def _write_tables(
     rows = [forecast(kind, gpus, cluster, work) for kind in KINDS]
     for row in rows:
         logger.info("  %-8s %s", row.kind, _cells(row, gpus, work, images, room_gib))
-    chosen = best(rows, room_gib * _GIB)
+    chosen = best(rows, room_gib * GIB)
     logger.info(
         "%s", f"nothing fits into {room_gib:g} GiB: lower phases.{phase}.images_per_gpu"
         if chosen is None else f"take {_as_options(chosen.kind)}",
@@ -120,7 +136,7 @@ def _write_tables(
     logger.info("  %6s %-8s %s", "GPUs", "engine", header)
     for number in _SHOWN_GPUS:
         own = _shared_out(work, settings.images_per_step, images, number)
-        fit = best([forecast(kind, number, cluster, own) for kind in KINDS], room_gib * _GIB)
+        fit = best([forecast(kind, number, cluster, own) for kind in KINDS], room_gib * GIB)
         text = "nothing fits" if fit is None else _cells(fit, number, own, images, room_gib)
         logger.info("  %6d %-8s %s", number, "" if fit is None else fit.kind, text)
 
@@ -133,7 +149,7 @@ def _shared_out(work: Work, images_per_step: int | None, images_per_gpu: int, gp
 
 def _cells(row: Forecast, gpus: int, work: Work, images_per_gpu: int, room_gib: float) -> str:
     rate = gpus * work.micro_batches * images_per_gpu / row.step_seconds
-    memory = row.memory_bytes / _GIB
+    memory = row.memory_bytes / GIB
     return (
         f"{row.step_seconds:6.3f}  {row.waiting_seconds:9.3f}  {row.efficiency:10.0%}  "
         f"{rate:8.0f}  {memory:11.1f}{'' if memory <= room_gib else '  does not fit'}"
@@ -144,6 +160,11 @@ def _as_options(kind: str) -> str:
     if kind == "FSDP2":
         return "engine.kind=fsdp engine.zero_stage=null"
     return f"engine.kind=deepspeed engine.zero_stage={kind[-1]}"
+
+
+def _cluster(options: argparse.Namespace) -> tuple[int, Cluster]:
+    latency = _LATENCY if options.latency is None else options.latency
+    return parse_cluster(options.gpus or _GPUS, options.link or _LINK, latency)
 
 
 def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
@@ -165,64 +186,92 @@ def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
     return int(match[2]), cluster
 
 
-def measure_apart(options: argparse.Namespace) -> dict[str, float]:
-    """Measure steps in a process of its own, so that its memory is that of the steps alone."""
-    command = [sys.executable, "-m", "bigdet.plan", options.config, *options.overrides, "--measure"]
-    command += ["--phase", options.phase] if options.phase else []
-    logger.info("measuring %d steps on this device", _MEASURED_STEPS)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ValueError("the steps could not be measured (see above); or give --step-seconds.")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
-
-
-def measure(config: RunConfig, phase: str) -> dict[str, float]:
-    """Take a few steps of one micro-batch on this device.
-
-    Returns:
-        ``seconds`` of one, the peak memory and the room of the device, GiB.
-    """
-    distributed.start()
-    device = distributed.device()
+def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> None:
+    """Search the settings that fit, write them, and check one that was not tried if asked to."""
     settings = config.phases[phase]
-    train_set, _ = open_sets(config.data)
-    stream = open_train_stream(
-        train_set, config.data, settings,
-        name=phase, with_masks=has_masks(phase_model(config, phase)), seed=config.seed,
-        rank=0, world_size=1,
+    check_one_size(phase, settings)
+    sizes = read_numbers("--sizes", options.sizes or _SIZES)
+    batches = read_numbers("--batches", options.batches or _BATCHES)
+    checked = None if options.check is None else read_setting(options.check)
+    for size in [*sizes, *([checked.size] if checked else [])]:
+        words = overrides(phase, settings, Setting(size, batches[0]))
+        check_config(load_config(options.config, [*options.overrides, *words]))
+    gpus, shift_gib = 1, 0.0
+    if options.gpus is not None:
+        hosts, cluster = _cluster(options)
+        gpus = hosts * cluster.gpus_per_host
+        sizes_of_model = model_sizes(config, phase, open_sets(config.data)[0].num_classes)
+        work = Work(sizes_of_model, optimizer_tensors(settings), 0.0, 0.0, 1)
+        kind = "FSDP2" if config.engine.kind == "fsdp" else f"ZeRO-{config.engine.zero_stage}"
+        shift_gib = (state_bytes(kind, gpus, work) - state_bytes(kind, 1, work)) / GIB
+
+    def take(setting: Setting) -> Measured | None:
+        words = overrides(phase, settings, setting)
+        return run_trial([
+            options.config, *options.overrides, *words,
+            "--phase", phase, "--memory-gib", str(options.memory_gib),
+        ])  # fmt: skip
+
+    logger.info("phase %s: measuring settings (size x images per GPU) on this device", phase)
+    search = Search(sizes, batches, options.memory_gib, take, shift_gib)
+    search.run(options.trials or _TRIALS)
+    _write_boundary(search, phase, settings, gpus)
+    if checked is not None:
+        _check(search, checked)
+
+
+def _write_boundary(search: Search, phase: str, settings: PhaseConfig, gpus: int) -> None:
+    """Write the settings on the boundary: as a table to the log, as options to standard output."""
+    boundary = search.boundary()
+    if not boundary:
+        raise ValueError(
+            f"not even size {search.sizes[0]} with {search.batches[0]} images per GPU fits into "
+            f"{search.room_gib:g} GiB. Give smaller --sizes or --batches, "
+            f"engine.activation_checkpointing=true, engine.precision=bf16 or another engine."
+        )
+    logger.info(
+        "what fits into %g GiB%s, while no larger size or batch of the grid does:", search.room_gib,
+        f" of each of {gpus} GPUs" if gpus > 1 else "",
     )  # fmt: skip
-    batches = [batch.to(device) for batch in islice(stream, _WARM_STEPS + _MEASURED_STEPS)]
-    stream.close()
-    with tempfile.TemporaryDirectory() as folder:
-        # As if resumed: which weights it starts from changes nothing.
-        classes = [category.name for category in train_set.categories]
-        detector = build_for_phase(config, phase, classes, RunDir(Path(folder)), device, True)
-    whole = dataclasses.replace(
-        config.engine, kind="deepspeed", zero_stage=0, offload="none", clip_norm=None
-    )
-    make_optimizer = partial(optim.build_optimizer, phase=settings)
-    engine = build_engine(detector, make_optimizer, whole, 1, device, detector.units)
-    engine.set_lr(0.0)
-    seconds = []
-    for batch in batches:
-        started = time.perf_counter()
-        engine.train_step([batch])
-        seconds.append(time.perf_counter() - started)
-    room = _room_gib(device)
-    return {
-        "seconds": statistics.median(seconds[_WARM_STEPS:]),
-        "gib": peak_memory_gib(),
-        "room_gib": room,
-    }
+    logger.info("  size  images per GPU (most)    GiB  s per image  GPU hours per pass")
+    per_pass = next(iter(search.known().values())).images_per_pass
+    for one in boundary:
+        found = search.measured.get(one)
+        step = search.predicted_seconds(one) if found is None else found.seconds
+        seconds = step / one.images
+        logger.info(
+            "  %4d  %14d %6s  %5.2f  %11.4f  %18.3f  %s",
+            one.size, one.images, f"({search.most_images(one.size)})", search.memory_gib(one),
+            seconds, seconds * per_pass / 3600, "predicted" if found is None else "measured",
+        )  # fmt: skip
+    for one in boundary:
+        sys.stdout.write(" ".join(overrides(phase, settings, one)) + "\n")
+    sys.stdout.flush()
 
 
-def _room_gib(device: torch.device) -> float:
-    """Memory of a device, or of this host."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / _GIB
-    words = Path("/proc/meminfo").read_text(encoding="ascii").split()
-    return int(words[1]) * 1024 / _GIB
+def _check(search: Search, setting: Setting) -> None:
+    """Measure a setting, and compare it with what was predicted from the others.
+
+    Raises:
+        ValueError: the memory is off by more than a tenth.
+    """
+    tried = search.measured.pop(setting, None)
+    gib, seconds = search.predicted_gib(setting), search.predicted_seconds(setting)
+    found = tried or search.take(setting)
+    if found is None:
+        raise ValueError(f"--check {setting}: out of memory; {gib:.2f} GiB were predicted.")
+    measured_gib = found.gib + search.shift_gib
+    error = gib / measured_gib - 1
+    logger.info(
+        "check %s: memory predicted %.3f GiB, measured %.3f (%+.1f%%); seconds of a step "
+        "predicted %.3f, measured %.3f (%+.1f%%)", setting, gib, measured_gib, 100 * error,
+        seconds, found.seconds, 100 * (seconds / found.seconds - 1),
+    )  # fmt: skip
+    if abs(error) > _TOLERANCE:
+        raise ValueError(
+            f"--check {setting}: the predicted memory is off by {error:+.1%}, more than "
+            f"{_TOLERANCE:.0%}. Raise --trials, or give --sizes and --batches about {setting}."
+        )
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -234,16 +283,38 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("config", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
-    parser.add_argument("--gpus", default="8x16", help="GPUs per host x hosts; default 8x16")
-    parser.add_argument("--link", default="nvlink,400gb", help="inside, and between hosts per GPU")
-    parser.add_argument("--latency", type=float, default=1e-5, help="of a message, s; default 1e-5")
+    parser.add_argument("--gpus", help=f"GPUs per host x hosts; default {_GPUS}")
+    parser.add_argument("--link", help=f"inside, and between hosts per GPU; default {_LINK}")
+    parser.add_argument("--latency", type=float, help=f"of a message, s; default {_LATENCY}")
     parser.add_argument("--phase", help="default: the first")
     parser.add_argument("--step-seconds", type=float, help="of a micro-batch on one GPU")
     parser.add_argument("--gpu-memory-gib", type=float, help="default: of this device")
+    parser.add_argument("--memory-gib", type=float, help="which sizes and batches fit into this")
+    parser.add_argument("--sizes", help=f"resize.size to choose from; default {_SIZES}")
+    parser.add_argument("--batches", help=f"images per GPU to choose from; default {_BATCHES}")
+    parser.add_argument("--trials", type=int, help=f"settings to measure; default {_TRIALS}")
+    parser.add_argument("--check", help="measure this setting too, such as 384x6, and compare")
     parser.add_argument(
         "--measure", action="store_true", help="only measure steps here, and write JSON"
     )
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    with_memory, without = ("sizes", "batches", "trials", "check"), (
+        "link", "latency", "step_seconds", "gpu_memory_gib",
+    )  # fmt: skip
+    for name in with_memory if options.memory_gib is None else without:
+        if getattr(options, name) is not None:
+            option, word = (
+                f"--{name.replace('_', '-')}",
+                "with" if name in with_memory else "without",
+            )
+            raise ValueError(
+                f"{option}: only for a plan {word} --memory-gib. Leave one of them out."
+            )
+    if options.memory_gib is not None and not 0 < options.memory_gib < math.inf:
+        raise ValueError(f"--memory-gib: found {options.memory_gib}, expected a number above 0.")
+    if options.trials is not None and options.trials < 3:
+        raise ValueError(f"--trials: found {options.trials}, expected 3 or more.")
+    return options
 
 
 if __name__ == "__main__":

@@ -32,16 +32,18 @@ def explained(trainer: PhaseTrainer) -> Iterator[None]:
         yield
     except RuntimeError as error:
         where = trainer.run.watchdog.where
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise StepError(_out_of_memory(trainer, where)) from error
         if lost := distributed.lost_peer(error):
             raise StepError(f"{where}: {lost}") from error
         raise
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Tell whether a device, or the host as one, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
 
 
 def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:

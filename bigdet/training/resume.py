@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import shutil
 from collections.abc import Mapping
@@ -202,7 +203,7 @@ def settle_config(
         train_set: what a pass goes through; None leaves lengths in passes as they are.
     """
     world_size = distributed.world_size()
-    before = None if saved is None else parse_config(saved.run["config"], f"{folder}")
+    before = None if saved is None else _config_of(saved.run["config"])
     phases = {}
     for name, phase in config.phases.items():
         images_per_step = phase.images_per_step
@@ -263,7 +264,7 @@ def note_changes(
     """
     name, ranks = state.phase, distributed.world_size()
     now = config.phases[name]
-    before = parse_config(saved.run["config"], "the checkpoint").phases[name]
+    before = _config_of(saved.run["config"]).phases[name]
     if state.ranks not in (0, ranks):
         logger.info(
             "%d ranks instead of %d: each runs %g micro-batches of %d per step instead of %g; "
@@ -309,6 +310,12 @@ def _any_stream(
     )  # fmt: skip
 
 
+@functools.cache  # a second of a resumed start for each time
+def _config_of(text: str) -> RunConfig:
+    """Return the config that a checkpoint was written with."""
+    return parse_config(text, "the config of the checkpoint")
+
+
 def begin(
     config: RunConfig, run_dir: RunDir, train_set: ShardSet, saved: Checkpoint | None
 ) -> tuple[RunState, MetricsWriter | None]:
@@ -322,7 +329,7 @@ def begin(
     else:
         state = RunState.from_json(saved.run["run"])
         note_changes(config, train_set, saved, state)
-        if is_fork(config, parse_config(saved.run["config"], "resume")):
+        if is_fork(config, _config_of(saved.run["config"])):
             state.best_ap = state.best_checkpoint = None  # it stays with the other run
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():

@@ -72,8 +72,8 @@ def main() -> None:
         make_shapes(folder / "val", split="val", images=8)
         words = arguments(folder, folder, *WIDE)
         sizes = model_sizes(load_config(words[0], words[1:]), "pretrain", num_classes=3)
-        alone = measured_step(folder, 1, 0)
         for ranks in options.ranks:
+            alone = measured_step(folder, 1, 0)  # each time: the speed of a shared machine drifts
             links = measured_links(folder, ranks) if ranks > 1 else Cluster(1, 1.0, 1.0, 0.0)
             for stage in options.stages:
                 work = Work(sizes, 2, alone * max(1, ranks / cores), 0.0, 1)

@@ -3,15 +3,58 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from bigdet.plan import parse_arguments
 from tests.commands.runs import ROOT, arguments
 
 
-def test_plan_measures_and_recommends(tmp_path: Path, shapes_shards: Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "bigdet.plan", *arguments(tmp_path / "none", shapes_shards),
-         "--gpus", "8x4", "--link", "pcie4,100gb"],
+def plan(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bigdet.plan", *words],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def test_plan_writes_the_options_of_what_fits(tmp_path: Path, shapes_shards: Path):
+    words = arguments(tmp_path / "none", shapes_shards, "data.workers=0")
+    done = plan(
+        *words, "--memory-gib", "64", "--sizes", "64", "--batches", "2,4", "--check", "64x4"
+    )
+    assert done.returncode == 0, done.stderr
+    # 4 lanes of 2 become 4 of 4, at twice the rate.
+    assert done.stdout.splitlines() == [
+        "phases.pretrain.resize.size=64 phases.pretrain.images_per_gpu=4 "
+        "phases.pretrain.images_per_step=16 phases.pretrain.reference_images_per_step=8"
+    ]
+    assert re.search(r" 64 +4 +\(\d+\) +\d+\.\d+ .* measured", done.stderr)
+    assert re.search(r"check 64x4: memory predicted \d\.\d+ GiB, measured \d\.\d+", done.stderr)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_trial_that_runs_out_of_memory_is_an_answer(tmp_path: Path, shapes_shards: Path):
+    words = arguments(tmp_path / "none", shapes_shards, "data.workers=0")
+    done = plan(*words, "--memory-gib", "0.1", "--sizes", "2560", "--batches", "4")
+    assert done.returncode == 1
+    assert "2560x4: out of memory" in done.stderr
+    assert "not even size 2560 with 4 images per GPU fits into 0.1 GiB" in done.stderr
+    assert done.stdout == ""
+
+
+def test_options_that_would_say_nothing_are_refused():
+    for words, message in [
+        (["--sizes", "64"], "--sizes: only for a plan with --memory-gib"),
+        (["--memory-gib", "8", "--link", "a,b"], "--link: only for a plan without --memory-gib"),
+        (["--memory-gib", "0"], "--memory-gib: found 0.0"),
+        (["--memory-gib", "8", "--trials", "2"], "--trials: found 2, expected 3 or more"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse_arguments(["config.yaml", *words])
+
+
+def test_plan_measures_and_recommends(tmp_path: Path, shapes_shards: Path):
+    words = arguments(tmp_path / "none", shapes_shards)
+    done = plan(*words, "--gpus", "8x4", "--link", "pcie4,100gb")
     assert done.returncode == 0, done.stderr
     took = re.search(r"micro-batch of 2 images takes (\d+\.\d+) s", done.stderr)
     assert took is not None, done.stderr

@@ -1,0 +1,162 @@
+"""A few real steps on this device, in a process of their own: their seconds and peak memory.
+
+The process is ``python -m bigdet.plan ... --measure``, so that its memory is that of the steps
+alone, and running out of memory ends nothing but the trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from bigdet import distributed
+from bigdet.config.derived import has_keypoints, has_masks, phase_model
+from bigdet.config.schema import EngineConfig, RunConfig
+from bigdet.data.mix import open_sets
+from bigdet.data.stream import open_train_stream
+from bigdet.engine.build import build_engine
+from bigdet.run_dir import RunDir
+from bigdet.training import optim
+from bigdet.training.failures import is_out_of_memory
+from bigdet.training.metrics import peak_memory_gib
+from bigdet.training.phases import build_for_phase
+
+GIB = 1 << 30
+WARM_STEPS = 2
+MEASURED_STEPS = 5
+_HARD_LIMIT = 2.0
+"""On CPUs a trial may have so many times the asked memory: more could take down others."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a few steps took.
+
+    Attributes:
+        seconds: median of a step of one micro-batch.
+        gib: peak memory of the GPU, or of the process on a CPU; 0 where it is not known.
+        room_gib: memory of the device.
+        images_per_pass: training images that one pass shows.
+    """
+
+    seconds: float
+    gib: float
+    room_gib: float
+    images_per_pass: int
+
+
+def run_trial(words: Sequence[str]) -> Measured | None:
+    """Measure steps in a process of its own.
+
+    Args:
+        words: of the command line of ``bigdet.plan``: config, options to change, phase.
+
+    Returns:
+        What was measured; None when the memory was full.
+
+    Raises:
+        ValueError: the steps failed in another way, which the process has told.
+    """
+    command = [sys.executable, "-m", "bigdet.plan", *words, "--measure"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == -signal.SIGKILL:  # Linux ends whoever takes the last memory of the host
+        return None
+    if done.returncode:
+        raise ValueError(
+            "the steps could not be measured (see above). A plan of --gpus alone can do without, "
+            "with --step-seconds."
+        )
+    found = json.loads(done.stdout.splitlines()[-1])
+    return None if found is None else Measured(**found)
+
+
+def write_trial(config: RunConfig, phase: str, memory_gib: float | None) -> None:
+    """Measure here, and write what ``run_trial`` reads.
+
+    Args:
+        config: of the run.
+        phase: its name.
+        memory_gib: that the steps should fit into, with the engine of the config. None: with an
+            engine that shards nothing, in whatever memory there is.
+    """
+    distributed.start()
+    logging.getLogger("bigdet").setLevel(logging.WARNING)  # of a run: nothing to say in a trial
+    engine = dataclasses.replace(
+        config.engine, kind="deepspeed", zero_stage=0, offload="none", clip_norm=None
+    )
+    if memory_gib is not None:
+        engine = config.engine
+        if distributed.device().type == "cpu":
+            _limit_memory(_HARD_LIMIT * memory_gib)
+    try:
+        found = dataclasses.asdict(_measure(config, phase, engine))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = None
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Measured:
+    """Take a few steps of one micro-batch on this device."""
+    device = distributed.device()
+    settings = config.phases[phase]
+    train_set, _ = open_sets(config.data)
+    model = phase_model(config, phase)
+    stream = open_train_stream(
+        train_set, config.data, dataclasses.replace(settings, images_per_step=None),
+        name=phase, with_masks=has_masks(model), with_keypoints=has_keypoints(model),
+        seed=config.seed, rank=0, world_size=1,
+    )  # fmt: skip
+    batches = list(islice(stream, WARM_STEPS + MEASURED_STEPS))
+    stream.close()  # its processes would take part of the measured seconds
+    with tempfile.TemporaryDirectory() as folder:
+        # As if resumed: which weights it starts from changes nothing.
+        classes = [category.name for category in train_set.categories]
+        detector = build_for_phase(config, phase, classes, RunDir(Path(folder)), device, True)
+    make_optimizer = partial(optim.build_optimizer, phase=settings)
+    engine = build_engine(detector, make_optimizer, engine_config, 1, device, detector.units)
+    engine.set_lr(0.0)
+    seconds = []
+    for batch in batches:
+        on_device = batch.to(device)
+        started = time.perf_counter()
+        engine.train_step([on_device])
+        seconds.append(time.perf_counter() - started)
+    return Measured(
+        seconds=statistics.median(seconds[WARM_STEPS:]),
+        gib=peak_memory_gib(),
+        room_gib=_room_gib(device),
+        images_per_pass=stream.steps_per_pass * settings.images_per_gpu,
+    )
+
+
+def _room_gib(device: torch.device) -> float:
+    """Memory of a device, or of this host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    words = Path("/proc/meminfo").read_text(encoding="ascii").split()
+    return int(words[1]) * 1024 / GIB
+
+
+def _limit_memory(gib: float) -> None:
+    """Let this process have so much more memory; to ask for more is an error then."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    now = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+    limit = now + int(gib * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
