@@ -14,7 +14,7 @@ LEVELS = {
     "evaluation": 4,
     "training": 5,
     "reporting": 5,
-    "commands": 6, "doctor": 6, "planning": 6, "inputs": 6,
+    "commands": 6, "doctor": 6, "planning": 6, "inputs": 6, "exporting": 6,
     "train": 7, "evaluate": 7, "predict": 7, "plan": 7, "sweep": 7,
 }  # fmt: skip
 
