@@ -196,9 +196,9 @@ def compare(detector: Detector, exported: Exported, batch: Batch) -> Differences
         is_valid = outputs[3][number]
         theirs = [output[number][is_valid] for output in outputs]
         ours = [found.boxes.numpy(), found.scores.numpy(), found.labels.numpy()]
-        is_full = max(len(ours[0]), len(theirs[0])) == settings.detections_per_image
-        lowest = [scores.min() for scores in (ours[1], theirs[1]) if len(scores)]
-        cut = max([settings.score_threshold, *(lowest if is_full else [])]) + TOLERANCES.score
+        most = settings.detections_per_image
+        full = [scores.min() for scores in (ours[1], theirs[1]) if len(scores) == most]
+        cut = max([settings.score_threshold, *full]) + TOLERANCES.score
         pairs = _pairs(ours, theirs)
         left = set(range(len(theirs[0]))) - {theirs_row for _, theirs_row in pairs}
         alone = set(range(len(ours[0]))) - {ours_row for ours_row, _ in pairs}
@@ -209,8 +209,8 @@ def compare(detector: Detector, exported: Exported, batch: Batch) -> Differences
         total = total.joined(
             Differences(
                 detections=len(ours[0]),
-                unmatched=sum(ours[1][row] > cut for row in alone)
-                + sum(theirs[1][row] > cut for row in left),
+                unmatched=sum(bool(ours[1][row] > cut) for row in alone)
+                + sum(bool(theirs[1][row] > cut) for row in left),
                 box=float(np.abs(ours[0][rows] - theirs[0][columns]).max(initial=0.0)),
                 score=float(np.abs(ours[1][rows] - theirs[1][columns]).max(initial=0.0)),
                 mask=masks,

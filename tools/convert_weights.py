@@ -39,10 +39,17 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     directions = parser.add_subparsers(dest="direction", required=True)
-    there = directions.add_parser("to-torchvision", help="from a run, checkpoint or safetensors")
+    there = directions.add_parser(
+        "to-torchvision", help="from a run, checkpoint or safetensors",
+        epilog="example: python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth",
+    )  # fmt: skip
     there.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     there.add_argument("out", type=Path, help=".pth or .safetensors")
-    back = directions.add_parser("from-torchvision", help="to a model.safetensors of bigdet")
+    back = directions.add_parser(
+        "from-torchvision", help="to a model.safetensors of bigdet",
+        epilog="example: python tools/convert_weights.py from-torchvision mask_rcnn.pth "
+        "runs/x/config.yaml --categories data/train/manifest.json --out model.safetensors",
+    )  # fmt: skip
     back.add_argument("weights", type=Path, help="state_dict as .pth or .safetensors")
     back.add_argument("config", type=Path, help="of a run with this model")
     back.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
