@@ -220,6 +220,7 @@ class _LabelWriter:
             (x0, y0 - height), (x0, y1), (x0, y0), (x0, y1 - height),
             (x1 - width, y0 - height), (x1 - width, y1), (x1, y0), (x0 - width, y0),
             (x1, y1 - height), (x0 - width, y1 - height),
+            (x1, y0 - height), (x0 - width, y0 - height), (x1, y1), (x0 - width, y1),
         ]  # fmt: skip
         places = []
         for x, y in corners:

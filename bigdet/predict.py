@@ -1,10 +1,17 @@
 """Detect objects in pictures: drawn copies and ``detections.json``.
 
     python -m bigdet.predict runs/quickstart photo.jpg holiday/ --out detected
-    python -m bigdet.predict runs/x/model.safetensors holiday/ --out detected --score 0.3
+    python -m bigdet.predict runs/x/model.safetensors "holiday/**/*.jpg" --out detected --score 0.3
+    python -m bigdet.predict runs/x data/mine/val --out detected --batch 8 --no-pictures
 
-``detections.json`` is in the COCO results format, with the file name beside a running number as
-``image_id``; it has every detection that the model reports, the pictures those from --score on.
+Images are files, folders, globs (quoted, so that the shell leaves them whole) or one shard set.
+Pictures are turned as their EXIF says, and boxes are those of the turned picture; images of a shard
+set are taken as they are stored, as its own boxes are. ``detections.json`` is in the COCO results
+format; ``image_id`` is the data set's, or the number of the file, whose name stands beside it. It
+has every detection that the model reports, the pictures those from --score on.
+
+Images whose canvas has the same size go through the model together, up to --batch of them. One that
+cannot be read is named and left out; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -12,148 +19,188 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.drawing import draw_detections
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.predict import coco_results
+from bigdet.inputs import Input, list_inputs
 from bigdet.log import setup_logging
-from bigdet.models.detector import Detector
+from bigdet.models.detector import Detector, canvas_size
 from bigdet.models.weights import load_detector
+from bigdet.ops.resize import test_size
+from bigdet.structures import Detections
 
 logger = logging.getLogger("bigdet.predict")  # __name__ is __main__ here
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-"""Files of a folder that are taken for pictures; a file given by name may have any."""
+NUM_THREADS = 4  # read and draw beside the model
 
 
 def main(arguments: Sequence[str]) -> int:
     """Detect, draw and write; return the exit code."""
     options = parse_arguments(arguments)
     setup_logging(rank=0)
-    paths = find_images(options.images)
-    check_output(options.out, paths)
-    detector = load_detector(options.model).to(distributed.device())
     if not 0 <= options.score <= 1:
         raise ValueError(f"--score: found {options.score}, expected a score in [0, 1].")
+    if options.batch < 1:
+        raise ValueError(f"--batch: found {options.batch}, expected 1 or more.")
+    device = choose_device(options.device)
+    inputs, num_bad = list_inputs(options.images)
+    if not inputs:
+        raise ValueError(f"there is no image to detect objects on: {num_bad} were left out.")
+    check_output(options.out, inputs)
+    detector = load_detector(options.model).to(device)
     options.out.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    broken = 0
-    for number, (path, name) in enumerate(zip(paths, picture_names(paths), strict=True), start=1):
-        try:
-            image = load_image(path)
-        except ValueError as error:
-            broken += 1
-            logger.error("%s: %s; left out", path, error)
-            continue
-        found = predict_image(detector, image, number, path, options.score, options.out / name)
-        shown = sum(result["score"] >= options.score for result in found)
-        logger.info("%d of %d: %s: %d objects", number, len(paths), path, shown)
-        results += found
+    results, num_done = detect_all(detector, inputs, options)
+    num_bad += len(inputs) - num_done
+    results.sort(key=lambda result: int(result["image_id"]))
     (options.out / "detections.json").write_text(json.dumps(results), encoding="utf-8")
-    logger.info("%d pictures and detections.json are in %s", len(paths) - broken, options.out)
-    if broken:
+    logger.info("%s has the detections of %d images", options.out, num_done)
+    if num_bad:
         raise ValueError(
-            f"{broken} of {len(paths)} images could not be read (the log names each); the other "
-            f"{len(paths) - broken} are in {options.out}. Repair them, or leave them out."
+            f"{num_bad} of {num_done + num_bad} images could not be read (the log names each); the "
+            f"other {num_done} are in {options.out}. Repair them, or leave them out."
         )
     return 0
 
 
-def predict_image(
-    detector: Detector,
-    image: NDArray[np.uint8],
-    number: int,
-    path: Path,
-    score_threshold: float,
-    picture: Path,
-) -> list[Result]:
-    """Detect the objects on one image, write the drawn picture, and return the COCO results.
+def detect_all(
+    detector: Detector, inputs: Sequence[Input], options: argparse.Namespace
+) -> tuple[list[Result], int]:
+    """Detect the objects on all images that can be read, and draw them.
 
-    Args:
-        detector: on any device.
-        image: ``(H, W, 3)`` uint8 RGB.
-        number: stands for an image id in the results.
-        path: of the image, for the results.
-        score_threshold: of the drawn detections.
-        picture: the file to write.
+    Returns:
+        The COCO results, and how many images there were.
     """
-    pixels = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
-    detections = detector.predict([pixels])[0].to(torch.device("cpu"))
-    drawn = draw_detections(image, detections, detector.categories, score_threshold)
-    drawn.save(picture, quality=90)
-    ids = [category["id"] for category in detector.categories]
-    size = (image.shape[0], image.shape[1])
-    found = coco_results(detections, number, size, ids)
-    return [result | {"file_name": str(path)} for result in found]
+    results: list[Result] = []
+    num_done = 0
+    batches = plan_batches(inputs, detector.test_size, options.batch)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        drawing: list[Future[None]] = []
+        for batch, readings in read_ahead(pool, batches):
+            images, pixels = collect(batch, readings)
+            found = predict_images(detector, pixels)
+            for future in drawing:  # of the batch before
+                future.result()
+            drawing = []
+            for image, shown, detections in zip(images, pixels, found, strict=True):
+                num_done += 1
+                count = int((detections.scores >= options.score).sum())
+                logger.info("%d of %d: %s: %d objects", num_done, len(inputs), image.name, count)
+                results += as_results(image, detections, detector)
+                if not options.no_pictures:
+                    path = options.out / f"{image.stem}.jpg"
+                    task = (path, shown, detections, detector.categories, options.score)
+                    drawing.append(pool.submit(write_picture, *task))
+        for future in drawing:
+            future.result()
+    return results, num_done
 
 
-def find_images(inputs: Sequence[Path]) -> list[Path]:
-    """Return the files that are meant: those given, and the pictures in the folders given."""
-    paths: list[Path] = []
-    for given in inputs:
-        if not given.exists():
-            raise ValueError(f"{given}: does not exist. Give pictures, or folders of pictures.")
-        if given.is_file():
-            paths.append(given)
-            continue
-        inside = sorted(path for path in given.iterdir() if path.suffix.lower() in SUFFIXES)
-        if not inside:
-            raise ValueError(
-                f"{given}: the folder holds no picture ({', '.join(sorted(SUFFIXES))}; folders in "
-                "it are not searched). Give the folder in which they lie."
-            )
-        paths += inside
-    return list(dict.fromkeys(paths))  # one given twice is done once
+def choose_device(name: str | None) -> torch.device:
+    """Return the device by its name, or the best there is."""
+    if name is None:
+        return distributed.device()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here. Leave it out, or give cpu.")
+    return torch.device(name)
 
 
-def check_output(out: Path, paths: Sequence[Path]) -> None:
+def check_output(out: Path, inputs: Sequence[Input]) -> None:
     """Raise ``ValueError`` where drawn pictures would replace the images themselves."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file. Give a folder for the pictures.")
-    for path in paths:
-        if path.resolve().parent == out.resolve():
+    for one in inputs:
+        if one.file_name is not None and Path(one.file_name).resolve().parent == out.resolve():
             raise ValueError(
-                f"--out {out}: {path} lies there and could be written over. Give another folder."
+                f"--out {out}: {one.file_name} lies there and could be written over. Give another "
+                f"folder."
             )
 
 
-def picture_names(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield a file name for each drawn picture; equal stems get a number."""
-    taken: set[str] = set()
-    for path in paths:
-        name, count = path.stem, 1
-        while name in taken:
-            count += 1
-            name = f"{path.stem}-{count}"
-        taken.add(name)
-        yield f"{name}.jpg"
+def plan_batches(
+    inputs: Iterable[Input], short_and_long: tuple[int, int], limit: int
+) -> list[list[Input]]:
+    """Cut the images into batches of equal canvases: what is found does not depend on the others.
 
-
-def load_image(path: Path) -> NDArray[np.uint8]:
-    """Return a picture as people see it: ``(H, W, 3)`` uint8 RGB, turned as EXIF says.
-
-    Transparency is dropped, 16 bits per channel become 8.
+    Args:
+        inputs: the images.
+        short_and_long: short side and longest long side at which the model sees them, pixels.
+        limit: images of a batch.
     """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits of gray, in whichever of Pillow's modes
-                gray = np.asarray(image).astype(np.float64) / 257.0  # 65535 becomes 255
-                image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
-            if "transparency" in image.info:  # straight to RGB, Pillow would warn
-                image = image.convert("RGBA")
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({error})") from error
+    by_canvas: dict[tuple[int, int], list[Input]] = {}
+    for one in inputs:
+        canvas = canvas_size([test_size(*one.size, *short_and_long)])
+        by_canvas.setdefault(canvas, []).append(one)
+    return [
+        group[first : first + limit]
+        for group in by_canvas.values()
+        for first in range(0, len(group), limit)
+    ]
+
+
+def read_ahead(
+    pool: ThreadPoolExecutor, batches: Iterable[list[Input]]
+) -> Iterator[tuple[list[Input], list[Future[NDArray[np.uint8]]]]]:
+    """Yield each batch with its images, while the pool reads those of the next one."""
+    waiting: deque[tuple[list[Input], list[Future[NDArray[np.uint8]]]]] = deque()
+    for batch in batches:
+        waiting.append((batch, [pool.submit(one.read) for one in batch]))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def collect(
+    batch: Sequence[Input], readings: Sequence[Future[NDArray[np.uint8]]]
+) -> tuple[list[Input], list[NDArray[np.uint8]]]:
+    """Return those images of a batch that could be read, and their pixels."""
+    images, pixels = [], []
+    for image, reading in zip(batch, readings, strict=True):
+        try:
+            pixels.append(reading.result())
+        except ValueError as error:
+            logger.error("%s: %s; left out", image.name, error)
+        else:
+            images.append(image)
+    return images, pixels
+
+
+def predict_images(detector: Detector, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+    """Detect the objects on images ``(H, W, 3)`` in one forward pass; results are on the CPU."""
+    if not images:
+        return []
+    return [found.to(torch.device("cpu")) for found in detector.predict(images)]
+
+
+def write_picture(
+    path: Path,
+    pixels: NDArray[np.uint8],
+    detections: Detections,
+    categories: Sequence[Mapping[str, Any]],
+    score: float,
+) -> None:
+    """Write the drawn picture of an image, with what has at least a score."""
+    draw_detections(pixels, detections, categories, score).save(path, quality=90)
+
+
+def as_results(image: Input, detections: Detections, detector: Detector) -> list[Result]:
+    """Return the detections of an image as COCO results."""
+    ids = [category["id"] for category in detector.categories]
+    found = coco_results(detections, image.image_id, image.size, ids)
+    if image.file_name is None:
+        return found
+    return [result | {"file_name": image.file_name} for result in found]
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -164,9 +211,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
-    parser.add_argument("images", type=Path, nargs="+", help="pictures or folders of pictures")
+    parser.add_argument("images", nargs="+", help="files, folders, globs, or one shard set")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (0.5)")
+    parser.add_argument("--batch", type=int, default=1, help="images in one forward pass (1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--no-pictures", action="store_true", help="write detections.json alone")
     return parser.parse_args(arguments)
 
 

@@ -3,6 +3,8 @@
     deepspeed --num_gpus 8 --module bigdet.train configs/swin_t_direct.yaml
     torchrun --nproc-per-node 8 -m bigdet.train configs/swin_t_direct.yaml seed=1
     python -m bigdet.train configs/quickstart.yaml
+    python -m bigdet.train configs/quickstart.yaml --doctor
+    python -m bigdet.train --options data.train
 
 Started again, the same command goes on from the newest checkpoint. Exit code 0: done; 1: an error
 that the message explains; 75: stopped on request (SIGTERM, SIGUSR1, or the file OUTPUT/stop), with
@@ -12,6 +14,7 @@ a checkpoint written: start it again.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +23,7 @@ from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
+from bigdet.config.describe import describe_options
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
@@ -131,6 +135,17 @@ def run_phase(run: Run) -> bool:
         engine.close()
 
 
+class ShowOptions(argparse.Action):
+    """Writes the options and ends, as --help does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _space: object, value: object, _word: object = None
+    ) -> None:
+        """Write those below the key, or all."""
+        sys.stdout.write(describe_options(str(value or "")))
+        parser.exit()
+
+
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; launchers add --local_rank, which the environment says too."""
     parser = argparse.ArgumentParser(
@@ -144,6 +159,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--doctor",
         action="store_true",
         help="check hosts, data, memory and collectives, then end",
+    )
+    parser.add_argument(
+        "--options",
+        action=ShowOptions,
+        nargs="?",
+        metavar="KEY",
+        help="list all options, or those below a key, with type, default and unit, then end",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -26,14 +26,21 @@ what it wants to know beside the config, ``run(config, arguments)`` returns the 
 
 def main(argv: Sequence[str]) -> int:
     """Measure the part that the arguments name and print what came out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("part", choices=PARTS, help="PART --help tells more")
     part = parser.parse_args(argv[:1]).part
     module = importlib.import_module(f"benchmark_{part}")  # each has heavy imports of its own
-    parser = argparse.ArgumentParser(prog=f"benchmark.py {part}", description=module.__doc__)
-    parser.add_argument("config", type=Path)
+    examples = [line for line in str(__doc__).splitlines() if f"benchmark.py {part} " in line]
+    parser = argparse.ArgumentParser(
+        prog=f"benchmark.py {part}",
+        description=module.__doc__,
+        epilog="\n".join(["examples:", *examples]),
+        formatter_class=raw,
+    )
+    parser.add_argument("config", type=Path, help="YAML file of an experiment")
     module.add_arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
     arguments = parser.parse_intermixed_args(argv[1:])
     config = load_config(arguments.config, arguments.overrides)
     print(json.dumps(module.run(config, arguments)))

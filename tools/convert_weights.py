@@ -69,11 +69,19 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     directions = parser.add_subparsers(dest="direction", required=True)
-    there = directions.add_parser("to-torchvision", help="from a run, checkpoint or safetensors")
+    there = directions.add_parser(
+        "to-torchvision", help="from a run, checkpoint or safetensors",
+        epilog="example: python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth",
+    )  # fmt: skip
     there.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     there.add_argument("out", type=Path, help=".pth or .safetensors")
     for source in ("torchvision", "detectron2", "mmdetection"):
-        add_source(directions.add_parser(f"from-{source}", help="to a model.safetensors"), source)
+        parser_of = directions.add_parser(
+            f"from-{source}", help="to a model.safetensors of bigdet",
+            epilog=f"example: python tools/convert_weights.py from-{source} mask_rcnn.pth "
+            "runs/x/config.yaml --categories data/train/manifest.json --out model.safetensors",
+        )  # fmt: skip
+        add_source(parser_of, source)
     options = parser.parse_args(argv)
     setup_logging(rank=0)
     num_tensors = export(options) if options.direction == "to-torchvision" else restore(options)

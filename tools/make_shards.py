@@ -139,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--size", type=_positive, default=128, help="long side, pixels")
     merge = sources.add_parser("merge", help="finish a set whose parts are all made")
     merge.add_argument("--out", required=True, help="folder with all of the parts")
+    for name, source in sources.choices.items():
+        source.formatter_class = argparse.RawDescriptionHelpFormatter
+        words = f"make_shards.py {name} "
+        examples = [f"    {line}" for line in str(__doc__).splitlines() if words in line]
+        source.epilog = "\n".join(["examples:", *examples])
     return parser
 
 

@@ -80,15 +80,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="The exact batch of any step of a phase.")
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--phase", required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML file of the experiment, or of a run")
+    parser.add_argument("--phase", required=True, help="its name in the config")
     parser.add_argument("--step", type=int, required=True, help="of the phase, from 1")
     parser.add_argument("--world", type=int, default=1, help="number of ranks; default 1")
     parser.add_argument("--rank", type=int, help="only this rank; default all of them")
     parser.add_argument("--ids", action="store_true", help="print image ids, draw nothing")
     parser.add_argument("--out", type=Path, help="default OUTPUT/pictures/batch-PHASE-STEP")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
     return parser
 
 

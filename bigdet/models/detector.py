@@ -16,6 +16,7 @@ from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.resize import resize_image, test_size
+from bigdet.pictures import Picture, to_pixels
 from bigdet.structures import Batch, Detections, Targets
 
 # RGB, 0..255, of ImageNet: what the published backbones were trained with.
@@ -177,25 +178,27 @@ class Detector(nn.Module):
         return pixels.mul_((lines & columns)[:, None])
 
     @torch.no_grad()
-    def predict(self, images: Sequence[Tensor]) -> list[Detections]:
+    def predict(self, images: Sequence[Picture]) -> list[Detections]:
         """Detect objects in images of any sizes, in one forward pass.
 
         Args:
-            images: ``(3, h, w)`` uint8 RGB each.
+            images: files, which are turned as their EXIF says, Pillow's images, or RGB as uint8
+                arrays ``(h, w, 3)`` or tensors ``(3, h, w)``.
 
         Returns:
-            Detections of each image, boxes in pixels of the image as given. The model is put into
-            evaluation mode for the call.
+            Detections of each image, boxes in pixels of the image as given, on the device of the
+            model. The model is put into evaluation mode for the call.
         """
+        pixels = [to_pixels(image) for image in images]
         was_training = self.training
         self.eval()
-        batch = collate_images(images, self.test_size).to(self.get_buffer("pixel_mean").device)
+        batch = collate_images(pixels, self.test_size).to(self.get_buffer("pixel_mean").device)
         found = self(batch)
         self.train(was_training)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
         return [
             scale_detections(one, size, (image.shape[1], image.shape[2]))
-            for one, size, image in zip(found, resized, images, strict=True)
+            for one, size, image in zip(found, resized, pixels, strict=True)
         ]
 
 
@@ -231,6 +234,15 @@ def scale_detections(
     return replace(found, boxes=boxes, keypoints=keypoints)
 
 
+def canvas_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return height and width of the canvas that holds images of these sizes, pixels."""
+    height, width = (
+        -(-max(size[axis] for size in sizes) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+        for axis in (0, 1)
+    )
+    return height, width
+
+
 def collate_images(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:
     """Resize images and put them on one canvas, without targets.
 
@@ -239,11 +251,7 @@ def collate_images(images: Sequence[Tensor], short_and_long: tuple[int, int]) ->
         short_and_long: short side and longest long side to reach, pixels.
     """
     sizes = [test_size(image.shape[1], image.shape[2], *short_and_long) for image in images]
-    height, width = (
-        -(-max(size[axis] for size in sizes) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
-        for axis in (0, 1)
-    )
-    canvas = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    canvas = torch.zeros(len(images), 3, *canvas_size(sizes), dtype=torch.uint8)
     canvas = canvas.to(memory_format=torch.channels_last)
     for place, image, size in zip(canvas, images, sizes, strict=True):
         place[:, : size[0], : size[1]] = resize_image(image, size)

@@ -83,6 +83,12 @@ def load_detector(path: str | Path) -> Detector:
         long side, pixels) as the run evaluated it.
     """
     file = find_weights(Path(path))
+    if file.suffix != ".safetensors":
+        raise ValueError(
+            f"{file}: found the ending {file.suffix!r}, expected the model.safetensors of a run, a "
+            f"checkpoint folder or a run folder. The file was not opened, so nothing in it was "
+            f"run; tools/convert_weights.py converts weights of torchvision."
+        )
     tensors, metadata = read_safetensors(file)
     if metadata.get("format") != FORMAT:
         raise ValueError(

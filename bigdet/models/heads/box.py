@@ -230,7 +230,7 @@ class BoxHead(Checkpointed):
         """
         labels, is_positive = regions.labels.flatten(), regions.is_positive.flatten()
         is_valid = regions.is_valid.flatten()
-        own_deltas = _deltas_of(deltas, labels.clamp(max=self.num_classes - 1))
+        own_deltas = deltas_of(deltas, labels.clamp(max=self.num_classes - 1))
         count = is_valid.sum()
         box_loss = masked_mean(self._box_losses(own_deltas, regions), is_positive, count)
         return {
@@ -267,7 +267,7 @@ class BoxHead(Checkpointed):
             The same regions in the same places; those that are left without an area, or not
             finite, are not valid.
         """
-        own_deltas = _deltas_of(deltas, logits[:, :-1].argmax(dim=1)).view_as(boxes)
+        own_deltas = deltas_of(deltas, logits[:, :-1].argmax(dim=1)).view_as(boxes)
         moved = clip_boxes(decode_deltas(own_deltas, boxes, self.delta_weights), image_sizes)
         is_valid = moved.isfinite().all(-1) & (moved[..., 2:] > moved[..., :2]).all(-1)
         return Proposals(torch.where(is_valid[..., None], moved, 0), is_valid)
@@ -293,7 +293,7 @@ class BoxHead(Checkpointed):
         images, regions, labels = is_candidate.nonzero(as_tuple=True)
         scores = probabilities[images, regions, labels]
         boxes = decode_deltas(
-            _deltas_of(deltas[images * num_proposals + regions], labels),
+            deltas_of(deltas[images * num_proposals + regions], labels),
             proposals.boxes[images, regions],
             self.delta_weights,
         )
@@ -302,7 +302,7 @@ class BoxHead(Checkpointed):
         )
 
 
-def _deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
+def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
     """Give the deltas ``(N, 4)`` of the labels' classes out of ``(N, D, 4)``."""
     if deltas.shape[1] == 1:
         return deltas[:, 0]

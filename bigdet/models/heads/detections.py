@@ -38,6 +38,10 @@ class TestSettings(Protocol):
     """The options that every detector has for its detections."""
 
     @property
+    def score_threshold(self) -> float:
+        """Detections with a lower score are not reported."""
+
+    @property
     def nms_iou(self) -> float:
         """Detections of one class that overlap a better one by more than this are dropped."""
 

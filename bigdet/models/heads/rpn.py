@@ -20,7 +20,7 @@ from bigdet.models.conventions import Conventions
 from bigdet.models.losses import at_least_fp32, binary_losses, delta_losses, masked_mean
 from bigdet.models.norms import conv_norm
 from bigdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas
-from bigdet.ops.nms import grouped_nms
+from bigdet.ops.nms import GroupedNms, grouped_nms
 
 POSITIVE_FRACTION = 0.5
 MIN_SIDE = 1e-3  # proposals of less than this many pixels are dropped
@@ -123,7 +123,12 @@ class RegionProposals(nn.Module):
         )
 
     @torch.no_grad()
-    def propose(self, predictions: AnchorPredictions, image_sizes: Tensor) -> Proposals:
+    def propose(
+        self,
+        predictions: AnchorPredictions,
+        image_sizes: Tensor,
+        suppress: GroupedNms = grouped_nms,
+    ) -> Proposals:
         """Turn the best anchors of each level into proposals, without near duplicates.
 
         Predictions that are not finite are left out, so that one bad value costs one anchor.
@@ -131,6 +136,7 @@ class RegionProposals(nn.Module):
         Args:
             predictions: of B images.
             image_sizes: ``(B, 2)`` height, width.
+            suppress: tells which boxes stay; another one in an exported model.
         """
         config = self.config
         limit = config.train_proposals if self.training else config.test_proposals
@@ -153,7 +159,7 @@ class RegionProposals(nn.Module):
         images = torch.arange(len(boxes), device=boxes.device)[:, None]
         num_levels = len(predictions.counts)
         groups = images * num_levels + torch.cat(levels, dim=1)
-        kept = grouped_nms(
+        kept = suppress(
             boxes.flatten(0, 1),
             scores.flatten(),
             groups.flatten(),

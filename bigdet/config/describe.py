@@ -1,0 +1,154 @@
+"""Every option as text: its key, type and default, and the docstring below it in the schema."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Union
+
+from omegaconf import MISSING
+
+from bigdet.config import schema
+from bigdet.config.load import ConfigError
+
+WIDTH = 100  # of the text, characters
+INDENT = "    "
+ANY_NAME = "NAME"  # stands for a phase's
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, or a section of them.
+
+    Attributes:
+        key: in full, with ``NAME`` for the name of a phase.
+        kind: its type, as one would write it; empty for a section.
+        default: as YAML has it; empty where there is none, and for a section.
+        text: what it is, with its unit.
+    """
+
+    key: str
+    kind: str
+    default: str
+    text: str
+
+
+def list_options(section: type = schema.RunConfig, prefix: str = "") -> Iterator[Option]:
+    """Yield the options of a section of the schema, sections before what is in them."""
+    hints = typing.get_type_hints(section)
+    texts = _docstrings(section)
+    for field in dataclasses.fields(section):
+        key, hint = prefix + field.name, hints[field.name]
+        inner, is_optional = _section_in(hint)
+        if inner is None:
+            yield Option(key, _kind(hint), _default(field), texts[field.name])
+            continue
+        if typing.get_origin(hint) is dict:
+            key = f"{key}.{ANY_NAME}"
+        default = "null" if is_optional else ""
+        yield Option(key, "", default, texts[field.name])
+        yield from list_options(inner, f"{key}.")
+
+
+def describe_options(prefix: str = "") -> str:
+    """Return the options as text, those whose key begins with a prefix.
+
+    Args:
+        prefix: whole words of a key, such as ``data.train``; a phase is ``NAME`` or any name.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    options = list(list_options())
+    wanted = prefix.split(".") if prefix else []
+    if wanted[:1] == ["phases"] and len(wanted) > 1:
+        wanted[1] = ANY_NAME
+    chosen = [option for option in options if option.key.split(".")[: len(wanted)] == wanted]
+    if not chosen:
+        near = difflib.get_close_matches(prefix, [option.key for option in options], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"--options {prefix}: there is no such option or section.{hint}")
+    return "\n".join(_lines(option) for option in chosen) + "\n"
+
+
+def _lines(option: Option) -> str:
+    """Return an option as lines: key, type and default, and below it the text."""
+    head = option.key
+    if option.kind:
+        head += f": {option.kind} = {option.default}" if option.default else f": {option.kind}"
+        head += "" if option.default else " (must be given)"
+    else:
+        head += ":" if not option.default else ": (a section) = null"
+    lines = textwrap.wrap(head, WIDTH, subsequent_indent=2 * INDENT)
+    lines += textwrap.wrap(option.text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
+    return "\n".join(lines)
+
+
+def _section_in(hint: Any) -> tuple[type | None, bool]:
+    """Return the section that a type stands for, if it does, and whether null may be in its place.
+
+    ``dict[str, Section]`` stands for the section too.
+    """
+    choices = typing.get_args(hint)
+    for choice in (hint, *choices):
+        if isinstance(choice, type) and dataclasses.is_dataclass(choice):
+            return choice, type(None) in choices
+    return None, False
+
+
+def _kind(hint: Any) -> str:
+    """Return a type as one would write it; the values themselves of a choice."""
+    if hint is type(None):
+        return "null"
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin in (types.UnionType, Union):
+        return " | ".join(map(_kind, inner))
+    if origin in (list, tuple):
+        return f"[{', '.join(map(_kind, inner))}{', ...' if origin is list else ''}]"
+    return str(hint.__name__)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """Return the default of an option as YAML has it, empty where there is none."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    if value is MISSING or value == MISSING:
+        return ""
+    return _as_yaml(value)
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    return str(value)
+
+
+@cache
+def _docstrings(section: type) -> dict[str, str]:
+    """Return the docstring below each option of a section: Python itself does not keep them."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
+    body = tree.body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for node, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            assert isinstance(below, ast.Expr)
+            assert isinstance(below.value, ast.Constant)
+            words = str(below.value.value).replace("None:", "null:").split()  # as YAML has it
+            texts[node.target.id] = " ".join(words)
+    return texts
