@@ -45,6 +45,15 @@ class RunDir:
         """Drawn batches and detections."""
         return self.root / "pictures"
 
+    def picture_list(self, phase: str) -> Path:
+        """What the pictures of a phase show: a JSON list."""
+        return self.pictures / f"{phase}.json"
+
+    @property
+    def environment(self) -> Path:
+        """What each start of the run ran on: a JSON list."""
+        return self.root / "environment.json"
+
     @property
     def weights(self) -> Path:
         """The final weights in fp32, with config and categories in the metadata."""

@@ -15,7 +15,7 @@ LEVELS = {
     "training": 5,
     "reporting": 5,
     "commands": 6, "doctor": 6, "planning": 6,
-    "train": 7, "evaluate": 7, "predict": 7, "plan": 7, "sweep": 7,
+    "train": 7, "evaluate": 7, "predict": 7, "plan": 7, "sweep": 7, "report": 7,
 }  # fmt: skip
 
 
