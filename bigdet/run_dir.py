@@ -41,6 +41,11 @@ class RunDir:
         return self.root / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """What Weights & Biases keeps here; its file ``id`` names the run."""
+        return self.root / "wandb"
+
+    @property
     def pictures(self) -> Path:
         """Drawn batches and detections."""
         return self.root / "pictures"
