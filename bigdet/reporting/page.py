@@ -63,7 +63,10 @@ def table_html(table: Table) -> str:
     if not table.rows:
         return ""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in table.rows)
+    rows = "".join(
+        f"<tr>{_breakable(_cell(name))}{''.join(map(_cell, cells))}</tr>\n"
+        for name, *cells in table.rows
+    )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>'
         f"</div>\n"
@@ -120,6 +123,11 @@ def _card(figure: Figure) -> str:
 def _cell(text: str) -> str:
     style = ' class="long"' if len(text) > LONG_CELL else ""
     return f"<td{style}>{html.escape(text)}</td>"
+
+
+def _breakable(cell: str) -> str:
+    """Let the name of an option be broken behind its dots and dashes."""
+    return cell.replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _script_json(value: Any) -> str:
