@@ -74,7 +74,7 @@ def test_a_run_leaves_what_is_promised(whole: Path, shapes_shards: Path):
         assert tag in events.read_bytes()
     (start,) = json.loads((whole / "environment.json").read_text())
     assert start["ranks"] == 1
-    assert start["torch"] == torch.__version__
+    assert torch.__version__.startswith(start["torch"])
 
 
 def test_frozen_stages_and_fixed_statistics_stay_as_pretraining_left_them(whole: Path):
