@@ -29,8 +29,9 @@ from bigdet.config.schema import RunConfig
 from bigdet.data.shard_writer import ShardWriter
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import open_train_stream
-from bigdet.evaluation.coco_metrics import evaluate_detections, evaluation_kinds, metrics_table
+from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.predict import predict_split
+from bigdet.evaluation.scoring import evaluate_detections, metrics_table
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import update_running_statistics
@@ -43,7 +44,7 @@ NAME = "overfit"
 CONFIG = """
 output: nowhere
 data: {train: {shards: nowhere}, val: {shards: nowhere}, workers: 0}
-model: {backbone: resnet18, norm: gn, width: 64, fc_width: 256}
+model: {backbone: resnet18, norm: gn, width: 64}
 phases:
   overfit:
     steps: 600
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         options.append("model.retina.anchor_sizes=[16,32,64,96,128]")
     else:
         options += [
+            "model.fc_width=256",
             "model.rpn.anchor_sizes=[16,32,64,96,128]",
             "model.rpn.train_proposals=200",
             "model.rpn.test_proposals=100",
@@ -146,7 +148,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
         if step % every and step != phase.steps:
             continue
         metrics = measure(detector, shards, config, device)
-        reached = {kind: values["AP50"] for kind, values in metrics.items() if kind != "per_class"}
+        reached = {kind: metrics[kind]["AP50"] for kind in KIND_NAMES if kind in metrics}
         shown = ", ".join(f"{kind} AP50 {ap50:.3f}" for kind, ap50 in reached.items())
         print(
             f"step {step}: loss {total.item():.3f}, {shown}, {training_seconds:.0f} s", flush=True

@@ -24,7 +24,7 @@ import orjson
 from numpy.typing import NDArray
 
 from bigdet.evaluation.ground_truth import GroundTruth
-from bigdet.evaluation.run_lengths import are_masks, mask_areas
+from bigdet.evaluation.run_lengths import mask_areas
 
 Kind = Literal["bbox", "segm", "keypoints"]
 Result = dict[str, Any]  # one detection in the COCO results format
@@ -108,7 +108,8 @@ def read_detections(
         ResultsError: the first detection that has something missing or wrong.
     """
     reader = _Reader(truth, kinds, where)
-    parts = [reader.read(chunk) for chunk in _chunks(results)] or [reader.read([])]
+    with without_collector():
+        parts = [reader.read(chunk) for chunk in _chunks(results)] or [reader.read([])]
     return DetectionTable(
         images=np.concatenate([part.images for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
@@ -172,11 +173,8 @@ class _Reader:
             found = [r["segmentation"] for r in chunk]
             masks = [_ascii(mask["counts"]) for mask in found]
             sizes = _integers([mask["size"] for mask in found]).reshape(count, 2)
-            areas = mask_areas(masks)
-            if (
-                not are_masks(masks, areas, self._num_pixels[images]).all()
-                or (sizes != self._truth.sizes[images]).any()
-            ):
+            areas, is_mask = mask_areas(masks, self._num_pixels[images])
+            if not is_mask.all() or (sizes != self._truth.sizes[images]).any():
                 raise ValueError("not a mask of the image")
         return DetectionTable(images, labels, scores, boxes, masks, areas, keypoints)
 
@@ -236,7 +234,7 @@ class _Reader:
                 f"width {size}. Give masks of the original images."
             )
         text = _ascii(mask["counts"], "replace")
-        if not are_masks([text], mask_areas([text]), self._num_pixels[[place]]).all():
+        if not mask_areas([text], self._num_pixels[[place]])[1].all():
             return f"the counts of the mask do not make an image of {size[0]} x {size[1]} pixels."
         return ""
 

@@ -89,21 +89,41 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
             points += [a.get("keypoints", none) for a in annotations]
     count = len(objects)
     sizes = np.stack([shards.index["height"][order], shards.index["width"][order]], axis=1)
+    image_of_object = np.array(images, dtype=np.int64)
+    areas = _checked_areas(shards, masks, image_of_object, sizes.astype(np.int64), order)
     return GroundTruth(
         address=shards.address,
         categories=shards.categories,
         image_ids=shards.index["image_id"][order].astype(np.int64),
         sizes=sizes.astype(np.int64),
-        images=np.array(images, dtype=np.int64),
+        images=image_of_object,
         labels=np.array([o["label"] for o in objects], dtype=np.int64),
         boxes=np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(count, 4),
         areas=np.array([o["area"] for o in objects], dtype=np.float64),
         is_crowd=np.array([o["iscrowd"] for o in objects], dtype=np.bool_),
         masks=masks,
-        mask_areas=mask_areas(masks),
+        mask_areas=areas,
         has_mask=np.array(has_mask, dtype=np.bool_),
         keypoints=np.array(points, dtype=np.float64).reshape(count, num_points, 3),
     )
+
+
+def _checked_areas(
+    shards: ShardSet,
+    masks: list[bytes],
+    images: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    order: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Return the areas of all masks; ``ValueError`` for the first that is none."""
+    areas, are_masks = mask_areas(masks, sizes.prod(axis=1)[images[: len(masks)]])
+    if not are_masks.all():
+        row = int(order[images[np.flatnonzero(~are_masks)[0]]])
+        raise ValueError(
+            f"{shards.place(row)}: sample {shards.key(row)} has a segmentation that is no mask of "
+            f"its image. tools/check_shards.py {shards.address} lists all; make the set again."
+        )
+    return areas
 
 
 def keypoints_per_object(categories: Sequence[Category]) -> int:

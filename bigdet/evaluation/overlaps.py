@@ -8,6 +8,8 @@ keypoints.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
@@ -113,18 +115,23 @@ def _mask_overlaps(
     near = np.flatnonzero(is_near)
     if not len(near):
         return ious
-    images = found.images[detections[near]]
-    for pairs in np.split(near, np.flatnonzero(np.diff(images)) + 1):
-        row = np.cumsum(np.diff(detections[pairs], prepend=detections[pairs[0]]) != 0)
-        rows = detections[pairs][np.diff(row, prepend=-1) > 0]
-        columns, column = np.unique(objects[pairs], return_inverse=True)
-        size = truth.sizes[found.images[rows[0]]].tolist()
+    near_detections = detections[near]
+    is_first = np.diff(near_detections, prepend=-1) != 0
+    row, rows = np.cumsum(is_first) - 1, near_detections[is_first].tolist()
+    unique, column = np.unique(objects[near], return_inverse=True)  # by image, as the pairs are
+    columns, column_is_crowd = unique.tolist(), is_crowd[unique].astype(np.uint8)
+    images = found.images[near_detections]
+    starts = np.flatnonzero(np.diff(images, prepend=-1))
+    bounds = np.stack([starts, row[starts], np.minimum.reduceat(column, starts)], axis=1)
+    bounds = np.append(bounds, [[len(near), len(rows), len(columns)]], axis=0)
+    for (start, top, left), (end, bottom, right) in itertools.pairwise(bounds.tolist()):
+        size = truth.sizes[images[start]].tolist()
         table = coco_mask.iou(
-            [{"size": size, "counts": found.masks[number]} for number in rows.tolist()],
-            [{"size": size, "counts": truth.masks[number]} for number in columns.tolist()],
-            is_crowd[columns].astype(np.uint8),
+            [{"size": size, "counts": found.masks[number]} for number in rows[top:bottom]],
+            [{"size": size, "counts": truth.masks[number]} for number in columns[left:right]],
+            column_is_crowd[left:right],
         )
-        ious[pairs] = table[row, column]
+        ious[near[start:end]] = table[row[start:end] - top, column[start:end] - left]
     return ious
 
 

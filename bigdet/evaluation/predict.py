@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,11 @@ def predict_split(
     with distributed.together():
         if problem is not None:
             raise problem
+    if collected.num_not_finite:
+        logger.warning(
+            "evaluation: %d detections of this rank were not finite and left out; the model may "
+            "have diverged", collected.num_not_finite,
+        )  # fmt: skip
     results.gather()
     if distributed.is_main():
         seen = results.image_ids()
@@ -156,7 +162,11 @@ def coco_results(
 
 
 class _Collected:
-    """What this rank has found so far."""
+    """What this rank has found so far.
+
+    Attributes:
+        num_not_finite: detections left out because no metric can take them.
+    """
 
     def __init__(self, ids: Sequence[int], num_images: int, results: SavedResults) -> None:
         """Begin with nothing.
@@ -167,6 +177,7 @@ class _Collected:
             results: where detections go.
         """
         self._ids, self._num_images, self._results = ids, num_images, results
+        self.num_not_finite = 0
         self._start = self._reported = time.monotonic()
 
     def add(self, batch: Batch, found: Sequence[Detections]) -> None:
@@ -177,13 +188,28 @@ class _Collected:
             image_id = int(batch.image_ids[slot])
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
-            moved = scale_detections(detections, image_size, size)
+            moved = self._finite(scale_detections(detections, image_size, size))
             self._results.add(image_id, coco_results(moved, image_id, size, self._ids))
         now = time.monotonic()
         if now - self._reported > PROGRESS_SECONDS:
             self._reported = now
             num_done = self._results.num_images * distributed.world_size()
             _log_progress(num_done, self._num_images, now - self._start)
+
+    def _finite(self, found: Detections) -> Detections:
+        """Leave out detections that no metric can take, which a diverging model makes."""
+        is_finite = found.boxes.isfinite().all(dim=1) & found.scores.isfinite()
+        if found.keypoints is not None:
+            is_finite &= found.keypoints.isfinite().flatten(1).all(dim=1)
+        if is_finite.all():
+            return found
+        self.num_not_finite += int((~is_finite).sum())
+        parts = {
+            field.name: value[is_finite]
+            for field in fields(found)
+            if (value := getattr(found, field.name)) is not None
+        }
+        return Detections(**parts)
 
 
 def _size(height_and_width: Tensor) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Compressed RLE, many masks at a time: is it one, and how many pixels does it cover?
 
-pycocotools checks nothing: counts that do not add up to the image make it run forever.
+pycocotools checks nothing: counts that do not add up to the image make it run forever, those that
+break off make it write beyond its memory.
 
 Letters: N masks.
 """
@@ -21,8 +22,40 @@ _MAX_DIGITS = 6  # 30 bits hold any image
 Index = NDArray[np.int64]
 
 
-def mask_areas(masks: Sequence[bytes]) -> NDArray[np.float64]:
-    """Return the areas of masks, given as counts of compressed RLE: ``(N,)``, pixels."""
+def mask_areas(
+    masks: Sequence[bytes], num_pixels: Index
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the areas of masks, and which of them are masks of their images at all.
+
+    Args:
+        masks: counts of compressed RLE.
+        num_pixels: ``(N,)`` height times width of the image.
+
+    Returns:
+        ``(N,)`` float64 areas in pixels, 0 for what is no mask; and ``(N,)`` bool, True for counts
+        that are well-formed and add up to the image.
+    """
+    lengths = np.array([len(text) for text in masks], dtype=np.int64)
+    is_mask = lengths > 0
+    if is_mask.all() and len(masks):
+        digits = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        is_mask = (np.maximum.reduceat(digits, starts) < 64) & (digits[ends - 1] & _MORE == 0)
+        if is_mask.all():
+            areas = _areas(masks)
+            is_mask = (areas <= num_pixels) & _add_up(masks, areas, num_pixels, digits, starts)
+            return np.where(is_mask, areas, 0.0), is_mask
+    # pycocotools would write beyond its memory: only the others may see it.
+    areas, some = np.zeros(len(masks)), np.flatnonzero(is_mask)
+    if len(some):
+        part = [masks[n] for n in some.tolist()]
+        areas[some], is_mask[some] = mask_areas(part, num_pixels[some])
+    return areas, is_mask
+
+
+def _areas(masks: Sequence[bytes]) -> NDArray[np.float64]:
+    """Return the areas of well-formed masks, ``(N,)`` pixels, modulo 2^32."""
     areas = np.zeros(len(masks))
     for start in range(0, len(masks), _AT_ONCE):
         part = masks[start : start + _AT_ONCE]
@@ -31,10 +64,14 @@ def mask_areas(masks: Sequence[bytes]) -> NDArray[np.float64]:
     return areas
 
 
-def are_masks(
-    masks: Sequence[bytes], areas: NDArray[np.float64], num_pixels: Index
+def _add_up(
+    masks: Sequence[bytes],
+    areas: NDArray[np.float64],
+    num_pixels: Index,
+    digits: NDArray[np.uint8],
+    starts: Index,
 ) -> NDArray[np.bool_]:
-    """Tell which counts of compressed RLE are well-formed and add up to their images, ``(N,)``.
+    """Tell which well-formed masks have as many pixels as their images, ``(N,)``.
 
     COCO writes each count in digits of 5 bits, lowest first, plus 48; bit 5 says that another digit
     follows, bit 4 of the last one is the sign. From the fourth count on it is the difference to the
@@ -43,34 +80,17 @@ def are_masks(
 
     Args:
         masks: the counts.
-        areas: ``(N,)`` what ``mask_areas`` says of them.
+        areas: ``(N,)`` of the masks.
         num_pixels: ``(N,)`` height times width of the image.
+        digits: the counts of all masks, less 48.
+        starts: ``(N,)`` where those of each begin.
     """
-    lengths = np.array([len(text) for text in masks], dtype=np.int64)
-    if not len(masks) or not lengths.all():
-        return lengths > 0 if not lengths.any() else _leave_out(masks, lengths, areas, num_pixels)
-    digits = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    well_formed = (np.maximum.reduceat(digits, starts) < 64) & (digits[ends - 1] & _MORE == 0)
     is_end = ((digits >> 5) ^ 1).view(np.int8)
     num_counts = np.add.reduceat(is_end, starts, dtype=np.int64)
     first = _first_counts(digits, starts)
-    turned = mask_areas([b"0" + text for text in masks])
+    turned = _areas([b"0" + text for text in masks])
     background = turned - first * ((num_counts + 1) // 2 - 1)
-    in_range = (areas <= num_pixels) & (first >= 0)
-    adds_up = (areas + background - num_pixels) % 2**32 == 0  # areas are of 32 bits
-    found: NDArray[np.bool_] = well_formed & in_range & adds_up
-    return found
-
-
-def _leave_out(
-    masks: Sequence[bytes], lengths: Index, areas: NDArray[np.float64], num_pixels: Index
-) -> NDArray[np.bool_]:
-    """Do the same where some have no counts at all."""
-    some = np.flatnonzero(lengths)
-    found = np.zeros(len(masks), dtype=np.bool_)
-    found[some] = are_masks([masks[n] for n in some.tolist()], areas[some], num_pixels[some])
+    found: NDArray[np.bool_] = (first >= 0) & ((areas + background - num_pixels) % 2**32 == 0)
     return found
 
 

@@ -135,7 +135,7 @@ class RCNN(Detector):
         predictions = self.rpn(pyramid, self.strides, canvas_size)
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
         # Empty slots stand last. Training keeps them; here they would only cost time.
-        most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()))
+        most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()), proposals.boxes.device)
         proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
         return self.box_head.find(partial(self._pool_all, table), proposals, batch.image_sizes)
 
@@ -185,7 +185,7 @@ class RCNN(Detector):
 
 def _fill_bucket(found: FlatDetections) -> FlatDetections:
     """Add empty detections up to a full bucket."""
-    more = pad_to_bucket(len(found.boxes)) - len(found.boxes)
+    more = pad_to_bucket(len(found.boxes), found.boxes.device) - len(found.boxes)
     pad = torch.nn.functional.pad
     return FlatDetections(
         images=pad(found.images, (0, more)),

@@ -68,6 +68,27 @@ def build_for_phase(
     return detector.to(device).train()
 
 
+def check_start(config: RunConfig, name: str, classes: Sequence[str], path: Path) -> None:
+    """Try the file that a phase to come starts from, so that a misfit is told now (rank 0).
+
+    Args:
+        config: of the run.
+        name: of the phase.
+        classes: names of the training set's categories, in the order of the labels.
+        path: of the run or the file that the phase starts from.
+
+    Raises:
+        ValueError: with the phase, and what does not fit.
+    """
+    weights.find_weights(path)
+    if distributed.is_main():
+        detector = build_detector(phase_model(config, name), len(classes))
+        try:
+            _read_start(detector, config, name, classes, RunDir(Path(config.output)))
+        except ValueError as error:
+            raise ValueError(f"phases.{name}.start_from: {error}") from error
+
+
 def _load_start(
     detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
 ) -> None:

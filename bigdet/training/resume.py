@@ -28,11 +28,12 @@ from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
-from bigdet.models import importing, weights
+from bigdet.models import importing
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
 from bigdet.training.boards import note_start, open_boards
 from bigdet.training.forks import FORK_CHANGEABLE, check_fork, is_fork
+from bigdet.training.phases import check_start
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
 
@@ -128,9 +129,11 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
         saved: the checkpoint to go on from; its phase has begun already.
 
     Raises:
-        ValueError: too few images for a step, or weights to start from that are not there.
+        ValueError: too few images for a step, or weights to start from that are not there or do
+            not fit.
     """
     names = list(config.phases)
+    classes = [category.name for category in train_set.categories]
     first = 0 if saved is None else names.index(saved.run["run"]["phase"]) + 1
     for name in names[first:]:
         _any_stream(config, train_set, name, config.phases[name])
@@ -138,7 +141,7 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
         if is_timm(source):
             importing.timm_name(source, config.model.backbone)
         elif source not in ("random", "previous"):
-            weights.find_weights(Path(source))
+            check_start(config, name, classes, Path(source))
 
 
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:

@@ -205,6 +205,10 @@ def test_sigterm_to_one_of_two_ranks_stops_both(tmp_path: Path, shapes_shards: P
         ),
         (["output=OTHER", "phases.finetune.start_from.source=nowhere"], ["nowhere", "not exist"]),
         (
+            ["output=OTHER", "model.width=64", "phases.finetune.start_from.source=CHECKPOINT"],
+            ["phases.finetune.start_from: ", "does not fit the model", "of another shape"],
+        ),
+        (
             ["output=OTHER", "phases.finetune.start_from.source=timm"],
             ["start_from.source", "resnet10", "resnet50"],
         ),

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from bigdet.models.heads.box import Regions
 
-BUCKET = 32
+BUCKET, CPU_BUCKET = 32, 8
+"""On a CPU time goes with the slots, so that fewer of them are wasted."""
 
 
-def pad_to_bucket(count: int) -> int:
+def pad_to_bucket(count: int, device: torch.device) -> int:
     """Round a number of regions up to a full bucket; none becomes one bucket.
 
     So memory is allotted in few sizes, and a rank without regions runs the same modules as others.
     """
-    return max(-(-count // BUCKET), 1) * BUCKET
+    bucket = CPU_BUCKET if device.type == "cpu" else BUCKET
+    return max(-(-count // bucket), 1) * bucket
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def take_positives(regions: Regions, is_wanted: Tensor, num_classes: int) -> Pos
         num_classes: K.
     """
     is_taken = (regions.is_positive & is_wanted).flatten()
-    num_slots = pad_to_bucket(int(is_taken.sum()))  # the host waits here
+    num_slots = pad_to_bucket(int(is_taken.sum()), is_taken.device)  # the host waits here
     chosen = torch.argsort(is_taken, descending=True, stable=True)[:num_slots]
     return Positives(
         boxes=regions.boxes.flatten(0, 1)[chosen],

@@ -235,6 +235,17 @@ def test_a_file_that_is_not_coco_is_one_clear_error(trial: Trial, text: str, mes
     trial.assert_nothing_is_left()
 
 
+def test_images_whose_annotations_are_secret_come_without_any(trial: Trial) -> None:
+    picture = image_of(7)
+    trial.picture(picture["file_name"])
+    file = trial.file.with_name("image_info_test-dev2017.json")
+    file.write_text(json.dumps({"images": [picture], "categories": CATEGORIES}))
+    convert_coco(trial.images, file, trial.out)
+    shards = ShardSet(trial.out)
+    assert shards.index["image_id"].tolist() == [7]
+    assert shards.record(0)["annotations"] == []
+
+
 @pytest.mark.parametrize(
     ("images", "annotations", "message"),
     [

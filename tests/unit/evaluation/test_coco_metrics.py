@@ -193,3 +193,10 @@ def test_other_numbers_of_keypoints_than_cocos_are_measured_too(make_shards):
     moved = [24.0, 20.0, 2, 44.0, 40.0, 2]
     metrics = evaluate_detections(shards, [{**result, "keypoints": moved}], ("keypoints",))
     assert metrics["keypoints"]["AP"] == pytest.approx(0.3)
+
+
+def test_segmentation_that_is_no_mask_of_its_image_is_an_error_that_names_the_sample(make_shards):
+    broken = {"size": [100, 100], "counts": run_lengths(10, 10, 5, 5)["counts"][:-1]}
+    shards = make_shards([[], [truth(0, [10, 10, 5, 5], segmentation=broken)]])
+    with pytest.raises(ValueError, match=f"sample {shards.key(1)} has a segmentation that is no"):
+        evaluate_detections(shards, [], ("segm",))

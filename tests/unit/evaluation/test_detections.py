@@ -5,7 +5,7 @@ from pycocotools import mask as coco_mask
 from bigdet.data.shards import Category
 from bigdet.evaluation.detections import ResultsError, load_results, read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
-from bigdet.evaluation.run_lengths import are_masks, mask_areas
+from bigdet.evaluation.run_lengths import mask_areas
 
 KINDS = ("bbox", "segm", "keypoints")
 PERSON = Category(17, "person", keypoints=["nose", "tail"])
@@ -87,12 +87,13 @@ def test_masks_are_told_from_what_only_looks_like_one():
     random = np.random.default_rng(0)
     bitmaps = [random.random((40, 30)) < density for density in (0.0, 0.01, 0.5, 0.99, 1.0)]
     masks = [coco_mask.encode(np.asfortranarray(b.astype(np.uint8)))["counts"] for b in bitmaps]
-    areas = mask_areas(masks)
+    areas, is_mask = mask_areas(masks, np.full(5, 1200))
     assert areas.tolist() == [bitmap.sum() for bitmap in bitmaps]
-    assert are_masks(masks, areas, np.full(5, 1200)).all()
-    assert not are_masks(masks, areas, np.full(5, 1201)).any()
+    assert is_mask.all()
+    assert not mask_areas(masks, np.full(5, 1201))[1].any()
     good = masks[2]
     broken = [b"", good[:-1], good + b"1", good[1:], good + good, b"\x00" + good, good + b"P"]
-    mixed = [*broken, good]
-    expected = [False] * len(broken) + [True]
-    assert are_masks(mixed, mask_areas(mixed), np.full(8, 1200)).tolist() == expected
+    areas, is_mask = mask_areas([*broken, good], np.full(8, 1200))
+    assert is_mask.tolist() == [False] * len(broken) + [True]
+    assert areas.tolist() == [0] * len(broken) + [bitmaps[2].sum()]
+    assert mask_areas([], np.zeros(0, dtype=np.int64))[1].tolist() == []

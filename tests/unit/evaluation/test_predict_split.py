@@ -141,3 +141,17 @@ def test_keypoints_are_counted_in_cocos_pixels():
     )  # fmt: skip
     (result,) = coco_results(found, 5, (64, 96), [17])
     assert result["keypoints"] == [1.0, 2.0, 3.0, 2.5, 7.5, -1.0]
+
+
+def test_detections_of_a_diverged_model_are_left_out_and_counted(make_shards, caplog):
+    class Diverged(Oracle):
+        def _detections(self, *about):
+            found = super()._detections(*about)
+            if len(found.scores) == 2:
+                found.boxes[0, 2] = torch.nan
+            return found
+
+    shards = make_shards(FIVE_IMAGES)
+    results = list(predict_split(Diverged(shards), shards, (100, 100), 2, 0, CPU))
+    assert [result["category_id"] for result in results] == [3, 3, 17, 17]  # the first is gone
+    assert "1 detections of this rank were not finite" in caplog.text

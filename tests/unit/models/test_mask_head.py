@@ -20,7 +20,12 @@ K = 3
 
 @pytest.mark.parametrize(("count", "slots"), [(0, 32), (1, 32), (32, 32), (33, 64), (64, 64)])
 def test_slots_come_in_buckets_and_there_is_at_least_one(count: int, slots: int) -> None:
-    assert pad_to_bucket(count) == slots
+    assert pad_to_bucket(count, torch.device("cuda")) == slots
+
+
+def test_buckets_are_smaller_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert [pad_to_bucket(count, cpu) for count in (0, 1, 8, 9)] == [8, 8, 8, 16]
 
 
 def masks_of_two() -> Masks:
@@ -91,8 +96,8 @@ def test_without_any_object_the_loss_is_zero_and_every_parameter_has_a_gradient(
     masks = pack_masks([], [])
     regions = regions_of([[False] * 40], [[0] * 40])
     chosen = select_positives(regions, masks, K)
-    assert chosen.boxes.shape == (32, 4)
-    logits = head(torch.randn(32, 8, 14, 14), chosen.labels)
+    assert chosen.boxes.shape == (8, 4)
+    logits = head(torch.randn(8, 8, 14, 14), chosen.labels)
     loss = head.losses(logits, chosen, masks)["mask"]
     loss.backward()
     assert loss == 0

@@ -61,7 +61,7 @@ def test_slots_that_fill_a_bucket_do_not_count(
 ) -> None:
     batch = scene([])
     few = step(detector, batch)
-    monkeypatch.setattr(positives, "BUCKET", 96)  # of 128 regions
+    monkeypatch.setattr(positives, "CPU_BUCKET", 96)  # of 128 regions
     assert_equal(few, step(detector, batch))
 
 
