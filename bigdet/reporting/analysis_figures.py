@@ -19,6 +19,10 @@ Measured = Sequence[tuple[int, str, dict[str, Any]]]
 """Number and name of the groups, and their ``analysis`` of one kind."""
 
 
+WIDE = ("classes", "confusion")
+"""Ends of the keys of figures that need room: they have a line for each class."""
+
+
 def analysis_figures(groups: Groups) -> dict[str, list[Figure]]:
     """Return the figures by kind; no kind for runs whose evaluations have no analysis."""
     found = {}
@@ -129,7 +133,7 @@ def _per_class(kind: str, measured: Measured) -> Figure:
         for number, name, numbers in measured
     ]  # fmt: skip
     layout = _axes("AP (%)", "")
-    layout["yaxis"] |= {"type": "category", "dtick": 1, "automargin": True}
+    layout["yaxis"] |= {"type": "category", "dtick": 1, "range": [-0.5, len(classes) - 0.5]}
     layout["xaxis"] |= {"rangemode": "tozero"}
     height = max(300, 90 + 18 * len(classes))
     return _figure(kind, "classes", "AP by class", "", traces, layout, height)
@@ -160,8 +164,8 @@ def _confusion(kind: str, measured: Measured) -> Figure:
         ]  # fmt: skip
         layout = _axes("detected", "true")
         for axis in ("xaxis", "yaxis"):
-            layout[axis] |= {"type": "category", "automargin": True, "dtick": 1}
-        layout["yaxis"]["autorange"] = "reversed"
+            layout[axis] |= {"type": "category"}
+        layout["yaxis"] |= {"dtick": 1, "autorange": "reversed"}
         choices.append(Choice(name, traces, layout))
     score = measured[0][2]["confusion"]["min_score"]
     note = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bigdet.reporting.albums import read_albums
-from bigdet.reporting.analysis_figures import analysis_figures
+from bigdet.reporting.analysis_figures import WIDE, analysis_figures
 from bigdet.reporting.compare import (
     cost_table,
     difference_table,
@@ -91,7 +91,10 @@ def _page(
         "Ground truth and detections": pager_html(albums)
         + (paragraph_html(PICTURES, is_note=True) if albums else ""),
         **{
-            f"What keeps {KINDS[kind]} AP down": cards_html(figures)
+            f"What keeps {KINDS[kind]} AP down": cards_html(
+                [each for each in figures if not each.key.endswith(WIDE)]
+            )
+            + cards_html([each for each in figures if each.key.endswith(WIDE)], wide=True)
             for kind, figures in analysis.items()
         },
         "Training": cards_html(training),
