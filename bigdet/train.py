@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigdet import distributed, doctor
+from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
+from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
 from bigdet.log import setup_logging
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     distributed.start()
     if options.doctor:
         setup_logging(distributed.rank(), as_json=options.log_json)
-        return doctor.examine(config)
+        return examine(config)
     stopping.listen()
     run_dir = RunDir(Path(config.output))
     folder: Path | None = None
