@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from bigdet import distributed
 
@@ -24,6 +27,21 @@ def software() -> dict[str, str]:
     """Return the versions of this process, and the hash of bigdet's own code."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
     return {"python": platform.python_version(), **versions, "bigdet code": code_hash()}
+
+
+def environment() -> dict[str, str]:
+    """Return what this process runs on, for people: host, device, versions."""
+    versions = {name: importlib.metadata.version(name) for name in ("torchvision", "timm")}
+    return {"host": socket.gethostname(), "device": _device_name(), **software(), **versions}
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU, {models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
 def code_hash() -> str:

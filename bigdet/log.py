@@ -1,25 +1,52 @@
-"""Where a run says what it does: logging for people, ``metrics.jsonl`` and TensorBoard."""
+"""Where a run says what it does: logging for people or machines, ``metrics.jsonl``, boards."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from bigdet.boards import Board
 from bigdet.run_dir import write_text
 
 logger = logging.getLogger(__name__)
 
 
-def setup_logging(rank: int, file: Path | None = None) -> None:
+class JsonFormatter(logging.Formatter):
+    """Writes a line as a JSON object: ``time``, ``level``, ``logger``, ``message``, ``values``.
+
+    ``values`` is there where a line tells numbers: what ``metrics.jsonl`` gets.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; numbers that are not finite become null."""
+        time = datetime.fromtimestamp(record.created, timezone.utc)
+        line: dict[str, Any] = {
+            "time": time.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if hasattr(record, "values"):
+            line["values"] = record.values
+        return orjson.dumps(line, default=str).decode()
+
+
+def setup_logging(rank: int, file: Path | None = None, as_json: bool = False) -> None:
     """Set the handlers, once: rank 0 to the console, every rank to its own file.
 
     Args:
         rank: stands in the lines of the file.
         file: the log file of this rank; None for commands without a run folder.
+        as_json: the console gets JSON objects, one a line.
     """
     root = logging.getLogger("bigdet")
     root.handlers.clear()
@@ -27,7 +54,8 @@ def setup_logging(rank: int, file: Path | None = None) -> None:
     root.propagate = False
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    console.setFormatter(JsonFormatter() if as_json else plain)
     root.addHandler(console)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -38,46 +66,50 @@ def setup_logging(rank: int, file: Path | None = None) -> None:
 
 
 class MetricsWriter:
-    """Appends objects to ``metrics.jsonl`` and scalars to TensorBoard; exists on rank 0 alone."""
+    """Appends objects to ``metrics.jsonl``, and shows numbers and pictures on boards; on rank 0.
 
-    def __init__(self, file: Path, tensorboard: Path | None, first_step: int) -> None:
-        """Open both for appending.
+    Attributes:
+        boards: where the run is watched.
+    """
+
+    def __init__(self, file: Path, boards: Sequence[Board] = ()) -> None:
+        """Open the file for appending.
 
         Args:
             file: ``metrics.jsonl``.
-            tensorboard: folder of the event files; None for none.
-            first_step: TensorBoard forgets what an earlier process wrote from this step on.
+            boards: also get every number; closed with the file.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file.open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard is not None:
-            # Imported here: it takes a second and only rank 0 of a training run needs it.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard), purge_step=first_step)
+        self.boards = boards
 
     def write(self, values: Mapping[str, Any], total_step: int) -> None:
         """Add one line.
 
         Args:
-            values: the object; numbers also go to TensorBoard.
-            total_step: optimizer steps over all phases, TensorBoard's axis.
+            values: the object; numbers also go to the boards.
+            total_step: optimizer steps over all phases, the axis of boards.
         """
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
-        if self._board is None:
-            return
-        for key, value in values.items():
-            if isinstance(value, (int, float)) and key != "step":
-                self._board.add_scalar(f"{key}", value, total_step)
-        self._board.flush()
+        scalars = {
+            key: value
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and key != "step"
+        }
+        for board in self.boards:
+            board.add_scalars(scalars, total_step)
+
+    def show(self, name: str, picture: NDArray[np.uint8], total_step: int) -> None:
+        """Show a picture ``(H, W, 3)`` RGB on all boards."""
+        for board in self.boards:
+            board.add_picture(name, picture, total_step)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file and the boards."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self.boards:
+            board.close()
 
 
 def cut_metrics(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:

@@ -41,9 +41,23 @@ class RunDir:
         return self.root / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """What Weights & Biases keeps here; its file ``id`` names the run."""
+        return self.root / "wandb"
+
+    @property
     def pictures(self) -> Path:
         """Drawn batches and detections."""
         return self.root / "pictures"
+
+    def picture_list(self, phase: str) -> Path:
+        """What the pictures of a phase show: a JSON list."""
+        return self.pictures / f"{phase}.json"
+
+    @property
+    def environment(self) -> Path:
+        """What each start of the run ran on: a JSON list."""
+        return self.root / "environment.json"
 
     @property
     def weights(self) -> Path:

@@ -5,8 +5,9 @@
     python -m bigdet.sweep configs/sweeps/figure1.yaml --slurm > submit.sh; bash submit.sh --nodes=1
 
 Started again, it skips what is finished and goes on with what is not. SIGTERM and SIGUSR1 stop the
-current run with a checkpoint. It ends with a table of all runs in OUTPUT/report.md. Exit code 0:
-all runs are finished; 1: an error, or runs that failed; 75: stopped on request.
+current run with a checkpoint. It ends with a report on all runs, OUTPUT/report.html, and its tables
+in report.md. Exit code 0: all runs are finished; 1: an error, or runs that failed; 75: stopped on
+request.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from bigdet.config.derived import in_steps
 from bigdet.config.load import ConfigError, flat_options, load_config
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
 from bigdet.log import setup_logging
-from bigdet.reporting.table import markdown_table, read_outcome
+from bigdet.reporting.runs import check_same_data, read_run
+from bigdet.reporting.table import outcome_table, read_metrics, read_outcome
+from bigdet.reporting.writing import write_report
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training.forks import check_fork
 from bigdet.training.resume import CHANGEABLE
@@ -120,14 +123,29 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
 
 
 def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
-    """Write the table of all runs into the sweep's folder, and show it."""
-    groups = {
+    """Write the report on all runs into the sweep's folder, and show its first table."""
+    outcomes = {
         group: [read_outcome(_run_dir(run)) for run in runs if run.group == group]
         for group in sweep.runs
     }
-    table = markdown_table(groups)
+    table = outcome_table(outcomes).markdown()
     file = Path(sweep.output) / "report.md"
-    write_text(file, table)
+    begun = [run for run in runs if read_metrics(_run_dir(run))]
+    read = {run.name: read_run(_run_dir(run).root, run.name) for run in begun}
+    try:
+        check_same_data(list(read.values()))
+    except ValueError as error:
+        logger.warning("no plots: %s", error)
+        read = {}
+    if read:
+        groups = {
+            group: [read[run.name] for run in begun if run.group == group]
+            for group in dict.fromkeys(run.group for run in begun)
+        }
+        _, page = write_report(groups, file.parent, Path(sweep.output).name, outcomes)
+        logger.info("written: %s", page)
+    else:
+        write_text(file, table)
     logger.info("%s:\n%s", file, table)
 
 

@@ -45,13 +45,13 @@ def main(arguments: Sequence[str]) -> int:
     check_config(config)
     distributed.start()
     if options.doctor:
-        setup_logging(distributed.rank())
+        setup_logging(distributed.rank(), as_json=options.log_json)
         return examine(config)
     stopping.listen()
     run_dir = RunDir(Path(config.output))
     folder: Path | None = None
     with distributed.together():
-        setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
+        setup_logging(distributed.rank(), run_dir.log(distributed.rank()), options.log_json)
         train_set, val_set = open_sets(config.data)
         resume.check_data(config, train_set, val_set)
         if distributed.is_main():
@@ -159,6 +159,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--doctor",
         action="store_true",
         help="check hosts, data, memory and collectives, then end",
+    )
+    parser.add_argument(
+        "--log-json", action="store_true", help="console lines as JSON objects, with the numbers"
     )
     parser.add_argument(
         "--options",

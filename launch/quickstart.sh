@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh machine to a trained, evaluated detector of synthetic shapes, in minutes:
 #   bash launch/quickstart.sh
-# Makes .venv, installs bigdet, makes shards, trains both phases of configs/quickstart.yaml, draws
-# detections. PYTHON chooses the interpreter (default python3).
+# Makes .venv, installs bigdet, makes shards, trains both phases of configs/quickstart.yaml, evaluates,
+# draws detections, writes a report. PYTHON chooses the interpreter (default python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,9 +21,12 @@ ranks=$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
   deepspeed --num_gpus "$ranks" --module bigdet.train configs/quickstart.yaml
 
 python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
+python -m bigdet.report runs/quickstart --out runs/quickstart/report
 echo
 echo "Pictures with detections:"
-ls runs/quickstart/pictures/*
+ls runs/quickstart/pictures/*.jpg
+echo
+echo "Plots, numbers and pictures, for a browser: runs/quickstart/report/report.html"
 echo
 echo "Your own data (COCO format), then training on it:"
 echo "  python tools/make_shards.py coco --images IMAGES --annotations FILE.json --out data/mine/train"

@@ -9,25 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.load import load_config
-from bigdet.data.manifest import Category
+from bigdet.data.batch_picture import draw_batch
 from bigdet.data.mix import open_train_set
 from bigdet.data.order import lanes_of_rank
 from bigdet.data.stream import TrainStream, open_train_stream
-from bigdet.drawing import draw
 from bigdet.run_dir import RunDir
-from bigdet.structures import Batch, Masks
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         for lane in lanes[rank]:
             path = folder / f"rank-{rank}-lane-{lane}.png"
             batch = stream.read_group(arguments.step, lane)
-            _sheet(batch, categories).save(path)
+            draw_batch(batch, categories).save(path)
             print(f"{path}: image ids {batch.image_ids.tolist()}, weights {batch.weights.tolist()}")
     return 0
 
@@ -97,59 +90,6 @@ def _parser() -> argparse.ArgumentParser:
 def _ids(stream: TrainStream, step: int, lanes: Iterable[int]) -> list[int | None]:
     """Return the image ids of some lanes of a step, None for masked slots."""
     return [image_id for lane in lanes for image_id in stream.group_ids(step, lane)]
-
-
-def _sheet(batch: Batch, categories: Sequence[Category]) -> Image.Image:
-    """Draw a batch, padding included, on one sheet; images of masked slots are darkened."""
-    pictures = [_picture(batch, slot, categories) for slot in range(len(batch.images))]
-    num_columns = math.ceil(math.sqrt(len(pictures)))
-    num_rows = -(-len(pictures) // num_columns)
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (num_columns * (width + 4), num_rows * (height + 4)), "white")
-    for slot, picture in enumerate(pictures):
-        row, column = divmod(slot, num_columns)
-        sheet.paste(picture, (column * (width + 4), row * (height + 4)))
-    return sheet
-
-
-def _picture(batch: Batch, slot: int, categories: Sequence[Category]) -> Image.Image:
-    """Draw one image of a batch with its objects."""
-    targets = batch.targets
-    first, last = targets.offsets[slot : slot + 2].tolist()
-    pixels = batch.images[slot].permute(1, 2, 0).numpy()
-    labels = targets.labels[first:last].tolist()
-    is_crowd = targets.is_crowd[first:last].tolist()
-    keypoints = None if targets.keypoints is None else targets.keypoints[first:last].numpy()
-    picture = draw(
-        pixels,
-        targets.boxes[first:last].numpy(),
-        [
-            f"{categories[label].name}{' (crowd)' if crowd else ''}"
-            for label, crowd in zip(labels, is_crowd, strict=True)
-        ],
-        labels,
-        masks=_bitmaps(targets.masks, first, last, pixels.shape[:2]),
-        keypoints=keypoints,
-        skeletons=[categories[label].skeleton or [] for label in labels],
-    )
-    return picture if batch.weights[slot] else picture.point(lambda value: value // 3)
-
-
-def _bitmaps(
-    masks: Masks | None, first: int, last: int, size: tuple[int, int]
-) -> list[NDArray[np.bool_] | None] | None:
-    """Return the masks of some objects, each on the whole canvas."""
-    if masks is None:
-        return None
-    bitmaps: list[NDArray[np.bool_] | None] = []
-    for i in range(first, last):
-        height, width = masks.sizes[i].tolist()
-        x, y = masks.origins[i].tolist()
-        bitmap = np.zeros(size, dtype=np.bool_)
-        crop = masks.bits[masks.offsets[i] : masks.offsets[i + 1]].view(height, width)
-        bitmap[y : y + height, x : x + width] = crop.numpy()
-        bitmaps.append(bitmap if crop.numel() else None)
-    return bitmaps
 
 
 if __name__ == "__main__":

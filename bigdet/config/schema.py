@@ -479,7 +479,8 @@ class EvaluationConfig:
     """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
     all of them (``voc12``), where AP50 is VOC's own number."""
     pictures: int = 8
-    """Validation images drawn with their detections at the end of a phase."""
+    """Validation images drawn at the end of a phase, ground truth and detections: one half the
+    worst, the other the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -497,13 +498,30 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """A run of Weights & Biases, which has to be installed (``pip install wandb``)."""
+
+    project: str = MISSING
+    """Project of the run."""
+    name: str | None = None
+    """Name of the run. None: that of the run folder."""
+    entity: str | None = None
+    """User or team. None: the default one of who is logged in."""
+    mode: Literal["online", "offline"] = "online"
+    """``offline`` writes to OUTPUT/wandb only, for ``wandb sync``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What a run tells."""
 
     every: int = 20
     """Steps between lines of the log and of ``metrics.jsonl``."""
     tensorboard: bool = True
-    """Write TensorBoard event files too."""
+    """Write TensorBoard event files too, with pictures: a batch with its targets at the start of a
+    phase, detections at each evaluation."""
+    wandb: WandbConfig | None = None
+    """Show the same on Weights & Biases. None: no."""
     stall_seconds: float | None = 1200.0
     """A rank without progress for so long writes its stacks and ends the run; longer than the
     longest step, save or computing of AP. None: never."""

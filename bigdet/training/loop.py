@@ -19,12 +19,15 @@ from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, EngineState, StepResult
+from bigdet.evaluation import pictures
+from bigdet.evaluation.detections import Kind
+from bigdet.evaluation.saved import SavedResults
 from bigdet.log import MetricsWriter
 from bigdet.models import norms
 from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
-from bigdet.training import measuring, optim, saving
+from bigdet.training import boards, measuring, optim, saving
 from bigdet.training.metrics import StepMeter, mean_losses, progress_line
 from bigdet.training.prefetch import prefetch
 from bigdet.training.state import RunState
@@ -121,6 +124,7 @@ class PhaseTrainer:
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter(device)
+        self.has_shown_batch = False
         self.micro_batches: list[Batch] = []  # of the step under way, for messages
         assert self.phase.images_per_step is not None
         self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
@@ -181,6 +185,11 @@ class PhaseTrainer:
             micro_batches = self.micro_batches = list(islice(batches, len(self.stream.lanes)))
             data_seconds = time.perf_counter() - started
             self._at("has its data, waits for the other ranks")
+            if self.run.metrics is not None and not self.has_shown_batch:
+                self.has_shown_batch = True
+                boards.show_batch(
+                    self.run.metrics, micro_batches[0], self.run.train_set, self.state
+                )
         self._at("forward, backward, update")
         lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
@@ -233,7 +242,7 @@ class PhaseTrainer:
             "dropped_boxes": self.state.dropped_boxes,
             "damaged_samples": sum(self.state.damaged.values()),
         }
-        logger.info(progress_line(values, self.num_steps))
+        logger.info(progress_line(values, self.num_steps), extra={"values": values})
         if self.run.metrics is not None:
             self.run.metrics.write(values, self.state.total_steps)
 
@@ -268,25 +277,21 @@ class PhaseTrainer:
         started = time.perf_counter()
         metrics = measuring.evaluate(
             self.config, self.detector, run.val_set, size_cap, self._must_stop,
-            run.run_dir.root,
+            run.run_dir.root, self._look,
         )  # fmt: skip
         if metrics is None:
             return False
         self.meter.add_evaluation(time.perf_counter() - started)
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         flat = measuring.flat_metrics(metrics)
-        logger.info("%s: %s", state.position, measuring.one_line(flat))
+        text = measuring.one_line(flat)
+        logger.info("%s: %s", state.position, text, extra={"values": flat})
         with distributed.together():
             if run.metrics is not None:
                 file = run.run_dir.evaluation(self.name, state.step)
                 measuring.write_evaluation(metrics, file)
                 line = {"phase": self.name, "step": state.step, **flat, **self._counters()}
                 run.metrics.write(line, state.total_steps)
-        if state.step == self.num_steps:
-            count = self.config.evaluation.pictures
-            measuring.draw_validation(
-                self.detector, run.val_set, size_cap, count, run.run_dir, self.name
-            )
         box_ap = flat["bbox/AP"] or 0.0
         if state.best_ap is None or box_ap > state.best_ap:
             state.best_ap = box_ap
@@ -294,6 +299,14 @@ class PhaseTrainer:
         state.needs_evaluation = False
         self._save()
         return True
+
+    def _look(self, results: SavedResults, kinds: Sequence[Kind]) -> None:
+        """Draw detections that were just measured (rank 0)."""
+        run, count = self.run, self.config.evaluation.pictures
+        assert run.metrics is not None
+        boards.show_detections(run.metrics, results, run.val_set, self.state)
+        if count and self.state.step == self.num_steps:
+            pictures.write_pictures(run.val_set, results, kinds, count, run.run_dir, self.name)
 
     def _save(self) -> None:
         """Save this moment (a collective)."""

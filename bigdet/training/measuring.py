@@ -1,29 +1,26 @@
-"""The evaluation during training: AP to a file, the log and the best checkpoint; pictures."""
+"""The evaluation during training: AP to a file, the log and the best checkpoint."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bigdet import distributed
 from bigdet.config.derived import has_keypoints, has_masks, plan_of, test_resize
 from bigdet.config.schema import RunConfig
-from bigdet.data.decode import decode_image
 from bigdet.data.shards import ShardSet
-from bigdet.drawing import draw_detections
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
+from bigdet.evaluation.detections import Kind
 from bigdet.evaluation.predict import predict_split
+from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
 from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.models.detector import Detector
-from bigdet.run_dir import RunDir, write_text
+from bigdet.run_dir import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +38,7 @@ def evaluate(
     size_cap: tuple[int, int],
     must_stop: Callable[[], bool],
     folder: Path,
+    look: Callable[[SavedResults, Sequence[Kind]], None],
 ) -> dict[str, Any] | None:
     """Measure the detector on the whole validation set; every rank must call it.
 
@@ -51,6 +49,7 @@ def evaluate(
         size_cap: short side and longest long side, pixels.
         must_stop: asked by all ranks after every batch; the same answer on all of them.
         folder: where detections wait on disk.
+        look: is shown the detections and what was measured of them, on rank 0; they are gone then.
 
     Returns:
         On every rank the numbers of ``evaluate_detections``; None when it was told to stop.
@@ -71,7 +70,13 @@ def evaluate(
         return None
     metric, model = config.evaluation.metric, detector.config
     kinds = evaluation_kinds(val_set, has_masks(model), has_keypoints(model), metric)
-    return work_on_main(lambda: evaluate_detections(val_set, results, kinds, metric), must_stop)
+
+    def score_and_look() -> dict[str, Any]:
+        metrics = evaluate_detections(val_set, results, kinds, metric)
+        look(results, kinds)
+        return metrics
+
+    return work_on_main(score_and_look, must_stop)
 
 
 def write_evaluation(metrics: dict[str, Any], file: Path) -> None:
@@ -97,39 +102,3 @@ def one_line(flat: dict[str, float | None]) -> str:
         if key.endswith(("/AP", "/AP50")) and value is not None
     ]
     return ", ".join(shown) or "nothing to measure"
-
-
-def draw_validation(
-    detector: Detector,
-    val_set: ShardSet,
-    size_cap: tuple[int, int],
-    count: int,
-    run_dir: RunDir,
-    prefix: str,
-) -> list[Path]:
-    """Draw the first validation images with their detections; every rank must call it.
-
-    All ranks detect, since sharded weights are gathered for it; rank 0 draws.
-
-    Returns:
-        On rank 0 the files written, ``pictures/PREFIX-KEY.jpg``.
-    """
-    rows = range(min(count, len(val_set)))
-    with distributed.together():
-        images = [decode_image(val_set.read(row).image_bytes) for row in rows]
-    was_training = detector.training
-    detector.eval()
-    detector.test_size = size_cap
-    found = [detector.predict([image])[0].to(torch.device("cpu")) for image in images]
-    detector.train(was_training)
-    files: list[Path] = []
-    with distributed.together():
-        if distributed.is_main():
-            categories = [asdict(category) for category in val_set.categories]
-            run_dir.pictures.mkdir(parents=True, exist_ok=True)
-            for row, image, detections in zip(rows, images, found, strict=True):
-                pixels = image.permute(1, 2, 0).numpy()
-                file = run_dir.pictures / f"{prefix}-{val_set.key(row)}.jpg"
-                draw_detections(pixels, detections, categories, 0.5).save(file, quality=90)
-                files.append(file)
-    return files

@@ -32,6 +32,7 @@ from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.models import importing
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
+from bigdet.training.boards import note_start, open_boards
 from bigdet.training.forks import FORK_CHANGEABLE, check_fork, is_fork
 from bigdet.training.phases import check_start
 from bigdet.training.saving import newest_checkpoint
@@ -337,6 +338,8 @@ def begin(
     if saved is None:
         run_dir.metrics.unlink(missing_ok=True)
         shutil.rmtree(run_dir.tensorboard, ignore_errors=True)
+        shutil.rmtree(run_dir.wandb, ignore_errors=True)
+        run_dir.environment.unlink(missing_ok=True)
     here = (names.index(state.phase), state.step)
 
     def was_before(line: Mapping[str, Any]) -> bool:
@@ -346,8 +349,9 @@ def begin(
 
     cut_metrics(run_dir.metrics, was_before)
     write_text(run_dir.config, dump_config(config))
-    board = run_dir.tensorboard if config.log.tensorboard else None
-    return state, MetricsWriter(run_dir.metrics, board, first_step=state.total_steps + 1)
+    note_start(run_dir.environment)
+    boards = open_boards(config, run_dir, first_step=state.total_steps + 1)
+    return state, MetricsWriter(run_dir.metrics, boards)
 
 
 def _check_unchanged(

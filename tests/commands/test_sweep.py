@@ -116,6 +116,8 @@ def test_a_sweep_ends_in_a_table_and_starts_nothing_again(swept: Path):
     ]  # fmt: skip
     assert re.match(r"\| trunk \| 1 \| \d+\.\d \| \d+\.\d \|.*\| finished \|$", report[2])
     assert re.match(r"\| short \| 1 \|.*\| finished \|$", report[3])
+    page = (swept / "runs/report.html").read_text()
+    assert all(f"</i>{name}</button>" in page for name in ("trunk", "short"))
     printed, _ = start(swept / "sweep.yaml").communicate(timeout=100)
     assert printed.count("finished already") == 2
 

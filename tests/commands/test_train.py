@@ -1,5 +1,6 @@
 """The training command on a tiny set: whole, killed, stopped, resumed, misused."""
 
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,16 @@ def test_a_run_leaves_what_is_promised(whole: Path, shapes_shards: Path):
     }  # fmt: skip
     assert (whole / "checkpoints/latest").read_text().strip() == "finetune-4"
     assert len(list((whole / "pictures").glob("*.jpg"))) == 2
+    (listed,) = json.loads((whole / "pictures/finetune.json").read_text())
+    assert listed["among"] == "worst"
+    for name in (listed["found"], listed["truth"]):
+        assert (whole / "pictures" / name).is_file()
+    (events,) = (whole / "tensorboard").iterdir()
+    for tag in (b"batch/pretrain", b"batch/finetune", b"detections/000000000001", b"bbox/AP"):
+        assert tag in events.read_bytes()
+    (start,) = json.loads((whole / "environment.json").read_text())
+    assert start["ranks"] == 1
+    assert torch.__version__.startswith(start["torch"])
 
 
 def test_frozen_stages_and_fixed_statistics_stay_as_pretraining_left_them(whole: Path):

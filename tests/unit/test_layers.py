@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = {
-    "structures": 0, "run_dir": 0, "distributed": 0,
+    "structures": 0, "run_dir": 0, "distributed": 0, "boards": 0,
     "ops": 1, "log": 1, "hosts": 1, "pictures": 1,
     "config": 2, "drawing": 2,
     "data": 3, "models": 3, "engine": 3,
@@ -15,7 +15,7 @@ LEVELS = {
     "training": 5,
     "reporting": 5,
     "commands": 6, "doctor": 6, "planning": 6, "trials": 6, "inputs": 6, "exporting": 6,
-    "train": 7, "evaluate": 7, "predict": 7, "memory": 7, "sweep": 7,
+    "train": 7, "evaluate": 7, "predict": 7, "memory": 7, "sweep": 7, "report": 7,
     "plan": 8,
 }  # fmt: skip
 

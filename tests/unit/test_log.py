@@ -1,11 +1,16 @@
 import json
+import logging
 from pathlib import Path
 
-from bigdet.log import MetricsWriter, cut_metrics
+import pytest
+
+from bigdet.boards import TensorBoard
+from bigdet.log import MetricsWriter, cut_metrics, setup_logging
 
 
 def test_metrics_are_one_object_a_line_and_scalars_of_tensorboard(tmp_path: Path):
-    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", first_step=1)
+    board = TensorBoard(tmp_path / "tensorboard", first_step=1)
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", [board])
     writer.write({"phase": "train", "step": 3, "loss/total": 1.5}, total_step=3)
     writer.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -21,3 +26,28 @@ def test_cutting_keeps_what_came_before_and_drops_half_a_line(tmp_path: Path):
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     cut_metrics(tmp_path / "absent.jsonl", lambda line: True)
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_console_lines_as_json_have_the_numbers(capsys: pytest.CaptureFixture[str]):
+    setup_logging(rank=0, as_json=True)
+    logger = logging.getLogger("bigdet.training.loop")
+    logger.info("loss %.1f", 1.5, extra={"values": {"loss/total": 1.5, "grad_norm": float("nan")}})
+    logger.warning("two\nlines")
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert first.pop("time").endswith("+00:00")
+    assert first == {
+        "level": "INFO", "logger": "bigdet.training.loop", "message": "loss 1.5",
+        "values": {"loss/total": 1.5, "grad_norm": None},
+    }  # fmt: skip
+    assert second["message"] == "two\nlines"
+    assert "values" not in second
+
+
+@pytest.fixture
+def own_logging():
+    """Leaves bigdet's logger as it was."""
+    found = logging.getLogger("bigdet")
+    before = found.handlers[:], found.level, found.propagate
+    yield
+    found.handlers[:], found.level, found.propagate = before

@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from bigdet.reporting.table import Outcome, markdown_table, read_outcome, spread
+import pytest
+
+from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_outcome, spread
 from bigdet.run_dir import RunDir
 
 DONE = Outcome(
@@ -27,7 +29,9 @@ def rows(table: str) -> list[list[str]]:
 
 def test_seeds_are_one_line_with_mean_and_standard_deviation():
     other = replace(DONE, ap={"bbox": 0.42, "segm": 0.35}, gpu_seconds=3600.0)
-    header, _, line, absent = rows(markdown_table({"direct": [DONE, other], "scratch": [None]}))
+    header, _, line, absent = rows(
+        outcome_table({"direct": [DONE, other], "scratch": [None]}).markdown()
+    )
     assert header == [
         "run", "seeds", "box AP", "mask AP", "images (million)", "pixels (10^12)", "GPU-hours",
         "data wait", "evaluation GPU-hours", "imported images (million)", "state",
@@ -40,7 +44,7 @@ def test_seeds_are_one_line_with_mean_and_standard_deviation():
 
 def test_what_was_imported_and_what_is_not_finished_shows():
     run = replace(DONE, imported_images=128_000_000, is_finished=False)
-    line = rows(markdown_table({"imagenet": [run]}))[2]
+    line = rows(outcome_table({"imagenet": [run]}).markdown())[2]
     assert line[-2:] == ["128", "0 of 1 finished"]
 
 
@@ -50,10 +54,30 @@ def test_the_last_evaluation_counts(tmp_path: Path):
     counters = {"seen/images": 8, "seen/pixels": 80, "seen/gpu_seconds": 2.0,
                 "cost/data_gpu_seconds": 1.0, "cost/evaluation_gpu_seconds": 3.0}  # fmt: skip
     values = [{"bbox/AP": 0.1, "segm/AP": None}, {"loss/total": 1.0}, {"bbox/AP": 0.2}]
-    run_dir.metrics.write_text("".join(json.dumps(line | counters) + "\n" for line in values))
+    place = {"phase": "train", "step": 4}
+    lines = [json.dumps(place | line | counters) for line in values]
+    run_dir.metrics.write_text("\n".join(lines) + '\n{"phase": "tr')  # being written
     assert read_outcome(run_dir) == Outcome({"bbox": 0.2}, 8, 80, 2.0, 1.0, 3.0, 0, False)
 
 
 def test_one_value_has_no_spread():
     assert spread([0.4]) == "40.0"
     assert spread([]) == ""
+
+
+def test_runs_made_before_costs_were_counted_have_empty_cells(tmp_path: Path):
+    run_dir = RunDir(tmp_path)
+    lines = [{"phase": "a", "step": 1, "seen/images": 8}, {"phase": "a", "step": 1, "bbox/AP": 0.2}]
+    run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_outcome(run_dir)
+    assert found == Outcome({"bbox": 0.2}, 8, None, None, None, None, 0, False)
+    line = rows(outcome_table({"old": [found]}).markdown())[2]
+    assert line == ["old", "1", "20.0", "8e-06", "", "", "", "", "", "0 of 1 finished"]
+
+
+@pytest.mark.parametrize("text", ["nonsense\n", '{"step": 1}\n', "[1, 2]\n"])
+def test_a_damaged_file_names_the_line(tmp_path: Path, text: str):
+    run_dir = RunDir(tmp_path)
+    run_dir.metrics.write_text('{"phase": "a", "step": 1}\n' + text)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2"):
+        read_metrics(run_dir)

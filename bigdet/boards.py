@@ -1,0 +1,132 @@
+"""Where a run can be watched: TensorBoard, and Weights & Biases if it is asked for.
+
+A board takes numbers and pictures; ``metrics.jsonl`` alone is what a resume and a report read.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Board(Protocol):
+    """What watches a run; exists on rank 0 alone."""
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Show numbers.
+
+        Args:
+            values: by name, such as ``loss/box``.
+            step: optimizer steps over all phases.
+        """
+
+    def add_picture(self, name: str, picture: NDArray[np.uint8], step: int) -> None:
+        """Show a picture.
+
+        Args:
+            name: of the same thing at other steps too.
+            picture: ``(H, W, 3)`` RGB.
+            step: optimizer steps over all phases.
+        """
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """Event files that TensorBoard reads."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Begin a file.
+
+        Args:
+            folder: of the event files.
+            first_step: what an earlier process wrote from this step on is forgotten.
+        """
+        # Imported here: it takes a second and only rank 0 of a training run needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See ``Board``."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def add_picture(self, name: str, picture: NDArray[np.uint8], step: int) -> None:
+        """See ``Board``."""
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        """See ``Board``."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases."""
+
+    def __init__(
+        self,
+        folder: Path,
+        project: str,
+        name: str,
+        entity: str | None,
+        mode: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Begin a run there, or go on with the one that this run folder began.
+
+        Args:
+            folder: for its files; its file ``id`` says which run it is.
+            project: of the run.
+            name: of the run.
+            entity: user or team; None for the default one.
+            mode: ``online`` or ``offline``.
+            options: of the config.
+
+        Raises:
+            ValueError: it is not installed.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"log.wandb: wandb is not to be had here ({error}). Install it (pip install "
+                f"wandb), or write log.wandb=null."
+            ) from error
+        id_file = folder / "id"
+        if not id_file.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        self._wandb: Any = wandb
+        self._run: Any = wandb.init(
+            project=project,
+            name=name,
+            entity=entity,
+            mode=mode,
+            dir=str(folder),
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            config=dict(options),
+        )
+        # Its own count of steps only rises; after a resume some steps come again.
+        self._run.define_metric("*", step_metric="total_step")
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See ``Board``."""
+        self._run.log({**values, "total_step": step})
+
+    def add_picture(self, name: str, picture: NDArray[np.uint8], step: int) -> None:
+        """See ``Board``."""
+        self._run.log({name: self._wandb.Image(picture), "total_step": step})
+
+    def close(self) -> None:
+        """See ``Board``."""
+        self._run.finish()

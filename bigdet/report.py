@@ -1,0 +1,55 @@
+"""Compare runs: one HTML file with plots, tables and pictures, and the tables in Markdown.
+
+    python -m bigdet.report runs/quickstart --out reports/quickstart
+    python -m bigdet.report runs/scratch runs/direct --out reports/regimes
+    python -m bigdet.report runs/table3/* --out reports/table3
+
+Writes DIR/report.html, which needs no network, and DIR/report.md. Runs that differ in nothing but
+their seed are one line with mean and standard deviation; the first group is what the others are
+compared with. All runs must have been measured on the same images. A run may still be going on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdet.commands import run_command
+from bigdet.log import setup_logging
+from bigdet.reporting.runs import group_runs, read_runs
+from bigdet.reporting.writing import write_report
+
+logger = logging.getLogger("bigdet.report")  # __name__ is __main__ here
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report and return the exit code."""
+    options = parse_arguments(arguments)
+    setup_logging(rank=0)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out}: is a file. Give a folder for the report.")
+    groups = group_runs(read_runs(options.runs))
+    outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
+    title = options.title or ", ".join(groups)
+    for file in write_report(groups, options.out, title, outcomes):
+        logger.info("written: %s", file)
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bigdet.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--title", help="above the report; default: the names of the runs")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,117 @@
+"use strict";
+// The figures of the page, drawn in the colors of its scheme; the legend; the pager of pictures.
+const COLORS = ["#3b82f6", "#f0761d", "#12a97c", "#e5405e", "#a566f5", "#c79a06", "#06a5c4",
+                "#7ba30f", "#e0529c", "#8c8279"];
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const scheme = window.matchMedia("(prefers-color-scheme: dark)");
+const hidden = new Set();
+
+const colorOf = (group) => COLORS[group % COLORS.length];
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function dressed(trace, isOnlyPoint) {
+  const color = colorOf(trace.group ?? 0);
+  const shown = { ...trace, visible: !hidden.has(trace.group) };
+  delete shown.role;
+  delete shown.group;
+  if (trace.role === "line") {
+    shown.line = { color, width: 2, ...(trace.line || {}) };
+    shown.marker = { color, size: 7 };
+    if (isOnlyPoint) shown.mode = "lines+markers";
+  } else if (trace.role === "band") {
+    shown.fillcolor = color + "33";
+    shown.line = { width: 0 };
+  } else if (trace.role === "bar") {
+    shown.marker = { color };
+  } else if (trace.role === "dots") {
+    shown.marker = { color, size: 9, opacity: 0.85 };
+    shown.cliponaxis = false;
+  } else if (trace.role === "guide") {
+    shown.line = { color: css("--pale"), dash: "dash", width: 1 };
+  } else if (trace.role === "table") {
+    shown.colorscale = [[0, css("--card")], [1, scheme.matches ? "#6cb0ff" : "#0a62c9"]];
+    shown.colorbar = { ...trace.colorbar, tickfont: { color: css("--pale") } };
+  }
+  return shown;
+}
+
+function layoutOf(figure, choice, width) {
+  const layout = JSON.parse(JSON.stringify(choice.layout));
+  for (const axis of ["xaxis", "yaxis"]) {
+    Object.assign(layout[axis], {
+      gridcolor: css("--grid"), zerolinecolor: css("--line"), linecolor: css("--line"),
+      automargin: true,
+    });
+    layout[axis].title = { ...layout[axis].title, font: { size: 12 }, standoff: 8 };
+  }
+  return {
+    showlegend: false, ...layout, height: figure.height, width,
+    margin: { l: 10, r: 14, t: 14, b: 10 }, paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--text"), size: 12 },
+    hovermode: "closest", colorway: ["#12a97c", "#e5405e", "#3b82f6"],
+    hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
+  };
+}
+
+function draw(figure) {
+  const place = document.getElementById("plot-" + figure.key);
+  const select = document.getElementById("choice-" + figure.key);
+  const choice = figure.choices[select ? select.selectedIndex : 0];
+  const traces = choice.traces.map((trace) => dressed(trace, (trace.x || []).length === 1));
+  return Plotly.react(place, traces, layoutOf(figure, choice, place.clientWidth), {
+    displaylogo: false, displayModeBar: false, responsive: false,
+  });
+}
+
+const drawAll = () => Promise.all(figures.map(draw));
+
+for (const figure of figures) {
+  const select = document.getElementById("choice-" + figure.key);
+  if (select) select.addEventListener("change", () => draw(figure));
+}
+
+for (const button of document.querySelectorAll("#legend button")) {
+  const group = Number(button.dataset.group);
+  button.querySelector("i").style.background = colorOf(group);
+  button.addEventListener("click", () => {
+    if (!hidden.delete(group)) hidden.add(group);
+    button.setAttribute("aria-pressed", String(!hidden.has(group)));
+    drawAll();
+  });
+}
+
+let lastWidth = window.innerWidth;
+let timer = 0;
+window.addEventListener("resize", () => {
+  if (window.innerWidth === lastWidth) return;  // phones change the height while they scroll
+  lastWidth = window.innerWidth;
+  clearTimeout(timer);
+  timer = setTimeout(drawAll, 150);
+});
+scheme.addEventListener("change", drawAll);
+
+const albums = JSON.parse(document.getElementById("pictures").textContent);
+if (albums.length) {
+  const find = (id) => document.getElementById(id);
+  let place = 0;
+  const album = () => albums[find("album").selectedIndex];
+  const show = (next) => {
+    const count = album().pictures.length;
+    place = (next + count) % count;
+    const picture = album().pictures[place];
+    find("truth").src = picture.truth;
+    find("found").src = picture.found;
+    find("picture-text").textContent = `${place + 1} of ${count}: ${picture.text}`;
+  };
+  find("album").addEventListener("change", () => show(0));
+  find("before").addEventListener("click", () => show(place - 1));
+  find("after").addEventListener("click", () => show(place + 1));
+  find("pager").addEventListener("keydown", (event) => {
+    if (event.target.tagName === "SELECT") return;
+    if (event.key === "ArrowLeft") show(place - 1);
+    if (event.key === "ArrowRight") show(place + 1);
+  });
+  show(0);
+}
+
+drawAll().then(() => { document.body.dataset.drawn = "yes"; });

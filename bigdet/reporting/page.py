@@ -1,0 +1,135 @@
+"""One HTML file that needs nothing else: tables, plots by plotly.js, pictures as data addresses."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from bigdet.reporting.figures import Figure
+from bigdet.reporting.table import Table
+
+LONG_CELL = 40  # characters from which a cell may be broken into lines
+
+
+def write_page(
+    title: str,
+    groups: Sequence[str],
+    sections: Mapping[str, str],
+    figures: Sequence[Figure],
+    albums: Sequence[Mapping[str, Any]],
+) -> str:
+    """Return the page.
+
+    Args:
+        title: above it.
+        groups: names of the groups of runs, in the order of their colors.
+        sections: HTML by heading; one with nothing in it is left out.
+        figures: all that the sections have a place for.
+        albums: ``name`` and ``pictures``, each with ``truth``, ``found`` (addresses) and ``text``.
+    """
+    # Imported here: only this needs it. MIT license; its text is in the file's first lines.
+    from plotly.offline import get_plotlyjs
+
+    parts = resources.files("bigdet.reporting")
+    page = parts.joinpath("page.html").read_text(encoding="utf-8")
+    body = "\n".join(
+        f"<section><h2>{html.escape(heading)}</h2>\n{content}</section>"
+        for heading, content in sections.items()
+        if content
+    )
+    values = {
+        "TITLE": html.escape(title),
+        "STYLE": parts.joinpath("page.css").read_text(encoding="utf-8"),
+        "LEGEND": "".join(
+            f'<button type="button" data-group="{number}" aria-pressed="true"><i></i>'
+            f"{html.escape(name)}</button>"
+            for number, name in enumerate(groups)
+        ),
+        "BODY": body,
+        "FIGURES": _script_json([figure.to_json() for figure in figures]),
+        "PICTURES": _script_json(list(albums)),
+        "PLOTLY": get_plotlyjs(),
+        "SCRIPT": parts.joinpath("page.js").read_text(encoding="utf-8"),
+    }
+    pieces = page.split("@")  # text, name, text, name, ...: what is put in is not looked at again
+    return "".join(values.get(piece, piece) for piece in pieces)
+
+
+def table_html(table: Table) -> str:
+    """Return a table that scrolls sideways where it is too wide; nothing without rows."""
+    if not table.rows:
+        return ""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    rows = "".join(
+        f"<tr>{_breakable(_cell(name))}{''.join(map(_cell, cells))}</tr>\n"
+        for name, *cells in table.rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>'
+        f"</div>\n"
+    )
+
+
+def cards_html(figures: Sequence[Figure], wide: bool = False) -> str:
+    """Return places for figures, side by side where there is room; nothing without figures."""
+    if not figures:
+        return ""
+    cards = "".join(_card(figure) for figure in figures)
+    return f'<div class="cards{" wide" if wide else ""}">{cards}</div>\n'
+
+
+def paragraph_html(text: str, is_note: bool = False) -> str:
+    """Return a paragraph; nothing without text."""
+    style = ' class="note"' if is_note else ""
+    return f"<p{style}>{html.escape(text)}</p>\n" if text else ""
+
+
+def pager_html(albums: Sequence[Mapping[str, Any]]) -> str:
+    """Return what pages through the pictures; nothing where there are none."""
+    if not albums:
+        return ""
+    options = "".join(f"<option>{html.escape(album['name'])}</option>" for album in albums)
+    return (
+        '<div class="card pager" id="pager"><div class="controls">'
+        f'<select id="album" aria-label="run">{options}</select>'
+        '<button type="button" id="before">Previous</button>'
+        '<button type="button" id="after">Next</button>'
+        '<span id="picture-text"></span></div><div class="pair">'
+        '<figure><figcaption>Ground truth</figcaption><img id="truth" alt="ground truth"></figure>'
+        "<figure><figcaption>Detections, scores from 0.5</figcaption>"
+        '<img id="found" alt="detections"></figure></div></div>\n'
+    )
+
+
+def _card(figure: Figure) -> str:
+    key = html.escape(figure.key)
+    select = ""
+    if len(figure.choices) > 1:
+        options = "".join(f"<option>{html.escape(choice.label)}</option>"
+                          for choice in figure.choices)  # fmt: skip
+        select = (
+            f'<select id="choice-{key}" aria-label="{html.escape(figure.title)}">{options}</select>'
+        )
+    return (
+        f'<div class="card"><div class="top"><h3>{html.escape(figure.title)}</h3>{select}</div>'
+        f'<div class="plot" id="plot-{key}" style="height:{figure.height}px"></div>'
+        f"{paragraph_html(figure.note, is_note=True)}</div>\n"
+    )
+
+
+def _cell(text: str) -> str:
+    style = ' class="long"' if len(text) > LONG_CELL else ""
+    return f"<td{style}>{html.escape(text)}</td>"
+
+
+def _breakable(cell: str) -> str:
+    """Let the name of an option be broken behind its dots and dashes."""
+    return cell.replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+def _script_json(value: Any) -> str:
+    """Return JSON that cannot end the script element around it."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,194 @@
+"""Run folders read for a report, and which of them differ in nothing but their seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigdet.config.load import flat_options, load_config
+from bigdet.reporting.table import Outcome, outcome_of, read_metrics
+from bigdet.run_dir import RunDir
+
+UNCOUNTED = ("output", "seed", "resume", "checkpoint", "log", "data.workers", "data.cache")
+"""Options and sections in which runs of one group may differ: the seed, and what changes no number.
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as a report sees it.
+
+    Attributes:
+        name: short, and another one for each run.
+        run_dir: its folder.
+        options: of the resolved config, by full key.
+        phases: in the order in which they run.
+        lines: of ``metrics.jsonl``.
+        evaluation: numbers of the last evaluation whose file is there; empty where none is.
+        starts: what each start of it ran on; empty for runs that did not write it down.
+    """
+
+    name: str
+    run_dir: RunDir
+    options: Mapping[str, Any]
+    phases: Sequence[str]
+    lines: Sequence[Mapping[str, Any]]
+    evaluation: Mapping[str, Any]
+    starts: Sequence[Mapping[str, Any]]
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Where it stands; None before its first evaluation."""
+        return outcome_of(self.lines, self.run_dir.weights.is_file())
+
+    def total_step(self, line: Mapping[str, Any]) -> int:
+        """Return the optimizer steps over all phases up to a line."""
+        before = self.phases[: self.phases.index(line["phase"])]
+        return sum(self.options[f"phases.{name}.steps"] or 0 for name in before) + int(line["step"])
+
+
+Groups = Mapping[str, Sequence[Run]]
+"""By name: runs that differ in nothing but their seed."""
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders; each once, in the order in which they are given.
+
+    Raises:
+        ValueError: a folder is no run, has nothing to report, or measured on other data.
+    """
+    unique = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+    names = short_names(unique)
+    runs = [read_run(folder, name) for folder, name in zip(unique, names, strict=True)]
+    check_same_data(runs)
+    return runs
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read one run folder."""
+    run_dir = RunDir(folder)
+    if not run_dir.config.is_file():
+        found = "is no folder" if not folder.is_dir() else f"has no {run_dir.config.name}"
+        raise ValueError(
+            f"{folder}: not a run: it {found}. Give the output folder of bigdet.train."
+        )
+    config = load_config(run_dir.config)
+    lines = read_metrics(run_dir)
+    if not lines:
+        raise ValueError(
+            f"{run_dir.metrics}: has no line, so there is nothing to report. Wait for the first "
+            f"log.every ({config.log.every}) steps of the run, or leave it out."
+        )
+    phases = list(config.phases)
+    if unknown := sorted({str(line["phase"]) for line in lines} - set(phases)):
+        raise ValueError(
+            f"{run_dir.metrics}: has the phases {', '.join(unknown)}, which {run_dir.config.name} "
+            f"does not list ({', '.join(phases)}). The files are of two runs."
+        )
+    options = flat_options(config)
+    return Run(name, run_dir, options, phases, lines, _last_evaluation(run_dir, lines),
+               _read_json(run_dir.environment, []))  # fmt: skip
+
+
+def check_same_data(runs: Sequence[Run]) -> None:
+    """Check that all runs were measured on the same objects in the same way.
+
+    The addresses of the data may differ: the classes, the number of objects of each, and how AP is
+    defined are compared.
+    """
+    measured = [run for run in runs if run.evaluation]
+    for run in measured[1:]:
+        first = measured[0]
+        for what, own, other in (
+            ("classes", _classes(run), _classes(first)),
+            ("objects of each class", _objects(run), _objects(first)),
+            ("evaluation.metric", run.options["evaluation.metric"],
+             first.options["evaluation.metric"]),
+        ):  # fmt: skip
+            if own is not None and other is not None and own != other:
+                raise ValueError(
+                    f"{run.run_dir.root}: was measured on other data than {first.run_dir.root}: "
+                    f"{what}: {_brief(own)}, not {_brief(other)}. Their AP cannot be compared: "
+                    f"give each its own report, or measure one anew with bigdet.evaluate."
+                )
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Put runs together that differ in nothing but their seed, in the order in which they come."""
+    by_options: dict[str, list[Run]] = {}
+    for run in runs:
+        kept = {key: value for key, value in run.options.items() if not _is_uncounted(key)}
+        by_options.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(run)
+    groups: dict[str, list[Run]] = {}
+    for members in by_options.values():
+        name = common_name([run.name for run in members])
+        groups[name if name not in groups else members[0].name] = members
+    return groups
+
+
+def common_name(names: Sequence[str]) -> str:
+    """Return what names have in common, such as ``direct`` of ``direct-s0`` and ``direct-s1``."""
+    if len(names) == 1:
+        return names[0]
+    without = {re.sub(r"[-_.]?(s|seed)[-_]?\d+$", "", name) for name in names}
+    shared = without.pop() if len(without) == 1 else ""
+    return shared or f"{names[0]} and {len(names) - 1} more"
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Return for each folder its name, with as many of those above it as tell them all apart."""
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return ["/".join(folder.parts[-depth:]) for folder in folders]
+
+
+def _is_uncounted(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in UNCOUNTED)
+
+
+def _last_evaluation(run_dir: RunDir, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    for line in reversed(lines):
+        file = run_dir.evaluation(line["phase"], line["step"])
+        if "bbox/AP" in line and file.is_file():
+            found: Mapping[str, Any] = _read_json(file, {})
+            return found
+    return {}
+
+
+def _read_json(file: Path, absent: Any) -> Any:
+    """Return what a JSON file of a run holds, or what stands for an absent one."""
+    if not file.is_file():
+        return absent
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as JSON ({error}). Remove the file.") from error
+    if not isinstance(found, type(absent)):
+        raise ValueError(
+            f"{file}: expected a {type(absent).__name__}, found a {type(found).__name__}. Remove "
+            f"the file."
+        )
+    return found
+
+
+def _classes(run: Run) -> list[str] | None:
+    per_class = run.evaluation.get("per_class", {}).get("bbox")
+    return None if per_class is None else sorted(per_class)
+
+
+def _objects(run: Run) -> dict[str, int] | None:
+    analysis = run.evaluation.get("analysis", {}).get("bbox")
+    if analysis is None:
+        return None
+    return {name: numbers["objects"] for name, numbers in analysis["per_class"].items()}
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

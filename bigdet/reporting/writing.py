@@ -1,0 +1,106 @@
+"""A report on groups of runs: report.md with the tables, report.html with these and the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bigdet.reporting.albums import read_albums
+from bigdet.reporting.analysis_figures import WIDE, analysis_figures
+from bigdet.reporting.compare import (
+    cost_table,
+    difference_table,
+    environment_table,
+    equal_ap_sentences,
+    equal_ap_table,
+    option_table,
+)
+from bigdet.reporting.figures import cost_figures, curve_figures, training_figures
+from bigdet.reporting.page import cards_html, pager_html, paragraph_html, table_html, write_page
+from bigdet.reporting.runs import Groups
+from bigdet.reporting.table import KINDS, Outcome, Table, outcome_table
+from bigdet.run_dir import write_text
+
+NOISE = (
+    "The noise band is two standard errors of the difference of two means, from the standard "
+    "deviation within all groups of several seeds."
+)
+EQUAL_AP = (
+    "The part of the other run's whole cost that had been spent at the first evaluation that "
+    "showed as much AP. GPU-hours are those of training."
+)
+PICTURES = (
+    "Validation images with the most and the fewest mistakes, as each run drew them at the end of "
+    "its last phase. Arrow keys page through them."
+)
+
+
+def write_report(
+    groups: Groups, out: Path, title: str, outcomes: Mapping[str, Sequence[Outcome | None]]
+) -> tuple[Path, Path]:
+    """Write both files and return their paths.
+
+    Args:
+        groups: runs to compare; the first is what the others are compared with.
+        out: folder, made if need be.
+        title: of the report.
+        outcomes: rows of the first table; may have groups of which no run has begun.
+    """
+    results = outcome_table(outcomes)
+    tables = {
+        "Differences": (difference_table(groups), NOISE),
+        "Cost at equal AP": (equal_ap_table(groups), EQUAL_AP),
+        "What each phase took": (cost_table(groups), ""),
+        "Options that differ": (option_table(groups), ""),
+        "Environment": (environment_table(groups), ""),
+    }
+    sentences = equal_ap_sentences(groups)
+    markdown = [results.markdown()]
+    for heading, (table, note) in tables.items():
+        if table.rows:
+            said = sentences if heading == "Cost at equal AP" else []
+            text = "".join(f"{line}\n\n" for line in said) + table.markdown()
+            markdown.append(f"\n## {heading}\n\n{text}" + (f"\n{note}\n" if note else ""))
+    written = out / "report.md", out / "report.html"
+    write_text(written[0], "".join(markdown))
+    write_text(written[1], _page(groups, title, results, tables, sentences))
+    return written
+
+
+def _page(
+    groups: Groups,
+    title: str,
+    results: Table,
+    tables: Mapping[str, tuple[Table, str]],
+    sentences: Sequence[str],
+) -> str:
+    """Return the HTML file."""
+    curves, training, costs = curve_figures(groups), training_figures(groups), cost_figures(groups)
+    analysis = analysis_figures(groups)
+    albums = read_albums(groups)
+    html = {
+        heading: table_html(table) + paragraph_html(note, is_note=True) if table.rows else ""
+        for heading, (table, note) in tables.items()
+    }
+    said = "".join(paragraph_html(sentence) for sentence in sentences)
+    sections = {
+        "Results": table_html(results),
+        "AP": cards_html(curves, wide=True),
+        "Differences": html["Differences"],
+        "Cost at equal AP": (said + html["Cost at equal AP"]) if html["Cost at equal AP"] else "",
+        "Ground truth and detections": pager_html(albums)
+        + (paragraph_html(PICTURES, is_note=True) if albums else ""),
+        **{
+            f"What keeps {KINDS[kind]} AP down": cards_html(
+                [each for each in figures if not each.key.endswith(WIDE)]
+            )
+            + cards_html([each for each in figures if each.key.endswith(WIDE)], wide=True)
+            for kind, figures in analysis.items()
+        },
+        "Training": cards_html(training),
+        "What it took": cards_html(costs, wide=True) + html["What each phase took"],
+        "Options that differ": html["Options that differ"],
+        "Environment": html["Environment"],
+    }
+    figures = [*curves, *(each for many in analysis.values() for each in many), *training, *costs]
+    return write_page(title, list(groups), sections, figures, albums)

@@ -1,0 +1,63 @@
+"""Run folders that can be reported on, and what is said of others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bigdet.reporting.runs import common_name, read_runs, short_names
+from tests.fake_runs import write_run
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"absent: not a run: it is no folder"):
+        read_runs([tmp_path / "absent"])
+    with pytest.raises(ValueError, match=r"not a run: it has no config\.yaml.*output folder"):
+        read_runs([tmp_path])
+
+
+def test_a_run_without_metrics_is_told(tmp_path: Path):
+    run = write_run(tmp_path / "a", [0.1])
+    (run / "metrics.jsonl").write_text('{"phase": "pretrain", "st')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: has no line"):
+        read_runs([run])
+
+
+def test_runs_measured_on_other_data_are_refused(tmp_path: Path):
+    first, other = write_run(tmp_path / "a", [0.1]), write_run(tmp_path / "b", [0.1], objects=11)
+    with pytest.raises(
+        ValueError, match=r"b: was measured on other data than .*a: objects of each"
+    ):
+        read_runs([first, other])
+    file = other / "evaluation/pretrain-10.json"
+    numbers = json.loads(file.read_text())
+    numbers["per_class"]["bbox"] = {"cow": 0.5}
+    file.write_text(json.dumps(numbers))
+    with pytest.raises(ValueError, match=r"classes: \['cow'\], not \['cat', 'dog'\]"):
+        read_runs([first, other])
+    voc = write_run(tmp_path / "c", [0.1], "evaluation.metric=voc07")
+    with pytest.raises(ValueError, match=r"evaluation\.metric: voc07, not coco"):
+        read_runs([first, voc])
+
+
+def test_metrics_of_another_config_are_told(tmp_path: Path):
+    run = write_run(tmp_path / "a", [0.1])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "train", "step": 1}\n')
+    with pytest.raises(ValueError, match=r"has the phases train, which config\.yaml does not list"):
+        read_runs([run])
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert short_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert short_names([Path("/x/1/a"), Path("/x/2/a")]) == ["1/a", "2/a"]
+    assert common_name(["direct-s0", "direct-s1"]) == "direct"
+    assert common_name(["direct_seed3", "direct_seed12"]) == "direct"
+    assert common_name(["one", "two", "three"]) == "one and 2 more"
+
+
+def test_a_run_given_twice_is_read_once(tmp_path: Path):
+    run = write_run(tmp_path / "a", [0.1])
+    assert len(read_runs([run, run.parent / "." / "a"])) == 1

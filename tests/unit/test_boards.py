@@ -1,0 +1,80 @@
+"""Boards: what TensorBoard and Weights & Biases are told."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigdet.boards import TensorBoard, WeightsAndBiases
+
+GRAY = np.full((4, 6, 3), 90, dtype=np.uint8)
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the package, and keeps what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.began: list[dict] = []
+        self.logged: list[dict] = []
+        self.is_finished = False
+
+    def init(self, **options):
+        self.began.append(options)
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "total_step")
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def Image(self, picture):  # noqa: N802
+        return ("picture", picture.shape)
+
+    def finish(self):
+        self.is_finished = True
+
+
+def begin(folder: Path) -> WeightsAndBiases:
+    return WeightsAndBiases(folder, "shapes", "run", None, "offline", {"seed": 3})
+
+
+def test_wandb_goes_on_with_the_run_of_the_folder(monkeypatch, tmp_path: Path):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    board = begin(tmp_path / "wandb")
+    board.add_scalars({"lr": 0.5}, 7)
+    board.add_picture("batch/train", GRAY, 7)
+    board.close()
+    assert fake.logged == [
+        {"lr": 0.5, "total_step": 7}, {"batch/train": ("picture", (4, 6, 3)), "total_step": 7},
+    ]  # fmt: skip
+    assert fake.is_finished
+    begin(tmp_path / "wandb")
+    begin(tmp_path / "other")
+    first, again, other = fake.began
+    assert first["config"] == {"seed": 3}
+    assert (first["project"], first["mode"], first["resume"]) == ("shapes", "offline", "allow")
+    assert first["id"] == again["id"] != other["id"]
+
+
+def test_wandb_that_is_not_installed_is_told_with_its_key(monkeypatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        ValueError, match=r"^log\.wandb: wandb is not to be had .*pip install wandb"
+    ):
+        begin(tmp_path)
+
+
+def test_tensorboard_gets_pictures(tmp_path: Path):
+    board = TensorBoard(tmp_path, first_step=1)
+    board.add_picture("batch/train", GRAY, 7)
+    board.close()
+    (events,) = tmp_path.iterdir()
+    assert b"batch/train" in events.read_bytes()
+    assert b"\x89PNG" in events.read_bytes()
