@@ -127,7 +127,7 @@ class RegionProposals(nn.Module):
         self,
         predictions: AnchorPredictions,
         image_sizes: Tensor,
-        suppress: GroupedNms = grouped_nms,
+        suppress: GroupedNms | None = None,
     ) -> Proposals:
         """Turn the best anchors of each level into proposals, without near duplicates.
 
@@ -136,7 +136,7 @@ class RegionProposals(nn.Module):
         Args:
             predictions: of B images.
             image_sizes: ``(B, 2)`` height, width.
-            suppress: tells which boxes stay; another one in an exported model.
+            suppress: stands in for `grouped_nms` in an exported model.
         """
         config = self.config
         limit = config.train_proposals if self.training else config.test_proposals
@@ -159,7 +159,7 @@ class RegionProposals(nn.Module):
         images = torch.arange(len(boxes), device=boxes.device)[:, None]
         num_levels = len(predictions.counts)
         groups = images * num_levels + torch.cat(levels, dim=1)
-        kept = suppress(
+        kept = (suppress or grouped_nms)(
             boxes.flatten(0, 1),
             scores.flatten(),
             groups.flatten(),
