@@ -149,7 +149,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--log-json", action="store_true", help="console lines as JSON objects, with the numbers"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":
