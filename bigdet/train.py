@@ -171,7 +171,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="list all options, or those below a key, with type, default and unit, then end",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class _Collected:
             moved = self._finite(scale_detections(detections, image_size, size))
             self._results.add(image_id, coco_results(moved, image_id, size, self._ids))
         now = time.monotonic()
-        if now - self._reported > PROGRESS_SECONDS:
+        if self._results.num_images and now - self._reported > PROGRESS_SECONDS:
             self._reported = now
             num_done = self._results.num_images * distributed.world_size()
             _log_progress(num_done, self._num_images, now - self._start)

@@ -1,4 +1,5 @@
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from pycocotools import mask as coco_mask
 
 from bigdet.evaluation import predict
 from bigdet.evaluation.predict import coco_results, predict_split
+from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Detections
@@ -155,3 +157,10 @@ def test_detections_of_a_diverged_model_are_left_out_and_counted(make_shards, ca
     results = list(predict_split(Diverged(shards), shards, (100, 100), 2, 0, CPU))
     assert [result["category_id"] for result in results] == [3, 3, 17, 17]  # the first is gone
     assert "1 detections of this rank were not finite" in caplog.text
+
+
+def test_a_rank_that_has_no_image_yet_tells_no_progress(monkeypatch, caplog):
+    monkeypatch.setattr(predict, "PROGRESS_SECONDS", -1.0)  # a slow machine: always due
+    surplus = SimpleNamespace(weights=torch.zeros(1))
+    predict._Collected([1], 8, SavedResults()).add(surplus, [None])
+    assert not caplog.records
