@@ -105,7 +105,8 @@ def train_stream(shards: ShardSet, workers: int, **options) -> TrainStream:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("workers", "room"), [(0, 3.0), (2, 5.0)])
+# Two loader processes drift apart by the groups that they make ahead: each needs room of its own.
+@pytest.mark.parametrize(("workers", "room"), [(0, 3.0), (2, 6.0)])
 def test_windows_over_twenty_shards_fetch_each_once_into_a_cache_of_a_few(
     cache, workers, room, tmp_path
 ):

@@ -32,6 +32,7 @@ def test_a_cascade_starts_with_the_heads_of_the_mask_rcnn_before_it(tmp_path, ca
     config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
     first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
     assert load_detector(leave(run_dir, config, "pretrain", first)).config.detector == "mask_rcnn"
+    caplog.clear()  # of what the first phase said, where an earlier test turned it on
     with caplog.at_level(logging.INFO, "bigdet"):
         second = build_for_phase(config, "finetune", ["a", "b"], run_dir, CPU, False)
     assert "box_head: one, copied to all 3 stages of the cascade" in caplog.messages
@@ -56,6 +57,7 @@ def test_a_head_that_the_phase_before_did_not_have_starts_anew_and_is_named(tmp_
     config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
     first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
     leave(run_dir, config, "pretrain", first)
+    caplog.clear()  # of what the first phase said, where an earlier test turned it on
     with caplog.at_level(logging.INFO, "bigdet"):
         second = build_for_phase(config, "finetune", ["a", "b"], run_dir, CPU, False)
     fresh = [message.split()[2] for message in caplog.messages if message.endswith("random")]
