@@ -1,4 +1,4 @@
-"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
+r"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
 
     python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth
     python tools/convert_weights.py from-torchvision mask_rcnn.pth runs/x/config.yaml \
