@@ -140,7 +140,10 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
         _any_stream(config, train_set, name, config.phases[name])
         source = phase_source(config, name)
         if is_timm(source):
-            importing.timm_name(source, config.model.backbone)
+            try:
+                importing.timm_name(source, config.model.backbone)
+            except ValueError as error:
+                raise ConfigError(f"phases.{name}.{error}") from error
         elif source not in ("random", "previous"):
             check_start(config, name, classes, Path(source))
 
