@@ -23,7 +23,8 @@ from bigdet.config.derived import (
     phase_source,
 )
 from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
-from bigdet.config.schema import PhaseConfig, RunConfig
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
