@@ -95,3 +95,11 @@ class RunDir:
     def evaluation(self, phase: str, step: int) -> Path:
         """The numbers of one evaluation."""
         return self.root / "evaluation" / f"{phase}-{step}.json"
+
+    def detections(self, phase: str, step: int) -> Path:
+        """The detections of one evaluation, until they are scored."""
+        return self.root / "evaluation" / f"{phase}-{step}.detections"
+
+    def all_detections(self) -> list[Path]:
+        """The detections of all evaluations that were not scored."""
+        return sorted((self.root / "evaluation").glob("*.detections"))
