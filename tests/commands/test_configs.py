@@ -78,7 +78,7 @@ def test_every_run_of_every_sweep_builds(name: str):
 KINDS = [
     "r50_direct", "r50_gn_cascade", "r50_syncbn_scratch", "r50_imagenet", "r50_gn_imagenet",
     "r50_lsj_scratch", "retinanet_r50_direct", "swin_t_direct", "vgg16_scratch", "voc_r101_gn",
-    "voc_r50_direct", "keypoint_r50_gn", "objects365_direct", "coco_from_objects365",
+    "keypoint_r50_gn", "objects365_direct", "coco_from_objects365",
     "less_data:random_1k", "presets:paper", "presets:stitcher", "table1:size_224_batch_2",
     "table6:direct_p1x_2x", "table8:cascade_direct",
 ]  # fmt: skip
