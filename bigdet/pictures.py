@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from bigdet.jpeg import decode_jpeg, is_jpeg
+
 SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 }  # fmt: skip
@@ -41,7 +43,14 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         ValueError: it cannot be read, or is too large to be.
     """
     with _opened(path) as image:
-        return _as_shown(image)
+        data = path.read_bytes()
+        # Pillow makes gray of what is lost of a JPEG, and does not say so.
+        pixels = decode_jpeg(data) if is_jpeg(data) else None
+        if pixels is None:
+            return _as_shown(image)
+        stored = Image.fromarray(pixels)
+        stored.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+        return np.array(ImageOps.exif_transpose(stored))
 
 
 def shown_size(path: Path) -> tuple[int, int]:
@@ -92,7 +101,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             f"too large an image ({error}); it could fill the memory. Make it smaller"
         ) from error
     except (OSError, SyntaxError, ValueError, OverflowError) as error:
-        reason = str(error).replace(f" '{path}'", "").replace(f" {str(path)!r}", "")
+        reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
         raise ValueError(f"not a readable image ({reason})") from error
 
 

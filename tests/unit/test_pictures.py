@@ -4,7 +4,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bigdet.pictures import EXIF_ORIENTATION, read_picture, shown_size, to_pixels
 
@@ -71,6 +71,45 @@ def test_truncated_picture_is_a_value_error_on_reading(tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ValueError, match="not a readable image"):
             read_picture(path)
+
+
+def noise_jpeg(path, **options):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=90, **options)
+    return bytearray(path.read_bytes())
+
+
+def test_jpeg_whose_middle_is_lost_is_told_though_pillow_makes_gray_of_it(tmp_path):
+    path = tmp_path / "x.jpg"
+    data = noise_jpeg(path)
+    middle = len(data) // 2
+    for damage, problem in (
+        (bytes(len(data) - middle - 2), "a part of the compressed data is zeros"),
+        (b"\xff\xd3" * 8, "Corrupt JPEG data"),  # a mark that has no business there
+    ):
+        damaged = data[:middle] + damage + data[middle + len(damage) :]
+        path.write_bytes(damaged)
+        with Image.open(path) as image:
+            image.load()  # no error
+        with pytest.raises(ValueError, match=f"not a readable image .*{problem}"):
+            read_picture(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpegs_are_as_pillow_reads_and_turns_them(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    noise_jpeg(tmp_path / "x.jpg", exif=exif)
+    with Image.open(tmp_path / "x.jpg") as image:
+        expected = np.array(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(read_picture(tmp_path / "x.jpg"), expected)
+
+
+def test_why_a_file_cannot_be_read_is_told_without_repeating_its_name(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    for name, reason in (("folder.jpg", "Is a directory"), ("away.jpg", "No such file or dir.*y")):
+        with pytest.raises(ValueError, match=rf"^not a readable image \({reason}\)$"):
+            read_picture(tmp_path / name)
 
 
 def png_of_zeros(width, height):
