@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,17 @@ STOPPED = 75
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0: a ``type`` of argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number above 0")
+    return value
 
 
 def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:

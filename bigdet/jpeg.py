@@ -22,9 +22,7 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(_START)
 
 
-def decode_jpeg(
-    data: bytes, least_size: tuple[int, int] | None = None
-) -> NDArray[np.uint8] | None:
+def decode_jpeg(data: bytes, least_size: tuple[int, int] | None = None) -> NDArray[np.uint8] | None:
     """Decode a JPEG file, 1.25 times as fast as Pillow and equal to it.
 
     Args:

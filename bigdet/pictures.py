@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -61,6 +61,13 @@ def shown_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
+def list_pixels(pictures: Sequence[Picture]) -> list[Tensor]:
+    """Return each picture as `to_pixels`; ``ValueError`` where one is given and not a list."""
+    if isinstance(pictures, (str, Path, Image.Image)):
+        raise ValueError(f"found one picture, {pictures}, expected a list of them: [picture].")
+    return [to_pixels(picture) for picture in pictures]
+
+
 def to_pixels(picture: Picture) -> Tensor:
     """Return a picture, however it is given, as ``(3, H, W)`` uint8 RGB.
 
@@ -68,9 +75,17 @@ def to_pixels(picture: Picture) -> Tensor:
         ValueError: a file that cannot be read, or an array of another shape or type.
     """
     if isinstance(picture, (str, Path)):
-        picture = read_picture(Path(picture))
+        try:
+            picture = read_picture(Path(picture))
+        except ValueError as error:
+            raise ValueError(f"{picture}: {error}.") from error
     elif isinstance(picture, Image.Image):
         picture = _as_shown(picture)
+    if not isinstance(picture, (np.ndarray, Tensor)):
+        raise ValueError(
+            f"found a {type(picture).__name__}, expected a picture: a file, or one of Pillow, "
+            f"numpy or torch."
+        )
     if isinstance(picture, np.ndarray):
         shape, is_image = "(H, W, 3)", picture.ndim == 3 and picture.shape[2] == 3
         picture, dtype = torch.from_numpy(np.ascontiguousarray(picture)), picture.dtype

@@ -72,7 +72,25 @@ def test_what_is_no_weights_file_is_one_message(tmp_path):
     )  # fmt: skip
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'theirs.pth'}: cannot be read as a state_dict")
+    assert line.startswith(f"error: {tmp_path / 'theirs.pth'}: torch cannot read it as weights")
+    assert "weights_only" not in line  # torch's advice, which would run what is in the file
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["to-torchvision", "run", "x.txt"], r"x\.txt: expected a name that ends in \.pth"),
+        (["from-torchvision", "w.pth", "c.yaml", "--categories", "c.json", "--out", "out.pth"],
+         r"out\.pth: expected a name that ends in \.safetensors"),
+        (["from-torchvision", "w.pth", "c.yaml", "--categories", "c.json", "--out",
+          "a.safetensors"], r"a\.safetensors is a folder\. Give the name of a file"),
+    ],
+)  # fmt: skip
+def test_a_file_that_could_not_be_written_is_told_at_once(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(ValueError, match=message):
+        convert_weights.main(words)
 
 
 TINY = ["model.width=16", "model.fc_width=32", "model.roi.score_threshold=0.0"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from bigdet.pictures import EXIF_ORIENTATION, read_picture, shown_size, to_pixels
+from bigdet.pictures import EXIF_ORIENTATION, list_pixels, read_picture, shown_size, to_pixels
 
 WHITE_LEFT = np.zeros((40, 80, 3), dtype=np.uint8)
 WHITE_LEFT[:, :40] = 250
@@ -165,3 +165,17 @@ def test_files_pillow_numpy_and_torch_give_the_same_pixels(tmp_path):
 def test_arrays_of_other_shapes_and_types_are_refused(given):
     with pytest.raises(ValueError, match="uint8, RGB"):
         to_pixels(given)
+
+
+def test_what_is_no_list_of_pictures_is_told(tmp_path):
+    path = tmp_path / "away.jpg"
+    for given, said in [
+        (str(path), rf"found one picture, {path}, expected a list of them"),
+        (Image.new("L", (4, 4)), "found one picture"),
+        ([path], rf"^{path}: not a readable image \(No such file or directory\)\.$"),
+        ([b"bytes"], "found a bytes, expected a picture: a file"),
+        ([None], "found a NoneType"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            list_pixels(given)
+    assert list_pixels([]) == []
