@@ -154,7 +154,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
     parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
     parser.add_argument(
-        "--processes", type=positive, default=_num_cpus(), help="that work at a time"
+        "--processes", type=positive, default=_num_cpus(), help="at a time; default: one per CPU"
     )
     parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
     parser.add_argument(

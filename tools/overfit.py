@@ -179,8 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("detector")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("detector", help="model.detector, such as mask_rcnn")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
     parser.add_argument("--shards", required=True, help="shard set to take the images from")
     parser.add_argument("--goal", type=float, default=0.8, help="AP50 to exceed; default 0.8")
     parser.add_argument("--every", type=positive, default=50, help="steps between measurements")

@@ -1,5 +1,6 @@
-"""Every command and tool explains itself, with examples that can be typed."""
+"""Every command and tool explains itself and its options, with examples that can be typed."""
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -32,8 +33,17 @@ def test_help_has_an_example(typed, module, words, monkeypatch, capsys, in_proce
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     before = set(sys.modules)
     main = importlib.import_module(module).main
+    silent: list[str] = []
+    print_help = argparse.ArgumentParser.print_help
+
+    def note_silent_options(parser, file=None):
+        silent.extend(action.dest for action in parser._actions if not action.help)
+        print_help(parser, file)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", note_silent_options)
     with pytest.raises(SystemExit) as ended:
         main([*words, "--help"])
+    assert silent in ([], ["part"], ["source"], ["direction"])  # what is chosen has a line each
     for name in set(sys.modules) - before:  # tools are no package: their short names go again
         if getattr(sys.modules[name], "__file__", None) == str(ROOT / "tools" / f"{name}.py"):
             del sys.modules[name]
