@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -171,10 +172,13 @@ def check_out(path: Path, suffixes: Sequence[str]) -> None:
 def write_state(path: Path, state: dict[str, Tensor]) -> None:
     """Write a ``state_dict`` in the format that the file's name says."""
     contiguous = {name: value.contiguous() for name, value in state.items()}
-    if path.suffix == ".safetensors":
-        save_file(contiguous, path)
-    else:
-        torch.save(contiguous, path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file(contiguous, path)
+        else:
+            torch.save(contiguous, path)
+    except (SafetensorError, RuntimeError) as error:  # a full disk
+        raise OSError(f"{path}: cannot be written: {str(error).splitlines()[0]}.") from error
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 
 from bigdet.models.backbones import build_backbone
 from bigdet.models.torchvision_model import torchvision_twin
-from bigdet.models.weights import load_detector
+from bigdet.models.weights import load_detector, save_detector_weights
 from tests.commands.tiny_detector import ROOT, save_detector
 from tests.unit.models import published_layouts as published
 from tools import convert_weights
@@ -74,6 +75,20 @@ def test_what_is_no_weights_file_is_one_message(tmp_path):
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path / 'theirs.pth'}: torch cannot read it as weights")
     assert "weights_only" not in line  # torch's advice, which would run what is in the file
+
+
+def test_a_full_disk_is_one_message(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights = torch.nn.Linear(200, 200)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file grows beyond it
+    try:
+        for name in ("a.pth", "a.safetensors"):
+            with pytest.raises(OSError, match=rf"{name}: cannot be written: "):
+                convert_weights.write_state(tmp_path / name, weights.state_dict())
+        with pytest.raises(OSError, match=r"b\.safetensors: cannot be written: "):
+            save_detector_weights(tmp_path / "b.safetensors", weights, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(
