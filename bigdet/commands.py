@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,13 @@ def positive(text: str) -> int:
     return value
 
 
+def explain(error: Exception) -> str:
+    """Return what an error says, and what to do where the system itself says no more."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}. Make room where this command writes, or give it another place."
+    return str(error)
+
+
 def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
     """Run a command's ``main`` and end the process with its exit code.
 
@@ -63,7 +71,7 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
             raise
         if distributed.must_tell(error):
             where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
-            sys.stderr.write(f"error{where}: {lost or error}\n")
+            sys.stderr.write(f"error{where}: {lost or explain(error)}\n")
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
