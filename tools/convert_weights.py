@@ -178,7 +178,9 @@ def write_state(path: Path, state: dict[str, Tensor]) -> None:
         else:
             torch.save(contiguous, path)
     except (SafetensorError, RuntimeError) as error:  # a full disk
-        raise OSError(f"{path}: cannot be written: {str(error).splitlines()[0]}.") from error
+        path.unlink(missing_ok=True)
+        problem = str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written: {problem}. Make room for it.") from error
 
 
 if __name__ == "__main__":

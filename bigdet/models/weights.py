@@ -75,7 +75,7 @@ def save_detector_weights(path: Path, detector: nn.Module, metadata: dict[str, s
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}.") from error
+        raise OSError(f"{path}: cannot be written: {error}. Make room for it.") from error
 
 
 def load_detector(path: str | Path) -> Detector:

@@ -85,6 +85,7 @@ def test_a_full_disk_is_one_message(tmp_path):
         for name in ("a.pth", "a.safetensors"):
             with pytest.raises(OSError, match=rf"{name}: cannot be written: "):
                 convert_weights.write_state(tmp_path / name, weights.state_dict())
+            assert not (tmp_path / name).exists()
         with pytest.raises(OSError, match=r"b\.safetensors: cannot be written: "):
             save_detector_weights(tmp_path / "b.safetensors", weights, {})
     finally:
