@@ -30,7 +30,8 @@ import torch
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import check_phase, load_config
-from bigdet.config.schema import PhaseConfig, RunConfig
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import RunConfig
 from bigdet.data.mix import open_sets
 from bigdet.log import setup_logging
 from bigdet.memory import (

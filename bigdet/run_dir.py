@@ -33,7 +33,7 @@ def check_folder(folder: Path, option: str) -> None:
             probe.flush()
     except OSError as error:
         reason = "is a file" if folder.is_file() else f"cannot be written to: {error.strerror}"
-        raise ValueError(f"{option}: {folder}: {reason}. Give another folder.") from error
+        raise ValueError(f"{option}: {folder}: {reason}. Give a folder to write to.") from error
 
 
 def check_file(file: Path, option: str) -> None:
@@ -123,3 +123,11 @@ class RunDir:
     def evaluation(self, phase: str, step: int) -> Path:
         """The numbers of one evaluation."""
         return self.root / "evaluation" / f"{phase}-{step}.json"
+
+    def detections(self, phase: str, step: int) -> Path:
+        """The detections of one evaluation, until they are scored."""
+        return self.root / "evaluation" / f"{phase}-{step}.detections"
+
+    def all_detections(self) -> list[Path]:
+        """The detections of all evaluations that were not scored."""
+        return sorted((self.root / "evaluation").glob("*.detections"))

@@ -75,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         with watchdog:
             return run_phases(run)
     finally:
+        run.scorer.end()
         run.saver.join()
         if metrics is not None:
             metrics.close()
@@ -83,11 +84,15 @@ def main(arguments: Sequence[str]) -> int:
 def run_phases(run: Run) -> int:
     """Run the current phase and those after it, and return the exit code."""
     names = list(run.config.phases)
+    with distributed.together():
+        run.scorer.resume()
     for name in names[names.index(run.state.phase) :]:
         if name != run.state.phase:
             run.state.begin(name)
         if not run_phase(run):
             return STOPPED
+    if not run.scorer.finish(run.must_stop):
+        return STOPPED
     saving.write_final_weights(run.config, run.run_dir)
     return 0
 

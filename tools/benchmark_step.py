@@ -44,7 +44,8 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from bigdet.commands import positive
 from bigdet.config.derived import has_masks
 from bigdet.config.load import check_phase
-from bigdet.config.schema import ModelConfig, RunConfig
+from bigdet.config.model_schema import ModelConfig
+from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector, head_norm
 from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector

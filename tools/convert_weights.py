@@ -45,7 +45,7 @@ from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import phase_model
 from bigdet.config.load import check_phase, load_config
-from bigdet.config.schema import Pixels
+from bigdet.config.phase_schema import Pixels
 from bigdet.data.manifest import Category
 from bigdet.data.sources.categories import load_categories
 from bigdet.log import setup_logging

@@ -16,7 +16,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from bigdet.config.schema import Pixels
+from bigdet.config.phase_schema import Pixels
 from bigdet.models import weight_files
 from bigdet.models.backbones import Backbone
 from bigdet.models.convnext import ConvNeXt

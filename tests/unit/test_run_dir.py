@@ -23,7 +23,9 @@ def test_where_nothing_can_be_written_is_told_with_the_option(tmp_path: Path):
         (tmp_path / "file/below", "cannot be written to: Not a directory"),
         (Path("/proc/nothing"), "cannot be written to: No such file or directory"),
     ]:
-        with pytest.raises(ValueError, match=rf"^--out: {folder}: {said}\. Give another folder\.$"):
+        with pytest.raises(
+            ValueError, match=rf"^--out: {folder}: {said}\. Give a folder to write to\.$"
+        ):
             check_folder(folder, "--out")
     with pytest.raises(ValueError, match=r"^--out: .* is a folder\. Give the name of a file\.$"):
         check_file(tmp_path, "--out")
