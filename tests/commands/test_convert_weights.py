@@ -177,7 +177,7 @@ def test_mmdetections_weights_keep_its_classes_in_another_order(tmp_path, monkey
     (tmp_path / "0.json").write_text(json.dumps([{"id": 1, "name": "cat"}, CATEGORIES[0]]))
     words = ["from-mmdetection", tmp_path / "a.pth", config, *TINY, *KEPT, tmp_path / "0.json"]
     with pytest.raises(ValueError, match=r"its 2 classes \(box, disc, ...\) are not the 2 of"):
-        convert([*words, "--out", tmp_path / "x"], monkeypatch)
+        convert([*words, "--out", tmp_path / "x.safetensors"], monkeypatch)
 
 
 def test_detectron2s_pickle_becomes_a_detector_with_classes_by_rising_id(tmp_path, monkeypatch):
