@@ -20,6 +20,7 @@ from bigdet.commands import run_command
 from bigdet.log import setup_logging
 from bigdet.reporting.runs import group_runs, read_runs
 from bigdet.reporting.writing import write_report
+from bigdet.run_dir import check_folder
 
 logger = logging.getLogger("bigdet.report")  # __name__ is __main__ here
 
@@ -28,9 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     """Write the report and return the exit code."""
     options = parse_arguments(arguments)
     setup_logging(rank=0)
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out}: is a file. Give a folder for the report.")
     groups = group_runs(read_runs(options.runs))
+    check_folder(options.out, "--out")
     outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
     title = options.title or ", ".join(groups)
     for file in write_report(groups, options.out, title, outcomes):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     for run in runs:
         _check_finished(run)
     check_forks(runs)
-    command = shlex.split(options.command or (SLURM_COMMAND if options.slurm else sweep.command))
+    command = read_command(options, sweep)
     left = [run for run in runs if not _is_finished(run)]
     if options.print:
         sys.stdout.writelines(f"{shlex.join([*command, *run.words])}\n" for run in left)
@@ -71,6 +72,23 @@ def main(arguments: Sequence[str]) -> int:
             f"they said is above and in their logs/rank-0.log; the same command tries them again."
         )
     return 0
+
+
+def read_command(options: argparse.Namespace, sweep: SweepConfig) -> list[str]:
+    """Return the words that start a run; ``ConfigError`` where none of this machine's does."""
+    text = SLURM_COMMAND if options.slurm else sweep.command
+    source = f"{options.sweep}: command" if options.command is None else "--command"
+    try:
+        words = shlex.split(text if options.command is None else options.command)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}. Write it as for a shell.") from error
+    is_here = options.print or options.slurm or (words and shutil.which(words[0]) is not None)
+    if not words or not is_here:
+        raise ConfigError(
+            f"{source}: found {shlex.join(words)!r}, expected what starts a run here, such as "
+            f"'python -m bigdet.train'."
+        )
+    return words
 
 
 def check_forks(runs: Sequence[PlannedRun]) -> None:
@@ -244,8 +262,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("sweep", help="YAML file of the sweep")
     parser.add_argument("--command", help="what starts a run, instead of the sweep's own")
-    parser.add_argument("--print", action="store_true", help="print the commands of what is left")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--print", action="store_true", help="print the commands of what is left")
+    instead.add_argument(
         "--slurm", action="store_true", help="print a script that submits what is left as arrays"
     )
     return parser.parse_args(arguments)

@@ -218,6 +218,25 @@ def test_mistakes_name_the_run_and_the_key(
     assert str(caught.value).startswith(str(file))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "found ''"),
+        ("nothing-there x", "found 'nothing-there x', .* such as"),
+        ("a '", "No clos"),
+    ],
+)
+def test_a_command_that_is_not_there_is_told_before_the_first_run(
+    tmp_path, shapes_shards, text, said
+):
+    file = write_sweep(tmp_path, shapes_shards)
+    with pytest.raises(ConfigError, match=f"^--command: {said}"):
+        sweep.main([str(file), "--command", text])
+    file.write_text(file.read_text().replace("runs:", "rnus:"))
+    with pytest.raises(ConfigError, match="is no sweep, for it lists no `runs`"):
+        load_sweep(file)
+
+
 def test_seeds_make_runs_of_their_own_and_forks_stay_with_their_seed(
     tmp_path: Path, shapes_shards: Path
 ):
