@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
     title = options.title or ", ".join(groups)
     for file in write_report(groups, options.out, title, outcomes):
-        logger.info("written: %s", file)
+        logger.info("written: %s (%.1f MB)", file, file.stat().st_size / 1e6)
     return 0
 
 
