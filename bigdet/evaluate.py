@@ -82,7 +82,6 @@ def main(arguments: Sequence[str]) -> int:
     with distributed.together():
         detector = load_detector(options.model)
         config = read_config(options.model, options.overrides)
-        check_analysis(options, config.evaluation.metric)
         shards = ShardSet(options.shards, cache=config.data.cache)
         if config.data.train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
@@ -138,7 +137,6 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"ignored. Leave it out."
         )
     metric: Metric = options.metric or "coco"
-    check_analysis(options, metric)
     results = load_results(options.model)
     shards = ShardSet(options.shards)
     first = results[0] if results and isinstance(results[0], dict) else {"bbox": []}
@@ -153,14 +151,6 @@ def evaluate_file(options: argparse.Namespace) -> int:
         )
     report(evaluate_detections(shards, results, kinds, metric, str(options.model)), options)
     return 0
-
-
-def check_analysis(options: argparse.Namespace, metric: Metric) -> None:
-    """Raise ``ValueError`` where an analysis is asked for that this metric does not come with."""
-    if options.analysis and metric != "coco":
-        raise ValueError(
-            f"--analysis: comes with the metric coco only, found {metric}. Leave it out."
-        )
 
 
 def write_detections(file: Path, results: Iterable[Result]) -> None:

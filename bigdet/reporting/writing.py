@@ -36,7 +36,10 @@ PICTURES = (
     "its last phase; of several seeds, those of the first. Arrow keys page through them."
 )
 SEEDS = "Means over the seeds of each group; whiskers are one standard deviation."
-OTHER_METRIC = "Measured as COCO does, with difficult objects as crowds, whatever the runs' metric."
+OTHER_METRIC = (
+    "AP by overlap and by class are of VOC's metric; all else is measured as COCO does, with "
+    "difficult objects as crowds."
+)
 
 
 def write_report(
