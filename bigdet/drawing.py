@@ -206,7 +206,7 @@ class _LabelWriter:
 
     def __post_init__(self) -> None:
         self.pen = ImageDraw.Draw(self.picture)
-        self.font = ImageFont.load_default(max(12, round(max(self.picture.size) / 64)))
+        self.font = ImageFont.load_default(max(12, round(max(self.picture.size) / 57)))
 
     def write(self, text: str, box: Rectangle, color: Color, must_show: bool) -> None:
         """Write a text at a box: above it, below it or inside, and always inside the picture."""

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
     title = options.title or ", ".join(groups)
     for file in write_report(groups, options.out, title, outcomes):
-        logger.info("written: %s (%.1f MB)", file, file.stat().st_size / 1e6)
+        kilobytes = file.stat().st_size / 1000
+        size = f"{kilobytes:.0f} kB" if kilobytes < 1000 else f"{kilobytes / 1000:.1f} MB"
+        logger.info("written: %s (%s)", file, size)
     return 0
 
 

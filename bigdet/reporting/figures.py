@@ -97,10 +97,10 @@ def curve_figures(groups: Groups) -> list[Figure]:
             ]
             if traces:
                 layout = _axes(title, "AP (%)")
-                layout["yaxis"]["rangemode"] = "tozero"
+                layout["xaxis"]["rangemode"] = layout["yaxis"]["rangemode"] = "tozero"
                 choices.append(Choice(label, traces, layout))
         if choices:
-            note = "The band is one standard deviation over seeds." if any(
+            note = "The band, or whisker, is one standard deviation over seeds." if any(
                 point.deviation is not None for point in points
             ) else ""  # fmt: skip
             name = MEASURES[measure]
@@ -129,6 +129,8 @@ def _ap_traces(
     }
     if any(point.deviation is None for _, point in known):
         return [line]
+    if len(known) == 1:  # a band would have no width
+        return [line | {"error_y": {"type": "data", "array": [100 * (known[0][1].deviation or 0)]}}]
     low = [100 * max(0.0, point.mean - (point.deviation or 0)) for _, point in known]
     high = [100 * (point.mean + (point.deviation or 0)) for _, point in known]
     band = {

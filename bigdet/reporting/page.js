@@ -120,6 +120,9 @@ if (albums.length) {
     find("picture-text").textContent = `${place + 1} of ${count}: ${picture.text}`;
   };
   find("album").addEventListener("change", () => show(0));
+  for (const image of document.querySelectorAll(".pair img")) {
+    image.addEventListener("click", () => image.closest(".pair").classList.toggle("large"));
+  }
   find("before").addEventListener("click", () => show(place - 1));
   find("after").addEventListener("click", () => show(place + 1));
   find("pager").addEventListener("keydown", (event) => {

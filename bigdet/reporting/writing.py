@@ -33,7 +33,8 @@ IMPORTS = (
 )
 PICTURES = (
     "Validation images with the most and the fewest mistakes, as each run drew them at the end of "
-    "its last phase; of several seeds, those of the first. Arrow keys page through them."
+    "its last phase; of several seeds, those of the first. Arrow keys page through "
+    "them, a click makes them larger."
 )
 SEEDS = "Means over the seeds of each group; whiskers are one standard deviation."
 OTHER_METRIC = (

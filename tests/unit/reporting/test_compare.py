@@ -201,3 +201,10 @@ def test_long_curves_become_means_of_neighbors():
     points = [(step, float(step), "") for step in range(1, 2 * MAX_POINTS + 1)]
     assert thinned(points)[:2] == [(2, 1.5, ""), (4, 3.5, "")]
     assert thinned(points[:3]) == points[:3]
+
+
+def test_a_single_evaluation_of_several_seeds_has_a_whisker(tmp_path: Path):
+    folders = [write_run(tmp_path / "a-s0", [0.1]), write_run(tmp_path / "a-s1", [0.3], "seed=1")]
+    (trace,) = curve_figures(group_runs(read_runs(folders)))[0].choices[0].traces
+    assert trace["y"] == pytest.approx([20])
+    assert trace["error_y"]["array"] == pytest.approx([10 * math.sqrt(2)])
