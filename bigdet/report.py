@@ -6,7 +6,9 @@
 
 Writes DIR/report.html, which needs no network, and DIR/report.md. Runs that differ in nothing but
 their seed are one line with mean and standard deviation; the first group is what the others are
-compared with. All runs must have been measured on the same images. A run may still be going on.
+compared with. What weights from elsewhere had cost, where phases.NAME.start_from.cost states it, is
+counted beside the cost of the run itself. All runs must have been measured on the same images. A
+run may still be going on.
 """
 
 from __future__ import annotations
