@@ -188,7 +188,9 @@ def _per_class(kind: str, measured: Sequence[Measured]) -> Figure:
         for one in measured
     ]  # fmt: skip
     layout = _axes("AP (%)", "")
-    layout["yaxis"] |= {"type": "category", "dtick": 1, "range": [-0.5, len(classes) - 0.5]}
+    layout["yaxis"] |= {"type": "category", "dtick": 1, "range": [-0.5, len(classes) - 0.5],
+                        # room between the names and dots at 0
+                        "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}  # fmt: skip
     layout["xaxis"] |= {"rangemode": "tozero"}
     height = max(300, 90 + 18 * len(classes))
     return _figure(kind, "classes", "AP by class", "", traces, layout, height)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigdet.reporting.runs import Groups, Run
-from bigdet.reporting.table import MEASURES, Table
+from bigdet.reporting.table import MEASURES, Table, decimals_of
 
 COSTS = {
     "GPU-hours": ("gpu_seconds", 3600.0),
@@ -158,6 +158,7 @@ def difference_table(groups: Groups) -> Table:
     for measure in measures_of(groups):
         finals = {name: final_values(runs, measure) for name, runs in groups.items()}
         deviation = pooled_deviation(list(finals.values()))
+        decimals = decimals_of([value for values in finals.values() for value in values])
         for name, values in finals.items():
             if name == first or not values or not finals[first]:
                 continue
@@ -166,10 +167,11 @@ def difference_table(groups: Groups) -> Table:
                 band, verdict = "not known: one seed", ""
             else:
                 width = noise_band(deviation, len(values), len(finals[first]))
-                band = f"+-{100 * width:.1f}"
+                band = f"+-{100 * width:.{decimals}f}"
                 verdict = "more than noise" if abs(difference) > width else "within noise"
-            ap = f"{100 * statistics.mean(values):.1f}"
-            rows.append([name, MEASURES[measure], ap, f"{100 * difference:+.1f}", band, verdict])
+            ap = f"{100 * statistics.mean(values):.{decimals}f}"
+            minus = f"{100 * difference:+.{decimals}f}"
+            rows.append([name, MEASURES[measure], ap, minus, band, verdict])
     header = ["run", "measure", "percent", f"minus {first}", "noise band", "the difference is"]
     return Table(header, rows).without_empty()
 
@@ -206,12 +208,13 @@ def equal_ap(groups: Groups) -> list[Reached]:
     found = []
     for measure in measures_of(groups):
         curves = {name: ap_curve(runs, measure) for name, runs in groups.items()}
+        decimals = decimals_of([curve[-1].mean for curve in curves.values() if curve])
         for name, curve in curves.items():
             for other, goal in curves.items():
                 if name == other or not goal or not curve:
                     continue
                 end = goal[-1]
-                words = f"{other}'s {100 * end.mean:.1f} {MEASURES[measure]}"
+                words = f"{other}'s {100 * end.mean:.{decimals}f} {MEASURES[measure]}"
                 point = next((point for point in curve if point.mean >= end.mean), None)
                 if point is None:
                     found.append(Reached(name, other, words, None, 0.0, {}, {}))

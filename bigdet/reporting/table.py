@@ -149,8 +149,10 @@ def outcome_table(groups: Mapping[str, Sequence[Outcome | None]]) -> Table:
         "run": list(known),
         "seeds": [str(len(outcomes)) for outcomes in known.values()],
         **{
-            MEASURES[measure]: [spread([one.ap[measure] for one in outcomes if measure in one.ap])
-                                for outcomes in known.values()]
+            MEASURES[measure]: _ap_column(
+                [[one.ap[measure] for one in outcomes if measure in one.ap]
+                 for outcomes in known.values()]
+            )
             for measure in measures
         },
         **_counts("images", means("images")),
@@ -170,12 +172,25 @@ def outcome_table(groups: Mapping[str, Sequence[Outcome | None]]) -> Table:
     return Table(list(columns), rows).without_empty()
 
 
-def spread(values: Sequence[float]) -> str:
+def _ap_column(groups: Sequence[Sequence[float]]) -> list[str]:
+    decimals = decimals_of([value for values in groups for value in values])
+    return [spread(values, decimals) for values in groups]
+
+
+def decimals_of(values: Sequence[float]) -> int:
+    """Return with how many decimals values in [0, 1] are written as percent, by the largest."""
+    largest = max(values, default=1.0)
+    return 1 if largest >= 0.05 else 2 if largest >= 0.005 else 3
+
+
+def spread(values: Sequence[float], decimals: int = 1) -> str:
     """Write values in [0, 1] as percent: ``40.1``, or ``40.1 +- 0.2`` with a standard deviation."""
     if not values:
         return ""
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} +- {100 * statistics.stdev(values):.1f}"
+    mean = f"{100 * statistics.mean(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} +- {100 * statistics.stdev(values):.{decimals}f}"
 
 
 def unit_of(

@@ -12,6 +12,7 @@ from bigdet.reporting.table import (
     TIMES,
     Outcome,
     amount,
+    decimals_of,
     outcome_table,
     read_metrics,
     read_outcome,
@@ -73,6 +74,15 @@ def test_the_last_evaluation_counts(tmp_path: Path):
 def test_one_value_has_no_spread():
     assert spread([0.4]) == "40.0"
     assert spread([]) == ""
+
+
+def test_low_aps_have_more_decimals():
+    low = replace(DONE, ap={"bbox/AP": 0.0003})
+    high = replace(DONE, ap={"bbox/AP": 0.0062})
+    table = rows(outcome_table({"low": [low, low], "high": [high]}).markdown())
+    assert [line[2] for line in table[2:]] == ["0.03 +- 0.00", "0.62"]
+    assert rows(outcome_table({"low": [low]}).markdown())[2][2] == "0.030"
+    assert [decimals_of([ap, 0.0]) for ap in (0.05, 0.049, 0.005, 0.0049)] == [1, 2, 2, 3]
 
 
 def test_runs_made_before_costs_were_counted_have_empty_cells(tmp_path: Path):
