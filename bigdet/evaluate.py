@@ -81,7 +81,6 @@ def main(arguments: Sequence[str]) -> int:
         check_outputs(options)
         detector = load_detector(options.model)
         config = read_config(options.model, options.overrides)
-        check_analysis(options, config.evaluation.metric)
         shards = ShardSet(options.shards, cache=config.data.cache)
         if config.data.train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
@@ -139,7 +138,6 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"ignored. Leave it out."
         )
     metric: Metric = options.metric or "coco"
-    check_analysis(options, metric)
     results = load_results(options.model)
     if not results:
         logger.warning("%s: holds no detection, so every AP is 0", options.model)
@@ -163,14 +161,6 @@ def check_outputs(options: argparse.Namespace) -> None:
     for name, file in (("--out", options.out), ("--detections", options.detections)):
         if file is not None and distributed.is_main():
             check_file(file, name)
-
-
-def check_analysis(options: argparse.Namespace, metric: Metric) -> None:
-    """Raise ``ValueError`` where an analysis is asked for that this metric does not come with."""
-    if options.analysis and metric != "coco":
-        raise ValueError(
-            f"--analysis: comes with the metric coco only, found {metric}. Leave it out."
-        )
 
 
 def write_detections(file: Path, results: Iterable[Result]) -> None:

@@ -6,7 +6,9 @@
 
 Writes DIR/report.html, which needs no network, and DIR/report.md. Runs that differ in nothing but
 their seed are one line with mean and standard deviation; the first group is what the others are
-compared with. All runs must have been measured on the same images. A run may still be going on.
+compared with. What weights from elsewhere had cost, where phases.NAME.start_from.cost states it, is
+counted beside the cost of the run itself. All runs must have been measured on the same images. A
+run may still be going on.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
     title = options.title or ", ".join(groups)
     for file in write_report(groups, options.out, title, outcomes):
-        logger.info("written: %s", file)
+        kilobytes = file.stat().st_size / 1000
+        size = f"{kilobytes:.0f} kB" if kilobytes < 1000 else f"{kilobytes / 1000:.1f} MB"
+        logger.info("written: %s (%s)", file, size)
     return 0
 
 
