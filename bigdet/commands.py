@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +26,24 @@ STOPPED = 75
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0: a ``type`` of argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number above 0")
+    return value
+
+
+def explain(error: Exception) -> str:
+    """Return what an error says, and what to do where the system itself says no more."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}. Make room where this command writes, or give it another place."
+    return str(error)
 
 
 def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
@@ -51,7 +71,7 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
             raise
         if distributed.must_tell(error):
             where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
-            sys.stderr.write(f"error{where}: {lost or error}\n")
+            sys.stderr.write(f"error{where}: {lost or explain(error)}\n")
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

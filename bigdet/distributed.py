@@ -73,6 +73,11 @@ def start() -> None:
         dist.init_process_group(backend, timeout=timeout)  # torchrun's agents have met already
         return
     alone = "MASTER_ADDR" not in os.environ
+    if alone and world_size() != 1:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size()}, but MASTER_ADDR is not set. Start all ranks with "
+            f"deepspeed, torchrun or srun, or unset WORLD_SIZE and RANK to train with one process."
+        )
     store = dist.HashStore() if alone else _meet()  # type: ignore[attr-defined]
     store.set_timeout(timeout)
     dist.init_process_group(
@@ -115,6 +120,15 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
 
 
+def _number(name: str, default: str) -> float:
+    """Return the value of a variable of the environment; ``ValueError`` if it is no number."""
+    text = os.environ.get(name, default)
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: found {text}, expected a number. Set or unset it.") from error
+
+
 def _meet() -> Any:
     """Wait until every rank is here, and return the store that rank 0 keeps for them.
 
@@ -122,8 +136,8 @@ def _meet() -> Any:
         ValueError: this rank cannot reach rank 0, or cannot be reached as rank 0.
         SharedError: on every rank, when some did not come.
     """
-    seconds = float(os.environ.get("BIGDET_JOIN_SECONDS", JOIN_SECONDS))
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    seconds = _number("BIGDET_JOIN_SECONDS", str(JOIN_SECONDS))
+    address, port = os.environ["MASTER_ADDR"], int(_number("MASTER_PORT", "not set"))
     # Rank 0 gives up first: it can tell who is missing.
     timeout = datetime.timedelta(seconds=seconds if is_main() else seconds + 10)
     try:

@@ -24,7 +24,7 @@ from bigdet.config.schema import RunConfig
 from bigdet.data.collate import group_bytes
 from bigdet.data.loader import PREFETCHED_GROUPS
 from bigdet.data.mix import open_sets
-from bigdet.run_dir import RunDir
+from bigdet.run_dir import RunDir, check_folder
 from bigdet.training import resume
 from bigdet.training.sizes import FP32_BYTES, ModelSizes, checkpoint_bytes, model_sizes
 
@@ -116,10 +116,7 @@ def find_facts(config: RunConfig) -> Facts:
         resume.check_phases(settled, train_set, None)
 
     def look_at_output() -> None:
-        run_dir.root.mkdir(parents=True, exist_ok=True)
-        probe = run_dir.root / f".doctor-{distributed.rank()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        check_folder(run_dir.root, "output")
         facts.free_disk = shutil.disk_usage(run_dir.root).free
 
     settled = config

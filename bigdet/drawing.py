@@ -25,8 +25,11 @@ Rectangle = tuple[float, float, float, float]  # xyxy, pixels of the picture
 
 MIN_LONG_SIDE = 800  # smaller images are enlarged, so that text has room
 MASK_OPACITY = 0.4
+TINY = 6  # times the width of a line: smaller boxes are drawn around, not on, their edges
 SURE_LOGIT = 2.0  # keypoints are drawn from this peak of their heat map on, as Detectron does
 GOLDEN_RATIO = 0.618034
+MOST_HIDDEN = 0.5
+"""A text that hides more of others is left out: a sixth of another text, or half of a box."""
 
 
 def class_color(label: int) -> Color:
@@ -72,10 +75,14 @@ def draw(
     line = max(2, round(max(size) / 400))
     areas = (scaled[:, 2] - scaled[:, 0]) * (scaled[:, 3] - scaled[:, 1])
     order = [int(i) for i in np.argsort(-areas, kind="stable")]
+    # Of a tiny object, lines along its own edges would leave nothing to be seen.
+    is_tiny = (scaled[:, 2:] - scaled[:, :2]).min(axis=1, initial=np.inf) < TINY * line
+    scaled[is_tiny] += np.array([-line, -line, line, line])
     for i in order:
         mask = masks[i] if masks is not None else None
         if mask is not None:
-            _paint_mask(picture, mask, scale, line, class_color(labels[i]))
+            outline = 0 if is_tiny[i] else line
+            _paint_mask(picture, mask, scale, outline, class_color(labels[i]))
     pen = ImageDraw.Draw(picture)
     for i in order:
         x0, y0, x1, y1 = (float(edge) for edge in scaled[i])
@@ -86,9 +93,11 @@ def draw(
         for i in order:
             _draw_pose(pen, keypoints[i] * (scale, scale, 1.0), skeletons[i], line)
     writer = _LabelWriter(picture, [(x0, y0, x1, y1) for x0, y0, x1, y1 in scaled.tolist()])
-    for i in reversed(order):  # the labels of small objects choose their places first
+    firsts = _first_of_each_class(labels, areas.tolist() if scores is None else scores)
+    # Small objects choose the places of their names first, as they have less room around them.
+    for i in sorted(order, key=lambda i: (i not in firsts, areas[i])):
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}"
-        writer.write(text, writer.boxes[i], class_color(labels[i]))
+        writer.write(text, writer.boxes[i], class_color(labels[i]), must_show=i in firsts)
     return picture
 
 
@@ -129,6 +138,12 @@ def draw_detections(
         keypoints,
         [categories[label].get("skeleton") or [] for label in labels],
     )
+
+
+def _first_of_each_class(labels: Sequence[int], ranks: Sequence[float]) -> set[int]:
+    """Return the places of the highest-ranked objects, one for each label."""
+    rising = sorted(range(len(labels)), key=lambda i: ranks[i])
+    return set({labels[i]: i for i in rising}.values())
 
 
 def _draw_pose(
@@ -180,7 +195,10 @@ def _paint_mask(picture: Image.Image, mask: Bitmap, scale: float, line: int, col
 
 @dataclass
 class _LabelWriter:
-    """Writes texts on filled rectangles, each where it hides the least of texts and objects."""
+    """Writes texts on filled rectangles, each where it hides the least of texts and objects.
+
+    A text that would hide too much wherever it stands is left out: the color still says the class.
+    """
 
     picture: Image.Image
     boxes: list[Rectangle]
@@ -188,15 +206,17 @@ class _LabelWriter:
 
     def __post_init__(self) -> None:
         self.pen = ImageDraw.Draw(self.picture)
-        self.font = ImageFont.load_default(max(12, round(max(self.picture.size) / 64)))
+        self.font = ImageFont.load_default(max(12, round(max(self.picture.size) / 57)))
 
-    def write(self, text: str, box: Rectangle, color: Color) -> None:
+    def write(self, text: str, box: Rectangle, color: Color, must_show: bool) -> None:
         """Write a text at a box: above it, below it or inside, and always inside the picture."""
         text = self._shortened(text)
         left, top, right, bottom = self.font.getbbox(text)
         pad = 0.15 * (bottom - top) + 1
         width, height = right - left + 2 * pad, bottom - top + 2 * pad
         place = min(self._places(box, width, height), key=self._hidden)
+        if self._hidden(place) > MOST_HIDDEN and not must_show:
+            return
         self.taken.append(place)
         self.pen.rectangle(place, fill=color)
         # Luminance of Rec. 601: black on light colors, white on dark ones.
@@ -220,6 +240,8 @@ class _LabelWriter:
             (x0, y0 - height), (x0, y1), (x0, y0), (x0, y1 - height),
             (x1 - width, y0 - height), (x1 - width, y1), (x1, y0), (x0 - width, y0),
             (x1, y1 - height), (x0 - width, y1 - height),
+            ((x0 + x1 - width) / 2, y0 - height), ((x0 + x1 - width) / 2, y1),
+            (x1, (y0 + y1 - height) / 2), (x0 - width, (y0 + y1 - height) / 2),
             (x1, y0 - height), (x0 - width, y0 - height), (x1, y1), (x0 - width, y1),
         ]  # fmt: skip
         places = []

@@ -46,6 +46,7 @@ from bigdet.evaluation.waiting import work_on_main
 from bigdet.log import setup_logging
 from bigdet.models.detector import Detector
 from bigdet.models.weights import find_weights, load_detector
+from bigdet.run_dir import check_file
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 
@@ -70,9 +71,6 @@ CHANGEABLE = (
 def main(arguments: Sequence[str]) -> int:
     """Measure a detector and return the exit code."""
     options = parse_arguments(arguments)
-    for name, file in (("--out", options.out), ("--detections", options.detections)):
-        if file is not None and file.is_dir():
-            raise ValueError(f"{name}: {file} is a folder. Give the name of a JSON file.")
     if options.model.suffix == ".json":
         return evaluate_file(options) if distributed.is_main() else 0
     if options.metric is not None:
@@ -80,9 +78,9 @@ def main(arguments: Sequence[str]) -> int:
     distributed.start()
     setup_logging(distributed.rank())
     with distributed.together():
+        check_outputs(options)
         detector = load_detector(options.model)
         config = read_config(options.model, options.overrides)
-        check_analysis(options, config.evaluation.metric)
         shards = ShardSet(options.shards, cache=config.data.cache)
         if config.data.train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
@@ -131,15 +129,18 @@ def main(arguments: Sequence[str]) -> int:
 def evaluate_file(options: argparse.Namespace) -> int:
     """Measure the detections in a file and return the exit code (one process)."""
     setup_logging(rank=0)
-    if options.overrides or options.detections is not None:
-        what = options.overrides[0] if options.overrides else "--detections"
+    check_outputs(options)
+    if options.overrides or options.detections is not None or options.tta:
+        what = "--tta" if options.tta else "--detections"
+        what = options.overrides[0] if options.overrides else what
         raise ValueError(
             f"{options.model}: a file of detections is scored as it is, so {what} would be "
             f"ignored. Leave it out."
         )
     metric: Metric = options.metric or "coco"
-    check_analysis(options, metric)
     results = load_results(options.model)
+    if not results:
+        logger.warning("%s: holds no detection, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
     first = results[0] if results and isinstance(results[0], dict) else {"bbox": []}
     with_masks, with_keypoints = (RESULT_KEYS[kind] in first for kind in ("segm", "keypoints"))
@@ -155,17 +156,15 @@ def evaluate_file(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_analysis(options: argparse.Namespace, metric: Metric) -> None:
-    """Raise ``ValueError`` where an analysis is asked for that this metric does not come with."""
-    if options.analysis and metric != "coco":
-        raise ValueError(
-            f"--analysis: comes with the metric coco only, found {metric}. Leave it out."
-        )
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise ``ValueError`` where what is found could not be written in the end."""
+    for name, file in (("--out", options.out), ("--detections", options.detections)):
+        if file is not None and distributed.is_main():
+            check_file(file, name)
 
 
 def write_detections(file: Path, results: Iterable[Result]) -> None:
     """Write detections as one list in the COCO results format, without holding them in memory."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", encoding="utf-8") as opened:
         for number, result in enumerate(results):
             opened.write(("[" if number == 0 else ",\n") + json.dumps(result))
@@ -179,7 +178,6 @@ def report(metrics: Metrics, options: argparse.Namespace) -> None:
     if options.analysis:
         sys.stdout.write("\n" + analysis_table(metrics["analysis"]) + "\n")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         logger.info("written to %s", options.out)
 
@@ -230,7 +228,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "model", type=Path, help="run folder, checkpoint, model.safetensors; or detections.json"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
     parser.add_argument("--shards", required=True, help="folder or address of a shard set")
     parser.add_argument("--tta", action="store_true", help="several views of each image, mirrored")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")

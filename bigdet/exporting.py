@@ -5,6 +5,7 @@ What is in them is ``models/export.py``'s.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -125,7 +126,9 @@ def write_exported(
         warnings.simplefilter("ignore")
         program = torch.export.export(fixed, (images, sizes), strict=False)
         if out.suffix == ".pt2":
-            torch.export.save(program, out, extra_files={METADATA: json.dumps(facts)})
+            written = io.BytesIO()  # torch's own writer ends the process on a full disk
+            torch.export.save(program, written, extra_files={METADATA: json.dumps(facts)})
+            out.write_bytes(written.getbuffer())
             return
         names = OUTPUTS if "mask_rcnn" in detector.config.detector else OUTPUTS[:-1]
         chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.load import ConfigError
-from bigdet.config.schema import PhaseConfig
+from bigdet.config.phase_schema import PhaseConfig
 from bigdet.trials import Measured
 
 logger = logging.getLogger(__name__)

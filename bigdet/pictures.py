@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from bigdet.jpeg import decode_jpeg, is_jpeg
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
@@ -41,7 +43,14 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         ValueError: it cannot be read, or is too large to be.
     """
     with _opened(path) as image:
-        return _as_shown(image)
+        data = path.read_bytes()
+        # Pillow makes gray of what is lost of a JPEG, and does not say so.
+        pixels = decode_jpeg(data) if is_jpeg(data) else None
+        if pixels is None:
+            return _as_shown(image)
+        stored = Image.fromarray(pixels)
+        stored.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+        return np.array(ImageOps.exif_transpose(stored))
 
 
 def shown_size(path: Path) -> tuple[int, int]:
@@ -52,6 +61,13 @@ def shown_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
+def list_pixels(pictures: Sequence[Picture]) -> list[Tensor]:
+    """Return each picture as `to_pixels`; ``ValueError`` where one is given and not a list."""
+    if isinstance(pictures, (str, Path, Image.Image)):
+        raise ValueError(f"found one picture, {pictures}, expected a list of them: [picture].")
+    return [to_pixels(picture) for picture in pictures]
+
+
 def to_pixels(picture: Picture) -> Tensor:
     """Return a picture, however it is given, as ``(3, H, W)`` uint8 RGB.
 
@@ -59,9 +75,17 @@ def to_pixels(picture: Picture) -> Tensor:
         ValueError: a file that cannot be read, or an array of another shape or type.
     """
     if isinstance(picture, (str, Path)):
-        picture = read_picture(Path(picture))
+        try:
+            picture = read_picture(Path(picture))
+        except ValueError as error:
+            raise ValueError(f"{picture}: {error}.") from error
     elif isinstance(picture, Image.Image):
         picture = _as_shown(picture)
+    if not isinstance(picture, (np.ndarray, Tensor)):
+        raise ValueError(
+            f"found a {type(picture).__name__}, expected a picture: a file, or one of Pillow, "
+            f"numpy or torch."
+        )
     if isinstance(picture, np.ndarray):
         shape, is_image = "(H, W, 3)", picture.ndim == 3 and picture.shape[2] == 3
         picture, dtype = torch.from_numpy(np.ascontiguousarray(picture)), picture.dtype
@@ -92,7 +116,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             f"too large an image ({error}); it could fill the memory. Make it smaller"
         ) from error
     except (OSError, SyntaxError, ValueError, OverflowError) as error:
-        reason = str(error).replace(f" '{path}'", "").replace(f" {str(path)!r}", "")
+        reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
         raise ValueError(f"not a readable image ({reason})") from error
 
 

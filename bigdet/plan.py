@@ -29,8 +29,9 @@ import torch
 
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
-from bigdet.config.load import ConfigError, load_config
-from bigdet.config.schema import PhaseConfig, RunConfig
+from bigdet.config.load import check_phase, load_config
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import RunConfig
 from bigdet.data.mix import open_sets
 from bigdet.log import setup_logging
 from bigdet.memory import (
@@ -65,13 +66,11 @@ def main(arguments: Sequence[str]) -> int:
     check_config(config)
     setup_logging(0)
     phase = options.phase or next(iter(config.phases))
-    if phase not in config.phases:
-        raise ConfigError(
-            f"--phase: there is no {phase}. The config has {', '.join(config.phases)}."
-        )
+    check_phase(config, phase)
     if options.measure:
         write_trial(config, phase, options.memory_gib)
         return 0
+    train_set = open_sets(config.data)[0]
     if options.memory_gib is not None:
         plan_memory(config, phase, options)
         return 0
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     else:
         measured = Measured(options.step_seconds, gib=0.0, room_gib=80.0, images_per_pass=0)
     room_gib = options.gpu_memory_gib or measured.room_gib
-    sizes = model_sizes(config, phase, open_sets(config.data)[0].num_classes)
+    sizes = model_sizes(config, phase, train_set.num_classes)
     work = Work(
         sizes,
         optimizer_tensors(config.phases[phase]),
@@ -282,7 +281,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file of the experiment")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
     parser.add_argument("--gpus", help=f"GPUs per host x hosts; default {_GPUS}")
     parser.add_argument("--link", help=f"inside, and between hosts per GPU; default {_LINK}")
     parser.add_argument("--latency", type=float, help=f"of a message, s; default {_LATENCY}")
@@ -310,8 +311,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             raise ValueError(
                 f"{option}: only for a plan {word} --memory-gib. Leave one of them out."
             )
-    if options.memory_gib is not None and not 0 < options.memory_gib < math.inf:
-        raise ValueError(f"--memory-gib: found {options.memory_gib}, expected a number above 0.")
+    for option in ("--memory-gib", "--gpu-memory-gib", "--step-seconds"):
+        value = getattr(options, option[2:].replace("-", "_"))
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{option}: found {value}, expected a number above 0.")
+    if options.latency is not None and not 0 <= options.latency < math.inf:
+        raise ValueError(f"--latency: found {options.latency}, expected seconds, 0 or more.")
     if options.trials is not None and options.trials < 3:
         raise ValueError(f"--trials: found {options.trials}, expected 3 or more.")
     return options

@@ -39,6 +39,7 @@ from bigdet.log import setup_logging
 from bigdet.models.detector import Detector, canvas_size
 from bigdet.models.weights import load_detector
 from bigdet.ops.resize import test_size
+from bigdet.run_dir import check_folder
 from bigdet.structures import Detections
 
 logger = logging.getLogger("bigdet.predict")  # __name__ is __main__ here
@@ -60,7 +61,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"there is no image to detect objects on: {num_bad} were left out.")
     check_output(options.out, inputs)
     detector = load_detector(options.model).to(device)
-    options.out.mkdir(parents=True, exist_ok=True)
     results, num_done = detect_all(detector, inputs, options)
     num_bad += len(inputs) - num_done
     results.sort(key=lambda result: int(result["image_id"]))
@@ -117,15 +117,14 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def check_output(out: Path, inputs: Sequence[Input]) -> None:
-    """Raise ``ValueError`` where drawn pictures would replace the images themselves."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file. Give a folder for the pictures.")
+    """Raise ``ValueError`` where pictures cannot be written, or would replace the images."""
     for one in inputs:
         if one.file_name is not None and Path(one.file_name).resolve().parent == out.resolve():
             raise ValueError(
                 f"--out {out}: {one.file_name} lies there and could be written over. Give another "
                 f"folder."
             )
+    check_folder(out, "--out")
 
 
 def plan_batches(

@@ -6,7 +6,9 @@
 
 Writes DIR/report.html, which needs no network, and DIR/report.md. Runs that differ in nothing but
 their seed are one line with mean and standard deviation; the first group is what the others are
-compared with. All runs must have been measured on the same images. A run may still be going on.
+compared with. What weights from elsewhere had cost, where phases.NAME.start_from.cost states it, is
+counted beside the cost of the run itself. All runs must have been measured on the same images. A
+run may still be going on.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from bigdet.commands import run_command
 from bigdet.log import setup_logging
 from bigdet.reporting.runs import group_runs, read_runs
 from bigdet.reporting.writing import write_report
+from bigdet.run_dir import check_folder
 
 logger = logging.getLogger("bigdet.report")  # __name__ is __main__ here
 
@@ -28,13 +31,14 @@ def main(arguments: Sequence[str]) -> int:
     """Write the report and return the exit code."""
     options = parse_arguments(arguments)
     setup_logging(rank=0)
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out}: is a file. Give a folder for the report.")
     groups = group_runs(read_runs(options.runs))
+    check_folder(options.out, "--out")
     outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
     title = options.title or ", ".join(groups)
     for file in write_report(groups, options.out, title, outcomes):
-        logger.info("written: %s", file)
+        kilobytes = file.stat().st_size / 1000
+        size = f"{kilobytes:.0f} kB" if kilobytes < 1000 else f"{kilobytes / 1000:.1f} MB"
+        logger.info("written: %s (%s)", file, size)
     return 0
 
 

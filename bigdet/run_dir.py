@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,33 @@ def write_text(file: Path, text: str) -> None:
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a folder and try to write into it, so that this fails before the work and not after it.
+
+    Args:
+        folder: for what a command writes.
+        option: that names the folder, for the message.
+
+    Raises:
+        ValueError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+            probe.flush()
+    except OSError as error:
+        reason = "is a file" if folder.is_file() else f"cannot be written to: {error.strerror}"
+        raise ValueError(f"{option}: {folder}: {reason}. Give a folder to write to.") from error
+
+
+def check_file(file: Path, option: str) -> None:
+    """Raise ``ValueError`` where a command will not be able to write a file; see `check_folder`."""
+    if file.is_dir():
+        raise ValueError(f"{option}: {file} is a folder. Give the name of a file.")
+    check_folder(file.parent, option)
 
 
 @dataclass(frozen=True)
@@ -95,3 +123,11 @@ class RunDir:
     def evaluation(self, phase: str, step: int) -> Path:
         """The numbers of one evaluation."""
         return self.root / "evaluation" / f"{phase}-{step}.json"
+
+    def detections(self, phase: str, step: int) -> Path:
+        """The detections of one evaluation, until they are scored."""
+        return self.root / "evaluation" / f"{phase}-{step}.detections"
+
+    def all_detections(self) -> list[Path]:
+        """The detections of all evaluations that were not scored."""
+        return sorted((self.root / "evaluation").glob("*.detections"))

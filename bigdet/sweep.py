@@ -6,8 +6,8 @@
 
 Started again, it skips what is finished and goes on with what is not. SIGTERM and SIGUSR1 stop the
 current run with a checkpoint. It ends with a report on all runs, OUTPUT/report.html, and its tables
-in report.md. Exit code 0: all runs are finished; 1: an error, or runs that failed; 75: stopped on
-request.
+in report.md; where runs are measured on several data sets, one for each, in OUTPUT/report-DATA.
+Exit code 0: all runs are finished; 1: an error, or runs that failed; 75: stopped on request.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -27,8 +28,8 @@ from bigdet.config.derived import in_steps
 from bigdet.config.load import ConfigError, flat_options, load_config
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
 from bigdet.log import setup_logging
-from bigdet.reporting.runs import check_same_data, read_run
-from bigdet.reporting.table import outcome_table, read_metrics, read_outcome
+from bigdet.reporting.runs import Run, check_same_data, read_run, short_names
+from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_outcome
 from bigdet.reporting.writing import write_report
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training.forks import check_fork
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     for run in runs:
         _check_finished(run)
     check_forks(runs)
-    command = shlex.split(options.command or (SLURM_COMMAND if options.slurm else sweep.command))
+    command = read_command(options, sweep)
     left = [run for run in runs if not _is_finished(run)]
     if options.print:
         sys.stdout.writelines(f"{shlex.join([*command, *run.words])}\n" for run in left)
@@ -71,6 +72,23 @@ def main(arguments: Sequence[str]) -> int:
             f"they said is above and in their logs/rank-0.log; the same command tries them again."
         )
     return 0
+
+
+def read_command(options: argparse.Namespace, sweep: SweepConfig) -> list[str]:
+    """Return the words that start a run; ``ConfigError`` where none of this machine's does."""
+    text = SLURM_COMMAND if options.slurm else sweep.command
+    source = f"{options.sweep}: command" if options.command is None else "--command"
+    try:
+        words = shlex.split(text if options.command is None else options.command)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}. Write it as for a shell.") from error
+    is_here = options.print or options.slurm or (words and shutil.which(words[0]) is not None)
+    if not words or not is_here:
+        raise ConfigError(
+            f"{source}: found {shlex.join(words)!r}, expected what starts a run here, such as "
+            f"'python -m bigdet.train'."
+        )
+    return words
 
 
 def check_forks(runs: Sequence[PlannedRun]) -> None:
@@ -123,30 +141,54 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
 
 
 def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
-    """Write the report on all runs into the sweep's folder, and show its first table."""
-    outcomes = {
-        group: [read_outcome(_run_dir(run)) for run in runs if run.group == group]
-        for group in sweep.runs
-    }
-    table = outcome_table(outcomes).markdown()
-    file = Path(sweep.output) / "report.md"
+    """Write the report into the sweep's folder, and show its first table.
+
+    Runs that are measured on several data sets have a report for each, in a folder of its own.
+    """
+    folder = Path(sweep.output)
     begun = [run for run in runs if read_metrics(_run_dir(run))]
     read = {run.name: read_run(_run_dir(run).root, run.name) for run in begun}
-    try:
-        check_same_data(list(read.values()))
-    except ValueError as error:
-        logger.warning("no plots: %s", error)
-        read = {}
-    if read:
-        groups = {
-            group: [read[run.name] for run in begun if run.group == group]
-            for group in dict.fromkeys(run.group for run in begun)
-        }
-        _, page = write_report(groups, file.parent, Path(sweep.output).name, outcomes)
+    shards = {name: str(run.options["data.val.shards"]) for name, run in read.items()}
+    places = list(dict.fromkeys(shards.values()))
+    names = short_names([Path(place) for place in places])
+    table = outcome_table(_outcomes(sweep.runs, runs)).markdown()
+    links = ""
+    if len(places) > 1:
+        (folder / "report.html").unlink(missing_ok=True)  # of an earlier start with fewer runs
+        links = "\n" + "".join(f"- runs on {place}: {_report_folder(name)}/report.html\n"
+                               for place, name in zip(places, names, strict=True))  # fmt: skip
+    write_text(folder / "report.md", table + links)
+    for place, name in zip(places, names, strict=True):
+        own = [run for run in begun if shards[run.name] == place]
+        try:
+            check_same_data([read[run.name] for run in own])
+        except ValueError as error:
+            logger.warning("no plots: %s", error)
+            continue
+        groups: dict[str, list[Run]] = {}
+        for run in own:
+            groups.setdefault(run.group, []).append(read[run.name])
+        if len(places) == 1:  # runs that have not begun are told too
+            out, title, outcomes = folder, folder.name, _outcomes(sweep.runs, runs)
+        else:
+            out, title = folder / _report_folder(name), f"{folder.name}, {name}"
+            outcomes = _outcomes(groups, own)
+        _, page = write_report(groups, out, title, outcomes)
         logger.info("written: %s", page)
-    else:
-        write_text(file, table)
-    logger.info("%s:\n%s", file, table)
+    logger.info("%s:\n%s", folder / "report.md", table)
+
+
+def _report_folder(name: str) -> str:
+    """Return the folder of the report on one data set of several."""
+    return f"report-{name.replace('/', '-')}"
+
+
+def _outcomes(groups: Iterable[str], runs: Sequence[PlannedRun]) -> dict[str, list[Outcome | None]]:
+    """Return where the runs stand, by group."""
+    return {
+        group: [read_outcome(_run_dir(run)) for run in runs if run.group == group]
+        for group in groups
+    }
 
 
 def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) -> str:
@@ -244,8 +286,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("sweep", help="YAML file of the sweep")
     parser.add_argument("--command", help="what starts a run, instead of the sweep's own")
-    parser.add_argument("--print", action="store_true", help="print the commands of what is left")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--print", action="store_true", help="print the commands of what is left")
+    instead.add_argument(
         "--slurm", action="store_true", help="print a script that submits what is left as arrays"
     )
     return parser.parse_args(arguments)

@@ -31,7 +31,7 @@ from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
 from bigdet.log import setup_logging
-from bigdet.run_dir import RunDir
+from bigdet.run_dir import RunDir, check_folder
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     run_dir = RunDir(Path(config.output))
     folder: Path | None = None
     with distributed.together():
+        check_folder(run_dir.root, "output")
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()), options.log_json)
         train_set, val_set = open_sets(config.data)
         resume.check_data(config, train_set, val_set)
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         with watchdog:
             return run_phases(run)
     finally:
+        run.scorer.end()
         run.saver.join()
         if metrics is not None:
             metrics.close()
@@ -82,11 +84,15 @@ def main(arguments: Sequence[str]) -> int:
 def run_phases(run: Run) -> int:
     """Run the current phase and those after it, and return the exit code."""
     names = list(run.config.phases)
+    with distributed.together():
+        run.scorer.resume()
     for name in names[names.index(run.state.phase) :]:
         if name != run.state.phase:
             run.state.begin(name)
         if not run_phase(run):
             return STOPPED
+    if not run.scorer.finish(run.must_stop):
+        return STOPPED
     saving.write_final_weights(run.config, run.run_dir)
     return 0
 
@@ -154,7 +160,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file of the experiment")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
     parser.add_argument(
         "--doctor",
         action="store_true",

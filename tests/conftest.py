@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,17 @@ import pytest
 from bigdet.data.sources.shapes import make_shapes
 
 PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Leaves bigdet's logger as it was: a command that runs in this process sets it up anew."""
+    found = logging.getLogger("bigdet")
+    handlers, level, propagate = found.handlers[:], found.level, found.propagate
+    yield
+    for handler in set(found.handlers) - set(handlers):
+        handler.close()
+    found.handlers[:], found.level, found.propagate = handlers, level, propagate
 
 
 @pytest.fixture(scope="session")

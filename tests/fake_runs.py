@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def write_run(
     gpu_seconds_per_step: float = 36.0,
     objects: int = 10,
     pictures: int = 0,
+    imported: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a run of quickstart's two phases of 30 and 20 steps, logged and measured each 10.
 
@@ -36,6 +37,7 @@ def write_run(
         gpu_seconds_per_step: what a step costs.
         objects: of each class in the validation set.
         pictures: images that the last phase drew.
+        imported: what was stated of its first weights, by its keys in ``metrics.jsonl``.
     """
     run_dir = RunDir(folder)
     words = ["phases.pretrain.steps=30", "phases.finetune.steps=20", "phases.pretrain.drops=[]",
@@ -47,7 +49,7 @@ def write_run(
     for number, ap in enumerate(aps, start=1):
         total, phase = 10 * number, "pretrain" if number <= 3 else "finetune"
         step = total if number <= 3 else total - 30
-        costs = counters(total, step, gpu_seconds_per_step)
+        costs = counters(total, step, gpu_seconds_per_step) | dict(imported or {})
         place = {"phase": phase, "step": step}
         losses = {"loss/total": 4.0 / number, "loss/box_delta": 1.0 / number, "lr": 0.01,
                   "grad_norm": 2.0, "time/step_seconds": 0.5, "time/data_seconds": 0.125,

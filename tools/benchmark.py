@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.commands import run_command
+from bigdet.config.check import check_config
 from bigdet.config.load import load_config
 
 PARTS = ("stream", "step", "predict", "evaluate", "resume")
@@ -40,9 +41,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("config", type=Path, help="YAML file of an experiment")
     module.add_arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
     arguments = parser.parse_intermixed_args(argv[1:])
     config = load_config(arguments.config, arguments.overrides)
+    check_config(config)
     print(json.dumps(module.run(config, arguments)))
     return 0
 

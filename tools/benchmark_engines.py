@@ -42,7 +42,8 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig, PhaseConfig, RunConfig
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import EngineConfig, RunConfig
 from bigdet.engine.base import state_keys
 from bigdet.engine.build import build_engine
 from bigdet.engine.precision import TotalLoss

@@ -31,6 +31,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from bigdet.commands import positive
 from bigdet.config.schema import RunConfig
 from bigdet.data.shard_writer import ShardWriter
 from bigdet.data.shards import ShardSet
@@ -47,8 +48,8 @@ WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what can be set beside the config."""
-    parser.add_argument("--images", type=int, default=5000, help="default 5000")
-    parser.add_argument("--detections", type=int, default=100, help="per image; default 100")
+    parser.add_argument("--images", type=positive, default=5000, help="default 5000")
+    parser.add_argument("--detections", type=positive, default=100, help="per image; default 100")
     parser.add_argument("--seed", type=int, default=0, help="of the made detections; default 0")
 
 

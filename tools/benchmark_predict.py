@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigdet.commands import positive
 from bigdet.config.derived import phase_model, plan_of, test_resize
+from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
@@ -36,13 +38,16 @@ just under one of a region's 80 classes, and some thousands of all anchors' clas
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what can be set beside the config."""
     parser.add_argument("--phase", help="whose model and test size; default: the last")
-    parser.add_argument("--rounds", type=int, default=5, help="measured passes each; default 5")
-    parser.add_argument("--images", type=int, default=1, help="of a pass; default 1")
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="measured passes each; default 5"
+    )
+    parser.add_argument("--images", type=positive, default=1, help="of a pass; default 1")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; return seconds, images per second and ratios."""
     phase = arguments.phase or list(config.phases)[-1]
+    check_phase(config, phase)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = plan_of(test_resize(config, phase))
     torch.manual_seed(config.seed)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bigdet.commands import positive
 from bigdet.config.schema import RunConfig
 from bigdet.data.manifest import MANIFEST_NAME, Manifest
 from bigdet.data.shard_writer import index_bytes, manifest_text
@@ -35,10 +36,14 @@ SAVED = re.compile(r"copied in ([\d.]+) s, written beside training in ([\d.]+) s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what can be set beside the config."""
-    parser.add_argument("--samples", type=int, help="as if the set had so many; default: its own")
-    parser.add_argument("--steps", type=int, default=40, help="of the first start; default 40")
-    parser.add_argument("--every", type=int, default=10, help="steps between saves; default 10")
-    parser.add_argument("--ranks", type=int, default=1, help="processes; default 1")
+    parser.add_argument(
+        "--samples", type=positive, help="as if the set had so many; default: its own"
+    )
+    parser.add_argument("--steps", type=positive, default=40, help="of the first start; default 40")
+    parser.add_argument(
+        "--every", type=positive, default=10, help="steps between saves; default 10"
+    )
+    parser.add_argument("--ranks", type=positive, default=1, help="processes; default 1")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -41,8 +41,11 @@ from torchvision.models.detection.faster_rcnn import (
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from bigdet.commands import positive
 from bigdet.config.derived import has_masks
-from bigdet.config.schema import ModelConfig, RunConfig
+from bigdet.config.load import check_phase
+from bigdet.config.model_schema import ModelConfig
+from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector, head_norm
 from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
@@ -56,17 +59,19 @@ PARTS = ("forward", "backward", "optimizer")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what can be set beside the config."""
     parser.add_argument("--phase", help="whose batch, size and norm mode; default: the first")
-    parser.add_argument("--objects", type=int, default=20, help="per image; default 20")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps each; default 5")
+    parser.add_argument("--objects", type=positive, default=20, help="per image; default 20")
+    parser.add_argument("--rounds", type=positive, default=5, help="measured steps each; default 5")
     parser.add_argument(
         "--engines", help="compare with DDP instead: all, or some of zero0,zero1,zero2,zero3,fsdp"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="of --engines; default 2")
+    parser.add_argument("--ranks", type=positive, default=2, help="of --engines; default 2")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; return seconds, images per second, memory and ratios."""
-    phase = config.phases[arguments.phase or next(iter(config.phases))]
+    name = arguments.phase or next(iter(config.phases))
+    check_phase(config, name)
+    phase = config.phases[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = phase.resize.size
     height, width = side, side

@@ -31,7 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
+from bigdet.commands import positive
 from bigdet.config.derived import has_keypoints, has_masks, phase_model, plan_of
+from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.shards import Sample, ShardSet
@@ -47,19 +49,20 @@ Plan = tuple[int, int]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what can be set beside the config."""
     parser.add_argument("--phase", help="default: the first of the config")
-    parser.add_argument("--images", type=int, default=300, help="per measurement; default 300")
+    parser.add_argument("--images", type=positive, default=300, help="per measurement; default 300")
     parser.add_argument("--workers", type=int, help="loader processes; default data.workers")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
+    parser.add_argument("--rounds", type=positive, default=ROUNDS, help=f"default {ROUNDS}")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; return images per CPU second of each, ratios, and seconds to the first batch."""
     torch.set_num_threads(1)  # as in a loader process
     name = arguments.phase or next(iter(config.phases))
-    if name not in config.phases:
-        raise ValueError(f"--phase {name}: the config has {', '.join(config.phases)}.")
+    check_phase(config, name)
     phase = config.phases[name]
     workers = config.data.workers if arguments.workers is None else arguments.workers
+    if workers < 0:
+        raise ValueError(f"--workers: found {workers}, expected 0 or more.")
     model = phase_model(config, name)
     with_masks, with_keypoints = has_masks(model), has_keypoints(model)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from progress_bar import ProgressBar
 
-from bigdet.commands import run_command
+from bigdet.commands import positive, run_command
 from bigdet.data.remote import shown
 from bigdet.data.shard_check import check_shards, load_manifest
 
@@ -28,7 +28,10 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", help="folder or address of the shard set")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--processes", type=positive, default=len(os.sched_getaffinity(0)),
+        help="that work at a time; default: one per CPU",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     num_problems = 0

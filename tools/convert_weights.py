@@ -31,21 +31,21 @@ is run.
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import phase_model
-from bigdet.config.load import load_config
-from bigdet.config.schema import Pixels
+from bigdet.config.load import check_phase, load_config
+from bigdet.config.phase_schema import Pixels
 from bigdet.data.manifest import Category
 from bigdet.data.sources.categories import load_categories
 from bigdet.log import setup_logging
@@ -61,6 +61,7 @@ from bigdet.models.weights import (
     save_detector_weights,
     weights_metadata,
 )
+from bigdet.run_dir import check_file
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,7 +97,9 @@ def add_source(parser: argparse.ArgumentParser, source: str) -> None:
     files = ".pkl or .pth" if source == "detectron2" else ".pth"
     parser.add_argument("weights", type=Path, help=f"{files} or .safetensors")
     parser.add_argument("config", type=Path, help="of a run with this model")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
     parser.add_argument(
         "--categories", type=Path, required=True,
         help="manifest.json of a shard set, a COCO annotation file, or a JSON list of {id, name}",
@@ -112,6 +115,7 @@ def add_source(parser: argparse.ArgumentParser, source: str) -> None:
 
 def export(options: argparse.Namespace) -> int:
     """Write a detector's weights by torchvision's names; return how many tensors."""
+    check_out(options.out, (".pth", ".pt", ".safetensors"))
     detector = load_detector(options.model)
     write_state(options.out, to_torchvision(detector, detector.state_dict()))
     return len(detector.state_dict())
@@ -119,22 +123,19 @@ def export(options: argparse.Namespace) -> int:
 
 def restore(options: argparse.Namespace) -> int:
     """Write weights of others as those of a detector; return how many tensors."""
+    check_out(options.out, (".safetensors",))
     config = load_config(options.config, options.overrides)
     check_config(config)
     phase = options.phase or list(config.phases)[-1]
-    if phase not in config.phases:
-        raise ValueError(
-            f"--phase: {options.config} has no phase {phase}, only {', '.join(config.phases)}."
-        )
+    check_phase(config, phase)
     categories = load_categories(options.categories)
     detector = build_detector(phase_model(config, phase), len(categories))
     if options.source == "torchvision":
-        state = read_state(options.weights)
+        state = read_tensors_and_classes(options.weights)[0]
         detector.load_state_dict(from_torchvision(detector, state, str(options.weights)))
     else:
         load_framework(detector, options, categories)
     metadata = weights_metadata(config, [asdict(category) for category in categories], phase)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     save_detector_weights(options.out, detector, metadata)
     return len(detector.state_dict())
 
@@ -163,32 +164,25 @@ def load_framework(
     load_parts(detector, tensors, parts, source, advice=advice)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a ``state_dict``; nothing but tensors is unpickled."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as a state_dict of tensors ({str(error).splitlines()[0]}). "
-            f"Save it with torch.save(model.state_dict(), PATH)."
-        ) from error
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: holds more than tensors. Save model.state_dict() alone.")
-    return dict(state)
+def check_out(path: Path, suffixes: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless a file can be written there whose name says its format."""
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}.")
+    check_file(path, "out")
 
 
 def write_state(path: Path, state: dict[str, Tensor]) -> None:
     """Write a ``state_dict`` in the format that the file's name says."""
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise ValueError(f"{path}: expected a name that ends in .pth, .pt or .safetensors.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: value.contiguous() for name, value in state.items()}
-    if path.suffix == ".safetensors":
-        save_file(contiguous, path)
-    else:
-        torch.save(contiguous, path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file(contiguous, path)
+        else:
+            torch.save(contiguous, path)
+    except (SafetensorError, RuntimeError) as error:  # a full disk
+        path.unlink(missing_ok=True)
+        problem = str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written: {problem}. Make room for it.") from error
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tools/export.py runs/mine detector.onnx --size 800 1344 --check photos/
     python tools/export.py runs/mine detector.pt2 --size 448 448 --batch 8
-    python tools/export.py runs/mine/checkpoints/finetune-9000 small.onnx --check "photos/*.jpg"
+    python tools/export.py runs/mine/checkpoints/finetune-9000 small.onnx --size 448 448
 
 Faster and Mask R-CNN and RetinaNet, in fp32, for canvases of one size (multiples of 32) and a fixed
 number of images. Inputs: ``images`` (B, 3, height, width) uint8 RGB, each image in the top left
@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.commands import run_command
+from bigdet.commands import positive, run_command
 from bigdet.exporting import (
     TOLERANCES,
     Differences,
@@ -36,6 +36,7 @@ from bigdet.exporting import (
 from bigdet.inputs import list_inputs
 from bigdet.models.weights import load_detector
 from bigdet.pictures import to_pixels
+from bigdet.run_dir import check_file
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
     size = (options.size[0], options.size[1])
     detector = load_detector(options.model)
     check_exportable(detector, options.out, size, options.batch)
+    check_file(options.out, "out")
     inputs, num_bad = list_inputs(options.check) if options.check else ([], 0)
     if num_bad:
         raise ValueError(f"--check: {num_bad} of the images cannot be read (named above).")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_exported(detector, options.out, size, options.batch, options.candidates)
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB")
     if not inputs:
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="images in one pass (1)")
     parser.add_argument(
-        "--candidates", type=int, default=2000,
+        "--candidates", type=positive, default=2000,
         help="R-CNNs: pairs of region and class that meet in NMS; a detector takes all (2000)",
     )  # fmt: skip
     parser.add_argument("--check", nargs="+", metavar="IMAGES", help="images to compare on")

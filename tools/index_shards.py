@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.commands import run_command
+from bigdet.commands import positive, run_command
 from bigdet.data.indexing import index_shards
 from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
@@ -32,7 +32,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="holds the tars")
     parser.add_argument("--categories", type=Path, required=True, help="JSON list")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--processes", type=positive, default=len(os.sched_getaffinity(0)),
+        help="that work at a time; default: one per CPU",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder
     categories = load_categories(arguments.categories)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from progress_bar import ProgressBar
 
-from bigdet.commands import run_command
+from bigdet.commands import positive, run_command
 from bigdet.data.conversion import Making, merge_parts
 from bigdet.data.manifest import Manifest
 from bigdet.data.reencoding import Reencoding
@@ -59,6 +59,8 @@ def print_counts(folder: str, manifest: Manifest) -> None:
     ]
     for name, count in rows:
         print(f"  {count:>10}  {name}")
+    if manifest.changed and not manifest.instances:
+        print("  no instance is left: nothing can be learned from this set")
     if manifest.skipped or manifest.changed:
         print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
 
@@ -134,9 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     shapes = sources.add_parser("shapes", help="synthetic images to try things on")
     shapes.add_argument("--out", required=True, help="folder for the shards")
     shapes.add_argument("--split", choices=list(NUM_IMAGES), default="train", help="which images")
-    shapes.add_argument("--images", type=_positive, help=f"how many; default {NUM_IMAGES}")
+    shapes.add_argument("--images", type=positive, help=f"how many; default {NUM_IMAGES}")
     shapes.add_argument("--seed", type=int, default=0, help="other seed, other images")
-    shapes.add_argument("--size", type=_positive, default=128, help="long side, pixels")
+    shapes.add_argument("--size", type=positive, default=128, help="long side, pixels")
     merge = sources.add_parser("merge", help="finish a set whose parts are all made")
     merge.add_argument("--out", required=True, help="folder with all of the parts")
     for name, source in sources.choices.items():
@@ -150,29 +152,22 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add what all sources have that are read from files."""
     parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
-    parser.add_argument("--shard-megabytes", type=_positive, default=256, help="size of a tar")
+    parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
     parser.add_argument(
-        "--processes", type=_positive, default=_num_cpus(), help="that work at a time"
+        "--processes", type=positive, default=_num_cpus(), help="at a time; default: one per CPU"
     )
     parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
     parser.add_argument(
         "--long-side",
-        type=_positive,
+        type=positive,
         metavar="PIXELS",
         help="make larger images smaller, to train at low resolution (not to evaluate at full)",
     )
-    parser.add_argument("--quality", type=_positive, help="of these, as JPEG 4:4:4; default 95")
+    parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
 
 
 def _num_cpus() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

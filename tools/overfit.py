@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bigdet.commands import run_command
+from bigdet.commands import positive, run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import parse_config
@@ -180,10 +180,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("detector", help="model.detector, such as mask_rcnn")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
     parser.add_argument("--shards", required=True, help="shard set to take the images from")
     parser.add_argument("--goal", type=float, default=0.8, help="AP50 to exceed; default 0.8")
-    parser.add_argument("--every", type=int, default=50, help="steps between measurements")
+    parser.add_argument("--every", type=positive, default=50, help="steps between measurements")
     return parser
 
 

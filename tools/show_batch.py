@@ -15,12 +15,12 @@ from pathlib import Path
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
-from bigdet.config.load import load_config
+from bigdet.config.load import check_phase, load_config
 from bigdet.data.batch_picture import draw_batch
 from bigdet.data.mix import open_train_set
 from bigdet.data.order import lanes_of_rank
 from bigdet.data.stream import TrainStream, open_train_stream
-from bigdet.run_dir import RunDir
+from bigdet.run_dir import RunDir, check_folder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,10 +28,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     check_config(config)
-    if arguments.phase not in config.phases:
-        raise ValueError(
-            f"--phase {arguments.phase}: {arguments.config} has {', '.join(config.phases)}."
-        )
+    check_phase(config, arguments.phase)
     if arguments.step < 1:
         raise ValueError(f"--step {arguments.step}: steps are counted from 1.")
     if arguments.world < 1:
@@ -61,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     folder = arguments.out
     if folder is None:
         folder = RunDir(Path(config.output)).pictures / f"batch-{arguments.phase}-{arguments.step}"
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, "--out")
     categories = shards.manifest.categories
     for rank in ranks:
         for lane in lanes[rank]:
@@ -83,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, help="only this rank; default all of them")
     parser.add_argument("--ids", action="store_true", help="print image ids, draw nothing")
     parser.add_argument("--out", type=Path, help="default OUTPUT/pictures/batch-PHASE-STEP")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options to change")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
     return parser
 
 

@@ -11,6 +11,7 @@ import re
 from bigdet.config.check_family import check_family, check_tta
 from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.check_schedule import check_cost, check_kept, check_length, check_schedule
+from bigdet.config.data_schema import DataConfig, TrainSplitConfig
 from bigdet.config.derived import (
     LAYER_NORM_BACKBONES,
     has_batch_norm,
@@ -26,19 +27,13 @@ from bigdet.config.derived import (
     start_parts,
 )
 from bigdet.config.load import ConfigError
+from bigdet.config.model_schema import ModelConfig
+from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 from bigdet.config.rules import not_negative as _not_negative
 from bigdet.config.rules import positive as _positive
 from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
-from bigdet.config.schema import (
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    PhaseConfig,
-    ResizeConfig,
-    RunConfig,
-    TrainSplitConfig,
-)
+from bigdet.config.schema import EngineConfig, RunConfig
 
 _STRIDE = 32
 _BACKBONE_STAGES = 5

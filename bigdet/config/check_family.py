@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bigdet.config.derived import BOTTLENECKS, has_fpn, model_parts
 from bigdet.config.load import ConfigError
+from bigdet.config.model_schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig
 from bigdet.config.rules import not_negative, positive, require, unused
-from bigdet.config.schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig, TtaConfig
+from bigdet.config.schema import TtaConfig
 
 _LEVELS = 5
 

@@ -6,8 +6,9 @@ import itertools
 
 from bigdet.config.derived import IMAGENET_COST, drop_points, length_of, stated_cost
 from bigdet.config.load import ConfigError
+from bigdet.config.phase_schema import PhaseConfig, StartCostConfig
 from bigdet.config.rules import positive, require, unused
-from bigdet.config.schema import PhaseConfig, RunConfig, StartCostConfig
+from bigdet.config.schema import RunConfig
 
 LENGTH_UNITS = ("steps", "passes", "images")
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from bigdet.config.schema import (
-    ModelConfig,
-    PhaseConfig,
-    ResizeConfig,
-    RunConfig,
-    StartCostConfig,
-)
+from bigdet.config.model_schema import ModelConfig
+from bigdet.config.phase_schema import PhaseConfig, ResizeConfig, StartCostConfig
+from bigdet.config.schema import RunConfig
 
 _PROPOSING = ("backbone", "fpn", "rpn", "box_head")
 DETECTOR_PARTS: dict[str, tuple[str, ...]] = {

@@ -16,8 +16,8 @@ from typing import Any, Literal, Union
 
 from omegaconf import MISSING
 
-from bigdet.config import schema
 from bigdet.config.load import ConfigError
+from bigdet.config.schema import RunConfig
 
 WIDTH = 100  # of the text, characters
 INDENT = "    "
@@ -41,7 +41,7 @@ class Option:
     text: str
 
 
-def list_options(section: type = schema.RunConfig, prefix: str = "") -> Iterator[Option]:
+def list_options(section: type = RunConfig, prefix: str = "") -> Iterator[Option]:
     """Yield the options of a section of the schema, sections before what is in them."""
     hints = typing.get_type_hints(section)
     texts = _docstrings(section)

@@ -38,10 +38,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     experiment = read_yaml(path)
+    if "runs" in experiment:
+        raise ConfigError(f"{path}: is a sweep. Start it with python -m bigdet.sweep {path}.")
     merged = OmegaConf.structured(RunConfig)
     owner: dict[str, Path] = {}
     for fragment_path in _included(path, experiment):
-        fragment = read_yaml(fragment_path)
+        try:
+            fragment = read_yaml(fragment_path)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: include: {error}") from error
         if "include" in fragment:
             raise ConfigError(
                 f"{fragment_path}: include: a fragment includes nothing. List its fragments in "
@@ -77,6 +82,16 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
     return _complete(_override(merged, overrides), source)
 
 
+def check_phase(config: RunConfig, name: str) -> None:
+    """Raise ``ConfigError`` unless the config has the phase that ``--phase`` names."""
+    if name not in config.phases:
+        names = list(config.phases)
+        raise ConfigError(
+            f"--phase {name}: there is no such phase{_nearest(name, names)} The config has "
+            f"{', '.join(names)}."
+        )
+
+
 def dump_config(config: RunConfig) -> str:
     """Write a config as YAML that repeats the run."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -103,7 +118,14 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such config file.") from error
+        beside = [str(file) for file in path.parent.glob("*.yaml")]
+        raise ConfigError(
+            f"{path}: there is no such config file{_nearest(str(path), beside)}"
+        ) from error
+    except IsADirectoryError as error:
+        inside = sorted(path.glob("*.yaml"))
+        such = f", such as {inside[0]}" if inside else ""
+        raise ConfigError(f"{path}: is a folder. Give a YAML file{such}.") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, DictConfig):

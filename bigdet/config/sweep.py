@@ -99,8 +99,14 @@ def load_sweep(path: str | Path) -> tuple[SweepConfig, list[PlannedRun]]:
         ConfigError: with the file, the run and the key.
     """
     path = Path(path)
+    values = read_yaml(path)
+    if "runs" not in values:
+        raise ConfigError(
+            f"{path}: is no sweep, for it lists no `runs`. Give one, such as "
+            f"configs/sweeps/small.yaml; bigdet.train takes the config of one run."
+        )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(SweepConfig), read_yaml(path))
+        merged = OmegaConf.merge(OmegaConf.structured(SweepConfig), values)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
     if missing := sorted(OmegaConf.missing_keys(merged)):

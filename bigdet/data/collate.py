@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.config.derived import is_square, plan_of
-from bigdet.config.schema import ResizeConfig
+from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.objects import Objects
 from bigdet.structures import Batch, Masks, Targets
 

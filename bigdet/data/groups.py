@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.derived import is_square
-from bigdet.config.schema import AugmentConfig, ResizeConfig
+from bigdet.config.phase_schema import AugmentConfig, ResizeConfig
 from bigdet.data.collate import (
     Allocate,
     PackedGroup,

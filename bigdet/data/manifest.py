@@ -104,9 +104,8 @@ class Manifest:
         """Read the manifest of a shard set; ``ShardError`` if there is none that makes sense."""
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            found = (
-                "the folder has no manifest.json" if folder.is_dir() else "there is no such folder"
-            )
+            found = "the folder has no manifest.json" if folder.is_dir() else "this is a file"
+            found = found if folder.exists() else "there is no such folder"
             raise ShardError(
                 f"{folder}: expected a shard set, but {found}. Give the folder that "
                 "tools/make_shards.py wrote, or run it again if it did not finish."

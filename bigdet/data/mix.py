@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import DataConfig
+from bigdet.config.data_schema import DataConfig
 from bigdet.data.manifest import Category, ShardError
 from bigdet.data.shards import Sample, ShardSet
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import SubsetConfig, TrainSplitConfig
+from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
 from bigdet.data.manifest import ShardError
 from bigdet.data.mix import MixedSet
 from bigdet.data.repeats import Repeats, repeat_factors

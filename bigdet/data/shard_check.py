@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdet.config.schema import CacheConfig
+from bigdet.config.data_schema import CacheConfig
 from bigdet.data.conversion import Progress, no_progress
 from bigdet.data.decode import decode_image
 from bigdet.data.manifest import Manifest, Shard, ShardError

@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from bigdet.config.schema import CacheConfig
+from bigdet.config.data_schema import CacheConfig
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.remote import UnreachableError, file_address, is_remote, shown
 from bigdet.data.tars import check_random_reads, local_copy, open_tars

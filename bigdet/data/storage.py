@@ -106,7 +106,12 @@ class LocalStorage:
     @contextlib.contextmanager
     def claim(self, part: str | None) -> Iterator[None]:
         """Lock the folder against other conversions, and clear what killed ones left half-done."""
-        self._made = make_folders(self.folder / UNFINISHED)[1:]
+        try:
+            self._made = make_folders(self.folder / UNFINISHED)[1:]
+        except OSError as error:
+            raise ShardError(
+                f"{self.folder}: cannot be written to: {error.strerror}. Give another folder."
+            ) from error
         locks = [("lock", fcntl.LOCK_EX)]
         if part is not None:
             locks = [("lock", fcntl.LOCK_SH), (f"lock-{part.replace('/', '-of-')}", fcntl.LOCK_EX)]
@@ -145,6 +150,11 @@ class RemoteStorage:
             found = self._files.ls(self._root, detail=True)
         except FileNotFoundError:
             return []
+        except Exception as error:  # each file system has errors of its own, of no common class
+            raise ShardError(
+                f"{self.address}: cannot be reached ({type(error).__name__}: {error}). Give an "
+                "address that you may write to, with what its file system asks for to log in."
+            ) from error
         return sorted(e["name"].rsplit("/", 1)[-1] for e in found if e["type"] == "file")
 
     def size(self, name: str) -> int | None:

@@ -12,14 +12,9 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from bigdet.config.data_schema import DataConfig, TrainSplitConfig
 from bigdet.config.derived import largest_plan
-from bigdet.config.schema import (
-    AugmentConfig,
-    DataConfig,
-    PhaseConfig,
-    ResizeConfig,
-    TrainSplitConfig,
-)
+from bigdet.config.phase_schema import AugmentConfig, PhaseConfig, ResizeConfig
 from bigdet.data.collate import (
     Allocate,
     Example,

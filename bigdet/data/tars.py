@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from bigdet.config.data_schema import CacheConfig
 from bigdet.config.load import ConfigError
-from bigdet.config.schema import CacheConfig
 from bigdet.data.cache import Cache, locked, name_of, write_whole
 from bigdet.data.manifest import Shard
 from bigdet.data.remote import RemoteFile, UnreachableError, fetch, file_address, is_remote, shown

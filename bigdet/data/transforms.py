@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.config.schema import AugmentConfig
+from bigdet.config.phase_schema import AugmentConfig
 from bigdet.data.collate import Example
 from bigdet.data.objects import (
     Objects,

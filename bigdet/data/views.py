@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.config.derived import plan_of
-from bigdet.config.schema import ResizeConfig
+from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.decode import decoded_extent
 from bigdet.ops.random import Words
 from bigdet.ops.resize import resize_image, test_size

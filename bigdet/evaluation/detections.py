@@ -83,6 +83,8 @@ def load_results(file: Path) -> list[Result]:
     try:
         with without_collector():
             results = orjson.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ResultsError(f"{file}: there is no such file of results.") from error
     except (OSError, json.JSONDecodeError) as error:
         raise ResultsError(f"{file}: not a readable JSON file ({error}).") from error
     if not isinstance(results, list):

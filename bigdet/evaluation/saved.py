@@ -1,13 +1,16 @@
 """Detections on disk: each rank writes its own, rank 0 gets all of them, once, and reads them back.
 
-Files are temporary and have no name, so nothing is left of them even after SIGKILL.
+Files are temporary and have no name, so nothing is left of them even after SIGKILL; ``write`` makes
+one that stays.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import orjson
 
@@ -26,7 +29,7 @@ class SavedResults:
         """
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._lines: list[tuple[int, int, int]] = []  # image id, where its line begins, its bytes
         self._end = 0
 
@@ -45,6 +48,28 @@ class SavedResults:
         self._file.write(line)
         self._lines.append((image_id, self._end, len(line)))
         self._end += len(line)
+
+    def write(self, file: Path) -> None:
+        """Write all of it to a file that stays, for ``read``; whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.tmp")
+        with temporary.open("wb") as opened:
+            for image_id, start, size in self._lines:
+                self._file.seek(start)
+                opened.write(b"%d %d\n%b" % (image_id, size, self._file.read(size)))
+        os.replace(temporary, file)
+
+    @classmethod
+    def read(cls, file: Path) -> SavedResults:
+        """Open what ``write`` has written."""
+        results = cls()
+        results._file.close()
+        results._file = file.open("rb")
+        while head := results._file.readline():
+            image_id, size = map(int, head.split())
+            results._lines.append((image_id, results._file.tell(), size))
+            results._file.seek(size, os.SEEK_CUR)
+        return results
 
     def gather(self) -> None:
         """Move what all ranks have to rank 0 (collective); the others are empty then.

@@ -44,9 +44,10 @@ def evaluate_detections(
     Returns:
         Per kind the numbers of ``METRICS`` (or ``KEYPOINT_METRICS``) in 0..1, and under
         ``per_class`` the AP by class name. None stands where there is nothing to measure: no object
-        of this class or size. With ``coco`` also ``analysis``, see there. With ``voc07`` and
-        ``voc12`` the numbers are ``AP`` (mean over IoUs of 0.5 to 0.95), ``AP50`` (VOC's own mAP)
-        and ``AP75``, the AP of a class is that at 0.5, and ``metric`` says which it was.
+        of this class or size. ``analysis``: see ``analysis.py``. With ``voc07`` and ``voc12`` the
+        numbers are ``AP`` (mean over IoUs of 0.5 to 0.95), ``AP50`` (VOC's own mAP) and ``AP75``,
+        the AP of a class is that at 0.5, and ``metric`` says which it was; in the analysis the AP
+        by IoU and by class are VOC's, all else is COCO's, with difficult objects as crowds.
     """
     truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
     found = read_detections(results, truth, kinds, where)
@@ -73,8 +74,20 @@ def _evaluate_voc(truth: GroundTruth, found: DetectionTable, metric: VocMetric) 
     at = dict(zip(THRESHOLDS.round(2).tolist(), means, strict=True))
     box = {"AP": float(defined.mean()) if len(defined) else None, "AP50": at[0.5], "AP75": at[0.75]}
     names = [category.name for category in truth.categories]
-    per_class = {"bbox": {name: row[0] for name, row in zip(names, aps, strict=True)}}
-    return {"bbox": box, "per_class": per_class, "metric": metric}
+    of_class = dict(zip(names, aps, strict=True))
+    analysis = analyze(truth, found, "bbox", measure(truth, found, "bbox"))
+    analysis["by_iou"] = {f"{threshold:.2f}": ap for threshold, ap in at.items()}
+    for name, numbers in analysis["per_class"].items():
+        row = dict(zip(at, of_class[name], strict=True))
+        known = [ap for ap in of_class[name] if ap is not None]
+        mean = sum(known) / len(known) if known else None
+        numbers |= {"AP": mean, "AP50": row[0.5], "AP75": row[0.75]}
+    return {
+        "bbox": box,
+        "per_class": {"bbox": {name: row[0] for name, row in of_class.items()}},
+        "analysis": {"bbox": analysis},
+        "metric": metric,
+    }
 
 
 def metrics_table(metrics: Metrics, per_class: bool = False) -> str:

@@ -1,7 +1,7 @@
 """The table of backbones: maps from images to features C2 to C5.
 
 Modules and parameter names are timm's, without the classifier; forward passes are ours. Each family
-has a file of its own; a new backbone is an entry here and a name in ``config/schema.py``.
+has a file of its own; a new backbone is an entry here and a name in ``config/model_schema.py``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from bigdet.config.derived import (
     has_masks,
     is_class_agnostic,
 )
-from bigdet.config.schema import ModelConfig
+from bigdet.config.model_schema import ModelConfig
 from bigdet.models.backbones import Backbone, build_backbone
 from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.schema import ModelConfig
+from bigdet.config.model_schema import ModelConfig
 from bigdet.models.backbones import Backbone
 from bigdet.models.heads.detections import FlatDetections, TestSettings
 from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.resize import resize_image, test_size
-from bigdet.pictures import Picture, to_pixels
+from bigdet.pictures import Picture, list_pixels
 from bigdet.structures import Batch, Detections, Targets
 
 # RGB, 0..255, of ImageNet: what the published backbones were trained with.
@@ -189,7 +189,9 @@ class Detector(nn.Module):
             Detections of each image, boxes in pixels of the image as given, on the device of the
             model. The model is put into evaluation mode for the call.
         """
-        pixels = [to_pixels(image) for image in images]
+        pixels = list_pixels(images)
+        if not pixels:
+            return []
         was_training = self.training
         self.eval()
         batch = collate_images(pixels, self.test_size).to(self.get_buffer("pixel_mean").device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bigdet.config.derived import has_cascade, model_parts
-from bigdet.config.schema import Pixels
+from bigdet.config.phase_schema import Pixels
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.heads.box import POOLED_SIZE
 from bigdet.models.heads.cascade import NUM_STAGES

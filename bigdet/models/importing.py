@@ -16,7 +16,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from bigdet.config.schema import Pixels
+from bigdet.config.phase_schema import Pixels
 from bigdet.models import weight_files
 from bigdet.models.backbones import Backbone
 from bigdet.models.convnext import ConvNeXt
@@ -304,7 +304,8 @@ def warn_of_stride(detector: Detector, pixels: Pixels, source: str) -> None:
     """Say so where weights are MSRA's by their pixels, and the backbone is built otherwise."""
     block = getattr(detector.backbone, "layer1", [None])[0]
     is_plain = hasattr(block, "conv3") and getattr(block.conv2, "groups", 1) == 1
-    if pixels == "bgr_255" and is_plain and not detector.config.stride_in_1x1:
+    is_msras = pixels == "bgr_255" and detector.config.norm == "bn"  # Detectron's GN ones are not
+    if is_msras and is_plain and not detector.config.stride_in_1x1:
         logger.warning(
             "%s: MSRA's ResNets have their stride in the 1x1 convolutions, this one in the 3x3 "
             "ones: the weights fit, but see other positions until they are fine-tuned. "

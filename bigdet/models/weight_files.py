@@ -69,6 +69,8 @@ def read_tensors_and_classes(file: Path) -> tuple[dict[str, Tensor], list[str] |
         raise ValueError(
             f"{file}: found the ending {file.suffix!r}, expected one of {', '.join(_READERS)}."
         )
+    if not file.is_file():
+        raise ValueError(f"{file}: found no such file. Give the file of the weights.")
     content: Any = _READERS[file.suffix](file)
     classes = _class_names(content)
     for nest in NESTS:
@@ -189,7 +191,7 @@ def _read_pickle(file: Path) -> Any:
     try:
         with file.open("rb") as opened:
             return _ArraysOnly(opened, encoding="latin1").load()  # Detectron wrote under Python 2
-    except (FileNotFoundError, PermissionError):
+    except PermissionError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
@@ -262,7 +264,7 @@ def _load_torch(file: Path) -> Any:
 def _read_torch(file: Path) -> Any:
     try:
         return _load_torch(file)
-    except (FileNotFoundError, PermissionError):
+    except PermissionError:
         raise
     except Exception as error:  # a damaged file can raise anything
         reason = str(error).split("\n", 1)[0]

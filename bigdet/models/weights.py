@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -65,9 +66,16 @@ def weights_metadata(
 
 
 def save_detector_weights(path: Path, detector: nn.Module, metadata: dict[str, str]) -> None:
-    """Write parameters and buffers of a detector; `weights_metadata` makes the metadata."""
+    """Write parameters and buffers of a detector; `weights_metadata` makes the metadata.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tensors = {name: tensor.contiguous().cpu() for name, tensor in detector.state_dict().items()}
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}. Make room for it.") from error
 
 
 def load_detector(path: str | Path) -> Detector:

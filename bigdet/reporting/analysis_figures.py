@@ -1,22 +1,56 @@
 """Figures of what keeps the AP down, from the numbers of ``evaluation/analysis.py``.
 
-Each shows the last evaluation of the first run of every group.
+Each shows the last evaluations of every group: means over its seeds, and whiskers of one standard
+deviation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from bigdet.reporting.figures import Choice, Figure, Layout, Trace, first_runs
+from bigdet.reporting.figures import Choice, Figure, Layout, Trace
 from bigdet.reporting.runs import Groups
+from bigdet.reporting.seeds import Analysis, deviations, mean_analysis
 from bigdet.reporting.table import KINDS
 
 MAX_CONFUSED = 30
 """Classes in a confusion table; of more, those most often taken for others are shown."""
 
-Measured = Sequence[tuple[int, str, dict[str, Any]]]
-"""Number and name of the groups, and their ``analysis`` of one kind."""
+MAX_WRITTEN = 12
+"""Classes up to which a confusion table has its numbers written in."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The analyses of one kind of a group of runs.
+
+    Attributes:
+        number: of the group.
+        name: of the group.
+        mean: over the seeds, see ``mean_analysis``.
+        deviation: over the seeds; None of one seed.
+    """
+
+    number: int
+    name: str
+    mean: Analysis
+    deviation: Analysis | None
+
+    def trace(self, role: str, **values: Any) -> Trace:
+        """Return a trace of this group."""
+        return {"role": role, "group": self.number, "name": self.name, **values}
+
+    def whiskers(self, of: Callable[[Analysis], Iterable[float | None]]) -> dict[str, Any]:
+        """Return the standard deviations in percent as plotly draws them; nothing of one seed."""
+        if self.deviation is None:
+            return {}
+        up = [_percent(each) or 0.0 for each in of(self.deviation)]
+        means = [_percent(each) or 0.0 for each in of(self.mean)]
+        # No AP is below 0, and no gain either.
+        down = [min(pair) for pair in zip(up, means, strict=True)]
+        return {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
 
 
 WIDE = ("classes", "confusion")
@@ -27,70 +61,86 @@ def analysis_figures(groups: Groups) -> dict[str, list[Figure]]:
     """Return the figures by kind; no kind for runs whose evaluations have no analysis."""
     found = {}
     for kind in KINDS:
-        measured = [
-            (number, name, run.evaluation["analysis"][kind])
-            for number, name, run in first_runs(groups)
-            if kind in run.evaluation["analysis"]
-        ]
+        measured = []
+        for number, (name, runs) in enumerate(groups.items()):
+            analyses = [run.evaluation.get("analysis", {}).get(kind) for run in runs]
+            if known := [each for each in analyses if each is not None]:
+                measured.append(Measured(number, name, mean_analysis(known), deviations(known)))
         if measured:
             figures = [make(kind, measured) for make in _FIGURES]
             found[kind] = [figure for figure in figures if figure.choices]
     return found
 
 
-def _by_iou(kind: str, measured: Measured) -> Figure:
+def _by_iou(kind: str, measured: Sequence[Measured]) -> Figure:
+    def values(numbers: Analysis) -> list[float | None]:
+        return list(numbers["by_iou"].values())
+
     traces = [
-        {
-            "type": "scatter", "role": "line", "mode": "lines+markers", "group": number,
-            "name": name, "x": [float(iou) for iou in numbers["by_iou"]],
-            "y": [_percent(ap) for ap in numbers["by_iou"].values()],
-            "hovertemplate": "%{y:.1f} at IoU %{x:.2f}<extra>%{fullData.name}</extra>",
-        }
-        for number, name, numbers in measured
+        one.trace(
+            "line", type="scatter", mode="lines+markers", y=list(map(_percent, values(one.mean))),
+            x=[float(iou) for iou in one.mean["by_iou"]], error_y=one.whiskers(values),
+            hovertemplate="%{y:.1f} at %{x:.2f}<extra>%{fullData.name}</extra>",
+        )
+        for one in measured
     ]  # fmt: skip
-    layout = _axes("OKS" if kind == "keypoints" else "IoU", "AP (%)")
+    overlap = "OKS" if kind == "keypoints" else "IoU"
+    layout = _axes(f"{overlap} from which a detection is right", "AP (%)")
+    layout["xaxis"] |= {"tick0": 0.5, "dtick": 0.1}
+    layout["yaxis"] |= {"rangemode": "tozero"}
     return _figure(kind, "iou", "AP by overlap", "", traces, layout)
 
 
-def _by_size(kind: str, measured: Measured) -> Figure:
-    note = "Small: below 32 x 32 pixels, large: above 96 x 96. Hover: objects and recall (AR)."
-    traces = []
-    for number, name, numbers in measured:
-        sizes = numbers["by_size"]
-        traces.append(
-            {"type": "bar", "role": "bar", "group": number, "name": name, "x": list(sizes),
-             "y": [_percent(one["AP"]) for one in sizes.values()],
-             "text": [f"{one['objects']:,} objects, AR {_text(one['AR'])}"
-                      for one in sizes.values()],
-             "hovertemplate": "AP %{y:.1f}, %{text}<extra>%{fullData.name}</extra>",
-             "textposition": "none"}
-        )  # fmt: skip
-    return _figure(kind, "size", "AP by size", note, traces, _axes("", "AP (%)"))
+def _by_size(kind: str, measured: Sequence[Measured]) -> Figure:
+    note = "Small: below 32 x 32 pixels, large: above 96 x 96. Hover: recall (AR)."
+    sizes = measured[0].mean["by_size"]
+    traces = [
+        one.trace(
+            "bar", type="bar", x=list(sizes),
+            y=[_percent(each["AP"]) for each in one.mean["by_size"].values()],
+            error_y=one.whiskers(lambda numbers: (each["AP"] for each in
+                                                  numbers["by_size"].values())),
+            text=[f"AR {_text(each['AR'])}" for each in one.mean["by_size"].values()],
+            hovertemplate="AP %{y:.1f}, %{text}<extra>%{fullData.name}</extra>",
+            textposition="none",
+        )
+        for one in measured
+    ]  # fmt: skip
+    layout = _axes("size, and how many objects there are", "AP (%)")
+    layout["xaxis"] |= {
+        "tickvals": list(sizes),
+        "ticktext": [f"{name}<br>{each['objects']:,.0f}" for name, each in sizes.items()],
+    }
+    return _figure(kind, "size", "AP by size", note, traces, layout)
 
 
-def _errors(kind: str, measured: Measured) -> Figure:
+def _errors(kind: str, measured: Sequence[Measured]) -> Figure:
     note = "What AP50 would gain if all errors of a type were mended (TIDE). Hover: how many."
-    traces = []
-    for number, name, numbers in measured:
-        errors = numbers["errors"]
-        traces.append(
-            {"type": "bar", "role": "bar", "group": number, "name": name, "x": list(errors["dAP"]),
-             "y": [_percent(gain) for gain in errors["dAP"].values()],
-             "text": [f"{errors['count'][each]:,} errors" for each in errors["dAP"]],
-             "hovertemplate": "%{y:.1f}, %{text}<extra>%{fullData.name}</extra>",
-             "textposition": "none"}
-        )  # fmt: skip
-    return _figure(kind, "errors", "What errors cost", note, traces, _axes("", "AP50 points"))
+    traces = [
+        one.trace(
+            "bar", type="bar", orientation="h", y=list(one.mean["errors"]["dAP"]),
+            x=[_percent(gain) for gain in one.mean["errors"]["dAP"].values()],
+            error_x=one.whiskers(lambda numbers: numbers["errors"]["dAP"].values()),
+            text=[f"{one.mean['errors']['count'][each]:,.0f} errors"
+                  for each in one.mean["errors"]["dAP"]],
+            hovertemplate="%{x:.1f}, %{text}<extra>%{fullData.name}</extra>",
+            textposition="none",
+        )
+        for one in measured
+    ]  # fmt: skip
+    layout = _axes("AP50 points", "")
+    layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
+    return _figure(kind, "errors", "What errors cost", note, traces, layout)
 
 
-def _calibration(kind: str, measured: Measured) -> Figure:
+def _calibration(kind: str, measured: Sequence[Measured]) -> Figure:
     note = (
         "Of detections with such a score, how many are right at IoU 0.5; on the dashed line "
         "scores mean what they say."
     )
     traces: list[Trace] = []
-    for number, name, numbers in measured:
-        bins = numbers["calibration"]
+    for one in measured:
+        bins = one.mean["calibration"]
         filled = [] if bins is None else [
             (score, right, count)
             for score, right, count in zip(
@@ -101,12 +151,13 @@ def _calibration(kind: str, measured: Measured) -> Figure:
         if not filled:
             continue
         traces.append(
-            {"type": "scatter", "role": "line", "mode": "lines+markers", "group": number,
-             "name": name, "x": [score for score, _, _ in filled],
-             "y": [_percent(right) for _, right, _ in filled],
-             "text": [f"{count:,} detections" for _, _, count in filled],
-             "hovertemplate": "%{y:.1f}% right at score %{x:.2f}, %{text}"
-                              "<extra>%{fullData.name}</extra>"}
+            one.trace(
+                "line", type="scatter", mode="lines+markers", x=[score for score, _, _ in filled],
+                y=[_percent(right) for _, right, _ in filled],
+                text=[f"{count:,} detections" for _, _, count in filled],
+                hovertemplate="%{y:.1f}% right at score %{x:.2f}, %{text}"
+                              "<extra>%{fullData.name}</extra>",
+            )
         )  # fmt: skip
     if traces:
         traces.append(
@@ -114,63 +165,72 @@ def _calibration(kind: str, measured: Measured) -> Figure:
              "x": [0, 1], "y": [0, 100], "hoverinfo": "skip"}
         )  # fmt: skip
     layout = _axes("score", "right (%)")
+    layout["yaxis"] |= {"rangemode": "tozero"}
     return _figure(kind, "calibration", "Calibration of scores", note, traces, layout)
 
 
-def _per_class(kind: str, measured: Measured) -> Figure:
-    first = measured[0][2]["per_class"]
+def _per_class(kind: str, measured: Sequence[Measured]) -> Figure:
+    first = measured[0].mean["per_class"]
     classes = sorted(first, key=lambda name: first[name]["AP"] or 0.0)
     traces = [
-        {
-            "type": "scatter", "role": "dots", "mode": "markers", "group": number, "name": name,
-            "x": [_percent(numbers["per_class"][each]["AP"]) for each in classes], "y": classes,
-            "text": [
-                f"{one['objects']:,} objects, AP50 {_text(one['AP50'])}, AR {_text(one['AR'])}"
-                for one in (numbers["per_class"][each] for each in classes)
+        one.trace(
+            "dots", type="scatter", mode="markers", y=classes,
+            x=[_percent(one.mean["per_class"][each]["AP"]) for each in classes],
+            error_x=one.whiskers(lambda numbers: (numbers["per_class"][each]["AP"]
+                                                  for each in classes)),
+            text=[
+                f"{each['objects']:,.0f} objects, AP50 {_text(each['AP50'])}, "
+                f"AR {_text(each['AR'])}"
+                for each in (one.mean["per_class"][name] for name in classes)
             ],
-            "hovertemplate": "%{y}: AP %{x:.1f}, %{text}<extra>%{fullData.name}</extra>",
-        }
-        for number, name, numbers in measured
+            hovertemplate="%{y}: AP %{x:.1f}, %{text}<extra>%{fullData.name}</extra>",
+        )
+        for one in measured
     ]  # fmt: skip
     layout = _axes("AP (%)", "")
-    layout["yaxis"] |= {"type": "category", "dtick": 1, "range": [-0.5, len(classes) - 0.5]}
+    layout["yaxis"] |= {"type": "category", "dtick": 1, "range": [-0.5, len(classes) - 0.5],
+                        # room between the names and dots at 0
+                        "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}  # fmt: skip
     layout["xaxis"] |= {"rangemode": "tozero"}
     height = max(300, 90 + 18 * len(classes))
     return _figure(kind, "classes", "AP by class", "", traces, layout, height)
 
 
-def _confusion(kind: str, measured: Measured) -> Figure:
+def _confusion(kind: str, measured: Sequence[Measured]) -> Figure:
     choices = []
-    for _, name, numbers in measured:
-        pairs = numbers["confusion"]["pairs"]
+    for one in measured:
+        pairs = one.mean["confusion"]["pairs"]
         if not pairs:
             continue
-        classes = _most_confused(pairs, list(numbers["per_class"]))
+        classes = _most_confused(pairs, list(one.mean["per_class"]))
         counts: dict[tuple[str | None, str | None], int] = {
             (true, detected): count for true, detected, count in pairs
         }
         rows, columns = [*classes, None], [*classes, None]
         table = [[counts.get((true, detected), 0) for detected in columns] for true in rows]
         totals = [sum(count for (t, _), count in counts.items() if t == true) for true in rows]
-        traces = [
-            {"type": "heatmap", "role": "table", "name": name,
-             "x": [each or "(nothing)" for each in columns],
-             "y": [each or "(nothing)" for each in rows],
-             "z": [[100 * count / total if total else None for count in row]
-                   for row, total in zip(table, totals, strict=True)],
-             "text": table, "zmin": 0, "zmax": 100, "colorbar": {"ticksuffix": "%",
-                                                                 "thickness": 10},
-             "hovertemplate": "%{y} taken for %{x}: %{text} (%{z:.1f}%)<extra></extra>"}
-        ]  # fmt: skip
+        trace: Trace = {
+            "type": "heatmap", "role": "table", "name": one.name,
+            "x": [each or "(nothing)" for each in columns],
+            "y": [each or "(nothing)" for each in rows],
+            "z": [[100 * count / total if total else None for count in row]
+                  for row, total in zip(table, totals, strict=True)],
+            "text": table, "zmin": 0, "zmax": 100,
+            "colorbar": {"ticksuffix": "%", "thickness": 10},
+            "hovertemplate": "%{y} taken for %{x}: %{text} (%{z:.1f}%)<extra></extra>",
+        }  # fmt: skip
+        if len(classes) <= MAX_WRITTEN:
+            trace["texttemplate"] = "%{z:.0f}"
         layout = _axes("detected", "true")
         for axis in ("xaxis", "yaxis"):
-            layout[axis] |= {"type": "category"}
+            layout[axis] |= {"type": "category", "showgrid": False}
         layout["yaxis"] |= {"dtick": 1, "autorange": "reversed"}
-        choices.append(Choice(name, traces, layout))
-    score = measured[0][2]["confusion"]["min_score"]
+        choices.append(Choice(one.name, [trace], layout))
+    score = measured[0].mean["confusion"]["min_score"]
+    seeds = " All seeds together." if any(one.deviation is not None for one in measured) else ""
     note = (
         f"Each row, a true class, adds up to 100%. Scores from {score}, IoU 0.5. (nothing): not "
-        f"detected, or nothing there."
+        f"detected, or nothing there.{seeds}"
     )
     height = 340 if not choices else 190 + 22 * len(choices[0].traces[0]["y"])
     title = "Which class is taken for which"
@@ -188,7 +248,7 @@ def _most_confused(pairs: Sequence[Sequence[Any]], classes: list[str]) -> list[s
     return [name for name in classes if name in kept]
 
 
-_FIGURES: tuple[Callable[[str, Measured], Figure], ...] = (
+_FIGURES: tuple[Callable[[str, Sequence[Measured]], Figure], ...] = (
     _by_iou, _by_size, _errors, _calibration, _per_class, _confusion,
 )  # fmt: skip
 

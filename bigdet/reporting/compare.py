@@ -1,4 +1,4 @@
-"""Groups of runs against each other: differences and noise, cost at equal AP, options, costs.
+"""Groups of runs against each other: curves over seeds, differences and noise, cost at equal AP.
 
 Letters in comments: n runs of a group.
 """
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigdet.reporting.runs import Groups, Run
-from bigdet.reporting.table import KINDS, Table, amount
+from bigdet.reporting.table import MEASURES, Table, decimals_of
 
 COSTS = {
-    "GPU-hours": ("seen/gpu_seconds", 3600.0),
-    "images": ("seen/images", 1.0),
-    "instances": ("seen/instances", 1.0),
-    "pixels": ("seen/pixels", 1.0),
+    "GPU-hours": ("gpu_seconds", 3600.0),
+    "images": ("images", 1.0),
+    "instances": ("instances", 1.0),
+    "pixels": ("pixels", 1.0),
 }
-"""What AP is held against beside steps: its key in ``metrics.jsonl`` and its unit."""
+"""What AP is held against beside steps: its key in ``metrics.jsonl``, behind ``seen/`` of a run and
+``imported/`` of weights from elsewhere, and its unit."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Point:
         deviation: standard deviation over the runs; None of one run.
         costs: up to here by the names of ``COSTS``, mean over the runs; without what was not
             counted.
+        imported: what was stated of weights from elsewhere, likewise; empty where there are none.
     """
 
     phase: str
@@ -43,64 +45,96 @@ class Point:
     mean: float
     deviation: float | None
     costs: Mapping[str, float]
+    imported: Mapping[str, float]
+
+    def cost(self, name: str, with_imports: bool) -> float | None:
+        """Return one of the costs; None where it, or what was imported, is not known.
+
+        Args:
+            name: of ``COSTS``.
+            with_imports: add what was stated of weights from elsewhere.
+        """
+        if name not in self.costs or (with_imports and self.imported and name not in self.imported):
+            return None
+        return self.costs[name] + (self.imported.get(name, 0.0) if with_imports else 0.0)
 
 
-def ap_curve(runs: Sequence[Run], kind: str) -> list[Point]:
+def ap_curve(runs: Sequence[Run], measure: str) -> list[Point]:
     """Return the evaluations that all runs of a group have made.
 
     Args:
         runs: of the group; those without any evaluation are left out.
-        kind: ``bbox``, ``segm`` or ``keypoints``.
+        measure: of ``MEASURES``.
     """
-    found = [each for each in (_evaluations(run, kind) for run in runs) if each]
+    found = [each for each in (_evaluations(run, measure) for run in runs) if each]
     if not found:
         return []
     points = []
-    for place, (total_step, _, _) in found[0].items():
+    for place, (total_step, _, _, _) in found[0].items():
         if not all(place in each for each in found):
             continue
         values = [each[place][1] for each in found]
-        costs = [each[place][2] for each in found]
         points.append(
             Point(
                 *place,
                 total_step=total_step,
                 mean=statistics.mean(values),
                 deviation=statistics.stdev(values) if len(values) > 1 else None,
-                costs={
-                    name: statistics.mean(cost[name] for cost in costs)
-                    for name in COSTS
-                    if all(name in cost for cost in costs)
-                },
+                costs=_mean_costs([each[place][2] for each in found]),
+                imported=_mean_costs([each[place][3] for each in found]),
             )
         )
     return points
 
 
-def _evaluations(run: Run, kind: str) -> dict[tuple[str, int], tuple[int, float, dict[str, float]]]:
-    """Return total step, AP and costs of every evaluation by phase and step."""
+_Evaluation = tuple[int, float, dict[str, float], dict[str, float]]
+"""Total step, AP, costs and imported costs."""
+
+
+def _evaluations(run: Run, measure: str) -> dict[tuple[str, int], _Evaluation]:
+    """Return every evaluation by phase and step."""
     found = {}
     seen: dict[str, float] = {}
     for line in run.lines:
-        seen |= {
-            name: line[key] / unit for name, (key, unit) in COSTS.items() if line.get(key)
-        }  # evaluations of older runs did not have it: that of the last step counts
-        if (ap := line.get(f"{kind}/AP")) is not None:
-            found[(line["phase"], line["step"])] = (run.total_step(line), ap, dict(seen))
+        seen |= _costs_in(line, "seen")  # evaluations of older runs had none: the last step's count
+        if (ap := line.get(measure)) is not None:
+            place = line["phase"], line["step"]
+            found[place] = run.total_step(line), ap, dict(seen), _costs_in(line, "imported")
     return found
 
 
-def kinds_of(groups: Groups) -> list[str]:
-    """Return what was measured in any of the runs."""
+def _costs_in(line: Mapping[str, Any], whose: str) -> dict[str, float]:
+    return {
+        name: line[f"{whose}/{key}"] / unit
+        for name, (key, unit) in COSTS.items()
+        if line.get(f"{whose}/{key}")
+    }
+
+
+def _mean_costs(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {
+        name: statistics.mean(cost[name] for cost in costs)
+        for name in COSTS
+        if all(name in cost for cost in costs)
+    }
+
+
+def measures_of(groups: Groups) -> list[str]:
+    """Return what the runs are compared by; AP50 is VOC's own measure, and for others a detail."""
     runs = [run for members in groups.values() for run in members]
-    return [kind for kind in KINDS if any(line.get(f"{kind}/AP") is not None
-                                          for run in runs for line in run.lines)]  # fmt: skip
+    with_ap50 = any(run.options["evaluation.metric"] != "coco" for run in runs)
+    return [
+        measure
+        for measure in MEASURES
+        if any(line.get(measure) is not None for run in runs for line in run.lines)
+        and (with_ap50 or measure != "bbox/AP50")
+    ]
 
 
-def final_values(runs: Sequence[Run], kind: str) -> list[float]:
-    """Return the AP of the last evaluation of each run that has one, in [0, 1]."""
+def final_values(runs: Sequence[Run], measure: str) -> list[float]:
+    """Return what the last evaluation of each run that has one came to, in [0, 1]."""
     outcomes = [run.outcome for run in runs]
-    return [outcome.ap[kind] for outcome in outcomes if outcome and kind in outcome.ap]
+    return [outcome.ap[measure] for outcome in outcomes if outcome and measure in outcome.ap]
 
 
 def pooled_deviation(values: Sequence[Sequence[float]]) -> float | None:
@@ -121,9 +155,10 @@ def difference_table(groups: Groups) -> Table:
     """Compare the last AP of each group with the first one's, in percent points."""
     first = next(iter(groups))
     rows = []
-    for kind in kinds_of(groups):
-        finals = {name: final_values(runs, kind) for name, runs in groups.items()}
+    for measure in measures_of(groups):
+        finals = {name: final_values(runs, measure) for name, runs in groups.items()}
         deviation = pooled_deviation(list(finals.values()))
+        decimals = decimals_of([value for values in finals.values() for value in values])
         for name, values in finals.items():
             if name == first or not values or not finals[first]:
                 continue
@@ -132,123 +167,107 @@ def difference_table(groups: Groups) -> Table:
                 band, verdict = "not known: one seed", ""
             else:
                 width = noise_band(deviation, len(values), len(finals[first]))
-                band = f"+-{100 * width:.1f}"
+                band = f"+-{100 * width:.{decimals}f}"
                 verdict = "more than noise" if abs(difference) > width else "within noise"
-            ap = f"{100 * statistics.mean(values):.1f}"
-            rows.append([name, KINDS[kind], ap, f"{100 * difference:+.1f}", band, verdict])
-    return Table(["run", "kind", "AP", f"minus {first}", "noise band", ""], rows)
+            ap = f"{100 * statistics.mean(values):.{decimals}f}"
+            minus = f"{100 * difference:+.{decimals}f}"
+            rows.append([name, MEASURES[measure], ap, minus, band, verdict])
+    header = ["run", "measure", "percent", f"minus {first}", "noise band", "the difference is"]
+    return Table(header, rows).without_empty()
 
 
-def equal_ap_table(groups: Groups) -> Table:
-    """Say at which part of another group's whole cost each group first reached its last AP.
+@dataclass(frozen=True)
+class Reached:
+    """Where a group first came to the last AP of another one.
+
+    Attributes:
+        name: of the group.
+        other: name of the other group.
+        goal: the AP in words.
+        point: the evaluation; None if it never came to as much.
+        steps: the part of the other's steps.
+        parts: of the other's costs, by the names of ``COSTS``.
+        parts_with_imports: likewise, with what was stated of weights from elsewhere on both sides;
+            empty where neither has any.
+    """
+
+    name: str
+    other: str
+    goal: str
+    point: Point | None
+    steps: float
+    parts: Mapping[str, float]
+    parts_with_imports: Mapping[str, float]
+
+
+def equal_ap(groups: Groups) -> list[Reached]:
+    """Compare what each group had cost when it first showed the last AP of each other one.
 
     Nothing is interpolated: the first evaluation that shows as much counts.
     """
-    kind = "bbox"
-    curves = {name: ap_curve(runs, kind) for name, runs in groups.items()}
-    rows = []
-    for name, curve in curves.items():
-        for other, goal in curves.items():
-            if name == other or not goal or not curve:
-                continue
-            end = goal[-1]
-            reached = next((point for point in curve if point.mean >= end.mean), None)
-            ap = f"{100 * end.mean:.1f}"
-            if reached is None:
-                rows.append([name, f"{other}'s {ap}", "not reached", *[""] * (len(COSTS) + 1)])
-                continue
-            ratios = [
-                f"{reached.costs[each] / end.costs[each]:.2f}"
-                if each in reached.costs and end.costs.get(each) else ""
-                for each in COSTS
-            ]  # fmt: skip
-            steps = f"{reached.total_step / end.total_step:.2f}"
-            rows.append(
-                [name, f"{other}'s {ap}", f"{reached.phase} {reached.step}", *ratios, steps]
-            )
-    return Table(["run", "reaches the box AP of", "at", *COSTS, "steps"], rows)
+    found = []
+    for measure in measures_of(groups):
+        curves = {name: ap_curve(runs, measure) for name, runs in groups.items()}
+        decimals = decimals_of([curve[-1].mean for curve in curves.values() if curve])
+        for name, curve in curves.items():
+            for other, goal in curves.items():
+                if name == other or not goal or not curve:
+                    continue
+                end = goal[-1]
+                words = f"{other}'s {100 * end.mean:.{decimals}f} {MEASURES[measure]}"
+                point = next((point for point in curve if point.mean >= end.mean), None)
+                if point is None:
+                    found.append(Reached(name, other, words, None, 0.0, {}, {}))
+                    continue
+                has_imports = bool(point.imported or end.imported)
+                found.append(
+                    Reached(
+                        name, other, words, point, point.total_step / end.total_step,
+                        _parts(point, end, with_imports=False),
+                        _parts(point, end, with_imports=True) if has_imports else {},
+                    )
+                )  # fmt: skip
+    return found
+
+
+def _parts(point: Point, end: Point, with_imports: bool) -> dict[str, float]:
+    """Return the costs of one evaluation as parts of those of another one."""
+    costs = {name: (point.cost(name, with_imports), end.cost(name, with_imports)) for name in COSTS}
+    return {name: own / whole for name, (own, whole) in costs.items() if own is not None and whole}
+
+
+def equal_ap_table(groups: Groups) -> Table:
+    """Return ``equal_ap`` as a table; what a run never reached is in one line of it."""
+    rows, missed = [], dict[str, list[str]]()
+    for one in equal_ap(groups):
+        if one.point is None:
+            missed.setdefault(one.name, []).append(one.goal)
+            continue
+        cells = [f"{one.steps:.2f}"]
+        for name in COSTS:
+            cells += [
+                f"{parts[name]:.2f}" if name in parts else ""
+                for parts in (one.parts, one.parts_with_imports)
+            ]
+        rows.append([one.name, one.goal, f"{one.point.phase} {one.point.step}", *cells])
+    costs = [header for name in COSTS for header in (name, f"{name} with imports")]
+    header = ["run", "reaches", "at", "steps", *costs]
+    width = len(header) - 3
+    rows += [[name, ", ".join(goals), "not reached", *[""] * width]
+             for name, goals in missed.items()]  # fmt: skip
+    return Table(header, rows).without_empty()
 
 
 def equal_ap_sentences(groups: Groups) -> list[str]:
-    """Return what ``equal_ap_table`` says as sentences, of those that cost less."""
-    table = equal_ap_table(groups)
-    column = table.header.index("GPU-hours")
-    return [
-        f"{row[0]} reaches {row[1]} box AP at {row[column]} of its GPU-hours."
-        for row in table.rows
-        if row[column] and float(row[column]) < 1
-    ]
-
-
-def cost_table(groups: Groups) -> Table:
-    """Return what each phase of each run has taken."""
-    columns: dict[str, tuple[str, float]] = {
-        "steps": ("steps", 1),
-        "images": ("images", 1),
-        "instances": ("instances", 1),
-        "pixels (10^9)": ("pixels", 1e9),
-        "compute GPU-hours": ("compute_gpu_seconds", 3600),
-        "data wait GPU-hours": ("data_gpu_seconds", 3600),
-        "evaluation GPU-hours": ("evaluation_gpu_seconds", 3600),
-        "energy (kWh)": ("energy_joules", 3.6e6),
-    }
-    rows = []
-    for run in (run for members in groups.values() for run in members):
-        for phase in run.phases:
-            last = phase_costs(run, phase)
-            if last:
-                cells = [
-                    f"{last[key]:,}" if unit == 1 and key in last else amount(last.get(key), unit)
-                    for key, unit in columns.values()
-                ]
-                rows.append([run.name, phase, *cells])
-    return Table(["run", "phase", *columns], rows)
-
-
-def phase_costs(run: Run, phase: str) -> dict[str, Any]:
-    """Return what a phase has taken, by the names of ``phase_cost/``; empty if not counted."""
-    lines = [line for line in run.lines if line["phase"] == phase]
-    known = [line for line in lines if "phase_cost/steps" in line]
-    if not known:
-        return {}
-    return {
-        key.removeprefix("phase_cost/"): value
-        for key, value in known[-1].items()
-        if key.startswith("phase_cost/")
-    }
-
-
-def option_table(groups: Groups) -> Table:
-    """Return the options in which the groups differ; a group's own differences between commas."""
-    runs = [run for members in groups.values() for run in members]
-    keys = dict.fromkeys(key for run in runs for key in run.options if key != "output")
-    rows = []
-    for key in keys:
-        cells = [
-            ", ".join(dict.fromkeys(_option(run.options, key) for run in members))
-            for members in groups.values()
-        ]
-        if len(set(cells)) > 1 or any(
-            len({_option(run.options, key) for run in members}) > 1 for members in groups.values()
-        ):
-            rows.append([key, *cells])
-    return Table(["option", *groups], rows)
-
-
-def _option(options: Mapping[str, Any], key: str) -> str:
-    if key not in options:
-        return "-"
-    value = options[key]
-    return "null" if value is None else str(value)
-
-
-def environment_table(groups: Groups) -> Table:
-    """Return what each run ran on; of a run that was started again, the last start."""
-    runs = [run for members in groups.values() for run in members]
-    names = dict.fromkeys(name for run in runs for start in run.starts for name in start)
-    rows = [
-        [run.name, str(len(run.starts)), *(str(run.starts[-1].get(name, "")) for name in names)]
-        for run in runs
-        if run.starts
-    ]
-    return Table(["run", "starts", *names], rows)
+    """Return what ``equal_ap`` says of the first group and each other one, where it costs less."""
+    first = next(iter(groups))
+    sentences = []
+    for one in equal_ap(groups):
+        own, whole = one.parts.get("GPU-hours"), one.parts_with_imports.get("GPU-hours")
+        if own is None or first not in (one.name, one.other) or min(own, whole or own) >= 1:
+            continue
+        imports = "" if whole is None else (
+            f" ({whole:.2f} with what the weights that they began with had cost)"
+        )  # fmt: skip
+        sentences.append(f"{one.name} reaches {one.goal} at {own:.2f} of its GPU-hours{imports}.")
+    return sentences

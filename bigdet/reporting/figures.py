@@ -8,16 +8,25 @@ Numbers that are not finite become null: JSON has none of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bigdet.reporting.compare import COSTS, Point, ap_curve, kinds_of, phase_costs
-from bigdet.reporting.runs import Groups, Run
-from bigdet.reporting.table import KINDS
+from bigdet.reporting.compare import COSTS, Point, ap_curve, measures_of
+from bigdet.reporting.facts import phase_costs
+from bigdet.reporting.runs import Groups
+from bigdet.reporting.table import MEASURES, TIMES, unit_of
 
 MAX_POINTS = 1000
 """Points of a curve; of longer ones, neighbors are averaged."""
+AXES = {
+    "steps": "optimizer steps, all phases",
+    "GPU-hours": "GPU-hours of training",
+    "images": "training images seen",
+    "instances": "training objects seen",
+    "pixels": "training pixels seen",
+}
+"""What an axis with this measure of cost is called."""
 
 Trace = dict[str, Any]
 Layout = dict[str, Any]
@@ -68,34 +77,40 @@ class Figure:
 def curve_figures(groups: Groups) -> list[Figure]:
     """Return AP against all that it costs, for each kind that was measured."""
     figures = []
-    for kind in kinds_of(groups):
-        curves = {name: ap_curve(runs, kind) for name, runs in groups.items()}
-        measures: dict[str, Callable[[Point], float | None]] = {
-            "steps": lambda point: point.total_step,
-            **{name: _cost_of(name) for name in COSTS},
+    for measure in measures_of(groups):
+        curves = {name: ap_curve(runs, measure) for name, runs in groups.items()}
+        places: dict[str, tuple[str, Callable[[Point], float | None]]] = {
+            "steps": (AXES["steps"], lambda point: point.total_step)
         }
+        points = [point for curve in curves.values() for point in curve]
+        for name in COSTS:
+            places[name] = AXES[name], _cost_of(name, with_imports=False)
+            if any(name in point.imported for point in points):
+                title = f"{AXES[name]}, and those of imported weights"
+                places[f"{name} with imports"] = title, _cost_of(name, with_imports=True)
         choices = []
-        for label, measure in measures.items():
+        for label, (title, place) in places.items():
             traces = [
                 trace
-                for number, (name, points) in enumerate(curves.items())
-                for trace in _ap_traces(number, name, points, measure)
+                for number, (name, curve) in enumerate(curves.items())
+                for trace in _ap_traces(number, name, curve, place)
             ]
             if traces:
-                layout = _axes(label, "AP (%)")
-                layout["yaxis"]["rangemode"] = "tozero"
+                layout = _axes(title, "AP (%)")
+                layout["xaxis"]["rangemode"] = layout["yaxis"]["rangemode"] = "tozero"
                 choices.append(Choice(label, traces, layout))
         if choices:
-            note = "The band is one standard deviation over seeds." if any(
-                point.deviation is not None for points in curves.values() for point in points
+            note = "The band, or whisker, is one standard deviation over seeds." if any(
+                point.deviation is not None for point in points
             ) else ""  # fmt: skip
-            title = f"{KINDS[kind].capitalize()} AP"
-            figures.append(Figure(f"ap-{kind}", title, note, choices, 380))
+            name = MEASURES[measure]
+            key = measure.replace("/AP", "").lower()
+            figures.append(Figure(f"ap-{key}", name[0].upper() + name[1:], note, choices, 380))
     return figures
 
 
-def _cost_of(name: str) -> Callable[[Point], float | None]:
-    return lambda point: point.costs.get(name)
+def _cost_of(name: str, with_imports: bool) -> Callable[[Point], float | None]:
+    return lambda point: point.cost(name, with_imports)
 
 
 def _ap_traces(
@@ -114,7 +129,9 @@ def _ap_traces(
     }
     if any(point.deviation is None for _, point in known):
         return [line]
-    low = [100 * (point.mean - (point.deviation or 0)) for _, point in known]
+    if len(known) == 1:  # a band would have no width
+        return [line | {"error_y": {"type": "data", "array": [100 * (known[0][1].deviation or 0)]}}]
+    low = [100 * max(0.0, point.mean - (point.deviation or 0)) for _, point in known]
     high = [100 * (point.mean + (point.deviation or 0)) for _, point in known]
     band = {
         "type": "scatter", "role": "band", "group": number, "name": name, "mode": "lines",
@@ -139,13 +156,12 @@ def training_figures(groups: Groups) -> list[Figure]:
     figures += [
         _training_figure(groups, title, unit, measure, key)
         for title, unit, key, measure in (
-            ("Learning rate", "lr", "lr", _value_of("lr")),
+            ("Learning rate", "learning rate", "lr", _value_of("lr")),
             ("Gradient norm", "L2 norm", "grad_norm", _value_of("grad_norm")),
-            ("Throughput", "images/s", "images_per_second",
+            ("Throughput of all ranks", "images/s", "images_per_second",
              _value_of("images_per_second")),
             ("Wait for data", "% of step", "time-data", _data_wait),
-            ("Memory of a rank, highest", "GiB", "memory_gib",
-             _value_of("memory_gib")),
+            ("Memory of the fullest rank", "GiB", "memory_gib", _value_of("memory_gib")),
         )
     ]  # fmt: skip
     return [figure for figure in figures if figure.choices]
@@ -187,8 +203,27 @@ def _training_figure(
                 "hovertemplate": "%{y:.4~g} at %{x:,}, %{text}<extra>%{fullData.name}</extra>",
             }
             traces.append(trace)
-    choices = [Choice("", traces, _axes("steps", unit))] if traces else []
+    layout = _axes(AXES["steps"], unit) | _phase_ends(groups)
+    choices = [Choice("", traces, layout)] if traces else []
     return Figure(key.replace("/", "-"), title, "", choices)
+
+
+def _phase_ends(groups: Groups) -> Layout:
+    """Return names of phases and lines between them; nothing where runs differ in them."""
+    runs = [run for members in groups.values() for run in members]
+    phases = {tuple((phase, run.last_step(phase)) for phase in run.phases) for run in runs}
+    if len(phases) > 1 or len(runs[0].phases) == 1:
+        return {}
+    lines, names, start = [], [], 0
+    for phase, steps in phases.pop():
+        place = {"x": start, "xref": "x", "yref": "paper"}
+        names.append({**place, "y": 1, "text": phase, "showarrow": False, "xanchor": "left",
+                      "yanchor": "bottom"})  # fmt: skip
+        if start:
+            lines.append({"type": "line", "x0": start, "x1": start, "y0": 0, "y1": 1,
+                          "xref": "x", "yref": "paper"})  # fmt: skip
+        start += steps
+    return {"shapes": lines, "annotations": names}
 
 
 def thinned(points: Sequence[tuple[int, float, str]]) -> list[tuple[int, float, str]]:
@@ -205,19 +240,20 @@ def cost_figures(groups: Groups) -> list[Figure]:
     if not counted:
         return []
     names = [run.name for run in counted]
-    traces = []
-    for part, key in (("compute", "compute_gpu_seconds"), ("data wait", "data_gpu_seconds"),
-                      ("evaluation", "evaluation_gpu_seconds")):  # fmt: skip
-        hours = [
-            sum(phase_costs(run, phase).get(key, 0) for phase in run.phases) / 3600
-            for run in counted
-        ]
-        traces.append(
-            {"type": "bar", "role": "part", "orientation": "h", "name": part, "x": hours,
-             "y": names, "hovertemplate": "%{x:.4~g} GPU-hours<extra>%{fullData.name}</extra>",
-             "showlegend": True}
-        )  # fmt: skip
-    layout = _axes("GPU-hours", "") | {"barmode": "stack"}
+    parts = {
+        name: [sum(phase_costs(run, phase).get(key, 0) for phase in run.phases) for run in counted]
+        for name, key in (("compute", "compute_gpu_seconds"), ("data wait", "data_gpu_seconds"),
+                          ("evaluation", "evaluation_gpu_seconds"))
+    }  # fmt: skip
+    unit, word = unit_of([second for seconds in parts.values() for second in seconds], TIMES)
+    traces: list[Trace] = [
+        {"type": "bar", "role": "part", "orientation": "h", "name": name, "y": names,
+         "x": [second / unit for second in seconds],
+         "hovertemplate": f"%{{x:.4~g}} GPU-{word}<extra>%{{fullData.name}}</extra>",
+         "showlegend": True}
+        for name, seconds in parts.items()
+    ]  # fmt: skip
+    layout = _axes(f"GPU-{word}", "") | {"barmode": "stack"}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
     layout["legend"] = {
         "orientation": "h",
@@ -250,11 +286,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return value
-
-
-def first_runs(groups: Groups) -> Iterable[tuple[int, str, Run]]:
-    """Yield number, name and first run with a stored evaluation of every group that has one."""
-    for number, (name, runs) in enumerate(groups.items()):
-        measured = [run for run in runs if run.evaluation.get("analysis")]
-        if measured:
-            yield number, name, measured[0]

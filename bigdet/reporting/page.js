@@ -1,12 +1,16 @@
 "use strict";
 // The figures of the page, drawn in the colors of its scheme; the legend; the pager of pictures.
-const COLORS = ["#3b82f6", "#f0761d", "#12a97c", "#e5405e", "#a566f5", "#c79a06", "#06a5c4",
-                "#7ba30f", "#e0529c", "#8c8279"];
+// Each stands out from its page by a contrast of 3 to 1 or more.
+const ON_LIGHT = ["#2f76ea", "#d9610a", "#0d8f69", "#d92f50", "#9550ea", "#a07a00", "#0588a3",
+                  "#64870a", "#cf3d88", "#7d736a"];
+const ON_DARK = ["#4c8ff8", "#f58a3c", "#1dbb8b", "#f0566f", "#b07bf7", "#d3a70f", "#16b1d0",
+                 "#8bb31c", "#ea69ad", "#9c9288"];
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const scheme = window.matchMedia("(prefers-color-scheme: dark)");
 const hidden = new Set();
 
-const colorOf = (group) => COLORS[group % COLORS.length];
+const colors = () => (scheme.matches ? ON_DARK : ON_LIGHT);
+const colorOf = (group) => colors()[group % colors().length];
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function dressed(trace, isOnlyPoint) {
@@ -24,13 +28,19 @@ function dressed(trace, isOnlyPoint) {
   } else if (trace.role === "bar") {
     shown.marker = { color };
   } else if (trace.role === "dots") {
-    shown.marker = { color, size: 9, opacity: 0.85 };
+    shown.marker = { color, size: 9 };
     shown.cliponaxis = false;
   } else if (trace.role === "guide") {
     shown.line = { color: css("--pale"), dash: "dash", width: 1 };
   } else if (trace.role === "table") {
-    shown.colorscale = [[0, css("--card")], [1, scheme.matches ? "#6cb0ff" : "#0a62c9"]];
+    // Mistakes are a few percent: they take the first half of the colors.
+    const few = scheme.matches ? "#3b5f8a" : "#8fb8e8";
+    shown.colorscale = [[0, css("--card")], [0.15, few], [1, css("--accent")]];
     shown.colorbar = { ...trace.colorbar, tickfont: { color: css("--pale") } };
+  }
+  for (const axis of ["error_x", "error_y"]) {
+    const ink = trace.role === "bar" ? css("--text") : color;
+    if (trace[axis]) shown[axis] = { ...trace[axis], color: ink, thickness: 1, width: 3 };
   }
   return shown;
 }
@@ -44,11 +54,13 @@ function layoutOf(figure, choice, width) {
     });
     layout[axis].title = { ...layout[axis].title, font: { size: 12 }, standoff: 8 };
   }
+  for (const line of layout.shapes || []) line.line = { color: css("--pale"), dash: "dot", width: 1 };
+  for (const name of layout.annotations || []) name.font = { color: css("--pale"), size: 11 };
   return {
     showlegend: false, ...layout, height: figure.height, width,
-    margin: { l: 10, r: 14, t: 14, b: 10 }, paper_bgcolor: "rgba(0,0,0,0)",
+    margin: { l: 10, r: 14, t: layout.annotations ? 20 : 14, b: 10 }, paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--text"), size: 12 },
-    hovermode: "closest", colorway: ["#12a97c", "#e5405e", "#3b82f6"],
+    hovermode: "closest", colorway: [2, 3, 0].map(colorOf),
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
   };
 }
@@ -63,7 +75,12 @@ function draw(figure) {
   });
 }
 
-const drawAll = () => Promise.all(figures.map(draw));
+function drawAll() {
+  for (const button of document.querySelectorAll("#legend button")) {
+    button.querySelector("i").style.background = colorOf(Number(button.dataset.group));
+  }
+  return Promise.all(figures.map(draw));
+}
 
 for (const figure of figures) {
   const select = document.getElementById("choice-" + figure.key);
@@ -72,7 +89,6 @@ for (const figure of figures) {
 
 for (const button of document.querySelectorAll("#legend button")) {
   const group = Number(button.dataset.group);
-  button.querySelector("i").style.background = colorOf(group);
   button.addEventListener("click", () => {
     if (!hidden.delete(group)) hidden.add(group);
     button.setAttribute("aria-pressed", String(!hidden.has(group)));
@@ -104,6 +120,9 @@ if (albums.length) {
     find("picture-text").textContent = `${place + 1} of ${count}: ${picture.text}`;
   };
   find("album").addEventListener("change", () => show(0));
+  for (const image of document.querySelectorAll(".pair img")) {
+    image.addEventListener("click", () => image.closest(".pair").classList.toggle("large"));
+  }
   find("before").addEventListener("click", () => show(place - 1));
   find("after").addEventListener("click", () => show(place + 1));
   find("pager").addEventListener("keydown", (event) => {

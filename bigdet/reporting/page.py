@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -12,6 +13,7 @@ from bigdet.reporting.figures import Figure
 from bigdet.reporting.table import Table
 
 LONG_CELL = 40  # characters from which a cell may be broken into lines
+NUMBER = re.compile(r"[-+<]*[0-9]")  # a column of such cells stands to the right
 
 
 def write_page(
@@ -62,11 +64,16 @@ def table_html(table: Table) -> str:
     """Return a table that scrolls sideways where it is too wide; nothing without rows."""
     if not table.rows:
         return ""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "".join(
-        f"<tr>{_breakable(_cell(name))}{''.join(map(_cell, cells))}</tr>\n"
-        for name, *cells in table.rows
+    are_text = [any(cell and not NUMBER.match(cell) for cell in column)
+                for column in zip(*table.rows, strict=True)]  # fmt: skip
+    head = "".join(
+        f"<th{' class=text' if is_text else ''}>{html.escape(cell)}</th>"
+        for cell, is_text in zip(table.header, are_text, strict=True)
     )
+    rows = ""
+    for row in table.rows:
+        name, *cells = map(_cell, row, are_text)
+        rows += f"<tr>{_breakable(name)}{''.join(cells)}</tr>\n"
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>'
         f"</div>\n"
@@ -84,7 +91,7 @@ def cards_html(figures: Sequence[Figure], wide: bool = False) -> str:
 def paragraph_html(text: str, is_note: bool = False) -> str:
     """Return a paragraph; nothing without text."""
     style = ' class="note"' if is_note else ""
-    return f"<p{style}>{html.escape(text)}</p>\n" if text else ""
+    return f"<p{style}>{_escaped(text)}</p>\n" if text else ""
 
 
 def pager_html(albums: Sequence[Mapping[str, Any]]) -> str:
@@ -120,9 +127,14 @@ def _card(figure: Figure) -> str:
     )
 
 
-def _cell(text: str) -> str:
-    style = ' class="long"' if len(text) > LONG_CELL else ""
-    return f"<td{style}>{html.escape(text)}</td>"
+def _cell(text: str, is_text: bool) -> str:
+    style = "long" if len(text) > LONG_CELL else "text" if is_text else ""
+    return f"<td{f' class={style}' if style else ''}>{_escaped(text)}</td>"
+
+
+def _escaped(text: str) -> str:
+    """Return a text as HTML, line ends included."""
+    return html.escape(text).replace("+-", "&plusmn;").replace("\n", "<br>")
 
 
 def _breakable(cell: str) -> str:

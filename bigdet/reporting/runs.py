@@ -49,7 +49,13 @@ class Run:
     def total_step(self, line: Mapping[str, Any]) -> int:
         """Return the optimizer steps over all phases up to a line."""
         before = self.phases[: self.phases.index(line["phase"])]
-        return sum(self.options[f"phases.{name}.steps"] or 0 for name in before) + int(line["step"])
+        return sum(self.last_step(phase) for phase in before) + int(line["step"])
+
+    def last_step(self, phase: str) -> int:
+        """Return the steps of a phase; of one whose length is not given in steps, those made."""
+        given = self.options[f"phases.{phase}.steps"]
+        made = (int(line["step"]) for line in self.lines if line["phase"] == phase)
+        return int(given) if given else max(made, default=0)
 
 
 Groups = Mapping[str, Sequence[Run]]

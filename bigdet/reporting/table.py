@@ -11,8 +11,16 @@ from typing import Any
 from bigdet.run_dir import RunDir
 
 KINDS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
-"""What is measured, by its name in ``metrics.jsonl``, and what people call it."""
-_HOUR = 3600
+"""What is detected, by its name in ``metrics.jsonl``, and what people call it."""
+MEASURES = {
+    "bbox/AP": "box AP",
+    "bbox/AP50": "box AP50",
+    "segm/AP": "mask AP",
+    "keypoints/AP": "keypoint AP",
+}
+"""What runs are compared by: its key in ``metrics.jsonl``, and what people call it."""
+COUNTS = ((1e12, "10^12"), (1e9, "10^9"), (1e6, "million"), (1.0, ""))
+TIMES = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
 @dataclass(frozen=True)
@@ -32,13 +40,19 @@ class Table:
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return "".join(f"| {' | '.join(map(_escaped, cells))} |\n" for cells in lines)
 
+    def without_empty(self) -> Table:
+        """Return it without the columns in which no row says anything."""
+        kept = [place for place in range(len(self.header)) if any(row[place] for row in self.rows)]
+        rows = [[row[place] for place in kept] for row in self.rows]
+        return Table([self.header[place] for place in kept], rows)
+
 
 @dataclass(frozen=True)
 class Outcome:
     """Where a run ended, or has come so far. None stands for what the run did not count.
 
     Attributes:
-        ap: AP of the last evaluation by kind, in [0, 1].
+        ap: of the last evaluation by the keys of ``MEASURES``, in [0, 1].
         images: training images seen.
         pixels: pixels seen.
         gpu_seconds: of training steps times GPUs.
@@ -99,9 +113,9 @@ def outcome_of(lines: Sequence[Mapping[str, Any]], is_finished: bool) -> Outcome
         return None
     last, until = lines[places[-1]], lines[: places[-1] + 1]
     seen: Mapping[str, Any] = next((line for line in reversed(until) if "seen/images" in line), {})
-    values = {kind: last.get(f"{kind}/AP") for kind in KINDS}
+    values = {measure: last.get(measure) for measure in MEASURES}
     return Outcome(
-        ap={kind: value for kind, value in values.items() if value is not None},
+        ap={measure: value for measure, value in values.items() if value is not None},
         images=seen.get("seen/images"),
         pixels=seen.get("seen/pixels"),
         gpu_seconds=seen.get("seen/gpu_seconds"),
@@ -116,56 +130,97 @@ def outcome_table(groups: Mapping[str, Sequence[Outcome | None]]) -> Table:
     """Return a table with a line for each group of runs that differ in nothing but their seed.
 
     AP is in percent: the mean over the runs, and behind it their standard deviation where there are
-    two or more. Costs are means. Runs that are not finished count with what they came to so far,
-    and are told in the last column.
+    two or more. Costs are means, in the unit that suits the largest. Runs that are not finished
+    count with what they came to so far, and are told in the last column.
 
     Args:
         groups: by name; None stands for a run without an evaluation.
     """
-    found = [outcome for outcomes in groups.values() for outcome in outcomes if outcome is not None]
-    kinds = [kind for kind in KINDS if any(kind in outcome.ap for outcome in found)]
-    header = ["run", "seeds", *(f"{KINDS[kind]} AP" for kind in kinds), "images (million)",
-              "pixels (10^12)", "GPU-hours", "data wait", "evaluation GPU-hours",
-              "imported images (million)", "state"]  # fmt: skip
-    rows = []
-    for name, outcomes in groups.items():
-        known = [outcome for outcome in outcomes if outcome is not None]
-        rows.append([name, str(len(known)), *_cells(known, kinds), _state(outcomes)])
-    return Table(header, rows)
+    known = {name: [one for one in group if one is not None] for name, group in groups.items()}
+    found = [outcome for outcomes in known.values() for outcome in outcomes]
+    measures = [measure for measure in MEASURES if any(measure in one.ap for one in found)]
+
+    def means(name: str) -> list[float | None]:
+        return [_mean([getattr(one, name) for one in outcomes]) for outcomes in known.values()]
+
+    trained, waited = means("gpu_seconds"), means("data_seconds")
+    time_unit = unit_of([*trained, *means("evaluation_seconds")], TIMES)
+    columns = {
+        "run": list(known),
+        "seeds": [str(len(outcomes)) for outcomes in known.values()],
+        **{
+            MEASURES[measure]: _ap_column(
+                [[one.ap[measure] for one in outcomes if measure in one.ap]
+                 for outcomes in known.values()]
+            )
+            for measure in measures
+        },
+        **_counts("images", means("images")),
+        **_counts("pixels", means("pixels")),
+        f"GPU-{time_unit[1]}": [amount(each, time_unit[0]) for each in trained],
+        "data wait": [
+            f"{wait / whole:.0%}" if whole and wait is not None else ""
+            for whole, wait in zip(trained, waited, strict=True)
+        ],
+        f"evaluation GPU-{time_unit[1]}": [
+            amount(each, time_unit[0]) for each in means("evaluation_seconds")
+        ],
+        **_counts("imported images", [each or None for each in means("imported_images")]),
+        "state": [_state(outcomes) for outcomes in groups.values()],
+    }  # fmt: skip
+    rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
+    return Table(list(columns), rows).without_empty()
 
 
-def spread(values: Sequence[float]) -> str:
+def _ap_column(groups: Sequence[Sequence[float]]) -> list[str]:
+    decimals = decimals_of([value for values in groups for value in values])
+    return [spread(values, decimals) for values in groups]
+
+
+def decimals_of(values: Sequence[float]) -> int:
+    """Return with how many decimals values in [0, 1] are written as percent, by the largest."""
+    largest = max(values, default=1.0)
+    return 1 if largest >= 0.05 else 2 if largest >= 0.005 else 3
+
+
+def spread(values: Sequence[float], decimals: int = 1) -> str:
     """Write values in [0, 1] as percent: ``40.1``, or ``40.1 +- 0.2`` with a standard deviation."""
     if not values:
         return ""
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} +- {100 * statistics.stdev(values):.1f}"
+    mean = f"{100 * statistics.mean(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} +- {100 * statistics.stdev(values):.{decimals}f}"
 
 
-def _cells(outcomes: Sequence[Outcome], kinds: Sequence[str]) -> list[str]:
-    """Write the columns from the APs to the imported images."""
-    if not outcomes:
-        return [""] * (len(kinds) + 6)
-    seconds = _mean([outcome.gpu_seconds for outcome in outcomes])
-    waited = _mean([outcome.data_seconds for outcome in outcomes])
-    imported = statistics.mean(outcome.imported_images for outcome in outcomes)
-    return [
-        *(
-            spread([outcome.ap[kind] for outcome in outcomes if kind in outcome.ap])
-            for kind in kinds
-        ),
-        amount(_mean([outcome.images for outcome in outcomes]), 1e6),
-        amount(_mean([outcome.pixels for outcome in outcomes]), 1e12),
-        amount(seconds, _HOUR),
-        f"{waited / seconds:.0%}" if seconds and waited is not None else "",
-        amount(_mean([outcome.evaluation_seconds for outcome in outcomes]), _HOUR),
-        f"{imported / 1e6:.3g}" if imported else "",
-    ]
+def unit_of(
+    values: Sequence[float | None], units: Sequence[tuple[float, str]]
+) -> tuple[float, str]:
+    """Return the unit that suits the largest value: the first that it reaches, else the last.
+
+    Args:
+        values: None is not known.
+        units: of ``COUNTS`` or ``TIMES``.
+    """
+    largest = max((value for value in values if value is not None), default=0)
+    return next((unit for unit in units if largest >= unit[0]), units[-1])
 
 
 def amount(value: float | None, unit: float) -> str:
     """Write a number in a unit with three digits; nothing where it is not known."""
-    return "" if value is None else f"{value / unit:.3g}"
+    if value is None:
+        return ""
+    number = value / unit
+    if 0 < number < 0.001:
+        return "<0.001"
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
+
+
+def _counts(name: str, values: Sequence[float | None]) -> dict[str, list[str]]:
+    """Return a column of counts by its header."""
+    unit, word = unit_of(values, COUNTS)
+    header = f"{name} ({word})" if word else name
+    return {header: [amount(value, unit) for value in values]}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -180,4 +235,4 @@ def _state(outcomes: Sequence[Outcome | None]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+    return cell.replace("|", "\\|").replace("\n", "; ")

@@ -7,31 +7,39 @@ from pathlib import Path
 
 from bigdet.reporting.albums import read_albums
 from bigdet.reporting.analysis_figures import WIDE, analysis_figures
-from bigdet.reporting.compare import (
-    cost_table,
-    difference_table,
-    environment_table,
-    equal_ap_sentences,
-    equal_ap_table,
-    option_table,
-)
+from bigdet.reporting.compare import difference_table, equal_ap_sentences, equal_ap_table
+from bigdet.reporting.facts import cost_table, environment_table, option_table, run_table
 from bigdet.reporting.figures import cost_figures, curve_figures, training_figures
 from bigdet.reporting.page import cards_html, pager_html, paragraph_html, table_html, write_page
 from bigdet.reporting.runs import Groups
 from bigdet.reporting.table import KINDS, Outcome, Table, outcome_table
 from bigdet.run_dir import write_text
 
+RESULTS = (
+    "AP in percent: of the last evaluation, the mean over seeds and behind +- their standard "
+    "deviation. GPU time is that of training; of it, data wait is what GPUs stood still for."
+)
 NOISE = (
-    "The noise band is two standard errors of the difference of two means, from the standard "
-    "deviation within all groups of several seeds."
+    "In percent points. The noise band is two standard errors of the difference of two means, from "
+    "the standard deviation within all groups of several seeds."
 )
 EQUAL_AP = (
     "The part of the other run's whole cost that had been spent at the first evaluation that "
-    "showed as much AP. GPU-hours are those of training."
+    "showed as much. GPU-hours are those of training."
+)
+IMPORTS = (
+    " With imports: what was stated of weights from elsewhere (phases.NAME.start_from.cost) counts "
+    "on both sides."
 )
 PICTURES = (
     "Validation images with the most and the fewest mistakes, as each run drew them at the end of "
-    "its last phase. Arrow keys page through them."
+    "its last phase; of several seeds, those of the first. Arrow keys page through "
+    "them, a click makes them larger."
+)
+SEEDS = "Means over the seeds of each group; whiskers are one standard deviation."
+OTHER_METRIC = (
+    "AP by overlap and by class are of VOC's metric; all else is measured as COCO does, with "
+    "difficult objects as crowds."
 )
 
 
@@ -47,15 +55,19 @@ def write_report(
         outcomes: rows of the first table; may have groups of which no run has begun.
     """
     results = outcome_table(outcomes)
+    same, environment = environment_table(groups)
+    costs = equal_ap_table(groups)
+    imports = IMPORTS if any(name.endswith("with imports") for name in costs.header) else ""
     tables = {
+        "Runs": (run_table(groups), ""),
         "Differences": (difference_table(groups), NOISE),
-        "Cost at equal AP": (equal_ap_table(groups), EQUAL_AP),
+        "Cost at equal AP": (costs, EQUAL_AP + imports),
         "What each phase took": (cost_table(groups), ""),
         "Options that differ": (option_table(groups), ""),
-        "Environment": (environment_table(groups), ""),
+        "Environment": (environment, same),
     }
     sentences = equal_ap_sentences(groups)
-    markdown = [results.markdown()]
+    markdown = [results.markdown(), f"\n{RESULTS}\n"]
     for heading, (table, note) in tables.items():
         if table.rows:
             said = sentences if heading == "Cost at equal AP" else []
@@ -84,16 +96,16 @@ def _page(
     }
     said = "".join(paragraph_html(sentence) for sentence in sentences)
     sections = {
-        "Results": table_html(results),
+        "Results": table_html(results) + paragraph_html(RESULTS, is_note=True),
+        "Runs": html["Runs"],
         "AP": cards_html(curves, wide=True),
         "Differences": html["Differences"],
         "Cost at equal AP": (said + html["Cost at equal AP"]) if html["Cost at equal AP"] else "",
         "Ground truth and detections": pager_html(albums)
         + (paragraph_html(PICTURES, is_note=True) if albums else ""),
         **{
-            f"What keeps {KINDS[kind]} AP down": cards_html(
-                [each for each in figures if not each.key.endswith(WIDE)]
-            )
+            f"What keeps {KINDS[kind]} AP down": paragraph_html(_analysis_note(groups), True)
+            + cards_html([each for each in figures if not each.key.endswith(WIDE)])
             + cards_html([each for each in figures if each.key.endswith(WIDE)], wide=True)
             for kind, figures in analysis.items()
         },
@@ -104,3 +116,11 @@ def _page(
     }
     figures = [*curves, *(each for many in analysis.values() for each in many), *training, *costs]
     return write_page(title, list(groups), sections, figures, albums)
+
+
+def _analysis_note(groups: Groups) -> str:
+    """Return what one should know of all plots of an analysis."""
+    several = any(len(runs) > 1 for runs in groups.values())
+    other = any(run.options["evaluation.metric"] != "coco" for runs in groups.values()
+                for run in runs)  # fmt: skip
+    return " ".join([SEEDS] * several + [OTHER_METRIC] * other)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bigdet.config.derived import num_steps
 from bigdet.config.load import ConfigError
-from bigdet.config.schema import PhaseConfig, RunConfig
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import RunConfig
 from bigdet.training import optim
 
 FORK_CHANGEABLE = ("steps", "schedule", "drops", "decay_factor")

@@ -14,14 +14,11 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import imported_cost, num_lanes, num_steps
+from bigdet.config.derived import num_lanes, num_steps
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, EngineState, StepResult
-from bigdet.evaluation import pictures
-from bigdet.evaluation.detections import Kind
-from bigdet.evaluation.saved import SavedResults
 from bigdet.log import MetricsWriter
 from bigdet.models import norms
 from bigdet.models.detector import Detector
@@ -30,6 +27,7 @@ from bigdet.structures import Batch
 from bigdet.training import boards, measuring, optim, saving
 from bigdet.training.metrics import StepMeter, mean_losses, progress_line
 from bigdet.training.prefetch import prefetch
+from bigdet.training.scorer import Scorer
 from bigdet.training.state import RunState
 from bigdet.training.stopping import stop_requested
 from bigdet.training.watchdog import Watchdog
@@ -48,6 +46,7 @@ class Run:
         val_set: the images to measure on.
         metrics: rank 0's log for machines, None on the other ranks.
         saver: writes the checkpoints.
+        scorer: measures evaluations beside training.
         state: where the run is; changed in place.
         watchdog: ends a run that stands still.
         restored: engine state to go on from inside the current phase; taken once.
@@ -63,8 +62,14 @@ class Run:
     restored: EngineState | None = None
 
     def __post_init__(self) -> None:
-        """Begin without a save under way."""
+        """Begin with nothing under way."""
         self.saver = saving.Saver(self.config, self.run_dir, self.train_set)
+        self.scorer = Scorer(self.config, self.run_dir, self.val_set, self.metrics, self.state)
+
+    def must_stop(self) -> bool:
+        """Tell on every rank whether any rank was asked to stop (a collective)."""
+        self.watchdog.alive()
+        return stop_requested(self.run_dir.stop)
 
     def log_start(self, folder: Path | None) -> None:
         """Log the decisions that the run was started with.
@@ -156,7 +161,7 @@ class PhaseTrainer:
             state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
             if is_last or _is_due(state.step, self.config.log.every):
                 self._log(result, lr)
-            must_stop = self._must_stop()
+            must_stop = self.run.must_stop()
             if (
                 must_stop
                 or state.needs_evaluation  # which takes long: nothing trained is lost in it
@@ -167,11 +172,6 @@ class PhaseTrainer:
             if must_stop or (state.needs_evaluation and not self._evaluate()):
                 return False
         return True
-
-    def _must_stop(self) -> bool:
-        """Tell on every rank whether any rank was asked to stop (a collective)."""
-        self.run.watchdog.alive()
-        return stop_requested(self.run.run_dir.stop)
 
     def _at(self, what: str) -> None:
         """Note what is done now, for messages and against standing still."""
@@ -184,6 +184,7 @@ class PhaseTrainer:
             self._at("waiting for data")
             micro_batches = self.micro_batches = list(islice(batches, len(self.stream.lanes)))
             data_seconds = time.perf_counter() - started
+            self.run.scorer.collect()
             self._at("has its data, waits for the other ranks")
             if self.run.metrics is not None and not self.has_shown_batch:
                 self.has_shown_batch = True
@@ -237,7 +238,7 @@ class PhaseTrainer:
             "lr": lr,
             **({"loss_scale": result.loss_scale} if self.config.engine.precision == "fp16" else {}),
             **self.meter.rates(),
-            **self._counters(),
+            **measuring.counters(self.config, self.state),
             "bad_steps": self.state.bad_steps,
             "dropped_boxes": self.state.dropped_boxes,
             "damaged_samples": sum(self.state.damaged.values()),
@@ -245,11 +246,6 @@ class PhaseTrainer:
         logger.info(progress_line(values, self.num_steps), extra={"values": values})
         if self.run.metrics is not None:
             self.run.metrics.write(values, self.state.total_steps)
-
-    def _counters(self) -> dict[str, float]:
-        """Return what the run has taken so far, and what was stated of weights from elsewhere."""
-        imported = imported_cost(self.config, self.name)
-        return self.state.counters() | {f"imported/{name}": n for name, n in imported.items()}
 
     def _check_damage(self) -> None:
         """Stop on all ranks when too many training samples had to be replaced."""
@@ -265,7 +261,7 @@ class PhaseTrainer:
             )
 
     def _evaluate(self) -> bool:
-        """Measure AP, write it down and save what became of the state.
+        """Look at the validation set, let what was found be scored, and save that it was done.
 
         Returns:
             False when a request to stop came meanwhile; the evaluation is then still due.
@@ -273,40 +269,24 @@ class PhaseTrainer:
         run, state = self.run, self.state
         run.watchdog.at(f"{state.position}: evaluation")
         self.micro_batches = []
+        if not run.scorer.finish(run.must_stop):  # the evaluation before
+            return False
         size_cap = measuring.test_size(self.config, self.name)
         started = time.perf_counter()
-        metrics = measuring.evaluate(
-            self.config, self.detector, run.val_set, size_cap, self._must_stop,
-            run.run_dir.root, self._look,
-        )  # fmt: skip
-        if metrics is None:
+        results = measuring.predict(
+            self.config, self.detector, run.val_set, size_cap, run.must_stop, run.run_dir.root
+        )
+        if results is None:
             return False
         self.meter.add_evaluation(time.perf_counter() - started)
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
-        flat = measuring.flat_metrics(metrics)
-        text = measuring.one_line(flat)
-        logger.info("%s: %s", state.position, text, extra={"values": flat})
         with distributed.together():
             if run.metrics is not None:
-                file = run.run_dir.evaluation(self.name, state.step)
-                measuring.write_evaluation(metrics, file)
-                line = {"phase": self.name, "step": state.step, **flat, **self._counters()}
-                run.metrics.write(line, state.total_steps)
-        box_ap = flat["bbox/AP"] or 0.0
-        if state.best_ap is None or box_ap > state.best_ap:
-            state.best_ap = box_ap
-            state.best_checkpoint = run.run_dir.checkpoint(self.name, state.step).name
+                boards.show_detections(run.metrics, results, run.val_set, state)
+            run.scorer.start(results)
         state.needs_evaluation = False
         self._save()
         return True
-
-    def _look(self, results: SavedResults, kinds: Sequence[Kind]) -> None:
-        """Draw detections that were just measured (rank 0)."""
-        run, count = self.run, self.config.evaluation.pictures
-        assert run.metrics is not None
-        boards.show_detections(run.metrics, results, run.val_set, self.state)
-        if count and self.state.step == self.num_steps:
-            pictures.write_pictures(run.val_set, results, kinds, count, run.run_dir, self.name)
 
     def _save(self) -> None:
         """Save this moment (a collective)."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet.config.derived import drop_points, num_steps
-from bigdet.config.schema import PhaseConfig
+from bigdet.config.phase_schema import PhaseConfig
 
 # Position tables: offsets added to attention scores or features, not weights of a map. And scales:
 # ConvNeXt's of layers, SwinV2's of attention.

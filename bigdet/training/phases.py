@@ -80,13 +80,13 @@ def check_start(config: RunConfig, name: str, classes: Sequence[str], path: Path
     Raises:
         ValueError: with the phase, and what does not fit.
     """
-    weights.find_weights(path)
-    if distributed.is_main():
-        detector = build_detector(phase_model(config, name), len(classes))
-        try:
+    try:
+        weights.find_weights(path)
+        if distributed.is_main():
+            detector = build_detector(phase_model(config, name), len(classes))
             _read_start(detector, config, name, classes, RunDir(Path(config.output)))
-        except ValueError as error:
-            raise ValueError(f"phases.{name}.start_from: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"phases.{name}.start_from: {error}") from error
 
 
 def _load_start(

@@ -23,7 +23,8 @@ from bigdet.config.derived import (
     phase_source,
 )
 from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
-from bigdet.config.schema import PhaseConfig, RunConfig
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
@@ -140,7 +141,10 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
         _any_stream(config, train_set, name, config.phases[name])
         source = phase_source(config, name)
         if is_timm(source):
-            importing.timm_name(source, config.model.backbone)
+            try:
+                importing.timm_name(source, config.model.backbone)
+            except ValueError as error:
+                raise ConfigError(f"phases.{name}.{error}") from error
         elif source not in ("random", "previous"):
             check_start(config, name, classes, Path(source))
 
@@ -331,7 +335,8 @@ def begin(
         state = RunState.from_json(saved.run["run"])
         note_changes(config, train_set, saved, state)
         if is_fork(config, _config_of(saved.run["config"])):
-            state.best_ap = state.best_checkpoint = None  # it stays with the other run
+            # They stay with the other run.
+            state.best_ap = state.best_checkpoint = state.unscored = None
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
         return state, None
@@ -344,8 +349,10 @@ def begin(
 
     def was_before(line: Mapping[str, Any]) -> bool:
         place = (names.index(line["phase"]), line["step"])
-        is_repeated = state.needs_evaluation and "bbox/AP" in line
-        return place < here or (place == here and not is_repeated)
+        is_ap = "bbox/AP" in line
+        if is_ap and run_dir.detections(line["phase"], line["step"]).is_file():
+            return False  # about to be scored again
+        return place < here or (place == here and not (is_ap and state.needs_evaluation))
 
     cut_metrics(run_dir.metrics, was_before)
     write_text(run_dir.config, dump_config(config))

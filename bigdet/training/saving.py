@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,14 @@ class Saver:
             folder = self._run_dir.checkpoint(state.phase, state.step)
             metadata = weights_metadata(self._config, self._categories, state.phase)
             run = {"config": dump_config(self._config), "run": state.to_json()}
-            best = state.best_checkpoint
+            unscored = state.unscored  # it may become the best
+            needed = [
+                *([] if state.best_checkpoint is None else [state.best_checkpoint]),
+                *([] if unscored is None else [f"{unscored.phase}-{unscored.step}"]),
+            ]
             copied = time.perf_counter() - started
             self._thread = threading.Thread(
-                target=self._write, args=(folder, saved, metadata, run, best, copied)
+                target=self._write, args=(folder, saved, metadata, run, needed, copied)
             )
             self._thread.start()
         self._is_pending = True
@@ -70,7 +75,7 @@ class Saver:
         saved: EngineState,
         metadata: dict[str, str],
         run: dict[str, Any],
-        best: str | None,
+        needed: Sequence[str],
         copied: float,
     ) -> None:
         """Write a checkpoint and delete those that are not kept (the thread of rank 0)."""
@@ -78,12 +83,9 @@ class Saver:
         settings = self._config.checkpoint
         try:
             checkpoint.save(folder, saved, metadata, run)
-            # From the state, so that a crash right here is made good by the next checkpoint.
-            if best is not None:
-                checkpoint.mark_best(self._run_dir.checkpoints / best)
             phases = self._config.phases.items()
             ends = {self._run_dir.checkpoint(name, num_steps(phase)).name for name, phase in phases}
-            kept = ends | set(settings.at)
+            kept = ends | {*settings.at, *needed}
             checkpoint.clean(self._run_dir.checkpoints, settings.keep, kept, settings.keep_every)
         except (OSError, ValueError) as error:
             self._problem = str(error)

@@ -56,6 +56,23 @@ class Cost:
 
 
 @dataclass
+class Unscored:
+    """An evaluation whose detections are there, but not yet their numbers.
+
+    Attributes:
+        phase: in which the model was looked at.
+        step: of the phase, after which.
+        total_steps: of all phases.
+        counters: what the run had taken until then, as ``metrics.jsonl`` has it.
+    """
+
+    phase: str
+    step: int
+    total_steps: int
+    counters: dict[str, float]
+
+
+@dataclass
 class RunState:
     """Where a run is. Written to ``state.json`` of every checkpoint.
 
@@ -66,6 +83,8 @@ class RunState:
         seen: what has been consumed.
         costs: what each phase has taken, by name.
         needs_evaluation: the evaluation due at this step was not done yet.
+        unscored: the evaluation that is being scored beside training; known to rank 0 alone, as
+            are the best AP and checkpoint.
         bad_steps: steps skipped because a loss or gradient was not finite.
         dropped_boxes: boxes of objects that a random crop left nothing of, over all ranks.
         damaged: damaged training samples that were replaced, by kind, over all ranks.
@@ -83,6 +102,7 @@ class RunState:
     seen: Seen = field(default_factory=Seen)
     costs: dict[str, Cost] = field(default_factory=dict)
     needs_evaluation: bool = False
+    unscored: Unscored | None = None
     bad_steps: int = 0
     dropped_boxes: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
@@ -127,4 +147,10 @@ class RunState:
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
         """Read what ``to_json`` wrote."""
         costs = {phase: Cost(**cost) for phase, cost in values.get("costs", {}).items()}
-        return cls(**{**values, "seen": Seen(**values["seen"]), "costs": costs})
+        unscored = values.get("unscored")
+        read = {
+            "seen": Seen(**values["seen"]),
+            "costs": costs,
+            "unscored": None if unscored is None else Unscored(**unscored),
+        }
+        return cls(**{**values, **read})

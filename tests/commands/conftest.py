@@ -1,6 +1,5 @@
 """Fixtures of the tests of commands."""
 
-import logging
 import signal
 from collections.abc import Iterator
 
@@ -14,13 +13,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    loggers = logging.getLogger("bigdet").handlers[:]
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    for handler in set(logging.getLogger("bigdet").handlers) - set(loggers):
-        handler.close()
-    logging.getLogger("bigdet").handlers[:] = loggers
-    logging.getLogger("bigdet").propagate = True

@@ -105,8 +105,12 @@ class Command:
 
 
 def numbers(output: Path) -> list[dict]:
-    """The metrics that a repeated run must give again: all but time and memory."""
+    """The metrics that a repeated run must give again: all but time and memory.
+
+    In the order of steps: AP is written when it is known, beside training.
+    """
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines.sort(key=lambda line: (line["cost/steps"], "bbox/AP" in line))
     volatile = ("images_per_second", "memory_gib")
     return [
         {k: value for k, value in line.items() if not (k in volatile or k.endswith("_seconds"))}

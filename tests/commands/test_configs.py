@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from bigdet import train
 from bigdet.config.check import check_config
-from bigdet.config.load import dump_config, load_config
-from bigdet.config.schema import RunConfig
-from bigdet.config.sweep import load_sweep
+from bigdet.config.load import dump_config
+from bigdet.config.schema import ModelConfig, PhaseConfig, RunConfig
+from bigdet.data.sources.coco import convert_coco
+from bigdet.models.backbones import build_backbone
 from bigdet.sweep import check_forks
 from bigdet.training.sizes import model_sizes
-from tests.commands.runs import ROOT
+from tests.shipped import CONFIG_NAMES, CONFIGS, SWEEP_NAMES, config_of, sweep_of
 from tests.spawn import run_ranks
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 NUM_CLASSES = 3
 _built: set[str] = set()
 
@@ -31,66 +35,134 @@ def build(config: RunConfig) -> None:
             assert model_sizes(config, name, NUM_CLASSES).trained > 1_000_000
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_builds_and_says_what_it_is(path: Path):
-    config = load_config(path)
+def check_head(text: str, command: str) -> None:
+    """Check that the comment at the top tells hardware, number, whether it was run, and how."""
+    lines = text.splitlines()
+    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    told = " ".join(line.removeprefix("# ") for line in head)
+    for words in (
+        r"Sized for \d+ GPUs|[Tt]wo CPU cores",
+        r"\d\.\d.* AP|AP.* \d+\.\d|No number to expect",
+        r"Not run yet|Seen: ",
+    ):
+        assert re.search(words, told), f"nothing at the top like {words}"
+    assert any(re.fullmatch(f"#   {command}", line) for line in head)
+
+
+@pytest.mark.parametrize("name", CONFIG_NAMES)
+def test_every_config_builds_and_says_what_it_is(name: str):
+    config = config_of(name)
     check_config(config)
     build(config)
-    head = path.read_text().split("\ninclude:")[0]
-    assert head.startswith("# ")
-    assert f"configs/{path.name}" in head or "launch/quickstart.sh" in head
+    ranks = r"--(num_gpus \d|hostfile launch/hostfile)"
+    command = rf"deepspeed {ranks} --module bigdet\.train configs/{name}\.yaml"
+    if name == "quickstart":
+        command = r"bash launch/quickstart\.sh"
+    check_head((CONFIGS / f"{name}.yaml").read_text(), command)
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_run_of_every_sweep_builds(path: Path):
-    sweep, runs = load_sweep(path)
-    check_forks(runs)
-    for run in runs:
+@pytest.mark.parametrize("name", SWEEP_NAMES)
+def test_every_run_of_every_sweep_builds(name: str):
+    sweep, runs = sweep_of(name)
+    check_forks(list(runs.values()))
+    for run in runs.values():
         build(run.config)
-    assert sweep.output == f"runs/{path.stem}"
-    assert f"#   python -m bigdet.sweep configs/sweeps/{path.name}\n" in path.read_text()
+    assert sweep.output == f"runs/{name}"
+    text = (CONFIGS / "sweeps" / f"{name}.yaml").read_text()
+    check_head(text, rf"python -m bigdet\.sweep configs/sweeps/{name}\.yaml")
     # Nothing is trained twice.
-    configs = [dump_config(run.config).replace(run.name, "") for run in runs]
+    configs = [dump_config(run.config).replace(run.name, "") for run in runs.values()]
     assert len(set(configs)) == len(configs)
 
 
-def tiny(path: Path, shards: Path, output: Path) -> list[str]:
-    """Words that make any config small enough for a second or two."""
-    config = load_config(path)
-    words = [
-        f"output={output}", f"data.train.shards={shards}/train", f"data.val.shards={shards}/val",
-        "data.train.more_shards=[]", "data.workers=0", "engine.precision=fp32",
+KINDS = [
+    "r50_direct", "r50_gn_cascade", "r50_syncbn_scratch", "r50_imagenet", "r50_gn_imagenet",
+    "r50_lsj_scratch", "retinanet_r50_direct", "swin_t_direct", "vgg16_scratch", "voc_r101_gn",
+    "keypoint_r50_gn", "objects365_direct", "coco_from_objects365",
+    "less_data:random_1k", "presets:paper", "presets:stitcher", "table1:size_224_batch_2",
+    "table6:direct_p1x_2x", "table8:cascade_direct",
+]  # fmt: skip
+"""Configs, and runs of sweeps that are like none of them."""
+
+
+def tiny(name: str, folder: Path) -> list[str]:
+    """The words of a command that trains a config for 2 steps a phase on 16 images, in seconds."""
+    sweep, _, run = name.partition(":")
+    words = sweep_of(sweep)[1][run].words if run else [str(CONFIGS / f"{name}.yaml")]
+    config, shards = config_of(name), folder / "shapes"
+    if config.model.detector == "keypoint_rcnn":
+        shards = folder / "points"
+        words += ["model.keypoint.num_keypoints=3", "model.keypoint.width=32"]
+    words += [
+        f"output={folder / name}", "data.workers=0", "engine.precision=fp32",
+        f"data.train.shards={shards}/train", f"data.val.shards={shards}/val",
         "engine.zero_stage=0", "evaluation.resize=null", "evaluation.every=null",
         "evaluation.images_per_gpu=4", "evaluation.pictures=0", "log.tensorboard=false",
     ]  # fmt: skip
-    if config.model.backbone.startswith("res"):
-        words.append("model.backbone=resnet10")
+    if config.data.train.more_shards:
+        words.append(f"data.train.more_shards=[{shards}/val]")
+    if config.data.train.subset is not None:
+        words.append("data.train.subset.images=10")
+    if config.model.backbone.startswith(("res", "swin_b")):  # one Swin is enough
+        words += ["model.backbone=resnet10", "model.drop_path=0"]
     if config.model.backbone != "vgg16":  # its width is that of its features
         words.append("model.width=32")
     if config.model.detector != "retinanet":
         words += ["model.fc_width=32", "model.rpn.train_proposals=50",
                   "model.rpn.test_proposals=20", "model.roi.rois_per_image=16"]  # fmt: skip
-    for name, phase in config.phases.items():
-        resize = phase.resize
-        options = {
-            "steps": 2, "passes": "null", "images": "null", "drops": "null", "warmup_steps": 1,
-            "images_per_gpu": 2, "images_per_step": 4, "resize.size": 64,
-            "resize.cap": "null" if resize.cap is None else 96,
-            "resize.size_range": "null" if resize.size_range is None else "[48,64]",
-        }  # fmt: skip
-        if phase.start_from.source == "timm":  # nothing is downloaded here
-            options |= {"start_from.source": "random", "start_from.cost": "null",
-                        "freeze_stages": 0}  # fmt: skip
-            if phase.norm_mode is not None:
-                options["norm_mode"] = "live"
-        words += [f"phases.{name}.{key}={value}" for key, value in options.items()]
+    for key, phase in config.phases.items():
+        words += [f"phases.{key}.{option}" for option in tiny_phase(phase, config.model, folder)]
     return words
 
 
-KINDS = [
-    "r50_direct", "r50_gn_cascade", "r50_syncbn_scratch", "r50_imagenet", "r50_lsj_scratch",
-    "retinanet_r50_direct", "swin_t_direct", "vgg16_scratch", "voc_r50_direct",
-]  # fmt: skip
+def tiny_phase(phase: PhaseConfig, model: ModelConfig, folder: Path) -> list[str]:
+    """Options of a phase of 2 steps of 4 images, in the unit that the phase has for its length."""
+    resize, source = phase.resize, phase.start_from.source
+    length = {"steps": "2", "passes": "0.5", "images": "8"}  # 16 images are 4 steps
+    unit = next(unit for unit in length if getattr(phase, unit) is not None)
+    drops = "null" if phase.drops is None else {"steps": "[-1]", "passes": "[0.25]"}[unit]
+    words = [
+        f"{unit}={length[unit]}", f"drops={drops}", f"warmup_steps={min(1, phase.warmup_steps)}",
+        "images_per_gpu=2", "images_per_step=4", "resize.size=64",
+    ]  # fmt: skip
+    words += ["resize.cap=96"] if resize.cap is not None else []
+    words += ["resize.size_range=[48,64]"] if resize.size_range is not None else []
+    words += ["resize.sizes=[48,64]"] if resize.sizes is not None else []
+    if source is not None and (source == "timm" or source.endswith(".pkl")):
+        # Not downloaded: a file as torchvision's.
+        words += [f"start_from.source={folder}/{model.norm}.pth", "start_from.pixels=null"]
+    elif source is not None and source.startswith("runs/"):
+        words.append(f"start_from.source={folder / Path(source).name}")
+    return words
+
+
+def write_points(folder: Path) -> None:
+    """Write the sets train and val: 16 images with an object of 3 keypoints each."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for number in range(1, 17):
+        pixels = np.full((64, 64, 3), 10 * number, np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.jpg")
+    content = {
+        "images": [
+            {"id": number, "file_name": f"{number}.jpg", "height": 64, "width": 64}
+            for number in range(1, 17)
+        ],
+        "annotations": [
+            {"id": number, "image_id": number, "category_id": 1, "iscrowd": 0, "area": 900.0,
+             "bbox": [9, 9, 30, 30], "keypoints": [10, 10, 2, 20, 20, 2, 30, 30, 1],
+             "num_keypoints": 3}
+            for number in range(1, 17)
+        ],
+        "categories": [
+            {"id": 1, "name": "person", "keypoints": ["nose", "left_eye", "right_eye"],
+             "skeleton": [[1, 2]]},
+        ],
+    }  # fmt: skip
+    file = folder / "points.json"
+    file.write_text(json.dumps(content))
+    for split in ("train", "val"):
+        convert_coco(images, file, folder / split)
 
 
 def train_all(commands: dict[str, list[str]]) -> dict[str, int]:
@@ -105,15 +177,15 @@ def train_all(commands: dict[str, list[str]]) -> dict[str, int]:
 
 
 def test_one_of_each_kind_trains(tmp_path: Path, shapes_shards: Path):
-    paths = {name: ROOT / "configs" / f"{name}.yaml" for name in KINDS}
-    commands = {
-        name: [str(path), *tiny(path, shapes_shards, tmp_path / name)]
-        for name, path in paths.items()
-    }
+    (tmp_path / "shapes").symlink_to(shapes_shards)
+    write_points(tmp_path / "points")
+    for norm in ("bn", "gn"):
+        torch.save(build_backbone("resnet10", norm, 0.0).state_dict(), tmp_path / f"{norm}.pth")
+    commands = {name: tiny(name, tmp_path) for name in KINDS}
     # In one process of its own: DeepSpeed keeps its group, so pytest's would not be the same after.
     (codes,) = run_ranks(train_all, 1, tmp_path, commands, timeout_seconds=500)
     assert codes == dict.fromkeys(KINDS, 0)
-    for name, path in paths.items():
-        last = list(load_config(path).phases)[-1]
+    for name in KINDS:
+        last = list(config_of(name).phases)[-1]
         assert (tmp_path / name / "model.safetensors").is_file(), name
         assert (tmp_path / name / f"evaluation/{last}-2.json").is_file(), name

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 
 from bigdet.models.backbones import build_backbone
 from bigdet.models.torchvision_model import torchvision_twin
-from bigdet.models.weights import load_detector
+from bigdet.models.weights import load_detector, save_detector_weights
 from tests.commands.tiny_detector import ROOT, save_detector
 from tests.unit.models import published_layouts as published
 from tools import convert_weights
@@ -72,7 +73,40 @@ def test_what_is_no_weights_file_is_one_message(tmp_path):
     )  # fmt: skip
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'theirs.pth'}: cannot be read as a state_dict")
+    assert line.startswith(f"error: {tmp_path / 'theirs.pth'}: torch cannot read it as weights")
+    assert "weights_only" not in line  # torch's advice, which would run what is in the file
+
+
+def test_a_full_disk_is_one_message(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights = torch.nn.Linear(200, 200)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file grows beyond it
+    try:
+        for name in ("a.pth", "a.safetensors"):
+            with pytest.raises(OSError, match=rf"{name}: cannot be written: "):
+                convert_weights.write_state(tmp_path / name, weights.state_dict())
+            assert not (tmp_path / name).exists()
+        with pytest.raises(OSError, match=r"b\.safetensors: cannot be written: "):
+            save_detector_weights(tmp_path / "b.safetensors", weights, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["to-torchvision", "run", "x.txt"], r"x\.txt: expected a name that ends in \.pth"),
+        (["from-torchvision", "w.pth", "c.yaml", "--categories", "c.json", "--out", "out.pth"],
+         r"out\.pth: expected a name that ends in \.safetensors"),
+        (["from-torchvision", "w.pth", "c.yaml", "--categories", "c.json", "--out",
+          "a.safetensors"], r"a\.safetensors is a folder\. Give the name of a file"),
+    ],
+)  # fmt: skip
+def test_a_file_that_could_not_be_written_is_told_at_once(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(ValueError, match=message):
+        convert_weights.main(words)
 
 
 TINY = ["model.width=16", "model.fc_width=32", "model.roi.score_threshold=0.0"]
@@ -143,7 +177,7 @@ def test_mmdetections_weights_keep_its_classes_in_another_order(tmp_path, monkey
     (tmp_path / "0.json").write_text(json.dumps([{"id": 1, "name": "cat"}, CATEGORIES[0]]))
     words = ["from-mmdetection", tmp_path / "a.pth", config, *TINY, *KEPT, tmp_path / "0.json"]
     with pytest.raises(ValueError, match=r"its 2 classes \(box, disc, ...\) are not the 2 of"):
-        convert([*words, "--out", tmp_path / "x"], monkeypatch)
+        convert([*words, "--out", tmp_path / "x.safetensors"], monkeypatch)
 
 
 def test_detectron2s_pickle_becomes_a_detector_with_classes_by_rising_id(tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def test_command_ends_with_one_message_on_shards_that_are_not_there(run_and_shar
         ('[{"image_id": 1, "segmentation": {}}]', ["--metric", "voc07"], "has none of what"),
         ("[]", ["evaluation.metric=voc07"], "evaluation.metric=voc07 would be ignored"),
         ("[]", ["--detections", "x.json"], "--detections would be ignored"),
-        ("[]", ["--metric", "voc12", "--analysis"], "--analysis: comes with the metric coco only"),
+        ("[]", ["--tta"], "--tta would be ignored"),
+        ("[]", ["--out", "/proc/nothing/x.json"], "--out: /proc/nothing: cannot be written to"),
         ("{}", [], "found a dict, expected a list of detections"),
     ],
 )  # fmt: skip
@@ -98,11 +99,24 @@ def test_what_is_wrong_with_a_file_of_detections_is_told(
         main([str(tmp_path / "found.json"), "--shards", str(run_and_shards[1].folder), *words])
 
 
-def test_no_detections_and_the_metric_of_voc(run_and_shards, tmp_path, capsys):
+def test_what_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, in_process):
+    (tmp_path / "x").write_text("")
+    words = ["nowhere", "--shards", "nowhere"]
+    for option in ("--out", "--detections"):
+        with pytest.raises(ValueError, match=f"^{option}: {tmp_path}/x: is a file"):
+            main([*words, option, str(tmp_path / "x/found.json")])
+
+
+def test_no_detections_and_the_metric_of_voc(run_and_shards, tmp_path, capsys, caplog):
+    with pytest.raises(ValueError, match="there is no such file of results"):
+        main([str(tmp_path / "found.json"), "--shards", str(run_and_shards[1].folder)])
     (tmp_path / "found.json").write_text("[]")
-    words = ["--shards", str(run_and_shards[1].folder), "--metric", "voc07"]
+    words = ["--shards", str(run_and_shards[1].folder), "--metric", "voc07", "--analysis"]
     assert main([str(tmp_path / "found.json"), *words]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["box", "0.000", "0.000", "0.000"]
+    assert "holds no detection, so every AP is 0" in caplog.text
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].split() == ["box", "0.000", "0.000", "0.000"]
+    assert "errors at IoU 0.5, AP50 0.000" in out
 
 
 def test_shards_with_other_categories_are_refused(run_and_shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -115,11 +116,15 @@ def test_ctrl_c_is_one_line_and_finished_shards_stay(tmp_path: Path, coco_dir: P
         cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not list((tmp_path / "set").glob("*.tar")):
-        time.sleep(0.02)
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
+    try:
+        while not list((tmp_path / "set").glob("*.tar")):
+            time.sleep(0.02)
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode, errors) == (130, "stopped; start it again to go on\n")
     finished = {path.name: path.stat().st_ino for path in (tmp_path / "set").glob("*.tar")}
     assert not (tmp_path / "set" / "manifest.json").exists()

@@ -46,10 +46,21 @@ def test_options_that_would_say_nothing_are_refused():
         (["--sizes", "64"], "--sizes: only for a plan with --memory-gib"),
         (["--memory-gib", "8", "--link", "a,b"], "--link: only for a plan without --memory-gib"),
         (["--memory-gib", "0"], "--memory-gib: found 0.0"),
+        (["--step-seconds", "-1"], "--step-seconds: found -1.0, expected a number above 0"),
+        (["--gpu-memory-gib", "nan"], "--gpu-memory-gib: found nan"),
+        (["--latency", "-3"], "--latency: found -3.0, expected seconds, 0 or more"),
         (["--memory-gib", "8", "--trials", "2"], "--trials: found 2, expected 3 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
             parse_arguments(["config.yaml", *words])
+
+
+def test_data_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Path):
+    words = arguments(tmp_path / "none", tmp_path / "nowhere")
+    done = plan(*words, "--gpus", "8x4")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "nowhere/train: expected a shard set, but there is no such folder" in line
 
 
 def test_plan_measures_and_recommends(tmp_path: Path, shapes_shards: Path):

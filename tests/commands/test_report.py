@@ -90,6 +90,9 @@ def test_axes_runs_and_pictures_are_chosen(page: Path, browser: Browser):
     browser.run('document.getElementById("before").click()')
     assert browser.run(text).startswith("3 of 3")
     assert browser.run(f"{image}.decode().then(() => {image}.naturalWidth)") == 800
+    narrow = browser.run(f"{image}.clientWidth")
+    browser.run(f"{image}.click()")
+    assert browser.run(f"{image}.clientWidth") > 1.9 * narrow
     assert browser.problems == []
 
 

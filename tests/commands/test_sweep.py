@@ -21,6 +21,7 @@ from bigdet import sweep
 from bigdet.config.load import ConfigError
 from bigdet.config.sweep import load_sweep
 from tests.commands.runs import ROOT, TINY
+from tests.fake_runs import write_run
 
 COMMAND = f"{sys.executable} -m bigdet.train"
 SWEEP = """
@@ -111,10 +112,10 @@ def test_a_fork_is_the_run_that_it_would_have_been_alone(
 
 def test_a_sweep_ends_in_a_table_and_starts_nothing_again(swept: Path):
     report = (swept / "runs/report.md").read_text().splitlines()
-    assert [cell.strip() for cell in report[0].split("|")[1:5]] == [
-        "run", "seeds", "box AP", "mask AP",
+    assert [cell.strip() for cell in report[0].split("|")[1:6]] == [
+        "run", "seeds", "box AP", "box AP50", "mask AP",
     ]  # fmt: skip
-    assert re.match(r"\| trunk \| 1 \| \d+\.\d \| \d+\.\d \|.*\| finished \|$", report[2])
+    assert re.match(r"\| trunk \| 1 \|( \d+\.\d \|){3}.*\| finished \|$", report[2])
     assert re.match(r"\| short \| 1 \|.*\| finished \|$", report[3])
     page = (swept / "runs/report.html").read_text()
     assert all(f"</i>{name}</button>" in page for name in ("trunk", "short"))
@@ -216,6 +217,46 @@ def test_mistakes_name_the_run_and_the_key(
     with pytest.raises(ConfigError, match=said) as caught:
         load_sweep(file)
     assert str(caught.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "found ''"),
+        ("nothing-there x", "found 'nothing-there x', .* such as"),
+        ("a '", "No clos"),
+    ],
+)
+def test_a_command_that_is_not_there_is_told_before_the_first_run(
+    tmp_path, shapes_shards, text, said
+):
+    file = write_sweep(tmp_path, shapes_shards)
+    with pytest.raises(ConfigError, match=f"^--command: {said}"):
+        sweep.main([str(file), "--command", text])
+    file.write_text(file.read_text().replace("runs:", "rnus:"))
+    with pytest.raises(ConfigError, match="is no sweep, for it lists no `runs`"):
+        load_sweep(file)
+
+
+def test_runs_on_several_data_sets_have_a_report_for_each(tmp_path: Path, shapes_shards: Path):
+    file = write_sweep(
+        tmp_path, shapes_shards, text=SWEEP[: SWEEP.index("  short")] + "  b: {{}}\n"
+    )
+    planned, runs = load_sweep(file)
+    write_run(tmp_path / "runs/trunk", [0.1], "data.val.shards=data/one/val")
+    sweep.report(planned, runs)  # the other run has not begun
+    assert "| b | 0 |" in (tmp_path / "runs/report.md").read_text()
+    assert (tmp_path / "runs/report.html").is_file()
+    write_run(tmp_path / "runs/b", [0.2], "data.val.shards=data/two/val", objects=7)
+    sweep.report(planned, runs)
+    text = (tmp_path / "runs/report.md").read_text()
+    assert "| trunk | 1 | 10.0 |" in text
+    assert "| b | 1 | 20.0 |" in text
+    assert "- runs on data/two/val: report-two-val/report.html\n" in text
+    assert not (tmp_path / "runs/report.html").exists()
+    page = (tmp_path / "runs/report-two-val/report.html").read_text()
+    assert "</i>b</button>" in page
+    assert "</i>trunk</button>" not in page
 
 
 def test_seeds_make_runs_of_their_own_and_forks_stay_with_their_seed(

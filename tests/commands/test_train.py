@@ -203,14 +203,17 @@ def test_sigterm_to_one_of_two_ranks_stops_both(tmp_path: Path, shapes_shards: P
             ["output=OTHER", "phases.finetune.images_per_step=32"],
             ["phase finetune", "one step needs 32"],
         ),
-        (["output=OTHER", "phases.finetune.start_from.source=nowhere"], ["nowhere", "not exist"]),
+        (
+            ["output=OTHER", "phases.finetune.start_from.source=nowhere"],
+            ["phases.finetune.start_from: nowhere: does not exist"],
+        ),
         (
             ["output=OTHER", "model.width=64", "phases.finetune.start_from.source=CHECKPOINT"],
             ["phases.finetune.start_from: ", "does not fit the model", "of another shape"],
         ),
         (
             ["output=OTHER", "phases.finetune.start_from.source=timm"],
-            ["start_from.source", "resnet10", "resnet50"],
+            ["phases.finetune.start_from.source: timm has no", "resnet10", "resnet50"],
         ),
         (["output=OTHER", "data.train.shards=nowhere"], ["nowhere", "no such folder"]),
         (["phases.pretrian.steps=1"], ["phases.pretrian", "did you mean 'pretrain'"]),

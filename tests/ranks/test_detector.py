@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig, ModelConfig, PhaseConfig, RoiConfig, RpnConfig
+from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import EngineConfig
 from bigdet.engine import deepspeed_engine
 from bigdet.engine.build import build_engine
 from bigdet.models.build import build_detector

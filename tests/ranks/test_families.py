@@ -6,7 +6,9 @@ from functools import partial
 import torch
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig, ModelConfig, PhaseConfig, RoiConfig, RpnConfig
+from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import EngineConfig
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 from bigdet.models.build import build_detector
 from bigdet.models.checkpointing import enable_checkpointing

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig, PhaseConfig
+from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.schema import EngineConfig
 from bigdet.engine.precision import DTYPES
 from bigdet.models import norms
 from bigdet.training.optim import build_optimizer

@@ -84,3 +84,23 @@ def test_a_rank_that_does_not_come_is_named_by_rank_0_alone():
     assert "missing: 1." in told
     assert len(told.splitlines()) == 1
     assert silent == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, r"WORLD_SIZE is 2, but MASTER_ADDR is not set\. Start all ranks with deepspeed"),
+        ({"MASTER_ADDR": "localhost"}, "MASTER_PORT: found not set, expected a number"),
+        (
+            {"MASTER_ADDR": "localhost", "BIGDET_JOIN_SECONDS": "soon"},
+            "BIGDET_JOIN_SECONDS: found so",
+        ),
+    ],
+)
+def test_a_launch_that_is_half_one_is_told_and_does_not_wait(monkeypatch, variables, said):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        distributed.start()

@@ -1,10 +1,10 @@
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from bigdet.drawing import MIN_LONG_SIDE, class_color, draw, draw_detections
+from bigdet.drawing import MIN_LONG_SIDE, _LabelWriter, class_color, draw, draw_detections
 from bigdet.structures import Detections
 
 GRAY = 100
@@ -83,6 +83,44 @@ def test_names_of_equal_boxes_do_not_cover_each_other():
     alone = np.asarray(draw(gray(900, 900), boxes[:1], ["one"], [0]))
     area = (alone == np.array(class_color(0))).all(axis=2).sum() - 2 * 4 * 200  # less the outline
     assert min(filled) > 0.5 * area
+
+
+def test_names_that_would_cover_others_are_left_out_but_for_the_first_of_each_class():
+    # 40 cats one upon another, and two dogs among them, of which the second is the surer one.
+    labels, scores = [0] * 20 + [1, 1] + [0] * 20, [0.9] + [0.5] * 20 + [0.6] + [0.5] * 20
+    boxes = [[400, 400, 460, 430]] * 42
+    written = []
+    write = _LabelWriter.write
+
+    def spy(writer, text, *rest, **options):
+        count = len(writer.taken)
+        write(writer, text, *rest, **options)
+        written.append((text, writer.taken[count:]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_LabelWriter, "write", spy)
+        draw(gray(900, 900), boxes, ["cat" if label == 0 else "dog" for label in labels], labels,
+             scores)  # fmt: skip
+    assert len(written) == 42
+    shown = [(text, places[0]) for text, places in written if places]
+    assert [text for text, _ in shown[:2]] == ["cat 0.90", "dog 0.60"]
+    assert 4 <= len(shown) <= 18  # so many places there are
+    for (_, one), (_, other) in combinations(shown, 2):
+        width = min(one[2], other[2]) - max(one[0], other[0])
+        height = min(one[3], other[3]) - max(one[1], other[1])
+        area = (one[2] - one[0]) * (one[3] - one[1])
+        assert max(width, 0) * max(height, 0) <= 0.5 / 3 * area  # a sixth, as MOST_HIDDEN says
+
+
+def test_lines_go_around_a_tiny_object():
+    box, mask = [[400, 300, 405, 304]], np.zeros((900, 900), dtype=bool)
+    mask[300:304, 400:405] = True
+    picture = np.asarray(draw(gray(900, 900), box, [""], [3], masks=[mask]))
+    color = class_color(3)
+    assert (picture[298, 398:408] == color).all()  # two pixels beyond the edges
+    assert (picture[306, 398:408] == color).all()
+    inside = 0.4 * np.array(color) + 0.6 * GRAY  # the mask, without an outline
+    np.testing.assert_allclose(picture[301:303, 401:404], np.tile(inside, (2, 3, 1)), atol=2)
 
 
 def test_class_colors_are_stable_and_differ_between_80_classes():

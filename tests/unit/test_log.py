@@ -28,7 +28,6 @@ def test_cutting_keeps_what_came_before_and_drops_half_a_line(tmp_path: Path):
     assert not (tmp_path / "absent.jsonl").exists()
 
 
-@pytest.mark.usefixtures("own_logging")
 def test_console_lines_as_json_have_the_numbers(capsys: pytest.CaptureFixture[str]):
     setup_logging(rank=0, as_json=True)
     logger = logging.getLogger("bigdet.training.loop")
@@ -42,12 +41,3 @@ def test_console_lines_as_json_have_the_numbers(capsys: pytest.CaptureFixture[st
     }  # fmt: skip
     assert second["message"] == "two\nlines"
     assert "values" not in second
-
-
-@pytest.fixture
-def own_logging():
-    """Leaves bigdet's logger as it was."""
-    found = logging.getLogger("bigdet")
-    before = found.handlers[:], found.level, found.propagate
-    yield
-    found.handlers[:], found.level, found.propagate = before

@@ -4,9 +4,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from bigdet.pictures import EXIF_ORIENTATION, read_picture, shown_size, to_pixels
+from bigdet.pictures import EXIF_ORIENTATION, list_pixels, read_picture, shown_size, to_pixels
 
 WHITE_LEFT = np.zeros((40, 80, 3), dtype=np.uint8)
 WHITE_LEFT[:, :40] = 250
@@ -73,6 +73,45 @@ def test_truncated_picture_is_a_value_error_on_reading(tmp_path):
             read_picture(path)
 
 
+def noise_jpeg(path, **options):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=90, **options)
+    return bytearray(path.read_bytes())
+
+
+def test_jpeg_whose_middle_is_lost_is_told_though_pillow_makes_gray_of_it(tmp_path):
+    path = tmp_path / "x.jpg"
+    data = noise_jpeg(path)
+    middle = len(data) // 2
+    for damage, problem in (
+        (bytes(len(data) - middle - 2), "a part of the compressed data is zeros"),
+        (b"\xff\xd3" * 8, "Corrupt JPEG data"),  # a mark that has no business there
+    ):
+        damaged = data[:middle] + damage + data[middle + len(damage) :]
+        path.write_bytes(damaged)
+        with Image.open(path) as image:
+            image.load()  # no error
+        with pytest.raises(ValueError, match=f"not a readable image .*{problem}"):
+            read_picture(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpegs_are_as_pillow_reads_and_turns_them(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    noise_jpeg(tmp_path / "x.jpg", exif=exif)
+    with Image.open(tmp_path / "x.jpg") as image:
+        expected = np.array(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(read_picture(tmp_path / "x.jpg"), expected)
+
+
+def test_why_a_file_cannot_be_read_is_told_without_repeating_its_name(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    for name, reason in (("folder.jpg", "Is a directory"), ("away.jpg", "No such file or dir.*y")):
+        with pytest.raises(ValueError, match=rf"^not a readable image \({reason}\)$"):
+            read_picture(tmp_path / name)
+
+
 def png_of_zeros(width, height):
     """A small file of a large black image with 1 bit per pixel."""
 
@@ -126,3 +165,17 @@ def test_files_pillow_numpy_and_torch_give_the_same_pixels(tmp_path):
 def test_arrays_of_other_shapes_and_types_are_refused(given):
     with pytest.raises(ValueError, match="uint8, RGB"):
         to_pixels(given)
+
+
+def test_what_is_no_list_of_pictures_is_told(tmp_path):
+    path = tmp_path / "away.jpg"
+    for given, said in [
+        (str(path), rf"found one picture, {path}, expected a list of them"),
+        (Image.new("L", (4, 4)), "found one picture"),
+        ([path], rf"^{path}: not a readable image \(No such file or directory\)\.$"),
+        ([b"bytes"], "found a bytes, expected a picture: a file"),
+        ([None], "found a NoneType"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            list_pixels(given)
+    assert list_pixels([]) == []

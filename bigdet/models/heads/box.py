@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.schema import BoxHead as Kind
-from bigdet.config.schema import RoiConfig
+from bigdet.config.model_schema import BoxHead as Kind
+from bigdet.config.model_schema import RoiConfig
 from bigdet.models.assign import (
     IGNORED,
     NEGATIVE,

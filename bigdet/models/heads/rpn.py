@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from bigdet.config.schema import RpnConfig
+from bigdet.config.model_schema import RpnConfig
 from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors
 from bigdet.models.assign import Objects, Sample, draw_sample, label_anchors, match
 from bigdet.models.conventions import Conventions

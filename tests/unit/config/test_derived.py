@@ -12,15 +12,9 @@ from bigdet.config.derived import (
     start_parts,
 )
 from bigdet.config.load import load_config
-from bigdet.config.schema import (
-    ModelConfig,
-    PhaseConfig,
-    PhaseModelConfig,
-    ResizeConfig,
-    RoiConfig,
-    RunConfig,
-    StartFromConfig,
-)
+from bigdet.config.model_schema import ModelConfig, RoiConfig
+from bigdet.config.phase_schema import PhaseConfig, PhaseModelConfig, ResizeConfig, StartFromConfig
+from bigdet.config.schema import RunConfig
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
+from bigdet.config.load import ConfigError, check_phase, dump_config, load_config, parse_config
 from bigdet.config.schema import RunConfig
 
 EXPERIMENT = """
@@ -96,3 +96,32 @@ def test_a_fragment_includes_nothing(experiment: Path):
     (experiment.parent / "data.yaml").write_text("include: [more.yaml]\n" + FRAGMENT)
     with pytest.raises(ConfigError, match="a fragment includes nothing"):
         load_config(experiment)
+
+
+def test_a_file_that_is_not_there_is_told_with_the_nearest_and_with_who_includes_it(experiment):
+    folder = experiment.parent
+    with pytest.raises(ConfigError, match=rf"no such config file; did you mean '{experiment}'\?"):
+        load_config(folder / "experimnet.yaml")
+    experiment.write_text(EXPERIMENT.replace("data.yaml", "nowhere.yaml"))
+    with pytest.raises(ConfigError, match=rf"^{experiment}: include: {folder}/nowhere.yaml: there"):
+        load_config(experiment)
+
+
+def test_a_folder_and_a_sweep_are_no_config(experiment):
+    folder = experiment.parent
+    with pytest.raises(
+        ConfigError, match=rf"is a folder\. Give a YAML file, such as {folder}/data"
+    ):
+        load_config(folder)
+    (folder / "sweep.yaml").write_text("output: x\nruns: {a: {}}\n")
+    with pytest.raises(ConfigError, match=r"is a sweep\. Start it with python -m bigdet\.sweep"):
+        load_config(folder / "sweep.yaml")
+
+
+def test_a_phase_that_does_not_exist_is_told_with_the_nearest(experiment):
+    config = load_config(experiment)
+    check_phase(config, "finetune")
+    with pytest.raises(
+        ConfigError, match=r"--phase finetuen: .* did you mean 'finetune'\? The con"
+    ):
+        check_phase(config, "finetuen")

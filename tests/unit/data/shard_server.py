@@ -23,6 +23,7 @@ class ShardServer:
     Attributes:
         has_ranges: answer requests for parts of files with the part alone.
         requests: number of requests by file, those that failed too.
+        answers: number of requests by file that did not fail.
         ranges: the Range headers by file.
         faults: number of faults by kind.
         planned: faults of the next requests, before random ones.
@@ -37,6 +38,7 @@ class ShardServer:
         last_request: int | None = None,
     ) -> None:
         self.requests: Counter[str] = Counter()
+        self.answers: Counter[str] = Counter()
         self.ranges: dict[str, list[str | None]] = {}
         self.faults: Counter[str] = Counter()
         self.planned: list[str | None] = []
@@ -89,6 +91,7 @@ class ShardServer:
             self.requests[name] += 1
             self.ranges.setdefault(name, []).append(wanted)
             self.faults[fault] += fault is not None
+            self.answers[name] += fault is None
         if fault == "refuse":
             handler.close_connection = True
             return

@@ -21,6 +21,7 @@ from bigdet.data.manifest import ShardError
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
+from bigdet.data.storage import open_storage
 
 PROJECT = Path(__file__).parents[3]
 NUM_IMAGES = 24
@@ -262,3 +263,26 @@ def end_process(path: Path, tick: Callable[[], None]) -> None:
 def test_a_worker_that_is_killed_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="a process of the conversion was killed"):
         list(processes.run_jobs(end_process, [tmp_path, tmp_path / "x"], 2, lambda done: None))
+
+
+def test_an_address_that_cannot_be_reached_is_one_message(monkeypatch):
+    class NoCredentialsError(Exception):
+        """As object stores raise, of no common class."""
+
+    def fail(*_arguments, **_options):
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.ls", fail)
+    with pytest.raises(
+        ShardError, match=r"^memory://x: cannot be reached \(NoCredentialsError: Un"
+    ):
+        open_storage("memory://x").names()
+
+
+def test_a_folder_that_cannot_be_made_is_one_message():
+    storage = open_storage("/proc/nothing")
+    with (
+        pytest.raises(ShardError, match=r"^/proc/nothing: cannot be written to: "),
+        storage.claim(None),
+    ):
+        pass

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigdet.config.schema import ResizeConfig, TrainSplitConfig
+from bigdet.config.data_schema import TrainSplitConfig
+from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.decode import decode_image
 from bigdet.data.manifest import ShardError
 from bigdet.data.shard_check import check_shards

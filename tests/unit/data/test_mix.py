@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bigdet.config.schema import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
+from bigdet.config.data_schema import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
 from bigdet.data.manifest import Category, ShardError
 from bigdet.data.mix import MixedSet, open_sets, with_categories
 from bigdet.data.shards import ShardSet

@@ -18,8 +18,9 @@ import fsspec
 import numpy as np
 import pytest
 
+from bigdet.config.data_schema import CacheConfig, TrainSplitConfig
 from bigdet.config.load import ConfigError
-from bigdet.config.schema import CacheConfig, ResizeConfig, TrainSplitConfig
+from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data import remote, tars
 from bigdet.data.manifest import ShardError
 from bigdet.data.remote import file_address, shown
@@ -105,8 +106,7 @@ def train_stream(shards: ShardSet, workers: int, **options) -> TrainStream:
     )  # fmt: skip
 
 
-# Two loader processes drift apart by the groups that they make ahead: each needs room of its own.
-@pytest.mark.parametrize(("workers", "room"), [(0, 3.0), (2, 6.0)])
+@pytest.mark.parametrize(("workers", "room"), [(0, 3.0), (2, 5.0)])
 def test_windows_over_twenty_shards_fetch_each_once_into_a_cache_of_a_few(
     cache, workers, room, tmp_path
 ):
@@ -114,7 +114,10 @@ def test_windows_over_twenty_shards_fetch_each_once_into_a_cache_of_a_few(
     config = CacheConfig(folder=cache.folder, gib=room_for(local, room))
     num_groups = NUM_SHARDS * 32 // 2
     options = {"order": "windowed", "window": 16}  # a window, or an aspect pool: 1 or 2 shards
-    expected = list(islice(train_stream(local, 0, **options), num_groups))
+    batches = iter(train_stream(local, 0, **options))
+    expected = list(islice(batches, num_groups))
+    # What the next pass begins with, a pool and a window: loaders may fetch it early.
+    begun = {image_id for batch in islice(batches, 24) for image_id in batch.image_ids.tolist()}
     with ShardServer(local.folder, fault_rate=0.1, seed=3) as server:
         stream = train_stream(ShardSet(server.address, cache=config), workers, **options)
         found = list(islice(stream, num_groups))
@@ -124,7 +127,10 @@ def test_windows_over_twenty_shards_fetch_each_once_into_a_cache_of_a_few(
         assert one.images.equal(other.images)
     ids = {image_id for batch in found for image_id in batch.image_ids.tolist()}
     assert ids == set(range(1, len(local) + 1))
-    assert server.requests.total() - sum(server.faults.values()) <= 2 + NUM_SHARDS
+    begun_shards = {f"{(image_id - 1) // 32:06d}.tar" for image_id in begun}
+    assert len(begun_shards) <= 2
+    for name, count in server.answers.items():
+        assert count == 1 or (count == 2 and name in begun_shards), name
     assert sum(path.stat().st_size for path in cached(config)) <= config.gib * 2**30
 
 

@@ -6,7 +6,8 @@ from itertools import islice
 
 import pytest
 
-from bigdet.config.schema import CacheConfig, ResizeConfig, TrainSplitConfig
+from bigdet.config.data_schema import CacheConfig, TrainSplitConfig
+from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardSet, UnavailableShardError
 from bigdet.data.storage import RemoteStorage

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from bigdet.config.schema import SubsetConfig, TrainSplitConfig
+from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
 from bigdet.data.manifest import ShardError
 from bigdet.data.mix import MixedSet
 from bigdet.data.repeats import repeat_factors

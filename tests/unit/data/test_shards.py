@@ -314,6 +314,8 @@ def test_counts_that_differ_from_the_manifest_are_found(folder: Path) -> None:
 def test_a_folder_that_is_no_finished_set_is_an_error(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ShardError, match=r"nowhere: expected a shard set, but there is no such"):
         ShardSet(tmp_path / "nowhere")
+    with pytest.raises(ShardError, match=r"000000\.tar: expected a shard set, but this is a file"):
+        ShardSet(folder / "000000.tar")
     (folder / "manifest.json").unlink()
     with pytest.raises(ShardError, match=r"has no manifest.json.*tools/make_shards.py"):
         ShardSet(folder)

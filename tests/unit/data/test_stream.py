@@ -18,14 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.schema import (
-    AugmentConfig,
-    DataConfig,
-    PhaseConfig,
-    ResizeConfig,
-    SubsetConfig,
-    TrainSplitConfig,
-)
+from bigdet.config.data_schema import DataConfig, SubsetConfig, TrainSplitConfig
+from bigdet.config.phase_schema import AugmentConfig, PhaseConfig, ResizeConfig
 from bigdet.data.manifest import ShardError
 from bigdet.data.mix import MixedSet
 from bigdet.data.shards import ShardSet

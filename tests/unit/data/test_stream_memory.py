@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.schema import ResizeConfig, TrainSplitConfig
+from bigdet.config.data_schema import TrainSplitConfig
+from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.collate import Allocate, Example, PackedGroup, pack
 from bigdet.data.loader import Loader
 from bigdet.data.manifest import MANIFEST_NAME

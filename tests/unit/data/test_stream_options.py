@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bigdet.config.schema import ResizeConfig, TrainSplitConfig
+from bigdet.config.data_schema import TrainSplitConfig
+from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.manifest import Category
 from bigdet.data.shard_writer import ShardWriter
 from bigdet.data.shards import ShardSet

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from bigdet.config.schema import AugmentConfig, ResizeConfig
+from bigdet.config.phase_schema import AugmentConfig, ResizeConfig
 from bigdet.data.collate import Example
 from bigdet.data.objects import Objects, Wanted
 from bigdet.data.transforms import Scene, change_colors, make_examples, paste

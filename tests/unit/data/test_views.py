@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.schema import ResizeConfig
+from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data import views as views_module
 from bigdet.data.views import View, Views, draw_view, resize_of_step, whole_view
 from bigdet.ops.random import Words

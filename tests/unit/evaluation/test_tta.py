@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.schema import ModelConfig, RoiConfig, RpnConfig, TtaConfig
+from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.schema import TtaConfig
 from bigdet.data.manifest import Category
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.tta import AugmentedDetector, View, mirror, vote

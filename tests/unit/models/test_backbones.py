@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
-from bigdet.config import schema
+from bigdet.config import model_schema
 from bigdet.config.derived import LAYER_NORM_BACKBONES
 from bigdet.models.backbones import BACKBONES, build_backbone, freeze_stages
 from bigdet.models.norms import BatchNorm2d, batch_norms, set_norm_mode
@@ -31,7 +31,7 @@ def randomized(backbone):
 
 
 def test_every_backbone_of_the_schema_is_in_the_table():
-    assert set(BACKBONES) == set(get_args(schema.Backbone))
+    assert set(BACKBONES) == set(get_args(model_schema.Backbone))
     convolutional = {name for name in BACKBONES if name.startswith(("res", "vgg"))}
     assert set(LAYER_NORM_BACKBONES) == set(BACKBONES) - convolutional
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdet.config.schema import RoiConfig
+from bigdet.config.model_schema import RoiConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.box import BoxHead, Regions

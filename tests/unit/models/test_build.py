@@ -5,9 +5,9 @@ from typing import get_args
 import pytest
 import torch
 
-from bigdet.config import schema
+from bigdet.config import model_schema, phase_schema
 from bigdet.config.derived import DETECTOR_PARTS, model_parts
-from bigdet.config.schema import ModelConfig, RpnConfig
+from bigdet.config.model_schema import ModelConfig, RpnConfig
 from bigdet.models.build import DETECTORS, build_detector, head_norm
 from bigdet.models.heads.box import NUM_LAYERS
 
@@ -32,10 +32,10 @@ PUBLISHED = [  # RECIPES.md, E.1: 80 classes
 
 @pytest.mark.parametrize(("detector", "backbone", "norm", "box_head", "expected"), PUBLISHED)
 def test_parameters_are_as_many_as_published(
-    detector: schema.Detector,
-    backbone: schema.Backbone,
-    norm: schema.Norm,
-    box_head: schema.BoxHead,
+    detector: model_schema.Detector,
+    backbone: model_schema.Backbone,
+    norm: model_schema.Norm,
+    box_head: model_schema.BoxHead,
     expected: int,
 ) -> None:
     config = ModelConfig(detector=detector, backbone=backbone, norm=norm, box_head=box_head)
@@ -72,9 +72,9 @@ def test_a_keypoint_rcnn_has_the_published_size() -> None:
 
 
 def test_choices_of_the_schema_are_the_ones_that_can_be_built() -> None:
-    assert set(DETECTORS) == set(DETECTOR_PARTS) == set(get_args(schema.Detector))
-    assert set().union(*DETECTOR_PARTS.values()) == set(get_args(schema.Part))
-    assert set(NUM_LAYERS) == set(get_args(schema.BoxHead))
+    assert set(DETECTORS) == set(DETECTOR_PARTS) == set(get_args(model_schema.Detector))
+    assert set().union(*DETECTOR_PARTS.values()) == set(get_args(phase_schema.Part))
+    assert set(NUM_LAYERS) == set(get_args(model_schema.BoxHead))
 
 
 def test_a_retinanet_has_the_published_sizes() -> None:
@@ -105,7 +105,7 @@ def test_a_faster_rcnn_on_vgg_has_the_published_sizes() -> None:
 
 def test_parts_of_the_schema_are_those_of_the_detectors() -> None:
     parts = {part for parts in DETECTOR_PARTS.values() for part in parts}
-    assert parts == set(get_args(schema.Part))
+    assert parts == set(get_args(phase_schema.Part))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_parts_of_the_schema_are_those_of_the_detectors() -> None:
     ],
 )
 def test_heads_are_normalized_by_scope(
-    norm: schema.Norm, scope: schema.NormScope | None, expected: str
+    norm: model_schema.Norm, scope: model_schema.NormScope | None, expected: str
 ) -> None:
     config = ModelConfig(detector="mask_rcnn", backbone="resnet50", norm=norm, norm_scope=scope)
     assert head_norm(config) == expected

@@ -3,7 +3,7 @@ import gc
 import pytest
 import torch
 
-from bigdet.config.schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.norms import batch_norms, set_norm_mode, update_running_statistics

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigdet.config.schema import KeypointConfig, ModelConfig
+from bigdet.config.model_schema import KeypointConfig, ModelConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.framework_layouts import from_framework, parts_to_load

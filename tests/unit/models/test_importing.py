@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import _utils as torchvision_utils
 
-from bigdet.config.schema import ModelConfig
+from bigdet.config.model_schema import ModelConfig
 from bigdet.models import importing
 from bigdet.models.backbones import build_backbone
 from bigdet.models.build import build_detector
@@ -20,6 +20,7 @@ from bigdet.models.importing import (
     load_timm_backbone,
     rename,
     timm_name,
+    warn_of_stride,
 )
 from bigdet.models.weights import load_parts
 
@@ -198,6 +199,9 @@ def test_detectrons_resnet_gives_the_features_it_gave_there(tmp_path, pixels, ca
     with torch.no_grad():
         assert_close(detector.backbone(images), [*stages(images).values()])
     assert ("stride in the 1x1" in caplog.text) == (pixels == "bgr_255")
+    caplog.clear()
+    warn_of_stride(make_detector("resnet50", norm="gn"), pixels, "R-50-GN.pkl")
+    assert not caplog.text  # Detectron's own, with the stride in the 3x3 convolutions
 
 
 def test_detectrons_group_norm_loads():

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import roi_heads
 from torchvision.ops import roi_align
 
-from bigdet.config.schema import KeypointConfig, ModelConfig, RetinaConfig, RoiConfig, RpnConfig
+from bigdet.config.model_schema import (
+    KeypointConfig,
+    ModelConfig,
+    RetinaConfig,
+    RoiConfig,
+    RpnConfig,
+)
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION
 from bigdet.models.detector import Detector

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigdet.config.schema import RpnConfig
+from bigdet.config.model_schema import RpnConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.rpn import AnchorPredictions, RegionProposals

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigdet.config.schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION, Conventions
 from bigdet.models.detector import Detector

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bigdet.config.schema import Detector, KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.model_schema import Detector, KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.heads import positives
 from bigdet.models.norms import batch_norms, update_running_statistics

@@ -1,0 +1,169 @@
+"""Options of the model: detector, backbone, heads and their losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+Detector = Literal[
+    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn", "retinanet",
+]  # fmt: skip
+Backbone = Literal[
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
+    "resnext152_32x8d",
+    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
+    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b", "vgg16",
+]  # fmt: skip
+BoxHead = Literal["2fc", "4conv1fc"]
+BoxLoss = Literal["l1", "smooth_l1", "giou"]
+Norm = Literal["bn", "gn", "none"]
+NormScope = Literal["backbone", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpnConfig:
+    """Region proposals."""
+
+    anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    """Side of the square anchor of each pyramid level P2 to P6, pixels. Without an FPN (vgg16): of
+    all anchors of a point, in any number; Detectron has 64, 128, 256, 512."""
+    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    """Height over width of the anchors, area kept."""
+    anchors_per_image: int = 256
+    """Sampled anchors per image in the loss, at most half of them positive."""
+    train_proposals: int = 2000
+    """Proposals per level before NMS, and per image after it, in training."""
+    test_proposals: int = 1000
+    """The same at test time."""
+    train_candidates: int | None = None
+    """Proposals per level before NMS in training, where they are not as many as after it. None:
+    ``train_proposals``."""
+    test_candidates: int | None = None
+    """The same at test time. None: ``test_proposals``."""
+    box_beta: float = 0.0
+    """Where the box loss turns from square to linear (smooth L1); 0 is L1. Detectron: 1/9."""
+    nms_iou: float = 0.7
+    """Proposals of one level that overlap a better one by more than this are dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoiConfig:
+    """Regions of interest: which are trained on and which are reported."""
+
+    rois_per_image: int = 512
+    """Sampled regions per image in the box loss."""
+    positive_fraction: float = 0.25
+    """At most this part of them on objects."""
+    positive_iou: float = 0.5
+    """A region on an object overlaps it by at least this. A cascade has its own three."""
+    class_agnostic: bool | None = None
+    """One box per region for all classes, instead of one per class. None: true if
+    ``model.detector`` is a cascade, else false, for all phases."""
+    box_loss: BoxLoss = "l1"
+    """``l1`` and ``smooth_l1`` of the deltas, or ``giou`` of the boxes."""
+    box_beta: float = 1.0
+    """Of ``smooth_l1``: where it turns from square to linear. Detectron: 1, torchvision: 1/9."""
+    box_loss_weight: float = 1.0
+    """Factor of the box loss; with ``giou`` 10 is usual."""
+    score_threshold: float = 0.05
+    """Detections with a lower score are not reported."""
+    nms_iou: float = 0.5
+    """Detections of one class that overlap a better one by more than this are dropped."""
+    detections_per_image: int = 100
+    """At most this many detections are reported per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetinaConfig:
+    """RetinaNet: its anchors, its loss, and what is reported."""
+
+    anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    """Side of the smallest square anchor of each pyramid level P3 to P7, pixels."""
+    scales_per_octave: int = 3
+    """Anchor sizes of a level, from its smallest up to less than twice that."""
+    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    """Height over width of the anchors, area kept."""
+    positive_iou: float = 0.5
+    """An anchor that overlaps an object by at least this, or more than all others do, is its."""
+    negative_iou: float = 0.4
+    """An anchor that overlaps no object by this is background; those between count nothing."""
+    focal_alpha: float = 0.25
+    """Weight of an anchor's own class in the focal loss; other classes weigh 1 - this."""
+    focal_gamma: float = 2.0
+    """How much less well-classified anchors count; 0 is cross entropy."""
+    box_beta: float = 0.0
+    """Where the smooth L1 loss of boxes turns from square to linear. 0: L1 (torchvision,
+    mmdetection); detectron2 has 0.1."""
+    score_threshold: float = 0.05
+    """Detections with a lower score are not reported."""
+    candidates_per_level: int = 1000
+    """Detections per level and image before NMS."""
+    nms_iou: float = 0.5
+    """Detections of one class that overlap a better one by more than this are dropped."""
+    detections_per_image: int = 100
+    """At most this many detections are reported per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """How the stages of a cascade are trained."""
+
+    gradients: Literal["detectron2", "mmdet"] = "detectron2"
+    """``detectron2``: all stages count alike, a third of their gradients goes into the pooled
+    features, and a stage trains on all regions of the one before. ``mmdet``: the losses of the
+    stages count 1, 0.5 and 0.25, and every stage samples anew among them and the objects."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeypointConfig:
+    """The keypoint head."""
+
+    num_keypoints: int = 17
+    """Keypoints of an object, as many as the categories of the data have (COCO's persons: 17)."""
+    width: int = 512
+    """Channels of its eight convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The detector."""
+
+    detector: Detector = MISSING
+    """Which detector."""
+    backbone: Backbone = MISSING
+    """Which backbone."""
+    box_head: BoxHead = "2fc"
+    """Two fully connected layers, or four 3x3 convolutions and one."""
+    norm: Norm = "bn"
+    """Normalization of convolutional backbones and, by scope, of FPN and heads."""
+    norm_scope: NormScope | None = None
+    """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
+    bn, ``all`` with gn."""
+    stride_in_1x1: bool = False
+    """Bottlenecks of a ResNet make their steps in the first 1x1 convolution, as MSRA's (Caffe's)
+    R-50 and R-101 do, and detectors on them: ``STRIDE_IN_1X1`` in detectron2, ``style='caffe'`` in
+    mmdetection. Weights fit either way, but are right for one only."""
+    width: int = 256
+    """Channels of the FPN and of the convolutions in the heads. Without an FPN (vgg16) they are
+    the backbone's."""
+    fc_width: int = 1024
+    """Channels of the fully connected layers of the box head."""
+    compile: bool = False
+    """torch.compile of backbone, FPN and RPN (or RetinaNet's) head in training. It pays where the
+    canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The first
+    steps take minutes."""
+    drop_path: float = 0.0
+    """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
+    rpn: RpnConfig = field(default_factory=RpnConfig)
+    """Region proposals."""
+    roi: RoiConfig = field(default_factory=RoiConfig)
+    """Regions of interest."""
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    """Stages of a cascade."""
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
+    """The head of ``keypoint_rcnn``."""
+    retina: RetinaConfig = field(default_factory=RetinaConfig)
+    """RetinaNet."""

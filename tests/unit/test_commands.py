@@ -1,0 +1,23 @@
+"""What commands share: words of the command line, and the last message."""
+
+import argparse
+import errno
+
+import pytest
+
+from bigdet.commands import explain, positive
+
+
+def test_numbers_above_zero_are_taken_and_all_else_is_told():
+    assert positive("12") == 12
+    for text in ("0", "-3", "two", "1.5"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^found {text}, expected a whole n"):
+            positive(text)
+
+
+def test_a_full_disk_is_told_with_what_to_do():
+    assert explain(OSError(errno.ENOSPC, "No space left on device")) == (
+        "[Errno 28] No space left on device. Make room where this command writes, or give it "
+        "another place."
+    )
+    assert explain(FileNotFoundError(2, "No such file", "x")) == "[Errno 2] No such file: 'x'"

@@ -1,0 +1,156 @@
+"""Evaluations scored beside training: what comes of them, and that no end of a run loses one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bigdet.config.load import load_config
+from bigdet.data.shards import ShardSet
+from bigdet.evaluation.saved import SavedResults
+from bigdet.evaluation.scoring import evaluate_detections
+from bigdet.log import MetricsWriter
+from bigdet.run_dir import RunDir
+from bigdet.training import measuring, scorer
+from bigdet.training.scorer import Scorer
+from bigdet.training.state import RunState
+from tests.unit.data.small_shards import record_of, write_set
+
+CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+
+
+class Fixed:
+    """A run at pretrain step 30 of some, whose detections are half of the objects."""
+
+    def __init__(self, folder: Path) -> None:
+        words = ["phases.pretrain.steps=40", "model.detector=faster_rcnn"]
+        self.config = load_config(CONFIG, words)
+        self.run_dir = RunDir(folder / "run")
+        self.val_set: ShardSet = write_set(folder / "val", num_shards=1, per_shard=4)
+        self.writer = MetricsWriter(self.run_dir.metrics)
+        self.run_dir.checkpoints.mkdir()
+        self.state = RunState("pretrain", step=30, total_steps=30)
+        self.file = self.run_dir.detections("pretrain", 30)
+
+    def scorer(self) -> Scorer:
+        return Scorer(self.config, self.run_dir, self.val_set, self.writer, self.state)
+
+    def results(self, category_id: int | None = None) -> SavedResults:
+        results = SavedResults()
+        for image_id in (4, 3, 2, 1):
+            annotation = record_of(image_id)["annotations"][0]
+            label = 1 + annotation["label"] if category_id is None else category_id
+            found = {"image_id": image_id, "bbox": annotation["bbox"], "score": 0.5}
+            results.add(image_id, [found | {"category_id": label}] if image_id > 2 else [])
+        return results
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.run_dir.metrics.read_text().splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Fixed]:
+    run = Fixed(tmp_path)
+    yield run
+    run.writer.close()
+
+
+def collect(beside: Scorer) -> None:
+    deadline = time.monotonic() + 100
+    while beside._process is not None:
+        assert time.monotonic() < deadline
+        beside.collect()
+        time.sleep(0.01)
+
+
+def test_the_numbers_are_written_down_when_they_are_there(run: Fixed) -> None:
+    beside = run.scorer()
+    beside.start(run.results())
+    run.state.step, run.state.total_steps = 31, 31  # training goes on
+    assert run.state.unscored.step == 30
+    collect(beside)
+    expected = evaluate_detections(run.val_set, run.results(), ["bbox"])
+    (line,) = run.lines()
+    assert {**line, **measuring.flat_metrics(expected)} == line
+    assert (line["phase"], line["step"], line["seen/images"]) == ("pretrain", 30, 0)
+    assert line["bbox/AP50"] == pytest.approx(51 / 101, abs=1e-9)  # one of two cats, and of dogs
+    assert json.loads(run.run_dir.evaluation("pretrain", 30).read_text()) == expected
+    assert run.state.best_checkpoint == run.run_dir.best.read_text().strip() == "pretrain-30"
+    assert run.state.best_ap == expected["bbox"]["AP"]
+    assert run.state.unscored is None
+    assert not run.file.exists()
+
+
+def test_what_was_under_way_at_the_end_of_a_run_is_scored_by_the_next_start(
+    run: Fixed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(scorer, "evaluate_detections", lambda *_: time.sleep(100))
+        beside = run.scorer()
+        beside.start(run.results())
+        beside.collect()  # does not wait
+        assert not run.lines()
+        beside.end()
+    run.state = RunState.from_json(json.loads(json.dumps(run.state.to_json())))
+    stale = run.run_dir.detections("pretrain", 40)
+    stale.touch()  # of a later step than that of the checkpoint
+    again = run.scorer()
+    again.resume()
+    assert not stale.exists()
+    collect(again)
+    assert [line["step"] for line in run.lines()] == [30]
+    assert run.state.unscored is None
+
+
+def test_what_was_scored_after_the_checkpoint_counts_for_the_best(run: Fixed) -> None:
+    beside = run.scorer()
+    beside.start(run.results())
+    saved = json.loads(json.dumps(run.state.to_json()))  # a checkpoint meanwhile
+    collect(beside)
+    best_ap = run.state.best_ap
+    run.state = RunState.from_json(saved)
+    again = run.scorer()
+    again.resume()
+    assert again._process is None
+    assert run.state.unscored is None
+    assert (run.state.best_ap, run.state.best_checkpoint) == (best_ap, "pretrain-30")
+    assert len(run.lines()) == 1
+
+
+def test_detections_that_stayed_elsewhere_are_told(
+    run: Fixed, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside = run.scorer()
+    beside.start(run.results())
+    beside.end()
+    run.file.unlink()
+    run.scorer().resume()
+    assert run.state.unscored is None
+    assert "pretrain step 30: its detections are not in this run folder" in caplog.text
+
+
+def test_what_a_user_has_to_mend_ends_the_run_with_a_message(run: Fixed) -> None:
+    beside = run.scorer()
+    beside.start(run.results(category_id=77))
+    with pytest.raises(ValueError, match=r"evaluation at pretrain step 30: .*77"):
+        collect(beside)
+    assert run.file.exists()
+
+
+def test_a_process_that_is_killed_ends_the_run_and_leaves_the_detections(
+    run: Fixed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "evaluate_detections", lambda *_: time.sleep(100))
+    beside = run.scorer()
+    beside.start(run.results())
+    os.kill(beside._process.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"pretrain-30\.detections: .* exit code -9\. Started"):
+        collect(beside)
+    assert run.file.exists()
+    assert run.state.unscored is not None
