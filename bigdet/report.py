@@ -2,7 +2,7 @@
 
     python -m bigdet.report runs/quickstart --out reports/quickstart
     python -m bigdet.report runs/scratch runs/direct --out reports/regimes
-    python -m bigdet.report runs/table3/* --out reports/table3
+    python -m bigdet.report runs/table3/*/ --out reports/table3
 
 Writes DIR/report.html, which needs no network, and DIR/report.md. Runs that differ in nothing but
 their seed are one line with mean and standard deviation; the first group is what the others are

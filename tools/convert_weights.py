@@ -1,4 +1,4 @@
-"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
+r"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
 
     python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth
     python tools/convert_weights.py from-torchvision mask_rcnn.pth runs/x/config.yaml \
@@ -77,10 +77,12 @@ def main(argv: Sequence[str]) -> int:
     there.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     there.add_argument("out", type=Path, help=".pth or .safetensors")
     for source in ("torchvision", "detectron2", "mmdetection"):
+        pixels = "" if source == "torchvision" else "--pixels rgb "
         parser_of = directions.add_parser(
             f"from-{source}", help="to a model.safetensors of bigdet",
             epilog=f"example: python tools/convert_weights.py from-{source} mask_rcnn.pth "
-            "runs/x/config.yaml --categories data/train/manifest.json --out model.safetensors",
+            f"runs/x/config.yaml {pixels}--categories data/train/manifest.json "
+            "--out model.safetensors",
         )  # fmt: skip
         add_source(parser_of, source)
     options = parser.parse_args(argv)

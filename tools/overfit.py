@@ -6,7 +6,7 @@
 Takes the first 16 images of a set on which every object has at least 24 pixels at the training size
 (and, for keypoints, at least one of them labelled), trains a small model from random weights on
 them, and measures it on the same 16. Ends with 1 unless every AP50 exceeds --goal. Words after the
-detector change options of the config below.
+detector change options of its config, which is in this file.
 """
 
 from __future__ import annotations

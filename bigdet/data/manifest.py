@@ -1,4 +1,9 @@
-"""What a shard set says about itself: its ``manifest.json``, with its categories and its tars."""
+"""What a shard set says about itself: its ``manifest.json``, with its categories and its tars.
+
+It carries the SHA-256 of each tar, of ``index.npy`` (``index_sha256``) and of its own other values
+(``sha256``, over their JSON with sorted keys and no blanks), so that no damage goes unnoticed; sets
+without the last two are read too.
+"""
 
 from __future__ import annotations
 
