@@ -7,12 +7,12 @@
 device, each in a process of its own; the settings on the boundary of that memory are written to
 standard output, one line of options each. With ``--gpus``, as the config's engine shards over so
 many. ``--check 384x6`` measures one more and compares it with the prediction (exit code 1 when its
-memory is off by more than 10%). How it is reckoned stands in ``bigdet/memory.py``.
+memory is off by more than 10%). How it is reckoned stands in ``bigdet/planning/memory.py``.
 
 ``--gpus`` alone: GPUs of a host x hosts. ``--link``: what joins the GPUs of a host, and the network
 adapter of each GPU (``50gb`` where eight share one of 400). A few real steps are measured on this
 device first; ``--step-seconds`` says what they take where this is not the device that is planned
-for. How it is reckoned stands in ``bigdet/planning.py``.
+for. How it is reckoned stands in ``bigdet/planning/cluster.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,17 @@ from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
 from bigdet.data.mix import open_sets
 from bigdet.log import setup_logging
-from bigdet.memory import (
+from bigdet.planning.cluster import (
+    KINDS,
+    Cluster,
+    Forecast,
+    Work,
+    best,
+    forecast,
+    link_speed,
+    state_bytes,
+)
+from bigdet.planning.memory import (
     Search,
     Setting,
     check_one_size,
@@ -42,9 +52,8 @@ from bigdet.memory import (
     read_numbers,
     read_setting,
 )
-from bigdet.planning import KINDS, Cluster, Forecast, Work, best, forecast, link_speed, state_bytes
+from bigdet.planning.trials import GIB, MEASURED_STEPS, Measured, run_trial, write_trial
 from bigdet.training.sizes import model_sizes, optimizer_tensors
-from bigdet.trials import GIB, MEASURED_STEPS, Measured, run_trial, write_trial
 
 logger = logging.getLogger("bigdet.plan")  # __name__ is __main__ here
 

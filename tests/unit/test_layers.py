@@ -14,8 +14,8 @@ LEVELS = {
     "evaluation": 4,
     "training": 5,
     "reporting": 5,
-    "commands": 6, "doctor": 6, "planning": 6, "trials": 6, "inputs": 6, "exporting": 6,
-    "train": 7, "evaluate": 7, "predict": 7, "memory": 7, "sweep": 7, "report": 7,
+    "commands": 6, "doctor": 6, "planning": 6, "inputs": 6, "exporting": 6,
+    "train": 7, "evaluate": 7, "predict": 7, "sweep": 7, "report": 7,
     "plan": 8,
 }  # fmt: skip
 

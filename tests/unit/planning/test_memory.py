@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from bigdet.config.load import load_config
-from bigdet.memory import (
+from bigdet.planning.memory import (
     Search,
     Setting,
     check_one_size,
@@ -12,9 +12,9 @@ from bigdet.memory import (
     read_numbers,
     read_setting,
 )
-from bigdet.trials import Measured
+from bigdet.planning.trials import Measured
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def gib_of(setting: Setting) -> float:

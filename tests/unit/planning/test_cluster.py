@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from bigdet.plan import parse_cluster
-from bigdet.planning import KINDS, Cluster, Work, best, forecast, link_speed, state_bytes
+from bigdet.planning.cluster import KINDS, Cluster, Work, best, forecast, link_speed, state_bytes
 from bigdet.training.sizes import ModelSizes
 
 # 100 million weights, all trained: 0.4 GB of gradients. AdamW. 0.9 s: 0.3 forward, 0.6 backward.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bigdet.config.load import ConfigError
 from bigdet.config.phase_schema import PhaseConfig
-from bigdet.trials import Measured
+from bigdet.planning.trials import Measured
 
 logger = logging.getLogger(__name__)
 
