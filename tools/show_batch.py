@@ -14,7 +14,14 @@ from pathlib import Path
 
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_keypoints, has_masks, phase_model
+from bigdet.config.derived import (
+    has_keypoints,
+    has_masks,
+    in_steps,
+    length_of,
+    num_steps,
+    phase_model,
+)
 from bigdet.config.load import check_phase, load_config
 from bigdet.data.batch_picture import draw_batch
 from bigdet.data.mix import open_train_set
@@ -35,13 +42,14 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--world {arguments.world}: expected a number of ranks, 1 or more.")
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world:
         raise ValueError(f"--rank {arguments.rank}: --world {arguments.world} has ranks from 0.")
+    phase = config.phases[arguments.phase]
     shards = open_train_set(config.data)
     ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]
     # One stream makes the groups of all ranks: they do not depend on who asks.
     stream = open_train_stream(
         shards,
         config.data,
-        config.phases[arguments.phase],
+        phase,
         name=arguments.phase,
         with_masks=has_masks(phase_model(config, arguments.phase)),
         with_keypoints=has_keypoints(phase_model(config, arguments.phase)),
@@ -50,6 +58,14 @@ def main(argv: Sequence[str]) -> int:
         world_size=arguments.world,
     )
     num_lanes = len(stream.lanes) * arguments.world
+    units = {
+        "steps": 1,
+        "passes": stream.steps_per_pass,
+        "images": 1 / num_lanes / phase.images_per_gpu,
+    }
+    last = num_steps(in_steps(phase, units[length_of(phase)[0]]))
+    if arguments.step > last:
+        raise ValueError(f"--step {arguments.step}: phase {arguments.phase} has {last} steps.")
     lanes = {rank: lanes_of_rank(num_lanes, rank, arguments.world) for rank in ranks}
     if arguments.ids:
         ids = {str(rank): _ids(stream, arguments.step, lanes[rank]) for rank in ranks}

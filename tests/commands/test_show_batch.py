@@ -69,12 +69,17 @@ def test_pictures_of_one_rank(show, tmp_path, capsys):
     [
         (["--phase", "pretran", "--step", "1"], "--phase pretran"),
         (["--phase", "pretrain", "--step", "0"], "--step 0"),
+        (["--phase", "pretrain", "--step", "351"], "has 350 steps"),
+        (["--phase", "pretrain", "--step", "7", "phases.pretrain.steps=null",
+          "phases.pretrain.passes=2"], "has 6 steps"),
+        (["--phase", "pretrain", "--step", "4", "phases.pretrain.steps=null",
+          "phases.pretrain.images=13"], "has 3 steps"),
         (["--phase", "pretrain", "--step", "1", "--world", "2", "--rank", "2"], "--rank 2"),
         (["--phase", "pretrain", "--step", "1", "--world", "2"], "2 ranks"),
         (["--phase", "pretrain", "--step", "1", "data.train.window=300"], "data.train.window"),
         (["--phase", "pretrain", "--step", "1", "data.train.subset.images=17"], "found 17"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_told(show, words, message):
     with pytest.raises(ValueError, match=message):
         main([CONFIG, *words, "--ids", *show.settings])
