@@ -113,17 +113,16 @@ def find_facts(config: RunConfig) -> Facts:
             facts.inputs[what] = shards.index_hash()[: hosts.SHOWN_HASH]
         facts.classes = train_set.num_classes
         resume.check_data(config, train_set, val_set)
+        # As a run does, unless it has been told already why it cannot.
+        settled = config if facts.problems else resume.settle_config(config, None, None, train_set)
         resume.check_phases(settled, train_set, None)
 
     def look_at_output() -> None:
         check_folder(run_dir.root, "output")
         facts.free_disk = shutil.disk_usage(run_dir.root).free
 
-    settled = config
-
     def share_out() -> None:
-        nonlocal settled
-        settled = resume.settle_config(config, None, None)
+        resume.settle_config(config, None, None)
 
     note("images per step", share_out)
     note("data", look_at_data)

@@ -355,6 +355,7 @@ def _check_start(config: RunConfig, name: str) -> None:
     untrained = [part for part in parts_with_batch_norm(model) if part not in loaded]
     if phase.norm_mode in ("affine", "fixed") and untrained:
         raise ConfigError(
-            f"{key}.norm_mode: found {phase.norm_mode}, but {', '.join(untrained)} start anew, so "
-            f"the BN statistics there were never trained. Write live."
+            f"{key}.norm_mode: found {phase.norm_mode}, but nothing is loaded into "
+            f"{', '.join(untrained)}, so the BN statistics there were never trained. Write live or "
+            f"sync, or name a start_from.source that has them."
         )

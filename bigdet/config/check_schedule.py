@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from bigdet.config.derived import IMAGENET_COST, drop_points, length_of, stated_cost
+from bigdet.config.derived import IMAGENET_COST, drop_points, in_steps, length_of, stated_cost
 from bigdet.config.load import ConfigError
 from bigdet.config.phase_schema import PhaseConfig, StartCostConfig
 from bigdet.config.rules import positive, require, unused
@@ -43,9 +43,12 @@ def check_length(key: str, phase: PhaseConfig) -> None:
         ConfigError: the phase is shorter than its own schedule.
     """
     unit, length = length_of(phase)
-    if phase.steps is not None and phase.warmup_steps >= phase.steps:
+    steps = phase.steps
+    if phase.images is not None and phase.images_per_step is not None:
+        steps = in_steps(phase, 1 / phase.images_per_step).steps
+    if steps is not None and phase.warmup_steps >= steps:
         raise ConfigError(
-            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {phase.steps} "
+            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {steps} "
             f"steps. Write fewer, or 0 for no warm-up."
         )
     points = [0, *(drop_points(phase) if phase.drops is not None else []), length]

@@ -6,13 +6,14 @@ overrides its fragments, the command line overrides all. Lists are replaced, nev
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from bigdet.config.schema import RunConfig
@@ -106,6 +107,7 @@ def flat_options(config: RunConfig) -> dict[str, Any]:
 _PLAIN_WORDS = {
     "is not Optional": "found null, expected a value. Write one, or leave the option out.",
     "Incompatible value 'None'": "found null, expected a value. Write one, or leave it out.",
+    "is not a ListConfig": "found one value, expected a list such as [value, value].",
     "is not a subclass of": "found one value, expected a section of options such as {key: value}.",
     "TupleConfig length": "found a list of another length than expected.",
     "read-only": "interpolations such as ${seed} are not supported. Write the value.",
@@ -221,6 +223,12 @@ def explain(error: OmegaConfBaseException) -> str:
     """Turn OmegaConf's message of several lines into ``full.key: what is wrong``."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
+    section: Any = getattr(error, "object_type", None)
+    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(section):
+        names = [field.name for field in dataclasses.fields(section)]
+        near = _nearest(str(error.key), names)
+        others = f" Expected one of {', '.join(names)}." if near == "." else ""
+        return f"{key}: there is no such option{near}{others}"
     for found, said in _PLAIN_WORDS.items():
         if found in message:
             message = said

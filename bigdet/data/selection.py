@@ -64,7 +64,7 @@ def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
     if not split.keep_empty:
         rows = np.flatnonzero(shards.index["num_boxes"]).astype(np.int32)
     if split.subset is not None:
-        rows = _subset(shards, rows, split.subset)
+        rows = _subset(shards, rows, split.subset, split.keep_empty)
     windows = None
     if split.order == "windowed":
         windows = Windows(shards.index["shard"][rows], split.window)
@@ -116,13 +116,16 @@ def read_classes(
     return np.array(labels, np.int64), np.array(offsets)
 
 
-def _subset(shards: ShardSet, rows: NDArray[np.int32], subset: SubsetConfig) -> NDArray[np.int32]:
+def _subset(
+    shards: ShardSet, rows: NDArray[np.int32], subset: SubsetConfig, keep_empty: bool
+) -> NDArray[np.int32]:
     """Return some of the rows, rising."""
     if subset.images is not None:
         if subset.images > len(rows):
+            more = "" if keep_empty else ", or data.train.keep_empty=true for those without objects"
             raise ShardError(
                 f"data.train.subset.images: found {subset.images}, but {shards.address} has "
-                f"{len(rows)} images to train on. Write fewer, or set data.train.keep_empty."
+                f"{len(rows)} images to train on. Write at most that{more}."
             )
         drawn = permutation("subset", subset.seed, count=len(rows))[: subset.images]
         return rows[np.sort(drawn)]

@@ -81,7 +81,7 @@ def timm_name(source: str, backbone: str) -> str:
     if source == "timm":
         if backbone not in PUBLISHED:
             raise ValueError(
-                f"start_from.source: timm has no weights for model.backbone {backbone}, only for "
+                f"timm has no weights for model.backbone {backbone}, only for "
                 f"{', '.join(PUBLISHED)}. Choose one of them, or start from random."
             )
         return PUBLISHED[backbone]
@@ -89,7 +89,7 @@ def timm_name(source: str, backbone: str) -> str:
     if not (timm.is_model(name) and timm.is_model_pretrained(name)):
         known = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
         raise ValueError(
-            f"start_from.source: timm has no weights {name}. Expected one of "
+            f"timm has no weights {name}. Expected one of "
             f"timm.list_models(pretrained=True), such as {', '.join((known or ['resnet50'])[:4])}."
         )
     return name
@@ -110,7 +110,7 @@ def load_timm_backbone(detector: Detector, source: str, backbone: str) -> list[L
         timm_model = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"start_from.source: timm could not download {name} ({error}). Without a network "
+            f"timm could not download {name} ({error}). Without a network "
             f'here, fetch it on another machine with python -c "import timm; timm.create_model('
             f"'{name}', pretrained=True)\", copy its Hugging Face cache folder "
             f"(~/.cache/huggingface) to this one, and point HF_HOME at it."
@@ -118,7 +118,7 @@ def load_timm_backbone(detector: Detector, source: str, backbone: str) -> list[L
     mean, deviation = timm_model.pretrained_cfg["mean"], timm_model.pretrained_cfg["std"]
     if (tuple(mean), tuple(deviation)) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         raise ValueError(
-            f"start_from.source: {name} was trained with pixel mean {mean} and deviation "
+            f"{name} was trained with pixel mean {mean} and deviation "
             f"{deviation}, but the detector uses {IMAGENET_DEFAULT_MEAN} and "
             f"{IMAGENET_DEFAULT_STD}. Choose other weights."
         )

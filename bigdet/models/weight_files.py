@@ -194,8 +194,9 @@ def _read_pickle(file: Path) -> Any:
     except PermissionError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
+        reason = " ".join(str(error).split())  # some are of two lines
         raise ValueError(
-            f"{file}: cannot be read as a pickle of arrays ({error}). Nothing in it was run. "
+            f"{file}: cannot be read as a pickle of arrays ({reason}). Nothing in it was run. "
             f"Expected the weights of Detectron or detectron2: names and numpy arrays; a cut file "
             f"has to be copied again."
         ) from error

@@ -70,17 +70,16 @@ def run_trial(words: Sequence[str]) -> Measured | None:
         What was measured; None when the memory was full.
 
     Raises:
-        ValueError: the steps failed in another way, which the process has told.
+        ValueError: the steps failed in another way, with what the process has told.
     """
     command = [sys.executable, "-m", "bigdet.plan", *words, "--measure"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:  # Linux ends whoever takes the last memory of the host
         return None
     if done.returncode:
-        raise ValueError(
-            "the steps could not be measured (see above). A plan of --gpus alone can do without, "
-            "with --step-seconds."
-        )
+        told, _, reason = done.stderr.rpartition("error: ")
+        sys.stderr.write(told)
+        raise ValueError(f"the steps could not be measured: {reason.strip()}")
     found = json.loads(done.stdout.splitlines()[-1])
     return None if found is None else Measured(**found)
 

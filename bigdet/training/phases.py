@@ -68,20 +68,23 @@ def build_for_phase(
     return detector.to(device).train()
 
 
-def check_start(config: RunConfig, name: str, classes: Sequence[str], path: Path) -> None:
-    """Try the file that a phase to come starts from, so that a misfit is told now (rank 0).
+def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
+    """Try the weights that a phase to come starts from, so that a misfit is told now (rank 0).
+
+    They are from elsewhere, not from the phase before; timm's are downloaded here.
 
     Args:
         config: of the run.
         name: of the phase.
         classes: names of the training set's categories, in the order of the labels.
-        path: of the run or the file that the phase starts from.
 
     Raises:
         ValueError: with the phase, and what does not fit.
     """
+    source = phase_source(config, name)
     try:
-        weights.find_weights(path)
+        if not is_timm(source):
+            weights.find_weights(Path(source))
         if distributed.is_main():
             detector = build_detector(phase_model(config, name), len(classes))
             _read_start(detector, config, name, classes, RunDir(Path(config.output)))
@@ -136,7 +139,10 @@ def _read_start(
     kept = None
     if source_classes is not None and source_classes != list(classes):
         tensors, kept = transfer.to_own_classes(detector, tensors, source_classes, classes)
-    return weights.load_parts(detector, tensors, start_parts(config, name), str(path)), kept
+    try:
+        return weights.load_parts(detector, tensors, start_parts(config, name), str(path)), kept
+    except ValueError as error:
+        raise ValueError(f"{error}{transfer.other_options(path, config, name)}") from error
 
 
 def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:

@@ -16,7 +16,6 @@ from bigdet.config.derived import (
     has_keypoints,
     has_masks,
     in_steps,
-    is_timm,
     num_lanes,
     num_steps,
     phase_model,
@@ -30,7 +29,6 @@ from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.log import MetricsWriter, cut_metrics
-from bigdet.models import importing
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
 from bigdet.training.boards import note_start, open_boards
@@ -139,14 +137,8 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
     first = 0 if saved is None else names.index(saved.run["run"]["phase"]) + 1
     for name in names[first:]:
         _any_stream(config, train_set, name, config.phases[name])
-        source = phase_source(config, name)
-        if is_timm(source):
-            try:
-                importing.timm_name(source, config.model.backbone)
-            except ValueError as error:
-                raise ConfigError(f"phases.{name}.{error}") from error
-        elif source not in ("random", "previous"):
-            check_start(config, name, classes, Path(source))
+        if phase_source(config, name) not in ("random", "previous"):
+            check_start(config, name, classes)
 
 
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:

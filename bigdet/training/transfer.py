@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
+from bigdet.config.derived import phase_model
+from bigdet.config.load import flat_options, parse_config
+from bigdet.config.schema import RunConfig
 from bigdet.data.mix import name_key
 from bigdet.models.classes import carry_classes, class_rows
-from bigdet.models.weights import LoadedPart, part_of
+from bigdet.models.weight_files import read_metadata
+from bigdet.models.weights import LoadedPart, find_weights, part_of
 
 
 def to_own_classes(
@@ -32,6 +38,34 @@ def to_own_classes(
     labels = [place.get(name_key(name)) for name in classes]
     carried = carry_classes(detector.state_dict(), tensors, len(source_classes), labels)
     return carried, sum(label is not None for label in labels)
+
+
+def other_options(path: Path, config: RunConfig, name: str) -> str:
+    """Say in which options of the model the weights of a run differ from a phase.
+
+    Args:
+        path: of the run, checkpoint or file.
+        config: of this run.
+        name: of the phase.
+
+    Returns:
+        A sentence after a blank, or nothing where they do not differ.
+    """
+    metadata = read_metadata(find_weights(path))
+    if "config" not in metadata:
+        return ""
+    theirs, own = (
+        flat_options(dataclasses.replace(each, model=phase_model(each, phase)))
+        for each, phase in (
+            (parse_config(metadata["config"], str(path)), metadata["phase"]), (config, name)
+        )
+    )  # fmt: skip
+    differing = [
+        f"{key}={value} (here {own.get(key)})"
+        for key, value in theirs.items()
+        if key.startswith("model.") and own.get(key) != value
+    ]
+    return f" They were trained with {', '.join(differing)}." if differing else ""
 
 
 def start_table(

@@ -63,6 +63,15 @@ def test_data_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Pa
     assert "nowhere/train: expected a shard set, but there is no such folder" in line
 
 
+def test_what_goes_wrong_in_a_measurement_is_told_once(tmp_path: Path, shapes_shards: Path):
+    words = arguments(tmp_path / "none", shapes_shards, "data.train.subset.images=17")
+    done = plan(*words, "--memory-gib", "8")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "measuring settings" not in line]
+    assert len(errors) == 1, done.stderr
+    assert "could not be measured: data.train.subset.images: found 17, but" in errors[0]
+
+
 def test_plan_measures_and_recommends(tmp_path: Path, shapes_shards: Path):
     words = arguments(tmp_path / "none", shapes_shards)
     done = plan(*words, "--gpus", "8x4", "--link", "pcie4,100gb")

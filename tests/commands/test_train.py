@@ -213,7 +213,7 @@ def test_sigterm_to_one_of_two_ranks_stops_both(tmp_path: Path, shapes_shards: P
         ),
         (
             ["output=OTHER", "phases.finetune.start_from.source=timm"],
-            ["phases.finetune.start_from.source: timm has no", "resnet10", "resnet50"],
+            ["phases.finetune.start_from: timm has no", "resnet10", "resnet50"],
         ),
         (["output=OTHER", "data.train.shards=nowhere"], ["nowhere", "no such folder"]),
         (["phases.pretrian.steps=1"], ["phases.pretrian", "did you mean 'pretrain'"]),

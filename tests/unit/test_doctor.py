@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from bigdet.config.load import load_config
-from bigdet.doctor import Facts, compare, disk_row, memory_rows
+from bigdet.doctor import Facts, compare, disk_row, find_facts, memory_rows
 from tests.commands.runs import ROOT, arguments
 
 GIB = 1 << 30
@@ -52,6 +52,19 @@ def test_room_is_compared_with_what_the_run_takes():
     assert failed["loader memory"] == "a: 0.02 of 0.02 GiB. Lower data.workers."
     # 2 newest, the best, 2 ends of phases, and the one being written
     assert failed["disk"].startswith("6 checkpoints of 0.2")
+
+
+def test_a_phase_shorter_than_its_warm_up_is_told_though_its_length_is_in_passes(
+    tmp_path: Path, shapes_shards: Path
+):
+    # 16 images are 2 steps of 8, as many as the warm-up takes.
+    file, *words = arguments(tmp_path / "run", shapes_shards, "phases.pretrain.steps=null")
+    problems = [
+        find_facts(load_config(file, [*words, f"phases.pretrain.passes={passes}"])).problems
+        for passes in (1, 2)
+    ]
+    assert problems[0]["data"].startswith("phases.pretrain.warmup_steps: found 2, but the phase")
+    assert problems[1] == {}
 
 
 def test_the_doctor_of_a_config_without_data_ends_with_1(tmp_path: Path):

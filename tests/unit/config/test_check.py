@@ -41,6 +41,8 @@ CONFIGS = Path(__file__).parents[3] / "configs"
          "data.train.shards is a pipe:"),
         (["phases.pretrain.steps=0"], "phases.pretrain.steps", "above 0"),
         (["phases.pretrain.steps=50"], "phases.pretrain.warmup_steps", "50 steps"),
+        (["phases.pretrain.steps=null", "phases.pretrain.images=799"],
+         "phases.pretrain.warmup_steps", "the phase has 50 steps"),  # 49.9 of 16 images
         (["phases.pretrain.drops=[10]"], "phases.pretrain.drops", "schedule: step"),
         (["phases.finetune.drops=[10,10]"], "phases.finetune.drops", "rising"),
         (["phases.finetune.drops=[10,2000]"], "phases.finetune.drops", "below"),
@@ -128,7 +130,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
          "phases.pretrain.start_from.pixels", "for .pkl files"),
         (["model.norm_scope=all", "phases.pretrain.norm_mode=fixed",
           "phases.pretrain.start_from.source=a.pth"], "phases.pretrain.norm_mode",
-         "fpn, mask_head start anew"),
+         "loaded into fpn, mask_head"),
         (["model.roi.box_beta=0.5"], "model.roi.box_beta", "box_loss: smooth_l1"),
         (["model.roi.box_loss_weight=0"], "model.roi.box_loss_weight", "above 0"),
         (["model.rpn.box_beta=-1"], "model.rpn.box_beta", "0 or more"),

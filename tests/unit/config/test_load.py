@@ -46,6 +46,9 @@ def test_resolved_config_repeats_the_run(experiment: Path):
     ("override", "words"),
     [
         ("model.detctor=x", ["model.detctor", "detector"]),
+        ("phases.pretrain.autoscale=true", ["phases.pretrain.autoscale: ", "no such option",
+                                            "reference_images_per_step"]),
+        ("phases.pretrain.start_from.parts=fpn", ["start_from.parts: found one value", "a list"]),
         ("phases.pretran.steps=3", ["phases.pretran.steps", "did you mean 'pretrain'"]),
         ("seed=abc", ["seed", "abc", "Integer"]),
         ("model.detector=yolo", ["model.detector", "yolo", "faster_rcnn"]),
@@ -53,7 +56,7 @@ def test_resolved_config_repeats_the_run(experiment: Path):
         ("phases.pretrain.resize.scale_range=[1.0]", ["phases.pretrain.resize.scale_range"]),
         ("--steps", ["--steps", "key=value"]),
     ],
-)
+)  # fmt: skip
 def test_mistakes_on_the_command_line_name_the_key(
     experiment: Path, override: str, words: list[str]
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -51,6 +52,11 @@ def test_a_subset_is_drawn_once_and_for_all_and_a_smaller_one_is_part_of_it(shar
     assert chosen(shards, subset=SubsetConfig(images=10)).rows.tolist() == ten.rows.tolist()
     four = chosen(shards, subset=SubsetConfig(images=4))
     assert set(four.rows.tolist()) < set(ten.rows.tolist())
+    # Raw Philox under a hash of what the words are for: no machine and no numpy draws others.
+    key = hashlib.blake2b(b'["subset", 0]', digest_size=16).digest()
+    drawn = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(14).argsort()[:4]
+    filled = [row for row in range(16) if row not in (3, 8)]
+    assert four.rows.tolist() == sorted(filled[place] for place in drawn)
     other = chosen(shards, subset=SubsetConfig(images=10, seed=1))
     assert other.rows.tolist() != ten.rows.tolist()
     assert other.state["subset"] != ten.state["subset"]
@@ -58,8 +64,12 @@ def test_a_subset_is_drawn_once_and_for_all_and_a_smaller_one_is_part_of_it(shar
 
 def test_a_subset_larger_than_the_set_is_refused(shards):
     assert len(chosen(shards, subset=SubsetConfig(images=14)).rows) == 14
-    with pytest.raises(ShardError, match=r"subset\.images: found 15, .* 14 images to train on"):
+    with pytest.raises(
+        ShardError, match=r"subset\.images: found 15, .* 14 images .*keep_empty=true"
+    ):
         chosen(shards, subset=SubsetConfig(images=15))
+    with pytest.raises(ShardError, match=r"has 16 images to train on\. Write at most that\.$"):
+        chosen(shards, subset=SubsetConfig(images=17), keep_empty=True)
 
 
 @pytest.mark.parametrize("form", ["json", "lines"])

@@ -12,7 +12,7 @@ from bigdet.models.build import build_detector
 from bigdet.models.classes import carry_classes
 from bigdet.models.weights import load_parts, save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
-from bigdet.training.phases import build_for_phase
+from bigdet.training.phases import build_for_phase, check_start
 from bigdet.training.transfer import start_table, to_own_classes
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -97,3 +97,7 @@ def test_a_phase_starts_from_a_run_with_other_classes(tmp_path, caplog):
     assert torch.equal(built.box_head.classifier.bias[2], source.box_head.classifier.bias[0])
     assert any("box_head" in line and "2 of 3" in line for line in caplog.messages)
     assert any("not stated (start_from.cost)" in line for line in caplog.messages)
+    other = load_config(CONFIG, [*words, "model.backbone=resnet18", "model.fc_width=32"])
+    expected = r"They were trained with model\.backbone=resnet10 \(here resnet18\), "
+    with pytest.raises(ValueError, match=rf"{expected}model\.fc_width=16 \(here 32\)\.$"):
+        check_start(other, "pretrain", OWN)
