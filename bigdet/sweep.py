@@ -26,14 +26,14 @@ from types import FrameType
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.derived import in_steps
 from bigdet.config.load import ConfigError, flat_options, load_config
+from bigdet.config.schema import RunConfig
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
 from bigdet.log import setup_logging
 from bigdet.reporting.runs import Run, check_same_data, read_run, short_names
 from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_outcome
 from bigdet.reporting.writing import write_report
 from bigdet.run_dir import RunDir, write_text
-from bigdet.training.forks import check_fork
-from bigdet.training.resume import CHANGEABLE
+from bigdet.training.forks import CHANGEABLE, changeable_options, changed_options, check_fork
 
 logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command
 
@@ -92,25 +92,46 @@ def read_command(options: argparse.Namespace, sweep: SweepConfig) -> list[str]:
 
 
 def check_forks(runs: Sequence[PlannedRun]) -> None:
-    """Check that forks have the learning rates of their trunk up to where they begin.
+    """Check that forks are what their trunk is up to where they begin.
 
-    Phases whose length is in passes are checked when the fork begins: it takes the data.
+    Learning rates of phases whose length is in passes are checked when the fork begins: it takes
+    the data.
     """
     by_name = {run.name: run for run in runs}
     for run in runs:
         if run.fork_of is None:
             continue
+        trunk = by_name[run.fork_of].config
         phase, _, step = Path(run.config.resume).name.rpartition("-")
-        pair = [each.config.phases[phase] for each in (run, by_name[run.fork_of])]
+        _check_past(run, trunk, phase)
+        pair = [each.phases[phase] for each in (run.config, trunk)]
         if all(each.passes is None and (each.steps or each.images_per_step) for each in pair):
-            fork, trunk = (
+            fork, before = (
                 in_steps(each, 1 if each.steps else 1 / (each.images_per_step or 1))
                 for each in pair
             )
             try:
-                check_fork(phase, int(step), fork, trunk)
+                check_fork(phase, int(step), fork, before)
             except ConfigError as error:
                 raise ConfigError(f"runs.{run.group}: {error}") from error
+
+
+def _check_past(run: PlannedRun, trunk: RunConfig, phase: str) -> None:
+    """Refuse a fork that would have been another run before the checkpoint where it begins."""
+    if list(run.config.phases) != list(trunk.phases):
+        raise ConfigError(
+            f"runs.{run.group}: fork.run: {run.fork_of} has the phases {', '.join(trunk.phases)}, "
+            f"this run {', '.join(run.config.phases)}. Fork from a run with the same phases."
+        )
+    changeable = [
+        *changeable_options(run.config, trunk, phase),
+        *(f"phases.{phase}.{unit}" for unit in ("passes", "images")),
+    ]
+    if changed := changed_options(run.config, trunk, changeable):
+        raise ConfigError(
+            f"runs.{run.group}: fork.run: {run.fork_of} was another run until then: "
+            f"{', '.join(changed)}. Set them alike, or leave out fork."
+        )
 
 
 def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:

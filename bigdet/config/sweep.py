@@ -113,6 +113,10 @@ def load_sweep(path: str | Path) -> tuple[SweepConfig, list[PlannedRun]]:
         raise ConfigError(f"{path}: required and not set: {', '.join(missing)}.")
     sweep = OmegaConf.to_object(merged)
     assert isinstance(sweep, SweepConfig)
+    if sweep.seeds is not None and (not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds)):
+        raise ConfigError(
+            f"{path}: seeds: found {sweep.seeds}, expected each once, such as [0, 1, 2], or null."
+        )
     planned: dict[str, PlannedRun] = {}
     for group, entry in sweep.runs.items():
         for seed in [None] if sweep.seeds is None else sweep.seeds:
@@ -138,10 +142,18 @@ def _plan(
     if file is None:
         raise ConfigError("config: not set, here or for the whole sweep. Write the path of one.")
     config_file = os.path.normpath(path.parent / file)
+    if "/" in group:
+        raise ConfigError("the name of a run is that of its folder. Write one without /.")
     name = _name(group, seed)
-    overrides = [*sweep.overrides, *entry.overrides, f"output={sweep.output}/{name}"]
-    if seed is not None:
-        overrides.append(f"seed={seed}")
+    own = [f"output={sweep.output}/{name}", *([] if seed is None else [f"seed={seed}"])]
+    for word in (*sweep.overrides, *entry.overrides):
+        key = word.partition("=")[0]
+        if key in ("output", "resume") or (key == "seed" and seed is not None):
+            raise ConfigError(
+                f"overrides: found {word}, but output, resume and seed of a run follow from the "
+                f"sweep's output, fork and seeds. Remove it."
+            )
+    overrides = [*sweep.overrides, *entry.overrides, *own]
     trunk = None
     if entry.fork is not None:
         trunk = _above("fork.run", entry.fork.run, seed, planned)

@@ -1,12 +1,28 @@
-"""Runs that begin at a checkpoint of another run: what of the schedule they may change."""
+"""Runs that go on, or begin at a checkpoint of another run: what they may change."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bigdet.config.derived import num_steps
-from bigdet.config.load import ConfigError
+from bigdet.config.load import ConfigError, flat_options
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
 from bigdet.training import optim
+
+CHANGEABLE = (
+    "output", "resume", "change_batch", "data.train.shards", "data.train.more_shards",
+    "data.train.subset.ids", "data.val.shards", "data.cache", "data.workers",
+    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.offload",
+    "engine.max_bad_steps", "evaluation", "checkpoint", "log",
+)  # fmt: skip
+"""Options and sections that a resumed run may change: they do not change what it trains."""
+
+BATCH_OPTIONS = (
+    "images_per_step", "images_per_gpu", "reference_images_per_step", "steps", "warmup_steps",
+    "drops",
+)  # fmt: skip
+"""Options of its phase that a resumed run may change with ``change_batch``."""
 
 FORK_CHANGEABLE = ("steps", "schedule", "drops", "decay_factor")
 """Options of the phase that a checkpoint of another run was written in, which the run that begins
@@ -38,3 +54,33 @@ def check_fork(name: str, step: int, phase: PhaseConfig, before: PhaseConfig) ->
             f"learning rate would have been another. Fork from an earlier checkpoint, or drop "
             f"later."
         )
+
+
+def changeable_options(config: RunConfig, before: RunConfig, current: str) -> list[str]:
+    """Return what a run that goes on, or begins at another one's checkpoint, may change.
+
+    Args:
+        config: of the run.
+        before: of the one that wrote the checkpoint.
+        current: phase of the checkpoint.
+    """
+    names = list(config.phases)
+    to_come = names[names.index(current) + 1 :]
+    own = [*(BATCH_OPTIONS if config.change_batch else ()),
+           *(FORK_CHANGEABLE if is_fork(config, before) else ())]  # fmt: skip
+    return [
+        *CHANGEABLE,
+        *(f"phases.{name}" for name in to_come),
+        *(f"phases.{current}.{name}" for name in own),
+    ]
+
+
+def changed_options(config: RunConfig, before: RunConfig, changeable: Sequence[str]) -> list[str]:
+    """Return the options that differ and may not, with both values."""
+    new, old = flat_options(config), flat_options(before)
+    return [
+        f"{key} (was {old.get(key)}, now {new.get(key)})"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key) != old.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in changeable)
+    ]

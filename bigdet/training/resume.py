@@ -21,7 +21,7 @@ from bigdet.config.derived import (
     phase_model,
     phase_source,
 )
-from bigdet.config.load import ConfigError, dump_config, flat_options, load_config, parse_config
+from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import FLAG_MASKS, ShardSet
@@ -32,26 +32,12 @@ from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
 from bigdet.training.boards import note_start, open_boards
-from bigdet.training.forks import FORK_CHANGEABLE, check_fork, is_fork
+from bigdet.training.forks import changeable_options, changed_options, check_fork, is_fork
 from bigdet.training.phases import check_start
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
-
-CHANGEABLE = (
-    "output", "resume", "change_batch", "data.train.shards", "data.train.more_shards",
-    "data.train.subset.ids", "data.val.shards", "data.cache", "data.workers",
-    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.offload",
-    "engine.max_bad_steps", "evaluation", "checkpoint", "log",
-)  # fmt: skip
-"""Options and sections that a resumed run may change: they do not change what it trains."""
-
-BATCH_OPTIONS = (
-    "images_per_step", "images_per_gpu", "reference_images_per_step", "steps", "warmup_steps",
-    "drops",
-)  # fmt: skip
-"""Options of its phase that a resumed run may change with ``change_batch``."""
 
 
 def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
@@ -360,29 +346,17 @@ def _check_unchanged(
 
     Phases that have not begun may still be mended.
     """
-    names = list(config.phases)
-    if names != list(before.phases):
+    if list(config.phases) != list(before.phases):
         raise ConfigError(
             f"{folder}: the run to go on has the phases {', '.join(before.phases)}, the config "
-            f"{', '.join(names)}. Set them back, or choose another output."
+            f"{', '.join(config.phases)}. Set them back, or choose another output."
         )
     current = saved.run["run"]["phase"]
-    to_come = names[names.index(current) + 1 :]
-    changeable = [*CHANGEABLE, *(f"phases.{name}" for name in to_come)]
-    if config.change_batch:
-        changeable += [f"phases.{current}.{name}" for name in BATCH_OPTIONS]
     if is_fork(config, before):
         step = saved.run["run"].get("step", 0)
         check_fork(current, step, config.phases[current], before.phases[current])
-        changeable += [f"phases.{current}.{name}" for name in FORK_CHANGEABLE]
-    new, old = flat_options(config), flat_options(before)
-    changed = [
-        f"{key} (was {old.get(key)}, now {new.get(key)})"
-        for key in sorted(new.keys() | old.keys())
-        if new.get(key) != old.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in changeable)
-    ]
-    if changed:
+    changeable = changeable_options(config, before, current)
+    if changed := changed_options(config, before, changeable):
         raise ConfigError(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
             f"them back, or choose another output. A resumed run may change only "

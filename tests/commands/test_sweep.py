@@ -144,6 +144,23 @@ def test_a_fork_whose_past_would_have_been_another_is_refused_at_once(
         sweep.main([str(file), "--print"])
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("model.norm_scope=all", r"model\.norm_scope \(was None, now all\)"),
+        ("phases.pretrain.lr=0.5", r"phases\.pretrain\.lr \(was 0\.001, now 0\.5\)"),
+    ],
+)
+def test_a_fork_that_was_another_run_is_refused_before_its_trunk_is_trained(
+    tmp_path: Path, shapes_shards: Path, word: str, said: str
+):
+    file = write_sweep(tmp_path, shapes_shards)
+    text = file.read_text().replace("phases.finetune.steps=2]", f"phases.finetune.lr=0.1, {word}]")
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^runs\.short: fork\.run: trunk .*: {said}\. Set"):
+        sweep.main([str(file), "--print"])
+
+
 def test_commands_are_printed_for_what_is_left(tmp_path: Path, shapes_shards: Path, capsys):
     file = write_sweep(tmp_path, shapes_shards)
     assert sweep.main([str(file), "--print"]) == 0
@@ -205,6 +222,10 @@ def test_slurm_arrays_run_every_command_and_forks_wait(tmp_path: Path, shapes_sh
         ("trunk: {}", "trunk: {config: nowhere.yaml}", r"runs\.trunk: .*no such config"),
         ("config:", "# config:", r"runs\.trunk: config: not set"),
         ("output:", "# output:", "required and not set: output"),
+        ("runs:", "seeds: [1, 1]\nruns:", r"seeds: found \[1, 1\], expected each once"),
+        ("runs:", "seeds: []\nruns:", r"seeds: found \[\], expected each once"),
+        ("trunk: {}", "trunk: {overrides: [output=x]}", r"runs\.trunk: overrides: found output=x"),
+        ("trunk: {}", "a/b: {}", r"runs\.a/b: .*without /"),
     ],
 )
 def test_mistakes_name_the_run_and_the_key(

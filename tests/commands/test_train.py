@@ -114,6 +114,8 @@ def test_a_killed_run_goes_on_exactly(
     assert code == 0, printed
     assert "going on from" in printed
     assert_same_run(tmp_path / "run", whole)
+    seconds = [line["cost/compute_gpu_seconds"] for line in command.lines() if "loss/total" in line]
+    assert seconds == sorted(seconds)
 
 
 def test_a_run_killed_at_random_moments_goes_on_exactly(
