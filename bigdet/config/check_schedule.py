@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import itertools
 
-from bigdet.config.derived import IMAGENET_COST, drop_points, in_steps, length_of, stated_cost
+from bigdet.config.derived import (
+    IMAGENET_COST,
+    drop_points,
+    in_steps,
+    length_of,
+    num_steps,
+    stated_cost,
+)
 from bigdet.config.load import ConfigError
 from bigdet.config.phase_schema import PhaseConfig, StartCostConfig
 from bigdet.config.rules import positive, require, unused
@@ -43,19 +50,32 @@ def check_length(key: str, phase: PhaseConfig) -> None:
         ConfigError: the phase is shorter than its own schedule.
     """
     unit, length = length_of(phase)
-    steps = phase.steps
-    if phase.images is not None and phase.images_per_step is not None:
-        steps = in_steps(phase, 1 / phase.images_per_step).steps
-    if steps is not None and phase.warmup_steps >= steps:
-        raise ConfigError(
-            f"{key}.warmup_steps: found {phase.warmup_steps}, but the phase has {steps} "
-            f"steps. Write fewer, or 0 for no warm-up."
-        )
+    if phase.steps is not None:
+        _check_warm_up(key, phase)
+    elif phase.images is not None and phase.images_per_step is not None:
+        _check_warm_up(key, in_steps(phase, 1 / phase.images_per_step))
     points = [0, *(drop_points(phase) if phase.drops is not None else []), length]
     if any(second <= first for first, second in itertools.pairwise(points)):
         raise ConfigError(
             f"{key}.drops: found {phase.drops}, expected rising {unit} above 0 and below the "
             f"phase's {length:g} {unit}, or below 0, counted from its end."
+        )
+
+
+def _check_warm_up(key: str, phase: PhaseConfig) -> None:
+    """Check that a phase, its length in steps, has its full rate before it ends or drops."""
+    steps, warmup = num_steps(phase), phase.warmup_steps
+    if warmup >= steps:
+        raise ConfigError(
+            f"{key}.warmup_steps: found {warmup}, but the phase has {steps} steps. Write fewer, or "
+            f"0 for no warm-up."
+        )
+    drops = drop_points(phase) if phase.schedule == "step" else []
+    if drops and 0 < round(drops[0]) < warmup:
+        raise ConfigError(
+            f"{key}.warmup_steps: found {warmup}, but the rate drops after {round(drops[0])} of "
+            f"{steps} steps already, so that it never comes to its height. Write fewer, or a "
+            f"longer phase."
         )
 
 

@@ -107,6 +107,7 @@ def flat_options(config: RunConfig) -> dict[str, Any]:
 _PLAIN_WORDS = {
     "is not Optional": "found null, expected a value. Write one, or leave the option out.",
     "Incompatible value 'None'": "found null, expected a value. Write one, or leave it out.",
+    "Cannot convert 'ListConfig'": "found a list, expected one value.",
     "is not a ListConfig": "found one value, expected a list such as [value, value].",
     "is not a subclass of": "found one value, expected a section of options such as {key: value}.",
     "TupleConfig length": "found a list of another length than expected.",

@@ -43,6 +43,10 @@ CONFIGS = Path(__file__).parents[3] / "configs"
         (["phases.pretrain.steps=50"], "phases.pretrain.warmup_steps", "50 steps"),
         (["phases.pretrain.steps=null", "phases.pretrain.images=799"],
          "phases.pretrain.warmup_steps", "the phase has 50 steps"),  # 49.9 of 16 images
+        (["phases.finetune.warmup_steps=68"], "phases.finetune.warmup_steps",
+         "drops after 67 of 100 steps"),  # the default, at 2/3
+        (["phases.finetune.warmup_steps=30", "phases.finetune.drops=[-80,-20]"],
+         "phases.finetune.warmup_steps", "drops after 20 of 100 steps"),
         (["phases.pretrain.drops=[10]"], "phases.pretrain.drops", "schedule: step"),
         (["phases.finetune.drops=[10,10]"], "phases.finetune.drops", "rising"),
         (["phases.finetune.drops=[10,2000]"], "phases.finetune.drops", "below"),
@@ -175,6 +179,7 @@ def test_rules_name_the_key_and_the_reason(overrides: list[str], key: str, reaso
     "overrides",
     [
         ["phases.pretrain.norm_mode=sync"],
+        ["phases.finetune.warmup_steps=67"],  # the first drop comes after 67 steps
         ["phases.pretrain.start_from.source=a.pth", "phases.pretrain.freeze_stages=2"],
         ["phases.pretrain.start_from.source=timm:resnet18.x", "phases.pretrain.norm_mode=fixed"],
         ["phases.pretrain.start_from={source: a.pkl, pixels: bgr_255, parts: [backbone]}"],

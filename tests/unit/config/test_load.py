@@ -49,6 +49,7 @@ def test_resolved_config_repeats_the_run(experiment: Path):
         ("phases.pretrain.autoscale=true", ["phases.pretrain.autoscale: ", "no such option",
                                             "reference_images_per_step"]),
         ("phases.pretrain.start_from.parts=fpn", ["start_from.parts: found one value", "a list"]),
+        ("data.train.subset.ids=[1,2]", ["data.train.subset.ids: found a list", "one value"]),
         ("phases.pretran.steps=3", ["phases.pretran.steps", "did you mean 'pretrain'"]),
         ("seed=abc", ["seed", "abc", "Integer"]),
         ("model.detector=yolo", ["model.detector", "yolo", "faster_rcnn"]),
