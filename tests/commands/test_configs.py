@@ -80,7 +80,8 @@ KINDS = [
     "r50_lsj_scratch", "retinanet_r50_direct", "swin_t_direct", "vgg16_scratch", "voc_r101_gn",
     "keypoint_r50_gn", "objects365_direct", "coco_from_objects365",
     "less_data:random_1k", "presets:paper", "presets:stitcher", "table1:size_224_batch_2",
-    "table6:direct_p1x_2x", "table8:cascade_direct",
+    "table2:direct_affine", "table5:fpn", "table6:direct_p1x_2x", "table8:cascade_direct",
+    "syncbn:r50_imagenet_6x",
 ]  # fmt: skip
 """Configs, and runs of sweeps that are like none of them."""
 
@@ -89,6 +90,7 @@ def tiny(name: str, folder: Path) -> list[str]:
     """The words of a command that trains a config for 2 steps a phase on 16 images, in seconds."""
     sweep, _, run = name.partition(":")
     words = sweep_of(sweep)[1][run].words if run else [str(CONFIGS / f"{name}.yaml")]
+    words = [word for word in words if not word.startswith(("resume=", "checkpoint.at="))]
     config, shards = config_of(name), folder / "shapes"
     if config.model.detector == "keypoint_rcnn":
         shards = folder / "points"

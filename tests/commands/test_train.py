@@ -302,7 +302,8 @@ def test_a_damaged_validation_image_is_an_error_that_names_it(tmp_path: Path, sh
 
 def test_another_batch_goes_on_under_the_linear_rule(tmp_path: Path, shapes_shards: Path):
     output = tmp_path / "run"
-    more = ["phases.pretrain.warmup_steps=0", "phases.pretrain.reference_images_per_step=8"]
+    more = ["phases.pretrain.warmup_steps=0", "phases.pretrain.reference_images_per_step=8",
+            "phases.finetune.reference_images_per_step=4"]  # fmt: skip
     run = Command(output, shapes_shards, *more)
     run.wait_for("pretrain", 3)
     run.kill()
@@ -313,6 +314,8 @@ def test_another_batch_goes_on_under_the_linear_rule(tmp_path: Path, shapes_shar
     code, printed = Command(output, shapes_shards, *more, *smaller, "change_batch=true").finish()
     assert code == 0, printed
     assert "4 images per step instead of 8" in printed
+    assert "lr 0.001 at 8 images per step -> 0.0005 at 4\n" in printed
+    assert "lr 0.0005 at 4 images per step -> 0.001 at 8\n" in printed  # of the other phase
     lines = [line for line in numbers(output) if "loss/total" in line]
     steps = [line["step"] for line in lines if line["phase"] == "pretrain"]
     assert steps == [*range(1, 9)]
