@@ -233,4 +233,6 @@ def explain(error: OmegaConfBaseException) -> str:
     for found, said in _PLAIN_WORDS.items():
         if found in message:
             message = said
+    if message.endswith("could not be converted to Integer"):
+        message += ". Write a whole number without a point or an e, such as 300_000."
     return f"{key}: {message}" if key else message

@@ -52,6 +52,7 @@ def test_resolved_config_repeats_the_run(experiment: Path):
         ("data.train.subset.ids=[1,2]", ["data.train.subset.ids: found a list", "one value"]),
         ("phases.pretran.steps=3", ["phases.pretran.steps", "did you mean 'pretrain'"]),
         ("seed=abc", ["seed", "abc", "Integer"]),
+        ("phases.pretrain.steps=3e5", ["phases.pretrain.steps", "such as 300_000"]),
         ("model.detector=yolo", ["model.detector", "yolo", "faster_rcnn"]),
         ("data=3", ["data=3"]),
         ("phases.pretrain.resize.scale_range=[1.0]", ["phases.pretrain.resize.scale_range"]),
