@@ -4,13 +4,20 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import open_train_stream
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
-from bigdet.training.resume import begin, find_checkpoint, note_changes, settle_config
+from bigdet.training.resume import (
+    begin,
+    check_phases,
+    find_checkpoint,
+    note_changes,
+    settle_config,
+)
 from bigdet.training.state import RunState
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -130,6 +137,20 @@ def test_a_length_that_turns_out_shorter_than_its_warm_up_is_refused(shards: Sha
                                   "phases.pretrain.images_per_step=8"])  # fmt: skip
     with pytest.raises(ConfigError, match=r"phases\.pretrain\.warmup_steps: found 50, .* 10 steps"):
         settle_config(config, None, None, shards)
+
+
+def test_weights_of_a_later_phase_are_fetched_before_the_first_step(shards: ShardSet, monkeypatch):
+    def fail(name: str, pretrained: bool) -> None:
+        raise OSError(f"no network for {name}")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    sizes = [f"phases.{name}.images_per_{what}=2" for name in ("pretrain", "finetune")
+             for what in ("gpu", "step")]  # fmt: skip
+    config = load_config(CONFIG, [*sizes, "model.backbone=resnet18",
+                                  "phases.finetune.start_from.source=timm"])  # fmt: skip
+    expected = r"^phases\.finetune\.start_from: timm could not download resnet18\.tv_in1k \(no net"
+    with pytest.raises(ValueError, match=expected):
+        check_phases(config, shards, None)
 
 
 TRUNK = [*SIZES, "phases.pretrain.steps=60", "phases.pretrain.schedule=step", "output=trunk",
