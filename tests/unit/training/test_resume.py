@@ -154,7 +154,7 @@ def test_weights_of_a_later_phase_are_fetched_before_the_first_step(shards: Shar
 
 
 TRUNK = [*SIZES, "phases.pretrain.steps=60", "phases.pretrain.schedule=step", "output=trunk",
-         "phases.pretrain.drops=[50]"]  # fmt: skip
+         "phases.pretrain.drops=[50]", "phases.pretrain.warmup_steps=40"]  # fmt: skip
 
 
 def trunk_at(step: int) -> Checkpoint:
