@@ -6,13 +6,14 @@ overrides its fragments, the command line overrides all. Lists are replaced, nev
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from bigdet.config.schema import RunConfig
@@ -221,6 +222,12 @@ def explain(error: OmegaConfBaseException) -> str:
     """Turn OmegaConf's message of several lines into ``full.key: what is wrong``."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
+    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(error.object_type):
+        known = [option.name for option in dataclasses.fields(error.object_type)]
+        near = _nearest(str(error.key), known)
+        message = (
+            f"there is no such option{near if '?' in near else '. There are: ' + ', '.join(known)}"
+        )
     for found, said in _PLAIN_WORDS.items():
         if found in message:
             message = said

@@ -46,6 +46,8 @@ def test_resolved_config_repeats_the_run(experiment: Path):
     ("override", "words"),
     [
         ("model.detctor=x", ["model.detctor", "detector"]),
+        ("phases.pretrain.wramup_steps=3", ["no such option; did you mean 'warmup_steps'?"]),
+        ("data.val.quux=3", ["data.val.quux: there is no such option. There are: shards"]),
         ("phases.pretran.steps=3", ["phases.pretran.steps", "did you mean 'pretrain'"]),
         ("seed=abc", ["seed", "abc", "Integer"]),
         ("model.detector=yolo", ["model.detector", "yolo", "faster_rcnn"]),
