@@ -224,12 +224,12 @@ def explain(error: OmegaConfBaseException) -> str:
     """Turn OmegaConf's message of several lines into ``full.key: what is wrong``."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
-    section: Any = getattr(error, "object_type", None)
-    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(section):
-        names = [field.name for field in dataclasses.fields(section)]
-        near = _nearest(str(error.key), names)
-        others = f" Expected one of {', '.join(names)}." if near == "." else ""
-        return f"{key}: there is no such option{near}{others}"
+    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(error.object_type):
+        known = [option.name for option in dataclasses.fields(error.object_type)]
+        near = _nearest(str(error.key), known)
+        message = (
+            f"there is no such option{near if '?' in near else '. There are: ' + ', '.join(known)}"
+        )
     for found, said in _PLAIN_WORDS.items():
         if found in message:
             message = said

@@ -9,6 +9,7 @@ call nothing that a thread of the parent may hold a lock of.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -84,17 +85,18 @@ class Loader(Generic[Key]):
         # One more than are read ahead: the one that is being copied out.
         per_worker = PREFETCHED_GROUPS + 1
         self._slots = Slots(workers, per_worker, group_bytes) if workers else None
-        loader: DataLoader[Any] = DataLoader(
-            _Reads(read, self._slots),
-            sampler=keys,
-            batch_size=None,  # a key is a whole group
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            prefetch_factor=PREFETCHED_GROUPS if workers else None,
-            worker_init_fn=_begin_worker,
-            multiprocessing_context="fork" if workers else None,
-            generator=torch.Generator(),  # it draws a seed, from the global generator by default
-        )
+        with _no_advice():
+            loader: DataLoader[Any] = DataLoader(
+                _Reads(read, self._slots),
+                sampler=keys,
+                batch_size=None,  # a key is a whole group
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                prefetch_factor=PREFETCHED_GROUPS if workers else None,
+                worker_init_fn=_begin_worker,
+                multiprocessing_context="fork" if workers else None,
+                generator=torch.Generator(),  # for its seed; else from the global one
+            )
         _give_back_free_memory()
         before = set(multiprocessing.active_children())
         self._items: list[Iterator[Any]] = [_start(loader)]
@@ -123,13 +125,24 @@ class Loader(Generic[Key]):
         self._finalizer()
 
 
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Keep Python and torch from warning of what is meant.
+
+    Python 3.12 and later warn of any fork of a process with threads; torch, at every start, of more
+    processes than cores, which the stream says in one line.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Fork the processes, with stop signals held back until each has said that it ignores them."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        with warnings.catch_warnings():
-            # Python 3.12 and later warn of any fork of a process with threads; see above.
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with _no_advice():
             return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)

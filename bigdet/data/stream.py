@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -157,6 +158,9 @@ class TrainStream:
             self._state["phase"], f"{self._state['samples']:,}", f"{len(self._groups.shards):,}",
             f"{order.num_entries:,}", f"{order.steps_per_pass:,}", order.name,
         )  # fmt: skip
+        if self._workers > (cores := len(os.sched_getaffinity(0))):
+            logger.info("data.workers: %d loader processes for each rank, on %d cores",
+                        self._workers, cores)  # fmt: skip
         order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
         self._loader = Loader(
             self._groups.read,

@@ -46,10 +46,10 @@ def test_resolved_config_repeats_the_run(experiment: Path):
     ("override", "words"),
     [
         ("model.detctor=x", ["model.detctor", "detector"]),
-        ("phases.pretrain.autoscale=true", ["phases.pretrain.autoscale: ", "no such option",
-                                            "reference_images_per_step"]),
         ("phases.pretrain.start_from.parts=fpn", ["start_from.parts: found one value", "a list"]),
         ("data.train.subset.ids=[1,2]", ["data.train.subset.ids: found a list", "one value"]),
+        ("phases.pretrain.wramup_steps=3", ["no such option; did you mean 'warmup_steps'?"]),
+        ("data.val.quux=3", ["data.val.quux: there is no such option. There are: shards"]),
         ("phases.pretran.steps=3", ["phases.pretran.steps", "did you mean 'pretrain'"]),
         ("seed=abc", ["seed", "abc", "Integer"]),
         ("phases.pretrain.steps=3e5", ["phases.pretrain.steps", "such as 300_000"]),

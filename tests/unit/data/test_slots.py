@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from itertools import count, islice
 
@@ -82,3 +83,10 @@ def test_keys_that_end_end_the_loader():
         loader = Loader(group, range(3), workers=workers, group_bytes=1000)
         assert [found.notes[0] for found in loader] == [0, 1, 2]
         loader.close()
+
+
+def test_more_processes_than_cores_bring_no_warning_of_torch(recwarn):
+    loader = Loader(group, range(9), workers=len(os.sched_getaffinity(0)) + 1, group_bytes=1000)
+    assert [found.notes[0] for found in loader] == list(range(9))
+    loader.close()
+    assert not recwarn.list
