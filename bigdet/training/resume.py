@@ -32,7 +32,13 @@ from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
 from bigdet.training.boards import note_start, open_boards
-from bigdet.training.forks import changeable_options, changed_options, check_fork, is_fork
+from bigdet.training.forks import (
+    BATCH_OPTIONS,
+    changeable_options,
+    changed_options,
+    check_fork,
+    is_fork,
+)
 from bigdet.training.phases import check_start
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.state import RunState
@@ -357,8 +363,10 @@ def _check_unchanged(
         check_fork(current, step, config.phases[current], before.phases[current])
     changeable = changeable_options(config, before, current)
     if changed := changed_options(config, before, changeable):
+        batch = ", ".join(f"phases.{current}.{name}" for name in BATCH_OPTIONS)
+        also = "" if config.change_batch else f"; with change_batch=true also {batch}"
         raise ConfigError(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
             f"them back, or choose another output. A resumed run may change only "
-            f"{', '.join(changeable)}."
+            f"{', '.join(changeable)}{also}."
         )

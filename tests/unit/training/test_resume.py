@@ -302,8 +302,9 @@ def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
 
 def test_another_batch_must_be_asked_for():
     sizes = ["phases.pretrain.images_per_step=64", "phases.finetune.images_per_step=32"]
-    with pytest.raises(ConfigError, match=r"images_per_step \(was 32, now 64\)"):
+    with pytest.raises(ConfigError, match=r"images_per_step \(was 32, now 64\)") as caught:
         settle_config(load_config(CONFIG, sizes), saved_by(*SIZES), Path("x"))
+    assert "with change_batch=true also phases.pretrain.images_per_step," in str(caught.value)
     asked = load_config(CONFIG, [*sizes, "change_batch=true", "phases.pretrain.steps=900"])
     assert settle_config(asked, saved_by(*SIZES), Path("x")) == asked
     asked = load_config(CONFIG, [*sizes, "change_batch=true", "phases.pretrain.lr=3"])
