@@ -239,8 +239,8 @@ def _from_mmdetections_cascade(tensors: Mapping[str, Tensor], source: str) -> di
     factors = torch.tensor(_LAST_DEVIATIONS) * torch.tensor((shift, shift, scale, scale))
     for name in _LAST_REGRESSOR:
         if name in kept and len(kept[name]) % 4 == 0:  # else its shape will not fit
-            rows = kept[name].unflatten(0, (-1, 4)).transpose(1, -1)  # (K, ..., 4)
-            kept[name] = (rows * factors.to(rows)).transpose(1, -1).flatten(0, 1)
+            of_rows = factors.to(kept[name]).repeat(len(kept[name]) // 4)
+            kept[name] = kept[name] * of_rows.view(-1, *[1] * (kept[name].ndim - 1))
     return kept
 
 
