@@ -20,6 +20,7 @@ and scored as it is: boxes, masks and keypoints, whichever its first detection h
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -139,10 +140,11 @@ def evaluate_file(options: argparse.Namespace) -> int:
         )
     metric: Metric = options.metric or "coco"
     results = load_results(options.model)
-    if not results:
+    head = list(itertools.islice(results, 1))
+    if not head:
         logger.warning("%s: holds no detection, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
-    first = results[0] if results and isinstance(results[0], dict) else {"bbox": []}
+    first = head[0] if head and isinstance(head[0], dict) else {"bbox": []}
     with_masks, with_keypoints = (RESULT_KEYS[kind] in first for kind in ("segm", "keypoints"))
     possible = evaluation_kinds(shards, with_masks, with_keypoints, metric)
     kinds = [kind for kind in possible if RESULT_KEYS[kind] in first]
@@ -152,7 +154,8 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"measured by {metric}: bbox, or segmentation and keypoints where the set has them. "
             f"Give detections in the COCO results format."
         )
-    report(evaluate_detections(shards, results, kinds, metric, str(options.model)), options)
+    every = itertools.chain(head, results)
+    report(evaluate_detections(shards, every, kinds, metric, str(options.model)), options)
     return 0
 
 

@@ -88,14 +88,15 @@ def is_zeroed(data: bytes) -> bool:
 def loses_pixels(problem: str, data: bytes) -> bool:
     """Tell whether what libjpeg says of a file means damage.
 
-    Stray bytes between segments do not, and occur. They are also what a decoder leaves over that
-    has run through zeros.
+    Stray bytes before the end marker do not, and occur. They are also what a decoder leaves over
+    that has run through zeros; between scans, that a part of the data is lost.
     """
     if "Corrupt JPEG data" not in problem and "Premature end" not in problem:
         return False  # not damage, but a kind of file: rare subsamplings, odd markers
     scan = next((stop for marker, _, stop in _segments(data) if marker == _SCAN), 0)
     end = data.rfind(_END_OF_IMAGE, scan) % (len(data) + 1)  # no end marker: the last byte
-    return "extraneous bytes" not in problem or _ZEROS in data[scan:end]
+    is_stray = "extraneous bytes" in problem and problem.endswith("0xd9")
+    return not is_stray or _ZEROS in data[scan:end]
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:

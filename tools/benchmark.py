@@ -6,6 +6,7 @@ python tools/benchmark.py predict configs/r50_direct.yaml --phase finetune
 python tools/benchmark.py step configs/quickstart.yaml --engines all --ranks 2
 python tools/benchmark.py resume configs/quickstart.yaml --samples 118000
 python tools/benchmark.py evaluate configs/r50_direct.yaml data.val.shards=data/coco/val
+python tools/benchmark.py evaluate configs/r50_direct.yaml --images 80000 --classes 365
 """
 
 from __future__ import annotations

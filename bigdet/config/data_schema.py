@@ -72,7 +72,7 @@ class CacheConfig:
     folder: str = "~/.cache/bigdet"
     """All processes and runs of a host may share it."""
     gib: float = 100.0
-    """Room for shards; those used longest ago make room for others."""
+    """Room for shards, GiB; those used longest ago make room for others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,17 @@ Letters: N detections, P keypoints of a detection.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import orjson
@@ -33,6 +35,8 @@ RESULT_KEYS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation", "keypoin
 """Where a result has what each kind measures."""
 
 CHUNK = 4096  # results that become arrays at once
+PART_BYTES = 1 << 24  # of a file of results that become objects at once
+_BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
 
 
 class ResultsError(ValueError):
@@ -78,21 +82,43 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def load_results(file: Path) -> list[Result]:
-    """Read a file of COCO results."""
+def load_results(file: Path) -> Iterator[Result]:
+    """Yield the detections in a file of COCO results; of millions, a part at a time is held."""
     try:
-        with without_collector():
-            results = orjson.loads(file.read_bytes())
+        with file.open("rb") as opened:
+            for part in _parts(opened):
+                if not isinstance(part, list):
+                    raise ResultsError(
+                        f"{file}: found a {type(part).__name__}, expected a list of detections, "
+                        f"each with image_id, category_id, score and bbox, segmentation or "
+                        f"keypoints."
+                    )
+                yield from part
     except FileNotFoundError as error:
         raise ResultsError(f"{file}: there is no such file of results.") from error
-    except (OSError, json.JSONDecodeError) as error:
-        raise ResultsError(f"{file}: not a readable JSON file ({error}).") from error
-    if not isinstance(results, list):
+    except orjson.JSONDecodeError as error:
+        found = error.doc[error.pos : error.pos + 20]
         raise ResultsError(
-            f"{file}: found a {type(results).__name__}, expected a list of detections, each with "
-            f"image_id, category_id, score and bbox, segmentation or keypoints."
-        )
-    return results
+            f"{file}: not a readable JSON file: {error.msg} at {found or 'its end'!r}. Leave "
+            f"detections with NaN or Infinity out: they are no JSON. Write it again if it is cut."
+        ) from error
+    except OSError as error:
+        raise ResultsError(f"{file}: cannot be read ({error}).") from error
+
+
+def _parts(opened: IO[bytes]) -> Iterator[Any]:
+    """Yield the JSON list in a file as several shorter ones, or whatever else there is whole."""
+    text = b""
+    while more := opened.read(max(PART_BYTES, len(text))):
+        text += more
+        for cut in collections.deque(_BETWEEN_OBJECTS.finditer(text), maxlen=1):
+            try:  # valid with a bracket for the comma: it was cut in no string and no inner list
+                part = orjson.loads(text[: cut.start() + 1] + b"]")
+            except orjson.JSONDecodeError:
+                continue
+            yield part
+            text = b"[" + text[cut.end() - 1 :]
+    yield orjson.loads(text)
 
 
 def read_detections(

@@ -6,6 +6,7 @@ Letters: I images, M objects of all of them, P keypoints of an object.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,6 @@ class GroundTruth:
     keypoints: NDArray[np.float64]
 
 
-KEPT = ("label", "bbox", "area", "iscrowd")
-
-
 @functools.lru_cache(maxsize=1)
 def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) -> GroundTruth:
     """Read the objects of all samples; of the set used last they are kept.
@@ -69,40 +67,44 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
     """
     order = np.argsort(shards.index["image_id"], kind="stable")
     num_points = keypoints_per_object(shards.categories) if with_keypoints else 0
-    images: list[int] = []
-    objects: list[dict[str, Any]] = []
+    images, labels, is_crowd = array("q"), array("q"), array("b")
+    boxes, areas, points = (
+        array("d"),
+        array("d"),
+        array("d"),
+    )  # lists of floats take 8 times as much
     masks: list[bytes] = []
     has_mask: list[bool] = []
-    points: list[list[float]] = []
     none = [0.0] * (3 * num_points)
     for place, row in enumerate(order.tolist()):
         record = shards.record(row)
-        annotations = record["annotations"]
-        images += [place] * len(annotations)
-        # A few numbers each: the records themselves would take ten times the memory.
-        objects += [{key: a[key] for key in KEPT} for a in annotations]
-        if with_masks:
-            size = (record["height"], record["width"])
-            masks += [_run_lengths(a, *size) for a in annotations]
-            has_mask += ["segmentation" in a for a in annotations]
-        if num_points:
-            points += [a.get("keypoints", none) for a in annotations]
-    count = len(objects)
+        for annotation in record["annotations"]:
+            images.append(place)
+            labels.append(annotation["label"])
+            boxes.extend(annotation["bbox"])
+            areas.append(annotation["area"])
+            is_crowd.append(annotation["iscrowd"])
+            if with_masks:
+                masks.append(_run_lengths(annotation, record["height"], record["width"]))
+                has_mask.append("segmentation" in annotation)
+            if num_points:
+                points.extend(annotation.get("keypoints", none))
+    count = len(labels)
     sizes = np.stack([shards.index["height"][order], shards.index["width"][order]], axis=1)
     image_of_object = np.array(images, dtype=np.int64)
-    areas = _checked_areas(shards, masks, image_of_object, sizes.astype(np.int64), order)
+    pixels = _checked_areas(shards, masks, image_of_object, sizes.astype(np.int64), order)
     return GroundTruth(
         address=shards.address,
         categories=shards.categories,
         image_ids=shards.index["image_id"][order].astype(np.int64),
         sizes=sizes.astype(np.int64),
         images=image_of_object,
-        labels=np.array([o["label"] for o in objects], dtype=np.int64),
-        boxes=np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(count, 4),
-        areas=np.array([o["area"] for o in objects], dtype=np.float64),
-        is_crowd=np.array([o["iscrowd"] for o in objects], dtype=np.bool_),
+        labels=np.array(labels, dtype=np.int64),
+        boxes=np.array(boxes, dtype=np.float64).reshape(count, 4),
+        areas=np.array(areas, dtype=np.float64),
+        is_crowd=np.array(is_crowd, dtype=np.bool_),
         masks=masks,
-        mask_areas=areas,
+        mask_areas=pixels,
         has_mask=np.array(has_mask, dtype=np.bool_),
         keypoints=np.array(points, dtype=np.float64).reshape(count, num_points, 3),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -100,10 +100,15 @@ class SavedResults:
             if problem is not None:
                 raise problem
 
+    def of_images(self, image_ids: Collection[int]) -> Iterator[Result]:
+        """Yield the results of some images, by image id; the others are not read."""
+        for image_id, start, size in sorted(self._lines):
+            if image_id in image_ids:
+                self._file.seek(start)
+                yield from orjson.loads(self._file.read(size))
+
     def __del__(self) -> None:
         self._file.close()
 
     def __iter__(self) -> Iterator[Result]:
-        for _, start, size in sorted(self._lines):
-            self._file.seek(start)
-            yield from orjson.loads(self._file.read(size))
+        return self.of_images({image_id for image_id, _, _ in self._lines})

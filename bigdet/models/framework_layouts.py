@@ -4,8 +4,9 @@ Faster, Mask, Cascade and Keypoint R-CNN with an FPN, and RetinaNet. As ours, bo
 background last, deltas in the order x, y, width, height with the deviations 0.1, 0.1, 0.2, 0.2, and
 anchors that are not rounded and lie at multiples of the stride. Beside the names there differ: the
 first fully connected layer, which reads a region channel by channel; in detectron2 the order of
-RetinaNet's anchors; in mmdetection how Swin merges patches; and how images are given to the
-backbone, which its first convolution makes up for. Backbones are left to ``models/importing.py``.
+RetinaNet's anchors; in mmdetection how Swin merges patches and the deviations of a cascade's last
+stage; and how images are given to the backbone, which its first convolution makes up for. Backbones
+are left to ``models/importing.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bigdet.config.derived import has_cascade, model_parts
 from bigdet.config.phase_schema import Pixels
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.heads.box import POOLED_SIZE
-from bigdet.models.heads.cascade import NUM_STAGES
+from bigdet.models.heads.cascade import DELTA_WEIGHTS, NUM_STAGES
 from bigdet.models.heads.retina import RetinaHead
 from bigdet.models.importing import Rules, rename, renamed_all, taking_rgb, warn_of_stride
 from bigdet.models.torchvision_layout import channels_last
@@ -42,6 +43,10 @@ _ANCHORS = re.compile(r"(?:^|\.)anchor_generator\.cell_anchors\.(\d)$")
 _OF_ANCHORS = re.compile(r"retina_head\.(classifier|regressor)\.")
 _MMDETECTION_1 = re.compile(r"^bbox_head\.(\d\.)?(fc_cls|fc_reg|shared_\w+)\.|^mask_head\.")
 _OTHER_MASKS = re.compile(rf"^roi_head\.mask_head\.[0-{NUM_STAGES - 2}]\.")
+_LAST_REGRESSOR = [
+    f"roi_head.bbox_head.{NUM_STAGES - 1}.fc_reg.{one}" for one in ("weight", "bias")
+]
+_LAST_DEVIATIONS = (0.033, 0.033, 0.067, 0.067)  # of x, y, width, height; ours are 1/30 and 1/15
 
 
 def _box_head(stage: str | None) -> str:
@@ -209,14 +214,8 @@ def _from_mmdetection(
             f"and boxes a pixel larger. Convert it with mmdetection's own "
             f"tools/model_converters/upgrade_model_version.py first."
         )
-    masks = [name for name in tensors if _OTHER_MASKS.match(name)]
-    if masks and has_cascade(detector.config):
-        logger.warning(
-            "%s: mmdetection's cascade has a mask head for each stage and averages their masks, "
-            "bigdet's has one: that of the last stage is taken",
-            source,
-        )
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in masks}
+    if has_cascade(detector.config):
+        tensors = _from_mmdetections_cascade(tensors, source)
     named = renamed_all(tensors, _MMDETECTION)
     if "retina_head" in model_parts(detector.config):
         logger.warning(
@@ -226,6 +225,23 @@ def _from_mmdetection(
         )
         named = renamed_all(named, _MMDETECTION_TOP)
     return named
+
+
+def _from_mmdetections_cascade(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    masks = [name for name in tensors if _OTHER_MASKS.match(name)]
+    logger.warning(
+        "%s: mmdetection's cascade averages the logits of its stages, bigdet's their probabilities"
+        "%s: scores differ a little", source, " and has one mask head, that of the last stage, "
+        "where mmdetection averages the masks of three" if masks else "",
+    )  # fmt: skip
+    kept = {name: tensor for name, tensor in tensors.items() if name not in masks}
+    shift, scale = DELTA_WEIGHTS[-1]
+    factors = torch.tensor(_LAST_DEVIATIONS) * torch.tensor((shift, shift, scale, scale))
+    for name in _LAST_REGRESSOR:
+        if name in kept and len(kept[name]) % 4 == 0:  # else its shape will not fit
+            of_rows = factors.to(kept[name]).repeat(len(kept[name]) // 4)
+            kept[name] = kept[name] * of_rows.view(-1, *[1] * (kept[name].ndim - 1))
+    return kept
 
 
 def _by_ratio(value: Tensor, detector: Detector) -> Tensor:

@@ -71,7 +71,7 @@ def show_detections(
     if not metrics.boards:
         return
     ids = list(islice(val_set.index["image_id"].tolist(), NUM_SHOWN))
-    found = results_of(results, ids)
+    found = results_of(results.of_images(ids), ids)  # training waits meanwhile
     for row, image_id in enumerate(ids):
         picture: Image.Image = draw_results(read_pixels(val_set, row), found[image_id], val_set)
         picture.thumbnail((LONG_SIDE, LONG_SIDE))

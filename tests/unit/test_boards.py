@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bigdet.boards import TensorBoard, WeightsAndBiases
 
@@ -71,10 +74,22 @@ def test_wandb_that_is_not_installed_is_told_with_its_key(monkeypatch, tmp_path:
         begin(tmp_path)
 
 
-def test_tensorboard_gets_pictures(tmp_path: Path):
+def test_tensorboard_reads_numbers_and_pictures_of_a_run_that_went_back(tmp_path: Path):
     board = TensorBoard(tmp_path, first_step=1)
+    for step in (1, 2, 3):
+        board.add_scalars({"loss/total": step / 4, "lr": 0.5}, step)
     board.add_picture("batch/train", GRAY, 7)
     board.close()
-    (events,) = tmp_path.iterdir()
-    assert b"batch/train" in events.read_bytes()
-    assert b"\x89PNG" in events.read_bytes()
+    again = TensorBoard(tmp_path, first_step=3)  # a resume from step 2
+    again.add_scalars({"loss/total": 8.0}, 3)
+    again.add_picture("batch/train", GRAY // 2, 3)
+    again.close()
+    events = EventAccumulator(str(tmp_path), purge_orphaned_data=True).Reload()
+    assert events.Tags()["scalars"] == ["loss/total", "lr"]
+    losses = [(event.step, event.value) for event in events.Scalars("loss/total")]
+    assert losses == [(1, 0.25), (2, 0.5), (3, 8.0)]
+    assert [event.step for event in events.Scalars("lr")] == [1, 2]
+    (picture,) = events.Images("batch/train")
+    assert picture.step == 3
+    with Image.open(io.BytesIO(picture.encoded_image_string)) as image:
+        np.testing.assert_array_equal(np.asarray(image), GRAY // 2)

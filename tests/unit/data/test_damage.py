@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from itertools import islice
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bigdet.config.data_schema import TrainSplitConfig
 from bigdet.config.phase_schema import ResizeConfig
@@ -128,6 +130,24 @@ def test_stray_bytes_between_the_segments_of_a_jpeg_lose_nothing():
     for stray in (b"\x12\x34\x56", bytes(range(1, 200))):
         found = decode_image(image[:-2] + stray + image[-2:])
         assert (found.int() - decode_image(image).int()).abs().max() <= 1
+
+
+def test_a_progressive_jpeg_with_a_piece_gone_is_refused():
+    pixels = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    opened = io.BytesIO()
+    Image.fromarray(pixels).save(opened, "jpeg", progressive=True)
+    image = opened.getvalue()
+    scans = [place for place in range(len(image)) if image[place : place + 2] == b"\xff\xda"]
+    assert len(scans) == 10
+    gone = {
+        "the rest": image[: scans[5] + 60],
+        "the rest but the end": image[: scans[5] + 60] + image[-2:],
+        "from one scan into the next": image[: scans[5] - 40] + image[scans[5] + 200 :],
+        "within a scan": image[: scans[4] + 80] + image[scans[4] + 160 :],
+    }
+    for damaged in gone.values():
+        with pytest.raises(ValueError, match=r"JPEG|broken data stream"):
+            decode_image(damaged)
 
 
 def test_annotations_that_are_gone_lose_their_sample(folder):

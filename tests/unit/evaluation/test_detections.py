@@ -1,4 +1,7 @@
+import json
+
 import numpy as np
+import orjson
 import pytest
 from pycocotools import mask as coco_mask
 
@@ -74,13 +77,41 @@ def test_what_is_wrong_is_told_with_its_number(truth, wrong, message):
         read_detections([result(), result(), wrong, result()], truth, KINDS, "some.json")
 
 
-def test_files_that_are_no_results_are_told(tmp_path):
-    (tmp_path / "broken.json").write_text("[{")
-    with pytest.raises(ResultsError, match="not a readable JSON file"):
-        load_results(tmp_path / "broken.json")
-    (tmp_path / "truth.json").write_text('{"images": []}')
-    with pytest.raises(ResultsError, match="found a dict, expected a list of detections"):
-        load_results(tmp_path / "truth.json")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{", "not a readable JSON file: .* at 'its end'"),
+        ('[{"score": NaN}]', "not a readable JSON file: .* at 'NaN}]'. Leave detections with NaN"),
+        ('{"images": [{"id": 1}, {"id": 2}]}', "found a dict, expected a list of detections"),
+        ("", "not a readable JSON file"),
+    ],
+)
+def test_files_that_are_no_results_are_told(tmp_path, text, message):
+    (tmp_path / "some.json").write_text(text)
+    with pytest.raises(ResultsError, match=f"some.json: {message}"):
+        list(load_results(tmp_path / "some.json"))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_files_read_in_parts_give_what_they_hold(tmp_path, monkeypatch, indent):
+    results = [  # what looks like the end of a detection stands in strings and inner lists too
+        {"image_id": n, "note": '}, {"\\', "extra": [{"a": 1}, {"b": [{}, {}]}], "score": n / 7}
+        for n in range(50)
+    ]
+    (tmp_path / "some.json").write_text(json.dumps(results, indent=indent))
+    read = []
+    loads = orjson.loads
+    monkeypatch.setattr("orjson.loads", lambda text: read.append(len(text)) or loads(text))
+    for num_bytes in (1, 100, 1000, 1 << 20):
+        monkeypatch.setattr("bigdet.evaluation.detections.PART_BYTES", num_bytes)
+        assert list(load_results(tmp_path / "some.json")) == results
+    assert max(read) == (tmp_path / "some.json").stat().st_size
+    read.clear()
+    monkeypatch.setattr("bigdet.evaluation.detections.PART_BYTES", 1000)
+    plain = [{"image_id": n, "score": n / 7} for n in range(500)]
+    (tmp_path / "some.json").write_text(json.dumps(plain, indent=indent))
+    assert list(load_results(tmp_path / "some.json")) == plain
+    assert max(read) < 1200  # a part and what was left of the one before
 
 
 def test_masks_are_told_from_what_only_looks_like_one():

@@ -164,3 +164,14 @@ def test_a_rank_that_has_no_image_yet_tells_no_progress(monkeypatch, caplog):
     surplus = SimpleNamespace(weights=torch.zeros(1))
     predict._Collected([1], 8, SavedResults()).add(surplus, [None])
     assert not caplog.records
+
+
+def test_saved_results_come_by_image_id_all_or_those_of_some_images():
+    saved = SavedResults()
+    for image_id in (9, 4, 7):
+        saved.add(image_id, [{"image_id": image_id, "score": score} for score in (0.5, 0.25)])
+    assert [result["image_id"] for result in saved] == [4, 4, 7, 7, 9, 9]
+    found = list(saved.of_images([9, 4, 5]))
+    assert [(result["image_id"], result["score"]) for result in found] == [
+        (4, 0.5), (4, 0.25), (9, 0.5), (9, 0.25),
+    ]  # fmt: skip

@@ -126,10 +126,23 @@ def test_ground_truth_as_detections_scores_one(coco_val):
 
 
 def test_benchmark_compares_with_pycocotools_on_made_detections(coco_val):
-    arguments = argparse.Namespace(images=3, detections=40, seed=0)
+    arguments = argparse.Namespace(images=3, detections=40, seed=0, classes=None)
     shards = SimpleNamespace(shards=str(coco_val.folder))
     data = SimpleNamespace(val=shards, cache=None)
     found = benchmark_evaluate.run(SimpleNamespace(data=data), arguments)  # asserts equal numbers
     assert (found["images"], found["detections"]) == (3, 120)
     assert 0 < found["numbers"]["segm"]["AP"] < found["numbers"]["bbox"]["AP"] < 1
     assert found["ratio"] == found["pycocotools_seconds"] / found["bigdet_seconds"]
+
+
+def test_made_boxes_of_many_classes_have_the_numbers_of_pycocotools(tmp_path):
+    arguments = argparse.Namespace(images=30, detections=40, seed=0, classes=365)
+    benchmark_evaluate.make_boxes(tmp_path, arguments)
+    truth = coco_ground_truth(ShardSet(tmp_path / "shards"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (len(results), len(truth["categories"])) == (1200, 365)
+    stats, _ = benchmark_evaluate.pycocotools_stats(truth, results, "bbox")
+    assert benchmark_evaluate.score_boxes(tmp_path) == {
+        name: stats[place] for name, place in METRICS.items()
+    }
+    assert 0.1 < stats[0] < 0.9

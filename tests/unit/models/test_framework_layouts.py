@@ -1,19 +1,30 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor
 
-from bigdet.config.model_schema import KeypointConfig, ModelConfig
+from bigdet.config.model_schema import KeypointConfig, ModelConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.framework_layouts import from_framework, parts_to_load
 from bigdet.models.weights import load_parts
 from tests.unit.models import published_layouts as published
+from tests.unit.models.detectron2_formulas import (
+    clipped,
+    decoded,
+    detectron2_features,
+    detectron2_pooled,
+    detectron2_proposals,
+    linear,
+    run,
+)
 
 R50 = {"detector": "mask_rcnn", "backbone": "resnet50"}
 GN = {"norm": "gn", "box_head": "4conv1fc"}
@@ -96,46 +107,8 @@ def loaded(
     return detector.eval()
 
 
-def run(state: dict[str, Tensor], name: str, x: Tensor, **options: object) -> Tensor:
-    """A convolution of detectron2 with its frozen normalization, if it has one."""
-    x = F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **options)
-    if f"{name}.norm.weight" not in state:
-        return x
-    parts = (state[f"{name}.norm.{kind}"][:, None, None]
-             for kind in ("weight", "bias", "running_mean", "running_var"))  # fmt: skip
-    scale, shift, mean, variance = parts
-    return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
-
-
-def detectron2_features(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-    """P2 to P5 of an R-50 with stride in the 1x1 convolutions, by detectron2's names."""
-    body = "backbone.bottom_up."
-    x = F.relu(run(state, f"{body}stem.conv1", x, stride=2, padding=3))
-    x = F.max_pool2d(x, 3, 2, 1)
-    levels = []
-    for stage, count in enumerate(published.DEPTHS[50], start=2):
-        for block in range(count):
-            name = f"{body}res{stage}.{block}"
-            stride = 2 if block == 0 and stage > 2 else 1
-            y = F.relu(run(state, f"{name}.conv1", x, stride=stride))
-            y = F.relu(run(state, f"{name}.conv2", y, padding=1))
-            y = run(state, f"{name}.conv3", y)
-            x = F.relu(y + (run(state, f"{name}.shortcut", x, stride=stride) if block == 0 else x))
-        levels.append(x)
-    merged, pyramid = None, []
-    for level in (5, 4, 3, 2):
-        lateral = run(state, f"backbone.fpn_lateral{level}", levels[level - 2])
-        merged = lateral if merged is None else lateral + F.interpolate(merged, scale_factor=2)
-        pyramid.insert(0, run(state, f"backbone.fpn_output{level}", merged, padding=1))
-    return pyramid
-
-
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
-
-
-def linear(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
 
 @torch.no_grad()
@@ -178,6 +151,92 @@ def test_detectron2s_mask_rcnn_computes_the_same() -> None:
 
 
 @torch.no_grad()
+def test_detectron2s_mask_rcnn_detects_the_same() -> None:
+    """Its inference from pixels to boxes, scores, classes and masks, by its own formulas."""
+    shapes = published.detectron2_rcnn(classes=3, width=16, fc_width=32)
+    state = published.random_state(shapes, seed=3)
+    for name in ("proposal_generator.rpn_head.conv", "roi_heads.box_head.fc1",
+                 "roi_heads.mask_head.mask_fcn1"):  # fmt: skip
+        state[f"{name}.weight"] /= 300  # what the pyramid's features are of, so that no score is 1
+    state["proposal_generator.rpn_head.anchor_deltas.weight"] /= 5
+    state["proposal_generator.rpn_head.anchor_deltas.bias"] *= 0
+    state["roi_heads.box_predictor.cls_score.bias"] -= torch.tensor([1.0, 3.0, -2.0, -1.0])
+    rpn = RpnConfig(test_candidates=40, test_proposals=30)
+    detector = loaded(state, "detectron2", "bgr_255", stride_in_1x1=True, rpn=rpn, **R50)
+    detector.test_size = (64, 96)
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    found = detector.predict([image])[0]
+
+    mean = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
+    pyramid = detectron2_features(state, (image.double() - mean).flip(0)[None])
+    regions = detectron2_proposals(state, pyramid)
+    hidden = detectron2_pooled(pyramid, regions, 7).flatten(1)
+    for layer in ("fc1", "fc2"):
+        hidden = F.relu(linear(state, f"roi_heads.box_head.{layer}", hidden))
+    scores = linear(state, "roi_heads.box_predictor.cls_score", hidden).softmax(dim=1)[:, :-1]
+    deltas = linear(state, "roi_heads.box_predictor.bbox_pred", hidden).view(-1, 4)
+    boxes = decoded(deltas, regions.repeat_interleave(3, dim=0), (10, 10, 5, 5))
+    rows, labels = (scores > 0.05).nonzero().T
+    boxes = clipped(boxes, 64, 96).view(-1, 3, 4)[rows, labels]
+    scores = scores[rows, labels]
+    kept = torchvision.ops.batched_nms(boxes, scores, labels, 0.5)[:100]
+    boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+    hidden, name = detectron2_pooled(pyramid, boxes, 14), "roi_heads.mask_head."
+    for number in range(1, 5):
+        hidden = F.relu(run(state, f"{name}mask_fcn{number}", hidden, padding=1))
+    weights = (state[f"{name}deconv.weight"], state[f"{name}deconv.bias"])
+    hidden = run(state, f"{name}predictor", F.relu(F.conv_transpose2d(hidden, *weights, stride=2)))
+    assert len(boxes) > 10
+    assert set(labels.tolist()) == {0, 1, 2}
+    assert found.labels.tolist() == labels.tolist()
+    torch.testing.assert_close(found.scores.double(), scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.boxes.double(), boxes, rtol=0, atol=1e-3)
+    masks = hidden[torch.arange(len(labels)), labels].sigmoid()
+    torch.testing.assert_close(found.masks.double(), masks, rtol=0, atol=1e-4)
+
+
+def less(number: int) -> Callable[[re.Match[str]], str]:
+    return lambda m: f"{int(m[0]) - number}"
+
+
+IN_MMDETECTION = [  # names of layers in detectron2's Mask R-CNN and in mmdetection's
+    (r"^backbone.bottom_up.(stem.)?", "backbone.", r"^$", ""),
+    (r"conv(\d).norm.", r"bn\1.", r"^$", ""),
+    (r"shortcut.norm.", "downsample.1.", r"^$", ""),
+    (r"shortcut.", "downsample.0.", r"^$", ""),
+    (r"^backbone.res", "backbone.layer", r"(?<=^backbone.layer)\d", less(1)),
+    (r"^backbone.fpn_lateral(\d)", r"neck.lateral_convs.\1.conv", r"(?<=convs.)\d", less(2)),
+    (r"^backbone.fpn_output(\d)", r"neck.fpn_convs.\1.conv", r"(?<=fpn_convs.)\d", less(2)),
+    (r"^proposal_generator.rpn_head.conv", "rpn_head.rpn_conv", r"^$", ""),
+    (r"^proposal_generator.rpn_head.objectness_logits", "rpn_head.rpn_cls", r"^$", ""),
+    (r"^proposal_generator.rpn_head.anchor_deltas", "rpn_head.rpn_reg", r"^$", ""),
+    (r"^roi_heads.box_head.fc", "roi_head.bbox_head.shared_fcs.", r"(?<=fcs.)\d", less(1)),
+    (r"^roi_heads.box_predictor.cls_score", "roi_head.bbox_head.fc_cls", r"^$", ""),
+    (r"^roi_heads.box_predictor.bbox_pred", "roi_head.bbox_head.fc_reg", r"^$", ""),
+    (r"^roi_heads.mask_head.mask_fcn(\d)", r"roi_head.mask_head.convs.\1.conv",
+     r"(?<=mask_head.convs.)\d", less(1)),
+    (r"^roi_heads.mask_head.deconv", "roi_head.mask_head.upsample", r"^$", ""),
+    (r"^roi_heads.mask_head.predictor", "roi_head.mask_head.conv_logits", r"^$", ""),
+]  # fmt: skip
+
+
+def test_mmdetections_mask_rcnn_is_detectron2s_by_other_names(small) -> None:
+    state, detector = small
+    theirs = {}
+    for name, value in state.items():
+        for pattern, new, number, counted in IN_MMDETECTION:
+            if re.search(pattern, name):
+                name = re.sub(number, counted, re.sub(pattern, new, name))
+        theirs[name] = value
+    layout = published.mmdetection_rcnn(RESNET(50, 1, 64, "bn"), classes=3, width=16, fc_width=32)
+    assert {name: tuple(value.shape) for name, value in theirs.items()} == layout
+    found = from_framework(detector, theirs, "mmdetection", "bgr_255", "x.pth")
+    expected = from_framework(detector, state, "detectron2", "bgr_255", "x.pkl")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@torch.no_grad()
 def test_mmdetections_cascade_computes_the_same_in_each_stage() -> None:
     shapes = published.mmdetection_rcnn(
         RESNET(50, 1, 64, "bn"), classes=3, masks=False, is_cascade=True, width=16, fc_width=32
@@ -193,7 +252,11 @@ def test_mmdetections_cascade_computes_the_same_in_each_stage() -> None:
         hidden = F.relu(linear(state, f"{name}shared_fcs.1", hidden))
         classes, deltas = stage(pooled)
         close(classes, linear(state, f"{name}fc_cls", hidden))
-        close(deltas.flatten(1), linear(state, f"{name}fc_reg", hidden))
+        # Shifts in parts of a box: theirs times target_stds of cascade-mask-rcnn_r50_fpn.py.
+        own = deltas.flatten(1) / torch.tensor([stage.delta_weights[i] for i in (0, 0, 1, 1)])
+        deviations = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+        theirs = linear(state, f"{name}fc_reg", hidden) * torch.tensor(deviations[number])
+        close(own, theirs)
 
 
 @torch.no_grad()
