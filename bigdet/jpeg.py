@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 
 _START = b"\xff\xd8\xff"
 _ZEROS = bytes(64)  # a row of zeros as no compressed photograph has it
-_END_OF_IMAGE = b"\xff\xd9"
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+_RESTART = re.compile(r"0xd[0-7]$")  # markers within a scan
 _SCAN, _TABLES, _SEQUENTIAL = 0xDA, 0xC4, (0xC0, 0xC1)  # markers
 
 JPEG_DIVISORS = (8, 4, 2)
@@ -88,14 +90,17 @@ def is_zeroed(data: bytes) -> bool:
 def loses_pixels(problem: str, data: bytes) -> bool:
     """Tell whether what libjpeg says of a file means damage.
 
-    Stray bytes before the end marker do not, and occur. They are also what a decoder leaves over
-    that has run through zeros; between scans, that a part of the data is lost.
+    Stray bytes before the first scan and before the end marker do not, and occur. They are also
+    what a decoder leaves over that has run through zeros; between scans, that data is lost.
     """
     if "Corrupt JPEG data" not in problem and "Premature end" not in problem:
         return False  # not damage, but a kind of file: rare subsamplings, odd markers
     scan = next((stop for marker, _, stop in _segments(data) if marker == _SCAN), 0)
     end = data.rfind(_END_OF_IMAGE, scan) % (len(data) + 1)  # no end marker: the last byte
-    is_stray = "extraneous bytes" in problem and problem.endswith("0xd9")
+    is_between = not problem.endswith("0xd9") and (
+        data.count(_START_OF_SCAN) > 1 or _RESTART.search(problem) is not None
+    )
+    is_stray = "extraneous bytes" in problem and not is_between
     return not is_stray or _ZEROS in data[scan:end]
 
 

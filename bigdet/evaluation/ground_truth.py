@@ -68,11 +68,8 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
     order = np.argsort(shards.index["image_id"], kind="stable")
     num_points = keypoints_per_object(shards.categories) if with_keypoints else 0
     images, labels, is_crowd = array("q"), array("q"), array("b")
-    boxes, areas, points = (
-        array("d"),
-        array("d"),
-        array("d"),
-    )  # lists of floats take 8 times as much
+    # Lists of floats take 8 times as much.
+    boxes, areas, points = array("d"), array("d"), array("d")
     masks: list[bytes] = []
     has_mask: list[bool] = []
     none = [0.0] * (3 * num_points)
