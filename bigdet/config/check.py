@@ -15,6 +15,7 @@ from bigdet.config.data_schema import DataConfig, TrainSplitConfig
 from bigdet.config.derived import (
     LAYER_NORM_BACKBONES,
     has_batch_norm,
+    has_fpn,
     has_masks,
     is_foreign_file,
     is_square,
@@ -332,9 +333,14 @@ def _check_start(config: RunConfig, name: str) -> None:
             f"{key}.start_from.parts: found {parts}, but source is random, so nothing is loaded. "
             f"Remove parts, or name a source."
         )
-    has_backbone_only = is_timm(source) or is_foreign_file(source)
-    if has_backbone_only and parts not in (None, ["backbone"]):
-        raise ConfigError(f"{key}.start_from.parts: {source} has weights of the backbone only.")
+    if parts is not None and (is_timm(source) or is_foreign_file(source)):
+        fc_layers = [] if has_fpn(model) else ["box_head"]
+        if sorted(parts) not in (["backbone"], ["backbone", *fc_layers]):
+            beside = ", and of box_head (fc6, fc7) beside it" if fc_layers else " only"
+            raise ConfigError(
+                f"{key}.start_from.parts: found {', '.join(parts)}, but {source} has weights of "
+                f"the backbone{beside}."
+            )
     pixels = phase.start_from.pixels
     if source.endswith(".pkl") != (pixels is not None):
         raise ConfigError(

@@ -222,7 +222,7 @@ def start_parts(config: RunConfig, name: str) -> list[str]:
     if source == "random":
         return []
     if is_timm(source) or is_foreign_file(source):
-        return ["backbone"]
+        return list(parts or ["backbone"])
     own = model_parts(phase_model(config, name))
     if parts is None and source == "previous":
         before = model_parts(phase_model(config, phase_before(config, name)))

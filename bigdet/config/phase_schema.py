@@ -93,7 +93,7 @@ class StartFromConfig:
     ``random`` in the first phase, ``previous`` in the others."""
     parts: list[Part] | None = None
     """The parts that are loaded, the others start anew. None: all parts of the model (``timm``
-    and files of others: the backbone)."""
+    and files of others: the backbone; of ``vgg16`` they also have fc6 and fc7 for ``box_head``)."""
     pixels: Pixels | None = None
     """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
     as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:

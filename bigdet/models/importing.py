@@ -23,6 +23,7 @@ from bigdet.models.convnext import ConvNeXt
 from bigdet.models.detector import PIXEL_DEVIATION, Detector
 from bigdet.models.resnet import ResNet
 from bigdet.models.swin import Swin, SwinV2
+from bigdet.models.vgg_fc import load_fc_layers
 from bigdet.models.vit import ViT
 from bigdet.models.weights import FORMAT, LoadedPart, load_parts, part_of
 
@@ -95,7 +96,9 @@ def timm_name(source: str, backbone: str) -> str:
     return name
 
 
-def load_timm_backbone(detector: Detector, source: str, backbone: str) -> list[LoadedPart]:
+def load_timm_backbone(
+    detector: Detector, source: str, backbone: str, parts: Sequence[str] = ("backbone",)
+) -> list[LoadedPart]:
     """Load published weights into the detector's backbone.
 
     timm downloads them into the Hugging Face cache of this machine, once.
@@ -104,6 +107,7 @@ def load_timm_backbone(detector: Detector, source: str, backbone: str) -> list[L
         detector: a detector whose backbone is ``backbone``.
         source: ``timm`` or ``timm:NAME``.
         backbone: ``model.backbone`` of the config.
+        parts: with ``box_head`` VGG's fc6 and fc7 too.
     """
     name = timm_name(source, backbone)
     try:
@@ -122,7 +126,7 @@ def load_timm_backbone(detector: Detector, source: str, backbone: str) -> list[L
             f"{deviation}, but the detector uses {IMAGENET_DEFAULT_MEAN} and "
             f"{IMAGENET_DEFAULT_STD}. Choose other weights."
         )
-    return _load(detector, timm_model.state_dict(), name)
+    return _load(detector, timm_model.state_dict(), name, parts)
 
 
 def is_published_file(path: Path) -> bool:
@@ -142,7 +146,7 @@ def load_backbone_file(
     Args:
         detector: to fill.
         path: of the file.
-        parts: ``start_from.parts``; the file holds a backbone, so nothing else can be asked for.
+        parts: ``start_from.parts``; with ``box_head`` VGG's fc6 and fc7 too.
         pixels: ``start_from.pixels``, how images were given to the network that a pickle holds.
     """
     if parts is None and path.suffix == ".safetensors":
@@ -154,16 +158,19 @@ def load_backbone_file(
     if pixels is not None and pixels != "rgb":
         state = _to_rgb(state, pixels, str(path))
         warn_of_stride(detector, pixels, str(path))
-    return _load(detector, state, str(path))
+    return _load(detector, state, str(path), parts or ())
 
 
-def _load(detector: Detector, state: Mapping[str, Tensor], source: str) -> list[LoadedPart]:
+def _load(
+    detector: Detector, state: Mapping[str, Tensor], source: str, parts: Sequence[str]
+) -> list[LoadedPart]:
     tensors = {f"backbone.{k}": v for k, v in rename(state, detector.backbone).items()}
     own = detector.state_dict()
     for name in own:
         if _OWN.match(name.removeprefix("backbone.")) and name not in tensors:
             tensors[name] = own[name]
-    return load_parts(detector, tensors, ["backbone"], source)
+    rows = load_parts(detector, tensors, ["backbone"], source)
+    return [*rows, load_fc_layers(detector, state, source)] if "box_head" in parts else rows
 
 
 def rename(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:

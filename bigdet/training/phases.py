@@ -128,11 +128,13 @@ def _read_start(
     if source == "random":
         return [], None
     if is_timm(source):
-        return importing.load_timm_backbone(detector, source, config.model.backbone), None
+        parts = start_parts(config, name)
+        rows = importing.load_timm_backbone(detector, source, config.model.backbone, parts)
+        return rows, 0
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
     start = config.phases[name].start_from
     if importing.is_published_file(path):
-        return importing.load_backbone_file(detector, path, start.parts, start.pixels), None
+        return importing.load_backbone_file(detector, path, start.parts, start.pixels), 0
     tensors, source_classes = weights.read_weights(path)
     if has_cascade(phase_model(config, name)):
         tensors = spread_over_stages(tensors)

@@ -9,9 +9,12 @@ import pytest
 import torch
 import torchvision
 
+from bigdet.config.check import check_config
 from bigdet.config.load import parse_config
 from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.norms import batch_norms
+from bigdet.models.rcnn import RCNN
+from bigdet.models.vgg import VGG
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
 
@@ -54,6 +57,34 @@ def test_a_phase_starts_from_a_backbone_that_others_trained(
     parts = [part for part in detector.modules() if isinstance(part, Checkpointed)]
     assert len(parts) == 4
     assert all(part.is_checkpointed for part in parts)
+
+
+def test_vgg_brings_fc6_and_fc7_when_asked_for_the_box_head(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {**VGG().state_dict()}
+    for name, inputs in (("classifier.0", 512 * 49), ("classifier.3", 16)):
+        state |= {f"{name}.weight": torch.rand(16, inputs), f"{name}.bias": torch.rand(16)}
+    path = tmp_path / "vgg.pth"
+    torch.save(state, path)
+    text = CONFIG.replace("CHECKPOINTED", "false").replace("steps: 2", "steps: 900")
+    for old, new in (
+        ('"SOURCE"', f"{path}, parts: [backbone, box_head]"), (", norm_mode: sync", ""),
+        ("mask_rcnn", "faster_rcnn"), ("resnet18, width: 16", "vgg16, norm: none"),
+    ):  # fmt: skip
+        text = text.replace(old, new)
+    config = parse_config(text, "test")
+    check_config(config)
+    with caplog.at_level(logging.INFO):
+        detector = build_for_phase(
+            config, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
+        )
+    assert isinstance(detector, RCNN)
+    assert torch.equal(detector.box_head.fcs[1].weight, state["classifier.3.weight"])
+    rows = {m.split()[2]: m.split()[5:] for m in caplog.messages if m.startswith("phase train: ")}
+    assert rows["backbone"] == [str(path)]
+    assert rows["box_head"] == ["0", "of", "3", str(path), "(fc6,", "fc7)"]
+    assert rows["rpn"] == ["random"]
 
 
 def test_activation_checkpointing_is_off_by_default(tmp_path: Path) -> None:
