@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,11 +126,17 @@ def check_same_data(runs: Sequence[Run]) -> None:
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Put runs together that differ in nothing but their seed, in the order in which they come."""
-    by_options: dict[str, list[Run]] = {}
+    """Put runs together that differ in nothing but their seed, in the order in which they come.
+
+    A run that was made again with the same seed is no further seed: it stands for itself.
+    """
+    by_options: dict[tuple[str, int], list[Run]] = {}
+    times: Counter[tuple[str, str]] = Counter()
     for run in runs:
         kept = {key: value for key, value in run.options.items() if not _is_uncounted(key)}
-        by_options.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(run)
+        options, seed = json.dumps(kept, sort_keys=True, default=str), str(run.options.get("seed"))
+        by_options.setdefault((options, times[options, seed]), []).append(run)
+        times[options, seed] += 1
     groups: dict[str, list[Run]] = {}
     for members in by_options.values():
         name = common_name([run.name for run in members])

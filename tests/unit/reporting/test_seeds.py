@@ -57,3 +57,15 @@ def test_figures_show_the_mean_and_whiskers_that_end_at_zero(tmp_path: Path):
     errors = figures[2].choices[0].traces[0]  # 5 points in each seed
     assert errors["x"] == pytest.approx([5.0] * 6)
     assert errors["error_x"]["array"] == pytest.approx([0.0] * 6)
+
+
+def test_a_run_made_again_is_no_further_seed(tmp_path: Path):
+    folders = [
+        write_run(tmp_path / "a-s0", [0.1], "seed=0"),
+        write_run(tmp_path / "again", [0.1], "seed=0"),
+        write_run(tmp_path / "a-s1", [0.2], "seed=1"),
+    ]
+    groups = group_runs(read_runs(folders))
+    assert {name: [run.name for run in runs] for name, runs in groups.items()} == {
+        "a": ["a-s0", "a-s1"], "again": ["again"],
+    }  # fmt: skip
