@@ -52,7 +52,12 @@ from bigdet.log import setup_logging
 from bigdet.models.build import build_detector
 from bigdet.models.classes import carry_classes
 from bigdet.models.detector import Detector
-from bigdet.models.framework_layouts import from_framework, parts_to_load
+from bigdet.models.framework_layouts import (
+    THEIR_SAMPLING_RATIO,
+    from_framework,
+    parts_to_load,
+    with_sampling,
+)
 from bigdet.models.torchvision_layout import from_torchvision, to_torchvision
 from bigdet.models.weight_files import read_tensors_and_classes
 from bigdet.models.weights import (
@@ -134,7 +139,14 @@ def restore(options: argparse.Namespace) -> int:
         state = read_tensors_and_classes(options.weights)[0]
         detector.load_state_dict(from_torchvision(detector, state, str(options.weights)))
     else:
-        load_framework(detector, options, categories)
+        parts = load_framework(detector, options, categories)
+        is_chosen = any(word.startswith("model.roi.sampling_ratio=") for word in options.overrides)
+        if "box_head" in parts and not is_chosen:
+            config = with_sampling(config, THEIR_SAMPLING_RATIO)
+            print(
+                f"model.roi.sampling_ratio: {THEIR_SAMPLING_RATIO}, as {options.source} pools "
+                f"regions; an override of it chooses otherwise"
+            )
     metadata = weights_metadata(config, [asdict(category) for category in categories], phase)
     save_detector_weights(options.out, detector, metadata)
     return len(detector.state_dict())
@@ -142,8 +154,12 @@ def restore(options: argparse.Namespace) -> int:
 
 def load_framework(
     detector: Detector, options: argparse.Namespace, categories: Sequence[Category]
-) -> None:
-    """Load the weights of detectron2 or mmdetection, the classes in the order of categories."""
+) -> list[str]:
+    """Load the weights of detectron2 or mmdetection, the classes in the order of categories.
+
+    Returns:
+        The parts of the detector that they have.
+    """
     source = str(options.weights)
     tensors, names = read_tensors_and_classes(options.weights)
     if names is None and options.source == "detectron2":
@@ -162,6 +178,7 @@ def load_framework(
     advice = " (model.box_head=2fc or 4conv1fc, model.backbone, ...), and --categories its classes"
     parts = parts_to_load(detector, tensors)
     load_parts(detector, tensors, parts, source, advice=advice)
+    return parts
 
 
 def check_out(path: Path, suffixes: Sequence[str]) -> None:

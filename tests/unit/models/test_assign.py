@@ -124,8 +124,8 @@ def test_labels_of_anchors_equal_torchvisions_matcher() -> None:
 
 
 def test_labels_of_anchors_follow_the_reference_table() -> None:
-    # RECIPES.md, E.3: columns are anchors. The first and third are nobody's best and lie between
-    # or below the thresholds; the fourth is between, but the best of the first object.
+    # detectron2's test of its matcher: columns are anchors. The first and third are nobody's best
+    # and lie between or below the thresholds; the fourth is between, but the first object's best.
     table = torch.tensor([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
     is_best = (table == table.amax(dim=1, keepdim=True)).any(dim=0)
     labels = label_anchors(table.amax(dim=0)[None], is_best[None])
@@ -151,7 +151,7 @@ def counts(labels: Tensor, slots: int, fraction: float) -> tuple[int, int]:
 
 
 def test_a_sample_has_at_most_its_part_of_positives() -> None:
-    # RECIPES.md, E.3: 4 slots, a quarter positive, of 6 negatives and 3 positives.
+    # 4 slots, a quarter positive, of 6 negatives and 3 positives.
     labels = torch.tensor([[0, 1, 0, 0, 1, 0, 1, 0, 0]], dtype=torch.int8)
     assert counts(labels, 4, 0.25) == (1, 3)
 

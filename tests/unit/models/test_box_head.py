@@ -107,8 +107,8 @@ def regions_of(labels: list[int], boxes: list[list[float]], targets: list[list[f
 
 
 def test_losses_of_silent_predictions_are_worked_out_by_hand() -> None:
-    # RECIPES.md, E.3: the two deltas' absolute values add up to 2.018324 and 6.054133, and half of
-    # their sum is 4.0362: here over 4 regions, half of them background.
+    # The boxes of detectron2's test: the two deltas' absolute values add up to 2.018324 and 6.054133,
+    # and half of their sum is 4.0362: here over 4 regions, half of them background.
     boxes = [[0.8, 1.1, 3.2, 2.8], [2.3, 2.5, 7.0, 8.0], A, B]
     targets = [[1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 6.0, 6.0], A, A]
     regions = regions_of([0, 1, K, K], boxes, targets)

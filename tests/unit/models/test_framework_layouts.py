@@ -31,7 +31,7 @@ GN = {"norm": "gn", "box_head": "4conv1fc"}
 X152 = {"backbone": "resnext152_32x8d"}
 D2, MM = published.detectron2_rcnn, published.mmdetection_rcnn
 RESNET, SWIN = published.mmdetection_resnet, published.mmdetection_swin
-LAYOUTS = {  # the layout, the model of it, and parameters of RECIPES.md, E.1
+LAYOUTS = {  # the layout, the model of it, and its published number of parameters
     "d2 faster r50": (D2(masks=False), {**R50, "detector": "faster_rcnn"}, 41_753_056),
     "d2 mask r50": (D2(), R50, 44_396_336),
     "d2 mask r101": (D2(101), {**R50, "backbone": "resnet101"}, 63_388_464),

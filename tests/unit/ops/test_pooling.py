@@ -16,7 +16,7 @@ def one_level(feature: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("aligned", "first", "down"), [(True, 4.5, 2.5), (False, 7.5, 2.5)])
 def test_roi_align_gives_the_reference_grids(aligned: bool, first: float, down: float) -> None:
-    # RECIPES.md, E.3: arange(25) as 5x5, box (1, 1, 3, 3), 4x4 bins of half a cell.
+    # detectron2's test of ROIAlign: arange(25) as 5x5, box (1, 1, 3, 3), 4x4 bins of half a cell.
     feature = torch.arange(25, dtype=torch.float64).view(5, 5)
     table = tabulate([one_level(feature)], [1])
     box = torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64)
