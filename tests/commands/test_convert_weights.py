@@ -163,6 +163,11 @@ def test_mmdetections_weights_keep_its_classes_in_another_order(tmp_path, monkey
         convert([*words, "--out", out], monkeypatch)
         outs.append(out)
     (first, one), (second, other) = map(predictions_of, outs)
+    # Theirs pool with as many points as a region needs; an override says otherwise.
+    assert first.config.roi.sampling_ratio == 0
+    chosen = [*words, "model.roi.sampling_ratio=2", "--out", tmp_path / "2.safetensors"]
+    convert(chosen, monkeypatch)
+    assert load_detector(tmp_path / "2.safetensors").config.roi.sampling_ratio == 2
     assert [c["name"] for c in first.categories] == ["disc", "box"]
     assert [c["name"] for c in second.categories] == ["box", "disc"]
     assert len(one.boxes) > 10

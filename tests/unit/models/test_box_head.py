@@ -107,7 +107,7 @@ def regions_of(labels: list[int], boxes: list[list[float]], targets: list[list[f
 
 
 def test_losses_of_silent_predictions_are_worked_out_by_hand() -> None:
-    # The boxes of detectron2's test: the two deltas' absolute values add up to 2.018324 and 6.054133,
+    # Boxes of detectron2's test: the two deltas' absolute values add up to 2.018324 and 6.054133,
     # and half of their sum is 4.0362: here over 4 regions, half of them background.
     boxes = [[0.8, 1.1, 3.2, 2.8], [2.3, 2.5, 7.0, 8.0], A, B]
     targets = [[1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 6.0, 6.0], A, A]
