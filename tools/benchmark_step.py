@@ -42,7 +42,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from bigdet.commands import positive
-from bigdet.config.derived import has_masks
+from bigdet.config.derived import has_masks, proposal_limits
 from bigdet.config.load import check_phase
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.schema import RunConfig
@@ -248,7 +248,8 @@ def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
 
 def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
     """Build torchvision's detector with the settings of ours on a backbone with pyramid."""
-    width, rpn, roi = config.width, config.rpn, config.roi
+    rpn = proposal_limits(config.rpn, config.detector)
+    width, roi = config.width, config.roi
     norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(nn.GroupNorm, 32)}[
         head_norm(config)
     ]
@@ -262,7 +263,7 @@ def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
             tuple((size,) for size in rpn.anchor_sizes),
             (tuple(rpn.anchor_ratios),) * len(rpn.anchor_sizes),
         ),
-        "rpn_pre_nms_top_n_train": rpn.train_proposals,
+        "rpn_pre_nms_top_n_train": rpn.train_candidates,
         "rpn_post_nms_top_n_train": rpn.train_proposals,
         "rpn_batch_size_per_image": rpn.anchors_per_image,
         "rpn_nms_thresh": rpn.nms_iou,

@@ -165,8 +165,8 @@ def test_mmdetections_weights_keep_its_classes_in_another_order(tmp_path, monkey
     (first, one), (second, other) = map(predictions_of, outs)
     # Theirs pool with as many points as a region needs; an override says otherwise.
     assert first.config.roi.sampling_ratio == 0
-    chosen = [*words, "model.roi.sampling_ratio=2", "--out", tmp_path / "2.safetensors"]
-    convert(chosen, monkeypatch)
+    chosen = [*words[:3], "model.roi.sampling_ratio=2", *words[3:]]
+    convert([*chosen, "--out", tmp_path / "2.safetensors"], monkeypatch)
     assert load_detector(tmp_path / "2.safetensors").config.roi.sampling_ratio == 2
     assert [c["name"] for c in first.categories] == ["disc", "box"]
     assert [c["name"] for c in second.categories] == ["box", "disc"]
