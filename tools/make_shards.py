@@ -3,6 +3,7 @@
 python tools/make_shards.py coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
 python tools/make_shards.py objects365 --images DIR --annotations FILE --out DIR
 python tools/make_shards.py voc --root DIR --split trainval [--categories FILE] --out DIR
+python tools/make_shards.py deeppcb --root PCBData --split trainval --out DIR
 python tools/make_shards.py shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
 
 After a kill the same command goes on; what comes out is the same, byte for byte. Over 3 machines:
@@ -27,6 +28,7 @@ from bigdet.data.reencoding import Reencoding
 from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
 from bigdet.data.sources.coco import convert_coco, convert_objects365
+from bigdet.data.sources.deeppcb import convert_deeppcb
 from bigdet.data.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.sources.voc import convert_voc
 
@@ -90,6 +92,10 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
             making=making,
             progress=progress,
         )
+    if arguments.source == "deeppcb":
+        return convert_deeppcb(
+            arguments.root, arguments.split, arguments.out, making=making, progress=progress
+        )
     if arguments.source == "objects365":
         return convert_objects365(
             images, annotations, arguments.out, making=making, progress=progress
@@ -131,7 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     voc.add_argument("--split", required=True, help="a file in ImageSets/Main, without .txt")
     voc.add_argument("--categories", type=Path, help="JSON list; default: all names, sorted")
     voc.set_defaults(images=None, annotations=None)
-    for source in (coco, objects, voc):
+    pcb = sources.add_parser("deeppcb", help="DeepPCB's lists and text files of boxes")
+    pcb.add_argument("--root", type=Path, required=True, help="PCBData, which holds the lists")
+    pcb.add_argument("--split", required=True, help="a list without .txt: trainval or test")
+    pcb.set_defaults(images=None, annotations=None)
+    for source in (coco, objects, voc, pcb):
         _add_options(source)
     shapes = sources.add_parser("shapes", help="synthetic images to try things on")
     shapes.add_argument("--out", required=True, help="folder for the shards")

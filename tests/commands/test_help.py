@@ -20,7 +20,7 @@ def commands():
     for path in sorted((ROOT / "tools").glob("*.py")):
         if '__name__ == "__main__"' in path.read_text():
             yield f"python tools/{path.name}", path.stem, []
-    for source in ("coco", "objects365", "voc", "shapes", "merge"):
+    for source in ("coco", "objects365", "voc", "deeppcb", "shapes", "merge"):
         yield f"python tools/make_shards.py {source}", "make_shards", [source]
     for part in ("stream", "step", "predict", "evaluate", "resume"):
         yield f"python tools/benchmark.py {part}", "benchmark", [part]

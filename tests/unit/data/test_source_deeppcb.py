@@ -1,0 +1,64 @@
+"""DeepPCB's lists and text files to shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bigdet.data.manifest import ShardError
+from bigdet.data.shards import ShardSet
+from bigdet.data.sources.deeppcb import convert_deeppcb
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two photographs of a group as the repository has them; the second has no defect."""
+    root = tmp_path / "PCBData"
+    images, texts = root / "group1/1", root / "group1/1_not"
+    images.mkdir(parents=True)
+    texts.mkdir()
+    for name in ("10001_test", "10001_temp", "10002_test"):
+        Image.new("L", (64, 48), 90).save(images / f"{name}.jpg")
+    (texts / "10001.txt").write_text("4 6 20 16 3\n30 0 70 48 6\n")
+    (texts / "10002.txt").write_text("")
+    lines = [f"group1/1/{n}.jpg group1/1_not/{n}.txt" for n in (10001, 10002)]
+    (root / "trainval.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_boxes_are_corners_and_types_count_from_one(root: Path, tmp_path: Path) -> None:
+    manifest = convert_deeppcb(root, "trainval", tmp_path / "out")
+    assert manifest is not None
+    assert (manifest.images, manifest.instances) == (2, 2)
+    assert manifest.options == {"root": str(root), "split": "trainval", "shard_megabytes": 256}
+    shards = ShardSet(tmp_path / "out")
+    names = [category.name for category in shards.categories]
+    assert names == ["open", "short", "mousebite", "spur", "copper", "pin-hole"]
+    first, second = shards.record(0), shards.record(1)
+    assert (first["file_name"], first["height"], first["width"]) == (
+        "group1/1/10001_test.jpg", 48, 64,
+    )  # fmt: skip
+    # 20 - 4 and 16 - 6; the second reaches 6 pixels beyond the right edge and is cut at 64.
+    found = [(entry["label"], entry["bbox"]) for entry in first["annotations"]]
+    assert found == [(2, [4, 6, 16, 10]), (5, [30, 0, 34, 48])]
+    assert second["annotations"] == []
+
+
+def test_what_is_not_so_is_named(root: Path, tmp_path: Path) -> None:
+    text = root / "group1/1_not/10001.txt"
+    for line in ("4 6 20 16", "4 6 20 16 7", "4 6 20 16 0", "4 6 x 16 1", "4.5 6 20 16 1"):
+        text.write_text(f"1 1 9 9 1\n{line}\n")
+        with pytest.raises(
+            ShardError, match=rf"10001\.txt: line 2: found '{line}', expected x1 y1"
+        ):
+            convert_deeppcb(root, "trainval", tmp_path / "out")
+    with pytest.raises(ShardError, match=r"train\.txt: cannot be read .*\(found: trainval\)"):
+        convert_deeppcb(root, "train", tmp_path / "out")
+    (root / "trainval.txt").write_text("only_one.jpg\n")
+    with pytest.raises(ShardError, match=r"trainval\.txt: line 1: found 'only_one\.jpg'"):
+        convert_deeppcb(root, "trainval", tmp_path / "out")
+    (root / "trainval.txt").write_text("group1/1/7.jpg group1/1_not/10002.txt\n")
+    with pytest.raises(ShardError, match=r"7\.jpg: cannot be read as an image .* line 1 names it"):
+        convert_deeppcb(root, "trainval", tmp_path / "out")
