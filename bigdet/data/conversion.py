@@ -259,7 +259,7 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
             raise
         if finished.shard.samples:
             storage.take(scratch / finished.shard.file, finished.shard.file)
-    note = {"shard": asdict(finished.shard), "crowd": finished.crowd, "log": log.lines}
+    note = {"shard": asdict(finished.shard), "classes": finished.classes, "log": log.lines}
     text = json.dumps({**note, "rows": finished.rows.tolist()})
     storage.write(_note_name(job.number), text.encode())
 
@@ -296,6 +296,7 @@ def _begin(storage: Storage, source: Source, making: Making, num_shards: int) ->
         "source": info.source,
         "categories": [category_values(category) for category in info.categories],
         "options": {**info.options, **making.options()},
+        "federated": info.federated,
         "notes": source.notes,
     }
     if storage.size(PLAN_NAME) is None:
@@ -317,10 +318,12 @@ def _read_note(storage: Storage, number: int) -> FinishedShard | None:
         return None
     note = json.loads(storage.read(_note_name(number)))
     shard = Shard(**note["shard"])
+    if "classes" not in note:  # of an older version: made again
+        return None
     if shard.samples and storage.size(shard.file) != shard.bytes:
         return None
     rows = np.array([tuple(row) for row in note["rows"]], dtype=INDEX_DTYPE)
-    return FinishedShard(shard, rows, note["crowd"], note["log"])
+    return FinishedShard(shard, rows, note["classes"], note["log"])
 
 
 def _clear_if_useless(storage: Storage, num_shards: int, making: Making) -> int:
@@ -336,7 +339,8 @@ def _finish(storage: Storage) -> Manifest:
     """Write index and manifest from the notes of all tars."""
     plan = json.loads(storage.read(PLAN_NAME))
     categories = [Category(**values) for values in plan["categories"]]
-    info = SetInfo(plan["name"], plan["source"], categories, plan["options"])
+    names = ("name", "source", "options", "federated")
+    info = SetInfo(categories=categories, **{name: plan[name] for name in names if name in plan})
     lacking = [n for n in range(plan["shards"]) if _read_note(storage, n) is None]
     if lacking:
         raise ShardError(

@@ -19,12 +19,15 @@ from typing import IO, Any
 
 import numpy as np
 
+from bigdet.data.annotations import IGNORE_FLAGS
 from bigdet.data.conversion import Progress, no_progress
+from bigdet.data.loose_values import truth_value
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.shard_tar import (
     MAX_U2,
+    ClassCounter,
     FinishedShard,
     annotation_flags,
     count_boxes,
@@ -123,7 +126,7 @@ def index_shards(
 def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
     rows: list[tuple[int, ...]] = []
     log: list[Json] = []
-    crowd = 0
+    classes = ClassCounter()
     with open(job.path, "rb") as file:
         try:
             for found in _samples(file):
@@ -132,7 +135,7 @@ def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
                     log.append({"skipped": row, "shard": job.path.name, "key": found.key})
                 else:
                     rows.append(row[0])
-                    crowd += row[1]
+                    classes.add(row[1])
                 tick()
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             what = f"{job.path}: cannot be read to its end ({error}). Mend it or take it away."
@@ -140,7 +143,7 @@ def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
     size = job.path.stat().st_size
     shard = Shard(job.path.name, size, len(rows), file_sha256(job.path))
     index = np.array(rows, dtype=INDEX_DTYPE)
-    return _TarResult(job.path.name, FinishedShard(shard, index, crowd, log), None)
+    return _TarResult(job.path.name, FinishedShard(shard, index, classes.listed(), log), None)
 
 
 def _samples(file: IO[bytes]) -> Iterator[_Found]:
@@ -178,8 +181,8 @@ def _samples(file: IO[bytes]) -> Iterator[_Found]:
 
 def _row(
     file: IO[bytes], found: _Found, categories: list[Category]
-) -> tuple[tuple[int, ...], int] | str:
-    """Return the index record of a sample and its number of crowds, or why it cannot be used."""
+) -> tuple[tuple[int, ...], list[Json]] | str:
+    """Return the index record of a sample and its annotations, or why it cannot be used."""
     images = [suffix for suffix in found.files if suffix in IMAGE_SUFFIXES]
     if found.problem:
         return found.problem
@@ -195,7 +198,7 @@ def _row(
         return f"its json cannot be read: {error}"
     problem = record_problem(record)
     problem = problem or next(annotation_problems(record, categories), None)
-    problem = problem or _image_problem(image, record)
+    problem = problem or _image_problem(image, record) or _meaning_problem(record)
     if problem:
         return problem
     annotations = record["annotations"]
@@ -206,7 +209,7 @@ def _row(
         return f"more pixels or boxes than {MAX_U2}"
     crc = zlib.crc32(text, zlib.crc32(image))
     places = (record["image_id"], image_offset, image_size, offset, size)
-    return (*places, crc, *sizes, flags, num_boxes, 0), len(annotations) - num_boxes
+    return (*places, crc, *sizes, flags, num_boxes, 0), annotations
 
 
 def _image_problem(image: bytes, record: Json) -> str | None:
@@ -219,6 +222,18 @@ def _image_problem(image: bytes, record: Json) -> str | None:
     recorded = (record["height"], record["width"])
     if (height, width) != recorded:
         return f"the image is {height} x {width} pixels, its record says {recorded}"
+    return None
+
+
+def _meaning_problem(record: Json) -> str | None:
+    """Say which annotations would be taken for something else than they were meant for."""
+    annotations, sides = record["annotations"], (record["height"], record["width"])
+    if annotations and max(sides) > 2 and all(max(entry["bbox"]) <= 1 for entry in annotations):
+        return "its boxes lie within 0 to 1: relative coordinates, expected pixels"
+    for flag in IGNORE_FLAGS:
+        for entry in annotations:
+            if not entry["iscrowd"] and truth_value(entry.get(flag)) is not False:
+                return f"annotation {entry['id']} has {flag} set, which shards write as iscrowd: 1"
     return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Category:
         keypoints: names of its keypoints, where it has any.
         skeleton: pairs of keypoints, by number from 0, between which a line is drawn.
         flip_pairs: pairs of keypoints, by number from 0, that a mirror exchanges: left and right.
+        frequency: ``r``, ``c`` or ``f``: LVIS's rare, common and frequent classes.
     """
 
     id: int
@@ -46,6 +47,7 @@ class Category:
     keypoints: list[str] | None = None
     skeleton: list[list[int]] | None = None
     flip_pairs: list[list[int]] | None = None
+    frequency: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Manifest:
         images: number of samples.
         instances: annotations that are not crowd.
         crowd: crowd annotations.
+        instances_per_class: as ``instances``, by label; None in sets of older versions.
+        crowd_per_class: likewise.
         pixels: sum of height x width over the images.
         skipped: images left out, by reason.
         changed: annotations left out or clipped, by reason.
@@ -83,6 +87,8 @@ class Manifest:
         shards: the tars, in order.
         options: what the set was made with.
         index_sha256: of ``index.npy``, hexadecimal; None in sets of older versions.
+        federated: on an image only some classes were looked for, as in LVIS, see
+            ``shards.Sample``.
     """
 
     version: int
@@ -91,6 +97,8 @@ class Manifest:
     images: int
     instances: int
     crowd: int
+    instances_per_class: list[int] | None = field(default=None, kw_only=True)
+    crowd_per_class: list[int] | None = field(default=None, kw_only=True)
     pixels: int
     skipped: dict[str, int]
     changed: dict[str, int]
@@ -98,6 +106,7 @@ class Manifest:
     shards: list[Shard]
     options: dict[str, Any]
     index_sha256: str | None = None
+    federated: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ class SampleLog:
         self.lines.append({"changed": reason, **details})
 
 
+class ClassCounter(Counter[tuple[int, bool]]):
+    """How many annotations there are by label, and whether they are crowd."""
+
+    def add(self, annotations: list[dict[str, Any]]) -> None:
+        """Count those of one image."""
+        self.update((entry["label"], bool(entry["iscrowd"])) for entry in annotations)
+
+    def listed(self) -> list[list[int]]:
+        """Return ``[label, instances, crowd]`` of each class that there is, by rising label."""
+        labels = sorted({label for label, _ in self})
+        return [[label, self[label, False], self[label, True]] for label in labels]
+
+
 @dataclass(frozen=True)
 class FinishedShard:
     """What a set's index and manifest need to know of a tar.
@@ -59,13 +73,13 @@ class FinishedShard:
     Attributes:
         shard: its entry in the manifest; a tar without samples has no file.
         rows: its records of the index; ``shard`` in them is 0.
-        crowd: number of crowd annotations.
+        classes: ``[label, instances, crowd]`` of each class that it has, by rising label.
         log: lines for ``skipped.jsonl``.
     """
 
     shard: Shard
     rows: NDArray[np.void]
-    crowd: int
+    classes: list[list[int]]
     log: list[dict[str, Any]]
 
 
@@ -76,7 +90,7 @@ class ShardTar:
         self.path = path
         self.size = 0  # bytes so far
         self._rows: list[tuple[int, ...]] = []
-        self._crowd = 0
+        self._classes = ClassCounter()
         self._file = open(path, "wb")  # noqa: SIM115
         self._writer = webdataset.TarWriter(
             self._file, encoder=False, user="bigdet", group="bigdet", mode=0o444, mtime=0
@@ -106,7 +120,7 @@ class ShardTar:
         crc = zlib.crc32(text, zlib.crc32(image))
         other_fields = (crc, width, height, flags, num_boxes, 0)
         self._rows.append((*image_fields, offsets["json"], len(text), *other_fields))
-        self._crowd += len(annotations) - num_boxes
+        self._classes.add(annotations)
 
     def close(self) -> FinishedShard:
         """Finish the tar."""
@@ -114,7 +128,8 @@ class ShardTar:
         self._file.close()
         size = self.path.stat().st_size
         shard = Shard(self.path.name, size, len(self._rows), file_sha256(self.path))
-        return FinishedShard(shard, np.array(self._rows, dtype=INDEX_DTYPE), self._crowd, [])
+        rows = np.array(self._rows, dtype=INDEX_DTYPE)
+        return FinishedShard(shard, rows, self._classes.listed(), [])
 
     def abandon(self) -> None:
         """Close the file as it is, after an error."""

@@ -18,6 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from operator import add
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -48,6 +49,7 @@ class SetInfo:
     source: str
     categories: list[Category]
     options: dict[str, Any]
+    federated: bool = False
 
 
 class ShardWriter:
@@ -170,7 +172,7 @@ def summarize(
     shards: list[Shard] = []
     rows = [np.zeros(0, dtype=INDEX_DTYPE)]
     counts: dict[str, Counter[str]] = {"skipped": Counter(), "changed": Counter()}
-    crowd = 0
+    classes: dict[int, list[int]] = {label: [0, 0] for label in range(len(info.categories))}
     for part in finished:
         for line in part.log:
             kind = "skipped" if "skipped" in line else "changed"
@@ -180,19 +182,23 @@ def summarize(
             part.rows["shard"] = len(shards)
             rows.append(part.rows)
             shards.append(part.shard)
-            crowd += part.crowd
+            for label, *counts_of_label in part.classes:
+                sums = classes.setdefault(label, [0, 0])
+                sums[:] = map(add, sums, counts_of_label)
     index = np.concatenate(rows)
     manifest = Manifest(
         version=VERSION,
         **vars(info),
         images=len(index),
         instances=int(index["num_boxes"].sum(dtype=np.int64)),
-        crowd=crowd,
+        crowd=sum(crowd for _, crowd in classes.values()),
         pixels=int((index["height"].astype(np.int64) * index["width"]).sum()),
         skipped=dict(sorted(counts["skipped"].items())),
         changed=dict(sorted(counts["changed"].items())),
         shards=shards,
         index_sha256=hashlib.sha256(index_bytes(index)).hexdigest(),
+        instances_per_class=[classes[label][0] for label in range(len(info.categories))],
+        crowd_per_class=[classes[label][1] for label in range(len(info.categories))],
     )
     if len(index):
         return manifest, index
@@ -201,7 +207,7 @@ def summarize(
 
 def only_log(lines: list[dict[str, Any]]) -> FinishedShard:
     """Return lines for ``skipped.jsonl`` that belong to no tar, in the form of an empty one."""
-    return FinishedShard(Shard("", 0, 0, ""), np.zeros(0, dtype=INDEX_DTYPE), 0, lines)
+    return FinishedShard(Shard("", 0, 0, ""), np.zeros(0, dtype=INDEX_DTYPE), [], lines)
 
 
 def shard_name(number: int) -> str:
@@ -237,6 +243,8 @@ def manifest_text(manifest: Manifest) -> str:
     """Return the content of ``manifest.json``."""
     values = asdict(manifest)
     values["categories"] = [category_values(category) for category in manifest.categories]
+    if not manifest.federated:
+        del values["federated"]
     values["sha256"] = manifest_sha256(values)
     return json.dumps(values, indent=1) + "\n"
 

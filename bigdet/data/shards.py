@@ -66,7 +66,11 @@ class Sample:
         image_bytes: the encoded image.
         record: ``image_id, file_name, height, width, annotations``; each annotation has
             ``id, label, bbox`` (xywh, pixels), ``area, iscrowd`` and maybe ``segmentation`` and
-            ``keypoints`` (x, y, visibility 0..2 of each of the category's, flat).
+            ``keypoints`` (x, y, visibility 0..2 of each of the category's, flat). Where the data
+            set's own image id is a string it is in ``source_id``. A federated set has two lists:
+            ``negative_labels``, classes looked for that are not there, and
+            ``not_exhaustive_labels``, classes of which not all objects are annotated; of others
+            without objects nothing is known.
     """
 
     image_bytes: bytes

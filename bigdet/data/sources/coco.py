@@ -65,7 +65,9 @@ def convert_coco(
     """
     refuse_others(open_storage(out))  # before a file of 450 MB is read
     check_folder(images)
-    source = CocoSource("coco", images, load_coco(annotations), safe_path)
+    coco = load_coco(annotations)
+    # LVIS's names are of COCO's folders train2017 and val2017, one of which may be given.
+    source = CocoSource("coco", images, coco, find_by_end if coco.has_urls else safe_path)
     if keypoints is not None:
         source.add_keypoints(load_coco(keypoints))
     return convert(source, out, making or Making(), progress)
@@ -113,7 +115,7 @@ class CocoSource:
         if not self.file_bytes.any():
             self._refuse_folder()
         options = {"images": str(images), "annotations": str(coco.path)}
-        self.info = SetInfo(coco.path.stem, kind, coco.categories, options)
+        self.info = SetInfo(coco.path.stem, kind, coco.categories, options, coco.federated)
         # Records beyond the format are skipped later; here they must not overflow.
         sides = np.array([(e.height, e.width) for e in entries]).clip(0, 2 * MAX_U2)  # (N, 2)
         self.pixels: NDArray[np.int64] = sides.prod(axis=1)
@@ -122,11 +124,17 @@ class CocoSource:
         self._first, self._end = coco.of_images(self._ids)
         self.annotation_bytes = self._text_bytes(coco, self._first, self._end)
         unlisted = coco.annotations[~np.isin(coco.annotations["image_id"], self._ids)]
-        self.notes = _notes("annotation dropped: its image is not listed", unlisted)
+        self.notes = coco.notes + _notes("annotation dropped: its image is not listed", unlisted)
         self.fingerprint = self._fingerprint(coco.digest)
 
     def add_keypoints(self, points: CocoFile) -> None:
         """Take keypoints for the annotations of the same image and id from another file."""
+        if self.coco.is_numbered or points.is_numbered:
+            numbered = self.coco.path if self.coco.is_numbered else points.path
+            raise ShardError(
+                f"{numbered}: the annotations have no ids of their own, by which keypoints are "
+                "matched. Give every annotation its own id, the same in both files."
+            )
         known = {category.id: place for place, category in enumerate(self.coco.categories)}
         categories = list(self.coco.categories)
         for category in points.categories:
@@ -150,7 +158,9 @@ class CocoSource:
         options = {**self.info.options, "keypoints": str(points.path)}
         self.info = replace(self.info, categories=categories, options=options)
         unlisted = points.annotations[~np.isin(points.annotations["image_id"], self._ids)]
-        self.notes += _notes("keypoints dropped: their image is not listed", unlisted)
+        self.notes += points.notes + _notes(
+            "keypoints dropped: their image is not listed", unlisted
+        )
         self.fingerprint = self._fingerprint(f"{self.coco.digest} {points.digest}")
 
     def span(self, first: int, end: int) -> CocoSpan:
@@ -163,6 +173,7 @@ class CocoSource:
             path=coco.path,
             annotations=[coco.annotations[self._first[n] : self._end[n]] for n in rows],
             categories=self.info.categories,
+            federated=coco.federated,
             points_path=points.path if points else None,
             points=[points.annotations[self._first_points[n] : self._end_points[n]] for n in rows]
             if points
@@ -208,6 +219,7 @@ class CocoSpan:
     path: Path
     annotations: list[NDArray[np.void]]
     categories: list[Category]
+    federated: bool
     points_path: Path | None
     points: list[NDArray[np.void]] | None
 
@@ -216,11 +228,16 @@ class CocoSpan:
         labels = {category.id: label for label, category in enumerate(self.categories)}
         for place, image in enumerate(self.images):
             about = {"image_id": image.id, "file_name": image.file_name}
-            path, size = self.find(self.folder, image.file_name), (image.height, image.width)
-            read = read_image(path, size, about, log)
+            path = self.find(self.folder, image.file_name)
+            recorded = (image.height, image.width) if image.height else None
+            read = read_image(path, recorded, about, log)
             if read is None:
                 yield None
                 continue
+            height, width = read[1].shape[1:]
+            size = (height, width)
+            if recorded is None:
+                log.change("size of an image not recorded: taken from its file", **about)
             sources = read_text(self.path, self.annotations[place])
             if self.points is not None and self.points_path is not None:
                 points = read_text(self.points_path, self.points[place])
@@ -238,6 +255,12 @@ class CocoSpan:
                 yield None
                 continue
             record = {**about, "height": size[0], "width": size[1], "annotations": annotations}
+            if image.source_id is not None:
+                record["source_id"] = image.source_id
+            if self.federated:
+                record["negative_labels"] = [labels[number] for number in image.negative]
+                loose = [labels[number] for number in image.not_exhaustive]
+                record["not_exhaustive_labels"] = loose
             yield MadeSample(*read, record)
 
 

@@ -178,7 +178,7 @@ def test_what_is_no_set_of_tars_is_an_error(tmp_path: Path) -> None:
         ('{"a": 1}', "no list of categories"),
         ('[{"id": "1", "name": "x"}]', "category 0 is .*, expected an object with an integer id"),
         ('[{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]', "id 1 stands there twice"),
-        ('[{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]', "name 'x' stands there twice"),
+        ('[{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]', r"the same name \('x': ids 1, 2\)"),
     ],
 )
 def test_a_list_of_categories_that_is_none_is_an_error(
