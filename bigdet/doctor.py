@@ -21,6 +21,7 @@ from bigdet import distributed, hosts
 from bigdet.config.derived import has_masks, largest_plan, phase_model
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
+from bigdet.data.class_counts import class_lines
 from bigdet.data.collate import group_bytes
 from bigdet.data.loader import PREFETCHED_GROUPS
 from bigdet.data.mix import open_sets
@@ -46,6 +47,7 @@ class Facts:
         inputs: hashes of config and shards by what they are.
         problems: what cannot be read, written or shared out, by check.
         classes: K of the training set, 0 if it cannot be read.
+        objects: by set, a line with the objects of its classes, and warnings.
         free_disk, free_shm, free_memory: bytes where the run is written, in ``/dev/shm``, and of
             memory that processes may still take.
     """
@@ -56,6 +58,7 @@ class Facts:
     inputs: dict[str, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     classes: int = 0
+    objects: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     free_disk: int = 0
     free_shm: int = 0
     free_memory: int = 0
@@ -68,6 +71,7 @@ class Row:
     check: str
     found: str
     is_ok: bool = True
+    warnings: list[str] = field(default_factory=list)
 
 
 def examine(config: RunConfig) -> int:
@@ -88,8 +92,14 @@ def examine(config: RunConfig) -> int:
         rows.append(_speed_row(config, everywhere[0], speed))
         for row in rows:
             logger.info("%-4s  %-18s  %s", "ok" if row.is_ok else "FAIL", row.check, row.found)
-        failed = sum(not row.is_ok for row in rows)
-        logger.info("%s", f"{failed} of {len(rows)} checks failed" if failed else "all is well")
+            for warning in row.warnings:
+                logger.warning("%-4s  %-18s  %s", "warn", row.check, warning)
+        failed, warned = sum(not row.is_ok for row in rows), sum(bool(r.warnings) for r in rows)
+        verdict = f"{failed} of {len(rows)} checks failed" if failed else "all is well"
+        if warned:
+            verdict = verdict if failed else "nothing fails"
+            verdict += f"; {warned} of {len(rows)} checks warn"
+        logger.info("%s", verdict)
     return distributed.broadcast_object(int(not all(row.is_ok for row in rows)))
 
 
@@ -112,6 +122,8 @@ def find_facts(config: RunConfig) -> Facts:
         for what, shards in (("training shards", train_set), ("validation shards", val_set)):
             facts.inputs[what] = shards.index_hash()[: hosts.SHOWN_HASH]
         facts.classes = train_set.num_classes
+        facts.objects["training objects"] = class_lines(train_set, "learned")
+        facts.objects["validation objects"] = class_lines(val_set, "measured")
         resume.check_data(config, train_set, val_set)
         # As a run does, unless it has been told already why it cannot.
         settled = config if facts.problems else resume.settle_config(config, None, None, train_set)
@@ -155,7 +167,8 @@ def compare(everywhere: list[Facts]) -> list[Row]:
                 "data": "sets, phases and weights to start from go together",
                 "output": "can be written on every host"}[check]  # fmt: skip
         rows.append(Row(check, good if bad is None else f"{bad[0]}: {bad[1]}", bad is None))
-    return rows
+    objects = everywhere[0].objects.items()
+    return rows + [Row(check, line, warnings=warnings) for check, (line, warnings) in objects]
 
 
 def measure_collectives(device: torch.device) -> tuple[float, float, bool]:

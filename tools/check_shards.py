@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from progress_bar import ProgressBar
 
 from bigdet.commands import positive, run_command
+from bigdet.data.class_counts import ClassCounts
 from bigdet.data.remote import shown
 from bigdet.data.shard_check import check_shards, load_manifest
 
@@ -36,7 +38,10 @@ def main(argv: Sequence[str]) -> int:
     start = time.monotonic()
     num_problems = 0
     progress = ProgressBar(tells_end=False)
-    for problem in check_shards(arguments.path, processes=arguments.processes, progress=progress):
+    tally: Counter[str] = Counter()
+    for problem in check_shards(
+        arguments.path, processes=arguments.processes, progress=progress, tally=tally
+    ):
         num_problems += 1
         if num_problems <= MAX_LINES:
             print(f"{problem.place}: {problem.what}", flush=True)
@@ -50,6 +55,12 @@ def main(argv: Sequence[str]) -> int:
         f"{time.monotonic() - start:.1f} s: "
         + (f"{num_problems} problems" if num_problems else "all is well")
     )
+    labels = range(len(manifest.categories))
+    per_class = ([tally[f"{kind} of label {k}"] for k in labels] for kind in ("instances", "crowd"))
+    counts = ClassCounts(manifest.categories, *per_class)
+    print(f"objects per class: {counts.line()}")
+    for line in counts.warnings("learned"):
+        print(f"warning: {line}")
     return 1 if num_problems else 0
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.commands import positive, run_command
+from bigdet.data.class_counts import counts_of
 from bigdet.data.indexing import index_shards
 from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
@@ -52,6 +53,10 @@ def main(argv: Sequence[str]) -> int:
         f"{manifest.instances} instances, {manifest.crowd} crowd regions, "
         f"{sum(manifest.skipped.values())} left out. tools/check_shards.py decodes every image."
     )
+    if counts := counts_of(manifest):
+        print(f"objects per class: {counts.line()}")
+        for line in counts.warnings("learned"):
+            print(f"warning: {line}")
     return 0
 
 

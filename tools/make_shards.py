@@ -21,6 +21,8 @@ from pathlib import Path
 from progress_bar import ProgressBar
 
 from bigdet.commands import positive, run_command
+from bigdet.data.annotations import box_warning
+from bigdet.data.class_counts import counts_of
 from bigdet.data.conversion import Making, merge_parts
 from bigdet.data.manifest import Manifest
 from bigdet.data.reencoding import Reencoding
@@ -59,8 +61,12 @@ def print_counts(folder: str, manifest: Manifest) -> None:
     ]
     for name, count in rows:
         print(f"  {count:>10}  {name}")
-    if manifest.changed and not manifest.instances:
-        print("  no instance is left: nothing can be learned from this set")
+    if counts := counts_of(manifest):
+        print(f"  objects per class: {counts.line()}")
+        for line in counts.warnings("learned"):
+            print(f"  warning: {line}")
+    if line := box_warning(manifest):
+        print(f"  warning: {line}")
     if manifest.skipped or manifest.changed:
         print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
 

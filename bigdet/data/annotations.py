@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from bigdet.data.loose_values import truth_value
-from bigdet.data.manifest import Category
+from bigdet.data.manifest import Category, Manifest
 from bigdet.data.shard_tar import SampleLog
 
 BOX_TOLERANCE = 0.01  # pixels: COCO's boxes have two decimals, so a sum may go over by rounding
@@ -21,6 +21,8 @@ IGNORE_FLAGS = ("ignore", "difficult")
 """Flags of objects that are neither to be learned nor missed: mmdetection's and VOC's. Objects365's
 ``isfake`` and ``isreflected`` are of objects that its own evaluation counts, so they are not read.
 """
+
+CLIPPED = "box clipped to the image"
 
 Json = dict[str, Any]
 
@@ -61,7 +63,7 @@ def clean_annotation(
         log.change("annotation dropped: box has no area in the image", **about)
         return None
     if clipped != box:
-        log.change("box clipped to the image", **about)
+        log.change(CLIPPED, **about)
     for flag in IGNORE_FLAGS:
         if not is_crowd and truth_value(source.get(flag)) is not False:
             log.change(f"object made crowd: {flag} is set", **about)
@@ -131,6 +133,17 @@ def clip_box(box: list[float], height: int, width: int) -> list[float] | None:
     x0, y0 = max(x, 0), max(y, 0)
     x1, y1 = min(x + w, width), min(y + h, height)
     return [x0, y0, x1 - x0, y1 - y0] if min(x1 - x0, y1 - y0) >= MIN_SIDE else None
+
+
+def box_warning(manifest: Manifest) -> str | None:
+    """Say what boxes seem to be when most of a set's leave their images; None if they do not."""
+    num_clipped, num_boxes = manifest.changed.get(CLIPPED, 0), manifest.instances + manifest.crowd
+    if 2 * num_clipped <= num_boxes:
+        return None
+    return (
+        f"{num_clipped:,} of {num_boxes:,} boxes reach beyond their image. Boxes are x, y, width, "
+        "height in pixels; do these have two corners, or are they of images of another size?"
+    )
 
 
 def clean_mask(segmentation: Any, height: int, width: int) -> list[list[float]] | Json | None:

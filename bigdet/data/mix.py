@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bigdet.config.data_schema import DataConfig
 from bigdet.data.manifest import Category, ShardError
-from bigdet.data.shards import Sample, ShardSet
+from bigdet.data.shards import LABEL_LISTS, Sample, ShardSet
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class MixedSet(ShardSet):
             images=sum(manifest.images for manifest in manifests),
             instances=sum(manifest.instances for manifest in manifests),
             crowd=sum(manifest.crowd for manifest in manifests),
+            federated=any(manifest.federated for manifest in manifests),
             pixels=sum(manifest.pixels for manifest in manifests),
             categories=list(categories),
             shards=[shard for manifest in manifests for shard in manifest.shards],
@@ -70,6 +71,11 @@ class MixedSet(ShardSet):
         self._labels = [
             [place[name_key(category.name)] for category in part.categories] for part in parts
         ]
+        self.manifest = replace(
+            self.manifest,
+            instances_per_class=self._add_up([m.instances_per_class for m in manifests]),
+            crowd_per_class=self._add_up([m.crowd_per_class for m in manifests]),
+        )
 
     def index_hash(self) -> str:
         """Return a hash of the indices of all sets: the same one means the same samples."""
@@ -125,6 +131,16 @@ class MixedSet(ShardSet):
         part = int(np.searchsorted(self.starts, row, side="right")) - 1
         return part, row - int(self.starts[part])
 
+    def _add_up(self, counts: Sequence[list[int] | None]) -> list[int] | None:
+        """Return the sums over the sets of what each has by its own labels; None if one has not."""
+        sums = [0] * len(self.manifest.categories)
+        for own, labels in zip(counts, self._labels, strict=True):
+            if own is None:
+                return None
+            for label, count in zip(labels, own, strict=True):
+                sums[label] += count
+        return sums
+
     def _relabel(self, part: int, own_row: int, record: dict[str, Any]) -> None:
         labels = self._labels[part]
         for annotation in record["annotations"]:
@@ -137,6 +153,9 @@ class MixedSet(ShardSet):
                     f"again; tools/check_shards.py {shards.address} lists all that is wrong."
                 )
             annotation["label"] = labels[label]
+        for name in LABEL_LISTS:
+            if name in record:
+                record[name] = [labels[label] for label in record[name]]
 
 
 def open_sets(data: DataConfig) -> tuple[ShardSet, ShardSet]:

@@ -51,7 +51,11 @@ class _Job:
 
 
 def check_shards(
-    path: str | Path, *, processes: int = 1, progress: Progress = no_progress
+    path: str | Path,
+    *,
+    processes: int = 1,
+    progress: Progress = no_progress,
+    tally: Counter[str] | None = None,
 ) -> Iterator[Problem]:
     """Read a whole shard set and give its problems one by one.
 
@@ -60,6 +64,8 @@ def check_shards(
             cache, and kept no longer than it takes.
         processes: how many shards are read at a time.
         progress: called now and then with the number of samples done and in all.
+        tally: gets the counts of what could be read: ``images``, ``instances``, ``crowd``,
+            ``pixels``, and by label ``instances of label 0``, ``crowd of label 0``, ...
 
     Raises:
         ShardError: manifest or index are missing or are not of one set.
@@ -71,12 +77,12 @@ def check_shards(
         room = (processes + 1) * max(sizes) / 2**30
         cache = CacheConfig(folder=cache_folder, gib=room)
         jobs = (_Job(str(path), cache, number) for number in range(len(sizes)))
-        found: Counter[str] = Counter()
+        found: Counter[str] = Counter() if tally is None else tally
         for problems, counts in run_jobs(
             _check_shard, jobs, processes, lambda done: progress(done, len(shards))
         ):
             yield from problems
-            found += counts
+            found.update(counts)
         yield from _count_problems(shards, found)
 
 
@@ -116,6 +122,9 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
                 found["crowd"] += len(sample.record["annotations"]) - num_boxes
                 found["instances"] += num_boxes
                 found["pixels"] += sample.record["height"] * sample.record["width"]
+                for entry in sample.record["annotations"]:
+                    kind = "crowd" if entry["iscrowd"] else "instances"
+                    found[f"{kind} of label {entry['label']}"] += 1
         tick()
     shards.close()
     return problems, found
@@ -159,8 +168,11 @@ def _count_problems(shards: ShardSet, found: Counter[str]) -> Iterator[Problem]:
     """Compare the counts of the manifest with what is there, if all of it could be read."""
     manifest = shards.manifest
     if found["images"] == manifest.images:
-        for name in ("instances", "crowd", "pixels"):
-            expected = getattr(manifest, name)
+        expectations = {name: getattr(manifest, name) for name in ("instances", "crowd", "pixels")}
+        for name in ("instances", "crowd"):
+            for label, count in enumerate(getattr(manifest, f"{name}_per_class") or []):
+                expectations[f"{name} of label {label}"] = count
+        for name, expected in expectations.items():
             if found[name] != expected:
                 yield Problem("manifest.json", f"{name}: {expected}, found {found[name]}")
     per_shard = np.bincount(shards.index["shard"], minlength=len(manifest.shards))

@@ -52,6 +52,8 @@ FLAG_NOT_JPEG = 16
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
 MISSING = "the file is missing"
+LABEL_LISTS = ("negative_labels", "not_exhaustive_labels")
+"""What records of a federated set have, see ``Sample``."""
 
 
 class UnavailableShardError(ShardError):

@@ -35,7 +35,7 @@ from bigdet.data.samples import (
     aspect_ratios,
     load_sample,
 )
-from bigdet.data.selection import select
+from bigdet.data.selection import left_out, select
 from bigdet.data.shards import ShardSet
 from bigdet.data.views import whole_view
 from bigdet.structures import Batch
@@ -113,9 +113,9 @@ class TrainStream:
         if order.num_entries < images_per_step:
             raise ValueError(
                 f"phase {phase}: the training set has {order.num_entries} samples to offer, one "
-                f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu}). "
-                f"Lower phases.{phase}.images_per_step or images_per_gpu, use fewer ranks, or "
-                f"more data."
+                f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu})."
+                f"{left_out(shards, split)} Lower phases.{phase}.images_per_step or "
+                f"images_per_gpu, use fewer ranks, or more data."
             )
         wanted = Wanted(
             masks=with_masks,

@@ -16,6 +16,7 @@ import torch
 from bigdet import distributed
 from bigdet.config.derived import num_lanes, num_steps
 from bigdet.config.schema import RunConfig
+from bigdet.data.class_counts import class_lines
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, EngineState, StepResult
@@ -85,6 +86,10 @@ class Run:
                 what, f"{len(shards):,}", f"{shards.manifest.instances:,}", shards.num_classes,
                 len(shards.manifest.shards), shards.address,
             )  # fmt: skip
+            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
+            logger.info("%s objects per class: %s", what, line)
+            for warning in warnings:
+                logger.warning("%s set: %s", what, warning)
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"

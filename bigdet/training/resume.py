@@ -24,7 +24,7 @@ from bigdet.config.derived import (
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
-from bigdet.data.shards import FLAG_MASKS, ShardSet
+from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
@@ -75,6 +75,12 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
                 f"model.keypoint.num_keypoints: found {model.keypoint.num_keypoints}, but the "
                 f"categories of {train_set.address} have {max(counts)}. Write that, or make shards "
                 f"with --keypoints."
+            )
+        if has_keypoints(model) and not (train_set.index["flags"] & FLAG_KEYPOINTS).any():
+            raise ConfigError(
+                f"model.detector: {model.detector} needs keypoints, but no object of "
+                f"{train_set.address} has any. Write another detector, or see in its manifest.json "
+                f"why they were dropped and make the shards again."
             )
 
 

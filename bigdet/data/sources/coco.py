@@ -28,6 +28,7 @@ from bigdet.data.conversion import (
 from bigdet.data.manifest import Category, Manifest, ShardError
 from bigdet.data.shard_tar import MAX_U2, SampleLog, count_boxes
 from bigdet.data.shard_writer import SetInfo, category_values
+from bigdet.data.shards import LABEL_LISTS
 from bigdet.data.sources.coco_file import CocoFile, ImageEntry, load_coco, read_text
 from bigdet.data.sources.image_files import check_folder, file_bytes, read_image, safe_path
 from bigdet.data.storage import open_storage
@@ -258,9 +259,9 @@ class CocoSpan:
             if image.source_id is not None:
                 record["source_id"] = image.source_id
             if self.federated:
-                record["negative_labels"] = [labels[number] for number in image.negative]
-                loose = [labels[number] for number in image.not_exhaustive]
-                record["not_exhaustive_labels"] = loose
+                lists = (image.negative, image.not_exhaustive)
+                for name, ids in zip(LABEL_LISTS, lists, strict=True):
+                    record[name] = [labels[number] for number in ids]
             yield MadeSample(*read, record)
 
 
