@@ -24,7 +24,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -40,6 +40,7 @@ from bigdet.data.mix import with_categories
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
+from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
 from bigdet.evaluation.tta import AugmentedDetector
@@ -117,7 +118,8 @@ def main(arguments: Sequence[str]) -> int:
 
     def score() -> Metrics:
         if options.detections is not None:
-            write_detections(options.detections, results)
+            truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
+            write_detections(options.detections, results, truth.source_ids)
         return evaluate_detections(shards, results, kinds, metric)
 
     metrics = work_on_main(score, must_stop=lambda: False)
@@ -166,10 +168,20 @@ def check_outputs(options: argparse.Namespace) -> None:
             check_file(file, name)
 
 
-def write_detections(file: Path, results: Iterable[Result]) -> None:
-    """Write detections as one list in the COCO results format, without holding them in memory."""
+def write_detections(
+    file: Path, results: Iterable[Result], source_ids: Mapping[str, int] | None = None
+) -> None:
+    """Write detections as one list in the COCO results format, without holding them in memory.
+
+    Args:
+        file: to write.
+        results: the detections.
+        source_ids: numbers of the images whose own ids are strings, which the file gets.
+    """
+    names = {number: name for name, number in (source_ids or {}).items()}
     with open(file, "w", encoding="utf-8") as opened:
         for number, result in enumerate(results):
+            result = result | {"image_id": names.get(result["image_id"], result["image_id"])}
             opened.write(("[" if number == 0 else ",\n") + json.dumps(result))
         opened.write("]\n" if opened.tell() else "[]\n")
     logger.info("detections written to %s", file)
@@ -177,6 +189,10 @@ def write_detections(file: Path, results: Iterable[Result]) -> None:
 
 def report(metrics: Metrics, options: argparse.Namespace) -> None:
     """Print the numbers, and write them to a file where one is asked for."""
+    if metrics.get("rule") == "lvis":
+        logger.info(
+            "scored by LVIS's rule: 300 detections an image, of classes that were looked for on it"
+        )
     sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
     if options.analysis:
         sys.stdout.write("\n" + analysis_table(metrics["analysis"]) + "\n")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,18 @@ class Category:
     skeleton: list[list[int]] | None = None
     flip_pairs: list[list[int]] | None = None
     frequency: str | None = None
+
+
+def unique_names(categories: Sequence[Category]) -> list[str]:
+    """Return a name of each category for tables: with its id where others have the same name.
+
+    Sets are no longer made with such categories, but there are old ones.
+    """
+    counts = Counter(category.name for category in categories)
+    return [
+        category.name if counts[category.name] == 1 else f"{category.name} (id {category.id})"
+        for category in categories
+    ]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.schema import Metric
+from bigdet.data.manifest import Category
 from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.detections import DetectionTable, Kind
+from bigdet.evaluation.federated import MAX_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
@@ -26,6 +28,9 @@ METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100":
 """Our names and the positions of these numbers in ``COCOeval.stats``."""
 KEYPOINT_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APm": 3, "APl": 4, "AR20": 5}
 """The same for keypoints."""
+LVIS_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR300": 6}
+"""The same for boxes and masks of a federated set; APr, APc and APf are ``frequency_aps``."""
+FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 KIND_NAMES: dict[Kind, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 """What people call the kinds."""
 
@@ -74,7 +79,21 @@ _KEYPOINT_RULES = Rules(
         ("recall", None, 1, 0), ("recall", None, 2, 0),
     ],
 )  # fmt: skip
+_LVIS_RULES = Rules(
+    areas=_BOX_RULES.areas,
+    limits=[MAX_DETECTIONS],
+    stats=[
+        ("precision", None, 0, 0), ("precision", 0.5, 0, 0), ("precision", 0.75, 0, 0),
+        ("precision", None, 1, 0), ("precision", None, 2, 0), ("precision", None, 3, 0),
+        ("recall", None, 0, 0),
+    ],
+)  # fmt: skip
 RULES: dict[Kind, Rules] = {"bbox": _BOX_RULES, "segm": _BOX_RULES, "keypoints": _KEYPOINT_RULES}
+
+
+def rules_of(truth: GroundTruth, kind: Kind) -> Rules:
+    """Return what is measured of a kind: of boxes and masks of a federated set as LVIS does."""
+    return RULES[kind] if truth.verified is None or kind == "keypoints" else _LVIS_RULES
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,15 @@ class Measured:
         chosen = _at(self.precision, threshold)[..., 0]
         return {k: mean_of_defined(chosen[:, :, n]) for n, k in enumerate(self.labels)}
 
+    def frequency_aps(self, categories: Sequence[Category]) -> dict[str, float | None]:
+        """Return LVIS's AP of rare, common and frequent classes."""
+        groups = [categories[label].frequency for label in self.labels]
+        chosen = {name: [g == group for g in groups] for name, group in FREQUENCIES.items()}
+        return {
+            name: mean_of_defined(self.precision[:, :, places, 0])
+            for name, places in chosen.items()
+        }
+
     def _mean(self, what: str, threshold: float | None, area: int, limit: int) -> float | None:
         if what == "precision":
             return mean_of_defined(_at(self.precision, threshold)[..., area])
@@ -124,6 +152,12 @@ def evaluation_kinds(
         metric: VOC's are of boxes only.
     """
     if metric != "coco":
+        if shards.manifest.federated:
+            raise ValueError(
+                f"evaluation.metric: found {metric}, but {shards.address} says of each image which "
+                f"classes were looked for, as LVIS does; {metric} would count the others as "
+                f"mistakes. Write coco, which scores such a set by LVIS's rule."
+            )
         return ("bbox",)
     flags = int(np.bitwise_or.reduce(shards.index["flags"], initial=0))
     kinds: list[Kind] = ["bbox"]
@@ -145,7 +179,7 @@ def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
         found: detections of any of its images.
         kind: what to compare.
     """
-    rules = RULES[kind]
+    rules = rules_of(truth, kind)
     is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
     labels.sort(key=lambda k: truth.categories[k].id)  # as pycocotools: means add up in this order
@@ -153,7 +187,11 @@ def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
     precision = np.full((shape[0], len(RECALLS), *shape[1:]), -1.0)
     recall = np.full((*shape, len(rules.limits)), -1.0)
     areas = detection_areas(found, kind)
+    if truth.verified is not None:
+        counted = truth.verified.counted(found.images, found.labels, found.scores)
     for place, (rows, objects) in enumerate(labels_in(truth, found, labels)):
+        if truth.verified is not None:
+            rows = rows[counted[rows]]
         one = _measure_class(truth, found, kind, rows, objects, areas[rows])
         precision[:, :, place], recall[:, place] = one
     return Measured(rules, labels, precision, recall)
@@ -197,7 +235,7 @@ def _measure_class(
         objects: ``(M,)`` its objects by image.
         areas: ``(N,)`` of the detections, pixels.
     """
-    rules = RULES[kind]
+    rules = rules_of(truth, kind)
     images = found.images[rows]
     ranks = np.arange(len(images)) - np.searchsorted(images, images)
     kept = ranks < rules.limits[-1]
@@ -216,6 +254,8 @@ def _measure_class(
     )
     order = np.argsort(-found.scores[rows], kind="stable")
     is_outside = _is_outside(areas, ranges)  # (A, N)
+    if truth.verified is not None:
+        is_outside |= truth.verified.is_partial(images, found.labels[rows])
     precision = np.full((len(THRESHOLDS), len(RECALLS), len(ranges)), -1.0)
     recall = np.full((len(THRESHOLDS), len(ranges), len(rules.limits)), -1.0)
     for area, ignored in enumerate(is_ignored):

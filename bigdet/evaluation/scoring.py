@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bigdet.config.schema import Metric
+from bigdet.data.manifest import unique_names
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.analysis import analyze
 from bigdet.evaluation.coco_metrics import (
     KEYPOINT_METRICS,
     KIND_NAMES,
+    LVIS_METRICS,
     METRICS,
+    RULES,
     THRESHOLDS,
     measure,
 )
@@ -48,11 +51,16 @@ def evaluate_detections(
         numbers are ``AP`` (mean over IoUs of 0.5 to 0.95), ``AP50`` (VOC's own mAP) and ``AP75``,
         the AP of a class is that at 0.5, and ``metric`` says which it was; in the analysis the AP
         by IoU and by class are VOC's, all else is COCO's, with difficult objects as crowds.
+        A federated set is scored by LVIS's rule, see ``federated.py``: ``LVIS_METRICS`` with
+        ``APr``, ``APc``, ``APf`` (rare, common, frequent classes), and ``rule`` is ``lvis``.
     """
     truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
+    if truth.source_ids:
+        results = with_numbers(results, truth.source_ids)
     found = read_detections(results, truth, kinds, where)
     if metric != "coco":
         return _evaluate_voc(truth, found, metric)
+    names = unique_names(truth.categories)
     metrics: Metrics = {}
     per_class: Metrics = {}
     analysis: Metrics = {}
@@ -60,11 +68,23 @@ def evaluate_detections(
         measured = measure(truth, found, kind)
         stats = measured.stats()
         places = KEYPOINT_METRICS if kind == "keypoints" else METRICS
+        places = places if measured.rules is RULES[kind] else LVIS_METRICS
         metrics[kind] = {name: stats[place] for name, place in places.items()}
+        if places is LVIS_METRICS:
+            metrics[kind] |= measured.frequency_aps(truth.categories)
         aps = measured.class_aps()
-        per_class[kind] = {one.name: aps.get(k) for k, one in enumerate(truth.categories)}
+        per_class[kind] = {name: aps.get(k) for k, name in enumerate(names)}
         analysis[kind] = analyze(truth, found, kind, measured)
-    return {**metrics, "per_class": per_class, "analysis": analysis}
+    metrics |= {"per_class": per_class, "analysis": analysis}
+    return metrics if truth.verified is None else metrics | {"rule": "lvis"}
+
+
+def with_numbers(results: Iterable[Result], source_ids: Mapping[str, int]) -> Iterator[Result]:
+    """Yield results with the numbers of the images that they name by the data set's own ids."""
+    for result in results:
+        name = result.get("image_id") if isinstance(result, dict) else None
+        is_name = isinstance(name, str) and name in source_ids
+        yield result | {"image_id": source_ids[name]} if is_name else result
 
 
 def _evaluate_voc(truth: GroundTruth, found: DetectionTable, metric: VocMetric) -> Metrics:
@@ -73,7 +93,7 @@ def _evaluate_voc(truth: GroundTruth, found: DetectionTable, metric: VocMetric) 
     means = defined.mean(axis=0).tolist() if len(defined) else [None] * len(THRESHOLDS)
     at = dict(zip(THRESHOLDS.round(2).tolist(), means, strict=True))
     box = {"AP": float(defined.mean()) if len(defined) else None, "AP50": at[0.5], "AP75": at[0.75]}
-    names = [category.name for category in truth.categories]
+    names = unique_names(truth.categories)
     of_class = dict(zip(names, aps, strict=True))
     analysis = analyze(truth, found, "bbox", measure(truth, found, "bbox"))
     analysis["by_iou"] = {f"{threshold:.2f}": ap for threshold, ap in at.items()}

@@ -115,7 +115,9 @@ class CocoSource:
         )
         if not self.file_bytes.any():
             self._refuse_folder()
-        options = {"images": str(images), "annotations": str(coco.path)}
+        options: Json = {"images": str(images), "annotations": str(coco.path)}
+        if any(entry.source_id is not None for entry in entries):
+            options["image_ids"] = "strings"  # as ``source_id`` in the records
         self.info = SetInfo(coco.path.stem, kind, coco.categories, options, coco.federated)
         # Records beyond the format are skipped later; here they must not overflow.
         sides = np.array([(e.height, e.width) for e in entries]).clip(0, 2 * MAX_U2)  # (N, 2)
