@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bigdet.data.manifest import MANIFEST_NAME
 from bigdet.data.remote import is_remote
 from bigdet.data.samples import decode_sample, read_sample
-from bigdet.data.shards import ShardSet
+from bigdet.data.shards import STRING_IDS, ShardSet
 from bigdet.pictures import SUFFIXES, read_picture, shown_size
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Input:
         stem: of the file for the drawn picture.
         size: height, width, as shown.
         read: gives ``(H, W, 3)`` uint8 RGB, or raises ``ValueError``; for any thread.
+        source_id: for the results in place of ``image_id``, where a data set's own ids are strings.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Input:
     stem: str
     size: tuple[int, int]
     read: Callable[[], Pixels]
+    source_id: str | None = None
 
 
 def list_inputs(given: Sequence[str]) -> tuple[list[Input], int]:
@@ -126,6 +128,7 @@ def stems(paths: Sequence[Path]) -> Iterator[str]:
 
 def _of_shards(shards: ShardSet) -> list[Input]:
     reading = threading.Lock()  # a shard set is not for several threads
+    has_names = STRING_IDS.items() <= shards.manifest.options.items()
 
     def read(row: int) -> Pixels:
         with reading:
@@ -140,6 +143,7 @@ def _of_shards(shards: ShardSet) -> list[Input]:
             stem=shards.key(row),
             size=(int(entry["height"]), int(entry["width"])),
             read=partial(read, row),
+            source_id=shards.record(row).get("source_id") if has_names else None,
         )
         for row, entry in enumerate(shards.index)
     ]

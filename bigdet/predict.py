@@ -64,6 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     results, num_done = detect_all(detector, inputs, options)
     num_bad += len(inputs) - num_done
     results.sort(key=lambda result: int(result["image_id"]))
+    names = {one.image_id: one.source_id for one in inputs if one.source_id is not None}
+    if names:
+        results = [r | {"image_id": names.get(r["image_id"], r["image_id"])} for r in results]
     (options.out / "detections.json").write_text(json.dumps(results), encoding="utf-8")
     logger.info("%s has the detections of %d images", options.out, num_done)
     if num_bad:

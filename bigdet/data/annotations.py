@@ -68,14 +68,14 @@ def clean_annotation(
         if not is_crowd and truth_value(source.get(flag)) is not False:
             log.change(f"object made crowd: {flag} is set", **about)
             is_crowd = True
-    area = source.get("area")
-    annotation = {"id": source["id"], "label": label, "bbox": clipped, "area": area}
+    areas = [source.get("area")]
+    annotation = {"id": source["id"], "label": label, "bbox": clipped, "area": areas[0]}
     annotation["iscrowd"] = int(is_crowd)
     _add_outlines(annotation, source, image_size, category, about, log)
     # An area of 0 is one that nobody has measured: as a size it would make the object small.
-    if not are_numbers([area]) or not 0 < area <= height * width:
+    if not are_numbers(areas) or not 0 < areas[0] <= height * width:
         what, annotation["area"] = _own_area(annotation, image_size)
-        if area is not None:
+        if areas[0] is not None:
             log.change(f"area replaced by that of the {what}", **about)
     return annotation
 

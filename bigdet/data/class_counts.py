@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bigdet.data.manifest import Category, Manifest
+from bigdet.data.manifest import Category, Manifest, ShardError
 from bigdet.data.mix import MixedSet, name_key
 from bigdet.data.remote import is_remote
 from bigdet.data.shard_tar import ClassCounter
@@ -106,14 +106,17 @@ def counts_of(manifest: Manifest) -> ClassCounts | None:
 
 
 def count_classes(shards: ShardSet) -> ClassCounts | None:
-    """Return what a set has of each class; None if only reading a large set would tell."""
+    """Return what a set has of each class; None if it does not say and is large or damaged."""
     known = counts_of(shards.manifest)
     parts = shards.parts if isinstance(shards, MixedSet) else [shards]
     if known or len(shards) > MAX_READ or any(is_remote(part.address) for part in parts):
         return known
     counter = ClassCounter()
-    for row in range(len(shards)):
-        counter.add(shards.record(row)["annotations"])
+    try:
+        for row in range(len(shards)):
+            counter.add(shards.record(row)["annotations"])
+    except (ShardError, KeyError, TypeError):  # a damaged sample, which training replaces
+        return None
     found = {label: (instances, crowd) for label, instances, crowd in counter.listed()}
     both = [found.get(label, (0, 0)) for label in range(shards.num_classes)]
     instances, crowd = zip(*both, strict=True)

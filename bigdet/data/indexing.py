@@ -35,7 +35,14 @@ from bigdet.data.shard_tar import (
     image_suffix,
 )
 from bigdet.data.shard_writer import SetInfo, index_bytes, manifest_text, summarize
-from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME, file_sha256
+from bigdet.data.shards import (
+    INDEX_DTYPE,
+    INDEX_NAME,
+    LABEL_LISTS,
+    SKIPPED_NAME,
+    STRING_IDS,
+    file_sha256,
+)
 from bigdet.data.sources.image_files import header_size
 from bigdet.data.storage import LocalStorage
 
@@ -67,6 +74,7 @@ class _TarResult:
     name: str
     finished: FinishedShard | None
     problem: str | None
+    keys: set[str] = field(default_factory=set)  # of all records
 
 
 def index_shards(
@@ -106,7 +114,11 @@ def index_shards(
     if problems := [result.problem for result in ordered if result.problem]:
         raise ShardError("\n".join(problems))
     parts = [result.finished for result in ordered if result.finished is not None]
-    info = SetInfo(name or folder.resolve().name, "webdataset", categories, {})
+    keys = set[str]().union(*(result.keys for result in ordered))
+    options = STRING_IDS if "source_id" in keys else {}
+    is_federated = not keys.isdisjoint(LABEL_LISTS)
+    name = name or folder.resolve().name
+    info = SetInfo(name, "webdataset", categories, options, is_federated)
     log = io.StringIO()
     _refuse_repeated(folder, parts)
     manifest, index = summarize(info, parts, log)
@@ -126,7 +138,7 @@ def index_shards(
 def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
     rows: list[tuple[int, ...]] = []
     log: list[Json] = []
-    classes = ClassCounter()
+    classes, keys = ClassCounter(), set[str]()
     with open(job.path, "rb") as file:
         try:
             for found in _samples(file):
@@ -135,7 +147,8 @@ def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
                     log.append({"skipped": row, "shard": job.path.name, "key": found.key})
                 else:
                     rows.append(row[0])
-                    classes.add(row[1])
+                    classes.add(row[1]["annotations"])
+                    keys |= row[1].keys()
                 tick()
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             what = f"{job.path}: cannot be read to its end ({error}). Mend it or take it away."
@@ -143,7 +156,7 @@ def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
     size = job.path.stat().st_size
     shard = Shard(job.path.name, size, len(rows), file_sha256(job.path))
     index = np.array(rows, dtype=INDEX_DTYPE)
-    return _TarResult(job.path.name, FinishedShard(shard, index, classes.listed(), log), None)
+    return _TarResult(job.path.name, FinishedShard(shard, index, classes.listed(), log), None, keys)
 
 
 def _samples(file: IO[bytes]) -> Iterator[_Found]:
@@ -181,8 +194,8 @@ def _samples(file: IO[bytes]) -> Iterator[_Found]:
 
 def _row(
     file: IO[bytes], found: _Found, categories: list[Category]
-) -> tuple[tuple[int, ...], list[Json]] | str:
-    """Return the index record of a sample and its annotations, or why it cannot be used."""
+) -> tuple[tuple[int, ...], Json] | str:
+    """Return the index record of a sample and the record itself, or why it cannot be used."""
     images = [suffix for suffix in found.files if suffix in IMAGE_SUFFIXES]
     if found.problem:
         return found.problem
@@ -209,7 +222,7 @@ def _row(
         return f"more pixels or boxes than {MAX_U2}"
     crc = zlib.crc32(text, zlib.crc32(image))
     places = (record["image_id"], image_offset, image_size, offset, size)
-    return (*places, crc, *sizes, flags, num_boxes, 0), annotations
+    return (*places, crc, *sizes, flags, num_boxes, 0), record
 
 
 def _image_problem(image: bytes, record: Json) -> str | None:
@@ -230,6 +243,9 @@ def _meaning_problem(record: Json) -> str | None:
     annotations, sides = record["annotations"], (record["height"], record["width"])
     if annotations and max(sides) > 2 and all(max(entry["bbox"]) <= 1 for entry in annotations):
         return "its boxes lie within 0 to 1: relative coordinates, expected pixels"
+    for name in ("neg_category_ids", "not_exhaustive_category_ids"):
+        if name in record:
+            return f"has {name}, which shards have by label, as {' and '.join(LABEL_LISTS)}"
     for flag in IGNORE_FLAGS:
         for entry in annotations:
             if not entry["iscrowd"] and truth_value(entry.get(flag)) is not False:

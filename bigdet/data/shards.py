@@ -52,6 +52,8 @@ FLAG_NOT_JPEG = 16
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
 MISSING = "the file is missing"
+STRING_IDS = {"image_ids": "strings"}
+"""In the options of a set that has ``source_id`` in its records."""
 LABEL_LISTS = ("negative_labels", "not_exhaustive_labels")
 """What records of a federated set have, see ``Sample``."""
 

@@ -83,8 +83,9 @@ def with_numbers(results: Iterable[Result], source_ids: Mapping[str, int]) -> It
     """Yield results with the numbers of the images that they name by the data set's own ids."""
     for result in results:
         name = result.get("image_id") if isinstance(result, dict) else None
-        is_name = isinstance(name, str) and name in source_ids
-        yield result | {"image_id": source_ids[name]} if is_name else result
+        if isinstance(name, str) and name in source_ids:
+            result = result | {"image_id": source_ids[name]}
+        yield result
 
 
 def _evaluate_voc(truth: GroundTruth, found: DetectionTable, metric: VocMetric) -> Metrics:

@@ -28,6 +28,7 @@ from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
+from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
@@ -56,6 +57,7 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
             f"data.val.shards: {val_set.address} has other categories than {train_set.address}: "
             f"{', '.join(differing[:5])}. Make both with the same list of categories."
         )
+    evaluation_kinds(val_set, False, False, config.evaluation.metric)  # fits the set?
     val_set.check_random_reads()
     if config.data.train.order != "windowed":
         train_set.check_random_reads()

@@ -28,7 +28,7 @@ from bigdet.data.conversion import (
 from bigdet.data.manifest import Category, Manifest, ShardError
 from bigdet.data.shard_tar import MAX_U2, SampleLog, count_boxes
 from bigdet.data.shard_writer import SetInfo, category_values
-from bigdet.data.shards import LABEL_LISTS
+from bigdet.data.shards import LABEL_LISTS, STRING_IDS
 from bigdet.data.sources.coco_file import CocoFile, ImageEntry, load_coco, read_text
 from bigdet.data.sources.image_files import check_folder, file_bytes, read_image, safe_path
 from bigdet.data.storage import open_storage
@@ -117,7 +117,7 @@ class CocoSource:
             self._refuse_folder()
         options: Json = {"images": str(images), "annotations": str(coco.path)}
         if any(entry.source_id is not None for entry in entries):
-            options["image_ids"] = "strings"  # as ``source_id`` in the records
+            options |= STRING_IDS
         self.info = SetInfo(coco.path.stem, kind, coco.categories, options, coco.federated)
         # Records beyond the format are skipped later; here they must not overflow.
         sides = np.array([(e.height, e.width) for e in entries]).clip(0, 2 * MAX_U2)  # (N, 2)
@@ -138,6 +138,14 @@ class CocoSource:
                 f"{numbered}: the annotations have no ids of their own, by which keypoints are "
                 "matched. Give every annotation its own id, the same in both files."
             )
+        numbers = {image.source_id: image.id for image in self.coco.images}
+        for image in points.images:
+            if image.source_id is not None and numbers.get(image.source_id, -1) != image.id:
+                raise ShardError(
+                    f"{points.path}: image {image.source_id!r} is number {image.id}, and not so in "
+                    f"{self.coco.path}. Where image ids are strings, list the same images in the "
+                    "same order in both files."
+                )
         known = {category.id: place for place, category in enumerate(self.coco.categories)}
         categories = list(self.coco.categories)
         for category in points.categories:
@@ -262,8 +270,8 @@ class CocoSpan:
                 record["source_id"] = image.source_id
             if self.federated:
                 lists = (image.negative, image.not_exhaustive)
-                for name, ids in zip(LABEL_LISTS, lists, strict=True):
-                    record[name] = [labels[number] for number in ids]
+                for name, listed in zip(LABEL_LISTS, lists, strict=True):
+                    record[name] = [labels[number] for number in listed]
             yield MadeSample(*read, record)
 
 
