@@ -88,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
         shards.check_random_reads()
+    warn_of_nothing(shards)
     detector.use_test_settings(config.model)
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
@@ -146,6 +147,7 @@ def evaluate_file(options: argparse.Namespace) -> int:
     if not head:
         logger.warning("%s: holds no detection, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
+    warn_of_nothing(shards)
     first = head[0] if head and isinstance(head[0], dict) else {"bbox": []}
     with_masks, with_keypoints = (RESULT_KEYS[kind] in first for kind in ("segm", "keypoints"))
     possible = evaluation_kinds(shards, with_masks, with_keypoints, metric)
@@ -159,6 +161,13 @@ def evaluate_file(options: argparse.Namespace) -> int:
     every = itertools.chain(head, results)
     report(evaluate_detections(shards, every, kinds, metric, str(options.model)), options)
     return 0
+
+
+def warn_of_nothing(shards: ShardSet) -> None:
+    """Say so where a set has nothing to find."""
+    if not shards.manifest.instances:
+        crowd = f", only {shards.manifest.crowd} crowd regions" if shards.manifest.crowd else ""
+        logger.warning("%s: has no object to find%s, so every AP is empty", shards.address, crowd)
 
 
 def check_outputs(options: argparse.Namespace) -> None:

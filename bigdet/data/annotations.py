@@ -54,8 +54,7 @@ def clean_annotation(
     if not are_numbers(box) or len(box) != 4:
         log.change("annotation dropped: box is not four finite numbers", **about)
         return None
-    is_crowd = truth_value(source.get("iscrowd"))
-    if is_crowd is None:
+    if truth_value(source.get("iscrowd")) is None:
         log.change("annotation dropped: iscrowd is neither 0 nor 1", **about)
         return None
     clipped = clip_box(box, height, width)
@@ -64,13 +63,9 @@ def clean_annotation(
         return None
     if clipped != box:
         log.change(CLIPPED, **about)
-    for flag in IGNORE_FLAGS:
-        if not is_crowd and truth_value(source.get(flag)) is not False:
-            log.change(f"object made crowd: {flag} is set", **about)
-            is_crowd = True
     areas = [source.get("area")]
     annotation = {"id": source["id"], "label": label, "bbox": clipped, "area": areas[0]}
-    annotation["iscrowd"] = int(is_crowd)
+    annotation["iscrowd"] = int(_is_crowd(source, about, log))
     _add_outlines(annotation, source, image_size, category, about, log)
     # An area of 0 is one that nobody has measured: as a size it would make the object small.
     if not are_numbers(areas) or not 0 < areas[0] <= height * width:
@@ -78,6 +73,17 @@ def clean_annotation(
         if areas[0] is not None:
             log.change(f"area replaced by that of the {what}", **about)
     return annotation
+
+
+def _is_crowd(source: Json, about: Json, log: SampleLog) -> bool:
+    """Tell whether an object is neither to be learned nor missed."""
+    if truth_value(source.get("iscrowd")):
+        return True
+    for flag in IGNORE_FLAGS:
+        if truth_value(source.get(flag)) is not False:
+            log.change(f"object made crowd: {flag} is set", **about)
+            return True
+    return False
 
 
 def _own_area(annotation: Json, image_size: tuple[int, int]) -> tuple[str, float]:

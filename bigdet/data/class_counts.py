@@ -100,7 +100,7 @@ class ClassCounts:
 def counts_of(manifest: Manifest) -> ClassCounts | None:
     """Return what a manifest says of its classes; None if it is of an older version."""
     instances, crowd = manifest.instances_per_class, manifest.crowd_per_class
-    if instances is None or crowd is None:
+    if instances is None or crowd is None or len(instances) != len(manifest.categories):
         return None
     return ClassCounts(manifest.categories, instances, crowd)
 

@@ -135,7 +135,7 @@ class MixedSet(ShardSet):
         """Return the sums over the sets of what each has by its own labels; None if one has not."""
         sums = [0] * len(self.manifest.categories)
         for own, labels in zip(counts, self._labels, strict=True):
-            if own is None:
+            if own is None or len(own) != len(labels):
                 return None
             for label, count in zip(labels, own, strict=True):
                 sums[label] += count

@@ -87,6 +87,9 @@ def left_out(shards: ShardSet, split: TrainSplitConfig) -> str:
     num_empty = len(shards) - int(np.count_nonzero(shards.index["num_boxes"]))
     if split.keep_empty or not num_empty:
         return ""
+    manifest = shards.manifest
+    if not manifest.instances and manifest.crowd:
+        return f" All {manifest.crowd} objects are crowd (iscrowd: 1), which is not learned."
     return (
         f" {num_empty} of {len(shards)} images have no object that is not crowd; "
         "data.train.keep_empty=true takes them."

@@ -76,3 +76,10 @@ def test_the_doctor_of_a_config_without_data_ends_with_1(tmp_path: Path):
     assert re.search(r"FAIL  data +\S+: .*no such folder", done.stderr), done.stderr
     assert "2 of 13 checks failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_objects_of_the_classes_are_shown_with_warnings():
+    objects = {"training objects": ("ring 0, square 8", ["1 of 2 classes (ring) has no object"])}
+    row = compare([dataclasses.replace(FACTS, objects=objects)])[-1]
+    assert (row.check, row.found, row.is_ok) == ("training objects", "ring 0, square 8", True)
+    assert row.warnings == ["1 of 2 classes (ring) has no object"]

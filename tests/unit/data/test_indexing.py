@@ -198,3 +198,37 @@ def test_categories_come_from_lists_annotation_files_and_manifests(tmp_path: Pat
         '{"categories": [{"id": 1, "name": "p", "keypoints": ["x"], "flip_pairs": []}]}'
     )
     assert load_categories(path) == [Category(1, "p", keypoints=["x"], flip_pairs=[])]
+
+
+def test_fields_that_would_be_misread_leave_a_sample_out(tmp_path: Path) -> None:
+    records = [
+        record_of(1),
+        record_of(2, ignore=1),
+        record_of(3, ignore=1, iscrowd=1),
+        record_of(4, bbox=[0.25, 0.5, 0.5, 0.25]),
+        {**record_of(5), "neg_category_ids": [3]},
+        {**record_of(6), "negative_labels": [2]},
+        {**record_of(7), "source_id": 7},
+    ]
+    members = [member for n, record in enumerate(records) for member in sample(str(n), record)]
+    write_tar(tmp_path / "a.tar", members)
+    manifest = index_shards(tmp_path, CATEGORIES)
+    assert ShardSet(tmp_path).index["image_id"].tolist() == [1, 3]
+    assert not manifest.federated
+    assert sorted(manifest.skipped) == [
+        "annotation 1 has ignore set, which shards write as iscrowd: 1",
+        "has neg_category_ids, which shards have by label, as negative_labels and "
+        "not_exhaustive_labels",
+        "its boxes lie within 0 to 1: relative coordinates, expected pixels",
+        "negative_labels is [2], expected labels of 2 classes",
+        "source_id is 7, expected a string",
+    ]
+    assert (manifest.instances_per_class, manifest.crowd_per_class) == ([0, 1], [0, 1])
+
+
+def test_federated_sets_and_string_ids_are_seen(tmp_path: Path) -> None:
+    record = {**record_of(1), "negative_labels": [0], "source_id": "one"}
+    write_tar(tmp_path / "a.tar", [*sample("0", record_of(2)), *sample("1", record)])
+    manifest = index_shards(tmp_path, CATEGORIES)
+    assert manifest.federated
+    assert manifest.options == {"image_ids": "strings"}

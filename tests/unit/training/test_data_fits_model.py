@@ -50,3 +50,8 @@ def test_a_keypoint_head_has_as_many_as_the_categories() -> None:
         check(Shards(FLAG_KEYPOINTS, 5), *keypoints)
     with pytest.raises(ConfigError, match="have 0"):
         check(Shards(0), *keypoints)
+
+
+def test_a_keypoint_head_has_objects_with_keypoints() -> None:
+    with pytest.raises(ConfigError, match="needs keypoints, but no object of somewhere has any"):
+        check(Shards(FLAG_MASKS, 17), "model.detector=keypoint_rcnn")
