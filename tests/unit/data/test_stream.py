@@ -455,4 +455,4 @@ def test_a_set_of_empty_images_says_why_they_are_left_out(shards):
         "has 3 samples to offer.* 13 of 16 images have no object that is not crowd; data.train"
     )
     with pytest.raises(ValueError, match=rf"{message}\.keep_empty=true"):
-        open_stream(few, images_per_gpu=4, images_per_step=8)
+        open_stream(few, keep_empty=False, images_per_gpu=4, images_per_step=8)
