@@ -48,19 +48,23 @@ def main(argv: Sequence[str]) -> int:
     if num_problems > MAX_LINES:
         print(f"... and {num_problems - MAX_LINES} more")
     manifest = load_manifest(arguments.path)
+    labels = range(len(manifest.categories))
+    per_class = ([tally[f"{kind} of label {k}"] for k in labels] for kind in ("instances", "crowd"))
+    counts = ClassCounts(manifest.categories, *per_class)
+    warnings = counts.warnings("learned")
+    verdict = f"nothing is damaged, {len(warnings)} warnings" if warnings else "all is well"
+    if num_problems:
+        verdict = f"{num_problems} problems"
+    else:  # all of it could be counted
+        print(f"objects per class: {counts.line()}")
+        for line in warnings:
+            print(f"warning: {line}")
     print(
         f"{shown(arguments.path)}: {len(manifest.shards)} shards, {manifest.images} images, "
         f"{manifest.instances} instances, {manifest.crowd} crowd regions, "
         f"{len(manifest.categories)} classes; read and decoded in "
-        f"{time.monotonic() - start:.1f} s: "
-        + (f"{num_problems} problems" if num_problems else "all is well")
+        f"{time.monotonic() - start:.1f} s: {verdict}"
     )
-    labels = range(len(manifest.categories))
-    per_class = ([tally[f"{kind} of label {k}"] for k in labels] for kind in ("instances", "crowd"))
-    counts = ClassCounts(manifest.categories, *per_class)
-    print(f"objects per class: {counts.line()}")
-    for line in counts.warnings("learned"):
-        print(f"warning: {line}")
     return 1 if num_problems else 0
 
 

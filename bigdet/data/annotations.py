@@ -86,6 +86,11 @@ def _is_crowd(source: Json, about: Json, log: SampleLog) -> bool:
     return False
 
 
+def _is_relative(mask: list[list[float]] | Json, box: list[float]) -> bool:
+    """Tell whether polygons are in parts of the image where the box is in pixels."""
+    return isinstance(mask, list) and max(map(max, mask)) <= 1 and min(box[2:]) > 1
+
+
 def _own_area(annotation: Json, image_size: tuple[int, int]) -> tuple[str, float]:
     """Return the area of an object's mask, or of its box if it has none, and which it is."""
     mask = annotation.get("segmentation")
@@ -109,6 +114,8 @@ def _add_outlines(
         cleaned = clean_mask(mask, *image_size)
         if cleaned is None:
             log.change("mask dropped: neither polygons nor RLE of the image", **about)
+        elif _is_relative(cleaned, annotation["bbox"]):
+            log.change("mask dropped: within 0 to 1, so relative coordinates", **about)
         else:
             annotation["segmentation"] = cleaned
             if isinstance(cleaned, list) and len(cleaned) < len(mask):

@@ -76,10 +76,10 @@ class ClassCounts:
                 lines.append(f"{named} no object at all")
         alike = defaultdict(list)
         for category in self.categories:
-            alike[name_key(category.name)].append(repr(category.name))
+            alike[name_key(category.name)].append(f"{category.id} ({category.name!r})")
         lines += [
-            f"classes {' and '.join(names)} differ only in capitals and blanks; where classes are "
-            "matched by name they are the same"
+            f"categories {' and '.join(names)} have the same name, capitals and blanks aside; "
+            "where classes are matched by name they are one"
             for names in alike.values()
             if len(names) > 1
         ]

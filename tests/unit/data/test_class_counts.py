@@ -87,8 +87,8 @@ def test_a_root_class_and_sets_with_nothing_are_told() -> None:
     categories = [Category(0, "parts"), Category(1, "bolt", "parts"), Category(2, "Bolt", "parts")]
     assert ClassCounts(categories, [0, 2, 2], [0, 0, 0]).warnings("learned") == [
         "1 of 3 classes (parts: a group of other classes) has no object at all",
-        "classes 'bolt' and 'Bolt' differ only in capitals and blanks; where classes are matched "
-        "by name they are the same",
+        "categories 1 ('bolt') and 2 ('Bolt') have the same name, capitals and blanks aside; where "
+        "classes are matched by name they are one",
     ]
     one = categories[:1]
     assert ClassCounts(one, [0], [0]).warnings("measured") == [
