@@ -88,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
         shards.check_random_reads()
+        evaluation_kinds(shards, False, False, config.evaluation.metric)  # before hours of work
     warn_of_nothing(shards)
     detector.use_test_settings(config.model)
     if config.evaluation.resize is not None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
 from bigdet.data.manifest import ShardError
 from bigdet.data.mix import MixedSet
 from bigdet.data.repeats import Repeats, repeat_factors
-from bigdet.data.shards import ShardSet
+from bigdet.data.shards import ShardSet, source_ids
 from bigdet.data.windows import Windows
 from bigdet.ops.random import permutation
 
@@ -144,7 +145,7 @@ def _subset(
         drawn = permutation("subset", subset.seed, count=len(rows))[: subset.images]
         return rows[np.sort(drawn)]
     assert subset.ids is not None
-    ids = _read_ids(Path(subset.ids))
+    ids = _read_ids(Path(subset.ids), source_ids(shards))
     absent = ids[~np.isin(ids, shards.index["image_id"])]
     if len(absent):
         raise ShardError(
@@ -160,12 +161,17 @@ def _subset(
     return chosen
 
 
-def _read_ids(path: Path) -> NDArray[np.int64]:
-    """Return the image ids that a file lists; ``ShardError`` if it is no such list."""
+def _read_ids(path: Path, numbers: Mapping[str, int]) -> NDArray[np.int64]:
+    """Return the image ids that a file lists; ``ShardError`` if it is no such list.
+
+    Args:
+        path: of the file.
+        numbers: of the images whose own ids are strings, which the file may list.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if text.lstrip().startswith("[") else text.split()
-        ids = np.array([int(value) for value in values], np.int64)
+        ids = np.array([numbers.get(value) or int(value) for value in values], np.int64)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ShardError(
             f"data.train.subset.ids: {path} is no list of image ids ({error}). Write a JSON list, "

@@ -252,6 +252,14 @@ class ShardSet:
         return error
 
 
+def source_ids(shards: ShardSet) -> dict[str, int]:
+    """Return the number of each image whose own id is a string."""
+    if not STRING_IDS.items() <= shards.manifest.options.items():
+        return {}
+    records = map(shards.record, range(len(shards)))
+    return {r["source_id"]: r["image_id"] for r in records if "source_id" in r}
+
+
 def sample_key(image_id: int) -> str:
     """Return the name of a sample's files without extension: its zero-padded image id."""
     return f"{image_id:012d}"

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
 from bigdet.data.loose_values import truth_value, whole_number
 from bigdet.data.manifest import Category, ShardError
+from bigdet.data.selection import select
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.categories import load_categories
 from bigdet.data.sources.coco import convert_coco, convert_objects365
@@ -100,6 +102,17 @@ def test_image_ids_that_are_names_become_places_in_the_file(trial: Trial) -> Non
     assert shards.manifest.changed == {"annotation dropped: its image is not listed": 1}
 
 
+def test_a_subset_may_list_the_names(trial: Trial, tmp_path: Path) -> None:
+    names = ["x", "00007"]
+    images = [image_of(name, file_name=f"{n}.jpg") for n, name in enumerate(names, 1)]
+    shards = trial.convert(images, [box_of(1, "x"), box_of(2, "00007")])
+    for listed, rows in ((["00007"], [1]), (["x", 2], [0, 1]), ([1], [0])):
+        (tmp_path / "ids").write_text(json.dumps(listed))
+        subset = SubsetConfig(ids=str(tmp_path / "ids"))
+        split = TrainSplitConfig(shards="x", subset=subset)
+        assert select(ShardSet(shards.folder), split).rows.tolist() == rows
+
+
 def test_a_name_given_to_two_images_is_an_error(trial: Trial) -> None:
     images = [image_of("a", file_name="1.jpg"), image_of("a", file_name="2.jpg")]
     with pytest.raises(ShardError, match="1 image ids that stand there more than once: a"):
@@ -154,6 +167,16 @@ def test_an_area_of_nothing_is_that_of_the_mask_or_of_the_box(trial: Trial) -> N
         "area replaced by that of the mask": 1,
         "area replaced by that of the box": 1,
     }
+
+
+def test_a_relative_mask_of_a_box_in_pixels_is_dropped(trial: Trial) -> None:
+    relative = [[0.1, 0.3, 0.5, 0.3, 0.5, 0.6]]
+    boxes = [box_of(1, segmentation=relative), box_of(2, segmentation=SQUARE)]
+    shards = trial.convert([image_of(1)], boxes)
+    found = [entry.get("segmentation") for entry in shards.record(0)["annotations"]]
+    assert found == [None, SQUARE]
+    reason = "mask dropped: within 0 to 1, so relative coordinates"
+    assert shards.manifest.changed == {reason: 1}
 
 
 def test_relative_coordinates_are_an_error(trial: Trial) -> None:
@@ -212,6 +235,12 @@ def test_images_of_lvis_are_found_and_say_what_was_looked_for(trial: Trial) -> N
 def test_images_of_lvis_are_found_in_one_of_its_folders(trial: Trial) -> None:
     lvis(trial, "val2017")
     assert ShardSet(trial.out).index["image_id"].tolist() == [2]
+
+
+def test_lists_of_lvis_test_images_have_no_annotations(trial: Trial) -> None:
+    trial.file = trial.file.with_name("lvis_v1_image_info_test_dev.json")
+    shards = convert(trial, [{"id": 1, "name": "a"}], images=[image_of(1)])
+    assert shards.record(0)["annotations"] == []
 
 
 def test_lists_of_classes_must_be_of_known_ones(trial: Trial) -> None:
