@@ -19,7 +19,7 @@ from bigdet.config.schema import Metric
 from bigdet.data.manifest import Category
 from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.detections import DetectionTable, Kind
-from bigdet.evaluation.federated import MAX_DETECTIONS
+from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
@@ -79,9 +79,9 @@ _KEYPOINT_RULES = Rules(
         ("recall", None, 1, 0), ("recall", None, 2, 0),
     ],
 )  # fmt: skip
-_LVIS_RULES = Rules(
+LVIS_RULES = Rules(
     areas=_BOX_RULES.areas,
-    limits=[MAX_DETECTIONS],
+    limits=[LVIS_DETECTIONS],
     stats=[
         ("precision", None, 0, 0), ("precision", 0.5, 0, 0), ("precision", 0.75, 0, 0),
         ("precision", None, 1, 0), ("precision", None, 2, 0), ("precision", None, 3, 0),
@@ -91,9 +91,9 @@ _LVIS_RULES = Rules(
 RULES: dict[Kind, Rules] = {"bbox": _BOX_RULES, "segm": _BOX_RULES, "keypoints": _KEYPOINT_RULES}
 
 
-def rules_of(truth: GroundTruth, kind: Kind) -> Rules:
-    """Return what is measured of a kind: of boxes and masks of a federated set as LVIS does."""
-    return RULES[kind] if truth.verified is None or kind == "keypoints" else _LVIS_RULES
+def lvis_rules(truth: GroundTruth, kind: Kind) -> Rules | None:
+    """Return what LVIS measures of boxes and masks if the set is federated."""
+    return None if truth.verified is None or kind == "keypoints" else LVIS_RULES
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
         found: detections of any of its images.
         kind: what to compare.
     """
-    rules = rules_of(truth, kind)
+    rules = lvis_rules(truth, kind) or RULES[kind]
     is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
     labels.sort(key=lambda k: truth.categories[k].id)  # as pycocotools: means add up in this order
@@ -192,7 +192,7 @@ def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
     for place, (rows, objects) in enumerate(labels_in(truth, found, labels)):
         if truth.verified is not None:
             rows = rows[counted[rows]]
-        one = _measure_class(truth, found, kind, rows, objects, areas[rows])
+        one = _measure_class(truth, found, kind, rules, rows, objects, areas[rows])
         precision[:, :, place], recall[:, place] = one
     return Measured(rules, labels, precision, recall)
 
@@ -221,6 +221,7 @@ def _measure_class(
     truth: GroundTruth,
     found: DetectionTable,
     kind: Kind,
+    rules: Rules,
     rows: Index,
     objects: Index,
     areas: Numbers,
@@ -231,11 +232,11 @@ def _measure_class(
         truth: all objects.
         found: all detections.
         kind: what to compare.
+        rules: what is measured of it.
         rows: ``(N,)`` the class's detections by image, within an image the best first.
         objects: ``(M,)`` its objects by image.
         areas: ``(N,)`` of the detections, pixels.
     """
-    rules = rules_of(truth, kind)
     images = found.images[rows]
     ranks = np.arange(len(images)) - np.searchsorted(images, images)
     kept = ranks < rules.limits[-1]

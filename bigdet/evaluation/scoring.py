@@ -15,8 +15,8 @@ from bigdet.evaluation.coco_metrics import (
     KEYPOINT_METRICS,
     KIND_NAMES,
     LVIS_METRICS,
+    LVIS_RULES,
     METRICS,
-    RULES,
     THRESHOLDS,
     measure,
 )
@@ -68,7 +68,7 @@ def evaluate_detections(
         measured = measure(truth, found, kind)
         stats = measured.stats()
         places = KEYPOINT_METRICS if kind == "keypoints" else METRICS
-        places = places if measured.rules is RULES[kind] else LVIS_METRICS
+        places = LVIS_METRICS if measured.rules is LVIS_RULES else places
         metrics[kind] = {name: stats[place] for name, place in places.items()}
         if places is LVIS_METRICS:
             metrics[kind] |= measured.frequency_aps(truth.categories)
