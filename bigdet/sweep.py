@@ -286,7 +286,7 @@ def _check_finished(run: PlannedRun) -> None:
 
 
 def _is_finished(run: PlannedRun) -> bool:
-    return _run_dir(run).weights.is_file()
+    return _run_dir(run).is_finished
 
 
 def _run_dir(run: PlannedRun) -> RunDir:

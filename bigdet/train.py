@@ -22,7 +22,7 @@ from pathlib import Path
 from bigdet import distributed
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_keypoints, has_masks, phase_model
+from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
 from bigdet.config.describe import describe_options
 from bigdet.config.load import load_config
 from bigdet.data.mix import open_sets
@@ -86,6 +86,7 @@ def run_phases(run: Run) -> int:
     names = list(run.config.phases)
     with distributed.together():
         run.scorer.resume()
+    run.state.needs_evaluation = distributed.broadcast_object(run.state.needs_evaluation)
     for name in names[names.index(run.state.phase) :]:
         if name != run.state.phase:
             run.state.begin(name)
@@ -105,6 +106,9 @@ def run_phase(run: Run) -> bool:
     """
     config, state, name = run.config, run.state, run.state.phase
     phase, device = config.phases[name], distributed.device()
+    if state.step == num_steps(phase) and not state.needs_evaluation:
+        run.restored = None  # all of the phase is done, but perhaps for the numbers of its end
+        return True
     with distributed.together():
         stream = open_train_stream(
             run.train_set,

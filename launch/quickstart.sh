@@ -17,7 +17,9 @@ done
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ranks=$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
-[ -f runs/quickstart/model.safetensors ] ||
+# An evaluation that is not scored yet is scored by the next start.
+{ [ -f runs/quickstart/model.safetensors ] &&
+  ! compgen -G "runs/quickstart/evaluation/*.detections" > /dev/null; } ||
   deepspeed --num_gpus "$ranks" --module bigdet.train configs/quickstart.yaml
 
 python -m bigdet.evaluate runs/quickstart --shards data/shapes/val

@@ -115,7 +115,7 @@ def _run_ranks(num_ranks: int, folder: Path, *arguments: Any) -> list[dict[str, 
         process.start()
     for process in processes:
         process.join()
-    if any(process.exitcode for process in processes):
+    if any(process.exitcode != 0 for process in processes):
         raise ValueError(f"a rank of {arguments[-2]} failed; see above")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 

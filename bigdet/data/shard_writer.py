@@ -153,7 +153,7 @@ class ShardWriter:
         for name in [*names, INDEX_NAME, MANIFEST_NAME]:
             flush_to_disk(unfinished / name)
             os.rename(unfinished / name, self.folder / name)
-        flush_to_disk(self.folder)
+            flush_to_disk(self.folder)
         self.manifest = manifest
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -100,6 +99,8 @@ class CachedTars:
         self._open: tuple[str, int] | None = None  # name and file descriptor
         self._ahead: list[_Piece] = []  # to be fetched ahead
         self._thread: threading.Thread | None = None
+        self._is_fetching = False  # the thread will look at the list once more
+        self._lock = threading.Lock()  # of the list and of this
 
     def read(self, shard: int, start: int, size: int) -> bytes:
         """Return bytes of a tar, fewer where it ends; ``UnreachableError`` if it cannot be had."""
@@ -123,15 +124,25 @@ class CachedTars:
         ahead = [p for p in pieces.values() if not self._cache.touch(p.name, p.stop - p.start)]
         # With less room processes would fetch what makes the others' files go.
         has_room = 2 * sum(p.stop - p.start for p in pieces.values()) <= self._cache.limit_bytes
-        self._ahead = ahead if has_room else []
-        if self._ahead and (self._thread is None or not self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
-            self._thread.start()
+        with self._lock:
+            self._ahead = ahead if has_room else []
+            if self._ahead and not self._is_fetching:
+                self._is_fetching = True
+                self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
+                self._thread.start()
 
     def _fetch_ahead(self) -> None:
-        with contextlib.suppress(IndexError, OSError):  # an error is for who reads it to tell
-            while True:
-                os.close(self._fetched(self._ahead.pop(0)))
+        while True:
+            with self._lock:
+                ahead = self._ahead
+                if not ahead:
+                    self._is_fetching = False  # it counts as alive for some time yet
+                    return
+                piece = ahead.pop(0)
+            try:
+                os.close(self._fetched(piece))
+            except OSError:  # for who reads it to tell; what was expected meanwhile is fetched
+                ahead.clear()
 
     def close(self) -> None:
         """Close what is open; it is opened again when needed."""

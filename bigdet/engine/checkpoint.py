@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from bigdet import distributed
 from bigdet.engine.base import EngineState
+from bigdet.run_dir import sync as _sync
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,8 @@ def adopt(folder: Path, checkpoints: Path) -> None:
     _delete(partial)
     checkpoints.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, partial)
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
     partial.rename(checkpoints / folder.name)
     _sync(checkpoints)
     _write_name(checkpoints / "latest", folder.name)
@@ -279,15 +281,6 @@ def _write_name(path: Path, name: str) -> None:
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -14,6 +15,8 @@ from typing import Any
 from bigdet.config.load import flat_options, load_config
 from bigdet.reporting.table import Outcome, outcome_of, read_metrics
 from bigdet.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
 
 UNCOUNTED = ("output", "seed", "resume", "checkpoint", "log", "data.workers", "data.cache")
 """Options and sections in which runs of one group may differ: the seed, and what changes no number.
@@ -45,7 +48,7 @@ class Run:
     @property
     def outcome(self) -> Outcome | None:
         """Where it stands; None before its first evaluation."""
-        return outcome_of(self.lines, self.run_dir.weights.is_file())
+        return outcome_of(self.lines, self.run_dir.is_finished)
 
     def total_step(self, line: Mapping[str, Any]) -> int:
         """Return the optimizer steps over all phases up to a line."""
@@ -97,6 +100,9 @@ def read_run(folder: Path, name: str) -> Run:
             f"{run_dir.metrics}: has the phases {', '.join(unknown)}, which {run_dir.config.name} "
             f"does not list ({', '.join(phases)}). The files are of two runs."
         )
+    if run_dir.weights.is_file() and not run_dir.is_finished:
+        logger.warning("%s: its last evaluation is not scored yet; start the run again, which does "
+                       "that alone", folder)  # fmt: skip
     options = flat_options(config)
     return Run(name, run_dir, options, phases, lines, _last_evaluation(run_dir, lines),
                _read_json(run_dir.environment, []))  # fmt: skip

@@ -143,7 +143,7 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
         ConfigError: the folder holds a finished run, or one that ``resume`` says not to touch.
     """
     newest = newest_checkpoint(run_dir)
-    if run_dir.weights.is_file():
+    if run_dir.is_finished or (run_dir.weights.is_file() and newest is None):
         raise ConfigError(
             f"output: {run_dir.root} holds a finished run ({run_dir.weights.name} is there). "
             f"Choose another output, or remove the folder to run again."

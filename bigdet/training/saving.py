@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -20,7 +19,7 @@ from bigdet.data.shards import ShardSet
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine, EngineState
 from bigdet.models.weights import weights_metadata
-from bigdet.run_dir import RunDir
+from bigdet.run_dir import RunDir, put_in_place
 from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -90,6 +89,10 @@ class Saver:
         except (OSError, ValueError) as error:
             self._problem = str(error)
             return
+        except Exception as error:  # nobody else would hear of it, and nothing is written
+            logger.exception("%s: the checkpoint is not written", folder)
+            self._problem = f"{folder}: cannot write the checkpoint: {error!r}."
+            return
         logger.info(
             "checkpoint written: %s (copied in %.2f s, written beside training in %.2f s)",
             folder, copied, time.perf_counter() - started,
@@ -141,7 +144,7 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
             source = run_dir.checkpoint(name, num_steps(phase)) / checkpoint.MODEL_FILE
             temporary = run_dir.weights.with_suffix(".tmp")
             shutil.copyfile(source, temporary)
-            os.replace(temporary, run_dir.weights)
+            put_in_place(temporary, run_dir.weights)
     logger.info("finished: final weights in %s", run_dir.weights)
 
 

@@ -15,8 +15,9 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 
 import torch
 
@@ -60,7 +61,11 @@ class Scorer:
         self._message: Connection | None = None
 
     def resume(self) -> None:
-        """Go on with what an earlier process of the run left unscored."""
+        """Go on with what an earlier process of the run left unscored.
+
+        The evaluation of the current step is due again where its detections are lost: so says the
+        state of rank 0 then.
+        """
         if not distributed.is_main():
             return
         entry, run_dir = self._state.unscored, self._run_dir
@@ -71,16 +76,21 @@ class Scorer:
             return
         numbers = run_dir.evaluation(entry.phase, entry.step)
         if run_dir.detections(entry.phase, entry.step).is_file():
+            logger.info("%s step %d: scoring what an earlier start has detected",
+                        entry.phase, entry.step)  # fmt: skip
             self._start()
             return
+        self._state.unscored = None
         if numbers.is_file():  # scored after the checkpoint was written
             self._note_best(entry, json.loads(numbers.read_bytes()))
-        else:
-            logger.warning(
-                "%s step %d: its detections are not in this run folder, so it has no AP here; "
-                "bigdet.evaluate measures its checkpoint", entry.phase, entry.step,
-            )  # fmt: skip
-        self._state.unscored = None
+            return
+        is_here = (entry.phase, entry.step) == (self._state.phase, self._state.step)
+        self._state.needs_evaluation |= is_here
+        logger.warning(
+            "%s step %d: its detections are not in this run folder, so %s", entry.phase, entry.step,
+            "it is evaluated again" if is_here else
+            "it has no AP here; bigdet.evaluate measures its checkpoint",
+        )  # fmt: skip
 
     def start(self, results: SavedResults) -> None:
         """Score the detections of the current step from now on; none may be under way.
@@ -103,16 +113,19 @@ class Scorer:
             ValueError: the process failed by what a user can cause; with what it said.
             RuntimeError: it failed otherwise.
         """
-        if self._process is None or self._process.is_alive():
+        # Its message says that the process is done; without one the end of the pipe does. A process
+        # that has ended still counts as alive until the system has said how.
+        if self._message is None or not self._message.poll():
             return
         entry = self._state.unscored
-        assert self._message is not None
+        assert self._process is not None
         assert self._metrics is not None
         assert entry is not None
         detections = self._run_dir.detections(entry.phase, entry.step)
         try:
             problem = self._message.recv()
         except EOFError as error:
+            self._process.join()
             raise RuntimeError(
                 f"{detections}: the process that scores it ended with exit code "
                 f"{self._process.exitcode}. Started again, the run scores it once more."
@@ -142,15 +155,17 @@ class Scorer:
             False when they had to stop.
         """
 
-        def wait_for_process() -> bool:
-            if self._process is not None:
-                wait([self._process.sentinel])
+        def wait_for_message() -> bool:
+            if self._message is not None:
+                self._message.poll(None)
             return True
 
-        if work_on_main(wait_for_process, must_stop) is None:
+        if work_on_main(wait_for_message, must_stop) is None:
             return False
         with distributed.together():
             self.collect()
+            left = self._state.unscored if distributed.is_main() else None
+            assert left is None, f"a run must not go on as if {left} were scored"
         return True
 
     def end(self) -> None:
@@ -197,7 +212,7 @@ def _score(
     kinds = evaluation_kinds(val_set, has_masks(model), has_keypoints(model), metric)
     count = config.evaluation.pictures
     try:
-        results = SavedResults.read(run_dir.detections(entry.phase, entry.step))
+        results = _read_detections(run_dir.detections(entry.phase, entry.step), val_set)
         metrics = evaluate_detections(val_set, results, kinds, metric)
         if count and entry.step == num_steps(config.phases[entry.phase]):
             pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase)
@@ -206,6 +221,21 @@ def _score(
         message.send(str(error))
     else:
         message.send(None)
+
+
+def _read_detections(file: Path, val_set: ShardSet) -> SavedResults:
+    """Read detections; ``ValueError`` unless they are of all images of the set."""
+    remedy = "Remove the file and start the run again: it evaluates once more."
+    try:
+        results = SavedResults.read(file)
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from error
+    if results.image_ids() != sorted(val_set.index["image_id"].tolist()):
+        raise ValueError(
+            f"{file}: is of {results.num_images} images, which are not the {len(val_set)} of "
+            f"{val_set.address}. Give the validation set that the run had, or: {remedy}"
+        )
+    return results
 
 
 def _begin_process() -> None:

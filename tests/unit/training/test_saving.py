@@ -18,7 +18,7 @@ from bigdet.config.load import load_config
 from bigdet.engine import checkpoint
 from bigdet.engine.base import EngineState
 from bigdet.run_dir import RunDir
-from bigdet.training.saving import Saver, newest_checkpoint
+from bigdet.training.saving import Saver, newest_checkpoint, write_final_weights
 from bigdet.training.state import RunState
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -122,6 +122,31 @@ def test_a_second_failure_in_a_row_ends_the_run_with_the_checkpoint_before_untou
     full_disk(False)
     assert names(run_dir) == ["latest", "pretrain-1"]
     assert checkpoint.load(run_dir.checkpoints / "pretrain-1").run["run"]["step"] == 1
+
+
+def test_a_save_that_dies_of_whatever_is_no_save(
+    saver: Saver, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room to hash")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    save(saver, 1)
+    with pytest.raises(distributed.SharedError, match="the last checkpoint could not be written"):
+        saver.finish()
+    assert "pretrain-1: cannot write the checkpoint: MemoryError('no room to hash')" in caplog.text
+
+
+def test_final_weights_are_on_the_disk_before_they_have_their_name(
+    run_dir: RunDir, disk_calls: list[str]
+) -> None:
+    config = load_config(CONFIG, ["phases.finetune.steps=3"])
+    source = run_dir.checkpoint("finetune", 3) / "model.safetensors"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"weights")
+    write_final_weights(config, run_dir)
+    assert run_dir.weights.read_bytes() == b"weights"
+    assert disk_calls == ["sync model.tmp", "name model.safetensors", f"sync {run_dir.root.name}"]
 
 
 def test_the_last_save_of_a_run_must_succeed(saver: Saver, run_dir: RunDir, full_disk: Any) -> None:
