@@ -117,7 +117,11 @@ class LogConfig:
     """What a run tells."""
 
     every: int = 20
-    """Steps between lines of the log and of ``metrics.jsonl``."""
+    """Steps between lines of the log and of ``metrics.jsonl``. The losses and ``grad_norm`` of a
+    line are means over all steps since the line before, weighted by training images (masked slots
+    at the end of a pass count nothing), and do not depend on ranks or accumulation. ``grad_norm``
+    is that of the mean loss over the lanes with an image, before clipping. A step that was skipped
+    is left out: ``bad_steps`` counts it, and a mean of no step is null."""
     tensorboard: bool = True
     """Write TensorBoard event files too, with pictures: a batch with its targets at the start of a
     phase, detections at each evaluation."""

@@ -13,6 +13,9 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bigdet.config.data_schema import DataConfig, TrainSplitConfig
 from bigdet.config.derived import largest_plan
 from bigdet.config.phase_schema import AugmentConfig, PhaseConfig, ResizeConfig
@@ -186,6 +189,10 @@ class TrainStream:
             int(image_id) if weight else None
             for image_id, weight in zip(ids, group.weights, strict=True)
         ]
+
+    def lane_images(self, step: int) -> NDArray[np.int64]:
+        """Return how many images of each lane of a step, from 1, are not masked: ``(L,)``."""
+        return self._groups.order.lane_images(step)
 
     def state(self) -> dict[str, Any]:
         """Return what a number of finished steps is relative to, for a checkpoint."""

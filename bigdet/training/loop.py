@@ -25,7 +25,8 @@ from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
 from bigdet.training import boards, measuring, optim, saving
-from bigdet.training.metrics import StepMeter, mean_losses, progress_line
+from bigdet.training.averages import LossMeter
+from bigdet.training.metrics import StepMeter, progress_line
 from bigdet.training.prefetch import prefetch
 from bigdet.training.scorer import Scorer
 from bigdet.training.state import RunState
@@ -129,6 +130,7 @@ class PhaseTrainer:
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter(device)
+        self.losses = LossMeter(device, run.state.interval)
         self.has_shown_batch = False
         self.micro_batches: list[Batch] = []  # of the step under way, for messages
         assert self.phase.images_per_step is not None
@@ -197,6 +199,8 @@ class PhaseTrainer:
         result = self.engine.train_step(prefetch(micro_batches, self.device))
         self.state.step += 1
         self.state.total_steps += 1
+        lane_images = self.stream.lane_images(self.state.step + self.state.stream_shift)
+        self.losses.add(result, lane_images, self.stream.lanes)
         if result.is_finite:
             norms.update_running_statistics(self.detector)
         else:
@@ -233,8 +237,7 @@ class PhaseTrainer:
         values: dict[str, Any] = {
             "phase": self.name,
             "step": self.state.step,
-            **mean_losses(result.losses),
-            "grad_norm": result.grad_norm if result.is_finite else None,
+            **self.losses.means(),
             "lr": lr,
             **({"loss_scale": result.loss_scale} if self.config.engine.precision == "fp16" else {}),
             **self.meter.rates(),
@@ -292,6 +295,7 @@ class PhaseTrainer:
         """Save this moment (a collective)."""
         self.run.watchdog.at(f"{self.state.position}: writing a checkpoint")
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
+        self.state.interval = self.losses.interval()
         self.run.saver.save(self.engine, self.state)
 
 

@@ -122,6 +122,30 @@ def test_a_killed_run_goes_on_exactly(
     assert seconds == sorted(seconds)
 
 
+def test_a_line_is_the_mean_over_its_images_also_of_a_run_killed_in_the_middle_of_it(
+    whole: Path, tmp_path: Path, shapes_shards: Path
+):
+    command = Command(tmp_path / "run", shapes_shards, "log.every=3")  # saved after steps 2, 4, ...
+    command.wait_for("pretrain", 3)
+    command.kill()
+    code, printed = Command(tmp_path / "run", shapes_shards, "log.every=3").finish()
+    assert code == 0, printed
+    steps, seen = {}, 0
+    for line in numbers(whole):  # a line for each step
+        if "loss/total" in line:
+            steps[line["cost/steps"]] = (line["seen/images"] - seen, line)
+            seen = line["seen/images"]
+    assert len({images for images, _ in steps.values()}) == 2  # the last step of a pass is short
+    lines = [line for line in numbers(tmp_path / "run") if "loss/total" in line]
+    intervals = [range(1, 4), range(4, 7), range(7, 10), range(10, 11)]
+    for line, interval in zip(lines, intervals, strict=True):
+        own = [steps[number] for number in interval]
+        assert line["cost/steps"] == interval[-1]
+        for key in [key for key in line if key.startswith("loss/") or key == "grad_norm"]:
+            mean = sum(images * one[key] for images, one in own) / sum(images for images, _ in own)
+            assert line[key] == pytest.approx(mean, rel=1e-9), (interval, key)
+
+
 def test_a_run_killed_at_random_moments_goes_on_exactly(
     whole: Path, tmp_path: Path, shapes_shards: Path
 ):
