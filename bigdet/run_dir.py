@@ -141,6 +141,11 @@ class RunDir:
         """A file that asks the run to write a checkpoint and end with exit code 75."""
         return self.root / "stop"
 
+    @property
+    def stopped(self) -> Path:
+        """A file that says where the run stopped on request; there until it is started again."""
+        return self.root / "stopped"
+
     def log(self, rank: int) -> Path:
         """The log file of one rank."""
         return self.root / "logs" / f"rank-{rank}.log"

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from bigdet.commands import STOPPED, run_command
-from bigdet.config.derived import in_steps
+from bigdet.config.derived import comparable, in_steps, place_of
 from bigdet.config.load import ConfigError, flat_options, load_config
 from bigdet.config.schema import RunConfig
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
@@ -124,7 +124,7 @@ def _check_past(run: PlannedRun, trunk: RunConfig, phase: str) -> None:
             f"this run {', '.join(run.config.phases)}. Fork from a run with the same phases."
         )
     changeable = [
-        *changeable_options(run.config, trunk, phase),
+        *changeable_options(run.config, phase, is_fork=True),
         *(f"phases.{phase}.{unit}" for unit in ("passes", "images")),
     ]
     if changed := changed_options(run.config, trunk, changeable):
@@ -151,10 +151,15 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
         else:
             logger.info("%s: %s", place, shlex.join([*command, *run.words]))
             code = _run(run, command)
-            if code not in (0, STOPPED):
-                logger.warning("%s: failed with exit code %d", place, code)
+            # Launchers give codes of their own: what became of the run, its folder says.
+            is_stopped = _run_dir(run).stopped.is_file()
+            if not _is_finished(run) and not is_stopped:
+                logger.warning(
+                    "%s: failed: its command ended with exit code %d, and %s is neither finished "
+                    "nor stopped", place, code, _run_dir(run).root,
+                )  # fmt: skip
                 failed.append(run.name)
-            if code == STOPPED or _stop_requested:
+            if is_stopped or _stop_requested:
                 _note(0, None)
                 logger.info("stopped on request; start again to go on")
                 break
@@ -169,7 +174,12 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
     folder = Path(sweep.output)
     begun = [run for run in runs if read_metrics(_run_dir(run))]
     read = {run.name: read_run(_run_dir(run).root, run.name) for run in begun}
-    shards = {name: str(run.options["data.val.shards"]) for name, run in read.items()}
+    spelled: dict[str, str] = {}  # of several ways to write a place, the first
+    shards = {
+        name: spelled.setdefault(place_of(text), text)
+        for name, run in read.items()
+        if (text := str(run.options["data.val.shards"]))
+    }
     places = list(dict.fromkeys(shards.values()))
     names = short_names([Path(place) for place in places])
     table = outcome_table(_outcomes(sweep.runs, runs)).markdown()
@@ -256,6 +266,7 @@ def _run(run: PlannedRun, command: Sequence[str]) -> int:
     A request to stop is handed on as the file OUTPUT/stop: launchers differ in what they do with
     signals. It is made until the run ends, for a run that is just beginning removes it.
     """
+    _run_dir(run).stopped.unlink(missing_ok=True)  # of an earlier start
     process = subprocess.Popen([*command, *run.words])
     while True:
         try:
@@ -274,7 +285,7 @@ def _check_finished(run: PlannedRun) -> None:
     changed = [
         f"{key} (was {made.get(key)}, now {value})"
         for key, value in flat_options(run.config).items()
-        if made.get(key) != value
+        if comparable(key, made.get(key)) != comparable(key, value)
         and not (key.startswith("phases.") and key.endswith(SETTLED))
         and not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
     ]

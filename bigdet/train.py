@@ -8,7 +8,7 @@
 
 Started again, the same command goes on from the newest checkpoint. Exit code 0: done; 1: an error
 that the message explains; 75: stopped on request (SIGTERM, SIGUSR1, or the file OUTPUT/stop), with
-a checkpoint written: start it again.
+a checkpoint written: start it again. torchrun makes 1 of any code but 0; OUTPUT/stopped tells.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
 from bigdet.log import setup_logging
-from bigdet.run_dir import RunDir, check_folder
+from bigdet.run_dir import RunDir, check_folder, write_text
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         resume.check_data(config, train_set, val_set)
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
+            run_dir.stopped.unlink(missing_ok=True)
             folder = resume.find_checkpoint(config, run_dir)
     resume.check_same_everywhere(config, train_set, val_set)
     folder = distributed.broadcast_object(folder)
@@ -73,7 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     run.log_start(folder)
     try:
         with watchdog:
-            return run_phases(run)
+            code = run_phases(run)
+            if code == STOPPED and distributed.is_main():  # launchers give codes of their own
+                write_text(run_dir.stopped, f"{state.position}\n")
+            return code
     finally:
         run.scorer.end()
         run.saver.join()

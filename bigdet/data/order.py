@@ -146,7 +146,10 @@ class Order:
         pass_number, position = divmod(step - 1, self.steps_per_pass)
         if position < self.steps_per_pass - 1:
             return np.full(self.num_lanes, self._images_per_gpu, np.int64)
-        return self._whole_pass(pass_number).last_weights.sum(axis=1).astype(np.int64)
+        images: NDArray[np.int64] = self._whole_pass(pass_number).last_weights.sum(
+            axis=1, dtype=int
+        )
+        return images
 
     def upcoming(self, step: int, lane: int) -> NDArray[np.int64] | None:
         """Return what a lane reads next, a window from its aspect pool on; None if that is known.

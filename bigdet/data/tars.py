@@ -236,7 +236,7 @@ def local_copy(path: str, config: CacheConfig) -> Path:
     content = io.BytesIO()
     fetch(RemoteFile(file_address(path, "manifest.json")), content)
     text = content.getvalue()
-    folder = _folder(config) / "sets" / name_of(path, text)
+    folder = _folder(config) / "sets" / name_of(path.rstrip("/"), text)
     folder.mkdir(parents=True, exist_ok=True)
     index = RemoteFile(file_address(path, "index.npy"), sha256=_index_sha256(text))
     with locked(folder / "lock"):

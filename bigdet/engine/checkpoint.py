@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+ADOPTED_FILE = "adopted"
+"""Is there where a checkpoint was copied from another run; it says from where."""
 PARTIAL = ".part-"
 """Prefix of what is being written, or was when the process died."""
 
@@ -41,10 +43,12 @@ class Checkpoint:
     Attributes:
         engine: weights and optimizer state; empty on ranks but 0.
         run: what the caller gave to ``save`` for ``state.json``.
+        is_adopted: it was copied from another run.
     """
 
     engine: EngineState = field(default_factory=EngineState)
     run: dict[str, Any] = field(default_factory=dict)
+    is_adopted: bool = False
 
 
 def save(folder: Path, state: EngineState, metadata: dict[str, str], run: dict[str, Any]) -> None:
@@ -88,8 +92,10 @@ def load(folder: Path) -> Checkpoint:
                 advice = f"Go on with resume={before}" if before else "No earlier one can be used"
                 raise ValueError(f"{error} {advice}.") from error
             scale = run.pop("loss_scale")
-            checkpoint = Checkpoint(_read_engine_state(folder, scale), run)
-    return Checkpoint(checkpoint.engine, distributed.broadcast_object(checkpoint.run))
+            is_adopted = (folder / ADOPTED_FILE).is_file()
+            checkpoint = Checkpoint(_read_engine_state(folder, scale), run, is_adopted)
+    told = distributed.broadcast_object((checkpoint.run, checkpoint.is_adopted))
+    return Checkpoint(checkpoint.engine, *told)
 
 
 def check(folder: Path) -> tuple[dict[str, Any], int]:
@@ -128,6 +134,7 @@ def adopt(folder: Path, checkpoints: Path) -> None:
     _delete(partial)
     checkpoints.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, partial)
+    (partial / ADOPTED_FILE).write_text(f"{folder}\n", encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         _sync(path)
     partial.rename(checkpoints / folder.name)

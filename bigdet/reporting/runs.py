@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigdet.config.derived import comparable
 from bigdet.config.load import flat_options, load_config
 from bigdet.reporting.table import Outcome, outcome_of, read_metrics
 from bigdet.run_dir import RunDir
@@ -72,7 +73,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         ValueError: a folder is no run, has nothing to report, or measured on other data.
     """
-    unique = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+    by_place: dict[Path, Path] = {}
+    for folder in folders:
+        by_place.setdefault(folder.resolve(), Path(os.path.abspath(folder)))
+    unique = list(by_place.values())
     names = short_names(unique)
     runs = [read_run(folder, name) for folder, name in zip(unique, names, strict=True)]
     check_same_data(runs)
@@ -139,7 +143,8 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     by_options: dict[tuple[str, int], list[Run]] = {}
     times: Counter[tuple[str, str]] = Counter()
     for run in runs:
-        kept = {key: value for key, value in run.options.items() if not _is_uncounted(key)}
+        kept = {key: comparable(key, value) for key, value in run.options.items()
+                if not _is_uncounted(key)}  # fmt: skip
         options, seed = json.dumps(kept, sort_keys=True, default=str), str(run.options.get("seed"))
         by_options.setdefault((options, times[options, seed]), []).append(run)
         times[options, seed] += 1

@@ -38,6 +38,8 @@ from bigdet.training.forks import (
     changed_options,
     check_fork,
     is_fork,
+    is_same_request,
+    own_checkpoint,
 )
 from bigdet.training.phases import check_start
 from bigdet.training.saving import newest_checkpoint
@@ -161,14 +163,15 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
             f"resume: {folder} is not a checkpoint (it has no {checkpoint.STATE_FILE}). Write "
             f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
         )
+    is_new = newest is None or not is_same_request(config, load_config(run_dir.config))
+    if (own := own_checkpoint(folder, run_dir)) is not None:
+        if is_new:  # asked for the first time
+            write_text(run_dir.latest, f"{own.name}\n")
+        return own if is_new else newest
     if newest is None:
-        checkpoint.adopt(folder, run_dir.checkpoints)
+        checkpoint.adopt(folder.resolve(), run_dir.checkpoints)
         return newest_checkpoint(run_dir)
-    if folder.parent.resolve() == run_dir.checkpoints.resolve():
-        if load_config(run_dir.config).resume != config.resume:  # asked for the first time
-            write_text(run_dir.latest, f"{folder.name}\n")
-        return newest_checkpoint(run_dir)
-    if load_config(run_dir.config).resume != config.resume:
+    if is_new:
         raise ConfigError(
             f"resume: {run_dir.root} has checkpoints of its own, so it cannot begin at {folder}. "
             f"Choose another output, or write resume=auto to go on from {newest}."
@@ -318,7 +321,7 @@ def begin(
     else:
         state = RunState.from_json(saved.run["run"])
         note_changes(config, train_set, saved, state)
-        if is_fork(config, _config_of(saved.run["config"])):
+        if is_fork(config, saved):
             # They stay with the other run.
             state.best_ap = state.best_checkpoint = state.unscored = None
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
@@ -358,10 +361,11 @@ def _check_unchanged(
             f"{', '.join(config.phases)}. Set them back, or choose another output."
         )
     current = saved.run["run"]["phase"]
-    if is_fork(config, before):
+    begins_here = is_fork(config, saved)
+    if begins_here:
         step = saved.run["run"].get("step", 0)
         check_fork(current, step, config.phases[current], before.phases[current])
-    changeable = changeable_options(config, before, current)
+    changeable = changeable_options(config, current, begins_here)
     if changed := changed_options(config, before, changeable):
         batch = ", ".join(f"phases.{current}.{name}" for name in BATCH_OPTIONS)
         also = "" if config.change_batch else f"; with change_batch=true also {batch}"

@@ -203,8 +203,10 @@ def test_a_stop_request_ends_with_75_and_a_checkpoint(
     code, printed = command.finish()
     assert code == 75, printed
     assert (output / "checkpoints/latest").is_file()
+    assert (output / "stopped").read_text().startswith("pretrain step ")
     code, printed = Command(output, shapes_shards, "checkpoint.every=100").finish()
     assert code == 0, printed
+    assert not (output / "stopped").exists()
     assert_same_run(output, whole)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.reporting.runs import common_name, read_runs, short_names
+from bigdet.reporting.runs import common_name, group_runs, read_runs, short_names
 from tests.fake_runs import write_run
 
 
@@ -60,4 +60,30 @@ def test_names_are_as_short_as_they_can_be():
 
 def test_a_run_given_twice_is_read_once(tmp_path: Path):
     run = write_run(tmp_path / "a", [0.1])
-    assert len(read_runs([run, run.parent / "." / "a"])) == 1
+    (tmp_path / "link").symlink_to(run)
+    (read,) = read_runs([run, run.parent / "." / "a", tmp_path / "link"])
+    assert read.name == "a"
+
+
+def test_seeds_on_the_same_shards_are_one_group_however_these_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    spelled = ("data/val", "data/val/", f"{tmp_path}/data/val", "data/other")
+    runs = [
+        write_run(tmp_path / f"run-s{seed}", [0.1], f"seed={seed}", f"data.val.shards={shards}")
+        for seed, shards in enumerate(spelled)
+    ]
+    groups = group_runs(read_runs(runs))
+    assert [len(members) for members in groups.values()] == [3, 1]
+
+
+def test_an_ended_run_with_an_evaluation_unscored_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run = write_run(tmp_path / "a", [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert read_runs([run])[0].outcome.is_finished
+    assert not caplog.records
+    (run / "evaluation/finetune-20.detections").touch()
+    assert not read_runs([run])[0].outcome.is_finished
+    assert "its last evaluation is not scored yet; start the run again" in caplog.text
