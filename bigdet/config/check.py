@@ -27,13 +27,14 @@ from bigdet.config.derived import (
     phase_source,
     start_parts,
 )
-from bigdet.config.load import ConfigError
+from bigdet.config.load import ConfigError, written_keys
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 from bigdet.config.rules import not_negative as _not_negative
 from bigdet.config.rules import positive as _positive
 from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
+from bigdet.config.rules import user_wrote
 from bigdet.config.schema import EngineConfig, RunConfig
 
 _STRIDE = 32
@@ -60,6 +61,11 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: with the full key, what was found and what to write instead.
     """
+    with user_wrote(written_keys(config)):
+        _check_all(config)
+
+
+def _check_all(config: RunConfig) -> None:
     _check_model(config.model)
     _check_numbers(config)
     check_train_split(config.data.train)
@@ -216,6 +222,9 @@ def _check_model(model: ModelConfig) -> None:
             f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
             f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
         )
+    if has_layer_norm and model.norm == "bn" and model.norm_scope != "all":
+        reason = f"{model.backbone} has LayerNorm, and norm_scope leaves out all else"
+        _unused("model", model, "norm", reason)
     for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
         _positive(key, value)
     rpn, roi = model.rpn, model.roi
