@@ -272,9 +272,9 @@ def gather_objects(value: T) -> list[T]:
     """Collect the values of all ranks, in order of rank, on rank 0; others get an empty list."""
     if not dist.is_initialized() or world_size() == 1:
         return [value]
-    values: list[T | None] | None = [None] * world_size() if is_main() else None
+    values: list[T] | None = [value] * world_size() if is_main() else None
     dist.gather_object(value, values, dst=0)
-    return [] if values is None else [item for item in values if item is not None]
+    return values or []
 
 
 def barrier() -> None:
@@ -287,9 +287,9 @@ def all_gather_objects(value: T) -> list[T]:
     """Collect the values of all ranks, in order of rank, on every rank (small values)."""
     if not dist.is_initialized() or world_size() == 1:
         return [value]
-    values: list[T | None] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+    return values
 
 
 class SharedError(ValueError):

@@ -48,6 +48,7 @@ from bigdet.log import setup_logging
 from bigdet.models.detector import Detector
 from bigdet.models.weights import find_weights, load_detector
 from bigdet.run_dir import check_file
+from bigdet.strict_json import to_json
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 
@@ -181,7 +182,7 @@ def report(metrics: Metrics, options: argparse.Namespace) -> None:
     if options.analysis:
         sys.stdout.write("\n" + analysis_table(metrics["analysis"]) + "\n")
     if options.out is not None:
-        options.out.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(to_json(metrics, indent=1) + "\n", encoding="utf-8")
         logger.info("written to %s", options.out)
 
 

@@ -17,7 +17,6 @@ cannot be read is named and left out; the exit code is then 1.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,13 +32,14 @@ from bigdet import distributed
 from bigdet.commands import run_command
 from bigdet.drawing import draw_detections
 from bigdet.evaluation.detections import Result
-from bigdet.evaluation.predict import coco_results
+from bigdet.evaluation.predict import coco_results, finite_detections
 from bigdet.inputs import Input, list_inputs
 from bigdet.log import setup_logging
 from bigdet.models.detector import Detector, canvas_size
 from bigdet.models.weights import load_detector
 from bigdet.ops.resize import test_size
 from bigdet.run_dir import check_folder
+from bigdet.strict_json import to_json
 from bigdet.structures import Detections
 
 logger = logging.getLogger("bigdet.predict")  # __name__ is __main__ here
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     results, num_done = detect_all(detector, inputs, options)
     num_bad += len(inputs) - num_done
     results.sort(key=lambda result: int(result["image_id"]))
-    (options.out / "detections.json").write_text(json.dumps(results), encoding="utf-8")
+    (options.out / "detections.json").write_text(to_json(results), encoding="utf-8")
     logger.info("%s has the detections of %d images", options.out, num_done)
     if num_bad:
         raise ValueError(
@@ -179,7 +179,12 @@ def predict_images(detector: Detector, images: Sequence[NDArray[np.uint8]]) -> l
     """Detect the objects on images ``(H, W, 3)`` in one forward pass; results are on the CPU."""
     if not images:
         return []
-    return [found.to(torch.device("cpu")) for found in detector.predict(images)]
+    found = [finite_detections(one.to(torch.device("cpu"))) for one in detector.predict(images)]
+    if num_left_out := sum(number for _, number in found):
+        logger.warning(
+            "%d detections were not finite and left out; the model may have diverged", num_left_out
+        )
+    return [detections for detections, _ in found]
 
 
 def write_picture(

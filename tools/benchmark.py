@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import load_config
+from bigdet.strict_json import to_json
 
 PARTS = ("stream", "step", "predict", "evaluate", "resume")
 """What can be measured, by ``benchmark_PART.py`` beside this file: ``add_arguments(parser)`` says
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv[1:])
     config = load_config(arguments.config, arguments.overrides)
     check_config(config)
-    print(json.dumps(module.run(config, arguments)))
+    print(to_json(module.run(config, arguments)))
     return 0
 
 

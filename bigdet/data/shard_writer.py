@@ -36,6 +36,7 @@ from bigdet.data.manifest import (
 )
 from bigdet.data.shard_tar import FinishedShard, ShardTar, record_text, stored_bytes
 from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME
+from bigdet.strict_json import to_json
 
 UNFINISHED = ".unfinished"
 
@@ -175,7 +176,7 @@ def summarize(
         for line in part.log:
             kind = "skipped" if "skipped" in line else "changed"
             counts[kind][line[kind]] += 1
-            log.write(json.dumps(line) + "\n")
+            log.write(to_json(line) + "\n")
         if part.shard.samples:
             part.rows["shard"] = len(shards)
             rows.append(part.rows)

@@ -5,7 +5,6 @@ They are drawn from the detections that were measured, so nothing is detected tw
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from bigdet.evaluation.errors import find_cover, match_all
 from bigdet.evaluation.ground_truth import GroundTruth, read_ground_truth
 from bigdet.evaluation.matching import NOTHING
 from bigdet.run_dir import RunDir, write_text
+from bigdet.strict_json import to_json
 
 MIN_SCORE = 0.5  # of detections that are drawn and judged
 PIXEL_CENTER = 0.5  # COCO's keypoints count from the center of the first pixel
@@ -120,7 +120,7 @@ def write_pictures(
         drawn = draw_truth(pixels, truth, verdict.image_id)
         drawn.save(run_dir.pictures / names["truth"], quality=90)
         listed.append({"among": among, **asdict(verdict), **names})
-    write_text(run_dir.picture_list(phase), json.dumps(listed, indent=1))
+    write_text(run_dir.picture_list(phase), to_json(listed, indent=1))
 
 
 def read_pixels(shards: ShardSet, row: int) -> NDArray[np.uint8]:

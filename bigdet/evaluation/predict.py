@@ -27,7 +27,7 @@ from bigdet.data.stream import EvalStream
 from bigdet.evaluation.coco_metrics import category_ids
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.saved import SavedResults
-from bigdet.models.detector import scale_detections
+from bigdet.models.detector import evaluating, scale_detections
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Batch, Detections
 
@@ -80,12 +80,10 @@ def predict_split(
         world_size=distributed.world_size(),
         workers=workers,
     )
-    was_training = module.training
-    module.eval()
     results = SavedResults(folder)
     collected = _Collected(category_ids(shards), len(shards), results)
     problem: Exception | None = None
-    try:
+    with evaluating(module):
         source = iter(batches)
         for _ in range(len(batches)):  # equally many on all ranks, as are the collectives
             try:
@@ -103,8 +101,6 @@ def predict_split(
                 problem = error
             if must_stop():
                 return None
-    finally:
-        module.train(was_training)
     with distributed.together():
         if problem is not None:
             raise problem
@@ -161,6 +157,25 @@ def coco_results(
     return results
 
 
+def finite_detections(found: Detections) -> tuple[Detections, int]:
+    """Leave out detections that no metric can take, which a diverging model makes.
+
+    Returns:
+        The others, and how many were left out.
+    """
+    is_finite = found.boxes.isfinite().all(dim=1) & found.scores.isfinite()
+    if found.keypoints is not None:
+        is_finite &= found.keypoints.isfinite().flatten(1).all(dim=1)
+    if is_finite.all():
+        return found, 0
+    parts = {
+        field.name: value[is_finite]
+        for field in fields(found)
+        if (value := getattr(found, field.name)) is not None
+    }
+    return Detections(**parts), int((~is_finite).sum())
+
+
 class _Collected:
     """What this rank has found so far.
 
@@ -188,28 +203,15 @@ class _Collected:
             image_id = int(batch.image_ids[slot])
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
-            moved = self._finite(scale_detections(detections, image_size, size))
+            moved = scale_detections(detections, image_size, size)
+            moved, num_left_out = finite_detections(moved)
+            self.num_not_finite += num_left_out
             self._results.add(image_id, coco_results(moved, image_id, size, self._ids))
         now = time.monotonic()
         if self._results.num_images and now - self._reported > PROGRESS_SECONDS:
             self._reported = now
             num_done = self._results.num_images * distributed.world_size()
             _log_progress(num_done, self._num_images, now - self._start)
-
-    def _finite(self, found: Detections) -> Detections:
-        """Leave out detections that no metric can take, which a diverging model makes."""
-        is_finite = found.boxes.isfinite().all(dim=1) & found.scores.isfinite()
-        if found.keypoints is not None:
-            is_finite &= found.keypoints.isfinite().flatten(1).all(dim=1)
-        if is_finite.all():
-            return found
-        self.num_not_finite += int((~is_finite).sum())
-        parts = {
-            field.name: value[is_finite]
-            for field in fields(found)
-            if (value := getattr(found, field.name)) is not None
-        }
-        return Detections(**parts)
 
 
 def _size(height_and_width: Tensor) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class AugmentedDetector(nn.Module):
             self.mirrored = keypoint_order(categories).tolist()
         self.detector = detector
         self.config = config
-        self.train(detector.training)
+        self.training = detector.training
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> list[Detections]:

@@ -179,7 +179,7 @@ def _read_json(file: Path, absent: Any) -> Any:
     if not file.is_file():
         return absent
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except ValueError as error:
         raise ValueError(f"{file}: not readable as JSON ({error}). Remove the file.") from error
     if not isinstance(found, type(absent)):

@@ -20,6 +20,7 @@ from bigdet.evaluation.pictures import draw_results, read_pixels, results_of
 from bigdet.evaluation.saved import SavedResults
 from bigdet.log import MetricsWriter
 from bigdet.run_dir import RunDir, write_text
+from bigdet.strict_json import to_json
 from bigdet.structures import Batch
 from bigdet.training.state import RunState
 
@@ -53,7 +54,7 @@ def note_start(file: Path) -> None:
     starts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
     start = {"time": time, "ranks": distributed.world_size(), **hosts.environment()}
-    write_text(file, json.dumps([*starts, start], indent=1))
+    write_text(file, to_json([*starts, start], indent=1))
 
 
 def show_batch(metrics: MetricsWriter, batch: Batch, train_set: ShardSet, state: RunState) -> None:

@@ -161,6 +161,8 @@ class PhaseTrainer:
             state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
             if is_last or _is_due(state.step, self.config.log.every):
                 self._log(result, lr)
+            if is_last:
+                self._check_trained()
             must_stop = self.run.must_stop()
             if (
                 must_stop
@@ -200,6 +202,7 @@ class PhaseTrainer:
         if result.is_finite:
             norms.update_running_statistics(self.detector)
         else:
+            self.state.skipped_steps += 1
             norms.discard_statistics(self.detector)
             if result.is_overflow:
                 logger.info("%s: fp16 overflow, step skipped, loss scale now %g",
@@ -219,12 +222,25 @@ class PhaseTrainer:
         )  # fmt: skip
         if self.state.bad_steps > self.config.engine.max_bad_steps:
             self.run.saver.wait()
-            last = saving.newest_checkpoint(self.run.run_dir)
+            last = saving.last_good_checkpoint(self.run.run_dir)
             raise distributed.SharedError(
                 f"{self.state.position}: {self.state.bad_steps} steps had a loss or gradient that "
                 f"is not finite, more than engine.max_bad_steps. Lower phases.{self.name}.lr, or "
                 f"set engine.clip_norm. Last good checkpoint: {last or 'none'}."
             )
+
+    def _check_trained(self) -> None:
+        """Stop on all ranks at the end of a phase in which no step changed a weight."""
+        if self.state.skipped_steps < self.num_steps:
+            return
+        is_fp16 = self.config.engine.precision == "fp16"
+        also = " With fp16 the loss scale takes some steps to find: take more, or bf16." * is_fp16
+        raise distributed.SharedError(
+            f"{self.state.position}: all {self.num_steps} steps of the phase were skipped, since a "
+            f"loss or gradient was not finite: nothing was trained, so the run does not go on. "
+            f"Lower phases.{self.name}.lr, set engine.clip_norm, or look at the weights that the "
+            f"phase starts from.{also}"
+        )
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Write one line for people and one object for machines (a collective)."""

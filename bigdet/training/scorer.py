@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -32,6 +33,7 @@ from bigdet.evaluation.scoring import Metrics, evaluate_detections
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.log import MetricsWriter
 from bigdet.run_dir import RunDir, write_text
+from bigdet.strict_json import to_json
 from bigdet.training import measuring
 from bigdet.training.state import RunState, Unscored
 
@@ -178,8 +180,11 @@ class Scorer:
         message.close()
 
     def _note_best(self, entry: Unscored, metrics: Metrics) -> None:
-        state, box_ap = self._state, metrics["bbox"]["AP"] or 0.0
-        if state.best_ap is None or box_ap > state.best_ap:
+        state, box_ap = self._state, metrics["bbox"]["AP"]
+        if box_ap is None or not math.isfinite(box_ap):
+            return  # nothing to measure
+        # Older runs may have noted NaN, which nothing exceeds.
+        if state.best_ap is None or not box_ap <= state.best_ap:
             folder = self._run_dir.checkpoint(entry.phase, entry.step)
             state.best_ap, state.best_checkpoint = box_ap, folder.name
             checkpoint.mark_best(folder)
@@ -201,7 +206,7 @@ def _score(
         metrics = evaluate_detections(val_set, results, kinds, metric)
         if count and entry.step == num_steps(config.phases[entry.phase]):
             pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase)
-        write_text(run_dir.evaluation(entry.phase, entry.step), json.dumps(metrics, indent=1))
+        write_text(run_dir.evaluation(entry.phase, entry.step), to_json(metrics, indent=1))
     except (ValueError, OSError) as error:
         message.send(str(error))
     else:
