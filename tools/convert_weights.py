@@ -25,7 +25,7 @@ convolutions) and Swin. --pixels says how images were given to the network, whic
 not: ``rgb``, ``bgr``, or ``bgr_255`` (not divided by the deviation: R-50 and R-101 of detectron2,
 'caffe' in mmdetection, both with model.stride_in_1x1=true). Classes are moved to the order of
 --categories; mmdetection's files name theirs, detectron2 has them by rising id. Nothing in a file
-is run.
+is run. Of a file that has plain weights and their moving average, --ema takes the latter.
 """
 
 from __future__ import annotations
@@ -106,6 +106,10 @@ def add_source(parser: argparse.ArgumentParser, source: str) -> None:
     )  # fmt: skip
     parser.add_argument("--phase", help="the phase whose model and size it is; default: the last")
     parser.add_argument("--out", type=Path, required=True, help="the model.safetensors to write")
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=None,
+        help="take the moving average (EMA) of the weights, or the plain ones, of a file with both",
+    )  # fmt: skip
     parser.set_defaults(source=source, pixels=None)
     if source != "torchvision":
         parser.add_argument(
@@ -131,7 +135,7 @@ def restore(options: argparse.Namespace) -> int:
     categories = load_categories(options.categories)
     detector = build_detector(phase_model(config, phase), len(categories))
     if options.source == "torchvision":
-        state = read_tensors_and_classes(options.weights)[0]
+        state = read_tensors_and_classes(options.weights, options.ema)[0]
         detector.load_state_dict(from_torchvision(detector, state, str(options.weights)))
     else:
         load_framework(detector, options, categories)
@@ -145,7 +149,7 @@ def load_framework(
 ) -> None:
     """Load the weights of detectron2 or mmdetection, the classes in the order of categories."""
     source = str(options.weights)
-    tensors, names = read_tensors_and_classes(options.weights)
+    tensors, names = read_tensors_and_classes(options.weights, options.ema)
     if names is None and options.source == "detectron2":
         names = [category.name for category in sorted(categories, key=lambda one: one.id)]
     tensors = from_framework(detector, tensors, options.source, options.pixels, source)

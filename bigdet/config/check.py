@@ -357,6 +357,11 @@ def _check_start(config: RunConfig, name: str) -> None:
             f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
             f"and R-101 and what was trained from them)."
         )
+    if phase.start_from.ema is not None and (source in ("random", "previous") or is_timm(source)):
+        raise ConfigError(
+            f"{key}.start_from.ema: is for files of weights, but the source is {source}, so it "
+            f"would be ignored. Remove it."
+        )
     if phase.start_from.cost is not None:
         check_cost(f"{key}.start_from.cost", phase.start_from.cost, source)
     loaded = start_parts(config, name)

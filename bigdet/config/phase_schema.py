@@ -98,6 +98,10 @@ class StartFromConfig:
     """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
     as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
     reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
+    ema: bool | None = None
+    """For files that have plain weights and their moving average (EMA): true for the average, false
+    for the plain ones. None: the plain ones; of mmengine's, which puts the average in their place,
+    the average. The log says what a file has and what was taken."""
     cost: StartCostConfig | None = None
     """For ``timm`` and paths: what the weights cost, to stand beside the run's own in
     ``metrics.jsonl`` (``imported/images``, ...). None: not stated."""
