@@ -175,3 +175,34 @@ def test_saved_results_come_by_image_id_all_or_those_of_some_images():
     assert [(result["image_id"], result["score"]) for result in found] == [
         (4, 0.5), (4, 0.25), (9, 0.5), (9, 0.25),
     ]  # fmt: skip
+
+
+class FailingOracle(Oracle):
+    def forward(self, batch):
+        raise RuntimeError("out of memory")
+
+
+def test_a_pass_that_fails_leaves_the_module_as_it_was(make_shards, tmp_path):
+    shards = make_shards(FIVE_IMAGES)
+    oracle = FailingOracle(shards).train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict_split(oracle, shards, (100, 100), 1, 0, CPU)
+    assert oracle.training
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):  # there is no such folder for what is found
+        predict_split(oracle, shards, (100, 100), 1, 0, CPU, folder=tmp_path / "file")
+    assert oracle.training
+
+
+def test_detections_that_are_not_finite_are_left_out_with_all_that_belongs_to_them():
+    nan = float("nan")
+    found = Detections(
+        boxes=torch.tensor([[0.0, 0, 5, 5], [0, nan, 5, 5], [1, 1, 2, 2], [2, 2, 3, 3]]),
+        scores=torch.tensor([0.9, 0.8, float("inf"), 0.6]),
+        labels=torch.tensor([3, 4, 5, 6]),
+        masks=torch.arange(4.0)[:, None, None].expand(4, 28, 28),
+    )
+    kept, num_left_out = predict.finite_detections(found)
+    assert num_left_out == 2
+    assert kept.labels.tolist() == [3, 6]
+    assert kept.masks[:, 0, 0].tolist() == [0, 3]
