@@ -26,6 +26,7 @@ from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
 from bigdet.models.norms import batch_norms, set_norm_mode
+from bigdet.models.torchvision_layout import twins
 from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.ops.masks import paste_mask
 
@@ -54,6 +55,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(arguments.images)]
     detector = build_detector(phase_model(config, phase), NUM_CLASSES).to(device)
     detector.test_size = size
+    twins(detector)  # raises where torchvision has no such detector
     settle(detector, images[0])
     twin = torchvision_twin(detector)
 

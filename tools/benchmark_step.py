@@ -28,11 +28,12 @@ from typing import Any
 
 import benchmark_engines
 import torch
+import torchvision
 from benchmark_memory import peak_memory, start_memory
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import (
     FastRCNNConvFCHead,
     FastRCNNPredictor,
@@ -42,14 +43,14 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from bigdet.commands import positive
-from bigdet.config.derived import has_masks
+from bigdet.config.derived import has_fpn, has_masks, model_parts
 from bigdet.config.load import check_phase
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector, head_norm
 from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
-from bigdet.models.norms import set_norm_mode
+from bigdet.models.norms import make_norm, set_norm_mode
 from bigdet.structures import Batch, Masks, Targets
 
 NUM_CLASSES = 80
@@ -82,6 +83,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
             make_scene, phase.images_per_gpu, (height, width), arguments.objects
         )
         return benchmark_engines.run(config, phase, scene, NUM_CLASSES, arguments)
+    check_peer(config.model)
     torch.manual_seed(config.seed)
     detector = build_detector(config.model, NUM_CLASSES).to(device)
     heads = torchvision_detector(detector, config.model).to(device)
@@ -137,6 +139,17 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio_heads": round(speed["bigdet_fp32"] / speed["torchvision_heads_fp32"], 3),
         "ratio_bf16": round(speed["bigdet_bf16"] / speed[rival], 3),
     }
+
+
+def check_peer(config: ModelConfig) -> None:
+    """Raise ``ValueError`` for detectors that a step is not compared for."""
+    parts = model_parts(config)
+    if "box_head" not in parts or "keypoint_head" in parts or not has_fpn(config):
+        raise ValueError(
+            f"model.detector: found {config.detector} on {config.backbone}, but a step is compared "
+            f"with torchvision's Faster and Mask R-CNN on a pyramid. Give a config of these; "
+            f"benchmark.py predict measures other detectors too."
+        )
 
 
 @dataclass
@@ -234,10 +247,12 @@ def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
     """
     norm: Callable[..., nn.Module] = nn.BatchNorm2d if is_live else FrozenBatchNorm2d
     if config.norm == "gn":
-        norm = functools.partial(nn.GroupNorm, 32)
-    return resnet_fpn_backbone(
-        backbone_name=config.backbone, weights=None, norm_layer=norm, trainable_layers=5
-    )
+        norm = functools.partial(make_norm, "gn")
+    resnet = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    stages = [f"layer{number}" for number in range(1, 5)]
+    channels = [resnet.inplanes // 8 * 2**number for number in range(4)]
+    levels = {stage: str(number) for number, stage in enumerate(stages)}
+    return BackboneWithFPN(resnet, levels, channels, config.width)
 
 
 def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
@@ -249,7 +264,7 @@ def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
 def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
     """Build torchvision's detector with the settings of ours on a backbone with pyramid."""
     width, rpn, roi = config.width, config.rpn, config.roi
-    norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(nn.GroupNorm, 32)}[
+    norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(make_norm, "gn")}[
         head_norm(config)
     ]
     head = TwoMLPHead(width * 49, config.fc_width)
