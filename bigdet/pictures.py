@@ -1,7 +1,7 @@
 """Pictures of any kind to pixels, as people see them; a picture that cannot be read is one message.
 
-For images that users hand over. Training and evaluation read the pixels that are stored
-(``data/decode.py``), since the boxes of a data set refer to them.
+For images that users hand over. Those of a data set are seen as it annotates them
+(``data/samples.py``).
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
-
-SUFFIXES = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
-}  # fmt: skip
-"""Files of a folder that are taken for pictures; a file given by name may have any."""
+from bigdet.pixels import EXIF_ORIENTATION as EXIF_ORIENTATION
+from bigdet.pixels import SUFFIXES as SUFFIXES
+from bigdet.pixels import exif_orientation, to_rgb, turn_pixels, turned_size
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, or what Pillow, numpy ``(H, W, 3)`` or torch ``(3, H, W)`` have: uint8 RGB."""
 
-EXIF_ORIENTATION = 0x0112
-TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
 _OPENING = threading.Lock()  # Python's filters of warnings are of the whole process
 
 
@@ -46,19 +42,13 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         data = path.read_bytes()
         # Pillow makes gray of what is lost of a JPEG, and does not say so.
         pixels = decode_jpeg(data) if is_jpeg(data) else None
-        if pixels is None:
-            return _as_shown(image)
-        stored = Image.fromarray(pixels)
-        stored.getexif()[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
-        return np.array(ImageOps.exif_transpose(stored))
+        return _as_shown(image, pixels)
 
 
 def shown_size(path: Path) -> tuple[int, int]:
     """Return height and width as people see a picture, from its header; errors as on reading."""
     with _opened(path) as image:
-        if image.getexif().get(EXIF_ORIENTATION) in TURNED:
-            return image.width, image.height
-        return image.height, image.width
+        return turned_size((image.height, image.width), exif_orientation(image))
 
 
 def list_pixels(pictures: Sequence[Picture]) -> list[Tensor]:
@@ -120,14 +110,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"not a readable image ({reason})") from error
 
 
-def _as_shown(image: Image.Image) -> NDArray[np.uint8]:
-    """Return ``(H, W, 3)`` uint8 RGB of a picture, or raise ``ValueError`` that says why not."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of no known range")
-    if image.mode.startswith("I"):  # 16 bits of gray, in whichever of Pillow's modes
-        gray = np.asarray(image).astype(np.float64) / 257.0  # 65535 becomes 255
-        image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:  # straight to RGB, Pillow would warn
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+def _as_shown(image: Image.Image, pixels: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Return ``(H, W, 3)`` uint8 RGB of a picture, or raise ``ValueError`` that says why not.
+
+    Args:
+        image: the picture.
+        pixels: what is stored, where it is decoded already.
+    """
+    stored = to_rgb(image) if pixels is None else pixels
+    return turn_pixels(stored, exif_orientation(image))

@@ -4,9 +4,10 @@ python tools/index_shards.py DIR --categories FILE
 
 Each sample of the tars is an image (KEY.jpg, .jpeg, .png or .webp) and a KEY.json with image_id,
 file_name, height, width and annotations: [{id, label, bbox (xywh pixels), area, iscrowd,
-segmentation and keypoints where there are any}]. FILE is a JSON list of objects with id and name
-(or an annotation file that has one as "categories"); label is the place in it. What cannot be used
-is told, one line each, and listed in skipped.jsonl.
+segmentation and keypoints where there are any}], of the image as its EXIF shows it or as it is
+stored: the recorded size tells which, or else --exif. FILE is a JSON list of objects with id and
+name (or an annotation file that has one as "categories"); label is the place in it. What cannot be
+used is told, one line each, and listed in skipped.jsonl.
 """
 
 from __future__ import annotations
@@ -36,17 +37,24 @@ def main(argv: Sequence[str]) -> int:
         "--processes", type=positive, default=len(os.sched_getaffinity(0)),
         help="that work at a time; default: one per CPU",
     )  # fmt: skip
+    parser.add_argument(
+        "--exif", choices=["shown", "stored"], default="shown",
+        help="what records are of if their size does not tell; default: the image as shown",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder
     categories = load_categories(arguments.categories)
-    manifest = index_shards(folder, categories, processes=arguments.processes)
+    manifest = index_shards(folder, categories, processes=arguments.processes, exif=arguments.exif)
     if manifest.skipped:
         lines = (folder / SKIPPED_NAME).read_text().splitlines()
+        lines = [line for line in lines if "skipped" in json.loads(line)]
         for line in map(json.loads, lines[:MAX_LINES]):
             place = f"{line['shard']} {line.get('key', line.get('image_id'))}"
             print(f"{place}: left out: {line['skipped']}")
         if len(lines) > MAX_LINES:
             print(f"... and {len(lines) - MAX_LINES} more in {folder / SKIPPED_NAME}")
+    for what, count in manifest.changed.items():
+        print(f"{folder}: {count} x {what}")
     print(
         f"{folder}: {len(manifest.shards)} shards, {manifest.images} images, "
         f"{manifest.instances} instances, {manifest.crowd} crowd regions, "

@@ -110,7 +110,9 @@ def _making(arguments: argparse.Namespace) -> Making:
     reencoding = None
     if arguments.long_side is not None:
         reencoding = Reencoding(arguments.long_side, arguments.quality or 95)
-    return Making(arguments.shard_megabytes, arguments.processes, arguments.part, reencoding)
+    return Making(
+        arguments.shard_megabytes, arguments.processes, arguments.part, reencoding, arguments.exif
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,6 +164,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="PIXELS",
         help="make larger images smaller, to train at low resolution (not to evaluate at full)",
+    )
+    parser.add_argument(
+        "--exif",
+        choices=["shown", "stored"],
+        default="shown",
+        help="what the annotations of an image that EXIF turns are of, if its recorded size does "
+        "not tell: the image as viewers and annotation tools show it (default), or as stored",
     )
     parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
 

@@ -103,7 +103,7 @@ def pick(shards: ShardSet, config: RunConfig, folder: Path) -> ShardSet:
     with writer:
         for row in chosen:
             sample = shards.read(row)
-            writer.add(sample.image_bytes, sample.record)
+            writer.add(sample.image_bytes, sample.record, sample.orientation)
     return ShardSet(folder)
 
 

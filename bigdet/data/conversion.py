@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
+from bigdet.data.orientation import Exif
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.reencoding import Reencoding, reencode
 from bigdet.data.shard_tar import FinishedShard, SampleLog, ShardTar, stored_bytes
@@ -58,13 +59,15 @@ class MadeSample:
     """One image that can be used.
 
     Attributes:
-        image_bytes: as they are in the file.
-        pixels: ``(3, H, W)`` uint8, the same decoded.
-        record: see ``shards.Sample``.
+        image_bytes: as they are in the file, or of a PNG where tars do not hold its kind.
+        pixels: ``(3, H, W)`` uint8, the same decoded and turned.
+        orientation: how they were turned, see ``shards.Sample``.
+        record: the same.
     """
 
     image_bytes: bytes
     pixels: Tensor
+    orientation: int
     record: dict[str, Any]
 
 
@@ -109,12 +112,15 @@ class Making:
         processes: how many work at a time; what comes out does not depend on it.
         part: ``"2/3"``: make the second third of the tars; ``merge_parts`` finishes the set.
         reencoding: images are made smaller; None keeps their bytes.
+        exif: what annotations are of, if an image is turned when shown and its recorded size does
+            not tell.
     """
 
     shard_megabytes: int = 256
     processes: int = 1
     part: str | None = None
     reencoding: Reencoding | None = None
+    exif: Exif = "shown"
 
     def __post_init__(self) -> None:
         if self.shard_megabytes < 1 or self.processes < 1:
@@ -137,7 +143,8 @@ class Making:
     def options(self) -> dict[str, Any]:
         """Return what the manifest is to say of it."""
         sizes = asdict(self.reencoding) if self.reencoding else {}
-        return {"shard_megabytes": self.shard_megabytes, **sizes}
+        exif = {"exif": self.exif} if self.exif != "shown" else {}
+        return {"shard_megabytes": self.shard_megabytes, **sizes, **exif}
 
 
 @dataclass(frozen=True)
@@ -249,9 +256,10 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
                     sample_bytes, record = reencode(
                         sample.image_bytes, sample.pixels, sample.record, job.reencoding, log
                     )
-                    tar.add(sample_bytes, record)
+                    is_same = sample_bytes is sample.image_bytes  # else it is stored as it is seen
+                    tar.add(sample_bytes, record, sample.orientation if is_same else 1)
                 elif sample is not None:
-                    tar.add(sample.image_bytes, sample.record)
+                    tar.add(sample.image_bytes, sample.record, sample.orientation)
                 tick()
             finished = tar.close()
         except BaseException:

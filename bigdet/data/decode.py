@@ -6,25 +6,27 @@ import contextlib
 import io
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
+from bigdet.pixels import to_rgb, turn_pixels, turned_size
 
 
-def decode_image(data: bytes, least_size: tuple[int, int] | None = None) -> Tensor:
-    """Decode a JPEG, PNG or WebP file to RGB; the first picture of an animation.
+def decode_image(
+    data: bytes, least_size: tuple[int, int] | None = None, orientation: int = 1
+) -> Tensor:
+    """Decode an image file to RGB, see ``pixels.to_rgb``; the first picture of an animation.
 
-    The pixels are those that are stored: an EXIF orientation is not applied, as the boxes of COCO
-    and its kin refer to stored pixels. Grayscale, palette and CMYK images become RGB;
-    transparency is dropped; of 16 bits the upper 8 are kept.
+    What its EXIF says of an orientation is not looked at.
 
     Args:
         data: the whole file.
         least_size: height, width; a JPEG of at least twice that is decoded smaller, at 1/2, 1/4 or
             1/8, but not smaller than this. None: at its own size.
+        orientation: how the stored pixels are turned, ``1..8`` as in EXIF; ``least_size`` is of
+            the turned ones.
 
     Returns:
         ``(3, H, W)`` uint8 0..255 in channels_last memory.
@@ -32,9 +34,16 @@ def decode_image(data: bytes, least_size: tuple[int, int] | None = None) -> Tens
     Raises:
         ValueError: the bytes are no complete image.
     """
-    pixels = decode_jpeg(data, least_size) if is_jpeg(data) else None
+    if least_size is not None:
+        least_size = turned_size(least_size, orientation)
+    # A last row that stands for less than a whole one must not become the first one.
+    is_whole = orientation != 1
+    pixels = decode_jpeg(data, least_size, is_whole) if is_jpeg(data) else None
     if pixels is None:
-        pixels = _decode_with_pillow(data)
+        with _opened(data) as image:
+            pixels = to_rgb(image)
+    if orientation != 1:
+        pixels = turn_pixels(pixels, orientation)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -55,19 +64,6 @@ def decoded_extent(size: tuple[int, int], decoded: tuple[int, int]) -> tuple[flo
     """
     divisor = round(max(size) / max(decoded))
     return size[0] / divisor, size[1] / divisor
-
-
-def _decode_with_pillow(data: bytes) -> np.ndarray:
-    """Return ``(H, W, 3)`` uint8 of any format that Pillow reads."""
-    with _opened(data) as image:
-        if image.mode == "I;16":
-            upper = (np.array(image) >> 8).astype(np.uint8)
-            return np.repeat(upper[..., None], 3, axis=-1)
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"mode {image.mode} has more than 16 bits per channel")
-        if "transparency" in image.info:  # straight to RGB, Pillow would warn
-            return np.array(image.convert("RGBA").convert("RGB"))
-        return np.array(image.convert("RGB"))
 
 
 @contextlib.contextmanager

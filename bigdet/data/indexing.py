@@ -21,6 +21,7 @@ import numpy as np
 
 from bigdet.data.conversion import Progress, no_progress
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
+from bigdet.data.orientation import ORIENTATION_KEY, Exif, as_seen, seen_orientation
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.shard_tar import (
@@ -30,11 +31,13 @@ from bigdet.data.shard_tar import (
     count_boxes,
     image_flags,
     image_suffix,
+    turn_flags,
 )
 from bigdet.data.shard_writer import SetInfo, index_bytes, manifest_text, summarize
 from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME, file_sha256
-from bigdet.data.sources.image_files import header_size
+from bigdet.data.sources.image_headers import read_header
 from bigdet.data.storage import LocalStorage
+from bigdet.pixels import turned_size
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_U4 = 2**32 - 1
@@ -55,6 +58,7 @@ class _Found:
 class _TarJob:
     path: Path
     categories: list[Category]
+    exif: Exif
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def index_shards(
     name: str | None = None,
     processes: int = 1,
     progress: Progress = no_progress,
+    exif: Exif = "shown",
 ) -> Manifest:
     """Write index and manifest for the tars of a folder, and a list of what is left out.
 
@@ -82,6 +87,8 @@ def index_shards(
         name: what people call the set; None takes the folder's.
         processes: how many tars are read at a time.
         progress: called with the number of tars done and in all.
+        exif: what the records are of, if an image is turned when shown and its recorded size does
+            not tell.
 
     Raises:
         ShardError: a tar cannot be read to its end (all such are told), no sample can be used, or
@@ -93,7 +100,7 @@ def index_shards(
     if found := [n for n in (MANIFEST_NAME, INDEX_NAME) if (folder / n).exists()]:
         raise ShardError(f"{folder}: has {' and '.join(found)} already. Delete it to index anew.")
     results: dict[str, _TarResult] = {}
-    jobs = (_TarJob(path, categories) for path in paths)
+    jobs = (_TarJob(path, categories, exif) for path in paths)
     num_bytes = sum(path.stat().st_size for path in paths)
     processes = min(processes, len(paths), useful_processes(num_bytes))
     for result in run_jobs(_index_tar, jobs, processes, lambda num_samples: None):
@@ -127,12 +134,15 @@ def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
     with open(job.path, "rb") as file:
         try:
             for found in _samples(file):
-                row = _row(file, found, job.categories)
+                about = {"shard": job.path.name, "key": found.key}
+                row = _row(file, found, job)
                 if isinstance(row, str):
-                    log.append({"skipped": row, "shard": job.path.name, "key": found.key})
+                    log.append({"skipped": row, **about})
                 else:
                     rows.append(row[0])
                     crowd += row[1]
+                    if row[2] is not None:
+                        log.append({"changed": row[2], **about})
                 tick()
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             what = f"{job.path}: cannot be read to its end ({error}). Mend it or take it away."
@@ -177,9 +187,9 @@ def _samples(file: IO[bytes]) -> Iterator[_Found]:
 
 
 def _row(
-    file: IO[bytes], found: _Found, categories: list[Category]
-) -> tuple[tuple[int, ...], int] | str:
-    """Return the index record of a sample and its number of crowds, or why it cannot be used."""
+    file: IO[bytes], found: _Found, job: _TarJob
+) -> tuple[tuple[int, ...], int, str | None] | str:
+    """Return a sample's index record, number of crowds and note; or why it cannot be used."""
     images = [suffix for suffix in found.files if suffix in IMAGE_SUFFIXES]
     if found.problem:
         return found.problem
@@ -194,32 +204,43 @@ def _row(
     except (ValueError, RecursionError) as error:
         return f"its json cannot be read: {error}"
     problem = record_problem(record)
-    problem = problem or next(annotation_problems(record, categories), None)
-    problem = problem or _image_problem(image, record)
+    problem = problem or next(annotation_problems(record, job.categories), None)
     if problem:
         return problem
+    turn = _orientation(image, record, job.exif)
+    if isinstance(turn, str):
+        return turn
+    record = as_seen(record)
     annotations = record["annotations"]
     num_boxes = count_boxes(annotations)
-    flags = image_flags(image) | annotation_flags(annotations)
+    flags = image_flags(image) | annotation_flags(annotations) | turn_flags(turn[0])
     sizes = (record["width"], record["height"])
     if max(num_boxes, *sizes) > MAX_U2:
         return f"more pixels or boxes than {MAX_U2}"
     crc = zlib.crc32(text, zlib.crc32(image))
     places = (record["image_id"], image_offset, image_size, offset, size)
-    return (*places, crc, *sizes, flags, num_boxes, 0), len(annotations) - num_boxes
+    return (*places, crc, *sizes, flags, num_boxes, 0), len(annotations) - num_boxes, turn[1]
 
 
-def _image_problem(image: bytes, record: Json) -> str | None:
+def _orientation(image: bytes, record: Json, exif: Exif) -> tuple[int, str | None] | str:
+    """Return how an image is seen, and what is to be noted of it; or what is wrong with it."""
     if image_suffix(image) is None:
         return "the image is not JPEG, PNG or WebP"
     try:
-        height, width = header_size(image)
+        header = read_header(image)
     except ValueError as error:
         return f"the image cannot be read: {error}"
-    recorded = (record["height"], record["width"])
-    if (height, width) != recorded:
-        return f"the image is {height} x {width} pixels, its record says {recorded}"
-    return None
+    height, width = header.size
+    recorded, shown = (record["height"], record["width"]), turned_size(header.size, header.tag)
+    if ORIENTATION_KEY in record:  # made by bigdet, and of the stored pixels
+        tag = record[ORIENTATION_KEY]
+        if tag == header.tag and recorded == header.size:
+            return tag, None
+        return f"{ORIENTATION_KEY} is {tag!r}, the image has {header.tag} and {height} x {width}"
+    if recorded in (header.size, shown):
+        return seen_orientation(header.tag, header.size, recorded, exif)
+    turned = f" (shown {shown[0]} x {shown[1]} by its EXIF)" if shown != header.size else ""
+    return f"the image is {height} x {width} pixels{turned}, its record says {recorded}"
 
 
 def _refuse_repeated(folder: Path, parts: list[FinishedShard]) -> None:

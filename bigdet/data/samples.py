@@ -12,6 +12,7 @@ from torch import Tensor
 from bigdet.data.decode import decode_image, stored_size
 from bigdet.data.manifest import ShardError
 from bigdet.data.shards import Sample, ShardSet, UnavailableShardError
+from bigdet.pixels import turned_size
 
 
 class DamagedSampleError(ShardError):
@@ -63,7 +64,7 @@ def read_sample(shards: ShardSet, row: int) -> Sample:
 def decode_sample(
     shards: ShardSet, row: int, sample: Sample, least_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return the image of a sample, whose stored size is checked against its record.
+    """Return the image of a sample as its data set annotates it; its size is checked.
 
     Args:
         shards: the set that it is of.
@@ -79,13 +80,16 @@ def decode_sample(
         DamagedSampleError: with shard, sample and offset.
     """
     try:
-        image = decode_image(sample.image_bytes, least_size)
-        found = image.shape[1:] if least_size is None else stored_size(sample.image_bytes)
+        image = decode_image(sample.image_bytes, least_size, sample.orientation)
+        if least_size is None:
+            found = tuple(image.shape[1:])
+        else:
+            found = turned_size(stored_size(sample.image_bytes), sample.orientation)
     except ValueError as error:
         raise damaged(shards, row, "undecodable", f"cannot be decoded: {error}") from error
     expected = (sample.record["height"], sample.record["width"])
-    if tuple(found) != expected:
-        what = f"is {tuple(found)}, height and width, its record says {expected}"
+    if found != expected:
+        what = f"is {found}, height and width, its record says {expected}"
         raise damaged(shards, row, "wrong_size", what)
     return image
 

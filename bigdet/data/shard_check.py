@@ -17,7 +17,7 @@ from bigdet.data.manifest import Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.remote import is_remote
-from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags
+from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags, turn_flags
 from bigdet.data.shards import (
     MISSING,
     Sample,
@@ -137,7 +137,7 @@ def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]
         return
     recorded = (record["height"], record["width"])
     try:
-        decoded = tuple(decode_image(sample.image_bytes).shape[1:])
+        decoded = tuple(decode_image(sample.image_bytes, None, sample.orientation).shape[1:])
     except ValueError as error:
         yield f"image cannot be decoded: {error}"
     else:
@@ -150,6 +150,7 @@ def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]
     if entry["num_boxes"] != num_boxes:
         yield f"index says {entry['num_boxes']} boxes, the record has {num_boxes}"
     flags = image_flags(sample.image_bytes) | annotation_flags(annotations)
+    flags |= turn_flags(sample.orientation)
     if entry["flags"] != flags:
         yield f"index has flags {entry['flags']}, expected {flags}"
     yield from annotation_problems(record, shards.categories)

@@ -17,6 +17,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from bigdet.data.manifest import Shard, ShardError
+from bigdet.data.orientation import as_stored
 from bigdet.data.shards import (
     FLAG_CROWD,
     FLAG_KEYPOINTS,
@@ -24,6 +25,7 @@ from bigdet.data.shards import (
     FLAG_NOT_JPEG,
     FLAG_PROGRESSIVE,
     INDEX_DTYPE,
+    TURN_BIT,
     file_sha256,
     sample_key,
 )
@@ -82,12 +84,13 @@ class ShardTar:
             self._file, encoder=False, user="bigdet", group="bigdet", mode=0o444, mtime=0
         )
 
-    def add(self, image: bytes, record: dict[str, Any]) -> None:
-        """Append one sample.
+    def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
+        """Append one sample, see ``shards.Sample``.
 
         Args:
             image: the encoded image, of a format that ``image_suffix`` knows.
-            record: its annotations, see ``shards.Sample``.
+            record: its annotations.
+            orientation: the image's own, if the annotations are of the image turned so.
         """
         suffix = image_suffix(image)
         assert suffix is not None
@@ -99,9 +102,9 @@ class ShardTar:
                 f"image {record['image_id']} ({record['file_name']}): {height} x {width} pixels, "
                 f"{num_boxes} boxes; the shard format holds at most {MAX_U2} of each. Leave it out."
             )
-        text = record_text(record)
+        text = record_text(as_stored(record, orientation))
         offsets = self._write(sample_key(record["image_id"]), {suffix: image, "json": text})
-        flags = image_flags(image) | annotation_flags(annotations)
+        flags = image_flags(image) | annotation_flags(annotations) | turn_flags(orientation)
         image_fields = (record["image_id"], offsets[suffix], len(image))
         crc = zlib.crc32(text, zlib.crc32(image))
         other_fields = (crc, width, height, flags, num_boxes, 0)
@@ -168,6 +171,11 @@ def image_flags(image: bytes) -> int:
         else:
             place += 2 + int.from_bytes(image[place + 2 : place + 4], "big")
     return 0
+
+
+def turn_flags(orientation: int) -> int:
+    """Return the index flags of an image that is seen turned as its EXIF orientation says."""
+    return (orientation - 1) << TURN_BIT
 
 
 def annotation_flags(annotations: list[dict[str, Any]]) -> int:

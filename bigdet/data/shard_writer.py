@@ -115,19 +115,20 @@ class ShardWriter:
             elif self._tar is not None:
                 self._tar.abandon()
 
-    def add(self, image: bytes, record: dict[str, Any]) -> None:
-        """Append one sample.
+    def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
+        """Append one sample, see ``shards.Sample``.
 
         Args:
             image: the encoded image, JPEG, PNG or WebP.
-            record: its annotations, see ``shards.Sample``.
+            record: its annotations.
+            orientation: the image's own, if the annotations are of the image turned so.
         """
         size = stored_bytes(len(image), len(record_text(record)))
         if self._tar is not None and self._tar.size + size > self._limit:
             self._close_tar()
         if self._tar is None:
             self._tar = ShardTar(self.folder / UNFINISHED / shard_name(len(self._finished)))
-        self._tar.add(image, record)
+        self._tar.add(image, record, orientation)
         self.images += 1
 
     def _remove_made_folders(self) -> None:

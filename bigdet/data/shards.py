@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from bigdet.config.data_schema import CacheConfig
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
+from bigdet.data.orientation import as_seen
 from bigdet.data.remote import UnreachableError, file_address, is_remote, shown
 from bigdet.data.tars import check_random_reads, local_copy, open_tars
 
@@ -36,7 +37,7 @@ INDEX_DTYPE = np.dtype(
         ("annotation_offset", "<u8"),
         ("annotation_size", "<u4"),
         ("crc32", "<u4"),  # over the image bytes, then the annotation bytes
-        ("width", "<u2"),
+        ("width", "<u2"),  # as the image is seen
         ("height", "<u2"),
         ("flags", "<u2"),
         ("num_boxes", "<u2"),  # crowds not counted
@@ -48,6 +49,7 @@ FLAG_MASKS = 2
 FLAG_KEYPOINTS = 4
 FLAG_PROGRESSIVE = 8
 FLAG_NOT_JPEG = 16
+TURN_BIT = 5  # from here on 3 bits: the EXIF orientation, less 1, that the image is seen with
 
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
@@ -60,17 +62,20 @@ class UnavailableShardError(ShardError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its annotations, as stored.
+    """One image with its annotations, as the data set has them.
 
     Attributes:
         image_bytes: the encoded image.
         record: ``image_id, file_name, height, width, annotations``; each annotation has
             ``id, label, bbox`` (xywh, pixels), ``area, iscrowd`` and maybe ``segmentation`` and
             ``keypoints`` (x, y, visibility 0..2 of each of the category's, flat).
+        orientation: how the decoded image is turned to be what the record describes, ``1..8`` as
+            in EXIF.
     """
 
     image_bytes: bytes
     record: dict[str, Any]
+    orientation: int = 1
 
 
 class ShardSet:
@@ -168,7 +173,7 @@ class ShardSet:
         found, expected = zlib.crc32(text, zlib.crc32(image)), int(entry["crc32"])
         if found != expected:
             raise self._damaged(row, f"CRC-32 is {found:08x}, expected {expected:08x}")
-        return Sample(image, self._parse(row, text))
+        return Sample(image, self._parse(row, text), orientation_of(int(entry["flags"])))
 
     def record(self, row: int) -> dict[str, Any]:
         """Return the annotations of one sample, see ``Sample``, without reading its image."""
@@ -229,9 +234,9 @@ class ShardSet:
             record: dict[str, Any] = orjson.loads(text)  # 7 times as fast as json
             if record["image_id"] != self.index[row]["image_id"]:
                 raise self._damaged(row, f"annotations are of image {record['image_id']}")
+            return as_seen(record)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise self._damaged(row, f"annotations are not readable ({error!r})") from error
-        return record
 
     def _damaged(self, row: int, what: str) -> ShardError:
         offset = int(self.index[row]["image_offset"])
@@ -242,6 +247,11 @@ class ShardSet:
         )
         error.finding = what
         return error
+
+
+def orientation_of(flags: int) -> int:
+    """Return the EXIF orientation that an image is seen with, by its flags in the index."""
+    return 1 + (flags >> TURN_BIT & 7)
 
 
 def sample_key(image_id: int) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from bigdet.data.decode import decode_image
+from bigdet.data.samples import load_sample
 from bigdet.data.shards import ShardSet
 from bigdet.drawing import SURE_LOGIT, draw
 from bigdet.evaluation.coco_metrics import category_ids, never_counts
@@ -125,7 +125,7 @@ def write_pictures(
 
 def read_pixels(shards: ShardSet, row: int) -> NDArray[np.uint8]:
     """Return an image of a set: ``(H, W, 3)`` uint8 RGB."""
-    pixels: NDArray[np.uint8] = decode_image(shards.read(row).image_bytes).permute(1, 2, 0).numpy()
+    pixels: NDArray[np.uint8] = load_sample(shards, row)[0].permute(1, 2, 0).numpy()
     return pixels
 
 

@@ -8,9 +8,10 @@ in ``skipped.jsonl``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,15 @@ from bigdet.data.conversion import (
     refuse_others,
 )
 from bigdet.data.manifest import Category, Manifest, ShardError
+from bigdet.data.orientation import Exif
 from bigdet.data.shard_tar import MAX_U2, SampleLog, count_boxes
 from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.sources.coco_file import CocoFile, ImageEntry, load_coco, read_text
-from bigdet.data.sources.image_files import check_folder, file_bytes, read_image, safe_path
+from bigdet.data.sources.file_names import FRONT, find_files, list_files
+from bigdet.data.sources.image_files import check_folder, file_bytes, read_image
 from bigdet.data.storage import open_storage
 
 Json = dict[str, Any]
-FindImage = Callable[[Path, str], Path | None]
-"""From folder and name to the path of an image; None if the name leads out of the folder."""
 
 
 def convert_coco(
@@ -65,10 +66,11 @@ def convert_coco(
     """
     refuse_others(open_storage(out))  # before a file of 450 MB is read
     check_folder(images)
-    source = CocoSource("coco", images, load_coco(annotations), safe_path)
+    making = making or Making()
+    source = CocoSource("coco", images, load_coco(annotations), making.exif)
     if keypoints is not None:
         source.add_keypoints(load_coco(keypoints))
-    return convert(source, out, making or Making(), progress)
+    return convert(source, out, making, progress)
 
 
 def convert_objects365(
@@ -86,30 +88,20 @@ def convert_objects365(
     """
     refuse_others(open_storage(out))  # before a file of 450 MB is read
     check_folder(images)
-    source = CocoSource("objects365", images, load_coco(annotations), find_by_end)
-    return convert(source, out, making or Making(), progress)
-
-
-def find_by_end(folder: Path, name: str) -> Path | None:
-    """Return the file that the longest end of a name names; the whole name if there is none."""
-    whole = safe_path(folder, name)
-    if whole is None:
-        return None
-    parts = PurePosixPath(name).parts
-    ends = (folder.joinpath(*parts[first:]) for first in range(len(parts)))
-    return next((path for path in ends if file_bytes(path) is not None), whole)
+    making = making or Making()
+    source = CocoSource("objects365", images, load_coco(annotations), making.exif)
+    return convert(source, out, making, progress)
 
 
 class CocoSource:
     """The images of a COCO file by rising id, see ``conversion.Source``."""
 
-    def __init__(self, kind: str, images: Path, coco: CocoFile, find: FindImage) -> None:
-        self.images, self.coco, self._find = images, coco, find
+    def __init__(self, kind: str, images: Path, coco: CocoFile, exif: Exif) -> None:
+        self.images, self.coco, self._exif = images, coco, exif
         self._points: CocoFile | None = None
         entries = coco.images
-        self.file_bytes = np.array(
-            [self._file_bytes(entry.file_name) for entry in entries], dtype=np.int64
-        )
+        self._files = find_files(images, [entry.file_name for entry in entries])
+        self.file_bytes = self._files.file_bytes
         if not self.file_bytes.any():
             self._refuse_folder()
         options = {"images": str(images), "annotations": str(coco.path)}
@@ -123,6 +115,16 @@ class CocoSource:
         self.annotation_bytes = self._text_bytes(coco, self._first, self._end)
         unlisted = coco.annotations[~np.isin(coco.annotations["image_id"], self._ids)]
         self.notes = _notes("annotation dropped: its image is not listed", unlisted)
+        self.notes += [
+            {
+                "changed": f"file found by {way}",
+                "image_id": entries[place].id,
+                "file_name": entries[place].file_name,
+                "found": self._files.paths[place],
+            }
+            for place, way in self._files.ways.items()
+            if kind != "objects365" or way != FRONT  # its files lie elsewhere than it says
+        ]
         self.fingerprint = self._fingerprint(coco.digest)
 
     def add_keypoints(self, points: CocoFile) -> None:
@@ -158,7 +160,8 @@ class CocoSource:
         coco, points, rows = self.coco, self._points, range(first, end)
         return CocoSpan(
             folder=self.images,
-            find=self._find,
+            paths=self._files.paths[first:end],
+            exif=self._exif,
             images=coco.images[first:end],
             path=coco.path,
             annotations=[coco.annotations[self._first[n] : self._end[n]] for n in rows],
@@ -168,10 +171,6 @@ class CocoSource:
             if points
             else None,
         )
-
-    def _file_bytes(self, name: str) -> int:
-        path = self._find(self.images, name)
-        return (file_bytes(path) if path else None) or 0
 
     def _text_bytes(
         self, file: CocoFile, first: NDArray[np.int64], end: NDArray[np.int64]
@@ -183,13 +182,17 @@ class CocoSource:
 
     def _refuse_folder(self) -> None:
         """Fail at once, and not after an hour of misses, when the folder is the wrong one."""
-        names = [image.file_name for image in self.coco.images]
-        paths = (self._find(self.images, name) for name in names)
-        if not any(path is not None and file_bytes(path) is not None for path in paths):
-            raise ShardError(
-                f"{self.images}: holds none of the {len(names)} images that {self.coco.path} "
-                f"names (the first is {names[0]}). Give the folder that the names are relative to."
-            )
+        names, paths = [image.file_name for image in self.coco.images], self._files.paths
+        if any(path is not None and file_bytes(self.images / path) is not None for path in paths):
+            return  # but empty ones
+        held = sorted(islice(list_files(self.images), 1000))
+        raise ShardError(
+            f"{self.images}: holds none of the {len(names)} images that {self.coco.path} names "
+            f"(the first is {names[0]}), nor with other slashes, letters, accents, %20 or suffix, "
+            f"or without folders in front; or several could be meant. It holds "
+            f"{f'{held[0]}, for example' if held else 'no file at all'}. Give the folder that the "
+            "names are relative to."
+        )
 
     def _fingerprint(self, digest: str) -> str:
         made_of = hashlib.blake2b(digest.encode(), digest_size=16)
@@ -203,7 +206,8 @@ class CocoSpan:
     """Some of the images, with the places of their annotations, see ``conversion.Span``."""
 
     folder: Path
-    find: FindImage
+    paths: list[str | None]
+    exif: Exif
     images: list[ImageEntry]
     path: Path
     annotations: list[NDArray[np.void]]
@@ -216,8 +220,9 @@ class CocoSpan:
         labels = {category.id: label for label, category in enumerate(self.categories)}
         for place, image in enumerate(self.images):
             about = {"image_id": image.id, "file_name": image.file_name}
-            path, size = self.find(self.folder, image.file_name), (image.height, image.width)
-            read = read_image(path, size, about, log)
+            inner, size = self.paths[place], (image.height, image.width)
+            path = None if inner is None else self.folder / inner
+            read = read_image(path, size, about, log, self.exif)
             if read is None:
                 yield None
                 continue

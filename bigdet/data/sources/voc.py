@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -30,9 +31,11 @@ from bigdet.data.conversion import (
     refuse_others,
 )
 from bigdet.data.manifest import Category, Manifest, ShardError
+from bigdet.data.orientation import Exif
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.shard_tar import MAX_U2, SampleLog
 from bigdet.data.shard_writer import SetInfo, category_values
+from bigdet.data.sources.file_names import SUFFIX, find_files
 from bigdet.data.sources.image_files import file_bytes, read_image, safe_path
 from bigdet.data.storage import open_storage
 
@@ -101,10 +104,11 @@ def convert_voc(
             "read. Give the folder that holds Annotations, ImageSets and JPEGImages."
         )
     categories = categories or find_categories(root)
-    images = _usable(images, making.processes, log)
+    images = _find_others(root / "JPEGImages", images, log)
+    images = _usable(images, making, log)
     if not images:
         raise ShardError(f"{root}: not one image could be used: {log.lines[-1]}. See to the files.")
-    source = VocSource(root, split, images, categories, log.lines)
+    source = VocSource(root, split, images, categories, log.lines, making.exif)
     return convert(source, out, making, progress)
 
 
@@ -151,7 +155,9 @@ class VocSource:
         images: list[VocImage],
         categories: list[Category],
         notes: list[Json],
+        exif: Exif,
     ) -> None:
+        self._exif = exif
         options = {"root": str(root), "split": split}
         self.info = SetInfo(f"{root.name}_{split}", "voc", categories, options)
         self.notes, self._images = notes, images
@@ -181,7 +187,7 @@ class VocSource:
     def span(self, first: int, end: int) -> VocSpan:
         """Return samples ``first..end - 1``."""
         ids = self._first_ids[first:end]
-        return VocSpan(self._images[first:end], first + 1, ids, self.info.categories)
+        return VocSpan(self._images[first:end], first + 1, ids, self.info.categories, self._exif)
 
 
 @dataclass(frozen=True)
@@ -192,12 +198,13 @@ class VocSpan:
     first_id: int
     first_annotation_ids: list[int]
     categories: list[Category]
+    exif: Exif
 
     def samples(self, log: SampleLog) -> Iterator[MadeSample | None]:
         """Give one sample after the other; each of them has been found usable before."""
         labels = {category.name: label for label, category in enumerate(self.categories)}
         for place, image in enumerate(self.images):
-            read = read_image(image.path, image.size, {"file_name": image.stem}, log)
+            read = read_image(image.path, image.size, {"file_name": image.stem}, log, self.exif)
             if read is None:
                 raise ShardError(
                     f"{image.path}: {log.lines[-1]['skipped']}, but it could be used when the "
@@ -285,6 +292,24 @@ def _load(root: Path, stem: str, log: SampleLog) -> VocImage | None:
     )
 
 
+def _find_others(folder: Path, images: list[VocImage], log: SampleLog) -> list[VocImage]:
+    """Return the images with the files of those whose suffix or letters are less common."""
+    images = list(images)
+    lost = [
+        place
+        for place, image in enumerate(images)
+        if image.path is not None and file_bytes(image.path) is None
+    ]
+    found = find_files(folder, [images[place].stem for place in lost])
+    for number, place in enumerate(lost):
+        inner = found.paths[number]
+        if found.file_bytes[number] and inner is not None:
+            images[place] = replace(images[place], path=folder / inner)
+        if (way := found.ways.get(number, SUFFIX)) != SUFFIX:
+            log.change(f"file found by {way}", file_name=images[place].stem, found=inner)
+    return images
+
+
 def _object(entry: ElementTree.Element) -> Json:
     """Return what is said of one object; its parts stand deeper and have boxes of their own."""
     edges = ("xmin", "ymin", "xmax", "ymax")
@@ -296,28 +321,29 @@ def _object(entry: ElementTree.Element) -> Json:
     }
 
 
-def _usable(images: list[VocImage], processes: int, log: SampleLog) -> list[VocImage]:
+def _usable(images: list[VocImage], making: Making, log: SampleLog) -> list[VocImage]:
     """Return the images that can be read, decoded and are of the recorded size."""
     chunks = [
         images[first : first + IMAGES_PER_CHECK]
         for first in range(0, len(images), IMAGES_PER_CHECK)
     ]
     num_bytes = sum(file_bytes(image.path) or 0 for image in images if image.path)
-    processes = min(processes, len(chunks), useful_processes(num_bytes))
+    processes = min(making.processes, len(chunks), useful_processes(num_bytes))
     verdicts: dict[str, Json] = {}
-    for part in run_jobs(_find_unusable, chunks, processes, lambda num_images: None):
+    find = partial(_find_unusable, making.exif)
+    for part in run_jobs(find, chunks, processes, lambda num_images: None):
         verdicts |= part
     log.lines += [verdicts[image.stem] for image in images if image.stem in verdicts]
     return [image for image in images if image.stem not in verdicts]
 
 
-def _find_unusable(images: list[VocImage], tick: Tick) -> dict[str, Json]:
+def _find_unusable(exif: Exif, images: list[VocImage], tick: Tick) -> dict[str, Json]:
     """Return the log's line of each image that cannot be used."""
     log = SampleLog()
     for image in images:
-        read_image(image.path, image.size, {"file_name": image.stem}, log)
+        read_image(image.path, image.size, {"file_name": image.stem}, log, exif)
         tick()
-    return {line["file_name"]: line for line in log.lines}
+    return {line["file_name"]: line for line in log.lines if "skipped" in line}
 
 
 def _parse(path: Path) -> ElementTree.Element | str:

@@ -1,0 +1,116 @@
+"""Annotations carried over between an image as stored and as its EXIF orientation shows it.
+
+The record of a sample in a tar describes the stored pixels, as all readers of tars see them; where
+the image is seen turned, it says so in ``seen_orientation``. ``ShardSet`` hands out such a record
+turned, as the data set has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from bigdet.pixels import inverse_of, turn_pixels, turn_points, turned_size
+
+ORIENTATION_KEY = "seen_orientation"
+APPLIED = "EXIF orientation applied"
+LEFT_OUT = "EXIF orientation left out"
+
+Json = dict[str, Any]
+Size = tuple[int, int]
+Exif = Literal["shown", "stored"]
+"""Which image annotations are of, as EXIF shows it or as stored, where its size does not tell."""
+
+
+def seen_orientation(
+    tag: int, stored: Size, recorded: Size | None, exif: Exif
+) -> tuple[int, str | None]:
+    """Return how an image is seen by those who annotated it.
+
+    Args:
+        tag: its EXIF orientation, ``1..8``.
+        stored: height, width of its pixels.
+        recorded: what its annotations say, one of the two; None for nothing.
+        exif: decides where that does not tell.
+
+    Returns:
+        The orientation to turn it by, and what is to be noted; 1 and None without a tag.
+    """
+    if tag == 1:
+        return 1, None
+    shown = turned_size(stored, tag)
+    is_told = recorded is not None and shown != stored
+    is_applied = recorded == shown if is_told else exif == "shown"
+    note = f"{APPLIED if is_applied else LEFT_OUT}: its recorded size "
+    if is_told:
+        note += f"is that of the image as {'shown' if is_applied else 'stored'}"
+    else:
+        note += f"does not tell (--exif {exif})"
+    return tag if is_applied else 1, note
+
+
+def as_stored(record: Json, orientation: int) -> Json:
+    """Return the record of an image that is seen turned as the tar holds it."""
+    if orientation == 1:
+        return record
+    return {**_turn_record(record, inverse_of(orientation)), ORIENTATION_KEY: orientation}
+
+
+def as_seen(record: Json) -> Json:
+    """Return the record of a tar as the image is seen; undoes ``as_stored``."""
+    if ORIENTATION_KEY not in record:
+        return record
+    seen = _turn_record(record, record[ORIENTATION_KEY])
+    del seen[ORIENTATION_KEY]
+    return seen
+
+
+def _turn_record(record: Json, orientation: int) -> Json:
+    size = (record["height"], record["width"])
+    height, width = turned_size(size, orientation)
+    annotations = [_turn_annotation(entry, size, orientation) for entry in record["annotations"]]
+    return {**record, "height": height, "width": width, "annotations": annotations}
+
+
+def _turn_annotation(annotation: Json, size: Size, orientation: int) -> Json:
+    """Return an annotation of a turned image.
+
+    Args:
+        annotation: see ``shards.Sample``.
+        size: height, width before.
+        orientation: ``1..8`` as in EXIF.
+    """
+    x, y, w, h = annotation["bbox"]
+    x0, y0, x1, y1 = turn_points([x, y, x + w, y + h], size, orientation)
+    height, width = turned_size((h, w), orientation)
+    turned = {**annotation, "bbox": [min(x0, x1), min(y0, y1), width, height]}
+    mask = annotation.get("segmentation")
+    if isinstance(mask, list):
+        turned["segmentation"] = [turn_points(part, size, orientation) for part in mask]
+    elif mask is not None:
+        turned["segmentation"] = _turn_runs(mask, orientation)
+    if keypoints := annotation.get("keypoints"):
+        turned["keypoints"] = _turn_keypoints(keypoints, size, orientation)
+    return turned
+
+
+def _turn_keypoints(keypoints: list[float], size: Size, orientation: int) -> list[float]:
+    """Return x, y, visibility of each keypoint; those that are not labeled stay as they are."""
+    turned = list(keypoints)
+    centers = (size[0] - 1, size[1] - 1)  # COCO's 0 is the center of the first pixel
+    for place in range(0, len(keypoints), 3):
+        if keypoints[place + 2]:
+            point = keypoints[place : place + 2]
+            turned[place : place + 2] = turn_points(point, centers, orientation)
+    return turned
+
+
+def _turn_runs(mask: Json, orientation: int) -> Json:
+    """Return a run-length encoded mask, compressed or not, as a compressed one."""
+    if isinstance(mask["counts"], list):
+        mask = coco_mask.frPyObjects(mask, *mask["size"])
+    bitmap = turn_pixels(coco_mask.decode(mask), orientation)
+    counts: bytes = coco_mask.encode(np.asfortranarray(bitmap))["counts"]
+    return {"size": list(bitmap.shape), "counts": counts.decode("ascii")}
