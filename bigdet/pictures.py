@@ -7,8 +7,6 @@ For images that users hand over. Those of a data set are seen as it annotates th
 from __future__ import annotations
 
 import contextlib
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -22,12 +20,10 @@ from torch import Tensor
 from bigdet.jpeg import decode_jpeg, is_jpeg
 from bigdet.pixels import EXIF_ORIENTATION as EXIF_ORIENTATION
 from bigdet.pixels import SUFFIXES as SUFFIXES
-from bigdet.pixels import exif_orientation, to_rgb, turn_pixels, turned_size
+from bigdet.pixels import exif_orientation, to_rgb, turn_pixels, turned_size, without_warnings
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, or what Pillow, numpy ``(H, W, 3)`` or torch ``(3, H, W)`` have: uint8 RGB."""
-
-_OPENING = threading.Lock()  # Python's filters of warnings are of the whole process
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:
@@ -95,9 +91,8 @@ def to_pixels(picture: Picture) -> Tensor:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open a file with Pillow, whose errors become ``ValueError``."""
     try:
-        with _OPENING, warnings.catch_warnings():
-            # Pillow warns of half of what it refuses, and photographs have become that large.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Pillow warns of half of what it refuses, and photographs have become that large.
+        with without_warnings():
             image = Image.open(path)
         with image:
             yield image

@@ -5,7 +5,10 @@ Training, evaluation, prediction and conversion share it, so a model sees the sa
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -23,12 +26,22 @@ SUFFIXES = {
 EXIF_ORIENTATION = 0x0112
 DECIMALS = 6  # of turned coordinates, so that turned back they are what they were
 
+_FILTERS = threading.RLock()  # Python's filters of warnings are of the whole process
+
 _TURNS = {
     1: (False, False, False), 2: (False, True, False), 3: (False, True, True),
     4: (False, False, True), 5: (True, False, False), 6: (True, True, False),
     7: (True, True, True), 8: (True, False, True),
 }  # fmt: skip
 """From stored to shown, by EXIF orientation: exchange x and y; then mirror x; mirror y."""
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep Pillow from warning of what is dealt with, also in several threads."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -62,8 +75,7 @@ def exif_orientation(image: Image.Image) -> int:
 def exif_tag(image: Image.Image) -> int:
     """Return the EXIF orientation that a file just opened has, ``1..8``; 1 is as stored."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF that is cut short
+        with without_warnings():  # of EXIF that is cut short
             value = image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # damaged EXIF raises nearly anything, and says nothing of the pixels
         return 1

@@ -23,6 +23,7 @@ from progress_bar import ProgressBar
 from bigdet.commands import positive, run_command
 from bigdet.data.conversion import Making, merge_parts
 from bigdet.data.manifest import Manifest
+from bigdet.data.orientation import exif_warning
 from bigdet.data.reencoding import Reencoding
 from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
@@ -61,6 +62,8 @@ def print_counts(folder: str, manifest: Manifest) -> None:
         print(f"  {count:>10}  {name}")
     if manifest.changed and not manifest.instances:
         print("  no instance is left: nothing can be learned from this set")
+    if warning := exif_warning(manifest.changed):
+        print(f"  {warning}")
     if manifest.skipped or manifest.changed:
         print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
 

@@ -363,13 +363,13 @@ def _finish(storage: Storage) -> Manifest:
     log = io.StringIO()
     manifest, index = summarize(info, finished(), log)
     if manifest is None:
-        reasons = Counter(
-            line["skipped"]
-            for line in map(json.loads, log.getvalue().splitlines())
-            if "skipped" in line
-        )
+        lines = [line for line in map(json.loads, log.getvalue().splitlines()) if "skipped" in line]
+        reasons = Counter(line["skipped"] for line in lines)
         skipped = "".join(f"; {count} x {reason}" for reason, count in sorted(reasons.items()))
-        raise ShardError(f"{storage.address}: not one image could be used{skipped}.")
+        first = ", ".join(f"{name} {value}" for name, value in lines[0].items()) if lines else ""
+        raise ShardError(
+            f"{storage.address}: not one image could be used{skipped}. The first: {first}."
+        )
     if log.getvalue():
         storage.write(SKIPPED_NAME, log.getvalue().encode())
     storage.write(INDEX_NAME, index_bytes(index))

@@ -15,8 +15,10 @@ from pycocotools import mask as coco_mask
 from bigdet.pixels import inverse_of, turn_pixels, turn_points, turned_size
 
 ORIENTATION_KEY = "seen_orientation"
-APPLIED = "EXIF orientation applied"
-LEFT_OUT = "EXIF orientation left out"
+SHOWN = "EXIF orientation applied: the recorded size is that of the image as shown"
+STORED = "EXIF orientation left out: the recorded size is that of the image as stored"
+SHOWN_BY_OPTION = "EXIF orientation applied by --exif shown: the recorded size does not tell"
+STORED_BY_OPTION = "EXIF orientation left out by --exif stored: the recorded size does not tell"
 
 Json = dict[str, Any]
 Size = tuple[int, int]
@@ -43,12 +45,26 @@ def seen_orientation(
     shown = turned_size(stored, tag)
     is_told = recorded is not None and shown != stored
     is_applied = recorded == shown if is_told else exif == "shown"
-    note = f"{APPLIED if is_applied else LEFT_OUT}: its recorded size "
     if is_told:
-        note += f"is that of the image as {'shown' if is_applied else 'stored'}"
+        note = SHOWN if is_applied else STORED
     else:
-        note += f"does not tell (--exif {exif})"
+        note = SHOWN_BY_OPTION if is_applied else STORED_BY_OPTION
     return tag if is_applied else 1, note
+
+
+def exif_warning(changed: dict[str, int]) -> str | None:
+    """Return what to say of a set whose images may have been taken for what they are not.
+
+    Args:
+        changed: counts of the set's manifest.
+    """
+    if not (STORED in changed and SHOWN_BY_OPTION in changed):
+        return None
+    return (
+        f"the sizes of {changed[STORED]} images say that their annotations are of the stored "
+        f"pixels, so those of the {changed[SHOWN_BY_OPTION]} whose sizes do not tell may be too: "
+        "look at them, and convert with --exif stored if their boxes are wrong"
+    )
 
 
 def as_stored(record: Json, orientation: int) -> Json:

@@ -27,7 +27,8 @@ BACKSLASHES = "changing backslashes"
 ADDRESS = "taking the path out of an address"
 PERCENT = "decoding %20 and the like"
 FRONT = "leaving out the front of the path"
-LETTERS = "ignoring upper and lower case and the form of accents"
+CASE = "ignoring upper and lower case"
+ACCENTS = "ignoring how accented letters are written in Unicode"
 SUFFIX = "adding the suffix"
 DOTS = "leaving out .. in the path"
 
@@ -116,17 +117,20 @@ def _find_in_list(folder: Path, lost: dict[int, list[Candidate]]) -> dict[int, C
                 for path, how in candidates if _key(path) in files)  # fmt: skip
         paths, path, how, lacks_suffix = next(hits, ([], "", [], False))
         if len(paths) == 1:
-            is_same = path == (os.path.splitext(paths[0])[0] if lacks_suffix else paths[0])
-            found[place] = (
-                paths[0],
-                [*how, *[LETTERS] * (not is_same), *[SUFFIX] * lacks_suffix],
-            )
+            hit = os.path.splitext(paths[0])[0] if lacks_suffix else paths[0]
+            is_cased = _composed(hit) == _composed(path)
+            letters = [] if hit == path else [ACCENTS if is_cased else CASE]
+            found[place] = (paths[0], [*how, *letters, *[SUFFIX] * lacks_suffix])
     return found
 
 
 def _key(path: str) -> str:
     """Return what paths have in common that differ in upper and lower case or form of accents."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+    return _composed(_composed(path).casefold())
+
+
+def _composed(path: str) -> str:
+    return unicodedata.normalize("NFC", path)
 
 
 def list_files(folder: Path) -> Iterator[str]:

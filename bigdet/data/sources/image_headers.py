@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from bigdet.data.shard_tar import image_suffix
-from bigdet.pixels import exif_tag, inverse_of, to_rgb, turn_pixels, turned_size
+from bigdet.pixels import exif_tag, inverse_of, to_rgb, turn_pixels, turned_size, without_warnings
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, too: what is larger is there to exhaust memory
 TAR_FORMATS = ("JPEG", "PNG", "WEBP")
+DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")
 LOW_VALUES = (0, 3, 15, 63)
 """The highest of 255 of 8, 10, 12 and 14 bits in a file of 16."""
 
@@ -73,13 +74,14 @@ def read_header(data: bytes) -> Header:
     size = header_size(data)
     is_jpeg = image_suffix(data) == "jpg"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with without_warnings(), Image.open(io.BytesIO(data)) as image:
             tag = exif_tag(image)
             return Header(
                 size=turned_size(size, tag) if image.format == "TIFF" else size,  # shown so far
                 tag=tag,
                 format="JPEG" if is_jpeg else image.format,
-                is_deep=image.mode.startswith("I") or ";16" in str(image.tile),
+                is_deep=image.format in DEEP_FORMATS
+                and (image.mode.startswith("I") or ";16" in str(image.tile)),
                 num_pictures=1 if is_jpeg else getattr(image, "n_frames", 1),
             )
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
