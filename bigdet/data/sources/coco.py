@@ -115,16 +115,6 @@ class CocoSource:
         self.annotation_bytes = self._text_bytes(coco, self._first, self._end)
         unlisted = coco.annotations[~np.isin(coco.annotations["image_id"], self._ids)]
         self.notes = _notes("annotation dropped: its image is not listed", unlisted)
-        self.notes += [
-            {
-                "changed": f"file found by {way}",
-                "image_id": entries[place].id,
-                "file_name": entries[place].file_name,
-                "found": self._files.paths[place],
-            }
-            for place, way in self._files.ways.items()
-            if kind != "objects365" or way != FRONT  # its files lie elsewhere than it says
-        ]
         self.fingerprint = self._fingerprint(coco.digest)
 
     def add_keypoints(self, points: CocoFile) -> None:
@@ -161,6 +151,7 @@ class CocoSource:
         return CocoSpan(
             folder=self.images,
             paths=self._files.paths[first:end],
+            ways=[self._way(n) for n in rows],
             exif=self._exif,
             images=coco.images[first:end],
             path=coco.path,
@@ -179,6 +170,11 @@ class CocoSource:
         sums = np.concatenate([[0], np.cumsum(file.annotations["size"])])
         sizes: NDArray[np.int64] = sums[end] - sums[first] + 256
         return sizes
+
+    def _way(self, place: int) -> str | None:
+        """Return how a file was found if that is worth saying: Objects365's lie elsewhere."""
+        way = self._files.ways.get(place)
+        return None if way == FRONT and self.info.source == "objects365" else way
 
     def _refuse_folder(self) -> None:
         """Fail at once, and not after an hour of misses, when the folder is the wrong one."""
@@ -207,6 +203,7 @@ class CocoSpan:
 
     folder: Path
     paths: list[str | None]
+    ways: list[str | None]
     exif: Exif
     images: list[ImageEntry]
     path: Path
@@ -226,6 +223,8 @@ class CocoSpan:
             if read is None:
                 yield None
                 continue
+            if self.ways[place] is not None:
+                log.change(f"file found by {self.ways[place]}", **about, found=inner)
             sources = read_text(self.path, self.annotations[place])
             if self.points is not None and self.points_path is not None:
                 points = read_text(self.points_path, self.points[place])

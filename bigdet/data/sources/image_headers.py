@@ -19,6 +19,9 @@ from bigdet.pixels import exif_tag, inverse_of, to_rgb, turn_pixels, turned_size
 MAX_PIXELS = 89_478_485  # Pillow's limit, too: what is larger is there to exhaust memory
 TAR_FORMATS = ("JPEG", "PNG", "WEBP")
 DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")
+PNG_EXIF = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
+"""What a PNG has where Pillow finds an EXIF orientation in it."""
+
 LOW_VALUES = (0, 3, 15, 63)
 """The highest of 255 of 8, 10, 12 and 14 bits in a file of 16."""
 
@@ -75,13 +78,15 @@ def read_header(data: bytes) -> Header:
     is_jpeg = image_suffix(data) == "jpg"
     try:
         with without_warnings(), Image.open(io.BytesIO(data)) as image:
-            tag = exif_tag(image)
+            is_deep = image.mode.startswith("I") or ";16" in str(image.tile)
+            # For the EXIF of a PNG, which may be at its end, Pillow decodes all of it.
+            has_tag = image.format != "PNG" or any(name in data for name in PNG_EXIF)
+            tag = exif_tag(image) if has_tag else 1
             return Header(
                 size=turned_size(size, tag) if image.format == "TIFF" else size,  # shown so far
                 tag=tag,
                 format="JPEG" if is_jpeg else image.format,
-                is_deep=image.format in DEEP_FORMATS
-                and (image.mode.startswith("I") or ";16" in str(image.tile)),
+                is_deep=is_deep and image.format in DEEP_FORMATS,
                 num_pictures=1 if is_jpeg else getattr(image, "n_frames", 1),
             )
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
