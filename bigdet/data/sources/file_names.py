@@ -13,14 +13,14 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from posixpath import normpath
 from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.data.sources.image_files import file_bytes, safe_path
+from bigdet.data.sources.image_files import file_bytes, is_inside
 from bigdet.pixels import SUFFIXES
 
 BACKSLASHES = "changing backslashes"
@@ -56,17 +56,17 @@ class FoundFiles:
 
 def find_files(folder: Path, names: Sequence[str]) -> FoundFiles:
     """Return the files that names stand for; the folder is listed once, and only if need be."""
-    paths = [name if safe_path(folder, name) else None for name in names]
+    paths = [name if is_inside(name) else None for name in names]
     sizes = np.zeros(len(names), dtype=np.int64)
     ways: dict[int, str] = {}
     lost: dict[int, list[Candidate]] = {}
     for place, path in enumerate(paths):
-        size = None if path is None else file_bytes(folder / path)
+        size = None if path is None else file_bytes(f"{folder}/{path}")
         if size is not None:
             sizes[place] = size
             continue
         candidates = _candidates(names[place])
-        found = next((c for c in candidates if file_bytes(folder / c[0]) is not None), None)
+        found = next((c for c in candidates if file_bytes(f"{folder}/{c[0]}") is not None), None)
         if found is None:
             lost[place] = candidates
         else:
@@ -76,9 +76,9 @@ def find_files(folder: Path, names: Sequence[str]) -> FoundFiles:
             paths[place], ways[place] = found_path, " and ".join(how)
     for place in _claimed_twice(names, paths, ways):
         del ways[place]
-        paths[place] = names[place] if safe_path(folder, names[place]) else None
+        paths[place] = names[place] if is_inside(names[place]) else None
     for place in ways:
-        sizes[place] = file_bytes(folder / str(paths[place])) or 0
+        sizes[place] = file_bytes(f"{folder}/{paths[place]}") or 0
     return FoundFiles(paths, sizes, ways)
 
 
@@ -91,7 +91,7 @@ def _candidates(name: str) -> list[Candidate]:
     for spelling in dict.fromkeys([text, unquote(text)]):
         how = ways if spelling == text else [*ways, PERCENT]
         whole = normpath(spelling)
-        parts = [part for part in PurePosixPath(whole).parts if part not in ("/", "//", "..", ".")]
+        parts = [part for part in whole.split("/") if part not in ("", "..", ".")]
         for first in range(len(parts)):
             path = "/".join(parts[first:])
             found.append((first, path, how if path == whole else [*how, FRONT]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+import os
+import stat
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,16 +27,19 @@ MAX_BYTES = 2**30
 
 def safe_path(folder: Path, name: str) -> Path | None:
     """Return the path of a file; None for a name that leads out of the folder."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in name:
-        return None
-    return folder / pure
+    return folder / name if is_inside(name) else None
 
 
-def file_bytes(path: Path) -> int | None:
+def is_inside(name: str) -> bool:
+    """Tell whether a name does not lead out of the folder that it is relative to."""
+    return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
+
+
+def file_bytes(path: str | Path) -> int | None:
     """Return the size of a file; None if there is none, or no name that a file could have."""
     try:
-        return path.stat().st_size if path.is_file() else None
+        found = os.stat(path)
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
     except (OSError, ValueError):  # too long a name, or one with half a character
         return None
 
