@@ -18,16 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
-from bigdet.pixels import EXIF_ORIENTATION as EXIF_ORIENTATION
-from bigdet.pixels import SUFFIXES as SUFFIXES
-from bigdet.pixels import exif_orientation, to_rgb, turn_pixels, turned_size, without_warnings
+from bigdet.pixels import Exif, exif_orientation, to_rgb, turn_pixels, turned_size, without_warnings
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, or what Pillow, numpy ``(H, W, 3)`` or torch ``(3, H, W)`` have: uint8 RGB."""
 
 
-def read_picture(path: Path) -> NDArray[np.uint8]:
-    """Return a picture as people see it: ``(H, W, 3)`` uint8 RGB, turned as EXIF says.
+def read_picture(path: Path, exif: Exif = "shown") -> NDArray[np.uint8]:
+    """Return a picture as people see it, or as it is stored: ``(H, W, 3)`` uint8 RGB.
 
     The first picture of an animation. Transparency is dropped, 16 bits per channel become 8.
 
@@ -38,13 +36,14 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         data = path.read_bytes()
         # Pillow makes gray of what is lost of a JPEG, and does not say so.
         pixels = decode_jpeg(data) if is_jpeg(data) else None
-        return _as_shown(image, pixels)
+        orientation = exif_orientation(image, exif)
+        return turn_pixels(to_rgb(image) if pixels is None else pixels, orientation)
 
 
-def shown_size(path: Path) -> tuple[int, int]:
-    """Return height and width as people see a picture, from its header; errors as on reading."""
+def shown_size(path: Path, exif: Exif = "shown") -> tuple[int, int]:
+    """Return height and width as ``read_picture`` would, from the header; errors as on reading."""
     with _opened(path) as image:
-        return turned_size((image.height, image.width), exif_orientation(image))
+        return turned_size((image.height, image.width), exif_orientation(image, exif))
 
 
 def list_pixels(pictures: Sequence[Picture]) -> list[Tensor]:
@@ -66,7 +65,8 @@ def to_pixels(picture: Picture) -> Tensor:
         except ValueError as error:
             raise ValueError(f"{picture}: {error}.") from error
     elif isinstance(picture, Image.Image):
-        picture = _as_shown(picture)
+        orientation = exif_orientation(picture)
+        picture = turn_pixels(to_rgb(picture), orientation)
     if not isinstance(picture, (np.ndarray, Tensor)):
         raise ValueError(
             f"found a {type(picture).__name__}, expected a picture: a file, or one of Pillow, "
@@ -103,14 +103,3 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except (OSError, SyntaxError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
         raise ValueError(f"not a readable image ({reason})") from error
-
-
-def _as_shown(image: Image.Image, pixels: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-    """Return ``(H, W, 3)`` uint8 RGB of a picture, or raise ``ValueError`` that says why not.
-
-    Args:
-        image: the picture.
-        pixels: what is stored, where it is decoded already.
-    """
-    stored = to_rgb(image) if pixels is None else pixels
-    return turn_pixels(stored, exif_orientation(image))

@@ -9,13 +9,16 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 Number = TypeVar("Number", bound=np.generic)
+
+Exif = Literal["shown", "stored"]
+"""A picture as its EXIF orientation shows it, as viewers do; or its pixels as they are stored."""
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
@@ -53,6 +56,8 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     Raises:
         ValueError: its numbers have no known range.
     """
+    if image.format == "EPS":
+        raise ValueError("EPS files are programs, which are not run; store it as PNG")
     if image.mode.startswith("I"):  # gray of 16 bits, in whichever of Pillow's modes
         gray = np.asarray(image)
         if gray.min() < 0 or gray.max() > 0xFFFF:
@@ -67,9 +72,16 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image.convert("RGB"))
 
 
-def exif_orientation(image: Image.Image) -> int:
-    """Return how what ``to_rgb`` gives is to be turned to be shown, ``1..8`` as in EXIF."""
-    return 1 if image.format == "TIFF" else exif_tag(image)  # Pillow turns these itself
+def exif_orientation(image: Image.Image, exif: Exif = "shown") -> int:
+    """Return how what ``to_rgb`` gives of a file just opened is to be turned, ``1..8`` as in EXIF.
+
+    Args:
+        image: the file.
+        exif: how it is wanted.
+    """
+    if image.format == "TIFF":  # Pillow turns it itself
+        return 1 if exif == "shown" else inverse_of(exif_tag(image))
+    return exif_tag(image) if exif == "shown" else 1
 
 
 def exif_tag(image: Image.Image) -> int:

@@ -5,8 +5,9 @@
     python -m bigdet.predict runs/x data/mine/val --out detected --batch 8 --no-pictures
 
 Images are files, folders, globs (quoted, so that the shell leaves them whole) or one shard set.
-Pictures are turned as their EXIF says, and boxes are those of the turned picture; images of a shard
-set are taken as they are stored, as its own boxes are. ``detections.json`` is in the COCO results
+Pictures are turned as their EXIF says, and boxes are those of the turned picture; with --exif
+stored they are not, for a model of photos that were annotated so. Images of a shard set are seen
+as they are annotated. ``detections.json`` is in the COCO results
 format; ``image_id`` is the data set's, or the number of the file, whose name stands beside it. It
 has every detection that the model reports, the pictures those from --score on.
 
@@ -34,7 +35,7 @@ from bigdet.commands import run_command
 from bigdet.drawing import draw_detections
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.predict import coco_results
-from bigdet.inputs import Input, list_inputs
+from bigdet.inputs import Input, is_shard_set, list_inputs
 from bigdet.log import setup_logging
 from bigdet.models.detector import Detector, canvas_size
 from bigdet.models.weights import load_detector
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.batch < 1:
         raise ValueError(f"--batch: found {options.batch}, expected 1 or more.")
     device = choose_device(options.device)
-    inputs, num_bad = list_inputs(options.images)
+    if options.exif == "stored" and any(map(is_shard_set, options.images)):
+        raise ValueError("--exif: a shard set is seen as it was annotated. Leave the option out.")
+    inputs, num_bad = list_inputs(options.images, options.exif)
     if not inputs:
         raise ValueError(f"there is no image to detect objects on: {num_bad} were left out.")
     check_output(options.out, inputs)
@@ -215,6 +218,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (0.5)")
     parser.add_argument("--batch", type=int, default=1, help="images in one forward pass (1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument(
+        "--exif",
+        choices=["shown", "stored"],
+        default="shown",
+        help="turn photos, or not (shown)",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write detections.json alone")
     return parser.parse_args(arguments)
 

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
-from bigdet.data.orientation import Exif
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.reencoding import Reencoding, reencode
 from bigdet.data.shard_tar import FinishedShard, SampleLog, ShardTar, stored_bytes
@@ -44,6 +43,7 @@ from bigdet.data.shard_writer import (
 )
 from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME
 from bigdet.data.storage import Storage, open_storage
+from bigdet.pixels import Exif
 
 PLAN_NAME = f"{UNFINISHED}/plan.json"
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from bigdet.data.conversion import Progress, no_progress
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
-from bigdet.data.orientation import ORIENTATION_KEY, Exif, as_seen, seen_orientation
+from bigdet.data.orientation import ORIENTATION_KEY, as_seen, seen_orientation
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.shard_tar import (
@@ -37,7 +37,7 @@ from bigdet.data.shard_writer import SetInfo, index_bytes, manifest_text, summar
 from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME, file_sha256
 from bigdet.data.sources.image_headers import read_header
 from bigdet.data.storage import LocalStorage
-from bigdet.pixels import turned_size
+from bigdet.pixels import Exif, turned_size
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_U4 = 2**32 - 1

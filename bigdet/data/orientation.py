@@ -7,12 +7,12 @@ turned, as the data set has it.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from bigdet.pixels import inverse_of, turn_pixels, turn_points, turned_size
+from bigdet.pixels import Exif, inverse_of, turn_pixels, turn_points, turned_size
 
 ORIENTATION_KEY = "seen_orientation"
 SHOWN = "EXIF orientation applied: the recorded size is that of the image as shown"
@@ -22,8 +22,6 @@ STORED_BY_OPTION = "EXIF orientation left out by --exif stored: the recorded siz
 
 Json = dict[str, Any]
 Size = tuple[int, int]
-Exif = Literal["shown", "stored"]
-"""Which image annotations are of, as EXIF shows it or as stored, where its size does not tell."""
 
 
 def seen_orientation(

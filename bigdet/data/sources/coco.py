@@ -27,13 +27,13 @@ from bigdet.data.conversion import (
     refuse_others,
 )
 from bigdet.data.manifest import Category, Manifest, ShardError
-from bigdet.data.orientation import Exif
 from bigdet.data.shard_tar import MAX_U2, SampleLog, count_boxes
 from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.sources.coco_file import CocoFile, ImageEntry, load_coco, read_text
 from bigdet.data.sources.file_names import FRONT, find_files, list_files
 from bigdet.data.sources.image_files import check_folder, file_bytes, read_image
 from bigdet.data.storage import open_storage
+from bigdet.pixels import Exif
 
 Json = dict[str, Any]
 

@@ -88,7 +88,7 @@ def _candidates(name: str) -> list[Candidate]:
     if address := _ADDRESS.fullmatch(text):
         text, ways = address[1] or address[2] or "", [*ways, ADDRESS]
     found: list[tuple[int, str, list[str]]] = []
-    for spelling in dict.fromkeys([text, unquote(text)]):
+    for spelling in dict.fromkeys([text, unquote(text).replace("\\", "/")]):
         how = ways if spelling == text else [*ways, PERCENT]
         whole = normpath(spelling)
         parts = [part for part in whole.split("/") if part not in ("", "..", ".")]

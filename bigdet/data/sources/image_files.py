@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigdet.data.decode import decode_image
 from bigdet.data.manifest import ShardError
-from bigdet.data.orientation import Exif, seen_orientation
+from bigdet.data.orientation import seen_orientation
 from bigdet.data.shard_tar import MAX_U2, SampleLog, image_suffix
 from bigdet.data.sources.image_headers import (
     MAX_PIXELS,
@@ -20,7 +20,7 @@ from bigdet.data.sources.image_headers import (
     as_png,
     read_header,
 )
-from bigdet.pixels import turned_size
+from bigdet.pixels import Exif, turned_size
 
 MAX_BYTES = 2**30
 

@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from bigdet.data.shard_tar import image_suffix
-from bigdet.pixels import exif_tag, inverse_of, to_rgb, turn_pixels, turned_size, without_warnings
+from bigdet.pixels import (
+    exif_orientation,
+    exif_tag,
+    to_rgb,
+    turn_pixels,
+    turned_size,
+    without_warnings,
+)
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, too: what is larger is there to exhaust memory
 TAR_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -100,14 +107,14 @@ def as_png(data: bytes, orientation: int) -> bytes:
     """
     pixels: NDArray[np.uint8] | NDArray[np.uint16]
     with Image.open(io.BytesIO(data)) as image:
-        back = inverse_of(exif_tag(image)) if image.format == "TIFF" else 1  # Pillow turns these
+        to_stored = exif_orientation(image, "stored")
         pixels = to_rgb(image)
         if image.mode.startswith("I"):
             pixels = np.asarray(image).astype(np.uint16)
         elif image.mode in ("L", "LA", "RGB", "RGBA"):
             pixels = np.asarray(image)
     file = io.BytesIO()
-    Image.fromarray(turn_pixels(turn_pixels(pixels, back), orientation)).save(file, "PNG")
+    Image.fromarray(turn_pixels(turn_pixels(pixels, to_stored), orientation)).save(file, "PNG")
     return file.getvalue()
 
 

@@ -31,13 +31,13 @@ from bigdet.data.conversion import (
     refuse_others,
 )
 from bigdet.data.manifest import Category, Manifest, ShardError
-from bigdet.data.orientation import Exif
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.shard_tar import MAX_U2, SampleLog
 from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.sources.file_names import SUFFIX, find_files
 from bigdet.data.sources.image_files import file_bytes, read_image, safe_path
 from bigdet.data.storage import open_storage
+from bigdet.pixels import Exif
 
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG"]
 IMAGES_PER_CHECK = 64
