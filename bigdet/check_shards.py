@@ -14,12 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from progress_bar import ProgressBar
-
 from bigdet.commands import positive, run_command
 from bigdet.data.class_counts import ClassCounts
 from bigdet.data.remote import shown
 from bigdet.data.shard_check import check_shards, load_manifest
+from bigdet.progress_bar import ProgressBar
 
 MAX_LINES = 100
 
