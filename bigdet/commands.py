@@ -43,6 +43,10 @@ def explain(error: Exception) -> str:
     """Return what an error says, and what to do where the system itself says no more."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error}. Make room where this command writes, or give it another place."
+    if isinstance(error, MemoryError):
+        return "this host has no memory left. Lower data.workers or --processes, or end other " + (
+            f"programs. {error}".strip()
+        )
     return str(error)
 
 
@@ -64,7 +68,7 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
         code = INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         lost = distributed.lost_peer(error)
         is_bug = isinstance(error, RuntimeError) and not lost
         if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from bigdet import distributed
 from bigdet.commands import run_command
+from bigdet.data.shards import UnavailableShardError
 from bigdet.drawing import draw_detections
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.predict import coco_results
@@ -168,6 +169,8 @@ def collect(
     for image, reading in zip(batch, readings, strict=True):
         try:
             pixels.append(reading.result())
+        except UnavailableShardError:
+            raise  # the reason is not in the image
         except ValueError as error:
             logger.error("%s: %s; left out", image.name, error)
         else:

@@ -79,4 +79,6 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"an image too large to be decoded: {error}") from error
     except (OSError, SyntaxError) as error:
+        if "out of memory" in str(error):  # one of Pillow's own
+            raise MemoryError(str(error)) from error
         raise ValueError(f"not a complete image: {error}") from error

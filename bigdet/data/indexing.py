@@ -35,6 +35,7 @@ from bigdet.data.shard_writer import SetInfo, index_bytes, manifest_text, summar
 from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME, file_sha256
 from bigdet.data.sources.image_files import header_size
 from bigdet.data.storage import LocalStorage
+from bigdet.reading import patiently, why_unread
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_U4 = 2**32 - 1
@@ -121,26 +122,33 @@ def index_shards(
 
 
 def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
+    try:
+        finished = patiently(lambda: _read_tar(job, tick), str(job.path))
+    except OSError as error:
+        return _TarResult(job.path.name, None, f"{job.path}: {why_unread(error)}")
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        what = f"{job.path}: cannot be read to its end ({error}). Mend it or take it away."
+        return _TarResult(job.path.name, None, what)
+    return _TarResult(job.path.name, finished, None)
+
+
+def _read_tar(job: _TarJob, tick: Tick) -> FinishedShard:
+    """Return what a tar holds; raises what the system and ``tarfile`` do."""
     rows: list[tuple[int, ...]] = []
     log: list[Json] = []
     crowd = 0
     with open(job.path, "rb") as file:
-        try:
-            for found in _samples(file):
-                row = _row(file, found, job.categories)
-                if isinstance(row, str):
-                    log.append({"skipped": row, "shard": job.path.name, "key": found.key})
-                else:
-                    rows.append(row[0])
-                    crowd += row[1]
-                tick()
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            what = f"{job.path}: cannot be read to its end ({error}). Mend it or take it away."
-            return _TarResult(job.path.name, None, what)
+        for found in _samples(file):
+            row = _row(file, found, job.categories)
+            if isinstance(row, str):
+                log.append({"skipped": row, "shard": job.path.name, "key": found.key})
+            else:
+                rows.append(row[0])
+                crowd += row[1]
+            tick()
     size = job.path.stat().st_size
     shard = Shard(job.path.name, size, len(rows), file_sha256(job.path))
-    index = np.array(rows, dtype=INDEX_DTYPE)
-    return _TarResult(job.path.name, FinishedShard(shard, index, crowd, log), None)
+    return FinishedShard(shard, np.array(rows, dtype=INDEX_DTYPE), crowd, log)
 
 
 def _samples(file: IO[bytes]) -> Iterator[_Found]:

@@ -23,11 +23,9 @@ from urllib.parse import quote, urlsplit
 import fsspec
 import webdataset
 
-logger = logging.getLogger(__name__)
+from bigdet.reading import RETRY_SECONDS
 
-RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Pauses between the attempts, so there is one attempt more. No jitter: processes that fail
-together wait for each other's lock anyway, see ``cache.py``."""
+logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 30.0  # without a byte, after which an attempt has failed
 BLOCK_BYTES = 1 << 20

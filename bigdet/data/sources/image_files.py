@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 from bigdet.data.decode import decode_image
 from bigdet.data.manifest import ShardError
 from bigdet.data.shard_tar import MAX_U2, SampleLog, image_suffix
+from bigdet.reading import NO_FILE, patiently, why_unread
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, too: what is larger is there to exhaust memory
 MAX_BYTES = 2**30
@@ -32,11 +35,20 @@ def safe_path(folder: Path, name: str) -> Path | None:
 
 
 def file_bytes(path: Path) -> int | None:
-    """Return the size of a file; None if there is none, or no name that a file could have."""
+    """Return the size of a file; None if there is none, or no name that a file could have.
+
+    Raises:
+        ShardError: the system does not let it be looked at.
+    """
     try:
-        return path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError):  # too long a name, or one with half a character
+        found = patiently(lambda: os.stat(path), str(path))
+    except ValueError:  # a name with half a character
         return None
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return None
+        raise ShardError(f"{path}: {why_unread(error)}") from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def check_folder(folder: Path) -> None:
@@ -60,6 +72,9 @@ def read_image(
 
     Returns:
         The file's bytes, and ``(3, H, W)`` uint8; None if it cannot be used.
+
+    Raises:
+        ShardError: the system does not let it be read, which is no fault of the image.
     """
     if path is None:
         log.skip("file name leads out of the image folder", **about)
@@ -72,10 +87,9 @@ def read_image(
         log.skip("file empty" if num_bytes == 0 else "file larger than 1 GiB", **about)
         return None
     try:
-        data = path.read_bytes()
+        data = patiently(path.read_bytes, str(path))
     except OSError as error:
-        log.skip("file not readable", **about, error=str(error))
-        return None
+        raise ShardError(f"{path}: {why_unread(error)}") from error
     if image_suffix(data) is None:
         log.skip("not JPEG, PNG or WebP", **about)
         return None
