@@ -35,8 +35,8 @@ from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import Metric, RunConfig, TtaConfig
-from bigdet.data.manifest import Category
-from bigdet.data.mix import with_categories
+from bigdet.data.manifest import Category, ShardError
+from bigdet.data.mix import class_ids, warn_of_absent, with_categories
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
@@ -86,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
         if config.data.train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
+        classes = [category["name"] for category in detector.categories]
+        warn_of_absent(shards, classes)
         shards.check_random_reads()
     detector.use_test_settings(config.model)
     if config.evaluation.resize is not None:
@@ -109,6 +111,7 @@ def main(arguments: Sequence[str]) -> int:
         config.data.workers,
         device,
         precision=config.engine.precision,
+        ids=class_ids(shards, classes),
     )
     assert results is not None, "nobody asks it to stop"
     metric = config.evaluation.metric
@@ -203,18 +206,19 @@ def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:
-    """Raise ``ValueError`` unless the labels mean the same in the detector and in the shards."""
+    """Raise ``ValueError`` unless the detector knows the classes of the shards, by their names."""
     known = [category["name"] for category in detector.categories]
     found = [category.name for category in shards.categories]
-    if known == found:
-        return
-    pairs = zip(known, found, strict=False)
-    first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(found)))
-    raise ValueError(
-        f"{shards.address}: its {len(found)} categories are not the {len(known)} that {model} was "
-        f"trained on: label {first} is {_name(found, first)}, expected {_name(known, first)}. Give "
-        "shards of the same data set, with the categories in the same order."
-    )
+    try:
+        class_ids(shards, known)
+    except ShardError as error:
+        pairs = zip(known, found, strict=False)
+        first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(found)))
+        raise ValueError(
+            f"{shards.address}: its {len(found)} categories are not the {len(known)} that {model} "
+            f"was trained on: label {first} is {_name(found, first)}, expected "
+            f"{_name(known, first)}. {error}"
+        ) from error
 
 
 def _name(names: Sequence[str], label: int) -> str:

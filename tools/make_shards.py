@@ -1,6 +1,7 @@
 """Make a shard set.
 
 python tools/make_shards.py coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
+python tools/make_shards.py coco --images DIR --annotations FILE --categories FILE --out DIR
 python tools/make_shards.py objects365 --images DIR --annotations FILE --out DIR
 python tools/make_shards.py voc --root DIR --split trainval [--categories FILE] --out DIR
 python tools/make_shards.py shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
@@ -80,8 +81,8 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
         )
     making = _making(arguments)
     images, annotations = arguments.images, arguments.annotations
+    categories = load_categories(arguments.categories) if arguments.categories else None
     if arguments.source == "voc":
-        categories = load_categories(arguments.categories) if arguments.categories else None
         return convert_voc(
             arguments.root,
             arguments.split,
@@ -92,13 +93,15 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
         )
     if arguments.source == "objects365":
         return convert_objects365(
-            images, annotations, arguments.out, making=making, progress=progress
-        )
+            images, annotations, arguments.out,
+            categories=categories, making=making, progress=progress,
+        )  # fmt: skip
     return convert_coco(
         images,
         annotations,
         arguments.out,
         keypoints=arguments.keypoints,
+        categories=categories,
         making=making,
         progress=progress,
     )
@@ -131,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     voc.add_argument("--split", required=True, help="a file in ImageSets/Main, without .txt")
     voc.add_argument("--categories", type=Path, help="JSON list; default: all names, sorted")
     voc.set_defaults(images=None, annotations=None)
+    for source in (coco, objects):
+        source.add_argument(
+            "--categories", type=Path,
+            help="JSON list, annotation file or manifest.json: the classes, by name, in the order "
+            "of the labels; default: those of the annotations by rising id",
+        )  # fmt: skip
     for source in (coco, objects, voc):
         _add_options(source)
     shapes = sources.add_parser("shapes", help="synthetic images to try things on")

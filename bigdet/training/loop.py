@@ -273,9 +273,11 @@ class PhaseTrainer:
             return False
         size_cap = measuring.test_size(self.config, self.name)
         started = time.perf_counter()
+        classes = [category.name for category in run.train_set.categories]
         results = measuring.predict(
-            self.config, self.detector, run.val_set, size_cap, run.must_stop, run.run_dir.root
-        )
+            self.config, self.detector, run.val_set, classes, size_cap, run.must_stop,
+            run.run_dir.root,
+        )  # fmt: skip
         if results is None:
             return False
         self.meter.add_evaluation(time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""What the system says while files are read is no damage: tried again, or the end with the reason."""
+"""What the system says while files are read is no damage: tried again, or the end of it all."""
 
 from __future__ import annotations
 
