@@ -147,10 +147,11 @@ def evaluate_file(options: argparse.Namespace) -> int:
     if not head:
         logger.warning("%s: holds no detection, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
-    first = head[0] if head and isinstance(head[0], dict) else {"bbox": []}
-    with_masks, with_keypoints = (RESULT_KEYS[kind] in first for kind in ("segm", "keypoints"))
-    possible = evaluation_kinds(shards, with_masks, with_keypoints, metric)
-    kinds = [kind for kind in possible if RESULT_KEYS[kind] in first]
+    first = head[0] if head and isinstance(head[0], dict) else {"bbox": [0, 0, 0, 0]}
+    given = {kind for kind, key in RESULT_KEYS.items() if first.get(key)}
+    given |= {"bbox"} if "segm" in given else set()  # the box of a mask
+    possible = evaluation_kinds(shards, "segm" in given, "keypoints" in given, metric)
+    kinds = [kind for kind in possible if kind in given]
     if not kinds:
         raise ValueError(
             f"{options.model}: the first detection has none of what {shards.address} lets be "
