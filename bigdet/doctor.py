@@ -24,6 +24,7 @@ from bigdet.config.schema import RunConfig
 from bigdet.data.collate import group_bytes
 from bigdet.data.loader import PREFETCHED_GROUPS
 from bigdet.data.mix import open_sets
+from bigdet.limits import host_memory
 from bigdet.run_dir import RunDir, check_folder
 from bigdet.training import resume
 from bigdet.training.sizes import FP32_BYTES, ModelSizes, checkpoint_bytes, model_sizes
@@ -47,7 +48,7 @@ class Facts:
         problems: what cannot be read, written or shared out, by check.
         classes: K of the training set, 0 if it cannot be read.
         free_disk, free_shm, free_memory: bytes where the run is written, in ``/dev/shm``, and of
-            memory that processes may still take.
+            memory that processes may still take; None where the system has or says no such thing.
     """
 
     host: str
@@ -57,8 +58,8 @@ class Facts:
     problems: dict[str, str] = field(default_factory=dict)
     classes: int = 0
     free_disk: int = 0
-    free_shm: int = 0
-    free_memory: int = 0
+    free_shm: int | None = 0
+    free_memory: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def find_facts(config: RunConfig) -> Facts:
     note("data", look_at_data)
     note("output", look_at_output)
     shm = Path("/dev/shm")
-    facts.free_shm = shutil.disk_usage(shm).free if shm.is_dir() else 0
-    facts.free_memory = _available_memory()
+    facts.free_shm = shutil.disk_usage(shm).free if shm.is_dir() else None
+    facts.free_memory = host_memory().available
     return facts
 
 
@@ -221,10 +222,12 @@ def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
             own = [facts for facts in everywhere if facts.host == host]
             needed = len(own) * config.data.workers * groups * group
             free = getattr(own[0], name)
-            if free < needed:
+            if free is not None and free < needed:
                 scarce.append(f"{host}: {free / _GIB:.2f} of {needed / _GIB:.2f} GiB")
-        least = min(getattr(facts, name) for facts in everywhere) / _GIB
-        found = "; ".join(scarce) + ". Lower data.workers." if scarce else f"{least:.2f} GiB free"
+        known = [free for facts in everywhere if (free := getattr(facts, name)) is not None]
+        found = f"{min(known) / _GIB:.2f} GiB free" if known else "not known on this system"
+        if scarce:
+            found = "; ".join(scarce) + ". Lower data.workers."
         rows.append(Row(check, found, not scarce))
     return rows
 
@@ -249,14 +252,6 @@ def _largest(config: RunConfig, classes: int) -> tuple[str, ModelSizes]:
     sizes = {name: model_sizes(config, name, classes) for name in config.phases}
     name = max(sizes, key=lambda name: checkpoint_bytes(sizes[name], config.phases[name]))
     return name, sizes[name]
-
-
-def _available_memory() -> int:
-    """Bytes that processes of this host may still take, as Linux says."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/meminfo: has no line MemAvailable.")
 
 
 def _some(names: list[str]) -> str:

@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 import orjson
+import torch
+from benchmark_memory import peak_memory
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -240,9 +242,8 @@ def _measure(score: Callable[[Path], dict[str, Any]], folder: Path, sender: Conn
 
 
 def _peak_gib() -> float:
-    """Return the most memory of this process so far (Linux); ``ru_maxrss`` has its parent's too."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) / (1 << 20)
+    """Return the most memory of this process so far (off Linux, maybe of its parent too)."""
+    return peak_memory(torch.device("cpu")) / (1 << 30)
 
 
 def score_bigdet(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ Ends with 1 if anything is wrong, one line per problem: shard, key, what.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from progress_bar import ProgressBar
 from bigdet.commands import positive, run_command
 from bigdet.data.remote import shown
 from bigdet.data.shard_check import check_shards, load_manifest
+from bigdet.limits import num_cpus
 
 MAX_LINES = 100
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("path", help="folder or address of the shard set")
     parser.add_argument(
-        "--processes", type=positive, default=len(os.sched_getaffinity(0)),
+        "--processes", type=positive, default=num_cpus(),
         help="that work at a time; default: one per CPU",
     )  # fmt: skip
     arguments = parser.parse_args(argv)

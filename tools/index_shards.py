@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from bigdet.commands import positive, run_command
 from bigdet.data.indexing import index_shards
 from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
+from bigdet.limits import num_cpus
 
 MAX_LINES = 100
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="holds the tars")
     parser.add_argument("--categories", type=Path, required=True, help="JSON list")
     parser.add_argument(
-        "--processes", type=positive, default=len(os.sched_getaffinity(0)),
+        "--processes", type=positive, default=num_cpus(),
         help="that work at a time; default: one per CPU",
     )  # fmt: skip
     arguments = parser.parse_args(argv)

@@ -14,7 +14,6 @@ python tools/make_shards.py merge --out DIR
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from bigdet.data.sources.categories import load_categories
 from bigdet.data.sources.coco import convert_coco, convert_objects365
 from bigdet.data.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.sources.voc import convert_voc
+from bigdet.limits import num_cpus
 
 
 def main(argv: Sequence[str]) -> int:
@@ -154,7 +154,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
     parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
     parser.add_argument(
-        "--processes", type=positive, default=_num_cpus(), help="at a time; default: one per CPU"
+        "--processes", type=positive, default=num_cpus(), help="at a time; default: one per CPU"
     )
     parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
     parser.add_argument(
@@ -164,10 +164,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="make larger images smaller, to train at low resolution (not to evaluate at full)",
     )
     parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":
