@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bigdet import distributed, hosts
+from bigdet import distributed, hosts, locks
 from bigdet.config.derived import has_masks, largest_plan, phase_model
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
@@ -119,6 +119,8 @@ def find_facts(config: RunConfig) -> Facts:
         resume.check_phases(settled, train_set, None)
 
     def look_at_output() -> None:
+        if distributed.is_main():
+            locks.refuse_held(run_dir.root, run_dir.lock)
         check_folder(run_dir.root, "output")
         facts.free_disk = shutil.disk_usage(run_dir.root).free
 

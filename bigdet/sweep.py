@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from bigdet import locks
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.derived import in_steps
 from bigdet.config.load import ConfigError, flat_options, load_config
@@ -32,11 +33,13 @@ from bigdet.log import setup_logging
 from bigdet.reporting.runs import Run, check_same_data, read_run, short_names
 from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_outcome
 from bigdet.reporting.writing import write_report
-from bigdet.run_dir import RunDir, write_text
+from bigdet.run_dir import RunDir, check_folder, write_text
 from bigdet.training.forks import CHANGEABLE, changeable_options, changed_options, check_fork
 
 logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command
 
+LOCK_NAME = "sweep.lock"
+"""In the sweep's folder: who makes its runs, see ``locks.py``."""
 SLURM_COMMAND = "srun python -m bigdet.train"
 SETTLED = (".steps", ".passes", ".images", ".drops", ".images_per_step")
 """Ends of the keys that a run settles when it begins, from its data and its number of ranks."""
@@ -62,8 +65,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _note)
-    failed = run_all(runs, command)
-    report(sweep, runs)
+    folder = Path(sweep.output)
+    check_folder(folder, "output")
+    with locks.held(folder, folder / LOCK_NAME):
+        failed = run_all(runs, command)
+        report(sweep, runs)
     if _stop_requested:
         return STOPPED
     if failed:

@@ -14,17 +14,19 @@ a checkpoint written: start it again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigdet import distributed
+from bigdet import distributed, locks
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.describe import describe_options
 from bigdet.config.load import load_config
+from bigdet.config.schema import RunConfig
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
 from bigdet.doctor import examine
@@ -44,15 +46,26 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     check_config(config)
     distributed.start()
+    setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:
-        setup_logging(distributed.rank(), as_json=options.log_json)
         return examine(config)
     stopping.listen()
     run_dir = RunDir(Path(config.output))
+    with contextlib.ExitStack() as at_end:
+        with distributed.together():
+            if distributed.is_main():  # before anything in the folder is changed, or its logs
+                locks.refuse_held(run_dir.root, run_dir.lock)
+                check_folder(run_dir.root, "output")
+                at_end.enter_context(locks.held(run_dir.root, run_dir.lock))
+        return train(config, run_dir, options.log_json)
+
+
+def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
+    """Run all phases in a run folder that this run alone writes to, and return the exit code."""
     folder: Path | None = None
     with distributed.together():
         check_folder(run_dir.root, "output")
-        setup_logging(distributed.rank(), run_dir.log(distributed.rank()), options.log_json)
+        setup_logging(distributed.rank(), run_dir.log(distributed.rank()), log_json)
         train_set, val_set = open_sets(config.data)
         resume.check_data(config, train_set, val_set)
         if distributed.is_main():

@@ -172,6 +172,7 @@ def convert(
     sizes = _stored_bytes(source, making.reencoding)
     spans = plan_shards(sizes, making.shard_megabytes * 10**6)
     with storage.claim(making.part):
+        _refuse_shards(storage)  # another process may have finished it since
         _begin(storage, source, making, len(spans))
         try:
             _make_missing(storage, source, making, spans, sizes, progress)
@@ -265,7 +266,15 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
 
 
 def refuse_others(storage: Storage) -> None:
-    """Raise ``ShardError`` if there are shards that are not of a conversion under way."""
+    """Raise ``ShardError`` if there are shards that are not of a conversion under way.
+
+    Also if another process makes them now.
+    """
+    storage.check_free()
+    _refuse_shards(storage)
+
+
+def _refuse_shards(storage: Storage) -> None:
     names = storage.names()
     if MANIFEST_NAME in names:
         refuse_names(storage.address, [MANIFEST_NAME])
