@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LEVELS = {
     "structures": 0, "run_dir": 0, "distributed": 0, "boards": 0, "jpeg": 0, "limits": 0,
+    "progress_bar": 0,
     "ops": 1, "log": 1, "hosts": 1, "locks": 1, "pictures": 1,
     "config": 2, "drawing": 2,
     "data": 3, "models": 3, "engine": 3,
@@ -16,7 +17,9 @@ LEVELS = {
     "reporting": 5,
     "commands": 6, "doctor": 6, "planning": 6, "inputs": 6, "exporting": 6,
     "train": 7, "evaluate": 7, "predict": 7, "sweep": 7, "report": 7,
-    "plan": 8,
+    "make_shards": 7, "index_shards": 7, "check_shards": 7, "show_batch": 7,
+    "convert_weights": 7, "export": 7, "overfit": 7, "benchmarks": 7,
+    "plan": 8, "benchmark": 8,
 }  # fmt: skip
 
 

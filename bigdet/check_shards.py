@@ -12,12 +12,11 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from progress_bar import ProgressBar
-
 from bigdet.commands import positive, run_command
 from bigdet.data.remote import shown
 from bigdet.data.shard_check import check_shards, load_manifest
 from bigdet.limits import num_cpus
+from bigdet.progress_bar import ProgressBar
 
 MAX_LINES = 100
 

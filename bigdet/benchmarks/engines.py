@@ -35,13 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_memory import peak_memory, start_memory
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from bigdet import distributed
+from bigdet.benchmarks.memory import peak_memory, start_memory
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import EngineConfig, RunConfig
 from bigdet.engine.base import state_keys

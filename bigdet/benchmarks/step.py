@@ -26,9 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import benchmark_engines
 import torch
-from benchmark_memory import peak_memory, start_memory
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -41,6 +39,8 @@ from torchvision.models.detection.faster_rcnn import (
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from bigdet.benchmarks import engines
+from bigdet.benchmarks.memory import peak_memory, start_memory
 from bigdet.commands import positive
 from bigdet.config.derived import has_masks
 from bigdet.config.load import check_phase
@@ -81,7 +81,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         scene = functools.partial(
             make_scene, phase.images_per_gpu, (height, width), arguments.objects
         )
-        return benchmark_engines.run(config, phase, scene, NUM_CLASSES, arguments)
+        return engines.run(config, phase, scene, NUM_CLASSES, arguments)
     torch.manual_seed(config.seed)
     detector = build_detector(config.model, NUM_CLASSES).to(device)
     heads = torchvision_detector(detector, config.model).to(device)

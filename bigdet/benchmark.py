@@ -22,7 +22,7 @@ from bigdet.config.check import check_config
 from bigdet.config.load import load_config
 
 PARTS = ("stream", "step", "predict", "evaluate", "resume")
-"""What can be measured, by ``benchmark_PART.py`` beside this file: ``add_arguments(parser)`` says
+"""What can be measured, by ``benchmarks/PART.py``: ``add_arguments(parser)`` says
 what it wants to know beside the config, ``run(config, arguments)`` returns the numbers."""
 
 
@@ -32,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("part", choices=PARTS, help="PART --help tells more")
     part = parser.parse_args(argv[:1]).part
-    module = importlib.import_module(f"benchmark_{part}")  # each has heavy imports of its own
+    module = importlib.import_module(
+        f"bigdet.benchmarks.{part}"
+    )  # each has heavy imports of its own
     examples = [line for line in str(__doc__).splitlines() if f"benchmark.py {part} " in line]
     parser = argparse.ArgumentParser(
         prog=f"benchmark.py {part}",

@@ -17,8 +17,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from progress_bar import ProgressBar
-
 from bigdet.commands import positive, run_command
 from bigdet.data.conversion import Making, merge_parts
 from bigdet.data.manifest import Manifest
@@ -29,6 +27,7 @@ from bigdet.data.sources.coco import convert_coco, convert_objects365
 from bigdet.data.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.sources.voc import convert_voc
 from bigdet.limits import num_cpus
+from bigdet.progress_bar import ProgressBar
 
 
 def main(argv: Sequence[str]) -> int:
