@@ -19,7 +19,7 @@ COMMANDS = {
     "report": ("report", "curves, tables and pictures of runs, as one HTML file"),
     "plan": ("plan", "which sizes and batches fit, and which engine to take"),
     "sweep": ("sweep", "a list of runs, one after another or as Slurm arrays"),
-    "configs": ("configs", "the configs, fragments and sweeps that come with bigdet"),
+    "configs": ("list_configs", "the configs, fragments and sweeps that come with bigdet"),
     "shards": ("make_shards", "annotations of COCO, Objects365 or VOC, or shapes, to shards"),
     "check-shards": ("check_shards", "read and decode all of a shard set"),
     "index-shards": ("index_shards", "index WebDataset tars that were made elsewhere"),

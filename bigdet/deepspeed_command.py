@@ -7,23 +7,28 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+import sys
+from collections.abc import Sequence
 
 from deepspeed.launcher import runner
 
 
-class Parser(argparse.ArgumentParser):
-    """Reads ``-m`` as ``--module``, where the parser has no ``-m`` of its own."""
-
-    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """Add an argument."""
-        return super().add_argument(
-            *(("-m", *names) if names == ("--module",) else names), **settings
-        )
-
-
 def main() -> None:
-    """Run DeepSpeed's own runner; only the parser of its command line is another."""
-    argparse.ArgumentParser = Parser  # type: ignore[misc]
-    runner.main()
+    """Run DeepSpeed's own runner."""
+    runner.main(with_module(sys.argv[1:]))
+
+
+def with_module(words: Sequence[str]) -> list[str]:
+    """Return the command line with ``--module`` for an ``-m`` of the launcher's own.
+
+    What comes after the user's script is the script's. DeepSpeed's parser says where that begins;
+    it is not given an ``-m`` to know, for it would take ``--launcher_args "-mca ..."`` for one.
+    """
+    words = list(words)
+    if "-m" in words:
+        place = words.index("-m")
+        changed = [*words[:place], "--module", *words[place + 1 :]]
+        script = len(words) - len(runner.parse_args(changed).user_args) - 1
+        if place < script:
+            return changed
+    return words

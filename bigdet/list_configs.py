@@ -4,8 +4,8 @@
     bigdet configs --show quickstart
 
 Each can be given by its name, from any folder: ``bigdet train quickstart``, ``bigdet sweep
-sweeps/small``; a file of that name in the current folder comes first. Those of ``data/``, ``model/``
-and ``engine/`` are fragments, for ``include`` of a config.
+sweeps/small``; a file of that name in the current folder comes first. Those of ``data/``,
+``model/`` and ``engine/`` are fragments, for ``include`` of a config.
 """
 
 from __future__ import annotations
