@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         ]
     if arguments.detector == "keypoint_rcnn":
         options.append("model.keypoint.width=64")
-    config = parse_config(CONFIG, "tools/overfit.py", [*options, *arguments.overrides])
+    config = parse_config(CONFIG, "bigdet overfit", [*options, *arguments.overrides])
     check_config(config)
     with tempfile.TemporaryDirectory() as folder:
         shards = pick(ShardSet(arguments.shards), config, Path(folder) / "picked")

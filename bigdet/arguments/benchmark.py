@@ -1,12 +1,12 @@
 """Measure one part of bigdet beside something else in the same process; print one JSON object.
 
-python tools/benchmark.py stream configs/swin_t_direct.yaml --workers 2
-python tools/benchmark.py step configs/quickstart.yaml
-python tools/benchmark.py predict configs/r50_direct.yaml --phase finetune
-python tools/benchmark.py step configs/quickstart.yaml --engines all --ranks 2
-python tools/benchmark.py resume configs/quickstart.yaml --samples 118000
-python tools/benchmark.py evaluate configs/r50_direct.yaml data.val.shards=data/coco/val
-python tools/benchmark.py evaluate configs/r50_direct.yaml --images 80000 --classes 365
+bigdet benchmark stream configs/swin_t_direct.yaml --workers 2
+bigdet benchmark step configs/quickstart.yaml
+bigdet benchmark predict configs/r50_direct.yaml --phase finetune
+bigdet benchmark step configs/quickstart.yaml --engines all --ranks 2
+bigdet benchmark resume configs/quickstart.yaml --samples 118000
+bigdet benchmark evaluate configs/r50_direct.yaml data.val.shards=data/coco/val
+bigdet benchmark evaluate configs/r50_direct.yaml --images 80000 --classes 365
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
     )
-    return parser.parse_intermixed_args(arguments[1:], argparse.Namespace(part=part))
+    parser.set_defaults(part=part)
+    return parser.parse_intermixed_args(arguments[1:])
 
 
 def _docstring(part: str) -> str | None:

@@ -1,12 +1,12 @@
 r"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
 
-    python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth
-    python tools/convert_weights.py from-torchvision mask_rcnn.pth runs/x/config.yaml \
+    bigdet convert-weights to-torchvision runs/x mask_rcnn.pth
+    bigdet convert-weights from-torchvision mask_rcnn.pth runs/x/config.yaml \
         --categories data/train/manifest.json --out model.safetensors
-    python tools/convert_weights.py from-detectron2 model_final_f10217.pkl \
+    bigdet convert-weights from-detectron2 model_final_f10217.pkl \
         configs/r50_imagenet.yaml model.box_head=2fc model.stride_in_1x1=true --pixels bgr_255 \
         --categories instances_val2017.json --out model.safetensors
-    python tools/convert_weights.py from-mmdetection mask_rcnn_swin-t-p4-w7_fpn_1x_coco.pth \
+    bigdet convert-weights from-mmdetection mask_rcnn_swin-t-p4-w7_fpn_1x_coco.pth \
         configs/swin_t_imagenet.yaml model.box_head=2fc --pixels rgb \
         --categories instances_val2017.json --out model.safetensors
 
@@ -48,7 +48,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     directions = parser.add_subparsers(dest="direction", required=True)
     there = directions.add_parser(
         "to-torchvision", help="from a run, checkpoint or safetensors",
-        epilog="example: python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth",
+        epilog="example: bigdet convert-weights to-torchvision runs/x mask_rcnn.pth",
     )  # fmt: skip
     there.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     there.add_argument("out", type=Path, help=".pth or .safetensors")
@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         pixels = "" if source == "torchvision" else "--pixels rgb "
         parser_of = directions.add_parser(
             f"from-{source}", help="to a model.safetensors of bigdet",
-            epilog=f"example: python tools/convert_weights.py from-{source} mask_rcnn.pth "
+            epilog=f"example: bigdet convert-weights from-{source} mask_rcnn.pth "
             f"runs/x/config.yaml {pixels}--categories data/train/manifest.json "
             "--out model.safetensors",
         )  # fmt: skip

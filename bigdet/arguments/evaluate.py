@@ -1,12 +1,12 @@
 """Measure the AP of a checkpoint on a shard set.
 
-    python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
+    bigdet evaluate runs/quickstart --shards data/shapes/val
     torchrun --nproc-per-node 8 -m bigdet.evaluate runs/x/checkpoints/train-90000 --shards data/val
-    python -m bigdet.evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
-    python -m bigdet.evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
-    python -m bigdet.evaluate runs/x --shards data/val --analysis --detections results.json
-    python -m bigdet.evaluate results.json --shards data/val
-    python -m bigdet.evaluate runs/voc --shards data/voc/test --metric voc07
+    bigdet evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
+    bigdet evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
+    bigdet evaluate runs/x --shards data/val --analysis --detections results.json
+    bigdet evaluate results.json --shards data/val
+    bigdet evaluate runs/voc --shards data/voc/test --metric voc07
 
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
 model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*

@@ -1,8 +1,8 @@
 """Write a detector as ONNX or as a program of torch.export, and check it on real images.
 
-    python tools/export.py runs/mine detector.onnx --size 800 1344 --check photos/
-    python tools/export.py runs/mine detector.pt2 --size 448 448 --batch 8
-    python tools/export.py runs/mine/checkpoints/finetune-9000 small.onnx --size 448 448
+    bigdet export runs/mine detector.onnx --size 800 1344 --check photos/
+    bigdet export runs/mine detector.pt2 --size 448 448 --batch 8
+    bigdet export runs/mine/checkpoints/finetune-9000 small.onnx --size 448 448
 
 Faster and Mask R-CNN and RetinaNet, in fp32, for canvases of one size (multiples of 32) and a fixed
 number of images. Inputs: ``images`` (B, 3, height, width) uint8 RGB, each image in the top left

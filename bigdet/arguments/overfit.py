@@ -1,7 +1,7 @@
 """Let a detector learn 16 real images by heart: does all of it, from pixels to AP, work together?
 
-    python tools/overfit.py mask_rcnn --shards data/coco/train
-    python tools/overfit.py keypoint_rcnn --shards data/people/train model.backbone=resnet10
+    bigdet overfit mask_rcnn --shards data/coco/train
+    bigdet overfit keypoint_rcnn --shards data/people/train model.backbone=resnet10
 
 Takes the first 16 images of a set on which every object has at least 24 pixels at the training size
 (and, for keypoints, at least one of them labelled), trains a small model from random weights on

@@ -1,7 +1,7 @@
 """Which sizes and batches fit into a GPU, and which way of sharding to take on many.
 
-    python -m bigdet.plan configs/r50_direct.yaml --memory-gib 11
-    python -m bigdet.plan configs/swin_t_direct.yaml --gpus 8x16 --link nvlink,400gb
+    bigdet plan configs/r50_direct.yaml --memory-gib 11
+    bigdet plan configs/swin_t_direct.yaml --gpus 8x16 --link nvlink,400gb
 
 ``--memory-gib`` (equation 1 of paper 2): real steps of a few sizes and batches are measured on this
 device, each in a process of its own; the settings on the boundary of that memory are written to

@@ -1,8 +1,8 @@
 """Detect objects in pictures: drawn copies and ``detections.json``.
 
-    python -m bigdet.predict runs/quickstart photo.jpg holiday/ --out detected
-    python -m bigdet.predict runs/x/model.safetensors "holiday/**/*.jpg" --out detected --score 0.3
-    python -m bigdet.predict runs/x data/mine/val --out detected --batch 8 --no-pictures
+    bigdet predict runs/quickstart photo.jpg holiday/ --out detected
+    bigdet predict runs/x/model.safetensors "holiday/**/*.jpg" --out detected --score 0.3
+    bigdet predict runs/x data/mine/val --out detected --batch 8 --no-pictures
 
 Images are files, folders, globs (quoted, so that the shell leaves them whole) or one shard set.
 Pictures are turned as their EXIF says, and boxes are those of the turned picture; images of a shard

@@ -1,8 +1,8 @@
 """Show what a run is, was or will be fed: the exact batch of any step of a phase.
 
-python tools/show_batch.py configs/swin_t_direct.yaml --phase pretrain --step 1000
-python tools/show_batch.py CONFIG --phase pretrain --step 1000 --world 8 --rank 3 --out pictures
-python tools/show_batch.py CONFIG --phase pretrain --step 1000 --world 8 --ids
+bigdet show-batch configs/swin_t_direct.yaml --phase pretrain --step 1000
+bigdet show-batch CONFIG --phase pretrain --step 1000 --world 8 --rank 3 --out pictures
+bigdet show-batch CONFIG --phase pretrain --step 1000 --world 8 --ids
 """
 
 from __future__ import annotations

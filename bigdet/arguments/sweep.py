@@ -1,8 +1,8 @@
 """Run the runs of a sweep one after another, or print them as commands or as Slurm arrays.
 
-    python -m bigdet.sweep configs/sweeps/small.yaml
-    python -m bigdet.sweep configs/sweeps/figure1.yaml --print
-    python -m bigdet.sweep configs/sweeps/figure1.yaml --slurm > submit.sh; bash submit.sh --nodes=1
+    bigdet sweep configs/sweeps/small.yaml
+    bigdet sweep configs/sweeps/figure1.yaml --print
+    bigdet sweep configs/sweeps/figure1.yaml --slurm > submit.sh; bash submit.sh --nodes=1
 
 Started again, it skips what is finished and goes on with what is not. SIGTERM and SIGUSR1 stop the
 current run with a checkpoint. It ends with a report on all runs, OUTPUT/report.html, and its tables

@@ -2,9 +2,9 @@
 
     deepspeed --num_gpus 8 --module bigdet.train configs/swin_t_direct.yaml
     torchrun --nproc-per-node 8 -m bigdet.train configs/swin_t_direct.yaml seed=1
-    python -m bigdet.train configs/quickstart.yaml
-    python -m bigdet.train configs/quickstart.yaml --doctor
-    python -m bigdet.train --options data.train
+    bigdet train configs/quickstart.yaml
+    bigdet train configs/quickstart.yaml --doctor
+    bigdet train --options data.train
 
 Started again, the same command goes on from the newest checkpoint. Exit code 0: done; 1: an error
 that the message explains; 75: stopped on request (SIGTERM, SIGUSR1, or the file OUTPUT/stop), with

@@ -218,8 +218,8 @@ def merge_parts(out: str | Path) -> Manifest:
     storage = open_storage(out)
     if storage.size(PLAN_NAME) is None:
         raise ShardError(
-            f"{storage.address}: no parts of a conversion. Give the folder that make_shards.py "
-            "--part wrote to."
+            f"{storage.address}: no parts of a conversion. Give the folder that "
+            "`bigdet shards ... --part` wrote to."
         )
     with storage.claim(None):
         return _finish(storage)
