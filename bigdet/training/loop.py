@@ -256,7 +256,7 @@ class PhaseTrainer:
             raise distributed.SharedError(
                 f"{train.shards}: {total} damaged samples had to be replaced "
                 f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
-                f"Repair the shards or raise the limit; tools/check_shards.py lists all that is "
+                f"Repair the shards or raise the limit; `bigdet check-shards` lists all that is "
                 f"damaged. The first ones:{list_damages(listed[row] for row in sorted(listed))}"
             )
 

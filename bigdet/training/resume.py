@@ -281,7 +281,7 @@ def note_changes(
     logger.info(
         "batch of phase %s changed at step %d: %d images per step instead of %d, %d per GPU "
         "instead of %d, lr %.3g instead of %.3g; pass %d begins, %d steps of the one before it are "
-        "left out; step N is step N + %d of tools/show_batch.py",
+        "left out; step N is step N + %d of `bigdet show-batch`",
         name, state.step, now.images_per_step, before.images_per_step, now.images_per_gpu,
         before.images_per_gpu, optim.scaled_lr(now, now.images_per_step),
         optim.scaled_lr(before, before.images_per_step), passes + 1,
