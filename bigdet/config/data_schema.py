@@ -47,6 +47,9 @@ class TrainSplitConfig:
     """Images that are shuffled together in ``windowed``."""
     keep_empty: bool = False
     """Train on images without objects too. The papers' code leaves them out."""
+    min_keypoints: int = 0
+    """Train only on images whose objects have at least so many labelled keypoints together; 1 for
+    Keypoint R-CNN in Detectron and detectron2. Reads all annotations at start. 0: no such rule."""
     max_damaged: int = 100
     """Damaged samples, over all ranks, that may be replaced before the run stops."""
     scaled_decoding: bool = False

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from bigdet.config.earlier import fill_in_former
 from bigdet.config.schema import RunConfig
 from bigdet.config.shipped import find_config, nearest_shipped
 
@@ -62,7 +63,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 )
             owner[key] = fragment_path
         merged = _merge(merged, fragment, str(fragment_path))
-    merged = _merge(merged, experiment, str(path))
+    merged = _merge(merged, fill_in_former(experiment), str(path))
     return _complete(_override(merged, overrides), str(path))
 
 
@@ -80,7 +81,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
         raise ConfigError(f"{source}: not a config: {_one_line(error)}") from error
     if not isinstance(values, DictConfig):
         raise ConfigError(f"{source}: not a config: expected a mapping of sections.")
-    merged = _merge(OmegaConf.structured(RunConfig), values, source)
+    merged = _merge(OmegaConf.structured(RunConfig), fill_in_former(values), source)
     return _complete(_override(merged, overrides), source)
 
 

@@ -21,6 +21,7 @@ from bigdet.config.derived import (
     phase_model,
     phase_source,
 )
+from bigdet.config.earlier import keep_former
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
@@ -193,6 +194,8 @@ def settle_config(
     """
     world_size = distributed.world_size()
     before = None if saved is None else _config_of(saved.run["config"])
+    if before is not None:
+        config = keep_former(config, before)
     phases = {}
     for name, phase in config.phases.items():
         images_per_step = phase.images_per_step
@@ -368,5 +371,6 @@ def _check_unchanged(
         raise ConfigError(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
             f"them back, or choose another output. A resumed run may change only "
-            f"{', '.join(changeable)}{also}."
+            f"{', '.join(changeable)}{also}. To go on just as it was started, give the config that "
+            f"the run wrote, {Path(before.output) / 'config.yaml'}, in place of yours."
         )
