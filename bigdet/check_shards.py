@@ -1,7 +1,7 @@
 """Check a shard set: read every byte, compare hashes, decode every image, count.
 
-python tools/check_shards.py DIR
-python tools/check_shards.py https://host/path        (or s3://..., pipe:...; nothing is kept)
+bigdet check-shards DIR
+bigdet check-shards https://host/path        (or s3://..., pipe:...; nothing is kept)
 
 Ends with 1 if anything is wrong, one line per problem: shard, key, what.
 """
@@ -24,7 +24,9 @@ MAX_LINES = 100
 def main(argv: Sequence[str]) -> int:
     """Check the shard set that the arguments name."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bigdet check-shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", help="folder or address of the shard set")
     parser.add_argument(

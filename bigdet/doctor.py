@@ -1,4 +1,4 @@
-"""Checks before a long run: ``python -m bigdet.train CONFIG --doctor``, under any launcher.
+"""Checks before a long run: ``bigdet train CONFIG --doctor``, under any launcher.
 
 Every rank looks at its own host; rank 0 compares and writes a table, one row for each check. What
 fails here would fail later, or hang, or train on something else than was meant.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ def examine(config: RunConfig) -> int:
             disk_row(config, everywhere[0]),
         ]
         rows.append(_speed_row(config, everywhere[0], speed))
+        rows.append(command_row(Path(sysconfig.get_path("scripts"), "deepspeed")))
         for row in rows:
             logger.info("%-4s  %-18s  %s", "ok" if row.is_ok else "FAIL", row.check, row.found)
         failed = sum(not row.is_ok for row in rows)
@@ -159,6 +161,19 @@ def compare(everywhere: list[Facts]) -> list[Row]:
                 "output": "can be written on every host"}[check]  # fmt: skip
         rows.append(Row(check, good if bad is None else f"{bad[0]}: {bad[1]}", bad is None))
     return rows
+
+
+def command_row(command: Path) -> Row:
+    """Say whose ``deepspeed`` command is installed; DeepSpeed's own does not know ``-m``."""
+    if not command.is_file():
+        return Row("deepspeed command", f"none at {command}; start with torchrun, or install again")
+    if b"bigdet.deepspeed_command" in command.read_bytes():
+        return Row("deepspeed command", "takes -m and --module")
+    return Row(
+        "deepspeed command",
+        "DeepSpeed's own, installed after bigdet's: it takes --module, not -m. pip install "
+        "--force-reinstall --no-deps bigdet (or the folder of its sources) brings -m back",
+    )
 
 
 def measure_collectives(device: torch.device) -> tuple[float, float, bool]:

@@ -1,6 +1,6 @@
 """Make index and manifest for WebDataset tars that somebody else wrote.
 
-python tools/index_shards.py DIR --categories FILE
+bigdet index-shards DIR --categories FILE
 
 Each sample of the tars is an image (KEY.jpg, .jpeg, .png or .webp) and a KEY.json with image_id,
 file_name, height, width and annotations: [{id, label, bbox (xywh pixels), area, iscrowd,
@@ -28,7 +28,9 @@ MAX_LINES = 100
 def main(argv: Sequence[str]) -> int:
     """Index the tars that the arguments name."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bigdet index-shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="holds the tars")
     parser.add_argument("--categories", type=Path, required=True, help="JSON list")
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     print(
         f"{folder}: {len(manifest.shards)} shards, {manifest.images} images, "
         f"{manifest.instances} instances, {manifest.crowd} crowd regions, "
-        f"{sum(manifest.skipped.values())} left out. tools/check_shards.py decodes every image."
+        f"{sum(manifest.skipped.values())} left out. `bigdet check-shards` decodes every image."
     )
     return 0
 

@@ -1,14 +1,14 @@
 """Make a shard set.
 
-python tools/make_shards.py coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
-python tools/make_shards.py objects365 --images DIR --annotations FILE --out DIR
-python tools/make_shards.py voc --root DIR --split trainval [--categories FILE] --out DIR
-python tools/make_shards.py shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
+bigdet shards coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
+bigdet shards objects365 --images DIR --annotations FILE --out DIR
+bigdet shards voc --root DIR --split trainval [--categories FILE] --out DIR
+bigdet shards shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
 
 After a kill the same command goes on; what comes out is the same, byte for byte. Over 3 machines:
 
-python tools/make_shards.py coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
-python tools/make_shards.py merge --out DIR
+bigdet shards coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
+bigdet shards merge --out DIR
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if manifest is None:
         print(
             f"{arguments.out}: part {arguments.part} is made. When all are in one folder: "
-            "tools/make_shards.py merge --out that folder"
+            "`bigdet shards merge --out` that folder"
         )
     else:
         print_counts(arguments.out, manifest)
@@ -114,7 +114,9 @@ def _making(arguments: argparse.Namespace) -> Making:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bigdet shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sources = parser.add_subparsers(dest="source", required=True)
     coco = sources.add_parser("coco", help="images and a COCO annotation file")
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, help="folder with all of the parts")
     for name, source in sources.choices.items():
         source.formatter_class = argparse.RawDescriptionHelpFormatter
-        words = f"make_shards.py {name} "
+        words = f"bigdet shards {name} "
         examples = [f"    {line}" for line in str(__doc__).splitlines() if words in line]
         source.epilog = "\n".join(["examples:", *examples])
     return parser

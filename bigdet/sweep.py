@@ -1,16 +1,15 @@
 """Run the runs of a sweep one after another, or print them as commands or as Slurm arrays.
 
-    python -m bigdet.sweep configs/sweeps/small.yaml
-    python -m bigdet.sweep configs/sweeps/figure1.yaml --print
-    python -m bigdet.sweep configs/sweeps/figure1.yaml --slurm > submit.sh; bash submit.sh --nodes=1
-
-Started again, it skips what is finished and goes on with what is not. SIGTERM and SIGUSR1 stop the
-current run with a checkpoint. It ends with a report on all runs, OUTPUT/report.html, and its tables
-in report.md; where runs are measured on several data sets, one for each, in OUTPUT/report-DATA.
-Exit code 0: all runs are finished; 1: an error, or runs that failed; 75: stopped on request.
+What its command line takes is in ``arguments/sweep.py``.
 """
 
 from __future__ import annotations
+
+from bigdet.arguments.sweep import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
 
 import argparse
 import logging
@@ -302,23 +301,6 @@ def _run_dir(run: PlannedRun) -> RunDir:
 def _note(number: int, frame: FrameType | None) -> None:
     global _stop_requested
     _stop_requested = True
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bigdet.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("sweep", help="YAML file of the sweep")
-    parser.add_argument("--command", help="what starts a run, instead of the sweep's own")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--print", action="store_true", help="print the commands of what is left")
-    instead.add_argument(
-        "--slurm", action="store_true", help="print a script that submits what is left as arrays"
-    )
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

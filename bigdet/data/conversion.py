@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
@@ -59,12 +58,12 @@ class MadeSample:
 
     Attributes:
         image_bytes: as they are in the file.
-        pixels: ``(3, H, W)`` uint8, the same decoded.
+        pixels: ``(H, W, 3)`` uint8, the same decoded.
         record: see ``shards.Sample``.
     """
 
     image_bytes: bytes
-    pixels: Tensor
+    pixels: NDArray[np.uint8]
     record: dict[str, Any]
 
 
@@ -220,8 +219,8 @@ def merge_parts(out: str | Path) -> Manifest:
     storage = open_storage(out)
     if storage.size(PLAN_NAME) is None:
         raise ShardError(
-            f"{storage.address}: no parts of a conversion. Give the folder that make_shards.py "
-            "--part wrote to."
+            f"{storage.address}: no parts of a conversion. Give the folder that "
+            "`bigdet shards ... --part` wrote to."
         )
     with storage.claim(None):
         return _finish(storage)

@@ -134,7 +134,7 @@ class MixedSet(ShardSet):
                 raise ShardError(
                     f"{shards.place(own_row)}: sample {shards.key(own_row)} (row {own_row}) has an "
                     f"object of label {label}, the set has {len(labels)} categories. Make the set "
-                    f"again; tools/check_shards.py {shards.address} lists all that is wrong."
+                    f"again; `bigdet check-shards {shards.address}` lists all that is wrong."
                 )
             annotation["label"] = labels[label]
 

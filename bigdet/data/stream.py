@@ -7,6 +7,7 @@ is whose). ``EvalStream`` gives every image once.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
@@ -171,6 +172,13 @@ class TrainStream:
         for packed in self._loader:
             self._note(packed)
             yield unpack(packed)
+
+    def beside(self, first_step: int) -> TrainStream:
+        """Return a stream of the same groups from a step on, with loaders and counts of its own."""
+        other = copy.copy(self)
+        other._first_step, other._loader = first_step, None
+        other.damaged, other.dropped_boxes, other.damages = {}, 0, {}
+        return other
 
     def read_group(self, step: int, lane: int) -> Batch:
         """Make one group of any step, from 1, and any lane, in this process."""

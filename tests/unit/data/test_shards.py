@@ -317,7 +317,7 @@ def test_a_folder_that_is_no_finished_set_is_an_error(tmp_path: Path, folder: Pa
     with pytest.raises(ShardError, match=r"000000\.tar: expected a shard set, but this is a file"):
         ShardSet(folder / "000000.tar")
     (folder / "manifest.json").unlink()
-    with pytest.raises(ShardError, match=r"has no manifest.json.*tools/make_shards.py"):
+    with pytest.raises(ShardError, match=r"has no manifest.json.*`bigdet shards`"):
         ShardSet(folder)
 
 
