@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from bigdet.data.conversion import Progress, no_progress
+from bigdet.data.conversion import PLAN_NAME, Progress, no_progress
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
@@ -91,8 +91,37 @@ def index_shards(
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ShardError(f"{folder}: no file there ends in .tar. Give the folder of the tars.")
-    if found := [n for n in (MANIFEST_NAME, INDEX_NAME) if (folder / n).exists()]:
-        raise ShardError(f"{folder}: has {' and '.join(found)} already. Delete it to index anew.")
+    if (folder / PLAN_NAME).exists():
+        raise ShardError(
+            f"{folder}: holds the beginning of a conversion, whose command goes on with it. Give "
+            "the folder of tars that somebody else wrote."
+        )
+    storage = LocalStorage(folder)
+    with storage.claim(None):
+        if found := [n for n in (MANIFEST_NAME, INDEX_NAME) if (folder / n).exists()]:
+            raise ShardError(
+                f"{folder}: has {' and '.join(found)} already. Delete it to index anew."
+            )
+        parts = _index_tars(paths, categories, processes, progress)
+        info = SetInfo(name or folder.resolve().name, "webdataset", categories, {})
+        log = io.StringIO()
+        _refuse_repeated(folder, parts)
+        manifest, index = summarize(info, parts, log)
+        if manifest is None:
+            lines = log.getvalue().splitlines() or ["no pair of an image and a json of one key"]
+            raise ShardError(f"{folder}: not one sample can be used; the first: {lines[0]}")
+        if log.getvalue():
+            storage.write(SKIPPED_NAME, log.getvalue().encode())
+        storage.write(INDEX_NAME, index_bytes(index))
+        storage.write(MANIFEST_NAME, manifest_text(manifest).encode())
+        storage.clear()
+    return manifest
+
+
+def _index_tars(
+    paths: list[Path], categories: list[Category], processes: int, progress: Progress
+) -> list[FinishedShard]:
+    """Return what is found in each tar; ``ShardError`` with all that cannot be read."""
     results: dict[str, _TarResult] = {}
     jobs = (_TarJob(path, categories) for path in paths)
     num_bytes = sum(path.stat().st_size for path in paths)
@@ -103,22 +132,7 @@ def index_shards(
     ordered = [results[path.name] for path in paths]
     if problems := [result.problem for result in ordered if result.problem]:
         raise ShardError("\n".join(problems))
-    parts = [result.finished for result in ordered if result.finished is not None]
-    info = SetInfo(name or folder.resolve().name, "webdataset", categories, {})
-    log = io.StringIO()
-    _refuse_repeated(folder, parts)
-    manifest, index = summarize(info, parts, log)
-    if manifest is None:
-        lines = log.getvalue().splitlines() or ["no pair of an image and a json of one key"]
-        raise ShardError(f"{folder}: not one sample can be used; the first: {lines[0]}")
-    storage = LocalStorage(folder)
-    with storage.claim(None):
-        if log.getvalue():
-            storage.write(SKIPPED_NAME, log.getvalue().encode())
-        storage.write(INDEX_NAME, index_bytes(index))
-        storage.write(MANIFEST_NAME, manifest_text(manifest).encode())
-        storage.clear()
-    return manifest
+    return [result.finished for result in ordered if result.finished is not None]
 
 
 def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:

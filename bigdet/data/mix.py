@@ -134,7 +134,7 @@ class MixedSet(ShardSet):
                 raise ShardError(
                     f"{shards.place(own_row)}: sample {shards.key(own_row)} (row {own_row}) has an "
                     f"object of label {label}, the set has {len(labels)} categories. Make the set "
-                    f"again; tools/check_shards.py {shards.address} lists all that is wrong."
+                    f"again; `bigdet check-shards {shards.address}` lists all that is wrong."
                 )
             annotation["label"] = labels[label]
 
@@ -213,7 +213,7 @@ def class_ids(shards: ShardSet, names: Sequence[str]) -> list[int | None]:
         raise ShardError(
             f"{shards.address}: {len(unknown)} of its categories are not among the {len(names)} "
             f"that are learned: {_shortened(unknown)}. Make both sets with one list of categories: "
-            f"tools/make_shards.py ... --categories FILE."
+            f"`bigdet shards ... --categories FILE`."
         )
     _check_names(shards)
     twice = sorted({key for key in known if known.count(key) > 1})

@@ -21,7 +21,6 @@ from typing import IO
 from urllib.parse import quote, urlsplit
 
 import fsspec
-import webdataset
 
 from bigdet.reading import RETRY_SECONDS
 
@@ -183,6 +182,8 @@ def _http_blocks(address: str, start: int, stop: int | None) -> Iterator[tuple[i
 
 
 def _pipe_blocks(address: str) -> Iterator[tuple[int, bytes]]:
+    import webdataset  # here, as it imports torch, which making and checking shards do without
+
     pipe = webdataset.gopen(address, "rb")
     position = 0
     try:

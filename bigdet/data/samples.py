@@ -100,7 +100,7 @@ def damaged(shards: ShardSet, row: int, kind: str, what: str) -> DamagedSampleEr
     offset = int(shards.index[row]["image_offset"])
     return DamagedSampleError(
         f"{shards.place(row)}: the image of sample {shards.key(row)} (row {row}, offset {offset}) "
-        f"{what}. tools/check_shards.py {shards.address} lists all that is damaged; make the "
+        f"{what}. `bigdet check-shards {shards.address}` lists all that is damaged; make the "
         "shards again from a good copy.",
         kind,
     )

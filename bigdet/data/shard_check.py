@@ -12,7 +12,7 @@ import numpy as np
 
 from bigdet.config.data_schema import CacheConfig
 from bigdet.data.conversion import Progress, no_progress
-from bigdet.data.decode import decode_image
+from bigdet.data.decode import decode_pixels
 from bigdet.data.manifest import Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
@@ -142,7 +142,7 @@ def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]
         return
     recorded = (record["height"], record["width"])
     try:
-        decoded = tuple(decode_image(sample.image_bytes).shape[1:])
+        decoded = tuple(decode_pixels(sample.image_bytes).shape[:2])
     except ValueError as error:
         yield f"image cannot be decoded: {error}"
     else:

@@ -6,7 +6,7 @@
     DIR/skipped.jsonl      what was left out when the set was made, one object per line, if any
 
 ``manifest.json`` (``manifest.py``) is written last, so a folder without it is not a finished set.
-Writing is in ``shard_writer.py``; ``tools/check_shards.py`` reads every byte. A set may also lie
+Writing is in ``shard_writer.py``; ``bigdet check-shards`` reads every byte. A set may also lie
 at an address (``remote.py``), and is then read through a cache (``cache.py``).
 """
 
@@ -105,7 +105,7 @@ class ShardSet:
         except UnreachableError as error:
             raise UnavailableShardError(
                 f"{self.address}: manifest and index of the shard set cannot be fetched: {error}. "
-                "Give the address of the folder that tools/make_shards.py wrote."
+                "Give the address of the folder that `bigdet shards` wrote."
             ) from error
         try:
             patiently(self._load, str(self.folder))
@@ -134,7 +134,7 @@ class ShardSet:
             if problem := size_problem(self.folder, shard):
                 raise ShardError(
                     f"{path}: {problem}. Copy the set again, or make it again with "
-                    "tools/make_shards.py."
+                    "`bigdet shards`."
                 )
             if not os.access(path, os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -255,7 +255,7 @@ class ShardSet:
         offset = int(self.index[row]["image_offset"])
         error = ShardError(
             f"{self.place(row)}: sample {self.key(row)} (row {row}, offset {offset}): {what}. The "
-            f"shard is damaged: tools/check_shards.py {self.address} lists all that is; copy or "
+            f"shard is damaged: `bigdet check-shards {self.address}` lists all that is; copy or "
             "make it again."
         )
         error.finding = what
@@ -277,7 +277,7 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
             raise
         raise ShardError(
             f"{path}: not the index of a shard set ({error}). Make the shards again with "
-            "tools/make_shards.py."
+            "`bigdet shards`."
         ) from error
     num_shards = len(manifest.shards)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.images,):

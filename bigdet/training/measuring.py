@@ -50,7 +50,7 @@ def predict(
     """
     tta = config.evaluation.tta
     return predict_split(
-        detector if tta is None else AugmentedDetector(detector, tta, val_set.categories),
+        detector if tta is None else AugmentedDetector(detector, tta, val_set.categories, size_cap),
         val_set,
         size_cap if tta is None else None,
         config.evaluation.images_per_gpu,

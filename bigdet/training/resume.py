@@ -21,6 +21,7 @@ from bigdet.config.derived import (
     phase_model,
     phase_source,
 )
+from bigdet.config.earlier import keep_former
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
@@ -206,6 +207,8 @@ def settle_config(
     """
     world_size = distributed.world_size()
     before = None if saved is None else _config_of(saved.run["config"])
+    if before is not None:
+        config = keep_former(config, before)
     phases = {}
     for name, phase in config.phases.items():
         images_per_step = phase.images_per_step
@@ -294,7 +297,7 @@ def note_changes(
     logger.info(
         "batch of phase %s changed at step %d: %d images per step instead of %d, %d per GPU "
         "instead of %d, lr %.3g instead of %.3g; pass %d begins, %d steps of the one before it are "
-        "left out; step N is step N + %d of tools/show_batch.py",
+        "left out; step N is step N + %d of `bigdet show-batch`",
         name, state.step, now.images_per_step, before.images_per_step, now.images_per_gpu,
         before.images_per_gpu, optim.scaled_lr(now, now.images_per_step),
         optim.scaled_lr(before, before.images_per_step), passes + 1,
@@ -381,5 +384,6 @@ def _check_unchanged(
         raise ConfigError(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
             f"them back, or choose another output. A resumed run may change only "
-            f"{', '.join(changeable)}{also}."
+            f"{', '.join(changeable)}{also}. To go on just as it was started, give the config that "
+            f"the run wrote, {Path(before.output) / 'config.yaml'}, in place of yours."
         )

@@ -9,11 +9,12 @@ import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from bigdet.data.decode import decode_image
+from bigdet.data.decode import decode_pixels
 from bigdet.data.manifest import ShardError
 from bigdet.data.shard_tar import MAX_U2, SampleLog, image_suffix
 from bigdet.reading import NO_FILE, patiently, why_unread
@@ -61,7 +62,7 @@ def check_folder(folder: Path) -> None:
 
 def read_image(
     path: Path | None, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog
-) -> tuple[bytes, Tensor] | None:
+) -> tuple[bytes, NDArray[np.uint8]] | None:
     """Return an image that can be used.
 
     Args:
@@ -71,7 +72,7 @@ def read_image(
         log: gets the reason if it cannot be used.
 
     Returns:
-        The file's bytes, and ``(3, H, W)`` uint8; None if it cannot be used.
+        The file's bytes, and ``(H, W, 3)`` uint8; None if it cannot be used.
 
     Raises:
         ShardError: the system does not let it be read, which is no fault of the image.
@@ -98,7 +99,7 @@ def read_image(
 
 def _decode(
     data: bytes, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog
-) -> tuple[bytes, Tensor] | None:
+) -> tuple[bytes, NDArray[np.uint8]] | None:
     """Decode an image, if its header says that it has the size that it is to have."""
     try:
         found = header_size(data)
@@ -107,14 +108,14 @@ def _decode(
             return None
         if max(found) > MAX_U2 or found[0] * found[1] > MAX_PIXELS:
             raise TooLargeError(f"{found[0]} x {found[1]} pixels")
-        pixels = decode_image(data)
+        pixels = decode_pixels(data)
     except TooLargeError:
         log.skip("more pixels than shards hold", **about)
         return None
     except (ValueError, OSError, SyntaxError, EOFError) as error:
         log.skip("not decodable", **about, error=str(error))
         return None
-    if tuple(pixels.shape[1:]) != found:
+    if pixels.shape[:2] != found:
         log.skip("not decodable", **about, error=f"its header says {found[0]} x {found[1]}")
         return None
     return data, pixels
