@@ -133,8 +133,7 @@ class ShardSet:
             path = self.folder / shard.file
             if problem := size_problem(self.folder, shard):
                 raise ShardError(
-                    f"{path}: {problem}. Copy the set again, or make it again with "
-                    "`bigdet shards`."
+                    f"{path}: {problem}. Copy the set again, or make it again with `bigdet shards`."
                 )
             if not os.access(path, os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
