@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tools.benchmark_predict import settle
 
 from bigdet.config.derived import phase_model
 from bigdet.config.load import load_config
@@ -14,7 +15,6 @@ from bigdet.models.build import build_detector
 from bigdet.models.export import FixedDetector
 from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.ops.nms import grouped_nms, spread_nms
-from tools.benchmark_predict import settle
 from tools.export import main
 
 ROOT = Path(__file__).parents[2]
