@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
-from benchmark_memory import peak_memory
+from bigdet.benchmarks.memory import peak_memory
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
