@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
-from tools.benchmark_evaluate import coco_ground_truth, pycocotools_stats
 
+from bigdet.benchmarks.evaluate import coco_ground_truth, pycocotools_stats
 from bigdet.data.shards import Category
 from bigdet.evaluation.coco_metrics import measure
 from bigdet.evaluation.detections import read_detections
