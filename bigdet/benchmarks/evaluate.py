@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
-from bigdet.benchmarks.memory import peak_memory
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from bigdet.benchmarks.memory import peak_memory
 from bigdet.config.schema import RunConfig
 from bigdet.data.manifest import Category
 from bigdet.data.shard_writer import ShardWriter

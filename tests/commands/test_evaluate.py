@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from pycocotools import mask as mask_tools
-from tools.benchmark_evaluate import coco_ground_truth
 
+from bigdet.benchmarks.evaluate import coco_ground_truth
 from bigdet.data.shards import ShardSet
 from bigdet.evaluate import check_categories, main, read_config
 from bigdet.evaluation.coco_metrics import METRICS

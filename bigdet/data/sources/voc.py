@@ -204,7 +204,7 @@ class VocSpan:
                     f"{image.path}: {log.lines[-1]['skipped']}, but it could be used when the "
                     "conversion began. Do not change files that are converted; start again."
                 )
-            height, width = read[1].shape[1:]
+            height, width = read[1].shape[:2]
             image_id = self.first_id + place
             annotations = []
             for number, entry in enumerate(image.objects, self.first_annotation_ids[place]):
