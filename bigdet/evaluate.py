@@ -1,23 +1,15 @@
 """Measure the AP of a checkpoint on a shard set.
 
-    python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
-    torchrun --nproc-per-node 8 -m bigdet.evaluate runs/x/checkpoints/train-90000 --shards data/val
-    python -m bigdet.evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
-    python -m bigdet.evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
-    python -m bigdet.evaluate runs/x --shards data/val --analysis --detections results.json
-    python -m bigdet.evaluate results.json --shards data/val
-    python -m bigdet.evaluate runs/voc --shards data/voc/test --metric voc07
-
-The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
-model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
-(size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
-data.workers and data.cache.*.
-
-A file that ends in .json is taken for detections in the COCO results format, of whatever program,
-and scored as it is: boxes, masks and keypoints, whichever its first detection has.
+What its command line takes is in ``arguments/evaluate.py``.
 """
 
 from __future__ import annotations
+
+from bigdet.arguments.evaluate import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
 
 import argparse
 import itertools
@@ -35,8 +27,8 @@ from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import Metric, RunConfig, TtaConfig
-from bigdet.data.manifest import Category
-from bigdet.data.mix import with_categories
+from bigdet.data.manifest import Category, ShardError
+from bigdet.data.mix import class_ids, warn_of_absent, with_categories
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
@@ -87,6 +79,8 @@ def main(arguments: Sequence[str]) -> int:
         if config.data.train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
+        classes = [category["name"] for category in detector.categories]
+        warn_of_absent(shards, classes)
         shards.check_random_reads()
     detector.use_test_settings(config.model)
     if config.evaluation.resize is not None:
@@ -110,6 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         config.data.workers,
         device,
         precision=config.engine.precision,
+        ids=class_ids(shards, classes),
     )
     assert results is not None, "nobody asks it to stop"
     metric = config.evaluation.metric
@@ -146,10 +141,11 @@ def evaluate_file(options: argparse.Namespace) -> int:
     if not head:
         logger.warning("%s: holds no detection, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
-    first = head[0] if head and isinstance(head[0], dict) else {"bbox": []}
-    with_masks, with_keypoints = (RESULT_KEYS[kind] in first for kind in ("segm", "keypoints"))
-    possible = evaluation_kinds(shards, with_masks, with_keypoints, metric)
-    kinds = [kind for kind in possible if RESULT_KEYS[kind] in first]
+    first = head[0] if head and isinstance(head[0], dict) else {"bbox": [0, 0, 0, 0]}
+    given = {kind for kind, key in RESULT_KEYS.items() if first.get(key)}
+    given |= {"bbox"} if "segm" in given else set()  # the box of a mask
+    possible = evaluation_kinds(shards, "segm" in given, "keypoints" in given, metric)
+    kinds = [kind for kind in possible if kind in given]
     if not kinds:
         raise ValueError(
             f"{options.model}: the first detection has none of what {shards.address} lets be "
@@ -219,50 +215,23 @@ def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:
-    """Raise ``ValueError`` unless the labels mean the same in the detector and in the shards."""
+    """Raise ``ValueError`` unless the detector knows the classes of the shards, by their names."""
     known = [category["name"] for category in detector.categories]
     found = [category.name for category in shards.categories]
-    if known == found:
-        return
-    pairs = zip(known, found, strict=False)
-    first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(found)))
-    raise ValueError(
-        f"{shards.address}: its {len(found)} categories are not the {len(known)} that {model} was "
-        f"trained on: label {first} is {_name(found, first)}, expected {_name(known, first)}. Give "
-        "shards of the same data set, with the categories in the same order."
-    )
+    try:
+        class_ids(shards, known)
+    except ShardError as error:
+        pairs = zip(known, found, strict=False)
+        first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(found)))
+        raise ValueError(
+            f"{shards.address}: its {len(found)} categories are not the {len(known)} that {model} "
+            f"was trained on: label {first} is {_name(found, first)}, expected "
+            f"{_name(known, first)}. {error}"
+        ) from error
 
 
 def _name(names: Sequence[str], label: int) -> str:
     return repr(names[label]) if label < len(names) else "absent"
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; launchers add --local_rank, which the environment says too."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bigdet.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "model", type=Path, help="run folder, checkpoint, model.safetensors; or detections.json"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
-    parser.add_argument("--shards", required=True, help="folder or address of a shard set")
-    parser.add_argument("--tta", action="store_true", help="several views of each image, mirrored")
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    parser.add_argument(
-        "--metric", choices=["coco", "voc07", "voc12"], help="instead of the config's"
-    )
-    parser.add_argument(
-        "--analysis", action="store_true",
-        help="print what keeps the AP down: sizes, errors, calibration, confusion, classes",
-    )  # fmt: skip
-    parser.add_argument("--detections", type=Path, help="JSON file for all detections")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

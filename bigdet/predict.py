@@ -1,20 +1,15 @@
 """Detect objects in pictures: drawn copies and ``detections.json``.
 
-    python -m bigdet.predict runs/quickstart photo.jpg holiday/ --out detected
-    python -m bigdet.predict runs/x/model.safetensors "holiday/**/*.jpg" --out detected --score 0.3
-    python -m bigdet.predict runs/x data/mine/val --out detected --batch 8 --no-pictures
-
-Images are files, folders, globs (quoted, so that the shell leaves them whole) or one shard set.
-Pictures are turned as their EXIF says, and boxes are those of the turned picture; images of a shard
-set are taken as they are stored, as its own boxes are. ``detections.json`` is in the COCO results
-format; ``image_id`` is the data set's, or the number of the file, whose name stands beside it. It
-has every detection that the model reports, the pictures those from --score on.
-
-Images whose canvas has the same size go through the model together, up to --batch of them. One that
-cannot be read is named and left out; the exit code is then 1.
+What its command line takes is in ``arguments/predict.py``.
 """
 
 from __future__ import annotations
+
+from bigdet.arguments.predict import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
 
 import argparse
 import json
@@ -31,6 +26,7 @@ from numpy.typing import NDArray
 
 from bigdet import distributed
 from bigdet.commands import run_command
+from bigdet.data.shards import UnavailableShardError
 from bigdet.drawing import draw_detections
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.predict import coco_results
@@ -171,6 +167,8 @@ def collect(
     for image, reading in zip(batch, readings, strict=True):
         try:
             pixels.append(reading.result())
+        except UnavailableShardError:
+            raise  # the reason is not in the image
         except ValueError as error:
             logger.error("%s: %s; left out", image.name, error)
         else:
@@ -203,23 +201,6 @@ def as_results(image: Input, detections: Detections, detector: Detector) -> list
     if image.file_name is None:
         return found
     return [result | {"file_name": image.file_name} for result in found]
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bigdet.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
-    parser.add_argument("images", nargs="+", help="files, folders, globs, or one shard set")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (0.5)")
-    parser.add_argument("--batch", type=int, default=1, help="images in one forward pass (1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    parser.add_argument("--no-pictures", action="store_true", help="write detections.json alone")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
@@ -59,12 +58,12 @@ class MadeSample:
 
     Attributes:
         image_bytes: as they are in the file.
-        pixels: ``(3, H, W)`` uint8, the same decoded.
+        pixels: ``(H, W, 3)`` uint8, the same decoded.
         record: see ``shards.Sample``.
     """
 
     image_bytes: bytes
-    pixels: Tensor
+    pixels: NDArray[np.uint8]
     record: dict[str, Any]
 
 
@@ -172,6 +171,7 @@ def convert(
     sizes = _stored_bytes(source, making.reencoding)
     spans = plan_shards(sizes, making.shard_megabytes * 10**6)
     with storage.claim(making.part):
+        _refuse_shards(storage)  # another process may have finished it since
         _begin(storage, source, making, len(spans))
         try:
             _make_missing(storage, source, making, spans, sizes, progress)
@@ -219,8 +219,8 @@ def merge_parts(out: str | Path) -> Manifest:
     storage = open_storage(out)
     if storage.size(PLAN_NAME) is None:
         raise ShardError(
-            f"{storage.address}: no parts of a conversion. Give the folder that make_shards.py "
-            "--part wrote to."
+            f"{storage.address}: no parts of a conversion. Give the folder that "
+            "`bigdet shards ... --part` wrote to."
         )
     with storage.claim(None):
         return _finish(storage)
@@ -265,7 +265,15 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
 
 
 def refuse_others(storage: Storage) -> None:
-    """Raise ``ShardError`` if there are shards that are not of a conversion under way."""
+    """Raise ``ShardError`` if there are shards that are not of a conversion under way.
+
+    Also if another process makes them now.
+    """
+    storage.check_free()
+    _refuse_shards(storage)
+
+
+def _refuse_shards(storage: Storage) -> None:
     names = storage.names()
     if MANIFEST_NAME in names:
         refuse_names(storage.address, [MANIFEST_NAME])

@@ -5,16 +5,26 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def decode_image(data: bytes, least_size: tuple[int, int] | None = None) -> Tensor:
+    """Give what ``decode_pixels`` does as ``(3, H, W)`` uint8 0..255 in channels_last memory."""
+    import torch  # here, as making and checking shards decode too, and do without it
+
+    return torch.from_numpy(decode_pixels(data, least_size)).permute(2, 0, 1)
+
+
+def decode_pixels(data: bytes, least_size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG or WebP file to RGB; the first picture of an animation.
 
     The pixels are those that are stored: an EXIF orientation is not applied, as the boxes of COCO
@@ -27,15 +37,13 @@ def decode_image(data: bytes, least_size: tuple[int, int] | None = None) -> Tens
             1/8, but not smaller than this. None: at its own size.
 
     Returns:
-        ``(3, H, W)`` uint8 0..255 in channels_last memory.
+        ``(H, W, 3)`` uint8 0..255.
 
     Raises:
         ValueError: the bytes are no complete image.
     """
     pixels = decode_jpeg(data, least_size) if is_jpeg(data) else None
-    if pixels is None:
-        pixels = _decode_with_pillow(data)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return _decode_with_pillow(data) if pixels is None else pixels
 
 
 def stored_size(data: bytes) -> tuple[int, int]:
@@ -79,4 +87,6 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"an image too large to be decoded: {error}") from error
     except (OSError, SyntaxError) as error:
+        if "out of memory" in str(error):  # one of Pillow's own
+            raise MemoryError(str(error)) from error
         raise ValueError(f"not a complete image: {error}") from error

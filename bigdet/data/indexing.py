@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from bigdet.data.annotations import IGNORE_FLAGS
-from bigdet.data.conversion import Progress, no_progress
+from bigdet.data.conversion import PLAN_NAME, Progress, no_progress
 from bigdet.data.loose_values import truth_value
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
@@ -45,6 +45,7 @@ from bigdet.data.shards import (
 )
 from bigdet.data.sources.image_files import header_size
 from bigdet.data.storage import LocalStorage
+from bigdet.reading import patiently, why_unread
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_U4 = 2**32 - 1
@@ -101,8 +102,42 @@ def index_shards(
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ShardError(f"{folder}: no file there ends in .tar. Give the folder of the tars.")
-    if found := [n for n in (MANIFEST_NAME, INDEX_NAME) if (folder / n).exists()]:
-        raise ShardError(f"{folder}: has {' and '.join(found)} already. Delete it to index anew.")
+    if (folder / PLAN_NAME).exists():
+        raise ShardError(
+            f"{folder}: holds the beginning of a conversion, whose command goes on with it. Give "
+            "the folder of tars that somebody else wrote."
+        )
+    storage = LocalStorage(folder)
+    with storage.claim(None):
+        if found := [n for n in (MANIFEST_NAME, INDEX_NAME) if (folder / n).exists()]:
+            raise ShardError(
+                f"{folder}: has {' and '.join(found)} already. Delete it to index anew."
+            )
+        results = _index_tars(paths, categories, processes, progress)
+        parts = [result.finished for result in results if result.finished is not None]
+        keys = set[str]().union(*(result.keys for result in results))
+        options = STRING_IDS if "source_id" in keys else {}
+        is_federated = not keys.isdisjoint(LABEL_LISTS)
+        name = name or folder.resolve().name
+        info = SetInfo(name, "webdataset", categories, options, is_federated)
+        log = io.StringIO()
+        _refuse_repeated(folder, parts)
+        manifest, index = summarize(info, parts, log)
+        if manifest is None:
+            lines = log.getvalue().splitlines() or ["no pair of an image and a json of one key"]
+            raise ShardError(f"{folder}: not one sample can be used; the first: {lines[0]}")
+        if log.getvalue():
+            storage.write(SKIPPED_NAME, log.getvalue().encode())
+        storage.write(INDEX_NAME, index_bytes(index))
+        storage.write(MANIFEST_NAME, manifest_text(manifest).encode())
+        storage.clear()
+    return manifest
+
+
+def _index_tars(
+    paths: list[Path], categories: list[Category], processes: int, progress: Progress
+) -> list[_TarResult]:
+    """Return what is found in each tar; ``ShardError`` with all that cannot be read."""
     results: dict[str, _TarResult] = {}
     jobs = (_TarJob(path, categories) for path in paths)
     num_bytes = sum(path.stat().st_size for path in paths)
@@ -113,46 +148,34 @@ def index_shards(
     ordered = [results[path.name] for path in paths]
     if problems := [result.problem for result in ordered if result.problem]:
         raise ShardError("\n".join(problems))
-    parts = [result.finished for result in ordered if result.finished is not None]
-    keys = set[str]().union(*(result.keys for result in ordered))
-    options = STRING_IDS if "source_id" in keys else {}
-    is_federated = not keys.isdisjoint(LABEL_LISTS)
-    name = name or folder.resolve().name
-    info = SetInfo(name, "webdataset", categories, options, is_federated)
-    log = io.StringIO()
-    _refuse_repeated(folder, parts)
-    manifest, index = summarize(info, parts, log)
-    if manifest is None:
-        lines = log.getvalue().splitlines() or ["no pair of an image and a json of one key"]
-        raise ShardError(f"{folder}: not one sample can be used; the first: {lines[0]}")
-    storage = LocalStorage(folder)
-    with storage.claim(None):
-        if log.getvalue():
-            storage.write(SKIPPED_NAME, log.getvalue().encode())
-        storage.write(INDEX_NAME, index_bytes(index))
-        storage.write(MANIFEST_NAME, manifest_text(manifest).encode())
-        storage.clear()
-    return manifest
+    return ordered
 
 
 def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
+    try:
+        return patiently(lambda: _read_tar(job, tick), str(job.path))
+    except OSError as error:
+        return _TarResult(job.path.name, None, f"{job.path}: {why_unread(error)}")
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        what = f"{job.path}: cannot be read to its end ({error}). Mend it or take it away."
+        return _TarResult(job.path.name, None, what)
+
+
+def _read_tar(job: _TarJob, tick: Tick) -> _TarResult:
+    """Return what a tar holds; raises what the system and ``tarfile`` do."""
     rows: list[tuple[int, ...]] = []
     log: list[Json] = []
     classes, keys = ClassCounter(), set[str]()
     with open(job.path, "rb") as file:
-        try:
-            for found in _samples(file):
-                row = _row(file, found, job.categories)
-                if isinstance(row, str):
-                    log.append({"skipped": row, "shard": job.path.name, "key": found.key})
-                else:
-                    rows.append(row[0])
-                    classes.add(row[1]["annotations"])
-                    keys |= row[1].keys()
-                tick()
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            what = f"{job.path}: cannot be read to its end ({error}). Mend it or take it away."
-            return _TarResult(job.path.name, None, what)
+        for found in _samples(file):
+            row = _row(file, found, job.categories)
+            if isinstance(row, str):
+                log.append({"skipped": row, "shard": job.path.name, "key": found.key})
+            else:
+                rows.append(row[0])
+                classes.add(row[1]["annotations"])
+                keys |= row[1].keys()
+            tick()
     size = job.path.stat().st_size
     shard = Shard(job.path.name, size, len(rows), file_sha256(job.path))
     index = np.array(rows, dtype=INDEX_DTYPE)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from bigdet.data.collate import Allocate, PackedGroup, fresh_memory
 from bigdet.data.manifest import ShardError
 from bigdet.data.slots import Slots, Stored
+from bigdet.reading import why_unread
 
 Key = TypeVar("Key")
 Read = Callable[[Key, Allocate], PackedGroup]
@@ -61,6 +62,8 @@ class _Reads(Dataset[Any], Generic[Key]):
             return self._slots.store(self._read(key, self._slots.allocate))
         except ShardError as error:
             return error
+        except MemoryError as error:
+            return ShardError(f"a group of images {why_unread(error)}")
 
 
 class Loader(Generic[Key]):

@@ -131,14 +131,14 @@ class Manifest:
             found = found if folder.exists() else "there is no such folder"
             raise ShardError(
                 f"{folder}: expected a shard set, but {found}. Give the folder that "
-                "tools/make_shards.py wrote, or run it again if it did not finish."
+                "`bigdet shards` wrote, or run it again if it did not finish."
             )
         try:
             values = json.loads(path.read_bytes())
             if values["version"] != VERSION:
                 raise ShardError(
                     f"{path}: shard format version {values['version']!r}, this bigdet reads "
-                    f"{VERSION}. Make the shards again with tools/make_shards.py."
+                    f"{VERSION}. Make the shards again with `bigdet shards`."
                 )
             expected = values.pop("sha256", None)
             if expected is not None and manifest_sha256(values) != expected:
@@ -157,7 +157,7 @@ class Manifest:
                 raise
             raise ShardError(
                 f"{path}: not the manifest of a shard set ({error!r}). Make the shards again with "
-                "tools/make_shards.py."
+                "`bigdet shards`."
             ) from error
 
 

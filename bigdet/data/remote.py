@@ -21,13 +21,10 @@ from typing import IO
 from urllib.parse import quote, urlsplit
 
 import fsspec
-import webdataset
+
+from bigdet.reading import RETRY_SECONDS
 
 logger = logging.getLogger(__name__)
-
-RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Pauses between the attempts, so there is one attempt more. No jitter: processes that fail
-together wait for each other's lock anyway, see ``cache.py``."""
 
 STALL_SECONDS = 30.0  # without a byte, after which an attempt has failed
 BLOCK_BYTES = 1 << 20
@@ -185,6 +182,8 @@ def _http_blocks(address: str, start: int, stop: int | None) -> Iterator[tuple[i
 
 
 def _pipe_blocks(address: str) -> Iterator[tuple[int, bytes]]:
+    import webdataset  # here, as it imports torch, which making and checking shards do without
+
     pipe = webdataset.gopen(address, "rb")
     position = 0
     try:

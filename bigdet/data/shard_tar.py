@@ -6,7 +6,9 @@ The same samples give the same bytes: nothing of the machine or the moment goes 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import tarfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 
 from bigdet.data.manifest import Shard, ShardError
@@ -92,9 +93,8 @@ class ShardTar:
         self._rows: list[tuple[int, ...]] = []
         self._classes = ClassCounter()
         self._file = open(path, "wb")  # noqa: SIM115
-        self._writer = webdataset.TarWriter(
-            self._file, encoder=False, user="bigdet", group="bigdet", mode=0o444, mtime=0
-        )
+        # The bytes that webdataset's TarWriter writes, without its import of torch.
+        self._writer = tarfile.open(fileobj=self._file, mode="w|")  # noqa: SIM115
 
     def add(self, image: bytes, record: dict[str, Any]) -> None:
         """Append one sample.
@@ -142,11 +142,14 @@ class ShardTar:
     def _write(self, key: str, files: dict[str, bytes]) -> dict[str, int]:
         """Append files by extension; return the offset of each one's first byte in the tar."""
         offsets = {}
-        for suffix in sorted(files):  # TarWriter's order
+        for suffix, data in sorted(files.items()):
+            member = tarfile.TarInfo(f"{key}.{suffix}")
+            member.size, member.mode = len(data), 0o444
+            member.uname = member.gname = "bigdet"
+            self._writer.addfile(member, io.BytesIO(data))
             offsets[suffix] = self.size + TAR_BLOCK
-            self.size += TAR_BLOCK + _padded(len(files[suffix]))
-        self._writer.write({"__key__": key, **files})
-        assert self.size == self._writer.tarstream.offset
+            self.size += TAR_BLOCK + _padded(len(data))
+        assert self.size == self._writer.offset
         return offsets
 
 

@@ -9,7 +9,6 @@ finished; after an error nothing is left.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet import locks
 from bigdet.data.manifest import (
     MANIFEST_NAME,
     VERSION,
@@ -39,6 +39,7 @@ from bigdet.data.shard_tar import FinishedShard, ShardTar, record_text, stored_b
 from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME
 
 UNFINISHED = ".unfinished"
+LOCK_NAME = "lock"  # in it: who makes the set
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,19 @@ class ShardWriter:
         self._limit = shard_megabytes * 10**6
         self._finished: list[FinishedShard] = []
         self._tar: ShardTar | None = None
+        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> ShardWriter:
         refuse_shards(self.folder)
         self._made_folders = make_folders(self.folder / UNFINISHED)
-        self._lock = os.open(self.folder / UNFINISHED, os.O_RDONLY)
+        file = self.folder / UNFINISHED / LOCK_NAME
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise ShardError(
-                f"{self.folder}: another process is writing shards here. Wait for it, or give "
-                "another folder."
-            ) from error
+            self._lock.enter_context(locks.held(self.folder, file))
+        except locks.LockedError as error:
+            raise ShardError(str(error)) from error
         for path in (self.folder / UNFINISHED).iterdir():  # left by a process that was killed
-            path.unlink()
+            if path != file:
+                path.unlink()
         return self
 
     def __exit__(
@@ -110,7 +109,7 @@ class ShardWriter:
     ) -> None:
         with contextlib.ExitStack() as clean_up:  # does all of it even if a part fails
             clean_up.callback(self._remove_made_folders)
-            clean_up.callback(os.close, self._lock)
+            clean_up.callback(self._lock.close)
             clean_up.callback(shutil.rmtree, self.folder / UNFINISHED)
             if kind is None:
                 self._finish()

@@ -6,14 +6,16 @@
     DIR/skipped.jsonl      what was left out when the set was made, one object per line, if any
 
 ``manifest.json`` (``manifest.py``) is written last, so a folder without it is not a finished set.
-Writing is in ``shard_writer.py``; ``tools/check_shards.py`` reads every byte. A set may also lie
+Writing is in ``shard_writer.py``; ``bigdet check-shards`` reads every byte. A set may also lie
 at an address (``remote.py``), and is then read through a cache (``cache.py``).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from bigdet.config.data_schema import CacheConfig
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.remote import UnreachableError, file_address, is_remote, shown
 from bigdet.data.tars import check_random_reads, local_copy, open_tars
+from bigdet.reading import patiently, why_unread
 
 INDEX_DTYPE = np.dtype(
     [
@@ -59,7 +62,7 @@ LABEL_LISTS = ("negative_labels", "not_exhaustive_labels")
 
 
 class UnavailableShardError(ShardError):
-    """A remote shard that cannot be had: no damage of a sample, but the end of a run."""
+    """A shard that cannot be had: no damage of a sample, but the end of a run."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,18 @@ class ShardSet:
         except UnreachableError as error:
             raise UnavailableShardError(
                 f"{self.address}: manifest and index of the shard set cannot be fetched: {error}. "
-                "Give the address of the folder that tools/make_shards.py wrote."
+                "Give the address of the folder that `bigdet shards` wrote."
             ) from error
+        try:
+            patiently(self._load, str(self.folder))
+            if check_files and not is_remote(self._path):
+                self._check_files()
+        except OSError as error:
+            place = error.filename or self.folder
+            raise UnavailableShardError(f"{place}: {why_unread(error)}") from error
+
+    def _load(self) -> None:
+        """Read manifest and index."""
         self.manifest = Manifest.load(self.folder)
         self.index = load_index(self.folder, self.manifest)
         expected = self.manifest.index_sha256
@@ -121,13 +134,17 @@ class ShardSet:
                 "damaged or of another set. Copy or make the set again."
             )
         self._tars = open_tars(self._path, self.manifest.shards, self._cache)
-        if check_files and not is_remote(self._path):
-            for shard in self.manifest.shards:
-                if problem := size_problem(self.folder, shard):
-                    raise ShardError(
-                        f"{self.folder / shard.file}: {problem}. Copy the set again, or make it "
-                        "again with tools/make_shards.py."
-                    )
+
+    def _check_files(self) -> None:
+        """See that every tar of a local set is there, whole, and may be read."""
+        for shard in self.manifest.shards:
+            path = self.folder / shard.file
+            if problem := size_problem(self.folder, shard):
+                raise ShardError(
+                    f"{path}: {problem}. Copy the set again, or make it again with `bigdet shards`."
+                )
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -226,8 +243,8 @@ class ShardSet:
                 f"{self.place(row)}: the shard cannot be fetched: {error}. See that the address "
                 "can be reached from this host, and start again to go on."
             ) from error
-        except OSError as error:
-            raise self._damaged(row, f"cannot be read ({error.strerror})") from error
+        except (OSError, MemoryError) as error:
+            raise UnavailableShardError(f"{self.place(row)}: {why_unread(error)}") from error
         if len(data) != size:
             raise self._damaged(row, f"the tar ends after {len(data)} of {size} bytes")
         return data
@@ -245,7 +262,7 @@ class ShardSet:
         offset = int(self.index[row]["image_offset"])
         error = ShardError(
             f"{self.place(row)}: sample {self.key(row)} (row {row}, offset {offset}): {what}. The "
-            f"shard is damaged: tools/check_shards.py {self.address} lists all that is; copy or "
+            f"shard is damaged: `bigdet check-shards {self.address}` lists all that is; copy or "
             "make it again."
         )
         error.finding = what
@@ -263,9 +280,11 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     try:
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header makes numpy raise nearly anything
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise
         raise ShardError(
             f"{path}: not the index of a shard set ({error}). Make the shards again with "
-            "tools/make_shards.py."
+            "`bigdet shards`."
         ) from error
     num_shards = len(manifest.shards)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.images,):

@@ -26,6 +26,7 @@ from bigdet.data.conversion import (
     refuse_others,
 )
 from bigdet.data.manifest import Category, Manifest, ShardError
+from bigdet.data.mix import name_key
 from bigdet.data.shard_tar import MAX_U2, SampleLog, count_boxes
 from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.shards import LABEL_LISTS, STRING_IDS
@@ -44,6 +45,7 @@ def convert_coco(
     out: str | Path,
     *,
     keypoints: Path | None = None,
+    categories: list[Category] | None = None,
     making: Making | None = None,
     progress: Progress = no_progress,
 ) -> Manifest | None:
@@ -55,6 +57,8 @@ def convert_coco(
         out: folder or address for the shards.
         keypoints: a file like ``person_keypoints_train2017.json``, whose keypoints go to the
             annotations of the same image and id.
+        categories: classes in the order of the labels, see ``in_order``; None takes those of the
+            annotations by rising id.
         making: how; None is as the defaults say.
         progress: called now and then with the number of images done and in all.
 
@@ -66,7 +70,7 @@ def convert_coco(
     """
     refuse_others(open_storage(out))  # before a file of 450 MB is read
     check_folder(images)
-    coco = load_coco(annotations)
+    coco = in_order(load_coco(annotations), categories)
     # LVIS's names are of COCO's folders train2017 and val2017, one of which may be given.
     source = CocoSource("coco", images, coco, find_by_end if coco.has_urls else safe_path)
     if keypoints is not None:
@@ -79,6 +83,7 @@ def convert_objects365(
     annotations: Path,
     out: str | Path,
     *,
+    categories: list[Category] | None = None,
     making: Making | None = None,
     progress: Progress = no_progress,
 ) -> Manifest | None:
@@ -89,8 +94,42 @@ def convert_objects365(
     """
     refuse_others(open_storage(out))  # before a file of 450 MB is read
     check_folder(images)
-    source = CocoSource("objects365", images, load_coco(annotations), find_by_end)
+    coco = in_order(load_coco(annotations), categories)
+    source = CocoSource("objects365", images, coco, find_by_end)
     return convert(source, out, making or Making(), progress)
+
+
+def in_order(coco: CocoFile, categories: list[Category] | None) -> CocoFile:
+    """Return a file with its classes in the order of a list, matched by name as ``mix.py`` does.
+
+    A class keeps the id that it has in the file, so that results fit the file; one that the file
+    lacks gets its own from the list, or a free one.
+
+    Raises:
+        ShardError: there are objects of a class that is not in the list.
+    """
+    if categories is None:
+        return coco
+    exact = {category.name: category for category in coco.categories}
+    folded = {name_key(name): category for name, category in exact.items()}
+    used = {category.id for category in coco.categories}
+    ordered: list[Category] = []
+    for category in categories:
+        found = exact.get(category.name) or folded.get(name_key(category.name))
+        if found is None or found in ordered:
+            number = max(used) + 1 if category.id in used else category.id
+            found = replace(category, id=number)
+            used.add(number)
+        ordered.append(found)
+    ids = [category.id for category in ordered]
+    left_out = coco.annotations["category_id"][~np.isin(coco.annotations["category_id"], ids)]
+    if len(left_out):
+        names = [c.name for c in coco.categories if c.id in np.unique(left_out)]
+        raise ShardError(
+            f"{coco.path}: {len(left_out)} objects of {len(names)} categories that are not in the "
+            f"list: {', '.join(names[:5])}. Add them to it."
+        )
+    return replace(coco, categories=ordered)
 
 
 def find_by_end(folder: Path, name: str) -> Path | None:

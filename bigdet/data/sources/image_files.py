@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from bigdet.data.decode import decode_image
+from bigdet.data.decode import decode_pixels
 from bigdet.data.manifest import ShardError
 from bigdet.data.shard_tar import MAX_U2, SampleLog, image_suffix
+from bigdet.reading import NO_FILE, patiently, why_unread
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, too: what is larger is there to exhaust memory
 MAX_BYTES = 2**30
@@ -32,11 +36,20 @@ def safe_path(folder: Path, name: str) -> Path | None:
 
 
 def file_bytes(path: Path) -> int | None:
-    """Return the size of a file; None if there is none, or no name that a file could have."""
+    """Return the size of a file; None if there is none, or no name that a file could have.
+
+    Raises:
+        ShardError: the system does not let it be looked at.
+    """
     try:
-        return path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError):  # too long a name, or one with half a character
+        found = patiently(lambda: os.stat(path), str(path))
+    except ValueError:  # a name with half a character
         return None
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return None
+        raise ShardError(f"{path}: {why_unread(error)}") from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def check_folder(folder: Path) -> None:
@@ -49,7 +62,7 @@ def check_folder(folder: Path) -> None:
 
 def read_image(
     path: Path | None, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog
-) -> tuple[bytes, Tensor] | None:
+) -> tuple[bytes, NDArray[np.uint8]] | None:
     """Return an image that can be used.
 
     Args:
@@ -59,7 +72,10 @@ def read_image(
         log: gets the reason if it cannot be used.
 
     Returns:
-        The file's bytes, and ``(3, H, W)`` uint8; None if it cannot be used.
+        The file's bytes, and ``(H, W, 3)`` uint8; None if it cannot be used.
+
+    Raises:
+        ShardError: the system does not let it be read, which is no fault of the image.
     """
     if path is None:
         log.skip("file name leads out of the image folder", **about)
@@ -72,10 +88,9 @@ def read_image(
         log.skip("file empty" if num_bytes == 0 else "file larger than 1 GiB", **about)
         return None
     try:
-        data = path.read_bytes()
+        data = patiently(path.read_bytes, str(path))
     except OSError as error:
-        log.skip("file not readable", **about, error=str(error))
-        return None
+        raise ShardError(f"{path}: {why_unread(error)}") from error
     if image_suffix(data) is None:
         log.skip("not JPEG, PNG or WebP", **about)
         return None
@@ -84,7 +99,7 @@ def read_image(
 
 def _decode(
     data: bytes, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog
-) -> tuple[bytes, Tensor] | None:
+) -> tuple[bytes, NDArray[np.uint8]] | None:
     """Decode an image, if its header says that it has the size that it is to have."""
     try:
         found = header_size(data)
@@ -93,14 +108,14 @@ def _decode(
             return None
         if max(found) > MAX_U2 or found[0] * found[1] > MAX_PIXELS:
             raise TooLargeError(f"{found[0]} x {found[1]} pixels")
-        pixels = decode_image(data)
+        pixels = decode_pixels(data)
     except TooLargeError:
         log.skip("more pixels than shards hold", **about)
         return None
     except (ValueError, OSError, SyntaxError, EOFError) as error:
         log.skip("not decodable", **about, error=str(error))
         return None
-    if tuple(pixels.shape[1:]) != found:
+    if pixels.shape[:2] != found:
         log.skip("not decodable", **about, error=f"its header says {found[0]} x {found[1]}")
         return None
     return data, pixels

@@ -19,6 +19,7 @@ from bigdet.data.manifest import Category, ShardError
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import FLAG_CROWD, ShardSet
 from bigdet.data.sources.categories import load_categories
+from bigdet.data.storage import open_storage
 
 CATEGORIES = [Category(18, "dog"), Category(3, "cat")]
 JPEG: bytes = simplejpeg.encode_jpeg(np.full((6, 8, 3), 90, dtype=np.uint8))
@@ -198,3 +199,18 @@ def test_categories_come_from_lists_annotation_files_and_manifests(tmp_path: Pat
         '{"categories": [{"id": 1, "name": "p", "keypoints": ["x"], "flip_pairs": []}]}'
     )
     assert load_categories(path) == [Category(1, "p", keypoints=["x"], flip_pairs=[])]
+
+
+def test_two_at_a_time_and_a_half_made_conversion_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", sample("1", record_of(1)))
+    with (
+        open_storage(tmp_path).claim(None),
+        pytest.raises(ShardError, match=r"process \d+ on \S+ writes here"),
+    ):
+        index_shards(tmp_path, CATEGORIES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished/plan.json").write_text("{}")
+    with pytest.raises(ShardError, match="holds the beginning of a conversion"):
+        index_shards(tmp_path, CATEGORIES)
+    assert (tmp_path / ".unfinished/plan.json").read_text() == "{}"

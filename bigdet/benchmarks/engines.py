@@ -1,8 +1,9 @@
 """How fast each engine and ZeRO stage trains, beside torch's DistributedDataParallel.
 
-``benchmark.py step CONFIG --engines all`` (or ``zero1,fsdp``) starts the ranks of one engine after
-the other on this host. In each group the engine and plain DDP train the same detector with the same
-optimizer on the same random scene, one step each in turns; medians over the rounds count. Each has:
+``bigdet benchmark step CONFIG --engines all`` (or ``zero1,fsdp``) starts the ranks of one engine
+after the other on this host. In each group the engine and plain DDP train the same detector with
+the same optimizer on the same random scene, one step each in turns; medians over the rounds count.
+Each has:
 
 - ``images_per_second`` of all ranks, and ``ratio``, the median over the rounds of its speed over
   that of DDP in the same round;
@@ -35,13 +36,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_memory import peak_memory, start_memory
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from bigdet import distributed
+from bigdet.benchmarks.memory import peak_memory, start_memory
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import EngineConfig, RunConfig
 from bigdet.engine.base import state_keys

@@ -1,0 +1,1 @@
+"""What ``bigdet/benchmark.py`` measures, a module for each part."""
