@@ -1,6 +1,6 @@
 """Train a detector: all phases of a config, from the data to the final weights.
 
-    deepspeed --num_gpus 8 --module bigdet.train configs/swin_t_direct.yaml
+    deepspeed --num_gpus 8 -m bigdet.train configs/swin_t_direct.yaml
     torchrun --nproc-per-node 8 -m bigdet.train configs/swin_t_direct.yaml seed=1
     bigdet train configs/quickstart.yaml
     bigdet train configs/quickstart.yaml --doctor
