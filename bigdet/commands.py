@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from bigdet import distributed
+from bigdet.errors import explain, explain_killed
 
 try:
     import torchvision  # noqa: F401
@@ -39,13 +39,6 @@ def positive(text: str) -> int:
     return value
 
 
-def explain(error: Exception) -> str:
-    """Return what an error says, and what to do where the system itself says no more."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}. Make room where this command writes, or give it another place."
-    return str(error)
-
-
 def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
     """Run a command's ``main`` and end the process with its exit code.
 
@@ -64,9 +57,9 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
         code = INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
-        lost = distributed.lost_peer(error)
-        is_bug = isinstance(error, RuntimeError) and not lost
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        lost = distributed.lost_peer(error) or explain_killed(error)
+        is_bug = isinstance(error, RuntimeError) and not (lost or isinstance(error, ValueError))
         if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
         if distributed.must_tell(error):

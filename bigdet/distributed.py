@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigdet import launchers, network
+from bigdet import errors, launchers, network
 from bigdet.launchers import first_host as first_host
 
 T = TypeVar("T")
@@ -305,7 +305,7 @@ def together() -> Iterator[None]:
         problem = error
     if not any_rank(problem is not None):
         return
-    messages = all_gather_objects(None if problem is None else str(problem))
+    messages = all_gather_objects(None if problem is None else errors.explain(problem))
     failed = [(number, text) for number, text in enumerate(messages) if text is not None]
     number, text = failed[0]
     where = "" if len(failed) == len(messages) else f"rank {number}: "
