@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigdet.data.web_pages import found_page
+
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -132,8 +134,9 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, ShardError):
                 raise
+            reason = found_page(path) or repr(error)
             raise ShardError(
-                f"{path}: not the manifest of a shard set ({error!r}). Make the shards again with "
+                f"{path}: not the manifest of a shard set ({reason}). Make the shards again with "
                 "tools/make_shards.py."
             ) from error
 

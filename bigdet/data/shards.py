@@ -27,6 +27,7 @@ from bigdet.config.data_schema import CacheConfig
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.remote import UnreachableError, file_address, is_remote, shown
 from bigdet.data.tars import check_random_reads, local_copy, open_tars
+from bigdet.data.web_pages import found_page
 
 INDEX_DTYPE = np.dtype(
     [
@@ -104,8 +105,13 @@ class ShardSet:
                 f"{self.address}: manifest and index of the shard set cannot be fetched: {error}. "
                 "Give the address of the folder that tools/make_shards.py wrote."
             ) from error
-        self.manifest = Manifest.load(self.folder)
-        self.index = load_index(self.folder, self.manifest)
+        try:
+            self.manifest = Manifest.load(self.folder)
+            self.index = load_index(self.folder, self.manifest)
+        except ShardError as error:
+            if not is_remote(self._path):
+                raise
+            raise ShardError(f"{self.address}: of what was fetched from there, {error}") from error
         expected = self.manifest.index_sha256
         if expected is not None and file_sha256(self.folder / INDEX_NAME) != expected:
             raise ShardError(
@@ -255,8 +261,9 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     try:
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header makes numpy raise nearly anything
+        reason = found_page(path) or error
         raise ShardError(
-            f"{path}: not the index of a shard set ({error}). Make the shards again with "
+            f"{path}: not the index of a shard set ({reason}). Make the shards again with "
             "tools/make_shards.py."
         ) from error
     num_shards = len(manifest.shards)
