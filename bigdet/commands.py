@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+
+from bigdet.errors import explain, explain_killed
 
 STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
@@ -26,17 +27,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number above 0")
     return value
-
-
-def explain(error: Exception) -> str:
-    """Return what an error says, and what to do where the system itself says no more."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}. Make room where this command writes, or give it another place."
-    if isinstance(error, MemoryError):
-        return "this host has no memory left. Lower data.workers or --processes, or end other " + (
-            f"programs. {error}".strip()
-        )
-    return str(error)
 
 
 def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
@@ -81,8 +71,8 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
         code = INTERRUPTED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         ranks = sys.modules.get("bigdet.distributed")  # making shards does without it, and torch
-        lost = ranks and ranks.lost_peer(error)
-        is_bug = isinstance(error, RuntimeError) and not lost
+        lost = (ranks and ranks.lost_peer(error)) or explain_killed(error)
+        is_bug = isinstance(error, RuntimeError) and not (lost or isinstance(error, ValueError))
         if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
         if ranks is None or ranks.must_tell(error):

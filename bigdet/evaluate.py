@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
         distributed.world_size(), device.type,
     )  # fmt: skip
     detector = detector.to(device)
+    errors.at(f"evaluating {options.model} on {shards.address}")
     results = predict_split(
         detector if tta is None else AugmentedDetector(detector, tta, shards.categories),
         shards,

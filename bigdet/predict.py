@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.commands import run_command
 from bigdet.data.shards import UnavailableShardError
 from bigdet.drawing import draw_detections
@@ -87,6 +87,7 @@ def detect_all(
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         drawing: list[Future[None]] = []
         for batch, readings in read_ahead(pool, batches):
+            errors.at(f"detecting objects on {', '.join(one.name for one in batch)}")
             images, pixels = collect(batch, readings)
             found = predict_images(detector, pixels)
             for future in drawing:  # of the batch before

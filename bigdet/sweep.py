@@ -28,6 +28,7 @@ from bigdet.config.derived import in_steps
 from bigdet.config.load import ConfigError, flat_options, load_config
 from bigdet.config.schema import RunConfig
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
+from bigdet.errors import explain_exit
 from bigdet.log import setup_logging
 from bigdet.reporting.runs import Run, check_same_data, read_run, short_names
 from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_outcome
@@ -157,7 +158,7 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
             logger.info("%s: %s", place, shlex.join([*command, *run.words]))
             code = _run(run, command)
             if code not in (0, STOPPED):
-                logger.warning("%s: failed with exit code %d", place, code)
+                logger.warning("%s: failed with exit code %d.%s", place, code, explain_exit(code))
                 failed.append(run.name)
             if code == STOPPED or _stop_requested:
                 _note(0, None)

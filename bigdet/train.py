@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigdet import distributed, locks
+from bigdet import distributed, errors, locks
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
@@ -112,6 +112,7 @@ def run_phase(run: Run) -> bool:
         True when the phase is complete, False when the run was asked to stop.
     """
     config, state, name = run.config, run.state, run.state.phase
+    errors.at(f"{name}: building the stream, the detector and the engine")
     phase, device = config.phases[name], distributed.device()
     with distributed.together():
         stream = open_train_stream(

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigdet.data.web_pages import found_page
+
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -155,8 +157,9 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, ShardError):
                 raise
+            reason = found_page(path) or repr(error)
             raise ShardError(
-                f"{path}: not the manifest of a shard set ({error!r}). Make the shards again with "
+                f"{path}: not the manifest of a shard set ({reason}). Make the shards again with "
                 "`bigdet shards`."
             ) from error
 

@@ -29,6 +29,7 @@ from bigdet.config.data_schema import CacheConfig
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.remote import UnreachableError, file_address, is_remote, shown
 from bigdet.data.tars import check_random_reads, local_copy, open_tars
+from bigdet.data.web_pages import found_page
 from bigdet.reading import patiently, why_unread
 
 INDEX_DTYPE = np.dtype(
@@ -122,6 +123,10 @@ class ShardSet:
         except OSError as error:
             place = error.filename or self.folder
             raise UnavailableShardError(f"{place}: {why_unread(error)}") from error
+        except ShardError as error:
+            if not is_remote(self._path):
+                raise
+            raise ShardError(f"{self.address}: of what was fetched from there, {error}") from error
 
     def _load(self) -> None:
         """Read manifest and index."""
@@ -282,8 +287,9 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     except Exception as error:  # a damaged header makes numpy raise nearly anything
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise
+        reason = found_page(path) or error
         raise ShardError(
-            f"{path}: not the index of a shard set ({error}). Make the shards again with "
+            f"{path}: not the index of a shard set ({reason}). Make the shards again with "
             "`bigdet shards`."
         ) from error
     num_shards = len(manifest.shards)

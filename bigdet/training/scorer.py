@@ -20,7 +20,7 @@ from multiprocessing.context import ForkProcess
 
 import torch
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
@@ -101,7 +101,7 @@ class Scorer:
 
         Raises:
             ValueError: the process failed by what a user can cause; with what it said.
-            RuntimeError: it failed otherwise.
+            LostProcessError: it was killed, or failed otherwise.
         """
         if self._process is None or self._process.is_alive():
             return
@@ -113,9 +113,10 @@ class Scorer:
         try:
             problem = self._message.recv()
         except EOFError as error:
-            raise RuntimeError(
-                f"{detections}: the process that scores it ended with exit code "
-                f"{self._process.exitcode}. Started again, the run scores it once more."
+            code = self._process.exitcode or 0
+            raise errors.LostProcessError(
+                f"{detections}: the process that scores it ended with exit code {code}. Started "
+                f"again, the run scores it once more.{errors.explain_exit(code)}"
             ) from error
         finally:
             self.end()
@@ -203,7 +204,7 @@ def _score(
             pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase)
         write_text(run_dir.evaluation(entry.phase, entry.step), json.dumps(metrics, indent=1))
     except (ValueError, OSError) as error:
-        message.send(str(error))
+        message.send(errors.explain(error))
     else:
         message.send(None)
 

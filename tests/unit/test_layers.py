@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = {
-    "structures": 0, "run_dir": 0, "distributed": 0, "boards": 0, "jpeg": 0, "limits": 0,
+    "limits": -2, "errors": -1, "launchers": -1, "network": -1,
+    "structures": 0, "run_dir": 0, "distributed": 0, "boards": 0, "jpeg": 0,
     "progress_bar": 0, "reading": 0,
     "ops": 1, "log": 1, "hosts": 1, "locks": 1, "pictures": 1,
     "config": 2, "drawing": 2,
