@@ -5,13 +5,13 @@
     python -m bigdet.evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
     python -m bigdet.evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
     python -m bigdet.evaluate runs/x --shards data/val --analysis --detections results.json
-    python -m bigdet.evaluate results.json --shards data/val
+    python -m bigdet.evaluate results.json --shards data/val --max-detections 300
     python -m bigdet.evaluate runs/voc --shards data/voc/test --metric voc07
 
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
 model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
 (size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
-data.workers and data.cache.*.
+data.workers and data.cache.*. --max-detections N is evaluation.max_detections=N.
 
 A file that ends in .json is taken for detections in the COCO results format, of whatever program,
 and scored as it is: boxes, masks and keypoints, whichever its first detection has.
@@ -30,16 +30,17 @@ from pathlib import Path
 from safetensors import safe_open
 
 from bigdet import distributed
-from bigdet.commands import run_command
-from bigdet.config.check import check_config
+from bigdet.commands import positive, run_command
+from bigdet.config.check import check_config, check_max_detections
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
-from bigdet.config.schema import Metric, RunConfig, TtaConfig
+from bigdet.config.schema import MAX_DETECTIONS, Metric, RunConfig, TtaConfig
 from bigdet.data.manifest import Category, ShardError
 from bigdet.data.mix import class_ids, warn_of_absent, with_categories
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
+from bigdet.evaluation.limits import warn_of_few
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
 from bigdet.evaluation.tta import AugmentedDetector
@@ -62,16 +63,20 @@ CHANGEABLE = (
     "model.retina.nms_iou",
     "model.retina.detections_per_image",
     "evaluation.metric",
+    "evaluation.max_detections",
     "engine.precision",
     "data.workers",
     "data.cache",
 )
 """The options that an evaluation reads; another one would be ignored in silence."""
+LIMIT_KEY = "evaluation.max_detections"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure a detector and return the exit code."""
     options = parse_arguments(arguments)
+    if options.max_detections is not None:
+        options.overrides.append(f"{LIMIT_KEY}={options.max_detections}")
     if options.model.suffix == ".json":
         return evaluate_file(options) if distributed.is_main() else 0
     if options.metric is not None:
@@ -89,6 +94,7 @@ def main(arguments: Sequence[str]) -> int:
         classes = [category["name"] for category in detector.categories]
         warn_of_absent(shards, classes)
         shards.check_random_reads()
+        warn_of_few(config)
     detector.use_test_settings(config.model)
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
@@ -121,7 +127,8 @@ def main(arguments: Sequence[str]) -> int:
     def score() -> Metrics:
         if options.detections is not None:
             write_detections(options.detections, results)
-        return evaluate_detections(shards, results, kinds, metric)
+        limit = config.evaluation.max_detections
+        return evaluate_detections(shards, results, kinds, metric, max_detections=limit)
 
     metrics = work_on_main(score, must_stop=lambda: False)
     with distributed.together():
@@ -134,14 +141,16 @@ def evaluate_file(options: argparse.Namespace) -> int:
     """Measure the detections in a file and return the exit code (one process)."""
     setup_logging(rank=0)
     check_outputs(options)
-    if options.overrides or options.detections is not None or options.tta:
+    overrides = [w for w in options.overrides if w.partition("=")[0] != LIMIT_KEY]
+    if overrides or options.detections is not None or options.tta:
         what = "--tta" if options.tta else "--detections"
-        what = options.overrides[0] if options.overrides else what
+        what = overrides[0] if overrides else what
         raise ValueError(
             f"{options.model}: a file of detections is scored as it is, so {what} would be "
             f"ignored. Leave it out."
         )
     metric: Metric = options.metric or "coco"
+    limit = read_limit(options.overrides, metric)
     results = load_results(options.model)
     head = list(itertools.islice(results, 1))
     if not head:
@@ -159,8 +168,19 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"Give detections in the COCO results format."
         )
     every = itertools.chain(head, results)
-    report(evaluate_detections(shards, every, kinds, metric, str(options.model)), options)
+    report(evaluate_detections(shards, every, kinds, metric, str(options.model), limit), options)
     return 0
+
+
+def read_limit(overrides: Sequence[str], metric: Metric) -> int:
+    """Return how many detections count for a file of them, as the command line has it."""
+    value = MAX_DETECTIONS
+    for text in (word.partition("=")[2] for word in overrides if word.startswith(f"{LIMIT_KEY}=")):
+        if not text.isdecimal():
+            raise ConfigError(f"command line: {LIMIT_KEY}: found {text!r}, expected a number.")
+        value = int(text)
+    check_max_detections(value, metric)
+    return value
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -248,6 +268,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--analysis", action="store_true",
         help="print what keeps the AP down: sizes, errors, calibration, confusion, classes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-detections", type=positive, metavar="N",
+        help="of a class on an image that count, of boxes and masks; default: the config's, 100",
     )  # fmt: skip
     parser.add_argument("--detections", type=Path, help="JSON file for all detections")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

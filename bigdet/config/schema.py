@@ -19,6 +19,7 @@ from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Metric = Literal["coco", "voc07", "voc12"]
+MAX_DETECTIONS = 100  # of a class on an image, as COCO counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,10 @@ class EvaluationConfig:
     metric: Metric = "coco"
     """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
     all of them (``voc12``), where AP50 is VOC's own number."""
+    max_detections: int = MAX_DETECTIONS
+    """The best detections of a class on an image that AP and AR count, of boxes and masks; 10 to
+    10,000. COCO's is 100; with another one AP is another number, as ``maxDets`` of pycocotools.
+    What the model gives is ``detections_per_image``. VOC counts all."""
     pictures: int = 8
     """Validation images drawn at the end of a phase, ground truth and detections: one half the
     worst, the other the best."""

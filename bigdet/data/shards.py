@@ -55,6 +55,8 @@ FLAG_NOT_JPEG = 16
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
 MISSING = "the file is missing"
+NO_MASK = (None, [], [[]])
+"""Segmentations with which tools say that there is none."""
 
 
 class UnavailableShardError(ShardError):
@@ -247,6 +249,7 @@ class ShardSet:
             record: dict[str, Any] = orjson.loads(text)  # 7 times as fast as json
             if record["image_id"] != self.index[row]["image_id"]:
                 raise self._damaged(row, f"annotations are of image {record['image_id']}")
+            drop_empty_masks(record)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise self._damaged(row, f"annotations are not readable ({error!r})") from error
         return record
@@ -260,6 +263,14 @@ class ShardSet:
         )
         error.finding = what
         return error
+
+
+def drop_empty_masks(record: dict[str, Any]) -> None:
+    """Take masks of nothing out of a record: in tars that others wrote they stand for none."""
+    entries = record.get("annotations")
+    for annotation in entries if isinstance(entries, list) else []:
+        if isinstance(annotation, dict) and annotation.get("segmentation") in NO_MASK:
+            annotation.pop("segmentation", None)
 
 
 def sample_key(image_id: int) -> str:

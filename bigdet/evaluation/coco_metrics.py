@@ -10,12 +10,12 @@ N detections and M objects of a class.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import Metric
+from bigdet.config.schema import MAX_DETECTIONS, Metric
 from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.ground_truth import GroundTruth
@@ -23,7 +23,7 @@ from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
-"""Our names and the positions of these numbers in ``COCOeval.stats``."""
+"""Our names and the positions of these numbers in ``COCOeval.stats``, of 100 detections."""
 KEYPOINT_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APm": 3, "APl": 4, "AR20": 5}
 """The same for keypoints."""
 KIND_NAMES: dict[Kind, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
@@ -108,6 +108,21 @@ class Measured:
         return mean_of_defined(_at(self.recall, threshold)[..., area, limit])
 
 
+def rules_of(kind: Kind, max_detections: int = MAX_DETECTIONS) -> Rules:
+    """Return what is measured of a kind; the limit is of boxes and masks, keypoints have theirs."""
+    rules = RULES[kind]
+    if kind == "keypoints":
+        return rules
+    return replace(rules, limits=[*rules.limits[:-1], max_detections])
+
+
+def metric_places(kind: Kind, max_detections: int = MAX_DETECTIONS) -> dict[str, int]:
+    """Return the names of the numbers of a kind, and their places in ``Measured.stats()``."""
+    if kind == "keypoints":
+        return KEYPOINT_METRICS
+    return {name.replace("100", str(max_detections)): place for name, place in METRICS.items()}
+
+
 def _at(values: Numbers, threshold: float | None) -> Numbers:
     return values if threshold is None else values[np.isclose(THRESHOLDS, threshold)]
 
@@ -137,15 +152,18 @@ def category_ids(shards: ShardSet) -> list[int]:
     return [category.id for category in shards.categories]
 
 
-def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
+def measure(
+    truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
+) -> Measured:
     """Measure precision and recall of one kind, class by class.
 
     Args:
         truth: with masks or keypoints if the kind needs them.
         found: detections of any of its images.
         kind: what to compare.
+        max_detections: of a class on an image that count, see ``rules_of``.
     """
-    rules = RULES[kind]
+    rules = rules_of(kind, max_detections)
     is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
     labels.sort(key=lambda k: truth.categories[k].id)  # as pycocotools: means add up in this order
@@ -154,7 +172,7 @@ def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
     recall = np.full((*shape, len(rules.limits)), -1.0)
     areas = detection_areas(found, kind)
     for place, (rows, objects) in enumerate(labels_in(truth, found, labels)):
-        one = _measure_class(truth, found, kind, rows, objects, areas[rows])
+        one = _measure_class(truth, found, kind, rules, rows, objects, areas[rows])
         precision[:, :, place], recall[:, place] = one
     return Measured(rules, labels, precision, recall)
 
@@ -183,6 +201,7 @@ def _measure_class(
     truth: GroundTruth,
     found: DetectionTable,
     kind: Kind,
+    rules: Rules,
     rows: Index,
     objects: Index,
     areas: Numbers,
@@ -193,11 +212,11 @@ def _measure_class(
         truth: all objects.
         found: all detections.
         kind: what to compare.
+        rules: what is measured of it.
         rows: ``(N,)`` the class's detections by image, within an image the best first.
         objects: ``(M,)`` its objects by image.
         areas: ``(N,)`` of the detections, pixels.
     """
-    rules = RULES[kind]
     images = found.images[rows]
     ranks = np.arange(len(images)) - np.searchsorted(images, images)
     kept = ranks < rules.limits[-1]
