@@ -77,7 +77,8 @@ def _add_outlines(
     log: SampleLog,
 ) -> None:
     """Give mask and keypoints of the source to an annotation, where they can be used."""
-    if (mask := source.get("segmentation")) not in NO_MASK:
+    mask: Any = source.get("segmentation")
+    if mask not in NO_MASK:
         cleaned = clean_mask(mask, *image_size)
         if cleaned is None:
             log.change("mask dropped: neither polygons nor RLE of the image", **about)

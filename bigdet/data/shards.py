@@ -55,7 +55,7 @@ FLAG_NOT_JPEG = 16
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
 MISSING = "the file is missing"
-NO_MASK = (None, [], [[]])
+NO_MASK: tuple[Any, ...] = (None, [], [[]])
 """Segmentations with which tools say that there is none."""
 
 
