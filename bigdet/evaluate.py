@@ -23,16 +23,17 @@ from safetensors import safe_open
 
 from bigdet import distributed, errors
 from bigdet.commands import run_command
-from bigdet.config.check import check_config
+from bigdet.config.check import check_config, check_max_detections
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
-from bigdet.config.schema import Metric, RunConfig, TtaConfig
+from bigdet.config.schema import MAX_DETECTIONS, Metric, RunConfig, TtaConfig
 from bigdet.data.manifest import Category, ShardError
 from bigdet.data.mix import class_ids, warn_of_absent, with_categories
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
+from bigdet.evaluation.limits import warn_of_few
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
 from bigdet.evaluation.tta import AugmentedDetector
@@ -55,16 +56,20 @@ CHANGEABLE = (
     "model.retina.nms_iou",
     "model.retina.detections_per_image",
     "evaluation.metric",
+    "evaluation.max_detections",
     "engine.precision",
     "data.workers",
     "data.cache",
 )
 """The options that an evaluation reads; another one would be ignored in silence."""
+LIMIT_KEY = "evaluation.max_detections"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure a detector and return the exit code."""
     options = parse_arguments(arguments)
+    if options.max_detections is not None:
+        options.overrides.append(f"{LIMIT_KEY}={options.max_detections}")
     if options.model.suffix == ".json":
         return evaluate_file(options) if distributed.is_main() else 0
     if options.metric is not None:
@@ -82,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         classes = [category["name"] for category in detector.categories]
         warn_of_absent(shards, classes)
         shards.check_random_reads()
+        warn_of_few(config)
     detector.use_test_settings(config.model)
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
@@ -95,6 +101,10 @@ def main(arguments: Sequence[str]) -> int:
         f"short side {short}, long side at most {long}" if tta is None else f"views {tta}",
         distributed.world_size(), device.type,
     )  # fmt: skip
+    model, metric = detector.config, config.evaluation.metric
+    limit = config.evaluation.max_detections
+    with distributed.together():
+        kinds = evaluation_kinds(shards, has_masks(model), has_keypoints(model), metric, limit)
     detector = detector.to(device)
     errors.at(f"evaluating {options.model} on {shards.address}")
     results = predict_split(
@@ -108,15 +118,12 @@ def main(arguments: Sequence[str]) -> int:
         ids=class_ids(shards, classes),
     )
     assert results is not None, "nobody asks it to stop"
-    metric = config.evaluation.metric
-    model = detector.config
-    kinds = evaluation_kinds(shards, has_masks(model), has_keypoints(model), metric)
 
     def score() -> Metrics:
         if options.detections is not None:
             truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
             write_detections(options.detections, results, truth.source_ids)
-        return evaluate_detections(shards, results, kinds, metric)
+        return evaluate_detections(shards, results, kinds, metric, max_detections=limit)
 
     metrics = work_on_main(score, must_stop=lambda: False)
     with distributed.together():
@@ -129,14 +136,16 @@ def evaluate_file(options: argparse.Namespace) -> int:
     """Measure the detections in a file and return the exit code (one process)."""
     setup_logging(rank=0)
     check_outputs(options)
-    if options.overrides or options.detections is not None or options.tta:
+    overrides = [w for w in options.overrides if w.partition("=")[0] != LIMIT_KEY]
+    if overrides or options.detections is not None or options.tta:
         what = "--tta" if options.tta else "--detections"
-        what = options.overrides[0] if options.overrides else what
+        what = overrides[0] if overrides else what
         raise ValueError(
             f"{options.model}: a file of detections is scored as it is, so {what} would be "
             f"ignored. Leave it out."
         )
     metric: Metric = options.metric or "coco"
+    limit = read_limit(options.overrides, metric)
     results = load_results(options.model)
     head = list(itertools.islice(results, 1))
     if not head:
@@ -145,7 +154,7 @@ def evaluate_file(options: argparse.Namespace) -> int:
     first = head[0] if head and isinstance(head[0], dict) else {"bbox": [0, 0, 0, 0]}
     given = {kind for kind, key in RESULT_KEYS.items() if first.get(key)}
     given |= {"bbox"} if "segm" in given else set()  # the box of a mask
-    possible = evaluation_kinds(shards, "segm" in given, "keypoints" in given, metric)
+    possible = evaluation_kinds(shards, "segm" in given, "keypoints" in given, metric, limit)
     kinds = [kind for kind in possible if kind in given]
     if not kinds:
         raise ValueError(
@@ -154,8 +163,19 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"Give detections in the COCO results format."
         )
     every = itertools.chain(head, results)
-    report(evaluate_detections(shards, every, kinds, metric, str(options.model)), options)
+    report(evaluate_detections(shards, every, kinds, metric, str(options.model), limit), options)
     return 0
+
+
+def read_limit(overrides: Sequence[str], metric: Metric) -> int:
+    """Return how many detections count for a file of them, as the command line has it."""
+    value = MAX_DETECTIONS
+    for text in (word.partition("=")[2] for word in overrides if word.startswith(f"{LIMIT_KEY}=")):
+        if not text.isdecimal():
+            raise ConfigError(f"command line: {LIMIT_KEY}: found {text!r}, expected a number.")
+        value = int(text)
+    check_max_detections(value, metric)
+    return value
 
 
 def check_outputs(options: argparse.Namespace) -> None:

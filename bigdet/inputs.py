@@ -94,7 +94,7 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
     for word in given:
         path = Path(word)
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            found = sorted(filter(_is_picture, path.iterdir()))
             problem = (
                 f"the folder holds no picture ({', '.join(sorted(SUFFIXES))}; folders in it are "
                 f"not searched, '{path}/**' searches them)"
@@ -103,7 +103,7 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
             found, problem = [path], ""
         elif glob.has_magic(word):
             found = sorted(map(Path, glob.glob(word, recursive=True)))
-            found = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+            found = [file for file in found if _is_picture(file) and file.is_file()]
             problem = "no picture fits"
         else:
             found, problem = [], "does not exist. Give pictures, folders of them, globs or shards"
@@ -112,6 +112,11 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
             logger.error("%s: %s; left out", word, problem)
         paths += found
     return list(dict.fromkeys(paths)), num_bad
+
+
+def _is_picture(file: Path) -> bool:
+    """Tell it by the name; macOS puts a file ``._NAME`` of its own beside each on other disks."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith("._")
 
 
 def stems(paths: Sequence[Path]) -> Iterator[str]:

@@ -27,6 +27,7 @@ from bigdet.data.stream import open_train_stream
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
+from bigdet.evaluation.limits import warn_at_start
 from bigdet.log import setup_logging
 from bigdet.run_dir import RunDir, check_folder
 from bigdet.training import failures, optim, resume, saving, stopping
@@ -63,6 +64,7 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()), log_json)
         train_set, val_set = open_sets(config.data)
         resume.check_data(config, train_set, val_set)
+        warn_at_start(config, val_set)
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
             folder = resume.find_checkpoint(config, run_dir)

@@ -5,13 +5,13 @@
     bigdet evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
     bigdet evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
     bigdet evaluate runs/x --shards data/val --analysis --detections results.json
-    bigdet evaluate results.json --shards data/val
+    bigdet evaluate results.json --shards data/val --max-detections 300
     bigdet evaluate runs/voc --shards data/voc/test --metric voc07
 
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
 model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
 (size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
-data.workers and data.cache.*.
+data.workers and data.cache.*. --max-detections N is evaluation.max_detections=N.
 
 A file that ends in .json is taken for detections in the COCO results format, of whatever program,
 and scored as it is: boxes, masks and keypoints, whichever its first detection has.
@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from bigdet.commands import positive
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -46,6 +48,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--analysis", action="store_true",
         help="print what keeps the AP down: sizes, errors, calibration, confusion, classes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-detections", type=positive, metavar="N",
+        help="of a class on an image that count, of boxes and masks; default: the config's, 100",
     )  # fmt: skip
     parser.add_argument("--detections", type=Path, help="JSON file for all detections")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

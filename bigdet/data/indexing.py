@@ -2,7 +2,8 @@
 
 A sample is an image (jpg, jpeg, png, webp) and a json, of one key and adjacent; the json is a
 record as in ``shards.Sample``. The tars stay as they are. Samples that cannot be used are left out
-of the index, counted and listed; a tar that cannot be read to its end is an error.
+of the index, counted and listed; a tar that cannot be read to its end is an error. What systems and
+tar itself add (names that begin with a dot, ``__MACOSX``, ``PaxHeader``) is passed over.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -41,12 +43,15 @@ from bigdet.data.shards import (
     LABEL_LISTS,
     SKIPPED_NAME,
     STRING_IDS,
+    drop_empty_masks,
     file_sha256,
 )
 from bigdet.data.sources.image_files import header_size
 from bigdet.data.storage import LocalStorage
 from bigdet.reading import patiently, why_unread
 
+INCOMPLETE = "not one image (jpg, jpeg, png, webp) and one json"
+APART = "its image and its json are not adjacent in the tar: pack it anew with tar --sort=name"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_U4 = 2**32 - 1
 
@@ -99,7 +104,7 @@ def index_shards(
         ShardError: a tar cannot be read to its end (all such are told), no sample can be used, or
             there is an index already.
     """
-    paths = sorted(folder.glob("*.tar"))
+    paths = sorted(folder.glob("[!.]*.tar"))
     if not paths:
         raise ShardError(f"{folder}: no file there ends in .tar. Give the folder of the tars.")
     if (folder / PLAN_NAME).exists():
@@ -165,9 +170,10 @@ def _read_tar(job: _TarJob, tick: Tick) -> _TarResult:
     """Return what a tar holds; raises what the system and ``tarfile`` do."""
     rows: list[tuple[int, ...]] = []
     log: list[Json] = []
-    classes, keys = ClassCounter(), set[str]()
+    classes, keys, times = ClassCounter(), set[str](), Counter[str]()
     with open(job.path, "rb") as file:
         for found in _samples(file):
+            times[found.key] += 1
             row = _row(file, found, job.categories)
             if isinstance(row, str):
                 log.append({"skipped": row, "shard": job.path.name, "key": found.key})
@@ -176,6 +182,9 @@ def _read_tar(job: _TarJob, tick: Tick) -> _TarResult:
                 classes.add(row[1]["annotations"])
                 keys |= row[1].keys()
             tick()
+    for line in log:
+        if line["skipped"] == INCOMPLETE and times[line["key"]] > 1:
+            line["skipped"] = APART
     size = job.path.stat().st_size
     shard = Shard(job.path.name, size, len(rows), file_sha256(job.path))
     index = np.array(rows, dtype=INDEX_DTYPE)
@@ -188,8 +197,8 @@ def _samples(file: IO[bytes]) -> Iterator[_Found]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
-            if member.isdir() or Path(member.name).name.startswith("__"):
-                continue  # as webdataset does
+            if member.isdir() or _is_added(member.name):
+                continue
             folder, _, base = member.name.rpartition("/")
             stem, _, suffix = base.partition(".")
             key = f"{folder}/{stem}" if folder else stem
@@ -215,6 +224,13 @@ def _samples(file: IO[bytes]) -> Iterator[_Found]:
         yield found
 
 
+def _is_added(name: str) -> bool:
+    """Tell names of no sample: hidden ones, and those that macOS, tar or webdataset add."""
+    *folders, base = PurePosixPath(name).parts or ("",)
+    is_added = any(part == "__MACOSX" or part.startswith("PaxHeader") for part in folders)
+    return is_added or base.startswith((".", "__"))
+
+
 def _row(
     file: IO[bytes], found: _Found, categories: list[Category]
 ) -> tuple[tuple[int, ...], Json] | str:
@@ -223,7 +239,7 @@ def _row(
     if found.problem:
         return found.problem
     if len(images) != 1 or "json" not in found.files:
-        return "not one image (jpg, jpeg, png, webp) and one json"
+        return INCOMPLETE
     (image_offset, image_size), (offset, size) = found.files[images[0]], found.files["json"]
     if max(image_size, size) > MAX_U4:
         return "larger than 4 GiB"
@@ -233,6 +249,8 @@ def _row(
     except (ValueError, RecursionError) as error:
         return f"its json cannot be read: {error}"
     problem = record_problem(record)
+    if problem is None:
+        drop_empty_masks(record)
     problem = problem or next(annotation_problems(record, categories), None)
     problem = problem or _image_problem(image, record) or _meaning_problem(record)
     if problem:

@@ -60,6 +60,8 @@ STRING_IDS = {"image_ids": "strings"}
 """In the options of a set that has ``source_id`` in its records."""
 LABEL_LISTS = ("negative_labels", "not_exhaustive_labels")
 """What records of a federated set have, see ``Sample``."""
+NO_MASK: tuple[Any, ...] = (None, [], [[]])
+"""Segmentations with which tools say that there is none."""
 
 
 class UnavailableShardError(ShardError):
@@ -259,6 +261,7 @@ class ShardSet:
             record: dict[str, Any] = orjson.loads(text)  # 7 times as fast as json
             if record["image_id"] != self.index[row]["image_id"]:
                 raise self._damaged(row, f"annotations are of image {record['image_id']}")
+            drop_empty_masks(record)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise self._damaged(row, f"annotations are not readable ({error!r})") from error
         return record
@@ -272,6 +275,14 @@ class ShardSet:
         )
         error.finding = what
         return error
+
+
+def drop_empty_masks(record: dict[str, Any]) -> None:
+    """Take masks of nothing out of a record: in tars that others wrote they stand for none."""
+    entries = record.get("annotations")
+    for annotation in entries if isinstance(entries, list) else []:
+        if isinstance(annotation, dict) and annotation.get("segmentation") in NO_MASK:
+            annotation.pop("segmentation", None)
 
 
 def sample_key(image_id: int) -> str:

@@ -302,10 +302,10 @@ class _Reader:
                 f"width {size}. Give masks of the original images."
             )
         try:
-            is_mask = mask_areas([mask_counts(mask, size)], self._num_pixels[[place]])[1].all()
+            counts = mask_counts(mask, size)
         except _UNREADABLE:
-            is_mask = False
-        if not is_mask:
+            counts = b""
+        if not mask_areas([counts], self._num_pixels[[place]])[1].all():
             return f"the counts of the mask do not make an image of {size[0]} x {size[1]} pixels."
         return ""
 

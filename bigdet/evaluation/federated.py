@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_DETECTIONS = 300
+LVIS_DETECTIONS = 300
 
 Index = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -48,7 +48,7 @@ class Verified:
         by_image = np.lexsort((-scores, images))
         ranks = np.arange(len(images)) - np.searchsorted(images[by_image], images[by_image])
         counts = self.is_known(images, labels)
-        counts[by_image[ranks >= MAX_DETECTIONS]] = False
+        counts[by_image[ranks >= LVIS_DETECTIONS]] = False
         return counts
 
 

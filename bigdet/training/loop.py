@@ -20,7 +20,7 @@ from bigdet.data.class_counts import class_lines
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, EngineState, StepResult
-from bigdet.evaluation.federated import MAX_DETECTIONS
+from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.log import MetricsWriter
 from bigdet.models import norms
 from bigdet.models.detector import Detector
@@ -98,7 +98,7 @@ class Run:
             logger.info(
                 "validation is scored by LVIS's rule, which counts %d detections of an image; "
                 "model.%s.detections_per_image is %d",
-                MAX_DETECTIONS, head, getattr(model, head).detections_per_image,
+                LVIS_DETECTIONS, head, getattr(model, head).detections_per_image,
             )  # fmt: skip
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"

@@ -53,7 +53,10 @@ logger = logging.getLogger(__name__)
 def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
     """Check that the two sets and the model go together."""
     _check_classes(train_set, val_set)
-    evaluation_kinds(val_set, False, False, config.evaluation.metric)  # fits the set?
+    measured = config.evaluation
+    evaluation_kinds(
+        val_set, False, False, measured.metric, measured.max_detections
+    )  # do they fit?
     val_set.check_random_reads()
     if config.data.train.order != "windowed":
         train_set.check_random_reads()

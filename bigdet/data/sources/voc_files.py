@@ -105,8 +105,8 @@ def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
     stems: dict[str, None] = {}
     for line in text.splitlines():
         name = line.strip().lstrip("\ufeff")
-        found = (str(PurePosixPath(s)) for s in _meanings(name) if _is_annotated(root, s))
-        stem = next(found, name)
+        annotated = (str(PurePosixPath(s)) for s in _meanings(name) if _is_annotated(root, s))
+        stem = next(annotated, name)
         if stem != name and name.split()[-1] in CLASS_FLAGS:
             log.change("flag of a class in the list not used: all its images are taken", line=name)
         if stem in stems:

@@ -165,8 +165,27 @@ def test_masks_alone_have_the_numbers_of_pycocotools_boxes_too(make_shards, kind
     assert 0 < stats[0] < 1
 
 
-def pycocotools_of_file(reference, results, kind, limits=(1, 10, 100)):
-    """Give ``COCOeval.stats`` of results as they are in a file; None for its -1."""
+@pytest.mark.parametrize("limit", [10, 37, 300])
+def test_numbers_of_another_limit_are_those_of_pycocotools_maxdets(make_shards, limit):
+    """One image has 150 detections of a class; stats[0] of pycocotools knows 100 alone."""
+    images, results = random_scene(2)
+    shards = make_shards(images, CATEGORIES)
+    truth = read_ground_truth(shards, True, False)
+    found = read_detections(results, truth, ("bbox", "segm"))
+    for kind in ("bbox", "segm"):
+        measured = measure(truth, found, kind, limit)
+        keys = ("image_id", "category_id", "score", "segmentation" if kind == "segm" else "bbox")
+        cut = [{key: result[key] for key in keys} for result in results]
+        evaluation = evaluated(coco_ground_truth(shards), cut, kind, (1, 10, limit))
+        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+        assert (measured.precision == precision[..., -1]).all()
+        assert (measured.recall == recall).all()
+    if limit != 300:
+        other = measure(truth, found, "segm")  # 100
+        assert (measured.precision != other.precision).any()
+
+
+def evaluated(reference, results, kind, limits):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         annotations = [_truth_of(annotation, kind) for annotation in reference["annotations"]]
@@ -176,5 +195,12 @@ def pycocotools_of_file(reference, results, kind, limits=(1, 10, 100)):
         evaluation.params.maxDets = list(limits)
         evaluation.evaluate()
         evaluation.accumulate()
+    return evaluation
+
+
+def pycocotools_of_file(reference, results, kind):
+    """Give ``COCOeval.stats`` of results as they are in a file; None for its -1."""
+    evaluation = evaluated(reference, results, kind, (1, 10, 100))
+    with contextlib.redirect_stdout(io.StringIO()):
         evaluation.summarize()
     return [None if number < 0 else float(number) for number in evaluation.stats]
