@@ -65,8 +65,8 @@ def print_counts(folder: str, manifest: Manifest) -> None:
         print(f"  objects per class: {counts.line()}")
         for line in counts.warnings("learned"):
             print(f"  warning: {line}")
-    if line := box_warning(manifest):
-        print(f"  warning: {line}")
+    if warning := box_warning(manifest):
+        print(f"  warning: {warning}")
     if manifest.skipped or manifest.changed:
         print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
 

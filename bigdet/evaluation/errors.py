@@ -1,8 +1,8 @@
 """What keeps the AP down: the error types of TIDE (Bolya et al., ECCV 2020), and what each costs.
 
 All at an IoU of 0.5 with the best 100 detections of an image, evaluation.max_detections where that
-is more (of a federated set, those that LVIS counts). A detection that finds nothing is, by the first
-rule that holds:
+is more (of a federated set, those that LVIS counts). A detection that finds nothing is, by the
+first rule that holds:
 
     localization    it covers an object of its class by 0.1 to 0.5
     classification  it covers an object of another class by 0.5 or more

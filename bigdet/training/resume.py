@@ -54,9 +54,7 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
     """Check that the two sets and the model go together."""
     _check_classes(train_set, val_set)
     measured = config.evaluation
-    evaluation_kinds(
-        val_set, False, False, measured.metric, measured.max_detections
-    )  # do they fit?
+    evaluation_kinds(val_set, False, False, measured.metric, measured.max_detections)
     val_set.check_random_reads()
     if config.data.train.order != "windowed":
         train_set.check_random_reads()
