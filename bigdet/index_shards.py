@@ -1,6 +1,6 @@
 """Make index and manifest for WebDataset tars that somebody else wrote.
 
-python tools/index_shards.py DIR --categories FILE
+bigdet index-shards DIR --categories FILE
 
 Each sample of the tars is an image (KEY.jpg, .jpeg, .png or .webp) and a KEY.json with image_id,
 file_name, height, width and annotations: [{id, label, bbox (xywh pixels), area, iscrowd,
@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.commands import positive, run_command
+from bigdet.data.class_counts import counts_of
 from bigdet.data.indexing import index_shards
 from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
+from bigdet.limits import num_cpus
 
 MAX_LINES = 100
 
@@ -29,12 +30,14 @@ MAX_LINES = 100
 def main(argv: Sequence[str]) -> int:
     """Index the tars that the arguments name."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bigdet index-shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="holds the tars")
     parser.add_argument("--categories", type=Path, required=True, help="JSON list")
     parser.add_argument(
-        "--processes", type=positive, default=len(os.sched_getaffinity(0)),
+        "--processes", type=positive, default=num_cpus(),
         help="that work at a time; default: one per CPU",
     )  # fmt: skip
     parser.add_argument(
@@ -58,8 +61,12 @@ def main(argv: Sequence[str]) -> int:
     print(
         f"{folder}: {len(manifest.shards)} shards, {manifest.images} images, "
         f"{manifest.instances} instances, {manifest.crowd} crowd regions, "
-        f"{sum(manifest.skipped.values())} left out. tools/check_shards.py decodes every image."
+        f"{sum(manifest.skipped.values())} left out. `bigdet check-shards` decodes every image."
     )
+    if counts := counts_of(manifest):
+        print(f"objects per class: {counts.line()}")
+        for line in counts.warnings("learned"):
+            print(f"warning: {line}")
     return 0
 
 

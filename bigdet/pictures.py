@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
 from bigdet.pixels import Exif, exif_orientation, to_rgb, turn_pixels, turned_size, without_warnings
+from bigdet.reading import MAY_PASS, patiently, why_unread
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, or what Pillow, numpy ``(H, W, 3)`` or torch ``(3, H, W)`` have: uint8 RGB."""
@@ -33,7 +34,7 @@ def read_picture(path: Path, exif: Exif = "shown") -> NDArray[np.uint8]:
         ValueError: it cannot be read, or is too large to be.
     """
     with _opened(path) as image:
-        data = path.read_bytes()
+        data = patiently(path.read_bytes, str(path))
         # Pillow makes gray of what is lost of a JPEG, and does not say so.
         pixels = decode_jpeg(data) if is_jpeg(data) else None
         orientation = exif_orientation(image, exif)
@@ -89,11 +90,11 @@ def to_pixels(picture: Picture) -> Tensor:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open a file with Pillow, whose errors become ``ValueError``."""
+    """Open a file with Pillow, whose errors become ``ValueError``, but for those of the host."""
     try:
         # Pillow warns of half of what it refuses, and photographs have become that large.
         with without_warnings():
-            image = Image.open(path)
+            image = patiently(lambda: Image.open(path), str(path))
         with image:
             yield image
     except Image.DecompressionBombError as error:
@@ -101,5 +102,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             f"too large an image ({error}); it could fill the memory. Make it smaller"
         ) from error
     except (OSError, SyntaxError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno in MAY_PASS:
+            raise OSError(f"{path}: {why_unread(error)}") from error  # others would end likewise
         reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
         raise ValueError(f"not a readable image ({reason})") from error

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
@@ -60,13 +59,13 @@ class MadeSample:
 
     Attributes:
         image_bytes: as they are in the file, or of a PNG where tars do not hold its kind.
-        pixels: ``(3, H, W)`` uint8, the same decoded and turned.
+        pixels: ``(H, W, 3)`` uint8, the same decoded and turned.
         orientation: how they were turned, see ``shards.Sample``.
         record: the same.
     """
 
     image_bytes: bytes
-    pixels: Tensor
+    pixels: NDArray[np.uint8]
     orientation: int
     record: dict[str, Any]
 
@@ -179,6 +178,7 @@ def convert(
     sizes = _stored_bytes(source, making.reencoding)
     spans = plan_shards(sizes, making.shard_megabytes * 10**6)
     with storage.claim(making.part):
+        _refuse_shards(storage)  # another process may have finished it since
         _begin(storage, source, making, len(spans))
         try:
             _make_missing(storage, source, making, spans, sizes, progress)
@@ -226,8 +226,8 @@ def merge_parts(out: str | Path) -> Manifest:
     storage = open_storage(out)
     if storage.size(PLAN_NAME) is None:
         raise ShardError(
-            f"{storage.address}: no parts of a conversion. Give the folder that make_shards.py "
-            "--part wrote to."
+            f"{storage.address}: no parts of a conversion. Give the folder that "
+            "`bigdet shards ... --part` wrote to."
         )
     with storage.claim(None):
         return _finish(storage)
@@ -267,13 +267,21 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
             raise
         if finished.shard.samples:
             storage.take(scratch / finished.shard.file, finished.shard.file)
-    note = {"shard": asdict(finished.shard), "crowd": finished.crowd, "log": log.lines}
+    note = {"shard": asdict(finished.shard), "classes": finished.classes, "log": log.lines}
     text = json.dumps({**note, "rows": finished.rows.tolist()})
     storage.write(_note_name(job.number), text.encode())
 
 
 def refuse_others(storage: Storage) -> None:
-    """Raise ``ShardError`` if there are shards that are not of a conversion under way."""
+    """Raise ``ShardError`` if there are shards that are not of a conversion under way.
+
+    Also if another process makes them now.
+    """
+    storage.check_free()
+    _refuse_shards(storage)
+
+
+def _refuse_shards(storage: Storage) -> None:
     names = storage.names()
     if MANIFEST_NAME in names:
         refuse_names(storage.address, [MANIFEST_NAME])
@@ -304,6 +312,7 @@ def _begin(storage: Storage, source: Source, making: Making, num_shards: int) ->
         "source": info.source,
         "categories": [category_values(category) for category in info.categories],
         "options": {**info.options, **making.options()},
+        "federated": info.federated,
         "notes": source.notes,
     }
     if storage.size(PLAN_NAME) is None:
@@ -325,10 +334,12 @@ def _read_note(storage: Storage, number: int) -> FinishedShard | None:
         return None
     note = json.loads(storage.read(_note_name(number)))
     shard = Shard(**note["shard"])
+    if "classes" not in note:  # of an older version: made again
+        return None
     if shard.samples and storage.size(shard.file) != shard.bytes:
         return None
     rows = np.array([tuple(row) for row in note["rows"]], dtype=INDEX_DTYPE)
-    return FinishedShard(shard, rows, note["crowd"], note["log"])
+    return FinishedShard(shard, rows, note["classes"], note["log"])
 
 
 def _clear_if_useless(storage: Storage, num_shards: int, making: Making) -> int:
@@ -344,7 +355,8 @@ def _finish(storage: Storage) -> Manifest:
     """Write index and manifest from the notes of all tars."""
     plan = json.loads(storage.read(PLAN_NAME))
     categories = [Category(**values) for values in plan["categories"]]
-    info = SetInfo(plan["name"], plan["source"], categories, plan["options"])
+    names = ("name", "source", "options", "federated")
+    info = SetInfo(categories=categories, **{name: plan[name] for name in names if name in plan})
     lacking = [n for n in range(plan["shards"]) if _read_note(storage, n) is None]
     if lacking:
         raise ShardError(

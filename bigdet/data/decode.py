@@ -5,18 +5,31 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
 from bigdet.pixels import to_rgb, turn_pixels, turned_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def decode_image(
     data: bytes, least_size: tuple[int, int] | None = None, orientation: int = 1
 ) -> Tensor:
+    """Give what ``decode_pixels`` does as ``(3, H, W)`` uint8 0..255 in channels_last memory."""
+    import torch  # here, as making and checking shards decode too, and do without it
+
+    return torch.from_numpy(decode_pixels(data, least_size, orientation)).permute(2, 0, 1)
+
+
+def decode_pixels(
+    data: bytes, least_size: tuple[int, int] | None = None, orientation: int = 1
+) -> NDArray[np.uint8]:
     """Decode an image file to RGB, see ``pixels.to_rgb``; the first picture of an animation.
 
     What its EXIF says of an orientation is not looked at.
@@ -29,7 +42,7 @@ def decode_image(
             the turned ones.
 
     Returns:
-        ``(3, H, W)`` uint8 0..255 in channels_last memory.
+        ``(H, W, 3)`` uint8 0..255.
 
     Raises:
         ValueError: the bytes are no complete image.
@@ -42,9 +55,7 @@ def decode_image(
     if pixels is None:
         with _opened(data) as image:
             pixels = to_rgb(image)
-    if orientation != 1:
-        pixels = turn_pixels(pixels, orientation)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return pixels if orientation == 1 else turn_pixels(pixels, orientation)
 
 
 def stored_size(data: bytes) -> tuple[int, int]:
@@ -75,4 +86,6 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"an image too large to be decoded: {error}") from error
     except (OSError, SyntaxError) as error:
+        if "out of memory" in str(error):  # one of Pillow's own
+            raise MemoryError(str(error)) from error
         raise ValueError(f"not a complete image: {error}") from error

@@ -26,7 +26,7 @@ def an_input(image_id, size, file_name=None):
 
 def test_folders_and_globs_give_their_pictures_sorted_and_each_file_is_done_once(tmp_path):
     (tmp_path / "below").mkdir()
-    for name in ("b.JPG", "a.png", "notes.txt", "below/c.gif"):
+    for name in ("b.JPG", "a.png", "notes.txt", "below/c.gif", "._a.png", "below/._c.gif"):
         (tmp_path / name).write_bytes(b"x")
     found, num_bad = find_files([f"{tmp_path}/b.JPG", f"{tmp_path}", f"{tmp_path}/**/*"])
     assert [path.name for path in found] == ["b.JPG", "a.png", "c.gif"]

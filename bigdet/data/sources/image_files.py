@@ -7,9 +7,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from bigdet.data.decode import decode_image
+from bigdet.data.decode import decode_pixels
 from bigdet.data.manifest import ShardError
 from bigdet.data.orientation import seen_orientation
 from bigdet.data.shard_tar import MAX_U2, SampleLog, image_suffix
@@ -21,6 +22,7 @@ from bigdet.data.sources.image_headers import (
     read_header,
 )
 from bigdet.pixels import Exif, turned_size
+from bigdet.reading import NO_FILE, patiently, why_unread
 
 MAX_BYTES = 2**30
 
@@ -36,12 +38,20 @@ def is_inside(name: str) -> bool:
 
 
 def file_bytes(path: str | Path) -> int | None:
-    """Return the size of a file; None if there is none, or no name that a file could have."""
+    """Return the size of a file; None if there is none, or no name that a file could have.
+
+    Raises:
+        ShardError: the system does not let it be looked at.
+    """
     try:
-        found = os.stat(path)
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
-    except (OSError, ValueError):  # too long a name, or one with half a character
+        found = patiently(lambda: os.stat(path), str(path))
+    except ValueError:  # a name with half a character
         return None
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return None
+        raise ShardError(f"{path}: {why_unread(error)}") from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def check_folder(folder: Path) -> None:
@@ -58,7 +68,7 @@ def read_image(
     about: dict[str, Any],
     log: SampleLog,
     exif: Exif = "shown",
-) -> tuple[bytes, Tensor, int] | None:
+) -> tuple[bytes, NDArray[np.uint8], int] | None:
     """Return an image that can be used.
 
     Args:
@@ -69,9 +79,12 @@ def read_image(
         exif: which image the annotations are of if its EXIF turns it and ``size`` does not tell.
 
     Returns:
-        The file's bytes (those of a PNG where tars do not hold its format); ``(3, H, W)`` uint8 as
+        The file's bytes (those of a PNG where tars do not hold its format); ``(H, W, 3)`` uint8 as
         the annotations see it; the EXIF orientation by which that is turned. None if it cannot be
         used.
+
+    Raises:
+        ShardError: the system does not let it be read, which is no fault of the image.
     """
     if path is None:
         log.skip("file name leads out of the image folder", **about)
@@ -84,16 +97,15 @@ def read_image(
         log.skip("file empty" if num_bytes == 0 else "file larger than 1 GiB", **about)
         return None
     try:
-        data = path.read_bytes()
+        data = patiently(path.read_bytes, str(path))
     except OSError as error:
-        log.skip("file not readable", **about, error=str(error))
-        return None
+        raise ShardError(f"{path}: {why_unread(error)}") from error
     return _decode(data, size, about, log, exif)
 
 
 def _decode(
     data: bytes, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog, exif: Exif
-) -> tuple[bytes, Tensor, int] | None:
+) -> tuple[bytes, NDArray[np.uint8], int] | None:
     """Decode an image, if its header says that it has the size that it is to have."""
     is_kept, header = image_suffix(data) is not None, None
     try:
@@ -106,7 +118,7 @@ def _decode(
             raise TooLargeError(f"{found[0]} x {found[1]} pixels")
         orientation, turning = seen_orientation(header.tag, found, size, exif)
         data = data if is_kept else as_png(data, orientation)
-        pixels = decode_image(data, None, orientation if is_kept else 1)
+        pixels = decode_pixels(data, None, orientation if is_kept else 1)
     except TooLargeError:
         log.skip("more pixels than shards hold", **about)
         return None
@@ -116,7 +128,7 @@ def _decode(
             "not decodable" if is_image else "not JPEG, PNG or WebP", **about, error=str(error)
         )
         return None
-    if tuple(pixels.shape[1:]) != turned_size(found, orientation):
+    if pixels.shape[:2] != turned_size(found, orientation):
         log.skip("not decodable", **about, error=f"its header says {found[0]} x {found[1]}")
         return None
     for note in (turning, *header.notes(pixels)):

@@ -11,7 +11,6 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from bigdet.data.shard_tar import image_suffix
 from bigdet.pixels import (
@@ -55,11 +54,11 @@ class Header:
     num_pictures: int = 1
     is_deep: bool = False
 
-    def notes(self, pixels: Tensor) -> Iterator[str]:
+    def notes(self, pixels: NDArray[np.uint8]) -> Iterator[str]:
         """Yield what is to be noted of a file that is used.
 
         Args:
-            pixels: ``(3, H, W)`` uint8.
+            pixels: ``(H, W, 3)`` uint8.
         """
         if self.format not in TAR_FORMATS:
             yield f"{self.format} file stored as a PNG of the same pixels"

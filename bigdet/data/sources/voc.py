@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,10 +37,12 @@ from bigdet.data.shard_tar import MAX_U2, SampleLog
 from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.sources.file_names import SUFFIX, find_files
 from bigdet.data.sources.image_files import file_bytes, read_image, safe_path
+from bigdet.data.sources.voc_files import ImageFolder, parse_xml, read_split
 from bigdet.data.storage import open_storage
 from bigdet.pixels import Exif
 
-SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG"]
+YES = ("true", "yes", "y", "t")
+NO = ("", "false", "no", "n", "f", "unspecified")
 IMAGES_PER_CHECK = 64
 BYTES_PER_OBJECT = 120  # of a stored annotation, about
 
@@ -92,52 +95,44 @@ def convert_voc(
     """
     making = making or Making()
     refuse_others(open_storage(out))
-    log = SampleLog()
+    log, folder = SampleLog(), ImageFolder(root / "JPEGImages")
     images = [
         image
         for stem in read_split(root, split, log)
-        if (image := _load(root, stem, log)) is not None
+        if (image := _load(root, stem, folder, log)) is not None
     ]
     if not images:
         raise ShardError(
             f"{root}: none of the images of split {split} has a file in Annotations that can be "
-            "read. Give the folder that holds Annotations, ImageSets and JPEGImages."
+            f"read{_reasons(log)}. Give the folder that holds Annotations, ImageSets and "
+            f"JPEGImages."
         )
     categories = categories or find_categories(root)
     images = _find_others(root / "JPEGImages", images, log)
     images = _usable(images, making, log)
     if not images:
-        raise ShardError(f"{root}: not one image could be used: {log.lines[-1]}. See to the files.")
+        raise ShardError(f"{root}: not one image could be used{_reasons(log)}. See to the files.")
     source = VocSource(root, split, images, categories, log.lines, making.exif)
     return convert(source, out, making, progress)
 
 
-def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
-    """Return the names in the list of a split, each once, in its order."""
-    path = root / "ImageSets" / "Main" / f"{split}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        found = sorted(other.stem for other in path.parent.glob("*.txt"))
-        raise ShardError(
-            f"{path}: cannot be read ({error}). Give the folder of a data set in VOC's layout and "
-            f"one of its splits: {', '.join(found[:8]) or 'none found'}."
-        ) from error
-    stems: dict[str, None] = {}
-    for line in lines:
-        stem = line.strip()
-        if stem in stems:
-            log.skip("listed twice", file_name=stem)
-        elif stem:
-            stems[stem] = None
-    return list(stems)
+def _reasons(log: SampleLog) -> str:
+    """Return why images are left out: how many for which reason, with the first of each."""
+    lines = [line for line in log.lines if "skipped" in line]
+    counts = Counter(line["skipped"] for line in lines)
+    listed = []
+    for reason, count in counts.most_common(3):
+        first = next(line for line in lines if line["skipped"] == reason)
+        about = ", ".join(f"{name} {value}" for name, value in first.items() if name != "skipped")
+        listed.append(f"{count} x {reason} (the first: {about})")
+    return ": " + "; ".join(listed) if listed else ""
 
 
 def find_categories(root: Path) -> list[Category]:
     """Return the names of the objects in all annotations, in alphabetical order, ids from 1."""
     names = set()
-    for path in (root / "Annotations").glob("*.xml"):
-        tree = _parse(path)
+    for path in (root / "Annotations").glob("[!.]*.xml"):
+        tree = parse_xml(path)
         if not isinstance(tree, str):
             names |= {name for entry in tree.findall("object") if (name := _text(entry, "name"))}
     if not names:
@@ -167,6 +162,12 @@ class VocSource:
             raise ShardError(
                 f"{root}: objects of {len(unknown)} categories that are not in the list: "
                 f"{', '.join(sorted(unknown)[:5])}. Add them to it."
+            )
+        edges = np.array([o["box"] for image in images for o in image.objects], dtype=np.float64)
+        if edges.size and ((edges >= 0) & (edges <= 1)).all():
+            raise ShardError(
+                f"{root}: all edges of all boxes are from 0 to 1, so they seem to be relative "
+                f"coordinates. Expected pixels: multiply them by the width and the height."
             )
         sizes = np.array([image.size or (0, 0) for image in images]).clip(0, MAX_U2)  # (N, 2)
         counts = [len(image.objects) for image in images]
@@ -210,7 +211,7 @@ class VocSpan:
                     f"{image.path}: {log.lines[-1]['skipped']}, but it could be used when the "
                     "conversion began. Do not change files that are converted; start again."
                 )
-            height, width = read[1].shape[1:]
+            height, width = read[1].shape[:2]
             image_id = self.first_id + place
             annotations = []
             for number, entry in enumerate(image.objects, self.first_annotation_ids[place]):
@@ -262,7 +263,7 @@ def clean_object(
     return clean_annotation(source, image_size, label, Category(0, entry["name"]), about, log)
 
 
-def _load(root: Path, stem: str, log: SampleLog) -> VocImage | None:
+def _load(root: Path, stem: str, folder: ImageFolder, log: SampleLog) -> VocImage | None:
     """Read the annotations of an image; None after noting why it cannot be used."""
     path = safe_path(root / "Annotations", f"{stem}.xml")
     if path is None:
@@ -271,7 +272,7 @@ def _load(root: Path, stem: str, log: SampleLog) -> VocImage | None:
     if file_bytes(path) is None:
         log.skip("annotation file missing", file_name=stem)
         return None
-    tree = _parse(path)
+    tree = parse_xml(path, log, file_name=stem)
     if isinstance(tree, str):
         log.skip("annotation file not readable", file_name=stem, error=tree)
         return None
@@ -279,16 +280,15 @@ def _load(root: Path, stem: str, log: SampleLog) -> VocImage | None:
     if len(objects) > MAX_U2:
         log.skip("more boxes than shards hold", file_name=stem)
         return None
-    size = [_number(tree, f"size/{name}") for name in ("height", "width")]
-    has_size = tree.find("size") is not None
-    paths = [safe_path(root / "JPEGImages", stem + suffix) for suffix in SUFFIXES]
-    found = (path for path in paths if path is not None and file_bytes(path) is not None)
-    whole = tuple(int(side) if math.isfinite(side) else -1 for side in size)
+    names = ("size/height", "size/width")
+    sides = [_number(tree, name) for name in names]
+    has_size = 0 not in sides and all(_text(tree, name) for name in names)
+    height, width = (int(side) if math.isfinite(side) else -1 for side in sides)
     return VocImage(
         stem=stem,
-        path=next(found, paths[0]),
-        size=(whole[0], whole[1]) if has_size else None,
-        objects=[_object(entry) for entry in objects],
+        path=folder.find(stem, _text(tree, "filename")),
+        size=(height, width) if has_size else None,  # 0 or nothing: many tools leave it open
+        objects=[_object(entry, stem, log) for entry in objects],
     )
 
 
@@ -310,13 +310,17 @@ def _find_others(folder: Path, images: list[VocImage], log: SampleLog) -> list[V
     return images
 
 
-def _object(entry: ElementTree.Element) -> Json:
+def _object(entry: ElementTree.Element, stem: str, log: SampleLog) -> Json:
     """Return what is said of one object; its parts stand deeper and have boxes of their own."""
     edges = ("xmin", "ymin", "xmax", "ymax")
+    flag = _text(entry, "difficult").lower()
+    is_difficult = flag in YES or _number(entry, "difficult") == 1
+    if not (is_difficult or flag in NO or _number(entry, "difficult") == 0):
+        log.change("difficult is neither yes nor no: taken as no", file_name=stem, found=flag)
     return {
         "name": _text(entry, "name"),
         "box": [_number(entry, f"bndbox/{edge}") for edge in edges],
-        "difficult": _number(entry, "difficult") == 1,
+        "difficult": is_difficult,
         "num_parts": len(entry.findall("part")),
     }
 
@@ -344,14 +348,6 @@ def _find_unusable(exif: Exif, images: list[VocImage], tick: Tick) -> dict[str, 
         read_image(image.path, image.size, {"file_name": image.stem}, log, exif)
         tick()
     return {line["file_name"]: line for line in log.lines if "skipped" in line}
-
-
-def _parse(path: Path) -> ElementTree.Element | str:
-    """Return the root of an XML file, or what is wrong with it."""
-    try:
-        return ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError, ValueError, LookupError, RecursionError) as error:
-        return str(error)
 
 
 def _text(entry: ElementTree.Element, name: str) -> str:

@@ -51,6 +51,14 @@ def test_detections_on_resized_images_come_back_in_original_pixels_and_category_
     assert metrics["segm"]["AP"] == pytest.approx(1.0)
 
 
+def test_labels_get_the_ids_of_their_names_and_those_without_are_left_out(make_shards):
+    shards = make_shards(FIVE_IMAGES)
+    ids = [None, 17]  # the model calls cars 1, and its class 0 is not in the set
+    results = list(predict_split(Oracle(shards), shards, (64, 107), 2, 0, CPU, ids=ids))
+    assert [(each["image_id"], each["category_id"]) for each in results] == [(7, 17), (9, 17)]
+    assert results[0]["bbox"] == pytest.approx([50, 60, 30, 20])
+
+
 def test_boxes_are_cut_at_the_border_of_the_image(make_shards):
     shards = make_shards([[truth(0, [80, 90, 40, 30])]])
     (result,) = predict_split(Oracle(shards), shards, (100, 100), 1, 0, CPU)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from bigdet.models.anchors import cell_anchors, grid_anchors, shape_anchors
+from bigdet.models.anchors import cell_anchors, grid_anchors, shape_anchors, within_border
 
 
 def test_anchors_of_a_point_keep_the_area_and_have_the_ratio_of_height_to_width() -> None:
@@ -50,3 +50,15 @@ def test_anchors_of_several_sizes_go_by_ratio_first_as_torchvisions() -> None:
     # Size within ratio; without rounding the first two are those of RECIPES.md, E.3.
     exact = shape_anchors([32, 64], [0.25, 1.0, 4.0], rounded=False)
     assert exact[:2].tolist() == [[-32.0, -8.0, 32.0, 8.0], [-64.0, -16.0, 64.0, 16.0]]
+
+
+def test_anchors_that_cross_the_border_of_their_image_by_hand() -> None:
+    # Images of 40 x 60 and 20 x 60 on one canvas. The first anchor lies in both, touching their
+    # left and upper edges, the second reaches 4 pixels above, the third ends at y = 25.
+    anchors = torch.tensor(
+        [[0.0, 0.0, 8.0, 20.0], [10.0, -4.0, 18.0, 4.0], [50.0, 5.0, 60.0, 25.0]]
+    )
+    sizes = torch.tensor([[40, 60], [20, 60]])
+    assert within_border(anchors, sizes, 0).tolist() == [[True, False, True], [True, False, False]]
+    assert within_border(anchors, sizes, 4).tolist() == [[True, True, True], [True, True, False]]
+    assert within_border(anchors, sizes, 5).all()
