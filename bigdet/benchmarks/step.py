@@ -41,7 +41,6 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from bigdet.benchmarks import engines
 from bigdet.benchmarks.memory import peak_memory, start_memory
-from bigdet.commands import positive
 from bigdet.config.derived import has_masks
 from bigdet.config.load import check_phase
 from bigdet.config.model_schema import ModelConfig
@@ -54,17 +53,6 @@ from bigdet.structures import Batch, Masks, Targets
 
 NUM_CLASSES = 80
 PARTS = ("forward", "backward", "optimizer")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be set beside the config."""
-    parser.add_argument("--phase", help="whose batch, size and norm mode; default: the first")
-    parser.add_argument("--objects", type=positive, default=20, help="per image; default 20")
-    parser.add_argument("--rounds", type=positive, default=5, help="measured steps each; default 5")
-    parser.add_argument(
-        "--engines", help="compare with DDP instead: all, or some of zero0,zero1,zero2,zero3,fsdp"
-    )
-    parser.add_argument("--ranks", type=positive, default=2, help="of --engines; default 2")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -176,7 +164,7 @@ class Taker:
         with self.precision():
             losses = self.losses()
         clock.append(self._now())
-        torch.stack(list(losses.values())).sum().backward()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         clock.append(self._now())
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -216,7 +204,7 @@ class Pyramid(nn.Module):
         """Copy them, so that the two models share no gradient."""
         super().__init__()
         self.backbone = copy.deepcopy(detector.backbone)
-        self.fpn = copy.deepcopy(detector.fpn)
+        self.fpn: Any = copy.deepcopy(detector.fpn)
         self.out_channels = width
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -235,9 +223,10 @@ def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
     norm: Callable[..., nn.Module] = nn.BatchNorm2d if is_live else FrozenBatchNorm2d
     if config.norm == "gn":
         norm = functools.partial(nn.GroupNorm, 32)
-    return resnet_fpn_backbone(
+    pyramid: nn.Module = resnet_fpn_backbone(
         backbone_name=config.backbone, weights=None, norm_layer=norm, trainable_layers=5
     )
+    return pyramid
 
 
 def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:

@@ -34,7 +34,7 @@ from bigdet.config.rules import not_negative as _not_negative
 from bigdet.config.rules import positive as _positive
 from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
-from bigdet.config.schema import EngineConfig, RunConfig
+from bigdet.config.schema import MAX_DETECTIONS, EngineConfig, Metric, RunConfig
 
 _STRIDE = 32
 _BACKBONE_STAGES = 5
@@ -119,6 +119,7 @@ def _check_numbers(config: RunConfig) -> None:
     if not any(phase.norm_mode in ("live", "sync") for phase in config.phases.values()):
         reason = "is for phases with norm_mode live or sync, of which there is none"
         _unused("evaluation", config.evaluation, "precise_bn", reason)
+    check_max_detections(config.evaluation.max_detections, config.evaluation.metric)
     if config.evaluation.resize is not None:
         if config.evaluation.tta is not None:
             raise ConfigError(
@@ -128,6 +129,14 @@ def _check_numbers(config: RunConfig) -> None:
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
+
+
+def check_max_detections(value: int, metric: Metric) -> None:
+    """Check how many detections count; VOC's metrics know no limit."""
+    key = "evaluation.max_detections"
+    _require(10 <= value <= 10_000, key, value, "10 to 10000")
+    if metric != "coco" and value != MAX_DETECTIONS:
+        raise ConfigError(f"{key}: {metric} counts all detections, so it would be ignored.")
 
 
 def _check_engine(engine: EngineConfig) -> None:

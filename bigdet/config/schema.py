@@ -19,6 +19,7 @@ from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Metric = Literal["coco", "voc07", "voc12"]
+MAX_DETECTIONS = 100  # of a class on an image, as COCO counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,10 @@ class EvaluationConfig:
     many steps' training images at the present weights, instead of a moving average over weights of
     the past (detectron2: 200); for ``norm_mode`` live and sync, others have nothing to measure. The
     order of the training stays what it was. None: the moving average."""
+    max_detections: int = MAX_DETECTIONS
+    """The best detections of a class on an image that AP and AR count, of boxes and masks; 10 to
+    10,000. COCO's is 100; with another one AP is another number, as ``maxDets`` of pycocotools.
+    What the model gives is ``detections_per_image``. VOC counts all."""
     pictures: int = 8
     """Validation images drawn at the end of a phase, ground truth and detections: one half the
     worst, the other the best."""

@@ -85,6 +85,17 @@ def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
     return Selection(rows, _repeats(shards, rows, split), windows, state)
 
 
+def left_out(shards: ShardSet, split: TrainSplitConfig) -> str:
+    """Say why images of a set are not offered; empty if all are."""
+    num_empty = len(shards) - int(np.count_nonzero(shards.index["num_boxes"]))
+    if split.keep_empty or not num_empty:
+        return ""
+    return (
+        f" {num_empty} of {len(shards)} images have no object that is not crowd; "
+        "data.train.keep_empty=true takes them."
+    )
+
+
 def _with_keypoints(shards: ShardSet, rows: NDArray[np.int32], least: int) -> NDArray[np.int32]:
     """Return the rows whose objects have so many labelled keypoints together; crowds do not count.
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bigdet import convert_weights
 from bigdet.models.backbones import build_backbone
 from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.models.weights import load_detector, save_detector_weights
 from tests.commands.tiny_detector import ROOT, save_detector
 from tests.unit.models import published_layouts as published
-from tools import convert_weights
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 
@@ -142,7 +142,7 @@ def predictions_of(path):
 
 
 def convert(words, monkeypatch):
-    monkeypatch.setattr("tools.convert_weights.setup_logging", lambda rank: None)
+    monkeypatch.setattr("bigdet.convert_weights.setup_logging", lambda rank: None)
     assert convert_weights.main(list(map(str, words))) == 0
 
 
