@@ -112,6 +112,11 @@ class RunDir:
         """A file that asks the run to write a checkpoint and end with exit code 75."""
         return self.root / "stop"
 
+    @property
+    def lock(self) -> Path:
+        """Who trains here: host, process and since when; see ``locks.py``."""
+        return self.root / "lock"
+
     def log(self, rank: int) -> Path:
         """The log file of one rank."""
         return self.root / "logs" / f"rank-{rank}.log"

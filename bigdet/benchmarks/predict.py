@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigdet.commands import positive
 from bigdet.config.derived import phase_model, plan_of, test_resize
 from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
@@ -34,15 +33,6 @@ NUM_CLASSES = 80
 LOGIT_SPREAD = {"box_head": 0.7, "retina_head": 0.45}
 """Deviation of class logits with which about as many of them pass the threshold as after training:
 just under one of a region's 80 classes, and some thousands of all anchors' classes."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be set beside the config."""
-    parser.add_argument("--phase", help="whose model and test size; default: the last")
-    parser.add_argument(
-        "--rounds", type=positive, default=5, help="measured passes each; default 5"
-    )
-    parser.add_argument("--images", type=positive, default=1, help="of a pass; default 1")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -42,7 +42,6 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from bigdet.benchmarks import engines
 from bigdet.benchmarks.memory import peak_memory, start_memory
-from bigdet.commands import positive
 from bigdet.config.derived import has_fpn, has_masks, model_parts
 from bigdet.config.load import check_phase
 from bigdet.config.model_schema import ModelConfig
@@ -55,17 +54,6 @@ from bigdet.structures import Batch, Masks, Targets
 
 NUM_CLASSES = 80
 PARTS = ("forward", "backward", "optimizer")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be set beside the config."""
-    parser.add_argument("--phase", help="whose batch, size and norm mode; default: the first")
-    parser.add_argument("--objects", type=positive, default=20, help="per image; default 20")
-    parser.add_argument("--rounds", type=positive, default=5, help="measured steps each; default 5")
-    parser.add_argument(
-        "--engines", help="compare with DDP instead: all, or some of zero0,zero1,zero2,zero3,fsdp"
-    )
-    parser.add_argument("--ranks", type=positive, default=2, help="of --engines; default 2")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +177,7 @@ class Taker:
         with self.precision():
             losses = self.losses()
         clock.append(self._now())
-        torch.stack(list(losses.values())).sum().backward()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         clock.append(self._now())
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -229,7 +217,7 @@ class Pyramid(nn.Module):
         """Copy them, so that the two models share no gradient."""
         super().__init__()
         self.backbone = copy.deepcopy(detector.backbone)
-        self.fpn = copy.deepcopy(detector.fpn)
+        self.fpn: Any = copy.deepcopy(detector.fpn)
         self.out_channels = width
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -252,7 +240,8 @@ def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
     stages = [f"layer{number}" for number in range(1, 5)]
     channels = [resnet.inplanes // 8 * 2**number for number in range(4)]
     levels = {stage: str(number) for number, stage in enumerate(stages)}
-    return BackboneWithFPN(resnet, levels, channels, config.width)
+    pyramid: nn.Module = BackboneWithFPN(resnet, levels, channels, config.width)
+    return pyramid
 
 
 def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:

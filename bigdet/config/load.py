@@ -18,7 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from bigdet.config.earlier import fill_in_former
 from bigdet.config.schema import RunConfig
+from bigdet.config.shipped import find_config, nearest_shipped
 
 
 class ConfigError(ValueError):
@@ -29,7 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read an experiment with its fragments and apply overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of one that comes with bigdet.
         overrides: ``key=value`` words, applied last; a phase may be changed, not added.
 
     Returns:
@@ -41,10 +43,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with the file and the full key.
     """
-    path = Path(path)
+    path = find_config(path)
     experiment = read_yaml(path)
     if "runs" in experiment:
-        raise ConfigError(f"{path}: is a sweep. Start it with python -m bigdet.sweep {path}.")
+        raise ConfigError(f"{path}: is a sweep. Start it with `bigdet sweep {path}`.")
     merged = OmegaConf.structured(RunConfig)
     owner: dict[str, Path] = {}
     for fragment_path in _included(path, experiment):
@@ -65,7 +67,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 )
             owner[key] = fragment_path
         merged = _merge(merged, fragment, str(fragment_path))
-    base, merged = merged, _merge(merged, experiment, str(path))
+    base, merged = merged, _merge(merged, fill_in_former(experiment), str(path))
     repeated: set[str] = set()
     if not _is_resolved(experiment):
         repeated = _set_by(base, experiment, merged)[0]
@@ -89,7 +91,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
         raise ConfigError(f"{source}: not a config: {_one_line(error)}") from error
     if not isinstance(values, DictConfig):
         raise ConfigError(f"{source}: not a config: expected a mapping of sections.")
-    merged = _merge(OmegaConf.structured(RunConfig), values, source)
+    merged = _merge(OmegaConf.structured(RunConfig), fill_in_former(values), source)
     final, changes = _override(merged, overrides)
     return _complete(final, source, _set_by(merged, changes, final)[0])
 
@@ -132,9 +134,12 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError as error:
-        beside = [str(file) for file in path.parent.glob("*.yaml")]
+        near = _nearest(str(path), [str(file) for file in path.parent.glob("*.yaml")])
+        if near == "." and (shipped := nearest_shipped(path)) is not None:
+            near = f"; did you mean {shipped!r}, which comes with bigdet?"
         raise ConfigError(
-            f"{path}: there is no such config file{_nearest(str(path), beside)}"
+            f"{path}: there is no such config file{near} `bigdet configs` lists those that come "
+            f"with bigdet."
         ) from error
     except IsADirectoryError as error:
         inside = sorted(path.glob("*.yaml"))
@@ -148,11 +153,11 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _included(path: Path, experiment: DictConfig) -> list[Path]:
-    """Take ``include`` out of an experiment and return its files, relative to the experiment."""
+    """Take ``include`` out of an experiment and return its files, beside it or of bigdet."""
     names = experiment.pop("include", [])
     if isinstance(names, str) or not all(isinstance(name, str) for name in names or []):
         raise ConfigError(f"{path}: include: expected a list of files, found {names!r}.")
-    return [path.parent / name for name in names or []]
+    return [find_config(name, path.parent) for name in names or []]
 
 
 def _merge(base: DictConfig, values: DictConfig, source: str) -> DictConfig:

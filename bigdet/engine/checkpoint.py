@@ -109,7 +109,7 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         hash_found, files, number = content.pop("sha256"), content["files"], content["number"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: missing, cut short or altered ({error!r}).") from error
     if _hash_of_json(content) != hash_found:
         raise ValueError(f"{path}: altered since it was written (its hash differs).")
@@ -277,7 +277,7 @@ def _numbers(checkpoints: Path) -> dict[str, int]:
             try:
                 number = json.loads(path.read_text(encoding="utf-8"))["number"]
                 numbers[path.parent.name] = number if isinstance(number, int) else 0
-            except (OSError, ValueError, KeyError, TypeError):
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
                 numbers[path.parent.name] = 0
     return numbers
 

@@ -48,6 +48,7 @@ def predict_split(
     must_stop: Callable[[], bool] = lambda: False,
     precision: Precision = "fp32",
     folder: Path | None = None,
+    ids: Sequence[int | None] | None = None,
 ) -> SavedResults | None:
     """Detect the objects on every image of a shard set; every rank must call it.
 
@@ -63,6 +64,8 @@ def predict_split(
         precision: of activations and matrix products; weights are as they are.
         folder: where detections wait on disk, None for the system's place for temporary files.
             Nothing is left there, whatever happens.
+        ids: the set's category id of each label of the module; detections of a label that has None
+            are left out. None for a module whose labels are those of the set.
 
     Returns:
         On rank 0 the COCO results of all images, by image id, best first within an image; nothing
@@ -81,7 +84,7 @@ def predict_split(
         workers=workers,
     )
     results = SavedResults(folder)
-    collected = _Collected(category_ids(shards), len(shards), results)
+    collected = _Collected(category_ids(shards) if ids is None else ids, len(shards), results)
     problem: Exception | None = None
     with evaluating(module):
         source = iter(batches)
@@ -124,7 +127,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def coco_results(
-    detections: Detections, image_id: int, size: tuple[int, int], ids: Sequence[int]
+    detections: Detections, image_id: int, size: tuple[int, int], ids: Sequence[int | None]
 ) -> list[Result]:
     """Return the detections of one image as COCO results.
 
@@ -166,14 +169,7 @@ def finite_detections(found: Detections) -> tuple[Detections, int]:
     is_finite = found.boxes.isfinite().all(dim=1) & found.scores.isfinite()
     if found.keypoints is not None:
         is_finite &= found.keypoints.isfinite().flatten(1).all(dim=1)
-    if is_finite.all():
-        return found, 0
-    parts = {
-        field.name: value[is_finite]
-        for field in fields(found)
-        if (value := getattr(found, field.name)) is not None
-    }
-    return Detections(**parts), int((~is_finite).sum())
+    return _only(found, is_finite), int((~is_finite).sum())
 
 
 class _Collected:
@@ -183,15 +179,16 @@ class _Collected:
         num_not_finite: detections left out because no metric can take them.
     """
 
-    def __init__(self, ids: Sequence[int], num_images: int, results: SavedResults) -> None:
+    def __init__(self, ids: Sequence[int | None], num_images: int, results: SavedResults) -> None:
         """Begin with nothing.
 
         Args:
-            ids: the data set's category id of each label.
+            ids: the data set's category id of each label; None for a class that it does not have.
             num_images: of all ranks, for the progress line.
             results: where detections go.
         """
         self._ids, self._num_images, self._results = ids, num_images, results
+        self._is_known = torch.tensor([number is not None for number in ids])
         self.num_not_finite = 0
         self._start = self._reported = time.monotonic()
 
@@ -203,6 +200,7 @@ class _Collected:
             image_id = int(batch.image_ids[slot])
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
+            detections = _only(detections, self._is_known[detections.labels])
             moved = scale_detections(detections, image_size, size)
             moved, num_left_out = finite_detections(moved)
             self.num_not_finite += num_left_out
@@ -212,6 +210,18 @@ class _Collected:
             self._reported = now
             num_done = self._results.num_images * distributed.world_size()
             _log_progress(num_done, self._num_images, now - self._start)
+
+
+def _only(found: Detections, is_kept: Tensor) -> Detections:
+    """Return those of the detections that a mask ``(N,)`` keeps."""
+    if is_kept.all():
+        return found
+    parts = {
+        field.name: value[is_kept]
+        for field in fields(found)
+        if (value := getattr(found, field.name)) is not None
+    }
+    return Detections(**parts)
 
 
 def _size(height_and_width: Tensor) -> tuple[int, int]:

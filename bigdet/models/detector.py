@@ -107,6 +107,10 @@ class Detector(nn.Module):
         """Give boxes, scores and labels of the detections, boxes in pixels of the canvas."""
         raise NotImplementedError
 
+    def candidates(self, features: Any, batch: Batch) -> FlatDetections:
+        """Give what `find` chooses from: all boxes above the threshold, near duplicates too."""
+        return self.find(features, batch)
+
     def maps(self, features: Any, found: FlatDetections) -> dict[str, Tensor]:
         """Give maps ``(D, ..., h, w)`` on grids over D boxes, such as masks, by name.
 

@@ -96,7 +96,7 @@ def load_detector(path: str | Path) -> Detector:
         raise ValueError(
             f"{file}: found the ending {file.suffix!r}, expected the model.safetensors of a run, a "
             f"checkpoint folder or a run folder. The file was not opened, so nothing in it was "
-            f"run; tools/convert_weights.py converts weights of others."
+            f"run; `bigdet convert-weights` converts weights of others."
         )
     tensors, metadata = read_safetensors(file)
     if metadata.get("format") != FORMAT:

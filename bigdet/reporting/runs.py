@@ -114,8 +114,8 @@ def check_same_data(runs: Sequence[Run]) -> None:
         for what, own, other in (
             ("classes", _classes(run), _classes(first)),
             ("objects of each class", _objects(run), _objects(first)),
-            ("evaluation.metric", run.options["evaluation.metric"],
-             first.options["evaluation.metric"]),
+            *((key, run.options[key], first.options[key])
+              for key in ("evaluation.metric", "evaluation.max_detections")),
         ):  # fmt: skip
             if own is not None and other is not None and own != other:
                 raise ValueError(

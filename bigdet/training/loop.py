@@ -16,9 +16,11 @@ import torch
 from bigdet import distributed
 from bigdet.config.derived import num_lanes, num_steps
 from bigdet.config.schema import RunConfig
+from bigdet.data.class_counts import class_lines
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, EngineState, StepResult
+from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.log import MetricsWriter
 from bigdet.models import norms
 from bigdet.models.detector import Detector
@@ -26,6 +28,7 @@ from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
 from bigdet.training import boards, measuring, optim, saving
 from bigdet.training.metrics import StepMeter, mean_losses, progress_line
+from bigdet.training.precise_bn import measure_statistics
 from bigdet.training.prefetch import prefetch
 from bigdet.training.scorer import Scorer
 from bigdet.training.state import RunState
@@ -84,6 +87,18 @@ class Run:
                 "%s: %s images, %s instances, %d categories, %d shards in %s",
                 what, f"{len(shards):,}", f"{shards.manifest.instances:,}", shards.num_classes,
                 len(shards.manifest.shards), shards.address,
+            )  # fmt: skip
+            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
+            logger.info("%s objects per class: %s", what, line)
+            for warning in warnings:
+                logger.warning("%s set: %s", what, warning)
+        if self.val_set.manifest.federated:
+            model = self.config.model
+            head = "retina" if model.detector == "retinanet" else "roi"
+            logger.info(
+                "validation is scored by LVIS's rule, which counts %d detections of an image; "
+                "model.%s.detections_per_image is %d",
+                LVIS_DETECTIONS, head, getattr(model, head).detections_per_image,
             )  # fmt: skip
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
@@ -272,7 +287,7 @@ class PhaseTrainer:
             raise distributed.SharedError(
                 f"{train.shards}: {total} damaged samples had to be replaced "
                 f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
-                f"Repair the shards or raise the limit; tools/check_shards.py lists all that is "
+                f"Repair the shards or raise the limit; `bigdet check-shards` lists all that is "
                 f"damaged. The first ones:{list_damages(listed[row] for row in sorted(listed))}"
             )
 
@@ -289,9 +304,13 @@ class PhaseTrainer:
             return False
         size_cap = measuring.test_size(self.config, self.name)
         started = time.perf_counter()
+        if not self._measure_norms():
+            return False
+        classes = [category.name for category in run.train_set.categories]
         results = measuring.predict(
-            self.config, self.detector, run.val_set, size_cap, run.must_stop, run.run_dir.root
-        )
+            self.config, self.detector, run.val_set, classes, size_cap, run.must_stop,
+            run.run_dir.root,
+        )  # fmt: skip
         if results is None:
             return False
         self.meter.add_evaluation(time.perf_counter() - started)
@@ -303,6 +322,17 @@ class PhaseTrainer:
         state.needs_evaluation = False
         self._save()
         return True
+
+    def _measure_norms(self) -> bool:
+        """Measure the statistics of BN anew, where asked for; False when told to stop."""
+        num_steps = self.config.evaluation.precise_bn
+        if num_steps is None or self.phase.norm_mode not in ("live", "sync"):
+            return True
+        stream = self.stream.beside(self.state.step + self.state.stream_shift)
+        return measure_statistics(
+            self.detector, stream, num_steps, self.device, self.config.engine.precision,
+            self.run.must_stop,
+        )  # fmt: skip
 
     def _save(self) -> None:
         """Save this moment (a collective)."""

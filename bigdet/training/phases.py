@@ -109,7 +109,14 @@ def _load_start(
         tensor.copy_(distributed.broadcast_tensor(tensor))
     for line in transfer.start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
-    if phase_source(config, name) not in ("random", "previous"):
+    source, parts = phase_source(config, name), start_parts(config, name)
+    if "box_head" in parts and not (
+        source == "previous" or is_timm(source) or importing.is_published_file(Path(source))
+    ):
+        said = transfer.other_sampling(Path(source), config, name) if distributed.is_main() else ""
+        if said:
+            logger.warning("phases.%s.start_from: %s", name, said)
+    if source not in ("random", "previous"):
         cost = config.phases[name].start_from.cost
         stated = "not stated (start_from.cost)"
         if cost is not None:

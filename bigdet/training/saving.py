@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.config.derived import num_steps
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
@@ -96,7 +96,7 @@ class Saver:
             kept = ends | {*settings.at, *needed}
             checkpoint.clean(self._run_dir.checkpoints, settings.keep, kept, settings.keep_every)
         except (OSError, ValueError) as error:
-            self._problem = str(error)
+            self._problem = errors.explain(error)
             return
         logger.info(
             "checkpoint written: %s (copied in %.2f s, written beside training in %.2f s)",

@@ -21,7 +21,7 @@ from multiprocessing.context import ForkProcess
 
 import torch
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
@@ -29,7 +29,7 @@ from bigdet.engine import checkpoint
 from bigdet.evaluation import pictures
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.saved import SavedResults
-from bigdet.evaluation.scoring import Metrics, evaluate_detections
+from bigdet.evaluation.scoring import Metrics, evaluate_detections, limit_note
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.log import MetricsWriter
 from bigdet.run_dir import RunDir, write_text
@@ -103,7 +103,7 @@ class Scorer:
 
         Raises:
             ValueError: the process failed by what a user can cause; with what it said.
-            RuntimeError: it failed otherwise.
+            LostProcessError: it was killed, or failed otherwise.
         """
         if self._process is None or self._process.is_alive():
             return
@@ -115,9 +115,10 @@ class Scorer:
         try:
             problem = self._message.recv()
         except EOFError as error:
-            raise RuntimeError(
-                f"{detections}: the process that scores it ended with exit code "
-                f"{self._process.exitcode}. Started again, the run scores it once more."
+            code = self._process.exitcode or 0
+            raise errors.LostProcessError(
+                f"{detections}: the process that scores it ended with exit code {code}. Started "
+                f"again, the run scores it once more.{errors.explain_exit(code)}"
             ) from error
         finally:
             self.end()
@@ -126,7 +127,7 @@ class Scorer:
         file = self._run_dir.evaluation(entry.phase, entry.step)
         metrics = json.loads(file.read_bytes())
         flat = measuring.flat_metrics(metrics)
-        text = measuring.one_line(flat)
+        text = ", ".join(filter(None, [measuring.one_line(flat), limit_note(metrics)]))
         logger.info("%s step %d: %s", entry.phase, entry.step, text, extra={"values": flat})
         line = {"phase": entry.phase, "step": entry.step, **flat, **entry.counters}
         self._metrics.write(line, entry.total_steps)
@@ -200,15 +201,15 @@ def _score(
     _begin_process()
     model, metric = phase_model(config, entry.phase), config.evaluation.metric
     kinds = evaluation_kinds(val_set, has_masks(model), has_keypoints(model), metric)
-    count = config.evaluation.pictures
+    count, limit = config.evaluation.pictures, config.evaluation.max_detections
     try:
         results = SavedResults.read(run_dir.detections(entry.phase, entry.step))
-        metrics = evaluate_detections(val_set, results, kinds, metric)
+        metrics = evaluate_detections(val_set, results, kinds, metric, max_detections=limit)
         if count and entry.step == num_steps(config.phases[entry.phase]):
-            pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase)
+            pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase, limit)
         write_text(run_dir.evaluation(entry.phase, entry.step), to_json(metrics, indent=1))
     except (ValueError, OSError) as error:
-        message.send(str(error))
+        message.send(errors.explain(error))
     else:
         message.send(None)
 

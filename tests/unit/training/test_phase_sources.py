@@ -11,10 +11,13 @@ import torchvision
 
 from bigdet.config.check import check_config
 from bigdet.config.load import parse_config
+from bigdet.models.build import build_detector
 from bigdet.models.checkpointing import Checkpointed
+from bigdet.models.framework_layouts import with_sampling
 from bigdet.models.norms import batch_norms
 from bigdet.models.rcnn import RCNN
 from bigdet.models.vgg import VGG
+from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
 
@@ -111,3 +114,24 @@ def test_activation_checkpointing_is_off_by_default(tmp_path: Path) -> None:
         config, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
     )
     assert not any(p.is_checkpointed for p in detector.modules() if isinstance(p, Checkpointed))
+
+
+def test_a_start_from_heads_that_pool_otherwise_is_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.safetensors"
+    text = CONFIG.replace("SOURCE", str(path)).replace("CHECKPOINTED", "false")
+    config = parse_config(text, "test")
+    adaptive = with_sampling(config, 0)
+    detector = build_detector(config.model, 3)
+    categories = [{"id": number, "name": name} for number, name in enumerate("abc")]
+    save_detector_weights(path, detector, weights_metadata(adaptive, categories, "train"))
+    for own, expected in ((config, 1), (adaptive, 0)):
+        caplog.clear()
+        build_for_phase(
+            own, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
+        )
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warned) == expected
+        for message in warned:
+            assert "trained with model.roi.sampling_ratio: 0, and this run has 2" in message
