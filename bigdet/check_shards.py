@@ -1,7 +1,7 @@
 """Check a shard set: read every byte, compare hashes, decode every image, count.
 
-python tools/check_shards.py DIR
-python tools/check_shards.py https://host/path        (or s3://..., pipe:...; nothing is kept)
+bigdet check-shards DIR
+bigdet check-shards https://host/path        (or s3://..., pipe:...; nothing is kept)
 
 Ends with 1 if anything is wrong, one line per problem: shard, key, what.
 """
@@ -9,13 +9,15 @@ Ends with 1 if anything is wrong, one line per problem: shard, key, what.
 from __future__ import annotations
 
 import argparse
-import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from bigdet.commands import positive, run_command
+from bigdet.data.class_counts import ClassCounts
 from bigdet.data.remote import shown
 from bigdet.data.shard_check import check_shards, load_manifest
+from bigdet.limits import num_cpus
 from bigdet.progress_bar import ProgressBar
 
 MAX_LINES = 100
@@ -24,18 +26,23 @@ MAX_LINES = 100
 def main(argv: Sequence[str]) -> int:
     """Check the shard set that the arguments name."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bigdet check-shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", help="folder or address of the shard set")
     parser.add_argument(
-        "--processes", type=positive, default=len(os.sched_getaffinity(0)),
+        "--processes", type=positive, default=num_cpus(),
         help="that work at a time; default: one per CPU",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     num_problems = 0
     progress = ProgressBar(tells_end=False)
-    for problem in check_shards(arguments.path, processes=arguments.processes, progress=progress):
+    tally: Counter[str] = Counter()
+    for problem in check_shards(
+        arguments.path, processes=arguments.processes, progress=progress, tally=tally
+    ):
         num_problems += 1
         if num_problems <= MAX_LINES:
             print(f"{problem.place}: {problem.what}", flush=True)
@@ -49,6 +56,12 @@ def main(argv: Sequence[str]) -> int:
         f"{time.monotonic() - start:.1f} s: "
         + (f"{num_problems} problems" if num_problems else "all is well")
     )
+    labels = range(len(manifest.categories))
+    per_class = ([tally[f"{kind} of label {k}"] for k in labels] for kind in ("instances", "crowd"))
+    counts = ClassCounts(manifest.categories, *per_class)
+    print(f"objects per class: {counts.line()}")
+    for line in counts.warnings("learned"):
+        print(f"warning: {line}")
     return 1 if num_problems else 0
 
 

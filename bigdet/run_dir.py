@@ -146,6 +146,11 @@ class RunDir:
         """A file that says where the run stopped on request; there until it is started again."""
         return self.root / "stopped"
 
+    @property
+    def lock(self) -> Path:
+        """Who trains here: host, process and since when; see ``locks.py``."""
+        return self.root / "lock"
+
     def log(self, rank: int) -> Path:
         """The log file of one rank."""
         return self.root / "logs" / f"rank-{rank}.log"

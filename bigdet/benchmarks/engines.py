@@ -1,8 +1,9 @@
 """How fast each engine and ZeRO stage trains, beside torch's DistributedDataParallel.
 
-``benchmark.py step CONFIG --engines all`` (or ``zero1,fsdp``) starts the ranks of one engine after
-the other on this host. In each group the engine and plain DDP train the same detector with the same
-optimizer on the same random scene, one step each in turns; medians over the rounds count. Each has:
+``bigdet benchmark step CONFIG --engines all`` (or ``zero1,fsdp``) starts the ranks of one engine
+after the other on this host. In each group the engine and plain DDP train the same detector with
+the same optimizer on the same random scene, one step each in turns; medians over the rounds count.
+Each has:
 
 - ``images_per_second`` of all ranks, and ``ratio``, the median over the rounds of its speed over
   that of DDP in the same round;

@@ -7,7 +7,7 @@ import math
 import os
 from typing import Any
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model_schema import ModelConfig, RpnConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig, StartCostConfig
 from bigdet.config.schema import RunConfig
 
@@ -24,6 +24,9 @@ DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "retinanet": ("backbone", "fpn", "retina_head"),
 }
 """The parts of each detector, in the order in which data flows through them."""
+
+CASCADES = ("cascade_rcnn", "cascade_mask_rcnn")
+"""Detectors whose box head is three."""
 
 LAYER_NORM_BACKBONES = (
     "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
@@ -96,13 +99,26 @@ def has_keypoints(model: ModelConfig) -> bool:
 
 def has_cascade(model: ModelConfig) -> bool:
     """Tell whether the box head of a detector is a cascade of three."""
-    return model.detector in ("cascade_rcnn", "cascade_mask_rcnn")
+    return model.detector in CASCADES
 
 
 def is_class_agnostic(model: ModelConfig) -> bool:
     """Tell whether a region has one box for all classes, with the default filled in."""
     chosen = model.roi.class_agnostic
     return has_cascade(model) if chosen is None else chosen
+
+
+def proposal_limits(rpn: RpnConfig, detector: str) -> RpnConfig:
+    """Return the options of region proposals with all numbers of proposals filled in."""
+    after_nms = rpn.train_proposals
+    if after_nms is None:
+        after_nms = 2000 if detector in CASCADES else 1000
+    return dataclasses.replace(
+        rpn,
+        train_proposals=after_nms,
+        train_candidates=rpn.train_candidates or rpn.train_proposals or 2000,
+        test_candidates=rpn.test_candidates or rpn.test_proposals,
+    )
 
 
 def phase_model(config: RunConfig, name: str) -> ModelConfig:

@@ -19,6 +19,7 @@ from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Metric = Literal["coco", "voc07", "voc12"]
+MAX_DETECTIONS = 100  # of a class on an image, as COCO counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,12 @@ class TtaConfig:
     )
     """Short sides of the views, pixels."""
     cap: int = 2000
-    """Longest long side of all views, pixels."""
+    """Longest long side of the views, pixels. With ``pool: candidates`` the view at the size of the
+    plain evaluation has that one's own, 1333 for a short side of 800."""
+    pool: Literal["candidates", "detections"] = "candidates"
+    """What the views give. ``candidates``: all boxes above ``model.roi.score_threshold``, then NMS
+    and voting over all views, and the best ``detections_per_image`` are kept, as in Detectron.
+    ``detections``: what is left of each view after its own NMS, as in detectron2; faster."""
     vote_iou: float | None = 0.9
     """Boxes move to the mean of those of other views that overlap them by at least this. None: they
     stay."""
@@ -79,6 +85,15 @@ class EvaluationConfig:
     metric: Metric = "coco"
     """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
     all of them (``voc12``), where AP50 is VOC's own number."""
+    precise_bn: int | None = None
+    """Before an evaluation during training the running statistics of BN become the mean over so
+    many steps' training images at the present weights, instead of a moving average over weights of
+    the past (detectron2: 200); for ``norm_mode`` live and sync, others have nothing to measure. The
+    order of the training stays what it was. None: the moving average."""
+    max_detections: int = MAX_DETECTIONS
+    """The best detections of a class on an image that AP and AR count, of boxes and masks; 10 to
+    10,000. COCO's is 100; with another one AP is another number, as ``maxDets`` of pycocotools.
+    What the model gives is ``detections_per_image``. VOC counts all."""
     pictures: int = 8
     """Validation images drawn at the end of a phase, ground truth and detections: one half the
     worst, the other the best."""

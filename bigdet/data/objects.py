@@ -70,7 +70,7 @@ def keypoint_order(categories: Sequence[Category]) -> NDArray[np.int64]:
     layouts = [
         (category.keypoints, category.flip_pairs or [])
         for category in categories
-        if category.keypoints is not None
+        if category.keypoints
     ]
     if not layouts or any(layout != layouts[0] for layout in layouts):
         what = "have different ones" if layouts else "have none"
@@ -136,9 +136,9 @@ def objects_in_views(
 ) -> list[Objects]:
     """Bring the objects of several images into their views, all at once: it is calls that cost.
 
-    Objects that are not seen are dropped: one stays if its clipped box has an area, however small
-    (RECIPES C.7). Masks are worked out within the clipped box alone; crowd regions carry none, as
-    no loss uses them.
+    Objects that are not seen are dropped: one stays if its clipped box has an area, however small,
+    as in paper 2's released code. Masks are worked out within the clipped box alone; crowd regions
+    carry none, as no loss uses them.
 
     Args:
         annotations: of each image's record in the shards, checked.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from bigdet.config.load import ConfigError
 from bigdet.data.cache import Cache, locked, name_of, write_whole
 from bigdet.data.manifest import Shard
 from bigdet.data.remote import RemoteFile, UnreachableError, fetch, file_address, is_remote, shown
+from bigdet.reading import patiently
 
 MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
 RUN_BYTES = 8 << 20
@@ -54,20 +56,28 @@ class LocalTars:
 
     def read(self, shard: int, start: int, size: int) -> bytes:
         """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return os.pread(self._files[shard], size, start)
+        return patiently(lambda: self._read(shard, start, size), str(self._paths[shard]))
+
+    def _read(self, shard: int, start: int, size: int) -> bytes:
+        try:
+            if shard not in self._files:
+                if len(self._files) >= MAX_OPEN_FILES:
+                    os.close(self._files.pop(next(iter(self._files))))
+                self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(self._files[shard], size, start)
+        except OSError:
+            self.close()  # a stale file is opened anew, and too many open ones are fewer
+            raise
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Nothing: all of it is here."""
 
     def close(self) -> None:
         """Close what is open; it is opened again when needed."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        files, self._files = self._files, {}
+        for file in files.values():
+            with contextlib.suppress(OSError):  # of a disk that is gone
+                os.close(file)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Engine(Protocol):
         ...
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps."""
+        """Set the learning rate of the next steps, times each group's own ``lr_factor``."""
         ...
 
     def state(self) -> EngineState:

@@ -8,6 +8,7 @@ the loss scale of fp16, and size and hash of the other two). Beside the folders,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from bigdet import distributed
 from bigdet.engine.base import EngineState
+from bigdet.ops.finite import describe_not_finite
 from bigdet.run_dir import sync as _sync
+from bigdet.strict_json import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +80,8 @@ def load(folder: Path) -> Checkpoint:
     """Read and check a checkpoint. Called by all ranks; rank 0 reads.
 
     Raises:
-        ValueError: on all ranks, naming the file that is missing or altered, and the newest
-            checkpoint before this one that can be used.
+        ValueError: on all ranks, naming the file that is missing, altered or not finite, and the
+            newest checkpoint before this one that can be used.
     """
     checkpoint = Checkpoint()
     with distributed.together():
@@ -86,9 +89,9 @@ def load(folder: Path) -> Checkpoint:
             if not folder.exists() and _replaced(folder).exists():
                 _replaced(folder).rename(folder)  # the process died while it was replaced
             try:
-                run, _ = check(folder)
+                run = _check_usable(folder)
             except ValueError as error:
-                before = _usable_before(folder)
+                before = newest_usable(folder.parent, before=folder)
                 advice = f"Go on with resume={before}" if before else "No earlier one can be used"
                 raise ValueError(f"{error} {advice}.") from error
             scale = run.pop("loss_scale")
@@ -112,7 +115,7 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         hash_found, files, number = content.pop("sha256"), content["files"], content["number"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: missing, cut short or altered ({error!r}).") from error
     if _hash_of_json(content) != hash_found:
         raise ValueError(f"{path}: altered since it was written (its hash differs).")
@@ -128,8 +131,48 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     return {"loss_scale": {}, **run}, number
 
 
+def _check_usable(folder: Path) -> dict[str, Any]:
+    """Check files as `check` does, and that the weights are finite; return what it gives first."""
+    run = check(folder)[0]
+    _check_finite(folder / MODEL_FILE)
+    return run
+
+
+def _check_finite(file: Path) -> None:
+    if found := describe_not_finite(_read_tensors(file)):
+        raise ValueError(f"{file}: {found}. The run had diverged.")
+
+
+def newest_usable(checkpoints: Path, before: Path | None = None) -> Path | None:
+    """Find the newest checkpoint that is intact and has finite weights (rank 0 only).
+
+    Args:
+        checkpoints: the folder of all checkpoints.
+        before: a checkpoint that cannot be used; only those written before it count.
+    """
+    numbers = _numbers(checkpoints)
+    limit = max(numbers.values(), default=0) + 1
+    if before is not None:
+        numbers = {name: number for name, number in numbers.items() if name != before.name}
+        limit = _numbers(checkpoints).get(before.name) or limit
+    for name in sorted(numbers, key=lambda name: -numbers[name]):
+        if numbers[name] < limit:
+            try:
+                _check_usable(checkpoints / name)
+            except ValueError:
+                continue
+            return checkpoints / name
+    return None
+
+
 def adopt(folder: Path, checkpoints: Path) -> None:
-    """Copy a checkpoint of another run in and make it the latest (rank 0 only)."""
+    """Copy a checkpoint of another run in and make it the latest (rank 0 only).
+
+    Raises:
+        ValueError: its weights are not finite. Whether it is damaged is for `load` to tell.
+    """
+    with contextlib.suppress(OSError, SafetensorError):
+        _check_finite(folder / MODEL_FILE)
     partial = checkpoints / f"{PARTIAL}{folder.name}"
     _delete(partial)
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -198,9 +241,9 @@ def _write(folder: Path, state: EngineState, metadata: dict[str, str], run: dict
         }
         number = max(_numbers(checkpoints).values(), default=0) + 1
         content = {**run, "files": files, "number": number, "loss_scale": state.loss_scale}
+        content = json.loads(to_json(content))
         content["sha256"] = _hash_of_json(content)
-        text = json.dumps(content, indent=1)
-        (partial / STATE_FILE).write_text(text, encoding="utf-8")
+        (partial / STATE_FILE).write_text(to_json(content, indent=1), encoding="utf-8")
         for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
             _sync(partial / name)
     except BaseException:
@@ -235,20 +278,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _usable_before(folder: Path) -> Path | None:
-    """Find the newest intact checkpoint that was written before a broken one."""
-    numbers = _numbers(folder.parent)
-    limit = numbers.get(folder.name) or max(numbers.values(), default=0) + 1
-    for name in sorted(numbers, key=lambda name: -numbers[name]):
-        if name != folder.name and numbers[name] < limit:
-            try:
-                check(folder.parent / name)
-            except ValueError:
-                continue
-            return folder.parent / name
-    return None
-
-
 def _numbers(checkpoints: Path) -> dict[str, int]:
     """Number of each complete checkpoint by name, 0 if its ``state.json`` is unreadable."""
     numbers = {}
@@ -257,7 +286,7 @@ def _numbers(checkpoints: Path) -> dict[str, int]:
             try:
                 number = json.loads(path.read_text(encoding="utf-8"))["number"]
                 numbers[path.parent.name] = number if isinstance(number, int) else 0
-            except (OSError, ValueError, KeyError, TypeError):
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
                 numbers[path.parent.name] = 0
     return numbers
 

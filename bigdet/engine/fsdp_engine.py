@@ -122,9 +122,9 @@ class FsdpEngine:
         return norm
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps."""
+        """Set the learning rate of the next steps, times each group's own factor."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     def state(self) -> EngineState:
         """Give weights and optimizer state, complete on rank 0, one parameter after the other."""

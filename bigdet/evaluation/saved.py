@@ -119,7 +119,8 @@ class SavedResults:
                 yield from orjson.loads(self._file.read(size))
 
     def __del__(self) -> None:
-        self._file.close()
+        if hasattr(self, "_file"):  # not where there is no place for it
+            self._file.close()
 
     def __iter__(self) -> Iterator[Result]:
         return self.of_images({image_id for image_id, _, _ in self._lines})

@@ -124,8 +124,8 @@ def check_same_data(runs: Sequence[Run]) -> None:
         for what, own, other in (
             ("classes", _classes(run), _classes(first)),
             ("objects of each class", _objects(run), _objects(first)),
-            ("evaluation.metric", run.options["evaluation.metric"],
-             first.options["evaluation.metric"]),
+            *((key, run.options[key], first.options[key])
+              for key in ("evaluation.metric", "evaluation.max_detections")),
         ):  # fmt: skip
             if own is not None and other is not None and own != other:
                 raise ValueError(
@@ -190,7 +190,7 @@ def _read_json(file: Path, absent: Any) -> Any:
     if not file.is_file():
         return absent
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except ValueError as error:
         raise ValueError(f"{file}: not readable as JSON ({error}). Remove the file.") from error
     if not isinstance(found, type(absent)):

@@ -81,7 +81,7 @@ def read_metrics(run_dir: RunDir) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_constant=lambda _: None)  # NaN, of older runs
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{run_dir.metrics}: line {number} is not JSON ({error}). The file is damaged; a "

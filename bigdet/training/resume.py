@@ -21,13 +21,17 @@ from bigdet.config.derived import (
     phase_model,
     phase_source,
 )
+from bigdet.config.earlier import keep_former
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
-from bigdet.data.shards import FLAG_MASKS, ShardSet
+from bigdet.data.manifest import ShardError
+from bigdet.data.mix import class_ids, warn_of_absent
+from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
+from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
@@ -50,14 +54,9 @@ logger = logging.getLogger(__name__)
 
 def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
     """Check that the two sets and the model go together."""
-    train_names = [category.name for category in train_set.categories]
-    val_names = [category.name for category in val_set.categories]
-    if train_names != val_names:
-        differing = sorted(set(train_names) ^ set(val_names)) or ["the order"]
-        raise ConfigError(
-            f"data.val.shards: {val_set.address} has other categories than {train_set.address}: "
-            f"{', '.join(differing[:5])}. Make both with the same list of categories."
-        )
+    _check_classes(train_set, val_set)
+    measured = config.evaluation
+    evaluation_kinds(val_set, False, False, measured.metric, measured.max_detections)
     val_set.check_random_reads()
     if config.data.train.order != "windowed":
         train_set.check_random_reads()
@@ -77,6 +76,30 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
                 f"model.keypoint.num_keypoints: found {model.keypoint.num_keypoints}, but the "
                 f"categories of {train_set.address} have {max(counts)}. Write that, or make shards "
                 f"with --keypoints."
+            )
+        if has_keypoints(model) and not (train_set.index["flags"] & FLAG_KEYPOINTS).any():
+            raise ConfigError(
+                f"model.detector: {model.detector} needs keypoints, but no object of "
+                f"{train_set.address} has any. Write another detector, or see in its manifest.json "
+                f"why they were dropped and make the shards again."
+            )
+
+
+def _check_classes(train_set: ShardSet, val_set: ShardSet) -> None:
+    """See that what is learned can be measured: classes of one name mean the same."""
+    names = [category.name for category in train_set.categories]
+    try:
+        warn_of_absent(val_set, names)
+    except ShardError as error:
+        raise ConfigError(f"data.val.shards: {error}") from error
+    points = {category.id: category.keypoints for category in val_set.categories}
+    for category, number in zip(train_set.categories, class_ids(val_set, names), strict=True):
+        found = points.get(number) if number is not None else None
+        if category.keypoints and found and category.keypoints != found:
+            raise ConfigError(
+                f"data.val.shards: {val_set.address}: the keypoints of {category.name} are "
+                f"{', '.join(found)}, expected those of {train_set.address}, in their order: "
+                f"{', '.join(category.keypoints)}. Make both sets with the same ones."
             )
 
 
@@ -196,6 +219,8 @@ def settle_config(
     """
     world_size = distributed.world_size()
     before = None if saved is None else _config_of(saved.run["config"])
+    if before is not None:
+        config = keep_former(config, before)
     phases = {}
     for name, phase in config.phases.items():
         images_per_step = phase.images_per_step
@@ -284,7 +309,7 @@ def note_changes(
     logger.info(
         "batch of phase %s changed at step %d: %d images per step instead of %d, %d per GPU "
         "instead of %d, lr %.3g instead of %.3g; pass %d begins, %d steps of the one before it are "
-        "left out; step N is step N + %d of tools/show_batch.py",
+        "left out; step N is step N + %d of `bigdet show-batch`",
         name, state.step, now.images_per_step, before.images_per_step, now.images_per_gpu,
         before.images_per_gpu, optim.scaled_lr(now, now.images_per_step),
         optim.scaled_lr(before, before.images_per_step), passes + 1,
@@ -372,5 +397,6 @@ def _check_unchanged(
         raise ConfigError(
             f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
             f"them back, or choose another output. A resumed run may change only "
-            f"{', '.join(changeable)}{also}."
+            f"{', '.join(changeable)}{also}. To go on just as it was started, give the config that "
+            f"the run wrote, {Path(before.output) / 'config.yaml'}, in place of yours."
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
@@ -29,10 +30,11 @@ from bigdet.engine import checkpoint
 from bigdet.evaluation import pictures
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.saved import SavedResults
-from bigdet.evaluation.scoring import Metrics, evaluate_detections
+from bigdet.evaluation.scoring import Metrics, evaluate_detections, limit_note
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.log import MetricsWriter
 from bigdet.run_dir import RunDir, write_text
+from bigdet.strict_json import to_json
 from bigdet.training import measuring
 from bigdet.training.state import RunState, Unscored
 
@@ -111,7 +113,7 @@ class Scorer:
 
         Raises:
             ValueError: the process failed by what a user can cause; with what it said.
-            RuntimeError: it failed otherwise.
+            LostProcessError: it was killed, or failed otherwise.
         """
         # Its message says that the process is done; without one the end of the pipe does. A process
         # that has ended still counts as alive until the system has said how.
@@ -126,9 +128,10 @@ class Scorer:
             problem = self._message.recv()
         except EOFError as error:
             self._process.join()
-            raise RuntimeError(
-                f"{detections}: the process that scores it ended with exit code "
-                f"{self._process.exitcode}. Started again, the run scores it once more."
+            code = self._process.exitcode or 0
+            raise errors.LostProcessError(
+                f"{detections}: the process that scores it ended with exit code {code}. Started "
+                f"again, the run scores it once more.{errors.explain_exit(code)}"
             ) from error
         finally:
             self.end()
@@ -137,7 +140,7 @@ class Scorer:
         file = self._run_dir.evaluation(entry.phase, entry.step)
         metrics = json.loads(file.read_bytes())
         flat = measuring.flat_metrics(metrics)
-        text = measuring.one_line(flat)
+        text = ", ".join(filter(None, [measuring.one_line(flat), limit_note(metrics)]))
         logger.info("%s step %d: %s", entry.phase, entry.step, text, extra={"values": flat})
         line = {"phase": entry.phase, "step": entry.step, **flat, **entry.counters}
         self._metrics.write(line, entry.total_steps)
@@ -193,8 +196,11 @@ class Scorer:
         message.close()
 
     def _note_best(self, entry: Unscored, metrics: Metrics) -> None:
-        state, box_ap = self._state, metrics["bbox"]["AP"] or 0.0
-        if state.best_ap is None or box_ap > state.best_ap:
+        state, box_ap = self._state, metrics["bbox"]["AP"]
+        if box_ap is None or not math.isfinite(box_ap):
+            return  # nothing to measure
+        # Older runs may have noted NaN, which nothing exceeds.
+        if state.best_ap is None or not box_ap <= state.best_ap:
             folder = self._run_dir.checkpoint(entry.phase, entry.step)
             state.best_ap, state.best_checkpoint = box_ap, folder.name
             checkpoint.mark_best(folder)
@@ -210,15 +216,15 @@ def _score(
     _begin_process()
     model, metric = phase_model(config, entry.phase), config.evaluation.metric
     kinds = evaluation_kinds(val_set, has_masks(model), has_keypoints(model), metric)
-    count = config.evaluation.pictures
+    count, limit = config.evaluation.pictures, config.evaluation.max_detections
     try:
         results = _read_detections(run_dir.detections(entry.phase, entry.step), val_set)
-        metrics = evaluate_detections(val_set, results, kinds, metric)
+        metrics = evaluate_detections(val_set, results, kinds, metric, max_detections=limit)
         if count and entry.step == num_steps(config.phases[entry.phase]):
-            pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase)
-        write_text(run_dir.evaluation(entry.phase, entry.step), json.dumps(metrics, indent=1))
+            pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase, limit)
+        write_text(run_dir.evaluation(entry.phase, entry.step), to_json(metrics, indent=1))
     except (ValueError, OSError) as error:
-        message.send(str(error))
+        message.send(errors.explain(error))
     else:
         message.send(None)
 

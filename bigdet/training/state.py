@@ -103,6 +103,7 @@ class RunState:
         unscored: the evaluation that is being scored beside training; known to rank 0 alone, as
             are the best AP and checkpoint.
         interval: what was seen since the last line of the log, when this was written.
+        skipped_steps: steps of the current phase that changed no weight, for whatever reason.
         bad_steps: steps skipped because a loss or gradient was not finite.
         dropped_boxes: boxes of objects that a random crop left nothing of, over all ranks.
         damaged: damaged training samples that were replaced, by kind, over all ranks.
@@ -122,6 +123,7 @@ class RunState:
     needs_evaluation: bool = False
     unscored: Unscored | None = None
     interval: Interval = field(default_factory=Interval)
+    skipped_steps: int = 0
     bad_steps: int = 0
     dropped_boxes: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
@@ -139,7 +141,8 @@ class RunState:
 
     def begin(self, phase: str) -> None:
         """Move on to the start of another phase."""
-        self.phase, self.step, self.stream_shift, self.interval = phase, 0, 0, Interval()
+        self.phase, self.step, self.stream_shift = phase, 0, 0
+        self.interval, self.skipped_steps = Interval(), 0
 
     def counters(self) -> dict[str, float]:
         """Return what the run, and its current phase, have taken so far, as ``metrics.jsonl`` does.

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bigdet import convert_weights
 from bigdet.models.backbones import build_backbone
 from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.models.weights import load_detector, save_detector_weights
 from tests.commands.tiny_detector import ROOT, save_detector
 from tests.unit.models import published_layouts as published
-from tools import convert_weights
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 
@@ -142,7 +142,7 @@ def predictions_of(path):
 
 
 def convert(words, monkeypatch):
-    monkeypatch.setattr("tools.convert_weights.setup_logging", lambda rank: None)
+    monkeypatch.setattr("bigdet.convert_weights.setup_logging", lambda rank: None)
     assert convert_weights.main(list(map(str, words))) == 0
 
 
@@ -163,6 +163,11 @@ def test_mmdetections_weights_keep_its_classes_in_another_order(tmp_path, monkey
         convert([*words, "--out", out], monkeypatch)
         outs.append(out)
     (first, one), (second, other) = map(predictions_of, outs)
+    # Theirs pool with as many points as a region needs; an override says otherwise.
+    assert first.config.roi.sampling_ratio == 0
+    chosen = [*words, "model.roi.sampling_ratio=2", "--out", tmp_path / "2.safetensors"]
+    convert(chosen, monkeypatch)
+    assert load_detector(tmp_path / "2.safetensors").config.roi.sampling_ratio == 2
     assert [c["name"] for c in first.categories] == ["disc", "box"]
     assert [c["name"] for c in second.categories] == ["box", "disc"]
     assert len(one.boxes) > 10

@@ -6,13 +6,14 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from bigdet.pictures import EXIF_ORIENTATION, list_pixels, read_picture, shown_size, to_pixels
+from bigdet.pictures import list_pixels, read_picture, shown_size, to_pixels
+from bigdet.pixels import EXIF_ORIENTATION
 
 WHITE_LEFT = np.zeros((40, 80, 3), dtype=np.uint8)
 WHITE_LEFT[:, :40] = 250
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 def test_picture_is_turned_as_exif_says(tmp_path, suffix):
     path = tmp_path / f"turned.{suffix}"
     exif = Image.Exif()
@@ -23,6 +24,11 @@ def test_picture_is_turned_as_exif_says(tmp_path, suffix):
     assert shown_size(path) == (80, 40)
     assert (shown[:36] > 240).all()
     assert (shown[44:] < 10).all()
+    stored = read_picture(path, "stored")
+    assert stored.shape == (40, 80, 3)
+    assert shown_size(path, "stored") == (40, 80)
+    assert (stored[:, :36] > 240).all()
+    assert (stored[:, 44:] < 10).all()
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png")])

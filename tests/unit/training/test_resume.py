@@ -92,6 +92,20 @@ def test_what_changes_the_training_is_named_with_both_values(
         settle_config(config, saved_by(*SIZES), Path("x"), shards)
 
 
+def test_a_run_from_before_some_options_goes_on_as_it_began(shards: ShardSet):
+    # Its checkpoint has a config without them, which meant an overlap of 0 and 70 % of a crowd.
+    saved = saved_by(*SIZES)
+    lines = saved.run["config"].splitlines()
+    new = ("low_quality_iou:", "border:", "crowd_coverage:", "sampling_ratio:")
+    saved.run["config"] = "\n".join(line for line in lines if not line.strip().startswith(new))
+    settled = settle_config(load_config(CONFIG, SIZES), saved, Path("x"), shards)
+    assert (settled.model.rpn.low_quality_iou, settled.model.roi.crowd_coverage) == (0.0, 0.7)
+    changed = load_config(CONFIG, [*SIZES, "model.rpn.low_quality_iou=0.2"])
+    said = r"low_quality_iou \(was 0\.0, now 0\.2\).* give the config .*quickstart/config\.yaml"
+    with pytest.raises(ConfigError, match=said):
+        settle_config(changed, saved, Path("x"), shards)
+
+
 def test_a_phase_may_not_be_added_to_a_run(shards: ShardSet):
     config = load_config(CONFIG, SIZES)
     extra = {**config.phases, "more": config.phases["finetune"]}

@@ -156,3 +156,27 @@ def test_the_last_save_of_a_run_must_succeed(saver: Saver, run_dir: RunDir, full
     save(saver, 2)
     with pytest.raises(distributed.SharedError, match=r"goes on from .*pretrain-1\."):
         saver.finish()
+
+
+class DivergedEngine:
+    """Gives a weight and a running variance, the latter infinite."""
+
+    def state(self) -> EngineState:
+        variance = torch.tensor([1.0, float("inf")])
+        return EngineState({"bn.weight": torch.ones(2), "bn.running_var": variance})
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_named(
+    saver: Saver, run_dir: RunDir
+) -> None:
+    save(saver, 1)
+    engine: Any = DivergedEngine()
+    with pytest.raises(distributed.SharedError) as caught:
+        saver.save(engine, RunState("pretrain", step=2))
+    assert str(caught.value).startswith(
+        "pretrain step 2: 1 of 2 tensors is not finite: bn.running_var (1 of 2 numbers). "
+    )
+    assert str(caught.value).endswith(
+        f"Last good checkpoint: {run_dir.checkpoints / 'pretrain-1'}."
+    )
+    assert names(run_dir) == ["latest", "pretrain-1"]

@@ -21,7 +21,7 @@ from bigdet.log import MetricsWriter
 from bigdet.run_dir import RunDir
 from bigdet.training import measuring, scorer
 from bigdet.training.scorer import Scorer
-from bigdet.training.state import RunState
+from bigdet.training.state import RunState, Unscored
 from tests.unit.data.small_shards import record_of, write_set
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -244,3 +244,20 @@ def test_a_process_that_is_killed_ends_the_run_and_leaves_the_detections(
         collect(beside)
     assert run.file.exists()
     assert run.state.unscored is not None
+
+
+@pytest.mark.parametrize(("known", "ap", "best"), [
+    (None, "NaN", None), (None, "null", None), (0.25, "NaN", 0.25), (0.25, "0.5", 0.5),
+    (float("nan"), "0.5", 0.5),  # what an older version noted
+])  # fmt: skip
+def test_an_ap_that_is_no_number_is_never_the_best(
+    run: Fixed, known: float | None, ap: str, best: float | None
+) -> None:
+    run.state.best_ap = known
+    run.state.unscored = Unscored("pretrain", 30, 30, {})
+    numbers = run.run_dir.evaluation("pretrain", 30)
+    numbers.parent.mkdir()
+    numbers.write_text(f'{{"bbox": {{"AP": {ap}}}}}')
+    run.scorer().resume()
+    assert run.state.best_ap == best
+    assert run.run_dir.best.is_file() == (best == 0.5)
