@@ -77,8 +77,8 @@ def main(arguments: Sequence[str]) -> int:
         measured = run_trial(words)
         if measured is None:
             raise ValueError(
-                f"the steps ran out of memory on this device: lower phases.{phase}.images_per_gpu, "
-                f"or give --step-seconds."
+                f"the steps ran out of memory on this device: lower phases.{phase}.images_per_gpu "
+                f"(the gradient changes with it, see --options), or give --step-seconds."
             )
     else:
         measured = Measured(options.step_seconds, gib=0.0, room_gib=80.0, images_per_pass=0)
@@ -124,7 +124,8 @@ def _write_tables(
         logger.info("  %-8s %s", row.kind, _cells(row, gpus, work, images, room_gib))
     chosen = best(rows, room_gib * GIB)
     logger.info(
-        "%s", f"nothing fits into {room_gib:g} GiB: lower phases.{phase}.images_per_gpu"
+        "%s", f"nothing fits into {room_gib:g} GiB: lower phases.{phase}.images_per_gpu (the "
+        "gradient changes with it, see --options)"
         if chosen is None else f"take {_as_options(chosen.kind)}",
     )  # fmt: skip
     logger.info("the best on other numbers of GPUs, at least one micro-batch on each:")

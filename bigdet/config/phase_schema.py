@@ -132,7 +132,9 @@ class PhaseConfig:
     images: int | None = None
     """Length in training images, so that the steps follow from ``images_per_step``."""
     images_per_gpu: int = MISSING
-    """Images in one forward pass of one rank (micro-batch)."""
+    """Images in one forward pass of one rank (micro-batch). Losses are normalized over these images
+    (by their objects or samples), as in the published codes, and live BN has its statistics of
+    them: another number changes the gradient even where ``images_per_step`` stays."""
     images_per_step: int | None = None
     """Images per optimizer step over all ranks; what exceeds ranks x ``images_per_gpu`` is
     accumulated. None: one micro-batch per rank."""

@@ -76,7 +76,8 @@ class EvaluationConfig:
     every: int | None = None
     """Steps between evaluations. None: only at the end of a phase."""
     images_per_gpu: int = 1
-    """Images in one forward pass of one rank."""
+    """Images in one forward pass of one rank. They are padded to the size of the largest, and
+    another padding changes AP a little: compare numbers of the same value."""
     resize: ResizeConfig | None = None
     """Size of the images. None: that of the phase."""
     tta: TtaConfig | None = None

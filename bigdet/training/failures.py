@@ -62,7 +62,9 @@ def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:
     return (
         f"{where}: out of memory on rank {distributed.rank()}: images {images}, peak "
         f"{found}. Lower {key}.images_per_gpu (images_per_step may stay: the rest is "
-        f"accumulated), {key}.resize.size or model.roi.rois_per_image, write "
+        f"accumulated, but losses are normalized over the images of one forward pass, so the "
+        f"gradient changes), {key}.resize.size or model.roi.rois_per_image, write "
         f"engine.precision=bf16, engine.activation_checkpointing=true or a higher "
-        f"engine.zero_stage; in an evaluation, lower evaluation.images_per_gpu."
+        f"engine.zero_stage; in an evaluation, lower evaluation.images_per_gpu (another padding "
+        f"changes AP a little)."
     )
