@@ -163,17 +163,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
     parser.add_argument(
-        "--long-side",
-        type=positive,
-        metavar="PIXELS",
-        help="make larger images smaller, to train at low resolution (not to evaluate at full)",
-    )
-    parser.add_argument(
         "--exif",
         choices=["shown", "stored"],
         default="shown",
         help="what the annotations of an image that EXIF turns are of, if its recorded size does "
         "not tell: the image as viewers and annotation tools show it (default), or as stored",
+    )
+    parser.add_argument(
+        "--long-side",
+        type=positive,
+        metavar="PIXELS",
+        help="make larger images smaller, to train at low resolution (not to evaluate at full)",
     )
     parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
 
