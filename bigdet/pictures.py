@@ -18,7 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
-from bigdet.pixels import Exif, exif_orientation, to_rgb, turn_pixels, turned_size, without_warnings
+from bigdet.pixels import (
+    READ_ERRORS,
+    Exif,
+    exif_orientation,
+    to_rgb,
+    turn_pixels,
+    turned_size,
+    without_warnings,
+)
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, or what Pillow, numpy ``(H, W, 3)`` or torch ``(3, H, W)`` have: uint8 RGB."""
@@ -100,6 +108,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(
             f"too large an image ({error}); it could fill the memory. Make it smaller"
         ) from error
-    except (OSError, SyntaxError, ValueError, OverflowError) as error:
+    except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
         raise ValueError(f"not a readable image ({reason})") from error

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
-from bigdet.pixels import to_rgb, turn_pixels, turned_size
+from bigdet.pixels import READ_ERRORS, to_rgb, turn_pixels, turned_size
 
 
 def decode_image(
@@ -74,5 +74,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except Image.DecompressionBombError as error:
         raise ValueError(f"an image too large to be decoded: {error}") from error
-    except (OSError, SyntaxError) as error:
+    except ValueError:
+        raise
+    except READ_ERRORS as error:
         raise ValueError(f"not a complete image: {error}") from error
