@@ -30,7 +30,7 @@ FRONT = "leaving out the front of the path"
 CASE = "ignoring upper and lower case"
 ACCENTS = "ignoring how accented letters are written in Unicode"
 SUFFIX = "adding the suffix"
-DOTS = "leaving out .. in the path"
+DOTS = "resolving .. in the path"
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://([^?#]*).*|.*[?&]d=([^&]*).*", re.IGNORECASE)
 """``https://host/folder/name.jpg?key=1``; Label Studio's ``/data/local-files/?d=folder/name``."""
@@ -149,9 +149,10 @@ def _suffix(path: str) -> str:
 
 
 def _list_files(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder, relative to it."""
+    """Yield the paths of all files below a folder, relative to it; without those of macOS."""
     for inner, _, names in os.walk(folder):
         front = inner[len(str(folder)) :].strip("/")
+        names = [name for name in names if not name.startswith("._")]
         yield from (f"{front}/{name}" if front else name for name in names)
 
 
