@@ -18,7 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
-from bigdet.pixels import Exif, exif_orientation, to_rgb, turn_pixels, turned_size, without_warnings
+from bigdet.pixels import (
+    READ_ERRORS,
+    Exif,
+    exif_orientation,
+    to_rgb,
+    turn_pixels,
+    turned_size,
+    without_warnings,
+)
 from bigdet.reading import MAY_PASS, patiently, why_unread
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
@@ -101,7 +109,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(
             f"too large an image ({error}); it could fill the memory. Make it smaller"
         ) from error
-    except (OSError, SyntaxError, ValueError, OverflowError) as error:
+    except READ_ERRORS as error:
         if isinstance(error, OSError) and error.errno in MAY_PASS:
             raise OSError(f"{path}: {why_unread(error)}") from error  # others would end likewise
         reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")

@@ -6,6 +6,7 @@ Training, evaluation, prediction and conversion share it, so a model sees the sa
 from __future__ import annotations
 
 import contextlib
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ Number = TypeVar("Number", bound=np.generic)
 
 Exif = Literal["shown", "stored"]
 """A picture as its EXIF orientation shows it, as viewers do; or its pixels as they are stored."""
+
+READ_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, ArithmeticError,
+    LookupError, struct.error,
+)  # fmt: skip
+"""What Pillow raises of files that are damaged or no images: its readers differ."""
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",

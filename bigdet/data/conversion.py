@@ -378,7 +378,7 @@ def _finish(storage: Storage) -> Manifest:
         lines = [line for line in map(json.loads, log.getvalue().splitlines()) if "skipped" in line]
         reasons = Counter(line["skipped"] for line in lines)
         skipped = "".join(f"; {count} x {reason}" for reason, count in sorted(reasons.items()))
-        first = ", ".join(f"{name} {value}" for name, value in lines[0].items()) if lines else ""
+        first = ", ".join(f"{name} {value}" for line in lines[:1] for name, value in line.items())
         raise ShardError(
             f"{storage.address}: not one image could be used{skipped}. The first: {first}."
         )

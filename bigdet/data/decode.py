@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
-from bigdet.pixels import to_rgb, turn_pixels, turned_size
+from bigdet.pixels import READ_ERRORS, to_rgb, turn_pixels, turned_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except Image.DecompressionBombError as error:
         raise ValueError(f"an image too large to be decoded: {error}") from error
-    except (OSError, SyntaxError) as error:
+    except ValueError:
+        raise
+    except READ_ERRORS as error:
         if "out of memory" in str(error):  # one of Pillow's own
             raise MemoryError(str(error)) from error
         raise ValueError(f"not a complete image: {error}") from error

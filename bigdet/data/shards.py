@@ -6,6 +6,8 @@
     DIR/skipped.jsonl      what was left out when the set was made, one object per line, if any
 
 ``manifest.json`` (``manifest.py``) is written last, so a folder without it is not a finished set.
+``KEY.json`` describes the pixels of its image as they are stored; where EXIF shows it turned, and
+it was annotated so, both are handed out turned (``orientation.py``).
 Writing is in ``shard_writer.py``; ``bigdet check-shards`` reads every byte. A set may also lie
 at an address (``remote.py``), and is then read through a cache (``cache.py``).
 """

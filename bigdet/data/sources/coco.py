@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from bigdet.data.shard_tar import MAX_U2, SampleLog, count_boxes
 from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.shards import LABEL_LISTS, STRING_IDS
 from bigdet.data.sources.coco_file import CocoFile, ImageEntry, load_coco, read_text
-from bigdet.data.sources.file_names import FRONT, find_files, list_files
+from bigdet.data.sources.file_names import FRONT, find_files, what_is_there
 from bigdet.data.sources.image_files import check_folder, file_bytes, read_image
 from bigdet.data.storage import open_storage
 from bigdet.pixels import Exif
@@ -245,13 +244,12 @@ class CocoSource:
         names, paths = [image.file_name for image in self.coco.images], self._files.paths
         if any(path is not None and file_bytes(self.images / path) is not None for path in paths):
             return  # but empty ones
-        held = sorted(islice(list_files(self.images), 1000))
         raise ShardError(
             f"{self.images}: holds none of the {len(names)} images that {self.coco.path} names "
-            f"(the first is {names[0]}), nor with other slashes, letters, accents, %20 or suffix, "
-            f"or without folders in front; or several could be meant. It holds "
-            f"{f'{held[0]}, for example' if held else 'no file at all'}. Give the folder that the "
-            "names are relative to."
+            f"(the first is {names[0]}), nor one file alone that it could mean, with other "
+            "slashes, case, accents or suffix, %20 decoded or folders in front left out. "
+            f"{what_is_there(self.images, names[0])} Give the folder that the names are relative "
+            "to."
         )
 
     def _fingerprint(self, digest: str) -> str:

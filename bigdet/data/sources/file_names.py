@@ -30,7 +30,7 @@ FRONT = "leaving out the front of the path"
 CASE = "ignoring upper and lower case"
 ACCENTS = "ignoring how accented letters are written in Unicode"
 SUFFIX = "adding the suffix"
-DOTS = "leaving out .. in the path"
+DOTS = "resolving .. in the path"
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://([^?#]*).*|.*[?&]d=([^&]*).*", re.IGNORECASE)
 """``https://host/folder/name.jpg?key=1``; Label Studio's ``/data/local-files/?d=folder/name``."""
@@ -82,6 +82,17 @@ def find_files(folder: Path, names: Sequence[str]) -> FoundFiles:
     return FoundFiles(paths, sizes, ways)
 
 
+def what_is_there(folder: Path, name: str) -> str:
+    """Return a sentence on the images of a folder that has none of a name: where it may be."""
+    held = sorted(path for path in _list_files(folder) if _suffix(path) in SUFFIXES)
+    parts = re.split(r"[/\\]", name)
+    for end in ("/".join(parts[first:]) for first in range(len(parts))):
+        for path in held:
+            if path.endswith(f"/{end}"):
+                return f"{folder / path.removesuffix(f'/{end}')} has {end}."
+    return f"It holds {held[0]}, for example." if held else "It holds no image at all."
+
+
 def _candidates(name: str) -> list[Candidate]:
     """Return the paths that a name may mean: those that leave out least of it come first."""
     text, ways = name.replace("\\", "/"), [BACKSLASHES] if "\\" in name else []
@@ -104,12 +115,12 @@ def _find_in_list(folder: Path, lost: dict[int, list[Candidate]]) -> dict[int, C
     wanted = {_key(path) for candidates in lost.values() for path, _ in candidates}
     whole: dict[str, list[str]] = defaultdict(list)
     stems: dict[str, list[str]] = defaultdict(list)
-    for path in list_files(folder):
+    for path in _list_files(folder):
         key = _key(path)
-        stem, suffix = os.path.splitext(key)
+        stem = os.path.splitext(key)[0]
         if key in wanted:
             whole[key].append(path)
-        if stem in wanted and suffix in SUFFIXES:
+        if stem in wanted and _suffix(path) in SUFFIXES:
             stems[stem].append(path)
     found: dict[int, Candidate] = {}
     for place, candidates in lost.items():
@@ -133,10 +144,15 @@ def _composed(path: str) -> str:
     return unicodedata.normalize("NFC", path)
 
 
-def list_files(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder, relative to it."""
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _list_files(folder: Path) -> Iterator[str]:
+    """Yield the paths of all files below a folder, relative to it; without those of macOS."""
     for inner, _, names in os.walk(folder):
         front = inner[len(str(folder)) :].strip("/")
+        names = [name for name in names if not name.startswith("._")]
         yield from (f"{front}/{name}" if front else name for name in names)
 
 

@@ -21,10 +21,11 @@ from bigdet.data.sources.image_headers import (
     as_png,
     read_header,
 )
-from bigdet.pixels import Exif, turned_size
+from bigdet.pixels import READ_ERRORS, Exif, turned_size
 from bigdet.reading import NO_FILE, patiently, why_unread
 
 MAX_BYTES = 2**30
+NO_IMAGE = "not an image that can be read: convert it to PNG or JPEG"
 
 
 def safe_path(folder: Path, name: str) -> Path | None:
@@ -122,11 +123,9 @@ def _decode(
     except TooLargeError:
         log.skip("more pixels than shards hold", **about)
         return None
-    except (ValueError, OSError, SyntaxError, EOFError) as error:
-        is_image = is_kept or header is not None
-        log.skip(
-            "not decodable" if is_image else "not JPEG, PNG or WebP", **about, error=str(error)
-        )
+    except READ_ERRORS as error:
+        reason = "not decodable" if is_kept or header is not None else NO_IMAGE
+        log.skip(reason, **about, error=str(error))
         return None
     if pixels.shape[:2] != turned_size(found, orientation):
         log.skip("not decodable", **about, error=f"its header says {found[0]} x {found[1]}")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from bigdet.data.shard_tar import image_suffix
 from bigdet.pixels import (
+    READ_ERRORS,
     exif_orientation,
     exif_tag,
     to_rgb,
@@ -95,7 +96,7 @@ def read_header(data: bytes) -> Header:
                 is_deep=is_deep and image.format in DEEP_FORMATS,
                 num_pictures=1 if is_jpeg else getattr(image, "n_frames", 1),
             )
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+    except (*READ_ERRORS, Image.DecompressionBombError):
         return Header(size)  # a JPEG that Pillow alone does not take
 
 
@@ -105,7 +106,7 @@ def as_png(data: bytes, orientation: int) -> bytes:
     Gray, RGB and transparency of 8 bits and gray of 16 stay what they are; all else becomes RGB.
     """
     pixels: NDArray[np.uint8] | NDArray[np.uint16]
-    with Image.open(io.BytesIO(data)) as image:
+    with without_warnings(), Image.open(io.BytesIO(data)) as image:
         to_stored = exif_orientation(image, "stored")
         pixels = to_rgb(image)
         if image.mode.startswith("I"):
@@ -129,10 +130,11 @@ def header_size(data: bytes) -> tuple[int, int]:
         return height, width
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 return image.height, image.width
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(str(error)) from error
-    except (OSError, SyntaxError) as error:
+    except READ_ERRORS as error:
         raise ValueError(f"not an image: {error}") from error

@@ -139,3 +139,7 @@ def test_a_folder_with_none_of_the_files_is_refused_with_what_it_holds(tmp_path:
     trial.picture("a.jpg")
     with pytest.raises(ShardError, match=r"none of the 1 images.*first is b.jpg.*holds a.jpg"):
         trial.convert([image_of(1, file_name="b.jpg")], [])
+    (trial.images / "train").mkdir()
+    trial.picture("train/b.jpg")
+    with pytest.raises(ShardError, match=f"{trial.images}/train has b.jpg. Give the folder that"):
+        trial.convert([image_of(1, file_name="x\\b.jpg")], [])

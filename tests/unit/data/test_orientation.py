@@ -25,7 +25,7 @@ from bigdet.data.orientation import (
     exif_warning,
 )  # fmt: skip
 from bigdet.data.reencoding import Reencoding
-from bigdet.data.samples import load_sample
+from bigdet.data.samples import DamagedSampleError, decode_sample, load_sample, read_sample
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco, convert_objects365
@@ -279,6 +279,18 @@ def test_a_turned_jpeg_is_decoded_smaller_where_it_divides_without_remainder(siz
     scale = size[0] // expected[0]
     found = red_box(image.permute(1, 2, 0).numpy())
     assert [abs(a - b / scale) <= 1 for a, b in zip(found, BOX, strict=True)] == [True] * 4
+
+
+def test_training_decodes_turned_images_smaller_and_checks_their_size(tmp_path):
+    file = write_coco(tmp_path, {"a.jpg": turned_file(6, size=(800, 480))}, size=(800, 480))
+    convert_coco(tmp_path / "images", file, tmp_path / "out")
+    shards = ShardSet(tmp_path / "out")
+    sample = read_sample(shards, 0)
+    assert decode_sample(shards, 0, sample, (90, 50)).shape == (3, 100, 60)
+    sample.record["width"] = 479
+    for least_size in ((90, 50), None):
+        with pytest.raises(DamagedSampleError, match=r"is \(800, 480\), height and width"):
+            decode_sample(shards, 0, sample, least_size)
 
 
 def test_damaged_exif_does_not_keep_an_image_out(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -14,8 +15,10 @@ from PIL import Image
 from bigdet.data.manifest import ShardError
 from bigdet.data.samples import load_sample
 from bigdet.data.shard_check import check_shards
+from bigdet.data.shard_tar import SampleLog
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
+from bigdet.data.sources.image_files import read_image
 from bigdet.data.sources.voc import convert_voc
 from bigdet.pictures import read_picture
 from tests.unit.data.turned import write_coco
@@ -154,3 +157,24 @@ def test_voc_takes_files_of_any_suffix(tmp_path, suffix):
     assert manifest is not None
     assert (manifest.images, manifest.instances) == (1, 1)
     assert ShardSet(tmp_path / "out").record(0)["file_name"] == f"a.{suffix}"
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM"])
+def test_damaged_files_of_other_formats_are_left_out_with_a_reason(tmp_path, kind):
+    words = random.Random(kind)
+    data = encode(Image.fromarray(RGB), kind)
+    for _ in range(60):
+        damaged = bytearray(data[: words.choice([len(data), words.randrange(1, len(data))])])
+        for _ in range(3):
+            damaged[words.randrange(min(len(damaged), 200))] = words.randrange(256)
+        (tmp_path / "a").write_bytes(damaged)
+        log = SampleLog()
+        read = read_image(tmp_path / "a", None, {}, log)
+        assert (read is None) == any("skipped" in line for line in log.lines)
+
+
+def test_what_is_no_pixels_is_not_run(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encode(Image.fromarray(RGB), "EPS"))
+    log = SampleLog()
+    assert read_image(tmp_path / "a.jpg", None, {}, log) is None
+    assert log.lines[0]["error"] == "EPS files are programs, which are not run; store it as PNG"

@@ -85,7 +85,7 @@ def test_images_that_cannot_be_used_are_skipped_counted_and_listed(trial: Trial)
     assert shards.manifest.skipped == {
         "file missing": 2,
         "file name leads out of the image folder": 2,
-        "not JPEG, PNG or WebP": 1,
+        "not an image that can be read: convert it to PNG or JPEG": 1,
         "not decodable": 1,
         "size differs": 1,
     }
