@@ -200,6 +200,7 @@ class CocoSource:
             folder=self.images,
             find=self._find,
             images=coco.images[first:end],
+            were_there=(self.file_bytes[first:end] > 0).tolist(),
             path=coco.path,
             annotations=[coco.annotations[self._first[n] : self._end[n]] for n in rows],
             categories=self.info.categories,
@@ -245,6 +246,7 @@ class CocoSpan:
     folder: Path
     find: FindImage
     images: list[ImageEntry]
+    were_there: list[bool]
     path: Path
     annotations: list[NDArray[np.void]]
     categories: list[Category]
@@ -259,6 +261,11 @@ class CocoSpan:
             path, size = self.find(self.folder, image.file_name), (image.height, image.width)
             read = read_image(path, size, about, log)
             if read is None:
+                if self.were_there[place] and path is not None and file_bytes(path) is None:
+                    raise ShardError(
+                        f"{path}: was there when the conversion began and is gone. See that its "
+                        "disk or network folder is mounted here, and start again to go on."
+                    )
                 yield None
                 continue
             sources = read_text(self.path, self.annotations[place])
