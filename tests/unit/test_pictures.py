@@ -200,6 +200,6 @@ def test_what_the_system_says_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     failures[:] = [errno.EACCES]
     with pytest.raises(ValueError, match=r"^cannot be read \(Permission denied\)\. Let the user"):
         read_picture(tmp_path / "a.png")
-    failures[:] = [errno.EMFILE] * 2  # the other pictures of a folder would fail likewise
+    failures[:] = [errno.EMFILE] * 2  # the other pictures of a folder would fail too
     with pytest.raises(OSError, match=r"a\.png: cannot be read \(Too many open files\)\. Raise"):
         shown_size(tmp_path / "a.png")

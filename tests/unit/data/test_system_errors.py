@@ -43,7 +43,7 @@ def shards(tmp_path: Path) -> ShardSet:
 
 
 class Failing:
-    """Stands in for a function of ``os``: fails so many times, then works; ``calls`` counts."""
+    """Replaces a function of ``os``: fails so many times, then works; ``calls`` counts."""
 
     def __init__(
         self, monkeypatch: Any, name: str, number: int, times: int, only: str = ""
