@@ -118,7 +118,7 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
 
 
 def _is_picture(file: Path) -> bool:
-    """Tell it by the name; macOS puts a file ``._NAME`` of its own beside each on other disks."""
+    """Judge by the name; for each file on foreign disks macOS adds one of its own, ``._NAME``."""
     return file.suffix.lower() in SUFFIXES and not file.name.startswith("._")
 
 

@@ -111,6 +111,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         ) from error
     except READ_ERRORS as error:
         if isinstance(error, OSError) and error.errno in MAY_PASS:
-            raise OSError(f"{path}: {why_unread(error)}") from error  # others would end likewise
+            raise OSError(
+                f"{path}: {why_unread(error)}"
+            ) from error  # others would fail in the same way
+        if isinstance(error, PermissionError):
+            raise ValueError(why_unread(error).rstrip(".")) from error
         reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
         raise ValueError(f"not a readable image ({reason})") from error

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     if num_bad:
         raise ValueError(
             f"{num_bad} of {num_done + num_bad} images could not be read (the log names each); the "
-            f"other {num_done} are in {options.out}. Repair them, or leave them out."
+            f"other {num_done} are in {options.out}. See to them, or leave them out."
         )
     return 0
 

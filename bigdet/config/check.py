@@ -142,7 +142,10 @@ def check_max_detections(value: int, metric: Metric) -> None:
     key = "evaluation.max_detections"
     _require(10 <= value <= 10_000, key, value, "10 to 10000")
     if metric != "coco" and value != MAX_DETECTIONS:
-        raise ConfigError(f"{key}: {metric} counts all detections, so it would be ignored.")
+        raise ConfigError(
+            f"{key}: found {value}, but {metric} counts all detections, so it would be ignored. "
+            f"Write {MAX_DETECTIONS}, or leave it out."
+        )
 
 
 def _check_engine(engine: EngineConfig) -> None:

@@ -235,7 +235,7 @@ def _samples(file: IO[bytes]) -> Iterator[_Found]:
 
 
 def _is_added(name: str) -> bool:
-    """Tell names of no sample: hidden ones, and those that macOS, tar or webdataset add."""
+    """Recognize names of no sample: hidden ones, and those that macOS, tar or webdataset add."""
     *folders, base = PurePosixPath(name).parts or ("",)
     is_added = any(part == "__MACOSX" or part.startswith("PaxHeader") for part in folders)
     return is_added or base.startswith((".", "__"))

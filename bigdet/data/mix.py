@@ -221,7 +221,7 @@ def class_ids(shards: ShardSet, names: Sequence[str]) -> list[int | None]:
         names: of the model's classes, in the order of its labels.
 
     Raises:
-        ShardError: the set has classes that the model does not know, or one name stands for two.
+        ShardError: the set has classes that the model does not know, or a name may mean two.
     """
     ids = {category.name: category.id for category in shards.categories}
     if set(ids) <= set(names):

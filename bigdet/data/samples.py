@@ -57,7 +57,7 @@ def read_sample(shards: ShardSet, row: int) -> Sample:
     try:
         return shards.read(row)
     except UnavailableShardError:
-        raise  # the reason is not in the sample: others would end likewise
+        raise  # the reason is not in the sample: others would fail in the same way
     except ShardError as error:
         raise DamagedSampleError(str(error), "unreadable") from error
 

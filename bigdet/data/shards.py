@@ -290,7 +290,7 @@ def orientation_of(flags: int) -> int:
 
 
 def drop_empty_masks(record: dict[str, Any]) -> None:
-    """Take masks of nothing out of a record: in tars that others wrote they stand for none."""
+    """Take masks of nothing out of a record: tars that others wrote have them for "no mask"."""
     entries = record.get("annotations")
     for annotation in entries if isinstance(entries, list) else []:
         if isinstance(annotation, dict) and annotation.get("segmentation") in NO_MASK:

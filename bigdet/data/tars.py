@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from bigdet.config.load import ConfigError
 from bigdet.data.cache import Cache, locked, name_of, write_whole
 from bigdet.data.manifest import Shard
 from bigdet.data.remote import RemoteFile, UnreachableError, fetch, file_address, is_remote, shown
-from bigdet.reading import patiently
+from bigdet.reading import MAY_PASS, patiently
 
 MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
 RUN_BYTES = 8 << 20
@@ -119,9 +120,17 @@ class CachedTars:
         while start < stop:
             piece = self._piece(shard, start)
             count = min(stop, piece.stop) - start
-            parts.append(os.pread(self._descriptor(piece), count, start - piece.start))
+            read = partial(self._read, piece, count, start - piece.start)
+            parts.append(patiently(read, shown(self._files[shard].address)))
             start += count
         return b"".join(parts)  # of one part that part itself
+
+    def _read(self, piece: _Piece, size: int, start: int) -> bytes:
+        try:
+            return os.pread(self._descriptor(piece), size, start)
+        except OSError:
+            self.close()  # the cache may lie on a network folder, where a file can become stale
+            raise
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Keep what will be read soon, and fetch it ahead where the cache has room for it twice."""
@@ -182,6 +191,8 @@ class CachedTars:
             except UnreachableError:
                 raise
             except OSError as error:  # no damage of a shard either
+                if error.errno in MAY_PASS:
+                    raise
                 raise UnreachableError(f"the cache cannot be written: {error}") from error
         return self._open[1]
 

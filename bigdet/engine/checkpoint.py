@@ -25,6 +25,7 @@ from torch import Tensor
 from bigdet import distributed
 from bigdet.engine.base import EngineState
 from bigdet.ops.finite import describe_not_finite
+from bigdet.reading import patiently, why_unread
 from bigdet.run_dir import sync as _sync
 from bigdet.strict_json import to_json
 
@@ -292,12 +293,19 @@ def _numbers(checkpoints: Path) -> dict[str, int]:
 
 
 def _hash_of_file(path: Path) -> str:
-    """SHA-256 of a file, as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    """SHA-256 of a file, as hex digits; ``OSError`` where the system does not let it be read."""
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+        return digest.hexdigest()
+
+    try:
+        return patiently(read, str(path))
+    except OSError as error:
+        raise OSError(f"{path}: {why_unread(error)}") from error
 
 
 def _hash_of_json(content: dict[str, Any]) -> str:

@@ -335,7 +335,7 @@ def _integers(values: list[Any]) -> NDArray[np.int64]:
 
 
 def _has_bool(values: Iterable[Any]) -> bool:
-    """Tell whether numpy took a truth value for a number."""
+    """Return whether numpy took a truth value for a number."""
     return not {bool, np.bool_}.isdisjoint(map(type, values))
 
 

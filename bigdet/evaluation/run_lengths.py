@@ -55,7 +55,7 @@ def mask_counts(mask: Any, size: list[int]) -> bytes:
 
 
 def are_outlines(parts: list[Any], size: list[int]) -> bool:
-    """Tell whether these are polygons of an image of some height and width."""
+    """Return whether these are polygons of an image of some height and width."""
     height, width = size
     return (
         bool(parts)

@@ -125,7 +125,7 @@ def _limit_note(groups: Groups) -> str:
     key = "evaluation.max_detections"
     counts = {run.options[key] for runs in groups.values() for run in runs} - {MAX_DETECTIONS}
     return "".join(
-        f" AP counts up to {count} detections of a class on an image ({key}), COCO's own "
+        f" AP counts up to {count} detections of a class on an image ({key}); COCO counts "
         f"{MAX_DETECTIONS}." for count in sorted(counts)
     )  # fmt: skip
 

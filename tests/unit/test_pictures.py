@@ -1,3 +1,5 @@
+import errno
+import os
 import struct
 import zlib
 
@@ -185,3 +187,25 @@ def test_what_is_no_list_of_pictures_is_told(tmp_path):
         with pytest.raises(ValueError, match=said):
             list_pixels(given)
     assert list_pixels([]) == []
+
+
+def test_what_the_system_says_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr("bigdet.reading.RETRY_SECONDS", (0.0,))
+    opened, failures = Image.open, []
+
+    def fail(path):
+        if failures:
+            number = failures.pop()
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path)
+
+    monkeypatch.setattr(Image, "open", fail)
+    failures[:] = [errno.ESTALE]
+    assert read_picture(tmp_path / "a.png").shape == (3, 4, 3)  # at the second attempt
+    failures[:] = [errno.EACCES]
+    with pytest.raises(ValueError, match=r"^cannot be read \(Permission denied\)\. Let the user"):
+        read_picture(tmp_path / "a.png")
+    failures[:] = [errno.EMFILE] * 2  # the other pictures of a folder would fail too
+    with pytest.raises(OSError, match=r"a\.png: cannot be read \(Too many open files\)\. Raise"):
+        shown_size(tmp_path / "a.png")

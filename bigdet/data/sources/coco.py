@@ -211,6 +211,7 @@ class CocoSource:
             ways=[self._way(n) for n in rows],
             exif=self._exif,
             images=coco.images[first:end],
+            were_there=(self.file_bytes[first:end] > 0).tolist(),
             path=coco.path,
             annotations=[coco.annotations[self._first[n] : self._end[n]] for n in rows],
             categories=self.info.categories,
@@ -268,6 +269,7 @@ class CocoSpan:
     ways: list[str | None]
     exif: Exif
     images: list[ImageEntry]
+    were_there: list[bool]
     path: Path
     annotations: list[NDArray[np.void]]
     categories: list[Category]
@@ -285,6 +287,11 @@ class CocoSpan:
             recorded = (image.height, image.width) if image.height else None
             read = read_image(path, recorded, about, log, self.exif)
             if read is None:
+                if self.were_there[place] and path is not None and file_bytes(path) is None:
+                    raise ShardError(
+                        f"{path}: was there when the conversion began and is gone. See that its "
+                        "disk or network folder is mounted here, and start again to go on."
+                    )
                 yield None
                 continue
             height, width = read[1].shape[:2]

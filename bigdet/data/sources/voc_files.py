@@ -1,4 +1,4 @@
-"""VOC's text files as many tools write them: lists of a split, XML, and images beside them.
+"""VOC's text files as many tools write them: lists of a split, XML, and the images of these.
 
 What is not as VOC has it is taken where it can mean one thing only, and counted in the log.
 """
@@ -62,7 +62,7 @@ def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element
 
     Args:
         path: of the file.
-        log: gets what was mended; None for nobody.
+        log: gets what was repaired; None for no log.
         about: says in the log which file it is.
     """
     data = read_bytes(path)
@@ -80,8 +80,8 @@ def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element
     except (ElementTree.ParseError, ValueError, RecursionError):
         return problem
     if log is not None:
-        is_mended = bool(num_bare) or encoding == "utf-8"
-        what = "with a flaw that was mended" if is_mended else f"in {encoding}"
+        is_repaired = bool(num_bare) or encoding == "utf-8"
+        what = "with a flaw that was repaired" if is_repaired else f"in {encoding}"
         log.change(f"annotation file {what}", **about, error=problem)
     return root
 
@@ -117,7 +117,7 @@ def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
 
 
 def _meanings(line: str) -> Iterator[str]:
-    """Yield the names that a line of a list may stand for, the most literal first."""
+    """Yield the names that a line of a list may mean, the most literal first."""
     yield line
     words = line.split()
     whole = " ".join(words[:-1]) if len(words) > 1 and words[-1] in CLASS_FLAGS else line

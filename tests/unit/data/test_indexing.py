@@ -252,6 +252,8 @@ def test_categories_come_from_lists_annotation_files_and_manifests(tmp_path: Pat
     path = tmp_path / "categories.json"
     path.write_text('[{"id": 5, "name": "b "}, {"id": 3, "name": "a", "supercategory": "s"}]')
     assert load_categories(path) == [Category(5, "b "), Category(3, "a", "s")]
+    path.write_text('["b", "a"]')
+    assert load_categories(path) == [Category(1, "b"), Category(2, "a")]
     path.write_text(
         '{"categories": [{"id": 1, "name": "p", "keypoints": ["x"], "flip_pairs": []}]}'
     )

@@ -13,7 +13,7 @@ from tests.unit.data.test_source_voc import Voc, object_of
 
 BOX = (1, 1, 9, 9)
 DECLARED = '<?xml version="1.0" encoding="{}"?>'
-MENDED = "annotation file with a flaw that was mended"
+REPAIRED = "annotation file with a flaw that was repaired"
 DOG = "\u72d7"  # Chinese; GBK has two bytes for it that are no UTF-8
 
 
@@ -38,15 +38,15 @@ def change(voc: Voc, old: str, new: str, encoding: str = "utf-8") -> None:
         (DOG, "", "gbk", "annotation file in gbk"),
         (DOG, DECLARED.format("utf-8"), "gbk", "annotation file in gbk"),
         (DOG, DECLARED.format("utf-16"), "utf-16", None),
-        (DOG, DECLARED.format("UTF-16"), "utf-8", MENDED),
+        (DOG, DECLARED.format("UTF-16"), "utf-8", REPAIRED),
         (DOG, "", "utf-16-le", None),
         (DOG, "", "utf-8-sig", None),
-        (DOG, "\n" + DECLARED.format("utf-8"), "utf-8", MENDED),
+        (DOG, "\n" + DECLARED.format("utf-8"), "utf-8", REPAIRED),
         ("\u00e9 x", DECLARED.format("ISO-8859-1"), "latin-1", None),
         ("\u00e9 x", "", "latin-1", "annotation file in latin-1"),  # GBK has no such pair of bytes
-        ("dog & cat", "", "utf-8", MENDED),
+        ("dog & cat", "", "utf-8", REPAIRED),
         ("dog &amp; cat", "", "utf-8", None),
-        ("dog &nbsp; &#8217;", DECLARED.format("GBK"), "gbk", MENDED),
+        ("dog &nbsp; &#8217;", DECLARED.format("GBK"), "gbk", REPAIRED),
     ],
 )  # fmt: skip
 def test_xml_in_other_encodings_and_with_bare_ampersands_is_read(

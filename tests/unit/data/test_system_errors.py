@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,9 @@ from bigdet.commands import explain
 from bigdet.data.indexing import index_shards
 from bigdet.data.manifest import Category, ShardError
 from bigdet.data.shard_check import check_shards
+from bigdet.data.shard_tar import SampleLog
 from bigdet.data.shards import ShardSet, UnavailableShardError
+from bigdet.data.sources.coco import convert_coco
 from bigdet.data.sources.voc import convert_voc
 from bigdet.inputs import list_inputs
 from bigdet.predict import collect
@@ -40,7 +43,7 @@ def shards(tmp_path: Path) -> ShardSet:
 
 
 class Failing:
-    """Stands in for a function of ``os``: fails so many times, then works; ``calls`` counts."""
+    """Replaces a function of ``os``: fails so many times, then works; ``calls`` counts."""
 
     def __init__(
         self, monkeypatch: Any, name: str, number: int, times: int, only: str = ""
@@ -154,6 +157,23 @@ def test_an_image_that_may_not_be_read_ends_a_conversion(tmp_path, monkeypatch, 
     Failing(monkeypatch, "stat", getattr(errno, name), 10**6, "2.jpg")  # its folder is closed
     with pytest.raises(ShardError, match=r"2\.jpg: cannot be read \((Permission|Input/output)"):
         trial.convert([image_of(1), image_of(2, file_name="2.jpg")], [])
+
+
+def test_an_image_that_goes_while_it_is_converted_ends_a_conversion(tmp_path, monkeypatch):
+    trial = Trial(tmp_path)
+    trial.picture("1.jpg")
+    trial.picture("2.jpg")
+    monkeypatch.setattr("bigdet.data.sources.coco.convert", lambda source, *_: source)
+    (tmp_path / "a.json").write_text(
+        json.dumps({"images": [image_of(1), image_of(2), image_of(3)], "annotations": [],
+                    "categories": [{"id": 1, "name": "dog"}]})
+    )  # fmt: skip
+    source = convert_coco(trial.images, tmp_path / "a.json", trial.out)
+    (trial.images / "2.jpg").unlink()  # 3.jpg never was there
+    log = SampleLog()
+    assert list(source.span(2, 3).samples(log)) == [None]
+    with pytest.raises(ShardError, match=r"2\.jpg: was there when the conversion began"):
+        list(source.span(0, 3).samples(log))
 
 
 def test_annotations_that_may_not_be_read_end_a_conversion_of_voc(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import resource
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bigdet import distributed
 from bigdet.engine import checkpoint
 from bigdet.engine.base import EngineState
 
@@ -233,3 +236,23 @@ def test_the_state_file_is_strict_json(tmp_path: Path) -> None:
     assert "NaN" not in text
     assert "Infinity" not in text
     assert checkpoint.load(tmp_path / "train-1").run == {"best": None, "seconds": None}
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors"])
+def test_what_the_system_says_is_no_damage_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(tmp_path / "checkpoints", "train", 6)
+    path = save(tmp_path / "checkpoints", "train", 7)
+    opened = io.open
+
+    def refuse(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file) == str(path / name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr("io.open", refuse)
+    with pytest.raises(distributed.SharedError, match="Permission denied") as caught:
+        checkpoint.load(path)
+    assert name in str(caught.value)
+    assert "resume=" not in str(caught.value)  # no advice to go back to train-6

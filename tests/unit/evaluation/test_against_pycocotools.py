@@ -137,7 +137,7 @@ def other_form(result, form):
 
 @pytest.mark.parametrize("form", ["polygons", "run lengths", "floats"])
 def test_masks_of_other_programs_have_the_ap_of_pycocotools(make_shards, form):
-    """All but the area ranges: beside a box pycocotools takes the box's area for the mask's."""
+    """All but the area ranges: pycocotools takes the box's area for the mask's."""
     images, results = random_scene(5)
     shards = make_shards(images, CATEGORIES)
     truth = read_ground_truth(shards, True, False)

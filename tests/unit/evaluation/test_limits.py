@@ -67,16 +67,16 @@ def test_another_limit_than_cocos_is_named_in_the_numbers_and_in_the_table(dense
 
 
 def test_more_objects_than_are_counted_are_told_after_and_before(dense, results, caplog):
-    told = "an image has 120 objects of the class cat, of which AP can find"
+    expected = "an image has 120 objects of the class cat, of which AP can find"
     config = load_config(CONFIG, ["evaluation.max_detections=110"])
     warn_at_start(config, dense)
     few, many = (record.getMessage() for record in caplog.records)
     assert few.startswith("evaluation.max_detections is 110, but the model gives 100 detections")
     assert "model.roi.detections_per_image" in few
-    assert f"{dense.address}: {told} 110: raise evaluation.max_detections" in many
+    assert f"{dense.address}: {expected} 110: raise evaluation.max_detections" in many
     caplog.clear()
     evaluate_detections(dense, results, ("bbox",))
-    assert f"{told} 100" in caplog.text
+    assert f"{expected} 100" in caplog.text
     caplog.clear()
     warn_of_dense(read_ground_truth(dense, False, False), 120)
     warn_at_start(load_config(CONFIG, ["evaluation.metric=voc07"]), dense)

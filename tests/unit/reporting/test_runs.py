@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bigdet.reporting.runs import common_name, group_runs, read_runs, short_names
+from bigdet.reporting.writing import write_report
 from tests.fake_runs import write_run
 
 
@@ -40,6 +41,18 @@ def test_runs_measured_on_other_data_are_refused(tmp_path: Path):
     voc = write_run(tmp_path / "c", [0.1], "evaluation.metric=voc07")
     with pytest.raises(ValueError, match=r"evaluation\.metric: voc07, not coco"):
         read_runs([first, voc])
+    dense = write_run(tmp_path / "d", [0.1], "evaluation.max_detections=300")
+    with pytest.raises(ValueError, match=r"evaluation\.max_detections: 300, not 100"):
+        read_runs([first, dense])
+
+
+def test_a_report_names_how_many_detections_ap_counts(tmp_path: Path):
+    note = "AP counts up to 300 detections of a class on an image (evaluation.max_detections)"
+    for words in (["evaluation.max_detections=300"], []):
+        groups = group_runs(read_runs([write_run(tmp_path / f"run{len(words)}", [0.1], *words)]))
+        outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
+        for file in write_report(groups, tmp_path, "title", outcomes):
+            assert (note in file.read_text()) == bool(words)
 
 
 def test_metrics_of_another_config_are_told(tmp_path: Path):
