@@ -1,7 +1,7 @@
 """Check a shard set: read every byte, compare hashes, decode every image, count.
 
-python tools/check_shards.py DIR
-python tools/check_shards.py https://host/path        (or s3://..., pipe:...; nothing is kept)
+bigdet check-shards DIR
+bigdet check-shards https://host/path        (or s3://..., pipe:...; nothing is kept)
 
 Ends with 1 if anything is wrong, one line per problem: shard, key, what.
 """
@@ -9,7 +9,6 @@ Ends with 1 if anything is wrong, one line per problem: shard, key, what.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from bigdet.commands import positive, run_command
 from bigdet.data.class_counts import ClassCounts
 from bigdet.data.remote import shown
 from bigdet.data.shard_check import check_shards, load_manifest
+from bigdet.limits import num_cpus
 from bigdet.progress_bar import ProgressBar
 
 MAX_LINES = 100
@@ -26,11 +26,13 @@ MAX_LINES = 100
 def main(argv: Sequence[str]) -> int:
     """Check the shard set that the arguments name."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bigdet check-shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", help="folder or address of the shard set")
     parser.add_argument(
-        "--processes", type=positive, default=len(os.sched_getaffinity(0)),
+        "--processes", type=positive, default=num_cpus(),
         help="that work at a time; default: one per CPU",
     )  # fmt: skip
     arguments = parser.parse_args(argv)

@@ -1,20 +1,20 @@
 """Make a shard set.
 
-python tools/make_shards.py coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
-python tools/make_shards.py objects365 --images DIR --annotations FILE --out DIR
-python tools/make_shards.py voc --root DIR --split trainval [--categories FILE] --out DIR
-python tools/make_shards.py shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
+bigdet shards coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
+bigdet shards coco --images DIR --annotations FILE --categories FILE --out DIR
+bigdet shards objects365 --images DIR --annotations FILE --out DIR
+bigdet shards voc --root DIR --split trainval [--categories FILE] --out DIR
+bigdet shards shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
 
 After a kill the same command goes on; what comes out is the same, byte for byte. Over 3 machines:
 
-python tools/make_shards.py coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
-python tools/make_shards.py merge --out DIR
+bigdet shards coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
+bigdet shards merge --out DIR
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +23,14 @@ from bigdet.data.annotations import box_warning
 from bigdet.data.class_counts import counts_of
 from bigdet.data.conversion import Making, merge_parts
 from bigdet.data.manifest import Manifest
+from bigdet.data.orientation import exif_warning
 from bigdet.data.reencoding import Reencoding
 from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
 from bigdet.data.sources.coco import convert_coco, convert_objects365
 from bigdet.data.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.sources.voc import convert_voc
+from bigdet.limits import num_cpus
 from bigdet.progress_bar import ProgressBar
 
 
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if manifest is None:
         print(
             f"{arguments.out}: part {arguments.part} is made. When all are in one folder: "
-            "tools/make_shards.py merge --out that folder"
+            "`bigdet shards merge --out` that folder"
         )
     else:
         print_counts(arguments.out, manifest)
@@ -64,8 +66,9 @@ def print_counts(folder: str, manifest: Manifest) -> None:
         print(f"  objects per class: {counts.line()}")
         for line in counts.warnings("learned"):
             print(f"  warning: {line}")
-    if line := box_warning(manifest):
-        print(f"  warning: {line}")
+    for warning in (box_warning(manifest), exif_warning(manifest.changed)):
+        if warning:
+            print(f"  warning: {warning}")
     if manifest.skipped or manifest.changed:
         print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
 
@@ -85,8 +88,8 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
         )
     making = _making(arguments)
     images, annotations = arguments.images, arguments.annotations
+    categories = load_categories(arguments.categories) if arguments.categories else None
     if arguments.source == "voc":
-        categories = load_categories(arguments.categories) if arguments.categories else None
         return convert_voc(
             arguments.root,
             arguments.split,
@@ -97,13 +100,15 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
         )
     if arguments.source == "objects365":
         return convert_objects365(
-            images, annotations, arguments.out, making=making, progress=progress
-        )
+            images, annotations, arguments.out,
+            categories=categories, making=making, progress=progress,
+        )  # fmt: skip
     return convert_coco(
         images,
         annotations,
         arguments.out,
         keypoints=arguments.keypoints,
+        categories=categories,
         making=making,
         progress=progress,
     )
@@ -115,12 +120,16 @@ def _making(arguments: argparse.Namespace) -> Making:
     reencoding = None
     if arguments.long_side is not None:
         reencoding = Reencoding(arguments.long_side, arguments.quality or 95)
-    return Making(arguments.shard_megabytes, arguments.processes, arguments.part, reencoding)
+    return Making(
+        arguments.shard_megabytes, arguments.processes, arguments.part, reencoding, arguments.exif
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bigdet shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sources = parser.add_subparsers(dest="source", required=True)
     coco = sources.add_parser("coco", help="images and a COCO annotation file")
@@ -136,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     voc.add_argument("--split", required=True, help="a file in ImageSets/Main, without .txt")
     voc.add_argument("--categories", type=Path, help="JSON list; default: all names, sorted")
     voc.set_defaults(images=None, annotations=None)
+    for source in (coco, objects):
+        source.add_argument(
+            "--categories", type=Path,
+            help="JSON list, annotation file or manifest.json: the classes, by name, in the order "
+            "of the labels; default: those of the annotations by rising id",
+        )  # fmt: skip
     for source in (coco, objects, voc):
         _add_options(source)
     shapes = sources.add_parser("shapes", help="synthetic images to try things on")
@@ -148,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, help="folder with all of the parts")
     for name, source in sources.choices.items():
         source.formatter_class = argparse.RawDescriptionHelpFormatter
-        words = f"make_shards.py {name} "
+        words = f"bigdet shards {name} "
         examples = [f"    {line}" for line in str(__doc__).splitlines() if words in line]
         source.epilog = "\n".join(["examples:", *examples])
     return parser
@@ -159,7 +174,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
     parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
     parser.add_argument(
-        "--processes", type=positive, default=_num_cpus(), help="at a time; default: one per CPU"
+        "--processes", type=positive, default=num_cpus(), help="at a time; default: one per CPU"
     )
     parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
     parser.add_argument(
@@ -168,11 +183,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="make larger images smaller, to train at low resolution (not to evaluate at full)",
     )
+    parser.add_argument(
+        "--exif",
+        choices=["shown", "stored"],
+        default="shown",
+        help="what the annotations of an image that EXIF turns are of, if its recorded size does "
+        "not tell: the image as viewers and annotation tools show it (default), or as stored",
+    )
     parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

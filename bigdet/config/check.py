@@ -27,14 +27,15 @@ from bigdet.config.derived import (
     phase_source,
     start_parts,
 )
-from bigdet.config.load import ConfigError
+from bigdet.config.load import ConfigError, written_keys
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 from bigdet.config.rules import not_negative as _not_negative
 from bigdet.config.rules import positive as _positive
 from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
-from bigdet.config.schema import EngineConfig, RunConfig
+from bigdet.config.rules import user_wrote
+from bigdet.config.schema import MAX_DETECTIONS, EngineConfig, Metric, RunConfig
 
 _STRIDE = 32
 _BACKBONE_STAGES = 5
@@ -47,9 +48,10 @@ _RESIZE_KINDS = {
     "scale_range": ("direct",),
     "jitter_range": ("jitter",),
     "pad_to": ("short_side", "stitcher"),
+    "draw": ("short_side",),
 }
 """The kinds of resize that heed each option; ``size`` is for all."""
-_DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range", "pad_to")
+_DRAWN_RESIZE = ("sizes", "size_range", "variant", "scale_range", "jitter_range", "pad_to", "draw")
 """Options of a resize that only training heeds."""
 _MOSAIC_IMAGES = 4
 
@@ -60,6 +62,11 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: with the full key, what was found and what to write instead.
     """
+    with user_wrote(written_keys(config)):
+        _check_all(config)
+
+
+def _check_all(config: RunConfig) -> None:
     _check_model(config.model)
     _check_numbers(config)
     check_train_split(config.data.train)
@@ -93,6 +100,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("data.cache.gib", config.data.cache.gib),
         ("evaluation.every", config.evaluation.every),
         ("evaluation.images_per_gpu", config.evaluation.images_per_gpu),
+        ("evaluation.precise_bn", config.evaluation.precise_bn),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep", config.checkpoint.keep),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
@@ -104,6 +112,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("engine.max_bad_steps", engine.max_bad_steps),
         ("data.workers", config.data.workers),
         ("data.train.max_damaged", config.data.train.max_damaged),
+        ("data.train.min_keypoints", config.data.train.min_keypoints),
         ("evaluation.pictures", config.evaluation.pictures),
     ):
         _not_negative(key, count)
@@ -113,6 +122,10 @@ def _check_numbers(config: RunConfig) -> None:
         "checkpoint.keep_every", keep_every, f"a multiple of checkpoint.every, {every}",
     )  # fmt: skip
     check_tta(config.evaluation.tta)
+    if not any(phase.norm_mode in ("live", "sync") for phase in config.phases.values()):
+        reason = "is for phases with norm_mode live or sync, of which there is none"
+        _unused("evaluation", config.evaluation, "precise_bn", reason)
+    check_max_detections(config.evaluation.max_detections, config.evaluation.metric)
     if config.evaluation.resize is not None:
         if config.evaluation.tta is not None:
             raise ConfigError(
@@ -122,6 +135,17 @@ def _check_numbers(config: RunConfig) -> None:
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
+
+
+def check_max_detections(value: int, metric: Metric) -> None:
+    """Check how many detections count; VOC's metrics know no limit."""
+    key = "evaluation.max_detections"
+    _require(10 <= value <= 10_000, key, value, "10 to 10000")
+    if metric != "coco" and value != MAX_DETECTIONS:
+        raise ConfigError(
+            f"{key}: found {value}, but {metric} counts all detections, so it would be ignored. "
+            f"Write {MAX_DETECTIONS}, or leave it out."
+        )
 
 
 def _check_engine(engine: EngineConfig) -> None:
@@ -216,6 +240,9 @@ def _check_model(model: ModelConfig) -> None:
             f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
             f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
         )
+    if has_layer_norm and model.norm == "bn" and model.norm_scope != "all":
+        reason = f"{model.backbone} has LayerNorm, and norm_scope leaves out all else"
+        _unused("model", model, "norm", reason)
     for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
         _positive(key, value)
     rpn, roi = model.rpn, model.roi
@@ -280,6 +307,11 @@ def _check_resize(key: str, resize: ResizeConfig) -> None:
         is_list = bool(resize.sizes) and min(resize.sizes) > 0
         _require(is_list, f"{key}.sizes", resize.sizes, "a list of numbers above 0")
         _unused(key, resize, "size_range", "sizes says the same")
+    if resize.draw == "image" and resize.pad_to == "two_shapes":
+        raise ConfigError(
+            f"{key}.draw: found image with pad_to: two_shapes, which makes all images of a step as "
+            f"large as one size says. Write draw: step, or pad_to: batch."
+        )
     _require(resize.divide_by > 1, f"{key}.divide_by", resize.divide_by, "2 or more")
     size = largest_plan(resize)[0] if resize.kind == "short_side" else resize.size
     if resize.cap is not None and resize.cap < size:
@@ -305,6 +337,10 @@ def _check_augment(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
 
 
 def _check_norm_mode(key: str, phase: PhaseConfig, model: ModelConfig) -> None:
+    if phase.decay_norms and model.norm != "gn" and phase.norm_mode in (None, "fixed"):
+        raise ConfigError(
+            f"{key}.decay_norms: no BN or GN is trained here, so it would be ignored. Remove it."
+        )
     if has_batch_norm(model) and phase.norm_mode is None:
         raise ConfigError(
             f"{key}.norm_mode: not set, but the model has BN. Write live (statistics of the "
@@ -347,6 +383,11 @@ def _check_start(config: RunConfig, name: str) -> None:
             f"{key}.start_from.pixels: found {pixels} with source {source}. It is for .pkl files, "
             f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
             f"and R-101 and what was trained from them)."
+        )
+    if phase.start_from.ema is not None and (source in ("random", "previous") or is_timm(source)):
+        raise ConfigError(
+            f"{key}.start_from.ema: is for files of weights, but the source is {source}, so it "
+            f"would be ignored. Remove it."
         )
     if phase.start_from.cost is not None:
         check_cost(f"{key}.start_from.cost", phase.start_from.cost, source)

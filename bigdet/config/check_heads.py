@@ -11,7 +11,7 @@ from bigdet.config.derived import (
     phase_model,
 )
 from bigdet.config.load import ConfigError
-from bigdet.config.rules import not_negative, positive, unused
+from bigdet.config.rules import not_negative, positive, require, unused
 from bigdet.config.schema import RunConfig
 
 
@@ -19,19 +19,31 @@ def check_heads(config: RunConfig) -> None:
     """Check the losses of the heads, and that each option has a head that heeds it."""
     rpn, roi = config.model.rpn, config.model.roi
     not_negative("model.rpn.box_beta", rpn.box_beta)
+    for key, number in (
+        ("model.rpn.border", rpn.border or 0),
+        ("model.roi.sampling_ratio", roi.sampling_ratio),
+    ):
+        not_negative(key, number)
+    for key, fraction in (
+        ("model.rpn.low_quality_iou", rpn.low_quality_iou),
+        ("model.roi.crowd_coverage", roi.crowd_coverage or 0),
+    ):
+        require(0 <= fraction <= 1, key, fraction, "in [0, 1]")
     positive("model.roi.box_beta", roi.box_beta)
     positive("model.roi.box_loss_weight", roi.box_loss_weight)
     if roi.box_loss != "smooth_l1":
         unused("model.roi", roi, "box_beta", "is for box_loss: smooth_l1")
     for name in ("num_keypoints", "width"):
         positive(f"model.keypoint.{name}", getattr(config.model.keypoint, name))
+    not_negative("model.keypoint.min_visible", config.model.keypoint.min_visible)
     models = [phase_model(config, name) for name in config.phases]
     if not any(has_cascade(model) for model in models):
         reason = "is for cascade_rcnn and cascade_mask_rcnn"
         unused("model.cascade", config.model.cascade, "gradients", reason)
     if not any(has_keypoints(model) for model in models):
-        for name in ("num_keypoints", "width"):
+        for name in ("num_keypoints", "width", "min_visible"):
             unused("model.keypoint", config.model.keypoint, name, "is for keypoint_rcnn")
+        unused("data.train", config.data.train, "min_keypoints", "is for keypoint_rcnn")
     if models and all(has_cascade(model) for model in models):
         reason = "the stages of a cascade have their own, 0.5, 0.6 and 0.7"
         unused("model.roi", roi, "positive_iou", reason)

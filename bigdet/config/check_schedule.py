@@ -30,6 +30,7 @@ def check_schedule(key: str, phase: PhaseConfig) -> None:
             f"long the phase is, found {found}. Write one, and null for the others."
         )
     positive(f"{key}.{units[0]}", getattr(phase, units[0]))
+    positive(f"{key}.bias_lr_factor", phase.bias_lr_factor)
     require(0 < phase.warmup_factor <= 1, f"{key}.warmup_factor", phase.warmup_factor, "in (0, 1]")
     require(0 < phase.decay_factor <= 1, f"{key}.decay_factor", phase.decay_factor, "in (0, 1]")
     require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")

@@ -27,7 +27,7 @@ class TrainSplitConfig:
     """The images to learn from."""
 
     shards: str = MISSING
-    """Folder of a shard set (``tools/make_shards.py`` makes one), or its address: ``https://``,
+    """Folder of a shard set (``bigdet shards`` makes one), or its address: ``https://``,
     ``s3://``, ``gs://``, ``hf://``, ..., or a command ``pipe:ssh HOST cat /data/coco/{}``."""
     more_shards: list[str] = field(default_factory=list)
     """Folders or addresses of further sets to mix in. Categories of the same name are one class;
@@ -47,6 +47,9 @@ class TrainSplitConfig:
     """Images that are shuffled together in ``windowed``."""
     keep_empty: bool = False
     """Train on images without objects too. The papers' code leaves them out."""
+    min_keypoints: int = 0
+    """Train only on images whose objects have at least so many labelled keypoints together; 1 for
+    Keypoint R-CNN in Detectron and detectron2. Reads all annotations at start. 0: no such rule."""
     max_damaged: int = 100
     """Damaged samples, over all ranks, that may be replaced before the run stops."""
     scaled_decoding: bool = False

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from typing import Any
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model_schema import ModelConfig, RpnConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig, StartCostConfig
 from bigdet.config.schema import RunConfig
+
+PLACES = (".shards", ".more_shards", ".subset.ids", ".start_from.source")
+"""Ends of the keys whose values are paths or addresses of what a run reads."""
 
 _PROPOSING = ("backbone", "fpn", "rpn", "box_head")
 DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
@@ -19,6 +24,9 @@ DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
     "retinanet": ("backbone", "fpn", "retina_head"),
 }
 """The parts of each detector, in the order in which data flows through them."""
+
+CASCADES = ("cascade_rcnn", "cascade_mask_rcnn")
+"""Detectors whose box head is three."""
 
 LAYER_NORM_BACKBONES = (
     "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
@@ -91,13 +99,26 @@ def has_keypoints(model: ModelConfig) -> bool:
 
 def has_cascade(model: ModelConfig) -> bool:
     """Tell whether the box head of a detector is a cascade of three."""
-    return model.detector in ("cascade_rcnn", "cascade_mask_rcnn")
+    return model.detector in CASCADES
 
 
 def is_class_agnostic(model: ModelConfig) -> bool:
     """Tell whether a region has one box for all classes, with the default filled in."""
     chosen = model.roi.class_agnostic
     return has_cascade(model) if chosen is None else chosen
+
+
+def proposal_limits(rpn: RpnConfig, detector: str) -> RpnConfig:
+    """Return the options of region proposals with all numbers of proposals filled in."""
+    after_nms = rpn.train_proposals
+    if after_nms is None:
+        after_nms = 2000 if detector in CASCADES else 1000
+    return dataclasses.replace(
+        rpn,
+        train_proposals=after_nms,
+        train_candidates=rpn.train_candidates or rpn.train_proposals or 2000,
+        test_candidates=rpn.test_candidates or rpn.test_proposals,
+    )
 
 
 def phase_model(config: RunConfig, name: str) -> ModelConfig:
@@ -206,6 +227,32 @@ def in_steps(phase: PhaseConfig, steps_per_unit: float) -> PhaseConfig:
 def is_timm(source: str) -> bool:
     """Tell whether a source is published weights by timm's name: ``timm`` or ``timm:NAME``."""
     return source == "timm" or source.startswith("timm:")
+
+
+def place_of(path: str) -> str:
+    """Return one text for all ways to write a place: links, ``..``, relative, a slash at the end.
+
+    Args:
+        path: of what lies here, or an address.
+    """
+    if "://" in path or path.startswith("pipe:"):
+        return path.rstrip("/")
+    return os.path.realpath(path)
+
+
+def comparable(key: str, value: Any) -> Any:
+    """Return the value of an option such that ways to write the same path are equal.
+
+    Args:
+        key: full key.
+        value: as written.
+    """
+    if isinstance(value, list):
+        return [comparable(key, each) for each in value]
+    is_name = isinstance(value, str) and (value in ("random", "previous") or is_timm(value))
+    if key.endswith(PLACES) and isinstance(value, str) and not is_name:
+        return place_of(value)
+    return value
 
 
 def is_foreign_file(source: str) -> bool:

@@ -34,15 +34,24 @@ class RpnConfig:
     """Height over width of the anchors, area kept."""
     anchors_per_image: int = 256
     """Sampled anchors per image in the loss, at most half of them positive."""
-    train_proposals: int = 2000
-    """Proposals per level before NMS, and per image after it, in training."""
+    train_proposals: int | None = None
+    """Proposals per image after NMS in training. None: 1000, or 2000 if the detector is a cascade
+    (detectron2, mmdetection; Detectron's 2000 are of a batch of two images)."""
     test_proposals: int = 1000
     """The same at test time."""
     train_candidates: int | None = None
-    """Proposals per level before NMS in training, where they are not as many as after it. None:
-    ``train_proposals``."""
+    """Proposals per level before NMS in training. None: ``train_proposals`` where that is set, else
+    2000."""
     test_candidates: int | None = None
     """The same at test time. None: ``test_proposals``."""
+    low_quality_iou: float = 0.3
+    """The anchor that overlaps an object more than all others do is positive too, if it overlaps
+    it by at least this. 0.3: mmdetection and paper 2's code; 0: Detectron, detectron2, torchvision
+    (always, however small the overlap)."""
+    border: int | None = None
+    """Anchors that reach more than so many pixels beyond their image are left out of the loss:
+    0 in Detectron and in mmdetection's cascades. None: all anchors count (detectron2, torchvision,
+    mmdetection's other detectors)."""
     box_beta: float = 0.0
     """Where the box loss turns from square to linear (smooth L1); 0 is L1. Detectron: 1/9."""
     nms_iou: float = 0.7
@@ -59,6 +68,13 @@ class RoiConfig:
     """At most this part of them on objects."""
     positive_iou: float = 0.5
     """A region on an object overlaps it by at least this. A cascade has its own three."""
+    crowd_coverage: float | None = None
+    """Regions with more than this part of their area in a crowd are no background examples
+    (Detectron has the option, 0.7, and trains without it). None: crowds have no effect."""
+    sampling_ratio: int = 2
+    """Points a side at which RoIAlign samples each cell of a region (Detectron, torchvision). 0: as
+    many as the cell has pixels of the features, rounded up, as in detectron2 and mmdetection, whose
+    weights were trained so; slower."""
     class_agnostic: bool | None = None
     """One box per region for all classes, instead of one per class. None: true if
     ``model.detector`` is a cascade, else false, for all phases."""
@@ -125,6 +141,10 @@ class KeypointConfig:
     """Keypoints of an object, as many as the categories of the data have (COCO's persons: 17)."""
     width: int = 512
     """Channels of its eight convolutions."""
+    min_visible: int = 0
+    """Keypoints that a micro-batch needs at least for the head to learn from it: a mean over few
+    is noise. Detectron draws other images where it finds fewer than 20; here the rest of the
+    detector learns from them. 0: no such limit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,10 @@ class ResizeConfig:
     size_range: tuple[int, int] | None = None
     """For ``short_side`` in training: the short side of each step is a number from the first to the
     second, pixels. None: ``size``."""
+    draw: Literal["step", "image"] = "step"
+    """For ``sizes`` and ``size_range``: one draw for all images of a ``step``, so that they fill
+    their canvases and all ranks have equal work, or one for each ``image``, as in Detectron,
+    detectron2 and mmdetection."""
     divide_by: int = 2
     """Of ``stitcher``: what both sides are divided by."""
     variant: Literal["released", "paper"] = "released"
@@ -98,6 +102,10 @@ class StartFromConfig:
     """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
     as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
     reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
+    ema: bool | None = None
+    """For files that have plain weights and their moving average (EMA): true for the average, false
+    for the plain ones. None: the plain ones; of mmengine's, which puts the average in their place,
+    the average. The log says what a file has and what was taken."""
     cost: StartCostConfig | None = None
     """For ``timm`` and paths: what the weights cost, to stand beside the run's own in
     ``metrics.jsonl`` (``imported/images``, ...). None: not stated."""
@@ -124,7 +132,9 @@ class PhaseConfig:
     images: int | None = None
     """Length in training images, so that the steps follow from ``images_per_step``."""
     images_per_gpu: int = MISSING
-    """Images in one forward pass of one rank (micro-batch)."""
+    """Images in one forward pass of one rank (micro-batch). Losses are normalized over these images
+    (by their objects or samples), as in the published codes, and live BN has its statistics of
+    them: another number changes the gradient even where ``images_per_step`` stays."""
     images_per_step: int | None = None
     """Images per optimizer step over all ranks; what exceeds ranks x ``images_per_gpu`` is
     accumulated. None: one micro-batch per rank."""
@@ -147,8 +157,15 @@ class PhaseConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = 1e-4
-    """On weights; not on normalization layers, biases of them, and the position tables and scales
-    of transformers."""
+    """On weights and biases; not on normalization layers (but see ``decay_norms``), nor on the
+    position tables and scales of transformers."""
+    decay_norms: bool = False
+    """Decay scale and shift of BN and GN too, as detectors of mmdetection do unless their config
+    says otherwise (its baselines, and paper 2's fine-tuning with affine or SyncBN)."""
+    decay_biases: bool = True
+    """Decay biases of other layers. False in Detectron."""
+    bias_lr_factor: float = 1.0
+    """Learning rate of these biases over that of the weights. 2 in Detectron."""
     schedule: Literal["constant", "step", "cosine"] = "step"
     """After the warm-up: ``constant``; ``step``: times ``decay_factor`` at each of ``drops``; or
     ``cosine``: half a cosine, from the full rate at the end of the warm-up to 0 at the end."""

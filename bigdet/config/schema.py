@@ -19,6 +19,7 @@ from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Metric = Literal["coco", "voc07", "voc12"]
+MAX_DETECTIONS = 100  # of a class on an image, as COCO counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,12 @@ class TtaConfig:
     )
     """Short sides of the views, pixels."""
     cap: int = 2000
-    """Longest long side of all views, pixels."""
+    """Longest long side of the views, pixels. With ``pool: candidates`` the view at the size of the
+    plain evaluation has that one's own, 1333 for a short side of 800."""
+    pool: Literal["candidates", "detections"] = "candidates"
+    """What the views give. ``candidates``: all boxes above ``model.roi.score_threshold``, then NMS
+    and voting over all views, and the best ``detections_per_image`` are kept, as in Detectron.
+    ``detections``: what is left of each view after its own NMS, as in detectron2; faster."""
     vote_iou: float | None = 0.9
     """Boxes move to the mean of those of other views that overlap them by at least this. None: they
     stay."""
@@ -70,7 +76,8 @@ class EvaluationConfig:
     every: int | None = None
     """Steps between evaluations. None: only at the end of a phase."""
     images_per_gpu: int = 1
-    """Images in one forward pass of one rank."""
+    """Images in one forward pass of one rank. They are padded to the size of the largest, and
+    another padding changes AP a little: compare numbers of the same value."""
     resize: ResizeConfig | None = None
     """Size of the images. None: that of the phase."""
     tta: TtaConfig | None = None
@@ -79,6 +86,15 @@ class EvaluationConfig:
     metric: Metric = "coco"
     """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
     all of them (``voc12``), where AP50 is VOC's own number."""
+    precise_bn: int | None = None
+    """Before an evaluation during training the running statistics of BN become the mean over so
+    many steps' training images at the present weights, instead of a moving average over weights of
+    the past (detectron2: 200); for ``norm_mode`` live and sync, others have nothing to measure. The
+    order of the training stays what it was. None: the moving average."""
+    max_detections: int = MAX_DETECTIONS
+    """The best detections of a class on an image that AP and AR count, of boxes and masks; 10 to
+    10,000. COCO's is 100; with another one AP is another number, as ``maxDets`` of pycocotools.
+    What the model gives is ``detections_per_image``. VOC counts all."""
     pictures: int = 8
     """Validation images drawn at the end of a phase, ground truth and detections: one half the
     worst, the other the best."""
@@ -117,7 +133,11 @@ class LogConfig:
     """What a run tells."""
 
     every: int = 20
-    """Steps between lines of the log and of ``metrics.jsonl``."""
+    """Steps between lines of the log and of ``metrics.jsonl``. The losses and ``grad_norm`` of a
+    line are means over all steps since the line before, weighted by training images (masked slots
+    at the end of a pass count nothing), and do not depend on ranks or accumulation. ``grad_norm``
+    is that of the mean loss over the lanes with an image, before clipping. A step that was skipped
+    is left out: ``bad_steps`` counts it, and a mean of no step is null."""
     tensorboard: bool = True
     """Write TensorBoard event files too, with pictures: a batch with its targets at the start of a
     phase, detections at each evaluation."""

@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from bigdet.data.loose_values import truth_value
 from bigdet.data.manifest import Category, Manifest
 from bigdet.data.shard_tar import SampleLog
+from bigdet.data.shards import NO_MASK
 
 BOX_TOLERANCE = 0.01  # pixels: COCO's boxes have two decimals, so a sum may go over by rounding
 MIN_SIDE = 0.01  # pixels: float32 edges of a thinner box, far from the origin, would coincide
@@ -110,7 +111,8 @@ def _add_outlines(
     log: SampleLog,
 ) -> None:
     """Give mask and keypoints of the source to an annotation, where they can be used."""
-    if (mask := source.get("segmentation")) not in (None, []):
+    mask: Any = source.get("segmentation")
+    if mask not in NO_MASK:
         cleaned = clean_mask(mask, *image_size)
         if cleaned is None:
             log.change("mask dropped: neither polygons nor RLE of the image", **about)

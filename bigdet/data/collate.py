@@ -1,7 +1,8 @@
 """Samples to a group in a few flat tensors, and those to a ``Batch``.
 
 A loader process hands over four tensors per group, whatever the number of objects: handing over
-many small ones costs more than their bytes (DESIGN.md: 459 against 2797 images per second).
+many small ones costs more than their bytes (with 114 tensors, one worker gave 459 images per
+second, with 4 it gave 2797).
 
 Letters: B images of the group, M objects of all of them, H and W the canvas.
 """

@@ -20,7 +20,7 @@ from bigdet.data.order import Order
 from bigdet.data.samples import Damage, DamagedSampleError, damaged, decode_sample, read_sample
 from bigdet.data.shards import ShardSet
 from bigdet.data.transforms import Scene, make_examples
-from bigdet.data.views import Size, draw_view, resize_of_step
+from bigdet.data.views import Size, draw_view, resize_of_image, resize_of_step
 from bigdet.ops.random import Words, seed_of
 
 REPLACEMENT_TRIES = 100
@@ -99,6 +99,7 @@ class TrainGroups:
         record = sample.record
         copy_key = (copy,) if copy else ()  # a sample that comes again in a pass looks different
         key = (*self._key, pass_number, row, *copy_key)
+        resize = resize_of_image(resize, *key)
         view = draw_view(record, resize, self._flip, Words("augmentation", *key), canvas)
         may_shrink = self._scaled_decoding and view.window is None
         least_size = view.scaled_size if may_shrink else None

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigdet.data.web_pages import found_page
+
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -131,14 +133,14 @@ class Manifest:
             found = found if folder.exists() else "there is no such folder"
             raise ShardError(
                 f"{folder}: expected a shard set, but {found}. Give the folder that "
-                "tools/make_shards.py wrote, or run it again if it did not finish."
+                "`bigdet shards` wrote, or run it again if it did not finish."
             )
         try:
             values = json.loads(path.read_bytes())
             if values["version"] != VERSION:
                 raise ShardError(
                     f"{path}: shard format version {values['version']!r}, this bigdet reads "
-                    f"{VERSION}. Make the shards again with tools/make_shards.py."
+                    f"{VERSION}. Make the shards again with `bigdet shards`."
                 )
             expected = values.pop("sha256", None)
             if expected is not None and manifest_sha256(values) != expected:
@@ -155,9 +157,10 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, ShardError):
                 raise
+            reason = found_page(path) or repr(error)
             raise ShardError(
-                f"{path}: not the manifest of a shard set ({error!r}). Make the shards again with "
-                "tools/make_shards.py."
+                f"{path}: not the manifest of a shard set ({reason}). Make the shards again with "
+                "`bigdet shards`."
             ) from error
 
 

@@ -136,9 +136,9 @@ def objects_in_views(
 ) -> list[Objects]:
     """Bring the objects of several images into their views, all at once: it is calls that cost.
 
-    Objects that are not seen are dropped: one stays if its clipped box has an area, however small
-    (RECIPES C.7). Masks are worked out within the clipped box alone; crowd regions carry none, as
-    no loss uses them.
+    Objects that are not seen are dropped: one stays if its clipped box has an area, however small,
+    as in paper 2's released code. Masks are worked out within the clipped box alone; crowd regions
+    carry none, as no loss uses them.
 
     Args:
         annotations: of each image's record in the shards, checked.

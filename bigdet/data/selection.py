@@ -64,6 +64,8 @@ def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
     rows = np.arange(len(shards), dtype=np.int32)
     if not split.keep_empty:
         rows = np.flatnonzero(shards.index["num_boxes"]).astype(np.int32)
+    if split.min_keypoints:
+        rows = _with_keypoints(shards, rows, split.min_keypoints)
     if split.subset is not None:
         rows = _subset(shards, rows, split.subset, split.keep_empty)
     windows = None
@@ -79,6 +81,7 @@ def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
         "subset": subset,
         "weights": None if split.weights is None else list(split.weights),
         "repeat_threshold": split.repeat_threshold,
+        "min_keypoints": split.min_keypoints or None,
     }
     return Selection(rows, _repeats(shards, rows, split), windows, state)
 
@@ -95,6 +98,47 @@ def left_out(shards: ShardSet, split: TrainSplitConfig) -> str:
         f" {num_empty} of {len(shards)} images have no object that is not crowd; "
         "data.train.keep_empty=true takes them."
     )
+
+
+def _with_keypoints(shards: ShardSet, rows: NDArray[np.int32], least: int) -> NDArray[np.int32]:
+    """Return the rows whose objects have so many labelled keypoints together; crowds do not count.
+
+    Raises:
+        ShardError: no image is left, or annotations cannot be read (see `read_classes`).
+    """
+    key = "data.train.min_keypoints"
+    start = time.perf_counter()
+    counts = np.zeros(len(rows), np.int64)
+    for number, row in enumerate(rows.tolist()):
+        for entry in _annotations(shards, row, key):
+            if not entry["iscrowd"]:
+                counts[number] += sum(seen > 0 for seen in entry.get("keypoints", [])[2::3])
+    kept = rows[counts >= least]
+    logger.info(
+        "%s: %s of %s images have %d or more labelled keypoints; read in %.1f s",
+        key, f"{len(kept):,}", f"{len(rows):,}", least, time.perf_counter() - start,
+    )  # fmt: skip
+    if not len(kept):
+        raise ShardError(
+            f"{key}: found {least}, but no image of {shards.address} has so many labelled "
+            f"keypoints. Write a smaller number, or make the shards with --keypoints."
+        )
+    return kept
+
+
+def _annotations(shards: ShardSet, row: int, option: str) -> list[dict[str, Any]]:
+    """Return the annotations of a row for an option that needs those of every image."""
+    try:
+        found: list[dict[str, Any]] = shards.record(row)["annotations"]
+        for entry in found:
+            entry["label"], entry["iscrowd"], [*entry.get("keypoints", [])]
+    except (KeyError, TypeError) as error:
+        raise ShardError(
+            f"{shards.path(row)}: the annotations of sample {shards.key(row)} (row {row}) are "
+            f"not as expected ({error!r}). {option} needs those of every "
+            f"image: make the shards again, or leave it out."
+        ) from error
+    return found
 
 
 def read_classes(
@@ -114,15 +158,8 @@ def read_classes(
     labels: list[int] = []
     offsets = [0]
     for row in rows.tolist():
-        try:
-            annotations = shards.record(row)["annotations"]
-            labels += sorted({entry["label"] for entry in annotations if not entry["iscrowd"]})
-        except (KeyError, TypeError) as error:
-            raise ShardError(
-                f"{shards.path(row)}: the annotations of sample {shards.key(row)} (row {row}) are "
-                f"not as expected ({error!r}). data.train.repeat_threshold needs those of every "
-                f"image: make the shards again, or leave it out."
-            ) from error
+        annotations = _annotations(shards, row, "data.train.repeat_threshold")
+        labels += sorted({entry["label"] for entry in annotations if not entry["iscrowd"]})
         offsets.append(len(labels))
     logger.info(
         "data.train.repeat_threshold: read the classes of %s images in %.1f s",

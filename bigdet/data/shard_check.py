@@ -12,12 +12,12 @@ import numpy as np
 
 from bigdet.config.data_schema import CacheConfig
 from bigdet.data.conversion import Progress, no_progress
-from bigdet.data.decode import decode_image
+from bigdet.data.decode import decode_pixels
 from bigdet.data.manifest import Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.remote import is_remote
-from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags
+from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags, turn_flags
 from bigdet.data.shards import (
     MISSING,
     Sample,
@@ -26,6 +26,7 @@ from bigdet.data.shards import (
     file_sha256,
     size_problem,
 )
+from bigdet.reading import patiently, why_unread
 
 ANY_SIZE = 1e9  # GiB; of a cache whose shards' sizes are not known yet
 
@@ -101,7 +102,10 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
     shards = _open(job.path, job.cache)
     shard = shards.manifest.shards[job.shard]
     found: Counter[str] = Counter()
-    problem = None if is_remote(job.path) else _file_problem(Path(job.path), shard)
+    try:
+        problem = None if is_remote(job.path) else _file_problem(Path(job.path), shard)
+    except OSError as error:
+        return [Problem(shard.file, why_unread(error))], found
     problems = [] if problem is None else [Problem(shard.file, problem)]
     if problem == MISSING:
         return problems, found  # told once for all of its samples
@@ -133,7 +137,8 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
 def _file_problem(folder: Path, shard: Shard) -> str | None:
     """Say what is wrong with a tar of a local set as a file."""
     problem = size_problem(folder, shard)
-    if problem is None and file_sha256(folder / shard.file) != shard.sha256:
+    path = folder / shard.file
+    if problem is None and patiently(lambda: file_sha256(path), str(path)) != shard.sha256:
         problem = "SHA-256 is not that of the manifest"
     return problem
 
@@ -146,7 +151,7 @@ def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]
         return
     recorded = (record["height"], record["width"])
     try:
-        decoded = tuple(decode_image(sample.image_bytes).shape[1:])
+        decoded = tuple(decode_pixels(sample.image_bytes, None, sample.orientation).shape[:2])
     except ValueError as error:
         yield f"image cannot be decoded: {error}"
     else:
@@ -159,6 +164,7 @@ def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]
     if entry["num_boxes"] != num_boxes:
         yield f"index says {entry['num_boxes']} boxes, the record has {num_boxes}"
     flags = image_flags(sample.image_bytes) | annotation_flags(annotations)
+    flags |= turn_flags(sample.orientation)
     if entry["flags"] != flags:
         yield f"index has flags {entry['flags']}, expected {flags}"
     yield from annotation_problems(record, shards.categories)

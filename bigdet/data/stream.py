@@ -7,11 +7,14 @@ is whose). ``EvalStream`` gives every image once.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bigdet.config.data_schema import DataConfig, TrainSplitConfig
 from bigdet.config.derived import largest_plan
@@ -38,6 +41,7 @@ from bigdet.data.samples import (
 from bigdet.data.selection import left_out, select
 from bigdet.data.shards import ShardSet
 from bigdet.data.views import whole_view
+from bigdet.limits import num_cpus
 from bigdet.structures import Batch
 
 logger = logging.getLogger(__name__)
@@ -158,7 +162,7 @@ class TrainStream:
             self._state["phase"], f"{self._state['samples']:,}", f"{len(self._groups.shards):,}",
             f"{order.num_entries:,}", f"{order.steps_per_pass:,}", order.name,
         )  # fmt: skip
-        if self._workers > (cores := len(os.sched_getaffinity(0))):
+        if self._workers > (cores := num_cpus()):
             logger.info("data.workers: %d loader processes for each rank, on %d cores",
                         self._workers, cores)  # fmt: skip
         order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
@@ -171,6 +175,13 @@ class TrainStream:
         for packed in self._loader:
             self._note(packed)
             yield unpack(packed)
+
+    def beside(self, first_step: int) -> TrainStream:
+        """Return a stream of the same groups from a step on, with loaders and counts of its own."""
+        other = copy.copy(self)
+        other._first_step, other._loader = first_step, None
+        other.damaged, other.dropped_boxes, other.damages = {}, 0, {}
+        return other
 
     def read_group(self, step: int, lane: int) -> Batch:
         """Make one group of any step, from 1, and any lane, in this process."""
@@ -186,6 +197,10 @@ class TrainStream:
             int(image_id) if weight else None
             for image_id, weight in zip(ids, group.weights, strict=True)
         ]
+
+    def lane_images(self, step: int) -> NDArray[np.int64]:
+        """Return how many images of each lane of a step, from 1, are not masked: ``(L,)``."""
+        return self._groups.order.lane_images(step)
 
     def state(self) -> dict[str, Any]:
         """Return what a number of finished steps is relative to, for a checkpoint."""

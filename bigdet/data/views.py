@@ -170,9 +170,23 @@ def resize_of_step(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
     """Return the resize of one step: the same for all lanes, its short side drawn if it varies.
 
     Args:
-        resize: of the phase.
+        resize: of the phase; one that is drawn for each image stays as it is.
         key: seed, phase and step.
     """
+    return resize if resize.draw == "image" else _with_drawn_size(resize, key)
+
+
+def resize_of_image(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
+    """Return the resize of one image, its short side drawn if it varies from image to image.
+
+    Args:
+        resize: of the step.
+        key: of the sample: seed, phase, pass and row.
+    """
+    return _with_drawn_size(resize, key)
+
+
+def _with_drawn_size(resize: ResizeConfig, key: Sequence[int | str]) -> ResizeConfig:
     if resize.sizes is None and resize.size_range is None:
         return resize
     words = Words("size", *key)
@@ -182,7 +196,8 @@ def resize_of_step(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
         assert resize.size_range is not None
         low, high = resize.size_range
         size = low + words.integer(high - low + 1)
-    return replace(resize, size=size, cap=plan_of(resize)[1], sizes=None, size_range=None)
+    cap = plan_of(resize)[1]
+    return replace(resize, size=size, cap=cap, sizes=None, size_range=None, draw="step")
 
 
 def draw_view(

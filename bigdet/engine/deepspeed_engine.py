@@ -30,7 +30,7 @@ from bigdet.engine.base import (
     to_save,
     weight_shapes,
 )
-from bigdet.engine.precision import LossScale, TotalLoss, mean_losses
+from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
@@ -135,7 +135,7 @@ class DeepSpeedEngine:
             self._engine.backward(total, scale_wrt_gas=False)
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)
-        losses = mean_losses(seen)
+        losses = lane_losses(seen)
         norm = self._step_sharded() if self._stage else self._step_whole(scale)
         is_finite = math.isfinite(norm)
         is_overflow = self._scale.update(is_finite, losses)
@@ -167,9 +167,9 @@ class DeepSpeedEngine:
         return float(self._engine.get_global_grad_norm())
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps."""
+        """Set the learning rate of the next steps, times each group's own factor."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     def state(self) -> EngineState:
         """Give weights and optimizer state, complete on rank 0, one parameter after the other."""

@@ -30,7 +30,7 @@ from bigdet.engine.base import (
     to_save,
     weight_shapes,
 )
-from bigdet.engine.precision import LossScale, TotalLoss, mean_losses
+from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -98,7 +98,7 @@ class FsdpEngine:
             (total * (scale / self._num_micro_batches)).backward()
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)
-        losses = mean_losses(seen)
+        losses = lane_losses(seen)
         norm = self._step(scale)
         is_finite = math.isfinite(norm)
         is_overflow = self._scale.update(is_finite, losses)
@@ -122,9 +122,9 @@ class FsdpEngine:
         return norm
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps."""
+        """Set the learning rate of the next steps, times each group's own factor."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     def state(self) -> EngineState:
         """Give weights and optimizer state, complete on rank 0, one parameter after the other."""

@@ -6,8 +6,8 @@ where there is nothing to measure.
 
     by_iou       {"0.50": AP, ..., "0.95": AP}
     by_size      {"all" | "small" | "medium" | "large": {"objects": count, "AP", "AR"}}
-    recall       {"1" | "10" | "100": AR with so many detections per image and class; "300": with so
-                 many per image (LVIS)}
+    recall       {"1" | "10" | "100": AR with so many detections per image and class}; the last is
+                 evaluation.max_detections, or "300" alone: per image (LVIS)
     per_class    {name: {"objects", "detections": counts, "AP", "AP50", "AP75", "AR"}}
     calibration  {"edges": 11 scores, "count": 10 counts, "score": 10 mean scores, "precision": 10
                  parts that are right, "ece": expected calibration error}; null if a score is not
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.config.schema import MAX_DETECTIONS
 from bigdet.data.manifest import unique_names
 from bigdet.evaluation.coco_metrics import THRESHOLDS, Measured, mean_of_defined, never_counts
 from bigdet.evaluation.detections import DetectionTable, Kind
@@ -58,7 +59,8 @@ def analyze(truth: GroundTruth, found: DetectionTable, kind: Kind, measured: Mea
         kind: what is compared.
         measured: precision and recall of that kind.
     """
-    cover = find_cover(truth, found, kind)
+    limit = max(MAX_DETECTIONS, measured.rules.limits[-1])
+    cover = find_cover(truth, found, kind, limit)
     errors = find_errors(truth, cover, kind)
     return {
         "by_iou": {

@@ -10,12 +10,12 @@ N detections and M objects of a class.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import Metric
+from bigdet.config.schema import MAX_DETECTIONS, Metric
 from bigdet.data.manifest import Category
 from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.detections import DetectionTable, Kind
@@ -25,7 +25,7 @@ from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
-"""Our names and the positions of these numbers in ``COCOeval.stats``."""
+"""Our names and the positions of these numbers in ``COCOeval.stats``, of 100 detections."""
 KEYPOINT_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APm": 3, "APl": 4, "AR20": 5}
 """The same for keypoints."""
 LVIS_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR300": 6}
@@ -91,11 +91,6 @@ LVIS_RULES = Rules(
 RULES: dict[Kind, Rules] = {"bbox": _BOX_RULES, "segm": _BOX_RULES, "keypoints": _KEYPOINT_RULES}
 
 
-def lvis_rules(truth: GroundTruth, kind: Kind) -> Rules | None:
-    """Return what LVIS measures of boxes and masks if the set is federated."""
-    return None if truth.verified is None or kind == "keypoints" else LVIS_RULES
-
-
 @dataclass(frozen=True)
 class Measured:
     """Precision and recall of one kind.
@@ -136,12 +131,41 @@ class Measured:
         return mean_of_defined(_at(self.recall, threshold)[..., area, limit])
 
 
+def rules_of(truth: GroundTruth, kind: Kind, max_detections: int = MAX_DETECTIONS) -> Rules:
+    """Return what is measured of a kind.
+
+    The limit is of boxes and masks; keypoints have their own, and so have boxes and masks of a
+    federated set, which are measured as LVIS does.
+    """
+    rules = RULES[kind]
+    if kind == "keypoints":
+        return rules
+    if truth.verified is not None:
+        return LVIS_RULES
+    return replace(rules, limits=[*rules.limits[:-1], max_detections])
+
+
+def metric_places(
+    truth: GroundTruth, kind: Kind, max_detections: int = MAX_DETECTIONS
+) -> dict[str, int]:
+    """Return the names of the numbers of a kind, and their places in ``Measured.stats()``."""
+    if kind == "keypoints":
+        return KEYPOINT_METRICS
+    if truth.verified is not None:
+        return LVIS_METRICS
+    return {name.replace("100", str(max_detections)): place for name, place in METRICS.items()}
+
+
 def _at(values: Numbers, threshold: float | None) -> Numbers:
     return values if threshold is None else values[np.isclose(THRESHOLDS, threshold)]
 
 
 def evaluation_kinds(
-    shards: ShardSet, with_masks: bool, with_keypoints: bool, metric: Metric = "coco"
+    shards: ShardSet,
+    with_masks: bool,
+    with_keypoints: bool,
+    metric: Metric = "coco",
+    max_detections: int = MAX_DETECTIONS,
 ) -> tuple[Kind, ...]:
     """Return what can be measured: boxes always, the others if model and data have them.
 
@@ -150,7 +174,16 @@ def evaluation_kinds(
         with_masks: the model predicts masks.
         with_keypoints: the model predicts keypoints.
         metric: VOC's are of boxes only.
+        max_detections: that AP counts, see ``rules_of``.
+
+    Raises:
+        ValueError: the set is scored by LVIS's rule, which leaves no choice of either.
     """
+    if shards.manifest.federated and max_detections != MAX_DETECTIONS:
+        raise ValueError(
+            f"evaluation.max_detections: found {max_detections}, but {shards.address} is scored by "
+            f"LVIS's rule, which counts {LVIS_DETECTIONS} detections of an image. Leave it out."
+        )
     if metric != "coco":
         if shards.manifest.federated:
             raise ValueError(
@@ -171,15 +204,18 @@ def category_ids(shards: ShardSet) -> list[int]:
     return [category.id for category in shards.categories]
 
 
-def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
+def measure(
+    truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
+) -> Measured:
     """Measure precision and recall of one kind, class by class.
 
     Args:
         truth: with masks or keypoints if the kind needs them.
         found: detections of any of its images.
         kind: what to compare.
+        max_detections: of a class on an image that count, see ``rules_of``.
     """
-    rules = lvis_rules(truth, kind) or RULES[kind]
+    rules = rules_of(truth, kind, max_detections)
     is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
     labels.sort(key=lambda k: truth.categories[k].id)  # as pycocotools: means add up in this order

@@ -135,7 +135,7 @@ def _checked_areas(
         row = int(order[images[np.flatnonzero(~are_masks)[0]]])
         raise ValueError(
             f"{shards.place(row)}: sample {shards.key(row)} has a segmentation that is no mask of "
-            f"its image. tools/check_shards.py {shards.address} lists all; make the set again."
+            f"its image. `bigdet check-shards {shards.address}` lists all; make the set again."
         )
     return areas
 

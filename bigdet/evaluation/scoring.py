@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from bigdet.config.schema import Metric
+from bigdet.config.schema import MAX_DETECTIONS, Metric
 from bigdet.data.manifest import unique_names
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.analysis import analyze
 from bigdet.evaluation.coco_metrics import (
-    KEYPOINT_METRICS,
     KIND_NAMES,
     LVIS_METRICS,
-    LVIS_RULES,
-    METRICS,
     THRESHOLDS,
     measure,
+    metric_places,
 )
 from bigdet.evaluation.detections import DetectionTable, Kind, Result, read_detections
 from bigdet.evaluation.ground_truth import GroundTruth, read_ground_truth
+from bigdet.evaluation.limits import warn_of_dense
 from bigdet.evaluation.voc_metrics import VocMetric, measure_voc
 
 Metrics = dict[str, Any]
@@ -34,6 +33,7 @@ def evaluate_detections(
     kinds: Sequence[Kind],
     metric: Metric = "coco",
     where: str = "results",
+    max_detections: int = MAX_DETECTIONS,
 ) -> Metrics:
     """Measure detections against the ground truth of a whole shard set.
 
@@ -43,6 +43,8 @@ def evaluate_detections(
         kinds: what to measure, see ``evaluation_kinds``. ``voc07`` and ``voc12`` know boxes only.
         metric: how AP is defined.
         where: where the results come from, for messages.
+        max_detections: of a class on an image that count, of boxes and masks. Another number than
+            100 is in the result, and in the name of its AR (``AR300``).
 
     Returns:
         Per kind the numbers of ``METRICS`` (or ``KEYPOINT_METRICS``) in 0..1, and under
@@ -61,14 +63,15 @@ def evaluate_detections(
     if metric != "coco":
         return _evaluate_voc(truth, found, metric)
     names = unique_names(truth.categories)
+    if truth.verified is None:
+        warn_of_dense(truth, max_detections)
     metrics: Metrics = {}
     per_class: Metrics = {}
     analysis: Metrics = {}
     for kind in kinds:
-        measured = measure(truth, found, kind)
+        measured = measure(truth, found, kind, max_detections)
         stats = measured.stats()
-        places = KEYPOINT_METRICS if kind == "keypoints" else METRICS
-        places = LVIS_METRICS if measured.rules is LVIS_RULES else places
+        places = metric_places(truth, kind, max_detections)
         metrics[kind] = {name: stats[place] for name, place in places.items()}
         if places is LVIS_METRICS:
             metrics[kind] |= measured.frequency_aps(truth.categories)
@@ -76,7 +79,17 @@ def evaluate_detections(
         per_class[kind] = {name: aps.get(k) for k, name in enumerate(names)}
         analysis[kind] = analyze(truth, found, kind, measured)
     metrics |= {"per_class": per_class, "analysis": analysis}
-    return metrics if truth.verified is None else metrics | {"rule": "lvis"}
+    if truth.verified is not None:
+        metrics["rule"] = "lvis"
+    elif max_detections != MAX_DETECTIONS:
+        metrics["max_detections"] = max_detections
+    return metrics
+
+
+def limit_note(metrics: Metrics) -> str:
+    """Say how many detections counted where it is not COCO's 100; empty where it is."""
+    count = metrics.get("max_detections")
+    return f"up to {count} detections of a class on an image counted" if count else ""
 
 
 def with_numbers(results: Iterable[Result], source_ids: Mapping[str, int]) -> Iterator[Result]:
@@ -130,6 +143,8 @@ def metrics_table(metrics: Metrics, per_class: bool = False) -> str:
         cells = [[name, *(_text(aps[kind].get(name)) for kind in kinds)] for name in classes]
         columns = max(9, *(len(name) + 2 for name in head))
         lines += ["", *_aligned([head, *cells], max(map(len, classes), default=0), columns)]
+    if note := limit_note(metrics):
+        lines += ["", note]
     return "\n".join(lines)
 
 

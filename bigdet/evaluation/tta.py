@@ -1,10 +1,12 @@
 """Test-time augmentation: what a detector finds in several views of an image becomes one result.
 
-Views are sizes, each also mirrored. As in Detectron (RECIPES.md, C.3): the detections of all views
-are pooled, near duplicates within a class dropped, and boxes may be moved to the mean of those that
-agree with them. Masks, and whatever else is a map over a box, are then read in every view for the
-boxes that remain, and averaged. So a view is run twice where there are such maps; its features are
-not kept, as those of 16 views do not fit on a device.
+Views are sizes, each also mirrored. As in Detectron (``TEST.BBOX_AUG`` with ``UNION``): the
+candidates of all views are pooled, near duplicates within a class dropped, boxes may be moved to
+the mean of those that agree with them, and the best of each image are kept. Or as in detectron2,
+where each view drops its own near duplicates first (``evaluation.tta.pool``). Masks, and whatever
+else is a map over a box, are then read in every view for the boxes that remain, and averaged. So a
+view is run twice where there are such maps; its features are not kept, as those of 16 views do not
+fit on a device.
 
 Letters: B images, D detections of all images, N candidates of all images and views.
 """
@@ -22,16 +24,22 @@ from bigdet.config.schema import TtaConfig
 from bigdet.data.manifest import Category
 from bigdet.data.objects import keypoint_order
 from bigdet.models.detector import Detector, collate_images
-from bigdet.models.heads.detections import FlatDetections, best_detections
+from bigdet.models.heads.detections import FlatDetections, best_detections, usable
 from bigdet.ops.boxes import pairwise_iou
 from bigdet.structures import Batch, Detections
+
+CHUNK = 2**22  # pairs of a detection and a candidate that are compared at once
 
 
 class AugmentedDetector(nn.Module):
     """A detector that looks at each image in several views; takes images at their own size."""
 
     def __init__(
-        self, detector: Detector, config: TtaConfig, categories: Sequence[Category]
+        self,
+        detector: Detector,
+        config: TtaConfig,
+        categories: Sequence[Category],
+        plain_size: tuple[int, int] | None = None,
     ) -> None:
         """Wrap a detector; nothing is copied.
 
@@ -39,6 +47,8 @@ class AugmentedDetector(nn.Module):
             detector: of any family.
             config: the views.
             categories: say which keypoints a mirror exchanges.
+            plain_size: short side and longest long side, pixels, of the evaluation without
+                augmentation. None: the detector's ``test_size``.
         """
         super().__init__()
         self.mirrored: list[int] = []
@@ -46,7 +56,8 @@ class AugmentedDetector(nn.Module):
             self.mirrored = keypoint_order(categories).tolist()
         self.detector = detector
         self.config = config
-        self.train(detector.training)
+        self.plain_size = plain_size or detector.test_size
+        self.training = detector.training
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> list[Detections]:
@@ -58,8 +69,13 @@ class AugmentedDetector(nn.Module):
         detector, sizes = self.detector, batch.image_sizes
         settings, num_classes = detector.test_settings, detector.num_classes
         seen = []
+        is_pooled = self.config.pool == "candidates"
         for view in self._views(batch):
-            found = detector.find(detector.features(view.batch), view.batch)
+            features = detector.features(view.batch)
+            if is_pooled:
+                found = usable(detector.candidates(features, view.batch), view.batch.image_sizes)
+            else:
+                found = detector.find(features, view.batch)
             seen.append(replace(found, boxes=view.to_image(found.boxes, found.images)))
         candidates = FlatDetections(
             images=torch.cat([one.images for one in seen]),
@@ -100,8 +116,9 @@ class AugmentedDetector(nn.Module):
                 batch.images.cpu(), batch.image_sizes.tolist(), strict=True
             )
         ]
-        cap = self.config.cap
         for scale in self.config.scales:
+            is_plain = scale == self.plain_size[0] and self.config.pool == "candidates"
+            cap = self.plain_size[1] if is_plain else self.config.cap
             resized = collate_images(images, (scale, cap))
             for is_flipped in (False, True) if self.config.flip else (False,):
                 seen = mirror(resized) if is_flipped else resized
@@ -164,12 +181,18 @@ def vote(found: FlatDetections, candidates: FlatDetections, iou: float) -> Tenso
     Returns:
         ``(D, 4)``
     """
-    is_alike = (found.images[:, None] == candidates.images) & (
-        found.labels[:, None] == candidates.labels
-    )
-    # A box overlaps itself wholly, but for rounding, and for what was cut at the image's border.
-    agrees = is_alike & (pairwise_iou(found.boxes, candidates.boxes) >= iou)  # (D, N)
-    weights = agrees * candidates.scores
-    totals = weights.sum(dim=1, keepdim=True)
-    means = weights @ candidates.boxes / totals
-    return torch.where(totals > 0, means, found.boxes)
+    voted = [found.boxes[:0]]
+    for rows in torch.split(
+        torch.arange(len(found.boxes), device=found.boxes.device),
+        max(CHUNK // max(len(candidates.boxes), 1), 1),
+    ):
+        boxes = found.boxes[rows]
+        is_alike = (found.images[rows, None] == candidates.images) & (
+            found.labels[rows, None] == candidates.labels
+        )
+        # A box overlaps itself wholly, but for rounding, and what was cut at the image's border.
+        agrees = is_alike & (pairwise_iou(boxes, candidates.boxes) >= iou)  # (rows, N)
+        weights = agrees * candidates.scores
+        totals = weights.sum(dim=1, keepdim=True)
+        voted.append(torch.where(totals > 0, weights @ candidates.boxes / totals, boxes))
+    return torch.cat(voted)

@@ -63,6 +63,19 @@ def grid_spacings(
     return [(canvas_size[0] // height, canvas_size[1] // width) for height, width in feature_sizes]
 
 
+def within_border(anchors: Tensor, image_sizes: Tensor, border: int) -> Tensor:
+    """Tell which anchors reach at most so many pixels beyond their image: ``(B, A)`` bool.
+
+    Args:
+        anchors: ``(A, 4)``.
+        image_sizes: ``(B, 2)`` height, width of each image, which is smaller than its canvas.
+        border: pixels.
+    """
+    limits = image_sizes.flip(1)[:, None].to(anchors.dtype) + border  # (B, 1, 2) x, y
+    is_within = (anchors[:, :2] >= -border).all(-1) & (anchors[:, 2:] <= limits).all(-1)
+    return is_within
+
+
 def grid_anchors(
     feature_sizes: Sequence[tuple[int, int]],
     strides: Sequence[tuple[int, int]],

@@ -66,7 +66,13 @@ def pad_objects(targets: Targets, dtype: torch.dtype) -> Objects:
     )
 
 
-def match(objects: Objects, boxes: Tensor, keep_best: bool) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    objects: Objects,
+    boxes: Tensor,
+    keep_best: bool,
+    lowest_iou: float = 0.0,
+    is_usable: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Find the object that each box overlaps most.
 
     Args:
@@ -74,6 +80,8 @@ def match(objects: Objects, boxes: Tensor, keep_best: bool) -> tuple[Tensor, Ten
         boxes: ``(A, 4)`` for all images or ``(B, A, 4)``.
         keep_best: also find the boxes that overlap some object more than every other box does,
             ties included, so that no object goes without (two passes).
+        lowest_iou: but no box that overlaps its object by less than this.
+        is_usable: ``(B, A)`` bool, the boxes among which the best is looked for. None: all.
 
     Returns:
         ``(B, A)`` IoU with the best object (0 without any), ``(B, A)`` int64 its slot, and
@@ -81,6 +89,11 @@ def match(objects: Objects, boxes: Tensor, keep_best: bool) -> tuple[Tensor, Ten
     """
     chunks = torch.split(boxes, _chunk_size(objects.is_object), dim=-2)
     overlaps = [_overlaps(objects, chunk) for chunk in chunks] if len(chunks) == 1 else None
+    masks = None if is_usable is None else torch.split(is_usable[:, None], chunks[0].shape[-2], -1)
+
+    def usable(iou: Tensor, position: int) -> Tensor:
+        return iou if masks is None else iou * masks[position]
+
     best, slots, tops = [], [], []
     for position, chunk in enumerate(chunks):
         iou = overlaps[position] if overlaps else _overlaps(objects, chunk)
@@ -88,14 +101,17 @@ def match(objects: Objects, boxes: Tensor, keep_best: bool) -> tuple[Tensor, Ten
         best.append(value)
         slots.append(slot)
         if keep_best:
-            tops.append(iou.amax(dim=2))
+            tops.append(usable(iou, position).amax(dim=2))
     value, slot = torch.cat(best, dim=1), torch.cat(slots, dim=1)
     if not keep_best:
         return value, slot, torch.zeros_like(value, dtype=torch.bool)
     top = torch.stack(tops).amax(dim=0)  # (B, G)
-    top = torch.where(top > 0, top, 2.0).unsqueeze(2)  # no box's IoU is 2
+    is_enough = (top > 0) & (top >= lowest_iou)
+    top = torch.where(is_enough, top, 2.0).unsqueeze(2)  # no box's IoU is 2
     is_top = [
-        ((overlaps[position] if overlaps else _overlaps(objects, chunk)) == top).any(dim=1)
+        (
+            usable(overlaps[position] if overlaps else _overlaps(objects, chunk), position) == top
+        ).any(dim=1)
         for position, chunk in enumerate(chunks)
     ]
     return value, slot, torch.cat(is_top, dim=1)

@@ -69,7 +69,7 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
     fpn, width = None, backbone.channels[-1]
     if has_fpn(config):
         fpn, width = FPN(backbone.channels, config.width, norm), config.width
-    rpn = RegionProposals(config.rpn, width, conventions, has_fpn(config))
+    rpn = RegionProposals(config.rpn, width, conventions, has_fpn(config), config.detector)
     box_head: BoxHead | CascadeHead
     make_head = partial(
         BoxHead,
@@ -81,6 +81,8 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
         config.roi,
         conventions,
         is_class_agnostic=is_class_agnostic(config),
+        # Paper 1 gives MSRA weights to all layers of VGG, which has no normalization.
+        is_msra=not has_fpn(config),
     )
     box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
     if has_masks(config):

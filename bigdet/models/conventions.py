@@ -2,8 +2,8 @@
 
 bigdet's own are the defaults. Parity tests and imported weights select others. One difference needs
 no choice: where the background class stands. bigdet has it last, and importing permutes the rows
-of the classifier (see ``models/heads/box.py``). Nor do losses stand here: they are options of the
-config (``model.rpn.box_beta``, ``model.roi.box_loss``).
+of the classifier (see ``models/heads/box.py``). Nor are losses and assignment here: they are
+options of the config (``model.rpn.box_beta``, ``model.rpn.border``, ``model.roi.box_loss``, ...).
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ class Conventions:
             ``lane``, or of each ``image`` and then by the number of images (torchvision).
         p6_source: RetinaNet makes P6 from ``c5`` (the paper, detectron2, mmdetection) or from
             ``p5`` (torchvision's first RetinaNet; its second takes C5).
-        crowd_coverage: regions with more than this part of their area in a crowd are no background
-            examples (Detectron). None: crowds have no effect.
     """
 
     roi_align_aligned: bool = True
@@ -37,7 +35,6 @@ class Conventions:
     rpn_normalizer: Literal["slots", "sampled"] = "slots"
     retina_normalizer: Literal["lane", "image"] = "lane"
     p6_source: Literal["c5", "p5"] = "c5"
-    crowd_coverage: float | None = 0.7
 
 
 TORCHVISION = Conventions(
@@ -46,5 +43,4 @@ TORCHVISION = Conventions(
     anchor_strides_from_canvas=True,
     rpn_normalizer="sampled",
     retina_normalizer="image",
-    crowd_coverage=None,
 )

@@ -26,7 +26,7 @@ from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet
 from bigdet.ops.boxes import clip_boxes, decode_deltas
 from bigdet.ops.nms import spread_nms
-from bigdet.ops.pooling import SAMPLING_RATIO, pyramid_levels
+from bigdet.ops.pooling import pyramid_levels
 from bigdet.structures import Batch, Targets
 
 EXPORTABLE = ("faster_rcnn", "mask_rcnn", "retinanet")
@@ -155,10 +155,11 @@ def _pool(detector: RCNN, pyramid: Sequence[Tensor], boxes: Tensor, size: int) -
     strides = detector.backbone.strides
     levels = pyramid_levels(flat, strides)
     is_aligned = detector.rpn.conventions.roi_align_aligned
+    ratio = detector.config.roi.sampling_ratio
     pooled = pyramid[0].new_zeros(len(flat), pyramid[0].shape[1], size, size)
     for number, (level, stride) in enumerate(zip(pyramid, strides, strict=False)):  # P6: not pooled
         rows = (levels == number).nonzero().squeeze(1)
-        part = roi_align(level, regions[rows], size, 1 / stride, SAMPLING_RATIO, is_aligned)
+        part = roi_align(level, regions[rows], size, 1 / stride, ratio, is_aligned)
         pooled = pooled.index_put((rows,), part)
     return pooled
 

@@ -11,6 +11,7 @@ are left to ``models/importing.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from bigdet.config.derived import has_cascade, model_parts
 from bigdet.config.phase_schema import Pixels
+from bigdet.config.schema import RunConfig
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.heads.box import POOLED_SIZE
 from bigdet.models.heads.cascade import DELTA_WEIGHTS, NUM_STAGES
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 Framework = Literal["detectron2", "mmdetection"]
 
 FIRST_CONVOLUTIONS = ("backbone.conv1.weight", "backbone.patch_embed.proj.weight")
+THEIR_SAMPLING_RATIO = 0  # of RoIAlign in both: adaptive
 MEAN_TOLERANCE = 1.0  # grey levels; Detectron's mean is not quite ours
 
 _IGNORED = re.compile(
@@ -190,6 +193,12 @@ def from_framework(
             named[name] = _by_ratio(named[name], detector)
     warn_of_stride(detector, pixels, source)
     return named
+
+
+def with_sampling(config: RunConfig, sampling_ratio: int) -> RunConfig:
+    """Return a config whose model pools regions with so many points a side; see the option."""
+    roi = dataclasses.replace(config.model.roi, sampling_ratio=sampling_ratio)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, roi=roi))
 
 
 def parts_to_load(detector: Detector, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -287,12 +287,12 @@ def count_lane(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def update_running_statistics(module: nn.Module) -> None:
+def update_running_statistics(module: nn.Module, momentum: float = MOMENTUM) -> None:
     """Move all running statistics once, by the mean over all lanes of all ranks of this step.
 
     Every rank calls it after its last micro-batch of a step (one all-reduce of all layers'
     statistics), and all ranks have equal running statistics afterwards. A layer whose lanes were
-    all empty stays as it is.
+    all empty stays as it is. With a momentum of 1 they become that mean.
     """
     layers = _live_norms(module)
     if not layers:
@@ -303,7 +303,7 @@ def update_running_statistics(module: nn.Module) -> None:
     counts, *totals = torch.split(flat, [len(layers), *[len(total) for total in sums]])
     running = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
     means = torch._foreach_div(totals, list(counts.clamp(min=1).unbind() * 2))
-    parts = list((MOMENTUM * (counts > 0).to(counts.dtype)).unbind() * 2)
+    parts = list((momentum * (counts > 0).to(counts.dtype)).unbind() * 2)
     changes = torch._foreach_mul(torch._foreach_sub(means, running), parts)
     torch._foreach_add_(running, changes)
     discard_statistics(module)

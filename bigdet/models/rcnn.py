@@ -12,7 +12,7 @@ from bigdet.models.assign import pad_objects
 from bigdet.models.backbones import Backbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
-from bigdet.models.heads.box import BoxHead
+from bigdet.models.heads.box import BoxHead, Pool
 from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.heads.detections import FlatDetections, TestSettings
 from bigdet.models.heads.keypoint import POOLED_SIZE as KEYPOINT_POOLED_SIZE
@@ -73,7 +73,7 @@ class RCNN(Detector):
 
     def _pool(self, table: FeatureTable, boxes: Tensor, images: Tensor, size: int) -> Tensor:
         is_aligned = self.rpn.conventions.roi_align_aligned
-        return roi_align(table, boxes, images, size, is_aligned)
+        return roi_align(table, boxes, images, size, is_aligned, self.config.roi.sampling_ratio)
 
     def _pool_all(self, table: FeatureTable, boxes: Tensor) -> Tensor:
         """Give the features ``(N, C, 7, 7)`` of regions ``(B, S, 4)`` of all images, N = B x S."""
@@ -86,7 +86,9 @@ class RCNN(Detector):
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions = self.rpn(features, self.strides, canvas_size)
         objects = pad_objects(batch.targets, predictions.anchors.dtype)
-        losses: dict[str, Tensor] = self.rpn.losses(predictions, objects, batch.weights)
+        losses: dict[str, Tensor] = self.rpn.losses(
+            predictions, objects, batch.weights, batch.image_sizes
+        )
 
         proposals = self.rpn.propose(predictions, batch.image_sizes)
         table = self._table(features)
@@ -130,6 +132,20 @@ class RCNN(Detector):
 
     def find(self, features: tuple[list[Tensor], FeatureTable], batch: Batch) -> FlatDetections:
         """Propose regions and give the detections among them."""
+        pool, proposals = self._propose(features, batch)
+        return self.box_head.find(pool, proposals, batch.image_sizes)
+
+    def candidates(
+        self, features: tuple[list[Tensor], FeatureTable], batch: Batch
+    ) -> FlatDetections:
+        """Propose regions and give all boxes above the threshold, near duplicates too."""
+        pool, proposals = self._propose(features, batch)
+        return self.box_head.candidates(pool, proposals, batch.image_sizes)
+
+    def _propose(
+        self, features: tuple[list[Tensor], FeatureTable], batch: Batch
+    ) -> tuple[Pool, Proposals]:
+        """Give the proposals of a batch, and what pools the features of regions."""
         pyramid, table = features
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions = self.rpn(pyramid, self.strides, canvas_size)
@@ -137,7 +153,7 @@ class RCNN(Detector):
         # Empty slots stand last. Training keeps them; here they would only cost time.
         most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()), proposals.boxes.device)
         proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
-        return self.box_head.find(partial(self._pool_all, table), proposals, batch.image_sizes)
+        return partial(self._pool_all, table), proposals
 
     def maps(
         self, features: tuple[list[Tensor], FeatureTable], found: FlatDetections

@@ -50,6 +50,10 @@ class RetinaNet(Detector):
         """Give the detections."""
         return self.retina_head.detect(features, batch.image_sizes)
 
+    def candidates(self, features: RetinaPredictions, batch: Batch) -> FlatDetections:
+        """Give the best of each level above the threshold, near duplicates too."""
+        return self.retina_head.decode(features, len(batch.image_sizes))
+
     def maps(self, features: RetinaPredictions, found: FlatDetections) -> dict[str, Tensor]:
         """Give nothing: a RetinaNet finds boxes."""
         return {}

@@ -39,7 +39,7 @@ from bigdet.models.norms import make_norm
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet as OwnRetinaNet
 from bigdet.models.torchvision_layout import to_torchvision, twins
-from bigdet.ops.pooling import SAMPLING_RATIO, pyramid_levels
+from bigdet.ops.pooling import pyramid_levels
 
 
 def torchvision_twin(detector: Detector) -> nn.Module:
@@ -80,9 +80,11 @@ class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
 class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
     """RoIAlign with the half-pixel shift, which torchvision's pooler has no option for."""
 
-    def __init__(self, names: list[str], output_size: int, strides: Sequence[int]) -> None:
+    def __init__(
+        self, names: list[str], output_size: int, strides: Sequence[int], sampling_ratio: int
+    ) -> None:
         """Pool ``(output_size, output_size)`` from levels of these names and strides."""
-        super().__init__(names, output_size, SAMPLING_RATIO)
+        super().__init__(names, output_size, sampling_ratio)
         self.strides = list(strides)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
@@ -95,7 +97,7 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
         for number, (name, stride) in enumerate(zip(self.featmap_names, self.strides, strict=True)):
             rows = torch.where(levels == number)[0]
             pooled[rows] = roi_align(
-                x[name], rois[rows], self.output_size, 1 / stride, SAMPLING_RATIO, True
+                x[name], rois[rows], self.output_size, 1 / stride, self.sampling_ratio, True
             )
         return pooled
 
@@ -196,7 +198,7 @@ def _rcnn(detector: RCNN) -> Any:
     config, box_head = detector.config, detector.box_head
     assert isinstance(box_head, BoxHead)
     conventions, num_classes = box_head.conventions, box_head.num_classes
-    rpn, roi, strides = config.rpn, config.roi, detector.backbone.strides
+    rpn, roi, strides = detector.rpn.config, config.roi, detector.backbone.strides
     norm = _norm_layer(head_norm(config))
     backbone = _backbone(detector, detector.fpn)
     width = config.width if has_fpn(config) else detector.backbone.channels[-1]
@@ -208,16 +210,16 @@ def _rcnn(detector: RCNN) -> Any:
 
     def pool(side: int) -> Any:
         if conventions.roi_align_aligned:
-            return AlignedPool(names, side, strides)
-        return MultiScaleRoIAlign(names, side, SAMPLING_RATIO)
+            return AlignedPool(names, side, strides, roi.sampling_ratio)
+        return MultiScaleRoIAlign(names, side, roi.sampling_ratio)
 
     options = _pixels(detector) | {
         "rpn_anchor_generator": _anchors(
             detector.rpn, sizes, rpn.anchor_ratios, detector.strides, conventions
         ),
-        "rpn_pre_nms_top_n_train": rpn.train_candidates or rpn.train_proposals,
+        "rpn_pre_nms_top_n_train": rpn.train_candidates,
         "rpn_post_nms_top_n_train": rpn.train_proposals,
-        "rpn_pre_nms_top_n_test": rpn.test_candidates or rpn.test_proposals,
+        "rpn_pre_nms_top_n_test": rpn.test_candidates,
         "rpn_post_nms_top_n_test": rpn.test_proposals,
         "rpn_batch_size_per_image": rpn.anchors_per_image,
         "rpn_nms_thresh": rpn.nms_iou,

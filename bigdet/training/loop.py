@@ -27,7 +27,9 @@ from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
 from bigdet.training import boards, measuring, optim, saving
-from bigdet.training.metrics import StepMeter, mean_losses, progress_line
+from bigdet.training.averages import LossMeter
+from bigdet.training.metrics import StepMeter, progress_line
+from bigdet.training.precise_bn import measure_statistics
 from bigdet.training.prefetch import prefetch
 from bigdet.training.scorer import Scorer
 from bigdet.training.state import RunState
@@ -143,6 +145,7 @@ class PhaseTrainer:
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter(device)
+        self.losses = LossMeter(device, run.state.interval)
         self.has_shown_batch = False
         self.micro_batches: list[Batch] = []  # of the step under way, for messages
         assert self.phase.images_per_step is not None
@@ -175,6 +178,8 @@ class PhaseTrainer:
             state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
             if is_last or _is_due(state.step, self.config.log.every):
                 self._log(result, lr)
+            if is_last:
+                self._check_trained()
             must_stop = self.run.must_stop()
             if (
                 must_stop
@@ -211,9 +216,12 @@ class PhaseTrainer:
         result = self.engine.train_step(prefetch(micro_batches, self.device))
         self.state.step += 1
         self.state.total_steps += 1
+        lane_images = self.stream.lane_images(self.state.step + self.state.stream_shift)
+        self.losses.add(result, lane_images, self.stream.lanes)
         if result.is_finite:
             norms.update_running_statistics(self.detector)
         else:
+            self.state.skipped_steps += 1
             norms.discard_statistics(self.detector)
             if result.is_overflow:
                 logger.info("%s: fp16 overflow, step skipped, loss scale now %g",
@@ -233,12 +241,25 @@ class PhaseTrainer:
         )  # fmt: skip
         if self.state.bad_steps > self.config.engine.max_bad_steps:
             self.run.saver.wait()
-            last = saving.newest_checkpoint(self.run.run_dir)
+            last = saving.last_good_checkpoint(self.run.run_dir)
             raise distributed.SharedError(
                 f"{self.state.position}: {self.state.bad_steps} steps had a loss or gradient that "
                 f"is not finite, more than engine.max_bad_steps. Lower phases.{self.name}.lr, or "
                 f"set engine.clip_norm. Last good checkpoint: {last or 'none'}."
             )
+
+    def _check_trained(self) -> None:
+        """Stop on all ranks at the end of a phase in which no step changed a weight."""
+        if self.state.skipped_steps < self.num_steps:
+            return
+        is_fp16 = self.config.engine.precision == "fp16"
+        also = " With fp16 the loss scale takes some steps to find: take more, or bf16." * is_fp16
+        raise distributed.SharedError(
+            f"{self.state.position}: all {self.num_steps} steps of the phase were skipped, since a "
+            f"loss or gradient was not finite: nothing was trained, so the run does not go on. "
+            f"Lower phases.{self.name}.lr, set engine.clip_norm, or look at the weights that the "
+            f"phase starts from.{also}"
+        )
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Write one line for people and one object for machines (a collective)."""
@@ -247,8 +268,7 @@ class PhaseTrainer:
         values: dict[str, Any] = {
             "phase": self.name,
             "step": self.state.step,
-            **mean_losses(result.losses),
-            "grad_norm": result.grad_norm if result.is_finite else None,
+            **self.losses.means(),
             "lr": lr,
             **({"loss_scale": result.loss_scale} if self.config.engine.precision == "fp16" else {}),
             **self.meter.rates(),
@@ -270,7 +290,7 @@ class PhaseTrainer:
             raise distributed.SharedError(
                 f"{train.shards}: {total} damaged samples had to be replaced "
                 f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
-                f"Repair the shards or raise the limit; tools/check_shards.py lists all that is "
+                f"Repair the shards or raise the limit; `bigdet check-shards` lists all that is "
                 f"damaged. The first ones:{list_damages(listed[row] for row in sorted(listed))}"
             )
 
@@ -287,9 +307,13 @@ class PhaseTrainer:
             return False
         size_cap = measuring.test_size(self.config, self.name)
         started = time.perf_counter()
+        if not self._measure_norms():
+            return False
+        classes = [category.name for category in run.train_set.categories]
         results = measuring.predict(
-            self.config, self.detector, run.val_set, size_cap, run.must_stop, run.run_dir.root
-        )
+            self.config, self.detector, run.val_set, classes, size_cap, run.must_stop,
+            run.run_dir.root,
+        )  # fmt: skip
         if results is None:
             return False
         self.meter.add_evaluation(time.perf_counter() - started)
@@ -302,10 +326,22 @@ class PhaseTrainer:
         self._save()
         return True
 
+    def _measure_norms(self) -> bool:
+        """Measure the statistics of BN anew, where asked for; False when told to stop."""
+        num_steps = self.config.evaluation.precise_bn
+        if num_steps is None or self.phase.norm_mode not in ("live", "sync"):
+            return True
+        stream = self.stream.beside(self.state.step + self.state.stream_shift)
+        return measure_statistics(
+            self.detector, stream, num_steps, self.device, self.config.engine.precision,
+            self.run.must_stop,
+        )  # fmt: skip
+
     def _save(self) -> None:
         """Save this moment (a collective)."""
         self.run.watchdog.at(f"{self.state.position}: writing a checkpoint")
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
+        self.state.interval = self.losses.interval()
         self.run.saver.save(self.engine, self.state)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet.config.derived import drop_points, num_steps
 from bigdet.config.phase_schema import PhaseConfig
+from bigdet.models.norms import BatchNorm2d
 
 # Position tables: offsets added to attention scores or features, not weights of a map. And scales:
 # ConvNeXt's of layers, SwinV2's of attention.
@@ -16,30 +18,55 @@ PLAIN = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "gam
 POSITION_NETWORK = ".cpb_mlp."  # SwinV2's, which stands for a position table
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split what is trained into at most two groups: with and without weight decay.
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    *,
+    decay_norms: bool = False,
+    decay_biases: bool = True,
+    bias_lr_factor: float = 1.0,
+) -> list[dict[str, object]]:
+    """Split what is trained into at most three groups: by weight decay, and by rate.
 
-    Scale and shift of normalization layers, position tables and scales of transformers are not
-    decayed, as in the published codes. Ordinary biases are, as in detectron2 and mmdetection
-    (Detectron of 2018 gave them no decay and twice the rate). Few groups, because multi-tensor
+    Position tables and scales of transformers are never decayed. Few groups, because multi-tensor
     updates work within a group.
 
+    Args:
+        module: whose parameters are trained where they require gradients.
+        weight_decay: of the weights.
+        decay_norms: decay scale and shift of BN and GN too (LayerNorm's, in transformers, never
+            are in the published codes).
+        decay_biases: decay the biases of other layers.
+        bias_lr_factor: rate of these biases over that of the weights.
+
     Returns:
-        Groups for a torch optimizer; an empty one is left out.
+        Groups for a torch optimizer, each with its ``lr_factor``; an empty one is left out.
     """
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
+    biases: list[Tensor] = []
+    of_biases = decayed if decay_biases else plain
+    if bias_lr_factor != 1.0:
+        of_biases = biases
     for place, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
         # Of all layers only normalizations have a weight with one dimension.
         is_norm = isinstance(weight, Tensor) and weight.ndim == 1
+        is_decayed_norm = decay_norms and isinstance(layer, (BatchNorm2d, nn.GroupNorm))
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.requires_grad:
                 is_plain = is_norm or name in PLAIN or POSITION_NETWORK in f".{place}."
-                (plain if is_plain else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+                if is_plain and not is_decayed_norm:
+                    plain.append(parameter)
+                elif name == "bias" and not is_norm:
+                    of_biases.append(parameter)
+                else:
+                    decayed.append(parameter)
+    bias_decay = weight_decay if decay_biases else 0.0
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": plain, "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": biases, "weight_decay": bias_decay, "lr_factor": bias_lr_factor},
     ]
     return [group for group in groups if group["params"]]
 
@@ -49,7 +76,13 @@ def build_optimizer(module: nn.Module, phase: PhaseConfig) -> Optimizer:
 
     Its learning rate is set anew for every step.
     """
-    groups = parameter_groups(module, phase.weight_decay)
+    groups = parameter_groups(
+        module,
+        phase.weight_decay,
+        decay_norms=phase.decay_norms,
+        decay_biases=phase.decay_biases,
+        bias_lr_factor=phase.bias_lr_factor,
+    )
     if phase.optimizer == "adamw":
         return AdamW(groups, lr=phase.lr, betas=phase.betas, foreach=True)
     return SGD(groups, lr=phase.lr, momentum=phase.momentum, foreach=True)

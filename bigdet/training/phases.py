@@ -109,7 +109,14 @@ def _load_start(
         tensor.copy_(distributed.broadcast_tensor(tensor))
     for line in transfer.start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
-    if phase_source(config, name) not in ("random", "previous"):
+    source, parts = phase_source(config, name), start_parts(config, name)
+    if "box_head" in parts and not (
+        source == "previous" or is_timm(source) or importing.is_published_file(Path(source))
+    ):
+        said = transfer.other_sampling(Path(source), config, name) if distributed.is_main() else ""
+        if said:
+            logger.warning("phases.%s.start_from: %s", name, said)
+    if source not in ("random", "previous"):
         cost = config.phases[name].start_from.cost
         stated = "not stated (start_from.cost)"
         if cost is not None:
@@ -134,7 +141,12 @@ def _read_start(
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
     start = config.phases[name].start_from
     if importing.is_published_file(path):
-        return importing.load_backbone_file(detector, path, start.parts, start.pixels), 0
+        rows = importing.load_backbone_file(detector, path, start.parts, start.pixels, start.ema)
+        return rows, 0
+    if start.ema:
+        raise ValueError(
+            f"{path}: found no moving average (EMA) of its weights in it. Leave out ema."
+        )
     tensors, source_classes = weights.read_weights(path)
     if has_cascade(phase_model(config, name)):
         tensors = spread_over_stages(tensors)

@@ -68,6 +68,30 @@ def other_options(path: Path, config: RunConfig, name: str) -> str:
     return f" They were trained with {', '.join(differing)}." if differing else ""
 
 
+def other_sampling(path: Path, config: RunConfig, name: str) -> str:
+    """Say that a phase pools regions otherwise than weights of a detector were trained to.
+
+    Args:
+        path: of the run, checkpoint or file.
+        config: of this run.
+        name: of the phase.
+
+    Returns:
+        A sentence, or nothing where it does not, or the file does not say.
+    """
+    metadata = read_metadata(find_weights(path))
+    if "config" not in metadata:
+        return ""
+    theirs = parse_config(metadata["config"], str(path)).model.roi.sampling_ratio
+    own = phase_model(config, name).roi.sampling_ratio
+    if theirs == own:
+        return ""
+    return (
+        f"{path} was trained with model.roi.sampling_ratio: {theirs}, and this run has {own}. "
+        f"Write model.roi.sampling_ratio: {theirs} to pool regions as its heads have learned them."
+    )
+
+
 def start_table(
     detector: nn.Module, rows: Sequence[LoadedPart], num_classes: int, kept: int | None
 ) -> list[str]:

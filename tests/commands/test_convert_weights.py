@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bigdet import convert_weights
 from bigdet.models.backbones import build_backbone
+from bigdet.models.torchvision_layout import to_torchvision
 from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.models.weights import load_detector, save_detector_weights
 from tests.commands.tiny_detector import ROOT, save_detector
 from tests.unit.models import published_layouts as published
-from tools import convert_weights
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 
@@ -142,7 +143,7 @@ def predictions_of(path):
 
 
 def convert(words, monkeypatch):
-    monkeypatch.setattr("tools.convert_weights.setup_logging", lambda rank: None)
+    monkeypatch.setattr("bigdet.convert_weights.setup_logging", lambda rank: None)
     assert convert_weights.main(list(map(str, words))) == 0
 
 
@@ -163,6 +164,11 @@ def test_mmdetections_weights_keep_its_classes_in_another_order(tmp_path, monkey
         convert([*words, "--out", out], monkeypatch)
         outs.append(out)
     (first, one), (second, other) = map(predictions_of, outs)
+    # Theirs pool with as many points as a region needs; an override says otherwise.
+    assert first.config.roi.sampling_ratio == 0
+    chosen = [*words, "model.roi.sampling_ratio=2", "--out", tmp_path / "2.safetensors"]
+    convert(chosen, monkeypatch)
+    assert load_detector(tmp_path / "2.safetensors").config.roi.sampling_ratio == 2
     assert [c["name"] for c in first.categories] == ["disc", "box"]
     assert [c["name"] for c in second.categories] == ["box", "disc"]
     assert len(one.boxes) > 10
@@ -206,3 +212,23 @@ def test_detectron2s_pickle_becomes_a_detector_with_classes_by_rising_id(tmp_pat
     assert torch.equal(detector.box_head.classifier.bias, bias[[1, 0, 2]])
     assert found.masks.shape[1:] == (28, 28)
     assert len(found.boxes) > 10
+
+
+@pytest.mark.parametrize(("words", "factor"), [([], 1), (["--ema"], 2), (["--no-ema"], 1)])
+def test_the_moving_average_is_converted_when_it_is_asked_for(tmp_path, words, factor):
+    run = save_detector(tmp_path / "run", CATEGORIES)
+    detector = load_detector(run)
+    plain = to_torchvision(detector, detector.state_dict())
+    average = {f"module.{name}": 2 * value for name, value in plain.items()}
+    content = {"model": plain, "model_ema": {"n_averaged": torch.tensor(5), **average}}
+    torch.save(content, tmp_path / "both.pth")
+    (tmp_path / "manifest.json").write_text(json.dumps({"categories": CATEGORIES}))
+    with safe_open(run / "model.safetensors", framework="pt") as opened:
+        (tmp_path / "config.yaml").write_text(opened.metadata()["config"])
+    out = tmp_path / "out.safetensors"
+    files = [tmp_path / "both.pth", tmp_path / "config.yaml", "--out", out]
+    files += ["--categories", tmp_path / "manifest.json"]
+    assert convert_weights.main(["from-torchvision", *map(str, files), *words]) == 0
+    back = load_detector(out).state_dict()
+    for name, value in detector.state_dict().items():
+        assert torch.equal(back[name], factor * value), name

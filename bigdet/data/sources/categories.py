@@ -20,8 +20,9 @@ def load_categories(path: Path) -> list[Category]:
     """Read a file of categories; the place in the list is the label.
 
     Args:
-        path: of a JSON list of objects with ``id`` and ``name``, or of an object that has one as
-            ``categories``: an annotation file, or the manifest of a shard set.
+        path: of a JSON list of objects with ``id`` and ``name``, or of names alone (ids from 1), or
+            of an object that has such a list as ``categories``: an annotation file, or the manifest
+            of a shard set.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -34,6 +35,8 @@ def load_categories(path: Path) -> list[Category]:
     entries = content.get("categories") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         raise ShardError(f"{path}: has no list of categories. Expected objects with id and name.")
+    if all(isinstance(entry, str) for entry in entries):
+        entries = [{"id": number, "name": name} for number, name in enumerate(entries, 1)]
     for place, entry in enumerate(entries):
         is_category = isinstance(entry, dict) and type(entry.get("id")) is int
         if not is_category or not isinstance(entry.get("name"), str):

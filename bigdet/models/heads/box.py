@@ -88,12 +88,14 @@ class BoxHead(Checkpointed):
         conventions: Conventions,
         *,
         is_class_agnostic: bool = False,
+        is_msra: bool = False,
         delta_weights: tuple[float, float] = DELTA_WEIGHTS,
         positive_iou: float | None = None,
     ) -> None:
         """Build for pooled features of ``width`` channels.
 
-        Convolutions MSRA, fully connected layers Xavier, classes N(0, 0.01), deltas N(0, 0.001).
+        Convolutions MSRA, fully connected layers Xavier or MSRA, classes N(0, 0.01), deltas
+        N(0, 0.001).
 
         Args:
             kind: which layers.
@@ -104,6 +106,7 @@ class BoxHead(Checkpointed):
             config: of training and detections.
             conventions: where frameworks differ.
             is_class_agnostic: one set of deltas for all classes.
+            is_msra: the fully connected layers begin as MSRA's (Kaiming normal, fan-in).
             delta_weights: of shifts and scales.
             positive_iou: a region on an object overlaps it by at least this. None: the config's.
         """
@@ -123,7 +126,10 @@ class BoxHead(Checkpointed):
         self.classifier = nn.Linear(fc_width, num_classes + 1)
         self.regressor = nn.Linear(fc_width, 4 if is_class_agnostic else 4 * num_classes)
         for layer in fcs:
-            nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's XavierFill, fan-in
+            if is_msra:
+                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            else:
+                nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's XavierFill, fan-in
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.normal_(self.regressor.weight, std=0.001)
         for layer in [*fcs, self.classifier, self.regressor]:
@@ -165,8 +171,13 @@ class BoxHead(Checkpointed):
 
     def find(self, pool: Pool, proposals: Proposals, image_sizes: Tensor) -> FlatDetections:
         """Detect objects among the proposals of B images of sizes ``(B, 2)``."""
+        found = self.candidates(pool, proposals, image_sizes)
+        return best_detections(found, image_sizes, self.num_classes, self.config)
+
+    def candidates(self, pool: Pool, proposals: Proposals, image_sizes: Tensor) -> FlatDetections:
+        """Give all boxes above the threshold, for `find` to choose from."""
         logits, deltas = self(pool(proposals.boxes))
-        return self.detect(logits.softmax(dim=-1), deltas, proposals, image_sizes)
+        return self.decode(logits.softmax(dim=-1), deltas, proposals)
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, objects: Objects, weights: Tensor) -> Regions:
@@ -199,8 +210,8 @@ class BoxHead(Checkpointed):
         """Give the label ``(B, A)`` of each box ``(B, A, 4)`` and its object as a slot."""
         iou, slots, _ = match(objects, boxes, keep_best=False)
         labels = torch.full_like(iou, NEGATIVE, dtype=torch.int8)
-        if self.conventions.crowd_coverage is not None:
-            in_crowd = crowd_parts(objects, boxes) > self.conventions.crowd_coverage
+        if self.config.crowd_coverage is not None:
+            in_crowd = crowd_parts(objects, boxes) > self.config.crowd_coverage
             labels.masked_fill_(in_crowd, IGNORED)
         labels.masked_fill_(iou >= self.positive_iou, POSITIVE)
         return labels.masked_fill_(~exists, IGNORED), slots
@@ -276,13 +287,25 @@ class BoxHead(Checkpointed):
     def detect(
         self, probabilities: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor
     ) -> FlatDetections:
-        """Turn predictions for all proposals into detections.
+        """Turn predictions for all proposals into detections; see `decode`.
 
         Args:
             probabilities: ``(N, K + 1)``, N = B x P.
             deltas: ``(N, D, 4)``.
             proposals: of B images.
             image_sizes: ``(B, 2)`` height, width.
+        """
+        found = self.decode(probabilities, deltas, proposals)
+        return best_detections(found, image_sizes, self.num_classes, self.config)
+
+    @torch.no_grad()
+    def decode(self, probabilities: Tensor, deltas: Tensor, proposals: Proposals) -> FlatDetections:
+        """Give the boxes of all proposals and classes above the threshold.
+
+        Args:
+            probabilities: ``(N, K + 1)``, N = B x P.
+            deltas: ``(N, D, 4)``.
+            proposals: of B images.
         """
         num_images, num_proposals = proposals.is_valid.shape
         num_classes = self.num_classes
@@ -297,9 +320,7 @@ class BoxHead(Checkpointed):
             proposals.boxes[images, regions],
             self.delta_weights,
         )
-        return best_detections(
-            FlatDetections(images, boxes, scores, labels), image_sizes, num_classes, self.config
-        )
+        return FlatDetections(images, boxes, scores, labels)
 
 
 def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:

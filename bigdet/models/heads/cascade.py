@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bigdet.config.model_schema import CascadeConfig, RoiConfig
 from bigdet.models.assign import Objects
 from bigdet.models.heads.box import BoxHead, Pool, Regions
-from bigdet.models.heads.detections import FlatDetections
+from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.models.heads.rpn import Proposals
 from bigdet.models.norms import valid_rows
 
@@ -132,6 +132,12 @@ class CascadeHead(nn.Module):
 
         Scores are means over the stages, boxes those of the last.
         """
+        found = self.candidates(pool, proposals, image_sizes)
+        last = self._stages()[-1]
+        return best_detections(found, image_sizes, last.num_classes, last.config)
+
+    def candidates(self, pool: Pool, proposals: Proposals, image_sizes: Tensor) -> FlatDetections:
+        """Give all boxes above the threshold, for `find` to choose from."""
         probabilities = []
         stages, exists = self._stages(), proposals.is_valid
         for number, stage in enumerate(stages):
@@ -141,7 +147,7 @@ class CascadeHead(nn.Module):
                 refined = stage.refine(logits, deltas, proposals.boxes, image_sizes)
                 proposals = Proposals(refined.boxes, refined.is_valid & exists)
         mean = torch.stack(probabilities).mean(dim=0)
-        return stages[-1].detect(mean, deltas, proposals, image_sizes)
+        return stages[-1].decode(mean, deltas, proposals)
 
 
 def spread_over_stages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,6 +50,23 @@ class TestSettings(Protocol):
         """At most this many detections are reported per image."""
 
 
+def _cut(candidates: FlatDetections, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut boxes ``(D, 4)`` at their images; also tell which are left with a size, ``(D,)``."""
+    boxes = clip_boxes(candidates.boxes, image_sizes[candidates.images])
+    return boxes, boxes.isfinite().all(-1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(-1)
+
+
+def usable(candidates: FlatDetections, image_sizes: Tensor) -> FlatDetections:
+    """Cut boxes at their images, and leave out what is not finite or smaller than `MIN_SIDE`."""
+    boxes, is_usable = _cut(candidates, image_sizes)
+    return FlatDetections(
+        candidates.images[is_usable],
+        boxes[is_usable],
+        candidates.scores[is_usable],
+        candidates.labels[is_usable],
+    )
+
+
 @torch.no_grad()
 def best_detections(
     candidates: FlatDetections, image_sizes: Tensor, num_classes: int, config: TestSettings
@@ -65,8 +82,7 @@ def best_detections(
         config: of the detections.
     """
     images, scores, labels = candidates.images, candidates.scores, candidates.labels
-    boxes = clip_boxes(candidates.boxes, image_sizes[images])
-    is_usable = boxes.isfinite().all(-1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(-1)
+    boxes, is_usable = _cut(candidates, image_sizes)
     boxes = torch.where(is_usable[:, None], boxes, 0)
     num_images = len(image_sizes)
     kept = grouped_nms(

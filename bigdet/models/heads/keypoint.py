@@ -76,6 +76,7 @@ class KeypointHead(Checkpointed):
         """
         super().__init__()
         self.num_classes = num_classes
+        self.min_visible = config.min_visible
         widths = [width] + [config.width] * NUM_CONVS
         self.convs = nn.Sequential(
             *[conv_norm(widths[i], widths[i + 1], 3, norm, relu=True) for i in range(NUM_CONVS)]
@@ -97,6 +98,8 @@ class KeypointHead(Checkpointed):
     def losses(self, logits: Tensor, regions: Positives, keypoints: Tensor) -> dict[str, Tensor]:
         """Give the mean cross entropy, over a grid's cells, of the keypoints that can be learned.
 
+        It is 0 where there are fewer of them than the option ``min_visible`` asks for.
+
         Args:
             logits: ``(N, K, 56, 56)``.
             regions: what they belong to.
@@ -106,7 +109,8 @@ class KeypointHead(Checkpointed):
         cells, is_valid = keypoint_cells(_with_empty_object(keypoints)[rows], regions.boxes)
         is_valid &= regions.is_valid[:, None]
         losses = class_losses(logits.flatten(2), cells)  # (N, K)
-        return {"keypoint": masked_mean(losses, is_valid, is_valid.sum())}
+        count = is_valid.sum()
+        return {"keypoint": masked_mean(losses, is_valid & (count >= self.min_visible), count)}
 
 
 def _with_empty_object(keypoints: Tensor) -> Tensor:

@@ -172,7 +172,13 @@ class RetinaHead(Checkpointed):
             predictions: of B images.
             image_sizes: ``(B, 2)`` height, width.
         """
-        config, num_images = self.config, len(image_sizes)
+        candidates = self.decode(predictions, len(image_sizes))
+        return best_detections(candidates, image_sizes, self.num_classes, self.config)
+
+    @torch.no_grad()
+    def decode(self, predictions: RetinaPredictions, num_images: int) -> FlatDetections:
+        """Give the boxes of the best predictions of each level above the threshold."""
+        config = self.config
         found, first_anchor = [], 0
         for level in predictions.logits:
             logits = at_least_fp32(level)
@@ -187,8 +193,7 @@ class RetinaHead(Checkpointed):
         images, anchors, labels, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
         deltas = predictions.deltas[images, anchors]
         boxes = decode_deltas(deltas, predictions.anchors[anchors], DELTA_WEIGHTS)
-        candidates = FlatDetections(images, boxes, scores, labels)
-        return best_detections(candidates, image_sizes, self.num_classes, config)
+        return FlatDetections(images, boxes, scores, labels)
 
 
 def octave_sizes(size: float, count: int, rounded: bool) -> list[float]:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
+from bigdet.config.derived import proposal_limits
 from bigdet.config.model_schema import RpnConfig
-from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors
-from bigdet.models.assign import Objects, Sample, draw_sample, label_anchors, match
+from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors, within_border
+from bigdet.models.assign import IGNORED, Objects, Sample, draw_sample, label_anchors, match
 from bigdet.models.conventions import Conventions
 from bigdet.models.losses import at_least_fp32, binary_losses, delta_losses, masked_mean
 from bigdet.models.norms import conv_norm
@@ -64,18 +65,25 @@ class Proposals:
 class RegionProposals(nn.Module):
     """One 3x3 convolution, shared by the levels, then logits and deltas of the anchors.
 
-    Never with normalization, whatever the rest has (RECIPES.md, C.1).
+    Never with normalization, whatever the rest has: Detectron's baselines with GN have it in
+    backbone, FPN and the other heads alone.
     """
 
     def __init__(
-        self, config: RpnConfig, width: int, conventions: Conventions, has_levels: bool = True
+        self,
+        config: RpnConfig,
+        width: int,
+        conventions: Conventions,
+        has_levels: bool = True,
+        detector: str = "faster_rcnn",
     ) -> None:
         """Build for features of ``width`` channels; weights N(0, 0.01), biases 0.
 
-        The anchor sizes are those of a pyramid's levels, or without levels all of one map.
+        The anchor sizes are those of a pyramid's levels, or without levels all of one map. How many
+        proposals are made follows from the detector where the config does not say it.
         """
         super().__init__()
-        self.config = config
+        self.config = proposal_limits(config, detector)
         self.conventions = conventions
         sizes = config.anchor_sizes
         cells = [
@@ -141,10 +149,12 @@ class RegionProposals(nn.Module):
         config = self.config
         limit = config.train_proposals if self.training else config.test_proposals
         candidates = config.train_candidates if self.training else config.test_candidates
+        assert limit is not None
+        assert candidates is not None
         logits = torch.where(predictions.logits.isfinite(), predictions.logits, -torch.inf)
         index, levels, offset = [], [], 0
         for number, level in enumerate(torch.split(logits, predictions.counts, dim=1)):
-            best = level.topk(min(candidates or limit, level.shape[1]), dim=1).indices
+            best = level.topk(min(candidates, level.shape[1]), dim=1).indices
             index.append(best + offset)
             levels.append(torch.full_like(best, number))
             offset += level.shape[1]
@@ -174,7 +184,11 @@ class RegionProposals(nn.Module):
         )
 
     def losses(
-        self, predictions: AnchorPredictions, objects: Objects, weights: Tensor
+        self,
+        predictions: AnchorPredictions,
+        objects: Objects,
+        weights: Tensor,
+        image_sizes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Give the losses of a random sample of anchors.
 
@@ -182,8 +196,9 @@ class RegionProposals(nn.Module):
             predictions: of B images.
             objects: what is in them.
             weights: ``(B,)`` 0 for an image that counts nothing.
+            image_sizes: ``(B, 2)`` height, width, which the option ``border`` needs.
         """
-        sample, slots = self._sample(predictions.anchors, objects)
+        sample, slots = self._sample(predictions.anchors, objects, image_sizes)
         logits = predictions.logits.gather(1, sample.index)  # (B, S)
         index = sample.index[..., None].expand(-1, -1, 4)
         deltas = predictions.deltas.gather(1, index)
@@ -205,8 +220,17 @@ class RegionProposals(nn.Module):
         }
 
     @torch.no_grad()
-    def _sample(self, anchors: Tensor, objects: Objects) -> tuple[Sample, Tensor]:
+    def _sample(
+        self, anchors: Tensor, objects: Objects, image_sizes: Tensor | None
+    ) -> tuple[Sample, Tensor]:
         """Draw anchors to train on; also give each anchor's object as a slot ``(B, A)``."""
-        iou, slots, is_best = match(objects, anchors, keep_best=True)
+        is_usable = None
+        if self.config.border is not None:
+            assert image_sizes is not None
+            is_usable = within_border(anchors, image_sizes, self.config.border)
+        lowest = self.config.low_quality_iou
+        iou, slots, is_best = match(objects, anchors, True, lowest, is_usable)
         labels = label_anchors(iou, is_best)
+        if is_usable is not None:
+            labels.masked_fill_(~is_usable, IGNORED)
         return draw_sample(labels, self.config.anchors_per_image, POSITIVE_FRACTION), slots

@@ -89,7 +89,7 @@ def test_evaluation_has_no_targets():
 
 
 def test_the_canvas_is_as_small_as_multiples_of_32_allow():
-    assert canvas_size([(800, 1066), (800, 600)]) == (800, 1088)  # RECIPES.md E.3
+    assert canvas_size([(800, 1066), (800, 600)]) == (800, 1088)  # 1066 to 34 x 32
     assert canvas_size([(666, 1333)]) == (672, 1344)
     assert canvas_size([(1, 1)]) == (32, 32)
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
-from bigdet.data.manifest import ShardError
+from bigdet.data.manifest import Category, ShardError
 from bigdet.data.mix import MixedSet
 from bigdet.data.repeats import repeat_factors
 from bigdet.data.selection import read_classes, select
+from bigdet.data.shard_writer import ShardWriter
 from bigdet.data.shards import ShardSet
+from tests.unit.data.small_shards import noise_jpeg, record_of
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +143,34 @@ def test_the_phases_of_a_run_share_one_selection(shapes_shards, monkeypatch):
     monkeypatch.setattr(ShardSet, "record", None)  # annotations are not read again
     assert chosen(shards, repeat_threshold=1.0) is first
     assert chosen(shards, keep_empty=True).rows.tolist() == list(range(16))
+
+
+def test_images_with_too_few_labelled_keypoints_are_left_out(tmp_path):
+    # Labelled are visibility 1 and 2. Row 0: two on one object; row 1: one each on two objects, and
+    # two on a crowd, which does not count; row 2: none labelled; row 3: an object without any.
+    points = {
+        0: [([1, 1, 2, 2, 2, 1, 0, 0, 0], 0)],
+        1: [([1, 1, 2, 0, 0, 0, 0, 0, 0], 0), ([0, 0, 0, 3, 3, 1, 0, 0, 0], 0),
+            ([1, 1, 2, 2, 2, 2, 0, 0, 0], 1)],
+        2: [([0, 0, 0, 0, 0, 0, 0, 0, 0], 0)],
+        3: [(None, 0)],
+    }  # fmt: skip
+    with ShardWriter(
+        tmp_path, name="people", source="test", categories=[Category(1, "person")], options={}
+    ) as writer:
+        for row, objects in points.items():
+            record = record_of(row + 1)
+            (plain,) = record["annotations"]
+            record["annotations"] = [
+                {**plain, "id": number, "label": 0, "iscrowd": crowd}
+                | ({} if keypoints is None else {"keypoints": keypoints})
+                for number, (keypoints, crowd) in enumerate(objects)
+            ]
+            writer.add(noise_jpeg(row), record)
+    shards = ShardSet(tmp_path)
+    assert chosen(shards).rows.tolist() == [0, 1, 2, 3]
+    assert chosen(shards, min_keypoints=1).rows.tolist() == [0, 1]
+    assert chosen(shards, min_keypoints=2).rows.tolist() == [0, 1]
+    assert chosen(shards, min_keypoints=2).state["min_keypoints"] == 2
+    with pytest.raises(ShardError, match=r"min_keypoints: found 3, but no image"):
+        chosen(shards, min_keypoints=3)

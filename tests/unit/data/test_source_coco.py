@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 
 from bigdet.data.annotations import clean_mask, clip_box, decode_counts
 from bigdet.data.conversion import Making
-from bigdet.data.manifest import ShardError
+from bigdet.data.manifest import Category, ShardError
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
@@ -85,7 +85,7 @@ def test_images_that_cannot_be_used_are_skipped_counted_and_listed(trial: Trial)
     assert shards.manifest.skipped == {
         "file missing": 2,
         "file name leads out of the image folder": 2,
-        "not JPEG, PNG or WebP": 1,
+        "not an image that can be read: convert it to PNG or JPEG": 1,
         "not decodable": 1,
         "size differs": 1,
     }
@@ -382,3 +382,23 @@ def test_real_coco_keeps_every_image_instance_crowd_and_mask(
                 assert entry["segmentation"] == source["segmentation"]
     expected = Counter((a["category_id"], a["iscrowd"]) for a in truth.anns.values())
     assert per_class == expected
+
+
+def test_a_list_of_categories_fixes_the_labels_and_the_file_the_ids(trial: Trial) -> None:
+    # The file has bicycle 2 and toothbrush 90. The list's own ids do not count, but for what the
+    # file lacks: cat's 2 is taken, so it gets the next free one.
+    listed = [Category(2, "cat"), Category(1, "Toothbrush "), Category(5, "bicycle")]
+    shards = trial.convert([image_of(1)], [box_of(3, category_id=90), box_of(4)], categories=listed)
+    assert [(category.id, category.name) for category in shards.categories] == [
+        (91, "cat"),
+        (90, "toothbrush"),
+        (2, "bicycle"),
+    ]
+    assert [each["label"] for each in shards.record(0)["annotations"]] == [1, 2]
+
+
+def test_objects_of_a_category_that_is_not_listed_are_an_error(trial: Trial) -> None:
+    objects = [box_of(3, category_id=90), box_of(4)]
+    with pytest.raises(ShardError, match=r"1 objects of 1 categories .* the list: toothbrush\."):
+        trial.convert([image_of(1)], objects, categories=[Category(1, "bicycle")])
+    trial.convert([image_of(1)], [box_of(4)], categories=[Category(1, "bicycle")])  # none of them

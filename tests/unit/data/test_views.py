@@ -10,7 +10,14 @@ import torch
 
 from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data import views as views_module
-from bigdet.data.views import View, Views, draw_view, resize_of_step, whole_view
+from bigdet.data.views import (
+    View,
+    Views,
+    draw_view,
+    resize_of_image,
+    resize_of_step,
+    whole_view,
+)
 from bigdet.ops.random import Words
 
 DIRECT = ResizeConfig(kind="direct", size=100)
@@ -226,3 +233,17 @@ def test_the_short_side_of_a_step_is_drawn_for_all_its_lanes():
     assert min(sizes) == 640
     assert max(sizes) == 864
     assert resize_of_step(DIRECT, 0, "train", 1) == DIRECT
+
+
+def test_the_short_side_of_an_image_is_drawn_for_it_alone_where_asked_for():
+    each = ResizeConfig(kind="short_side", size=800, size_range=(640, 800), draw="image")
+    assert resize_of_step(each, 0, "train", 7) == each
+    drawn = [resize_of_image(each, 0, "train", 0, row) for row in range(1000)]
+    sizes = [resize.size for resize in drawn]
+    assert (min(sizes), max(sizes)) == (640, 800)
+    assert abs(sum(sizes) / 1000 - 720) < 6  # four deviations of the mean of a uniform draw
+    assert {resize.cap for resize in drawn} == {1333}
+    assert resize_of_image(each, 0, "train", 0, 5) == drawn[5]
+    assert resize_of_image(each, 0, "train", 1, 5) != drawn[5]  # another pass
+    by_step = resize_of_step(replace(each, draw="step"), 0, "train", 7)
+    assert resize_of_image(by_step, 0, "train", 0, 5) == by_step

@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
 from bigdet.config.schema import TtaConfig
 from bigdet.data.manifest import Category
+from bigdet.evaluation import tta
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.tta import AugmentedDetector, View, mirror, vote
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
-from bigdet.models.heads.detections import FlatDetections
+from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.structures import Batch
 
 CONFIG = ModelConfig(
@@ -196,3 +198,116 @@ def test_a_split_is_seen_at_its_own_size(make_shards) -> None:
     assert detector.training  # as it was
     assert len({result["image_id"] for result in results}) == 3
     assert all("segmentation" in result for result in results)
+
+
+class Doubtful(Bright):
+    """Says of each bright rectangle three boxes: well, nearly as well with less score, and badly.
+
+    NMS of one view drops the second. Mirrored views see the first with less score.
+    """
+
+    test_settings = RoiConfig(detections_per_image=2)
+
+    def candidates(self, features: Tensor, batch: Batch) -> FlatDetections:
+        found = super().find(features, batch)
+        is_mirrored = features[0, :, : features.shape[2] // 2].sum() < features[0].sum() / 2
+        boxes = found.boxes.repeat_interleave(3, dim=0)
+        boxes[1::3, 3] -= 1  # of 20 pixels: IoU 0.95
+        boxes[2::3, 2] += 30
+        scores = torch.tensor([0.6 if is_mirrored else 0.9, 0.5, 0.2]).repeat(len(features))
+        boxes[2::3, 0] = torch.nan if is_mirrored else boxes[2::3, 0]
+        images, labels = (x.repeat_interleave(3) for x in (found.images, found.labels))
+        return FlatDetections(images, boxes, scores, labels)
+
+    def find(self, features: Tensor, batch: Batch) -> FlatDetections:
+        found = self.candidates(features, batch)
+        return best_detections(found, batch.image_sizes, self.num_classes, self.test_settings)
+
+
+def test_candidates_of_all_views_vote_before_any_is_dropped() -> None:
+    # One view at the images' own size, one mirrored. By brute force: all boxes of both views, back
+    # in the image; the best stays; what overlaps it by 0.9 moves its lower edge, those of the same
+    # view too: (0.9 x 30 + 0.5 x 29 + 0.6 x 30 + 0.5 x 29) / 2.5 = 29.6. With NMS in each view
+    # first, only the two whole boxes agree: 30.
+    image = two_images()
+    one = replace(
+        image,
+        images=image.images[:1],
+        image_sizes=image.image_sizes[:1],
+        original_sizes=image.original_sizes[:1],
+        image_ids=image.image_ids[:1],
+        weights=image.weights[:1],
+    )
+    config = TtaConfig(flip=True, scales=[80], cap=256, vote_iou=0.9)
+    for pool, lower_edge in (("candidates", 29.6), ("detections", 30.0)):
+        wrapped = AugmentedDetector(Doubtful().eval(), replace(config, pool=pool), [])
+        (found,) = wrapped(one)
+        assert found.scores[0].item() == pytest.approx(0.9)
+        assert found.boxes[0].tolist() == pytest.approx([8, 10, 28, lower_edge], abs=1e-3)
+        assert len(found.boxes) <= 2
+        assert found.boxes.isfinite().all()
+
+
+def test_the_best_of_all_views_are_kept_at_the_end() -> None:
+    # A real detector, untrained: brute force over the candidates of two sizes.
+    torch.manual_seed(0)
+    detector = build_detector(CONFIG, 3).eval()
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8, generator=generator)
+    batch = collate_images([image], (96, 96))
+    config = TtaConfig(flip=False, scales=[64, 96], cap=128, vote_iou=None)
+    (found,) = AugmentedDetector(detector, config, [])(batch)
+    boxes, scores, labels = [], [], []
+    with torch.no_grad():
+        for size in (64, 96):
+            view = collate_images([image], (size, 128))
+            seen = detector.candidates(detector.features(view), view)
+            boxes.append(seen.boxes.clamp(0, size) * (96 / size))
+            scores.append(seen.scores)
+            labels.append(seen.labels)
+    boxes, scores, labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+    assert len(boxes) > 100
+    is_real = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    boxes, scores, labels = boxes[is_real], scores[is_real], labels[is_real]
+    kept = torchvision.ops.batched_nms(boxes, scores, labels, 0.5)[:20]
+    torch.testing.assert_close(found.scores, scores[kept])
+    torch.testing.assert_close(found.boxes, boxes[kept], rtol=1e-4, atol=1e-3)
+    assert torch.equal(found.labels, labels[kept])
+
+
+def test_the_view_of_the_plain_size_has_its_own_cap() -> None:
+    # An image of 40 x 160. Plain: short side 80, long side at most 133: 33 x 133. The other view,
+    # of 60, has the augmentation's cap, 200: 50 x 200. With pool: detections both have it.
+    images = torch.zeros(1, 3, 64, 160, dtype=torch.uint8)
+    images[0, :, 10:30, 8:28] = 200
+    batch = collate_images([images[0, :, :40]], (1, 1))
+    sizes = torch.tensor([[40, 160]])
+    batch = replace(batch, images=images, image_sizes=sizes, original_sizes=sizes)
+    config = TtaConfig(flip=False, scales=[80, 60], cap=200, vote_iou=None)
+    for pool, expected in (
+        ("candidates", [[33, 133], [50, 200]]),
+        ("detections", [[50, 200], [50, 200]]),
+    ):
+        wrapped = AugmentedDetector(Bright().eval(), replace(config, pool=pool), [], (80, 133))
+        seen = [view.batch.image_sizes[0].tolist() for view in wrapped._views(batch)]
+        assert seen == expected, pool
+
+
+def test_votes_are_the_same_however_many_pairs_are_compared_at_once(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    corners = torch.rand(60, 2, generator=generator) * 20
+    boxes = torch.cat([corners, corners + 60 + 5 * torch.rand(60, 2, generator=generator)], dim=1)
+    candidates = FlatDetections(
+        torch.randint(0, 2, (60,), generator=generator), boxes,
+        torch.rand(60, generator=generator), torch.randint(0, 2, (60,), generator=generator),
+    )  # fmt: skip
+    rows = torch.arange(0, 60, 7)
+    found = FlatDetections(
+        candidates.images[rows], boxes[rows], candidates.scores[rows], candidates.labels[rows]
+    )
+    whole = vote(found, candidates, 0.6)
+    assert (whole - found.boxes).abs().max() > 0.1
+    monkeypatch.setattr(tta, "CHUNK", 130)  # two detections at once
+    torch.testing.assert_close(vote(found, candidates, 0.6), whole)
+    none = FlatDetections(*(part[:0] for part in (rows, boxes, candidates.scores, rows)))
+    assert vote(none, none, 0.6).shape == (0, 4)

@@ -64,15 +64,17 @@ def clipped(boxes: Tensor, height: int, width: int) -> Tensor:
     return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
-def detectron2_pooled(pyramid: list[Tensor], boxes: Tensor, size: int) -> Tensor:
-    """Its ROIPooler with ROIAlignV2, but 2x2 points a cell, where it takes as many as it needs."""
+def detectron2_pooled(
+    pyramid: list[Tensor], boxes: Tensor, size: int, sampling_ratio: int = 0
+) -> Tensor:
+    """Its ROIPooler with ROIAlignV2; its own sampling ratio is 0, as many points as are needed."""
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
     levels = (4 + torch.log2(areas.sqrt() / 224 + 1e-8)).floor().clamp(2, 5).int() - 2
     pooled = boxes.new_zeros(len(boxes), pyramid[0].shape[1], size, size)
     for level in range(4):
         rows = torch.where(levels == level)[0]
         pooled[rows] = torchvision.ops.roi_align(
-            pyramid[level], [boxes[rows]], size, 0.25 / 2**level, sampling_ratio=2, aligned=True
+            pyramid[level], [boxes[rows]], size, 0.25 / 2**level, sampling_ratio, aligned=True
         )
     return pooled
 

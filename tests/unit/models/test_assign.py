@@ -124,8 +124,8 @@ def test_labels_of_anchors_equal_torchvisions_matcher() -> None:
 
 
 def test_labels_of_anchors_follow_the_reference_table() -> None:
-    # RECIPES.md, E.3: columns are anchors. The first and third are nobody's best and lie between
-    # or below the thresholds; the fourth is between, but the best of the first object.
+    # detectron2's test of its matcher: columns are anchors. The first and third are nobody's best
+    # and lie between or below the thresholds; the fourth is between, but the first object's best.
     table = torch.tensor([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
     is_best = (table == table.amax(dim=1, keepdim=True)).any(dim=0)
     labels = label_anchors(table.amax(dim=0)[None], is_best[None])
@@ -151,7 +151,7 @@ def counts(labels: Tensor, slots: int, fraction: float) -> tuple[int, int]:
 
 
 def test_a_sample_has_at_most_its_part_of_positives() -> None:
-    # RECIPES.md, E.3: 4 slots, a quarter positive, of 6 negatives and 3 positives.
+    # 4 slots, a quarter positive, of 6 negatives and 3 positives.
     labels = torch.tensor([[0, 1, 0, 0, 1, 0, 1, 0, 0]], dtype=torch.int8)
     assert counts(labels, 4, 0.25) == (1, 3)
 
@@ -181,3 +181,43 @@ def test_a_sample_is_a_fair_choice() -> None:
 def test_a_sample_takes_everything_when_there_are_slots_for_it() -> None:
     labels = torch.tensor([[1, 1, 1, 0, -1]], dtype=torch.int8)
     assert counts(labels, 1000, 0.25) == (3, 1)
+
+
+@pytest.mark.parametrize("lowest", [0.0, 0.3, 0.55])
+def test_an_objects_best_box_counts_from_the_lowest_overlap_on(lowest: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    boxes = torch.rand(40, 2, generator=generator) * 100
+    boxes = torch.cat([boxes, boxes + 10 + 20 * torch.rand(40, 2, generator=generator)], dim=1)
+    anchors = torch.rand(60, 2, generator=generator) * 100
+    anchors = torch.cat([anchors, anchors + 25], dim=1)
+    objects = pad_objects(targets_of([boxes.tolist()]), torch.float32)
+    _, _, is_best = match(objects, anchors, True, lowest)
+    iou = box_iou(boxes, anchors)
+    expected = torch.zeros(60, dtype=torch.bool)
+    for row in iou:  # mmdetection's MaxIoUAssigner: an object's best, from min_pos_iou on
+        if row.max() > 0 and row.max() >= lowest:
+            expected |= row == row.max()
+    assert torch.equal(is_best[0], expected)
+    assert 0 < expected.sum() < 40
+
+
+def test_the_lowest_overlap_by_hand() -> None:
+    # The object is 10 x 10; boxes of its size shifted by 4 and by 6: 60 / 140 and 40 / 160.
+    near, far = [[4.0, 0.0, 14.0, 10.0]], [[6.0, 0.0, 16.0, 10.0]]
+    for boxes, lowest, expected in (
+        (near, 0.3, POSITIVE), (near, 0.5, IGNORED), (far, 0.3, NEGATIVE), (far, 0.0, POSITIVE),
+    ):  # fmt: skip
+        objects = pad_objects(targets_of([[A]]), torch.float32)
+        iou, _, is_best = match(objects, torch.tensor(boxes), True, lowest)
+        assert label_anchors(iou, is_best).tolist() == [[expected]], (boxes, lowest)
+
+
+def test_the_best_box_is_looked_for_among_usable_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = pad_objects(targets_of([[A]]), torch.float32)
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 8.0], [0.0, 0.0, 10.0, 7.0]])
+    is_usable = torch.tensor([[False, True, True]])
+    for chunk in (2**20, 1):  # all at once, and one by one
+        monkeypatch.setattr(assign, "CPU_CHUNK", chunk)
+        iou, _, is_best = match(objects, boxes, True, 0.0, is_usable)
+        assert is_best.tolist() == [[False, True, False]]
+        torch.testing.assert_close(iou, torch.tensor([[0.9, 0.8, 0.7]]))  # of all boxes, as ever

@@ -39,13 +39,13 @@ def test_every_backbone_of_the_schema_is_in_the_table():
 @pytest.mark.parametrize(
     ("name", "parameters", "channels"),
     [
-        # RECIPES.md, E.1
+        # With scale and shift of the norms, without the classifier.
         ("resnet50", 23_508_032, [256, 512, 1024, 2048]),
         ("resnet101", 42_500_160, [256, 512, 1024, 2048]),
         ("resnext101_32x8d", 86_742_336, [256, 512, 1024, 2048]),
         ("resnext152_32x8d", 120_323_392, [256, 512, 1024, 2048]),
         ("swin_t", 27_517_818 + 2_880, [96, 192, 384, 768]),
-        # Totals of Mask R-CNN there, less FPN 2,729,984, RPN 593,935, box 14,306,705, mask
+        # Published totals of Mask R-CNN, less FPN 2,729,984, RPN 593,935, box 14,306,705, mask
         # 2,643,280; Swin-B's FPN has 1x1 convolutions of 1920 inputs, not 1440: 122,880 more.
         ("swin_s", 69_112_506 - 20_273_904, [96, 192, 384, 768]),
         ("swin_b", 107_141_800 - 20_273_904 - 122_880, [128, 256, 512, 1024]),

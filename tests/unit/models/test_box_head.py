@@ -17,10 +17,10 @@ K = 2
 A, B, C = [0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 11.0, 10.0], [20.0, 20.0, 40.0, 30.0]
 
 
-def head_of(kind: str = "2fc", conventions: Conventions | None = None, **config) -> BoxHead:
+def head_of(kind: str = "2fc", **config) -> BoxHead:
     torch.manual_seed(0)
     roi = RoiConfig(**{"rois_per_image": 8, **config})
-    return BoxHead(kind, "none", 16, 32, K, roi, conventions or Conventions())
+    return BoxHead(kind, "none", 16, 32, K, roi, Conventions())
 
 
 def proposals_of(boxes: list[list[list[float]]]) -> Proposals:
@@ -64,11 +64,12 @@ def test_background_inside_a_crowd_is_not_sampled() -> None:
     # In the crowd A: 8 of 10 columns (ignored) and 6 of 10 (a negative as any other).
     deep, shallow = [2.0, 0.0, 12.0, 10.0], [4.0, 0.0, 14.0, 10.0]
     objects = objects_of([A, C], [True, False])
-    regions = head_of().sample(proposals_of([[deep, shallow]]), objects, ONE)
+    head = head_of(crowd_coverage=0.7)
+    regions = head.sample(proposals_of([[deep, shallow]]), objects, ONE)
     taken = regions.boxes[0, regions.is_valid[0]].tolist()
     assert taken == [C, shallow]
-    ignoring = head_of(conventions=Conventions(crowd_coverage=None))
-    regions = ignoring.sample(proposals_of([[deep, shallow]]), objects, ONE)
+    # By default crowds have no effect, as in end-to-end training with Detectron.
+    regions = head_of().sample(proposals_of([[deep, shallow]]), objects, ONE)
     assert regions.is_valid.sum() == 3
 
 
@@ -106,8 +107,8 @@ def regions_of(labels: list[int], boxes: list[list[float]], targets: list[list[f
 
 
 def test_losses_of_silent_predictions_are_worked_out_by_hand() -> None:
-    # RECIPES.md, E.3: the two deltas' absolute values add up to 2.018324 and 6.054133, and half of
-    # their sum is 4.0362: here over 4 regions, half of them background.
+    # Boxes of detectron2's test: the two deltas' absolute values add up to 2.018324 and 6.054133,
+    # and half of their sum is 4.0362: here over 4 regions, half of them background.
     boxes = [[0.8, 1.1, 3.2, 2.8], [2.3, 2.5, 7.0, 8.0], A, B]
     targets = [[1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 6.0, 6.0], A, A]
     regions = regions_of([0, 1, K, K], boxes, targets)

@@ -11,7 +11,7 @@ RESNET, SWIN = [256, 512, 1024, 2048], [96, 192, 384, 768]
 
 @pytest.mark.parametrize(
     ("channels", "norm", "expected"),
-    # RECIPES.md, E.1
+    # Lateral 1x1 and output 3x3 convolutions to 256 channels, with biases or GN's scale and shift.
     [(RESNET, "none", 3_344_384), (RESNET, "gn", 3_346_432), (SWIN, "none", 2_729_984)],
 )
 def test_parameter_count(channels, norm, expected):

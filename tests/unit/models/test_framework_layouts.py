@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from bigdet.config.model_schema import KeypointConfig, ModelConfig, RpnConfig
+from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.framework_layouts import from_framework, parts_to_load
@@ -31,7 +31,7 @@ GN = {"norm": "gn", "box_head": "4conv1fc"}
 X152 = {"backbone": "resnext152_32x8d"}
 D2, MM = published.detectron2_rcnn, published.mmdetection_rcnn
 RESNET, SWIN = published.mmdetection_resnet, published.mmdetection_swin
-LAYOUTS = {  # the layout, the model of it, and parameters of RECIPES.md, E.1
+LAYOUTS = {  # the layout, the model of it, and its published number of parameters
     "d2 faster r50": (D2(masks=False), {**R50, "detector": "faster_rcnn"}, 41_753_056),
     "d2 mask r50": (D2(), R50, 44_396_336),
     "d2 mask r101": (D2(101), {**R50, "backbone": "resnet101"}, 63_388_464),
@@ -150,8 +150,9 @@ def test_detectron2s_mask_rcnn_computes_the_same() -> None:
     close(masks, hidden[torch.arange(3), [2, 0, 1]])
 
 
+@pytest.mark.parametrize("sampling_ratio", [0, 2])  # detectron2's own is 0
 @torch.no_grad()
-def test_detectron2s_mask_rcnn_detects_the_same() -> None:
+def test_detectron2s_mask_rcnn_detects_the_same(sampling_ratio: int) -> None:
     """Its inference from pixels to boxes, scores, classes and masks, by its own formulas."""
     shapes = published.detectron2_rcnn(classes=3, width=16, fc_width=32)
     state = published.random_state(shapes, seed=3)
@@ -162,7 +163,8 @@ def test_detectron2s_mask_rcnn_detects_the_same() -> None:
     state["proposal_generator.rpn_head.anchor_deltas.bias"] *= 0
     state["roi_heads.box_predictor.cls_score.bias"] -= torch.tensor([1.0, 3.0, -2.0, -1.0])
     rpn = RpnConfig(test_candidates=40, test_proposals=30)
-    detector = loaded(state, "detectron2", "bgr_255", stride_in_1x1=True, rpn=rpn, **R50)
+    roi = RoiConfig(sampling_ratio=sampling_ratio)
+    detector = loaded(state, "detectron2", "bgr_255", stride_in_1x1=True, rpn=rpn, roi=roi, **R50)
     detector.test_size = (64, 96)
     image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
     found = detector.predict([image])[0]
@@ -170,7 +172,7 @@ def test_detectron2s_mask_rcnn_detects_the_same() -> None:
     mean = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64).view(3, 1, 1)
     pyramid = detectron2_features(state, (image.double() - mean).flip(0)[None])
     regions = detectron2_proposals(state, pyramid)
-    hidden = detectron2_pooled(pyramid, regions, 7).flatten(1)
+    hidden = detectron2_pooled(pyramid, regions, 7, sampling_ratio).flatten(1)
     for layer in ("fc1", "fc2"):
         hidden = F.relu(linear(state, f"roi_heads.box_head.{layer}", hidden))
     scores = linear(state, "roi_heads.box_predictor.cls_score", hidden).softmax(dim=1)[:, :-1]
@@ -181,7 +183,8 @@ def test_detectron2s_mask_rcnn_detects_the_same() -> None:
     scores = scores[rows, labels]
     kept = torchvision.ops.batched_nms(boxes, scores, labels, 0.5)[:100]
     boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
-    hidden, name = detectron2_pooled(pyramid, boxes, 14), "roi_heads.mask_head."
+    hidden = detectron2_pooled(pyramid, boxes, 14, sampling_ratio)
+    name = "roi_heads.mask_head."
     for number in range(1, 5):
         hidden = F.relu(run(state, f"{name}mask_fcn{number}", hidden, padding=1))
     weights = (state[f"{name}deconv.weight"], state[f"{name}deconv.bias"])

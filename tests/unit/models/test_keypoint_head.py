@@ -155,3 +155,16 @@ def test_a_box_without_area_is_one_pixel() -> None:
     empty = torch.tensor([[5.0, 6.0, 5.0, 6.0]], dtype=torch.float64)
     found = find_keypoints(peak_at(3, 3)[None, None], empty)
     assert found[0, 0, :2].tolist() == [5.5, 6.5]
+
+
+@pytest.mark.parametrize(("min_visible", "is_heard"), [(0, True), (2, True), (3, False)])
+def test_few_visible_keypoints_teach_nothing(min_visible: int, is_heard: bool) -> None:
+    # Two valid regions on an object with one labelled keypoint: two to learn from.
+    keypoints = torch.tensor([[[12.5, 25.0, 2.0], [12.5, 25.0, 0.0]]])
+    head = KeypointHead("none", 8, KeypointConfig(num_keypoints=2, min_visible=min_visible), 3)
+    logits = torch.zeros(3, 2, SIZE, SIZE, requires_grad=True)
+    loss = head.losses(logits, positives_of([True, True, False]), keypoints)["keypoint"]
+    assert loss.item() == (pytest.approx(math.log(SIZE**2)) if is_heard else 0)
+    loss.backward()
+    assert logits.grad is not None
+    assert bool(logits.grad.any()) == is_heard

@@ -20,7 +20,7 @@ from bigdet.models.losses import (
 
 @pytest.mark.parametrize("beta", [0.0, 1 / 9, 0.5, 1.0])
 def test_delta_losses_are_square_below_beta_and_linear_above(beta: float) -> None:
-    # RECIPES.md, E.3: 1, 2, 3 against 1.1, 2, 4.5: .5 x .1^2 / beta, 0, 1.5 - .5 beta.
+    # fvcore's test of smooth L1: 1, 2, 3 against 1.1, 2, 4.5: .5 x .1^2 / beta, 0, 1.5 - .5 beta.
     deltas = torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64)
     targets = torch.tensor([[1.1, 2.0, 4.5, 0.0]], dtype=torch.float64)
     square = 0.5 * 0.1**2 / beta if beta else 0.1
@@ -84,7 +84,7 @@ def test_giou_losses_are_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("logit", "of_yes", "of_no"),
-    # RECIPES.md, E.3: alpha 0.25, gamma 2
+    # Alpha 0.25, gamma 2: of yes 0.25 x (1 - p)^2 x -log(p), of no 0.75 x p^2 x -log(1 - p).
     [(-2.0, 0.412520, 0.001353), (0.0, 0.043322, 0.129965), (2.0, 0.000451, 1.237559)],
 )
 def test_focal_losses_have_the_published_values(logit: float, of_yes: float, of_no: float) -> None:

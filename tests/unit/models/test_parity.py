@@ -37,6 +37,7 @@ RPN = RpnConfig(
     box_beta=1 / 9,
     anchor_sizes=[16, 32, 64, 96, 128],
     anchors_per_image=EVERYTHING,
+    low_quality_iou=0.0,  # torchvision's own rule
     train_proposals=150,
     test_proposals=100,
 )

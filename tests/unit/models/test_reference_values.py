@@ -1,4 +1,4 @@
-"""The op-level numbers of RECIPES.md, E.3, that no other test of an op has."""
+"""Numbers of published tests of operations that no other test here has."""
 
 from __future__ import annotations
 

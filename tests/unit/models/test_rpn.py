@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import box_iou
 
-from bigdet.config.model_schema import RpnConfig
+from bigdet.config.model_schema import ModelConfig, RpnConfig
+from bigdet.models.anchors import grid_anchors
 from bigdet.models.assign import pad_objects
+from bigdet.models.build import build_detector
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.rpn import AnchorPredictions, RegionProposals
 from tests.unit.models.scenes import make_scene
@@ -132,3 +135,83 @@ def test_every_convolution_starts_with_a_deviation_of_one_hundredth() -> None:
             assert abs(layer.weight.std().item() / 0.01 - 1) < 0.2
             assert layer.bias is not None
             assert not layer.bias.any()
+
+
+def test_numbers_of_proposals_follow_from_the_detector() -> None:
+    # detectron2 and mmdetection: 2000 of each level before NMS, 1000 of an image after it; cascades
+    # 2000. Numbers that a config has are its own.
+    for detector, expected in (
+        ("faster_rcnn", (2000, 1000, 1000, 1000)), ("mask_rcnn", (2000, 1000, 1000, 1000)),
+        ("keypoint_rcnn", (2000, 1000, 1000, 1000)), ("cascade_rcnn", (2000, 2000, 1000, 1000)),
+        ("cascade_mask_rcnn", (2000, 2000, 1000, 1000)),
+    ):  # fmt: skip
+        with torch.device("meta"):
+            model = ModelConfig(detector=detector, backbone="resnet10", width=8, fc_width=8)
+            config = build_detector(model, 2).rpn.config
+        found = (config.train_candidates, config.train_proposals)
+        assert (*found, config.test_candidates, config.test_proposals) == expected, detector
+    for rpn, expected in (
+        (RpnConfig(train_proposals=300), (300, 300)),
+        (RpnConfig(train_candidates=500), (500, 1000)),
+        (RpnConfig(train_candidates=12_000, train_proposals=2000), (12_000, 2000)),
+    ):
+        config = RegionProposals(rpn, 8, Conventions()).config
+        assert (config.train_candidates, config.train_proposals) == expected
+
+
+def test_more_candidates_than_proposals_are_compared_in_nms() -> None:
+    # Levels of three boxes, the two best of each alike: of two candidates a level NMS leaves one.
+    near = [[0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 11.0, 10.0], [20.0, 0.0, 30.0, 10.0]]
+    predictions = predictions_of(near, [[3.0, 2.0, 1.0]], [3])
+    for candidates, expected in ((2, [near[0]]), (3, [near[0], near[2]])):
+        config = replace(CONFIG, train_candidates=candidates, train_proposals=2)
+        proposals = rpn_of(config).propose(predictions, SIZES)
+        assert proposals.boxes[proposals.is_valid].tolist() == expected
+
+
+def labels_of(config: RpnConfig, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """Which of all anchors are sampled: 1 as positive, 0 as negative, -1 not."""
+    rpn = rpn_of(replace(config, anchors_per_image=EVERYTHING))
+    batch = make_scene(OBJECTS, sizes, (64, 64))
+    cells = rpn.get_buffer("cells")
+    anchors = grid_anchors([(16, 16), (8, 8)], [(4, 4), (8, 8)], cells)
+    objects = pad_objects(batch.targets, torch.float32)
+    sample, _ = rpn._sample(anchors, objects, batch.image_sizes)
+    labels = torch.full((2, len(anchors)), -1)
+    for image in range(2):
+        taken = sample.is_valid[image]
+        labels[image, sample.index[image, taken]] = sample.is_positive[image, taken].long()
+    return labels
+
+
+@pytest.mark.parametrize("border", [None, 0, 6])
+@pytest.mark.parametrize("lowest", [0.0, 0.3])
+def test_anchors_are_labelled_as_mmdetections_assigner_does(
+    border: int | None, lowest: float
+) -> None:
+    # Brute force: anchors that cross the border are taken away first, then the rest is compared.
+    config = replace(CONFIG, border=border, low_quality_iou=lowest)
+    sizes = [(32, 32), (40, 24)]
+    labels = labels_of(config, sizes)
+    cells = rpn_of(config).get_buffer("cells")
+    anchors = grid_anchors([(16, 16), (8, 8)], [(4, 4), (8, 8)], cells)
+    for image, (height, width) in enumerate(sizes):
+        inside = [
+            number for number, (x0, y0, x1, y1) in enumerate(anchors.tolist())
+            if border is None
+            or (x0 >= -border and y0 >= -border and x1 <= width + border and y1 <= height + border)
+        ]  # fmt: skip
+        iou = box_iou(torch.tensor(OBJECTS[image]).float(), anchors[inside])
+        expected = torch.full((len(anchors),), -1)
+        for column, number in enumerate(inside):
+            best = iou[:, column].max()
+            is_best = any(
+                row[column] == row.max() and row.max() >= lowest and row.max() > 0 for row in iou
+            )
+            if best >= 0.7 or is_best:
+                expected[number] = 1
+            elif best < 0.3:
+                expected[number] = 0
+        assert torch.equal(labels[image], expected)
+        assert (expected == 0).any()
+    assert (labels == 1).any()

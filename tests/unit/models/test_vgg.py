@@ -3,7 +3,9 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
+from bigdet.config.model_schema import ModelConfig
 from bigdet.models.backbones import build_backbone, freeze_stages
+from bigdet.models.build import build_detector
 from bigdet.models.vgg import VGG
 
 
@@ -33,3 +35,24 @@ def test_stages_are_the_five_groups_of_convolutions() -> None:
     trained = [name for name, p in backbone.named_parameters() if p.requires_grad]
     assert trained[0] == "features.10.weight"  # conv3_1
     assert len(trained) == 2 * 9
+
+
+def test_activations_keep_their_size_with_the_first_weights() -> None:
+    # On normalized pixels, N(0, 1): ReLU halves the mean square and MSRA's fan-in doubles it, so
+    # that conv5_3 has a mean square of about 1, as the image has, but for its zero padding. With
+    # the fan-out its deviation was 0.11.
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 224, 224)
+    deviations = []
+    with torch.no_grad():
+        for seed in range(3):
+            torch.manual_seed(seed)
+            deviations.append(VGG()(images)[0].std().item())
+    assert all(0.5 < deviation < 3 for deviation in deviations), deviations
+    config = ModelConfig(detector="faster_rcnn", backbone="vgg16", norm="none", fc_width=1024)
+    detector = build_detector(config, 80)
+    hidden = torch.randn(16, 512, 7, 7).relu().permute(0, 2, 3, 1).flatten(1)
+    for layer in detector.box_head.fcs:  # fc6 and fc7 keep the mean square too
+        before = hidden.square().mean()
+        hidden = layer(hidden).relu()
+        assert 0.8 < (hidden.square().mean() / before).item() < 1.25

@@ -64,7 +64,7 @@ def test_scale_moves_boxes_to_the_original_size_and_clips() -> None:
 
 
 def test_encode_gives_detectrons_reference_values() -> None:
-    # RECIPES.md, E.3.
+    # torchvision's BoxCoder, weights 10, 10, 5, 5.
     anchors = torch.tensor([[0.8, 1.1, 3.2, 2.8], [2.3, 2.5, 7.0, 8.0]])
     boxes = torch.tensor([[1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 6.0, 6.0]])
     expected = torch.tensor(
@@ -90,7 +90,7 @@ def test_decode_undoes_encode() -> None:
 
 
 def test_decode_bounds_the_growth_of_a_box() -> None:
-    # RECIPES.md, E.3: scale exp(log(1000/16)) = 62.5 about the center (5, 5).
+    # The scale stops at exp(log(1000/16)) = 62.5 about the center (5, 5).
     anchor = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     deltas = torch.tensor([[0.0, 0.0, 50.0, 50.0]])
     expected = torch.tensor([[-307.5, -307.5, 317.5, 317.5]])

@@ -13,7 +13,10 @@ from bigdet.ops import resize
 @pytest.mark.parametrize(
     ("original", "expected"),
     [
-        ((480, 640), (800, 1066)),  # RECIPES.md E.3
+        (
+            (480, 640),
+            (800, 1066),
+        ),  # 640 x 800 / 480 = 1066.7; a part of a pixel is dropped, as by torchvision
         ((427, 640), (800, 1199)),
         ((640, 1280), (666, 1333)),  # 640 * 1333 / 1280 = 666.5
         ((1280, 640), (1333, 666)),

@@ -155,3 +155,40 @@ def test_optimizer_has_the_settings_of_the_phase() -> None:
     adamw = build_optimizer(Layers(), make_phase(optimizer="adamw", betas=(0.8, 0.9)))
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_norms_are_decayed_and_biases_go_their_own_way_where_asked_for() -> None:
+    module = Layers()
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+
+    def groups(**options) -> list[tuple[float, float, set[str]]]:
+        return [
+            (group["weight_decay"], group["lr_factor"], {names[id(p)] for p in group["params"]})
+            for group in parameter_groups(module, 0.1, **options)
+        ]
+
+    weights = {"convolution.weight", "linear.weight"}
+    biases = {"convolution.bias", "linear.bias"}
+    norms = {f"{kind}_norm.{name}" for kind in ("batch", "group") for name in ("weight", "bias")}
+    never = {"layer_norm.weight", "layer_norm.bias", "relative_position_bias_table"}
+    assert groups(decay_norms=True) == [(0.1, 1.0, weights | biases | norms), (0.0, 1.0, never)]
+    assert groups(decay_biases=False) == [(0.1, 1.0, weights), (0.0, 1.0, biases | norms | never)]
+    # Detectron: biases at twice the rate, without decay; GN without decay, at the rate of all.
+    detectron = groups(decay_biases=False, bias_lr_factor=2.0)
+    assert detectron == [(0.1, 1.0, weights), (0.0, 1.0, norms | never), (0.0, 2.0, biases)]
+
+
+def test_a_step_moves_biases_at_their_own_rate() -> None:
+    # SGD without momentum, gradients 1, rate 0.1: weights by 0.1 x (1 + decay x 1), biases by 0.2.
+    module = nn.Linear(2, 2)
+    nn.init.ones_(module.weight)
+    nn.init.ones_(module.bias)
+    phase = make_phase(momentum=0.0, weight_decay=0.5, decay_biases=False, bias_lr_factor=2.0)
+    optimizer = build_optimizer(module, phase)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * group["lr_factor"]  # as the engines do
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(module.weight, torch.full((2, 2), 0.85))
+    torch.testing.assert_close(module.bias, torch.full((2,), 0.8))

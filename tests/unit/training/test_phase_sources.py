@@ -11,10 +11,13 @@ import torchvision
 
 from bigdet.config.check import check_config
 from bigdet.config.load import parse_config
+from bigdet.models.build import build_detector
 from bigdet.models.checkpointing import Checkpointed
+from bigdet.models.framework_layouts import with_sampling
 from bigdet.models.norms import batch_norms
 from bigdet.models.rcnn import RCNN
 from bigdet.models.vgg import VGG
+from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
 
@@ -59,6 +62,23 @@ def test_a_phase_starts_from_a_backbone_that_others_trained(
     assert all(part.is_checkpointed for part in parts)
 
 
+@pytest.mark.parametrize(("ema", "value"), [("null", 1.0), ("true", 2.0)])
+def test_a_phase_may_start_from_the_moving_average(tmp_path: Path, ema: str, value: float) -> None:
+    plain, average = (
+        {name: torch.full_like(tensor, number) for name, tensor in state.items()}
+        for number in (1.0, 2.0)
+        for state in [torchvision.models.resnet18().state_dict()]
+    )
+    path = tmp_path / "resnet18.pth"
+    torch.save({"model": plain, "model_ema": average}, path)
+    text = CONFIG.replace('"SOURCE"', f"{path}, ema: {ema}").replace("CHECKPOINTED", "false")
+    detector = build_for_phase(
+        parse_config(text, "test"), "train", list("abc"), RunDir(tmp_path), torch.device("cpu"),
+        is_resumed=False,
+    )  # fmt: skip
+    assert {float(tensor.mean()) for tensor in detector.backbone.state_dict().values()} == {value}
+
+
 def test_vgg_brings_fc6_and_fc7_when_asked_for_the_box_head(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -94,3 +114,24 @@ def test_activation_checkpointing_is_off_by_default(tmp_path: Path) -> None:
         config, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
     )
     assert not any(p.is_checkpointed for p in detector.modules() if isinstance(p, Checkpointed))
+
+
+def test_a_start_from_heads_that_pool_otherwise_is_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.safetensors"
+    text = CONFIG.replace("SOURCE", str(path)).replace("CHECKPOINTED", "false")
+    config = parse_config(text, "test")
+    adaptive = with_sampling(config, 0)
+    detector = build_detector(config.model, 3)
+    categories = [{"id": number, "name": name} for number, name in enumerate("abc")]
+    save_detector_weights(path, detector, weights_metadata(adaptive, categories, "train"))
+    for own, expected in ((config, 1), (adaptive, 0)):
+        caplog.clear()
+        build_for_phase(
+            own, "train", list("abc"), RunDir(tmp_path), torch.device("cpu"), is_resumed=False
+        )
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warned) == expected
+        for message in warned:
+            assert "trained with model.roi.sampling_ratio: 0, and this run has 2" in message

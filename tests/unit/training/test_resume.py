@@ -92,6 +92,20 @@ def test_what_changes_the_training_is_named_with_both_values(
         settle_config(config, saved_by(*SIZES), Path("x"), shards)
 
 
+def test_a_run_from_before_some_options_goes_on_as_it_began(shards: ShardSet):
+    # Its checkpoint has a config without them, which meant an overlap of 0 and 70 % of a crowd.
+    saved = saved_by(*SIZES)
+    lines = saved.run["config"].splitlines()
+    new = ("low_quality_iou:", "border:", "crowd_coverage:", "sampling_ratio:")
+    saved.run["config"] = "\n".join(line for line in lines if not line.strip().startswith(new))
+    settled = settle_config(load_config(CONFIG, SIZES), saved, Path("x"), shards)
+    assert (settled.model.rpn.low_quality_iou, settled.model.roi.crowd_coverage) == (0.0, 0.7)
+    changed = load_config(CONFIG, [*SIZES, "model.rpn.low_quality_iou=0.2"])
+    said = r"low_quality_iou \(was 0\.0, now 0\.2\).* give the config .*quickstart/config\.yaml"
+    with pytest.raises(ConfigError, match=said):
+        settle_config(changed, saved, Path("x"), shards)
+
+
 def test_a_phase_may_not_be_added_to_a_run(shards: ShardSet):
     config = load_config(CONFIG, SIZES)
     extra = {**config.phases, "more": config.phases["finetune"]}
@@ -234,6 +248,21 @@ def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tm
     elsewhere = load_config(CONFIG, [f"resume={new.checkpoint('pretrain', 5)}"])
     with pytest.raises(ConfigError, match="has checkpoints of its own"):
         find_checkpoint(elsewhere, run_dir)
+
+
+def test_an_ended_run_goes_on_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
+    config, newest = load_config(CONFIG), run_dir.checkpoint("pretrain", 5)
+    run_dir.weights.touch()
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        find_checkpoint(config, run_dir)
+    left = run_dir.detections("pretrain", 5)
+    left.parent.mkdir()
+    left.touch()
+    assert not run_dir.is_finished
+    assert find_checkpoint(config, run_dir) == newest
+    run_dir.latest.unlink()  # without a checkpoint it would begin anew
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        find_checkpoint(config, run_dir)
 
 
 def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDir):
