@@ -104,7 +104,9 @@ class WeightsAndBiases:
         id_file = folder / "id"
         if not id_file.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            temporary = folder / "id.tmp"  # an empty id would be another run at each start
+            temporary.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            temporary.replace(id_file)
         self._wandb: Any = wandb
         self._run: Any = wandb.init(
             project=project,

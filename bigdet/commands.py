@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from bigdet import distributed
-
-try:
-    import torchvision  # noqa: F401
-except (ImportError, RuntimeError) as error:
-    # Commands import this module first, so that a broken pair is told before it is used.
-    sys.exit(
-        f"error: this torchvision does not work with this torch: {error}. Install both from the "
-        f"same place: pip install --force-reinstall --constraint launch/constraints.txt torch "
-        f"torchvision"
-    )
+from bigdet.errors import explain, explain_killed
 
 STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
@@ -39,11 +29,26 @@ def positive(text: str) -> int:
     return value
 
 
-def explain(error: Exception) -> str:
-    """Return what an error says, and what to do where the system itself says no more."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}. Make room where this command writes, or give it another place."
-    return str(error)
+def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
+    """Answer --help and mistakes in the command line before torch is imported, which takes seconds.
+
+    Then see that torch and torchvision fit together, before anything is made of them.
+
+    Args:
+        parse: reads the command line. What it raises itself is told by ``run_command``.
+    """
+    try:
+        with contextlib.suppress(ValueError):
+            parse(sys.argv[1:])
+    except SystemExit as end:  # as in run_command
+        sys.exit(1 if end.code else 0)
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        sys.exit(
+            f"error: this torchvision does not work with this torch: {error}. Install both from "
+            f"the same place: pip install --force-reinstall torch torchvision"
+        )
 
 
 def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
@@ -64,13 +69,14 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
         code = INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
-        lost = distributed.lost_peer(error)
-        is_bug = isinstance(error, RuntimeError) and not lost
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        ranks = sys.modules.get("bigdet.distributed")  # making shards does without it, and torch
+        lost = (ranks and ranks.lost_peer(error)) or explain_killed(error)
+        is_bug = isinstance(error, RuntimeError) and not (lost or isinstance(error, ValueError))
         if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
-        if distributed.must_tell(error):
-            where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
+        if ranks is None or ranks.must_tell(error):
+            where = "" if ranks is None or ranks.is_main() else f" (rank {ranks.rank()})"
             sys.stderr.write(f"error{where}: {lost or explain(error)}\n")
         code = 1
     sys.stdout.flush()

@@ -1,40 +1,20 @@
-r"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
+"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
 
-    python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth
-    python tools/convert_weights.py from-torchvision mask_rcnn.pth runs/x/config.yaml \
-        --categories data/train/manifest.json --out model.safetensors
-    python tools/convert_weights.py from-detectron2 model_final_f10217.pkl \
-        configs/r50_imagenet.yaml model.box_head=2fc model.stride_in_1x1=true --pixels bgr_255 \
-        --categories instances_val2017.json --out model.safetensors
-    python tools/convert_weights.py from-mmdetection mask_rcnn_swin-t-p4-w7_fpn_1x_coco.pth \
-        configs/swin_t_imagenet.yaml model.box_head=2fc --pixels rgb \
-        --categories instances_val2017.json --out model.safetensors
-
-The config is that of any run with this model; key=value changes it. The model.safetensors is one as
-a run leaves it: predict, evaluate, export and start_from.source take it.
-
-torchvision: Faster, Mask and Keypoint R-CNN and RetinaNet, on ResNets and ResNeXts, or R-CNNs on
-VGG-16. What to-torchvision writes is a ``state_dict`` of torchvision's model of the same settings,
-with torch.save (.pth) or as safetensors. torchvision pools regions without bigdet's half-pixel
-shift and rounds its anchors: ``bigdet.models.torchvision_model.torchvision_twin(detector)`` is its
-model without either, with the same detections as bigdet's.
-
-detectron2 (.pkl, .pth) and mmdetection 2 and 3 (.pth): Faster, Mask and Cascade R-CNN and RetinaNet
-on a pyramid, detectron2's Keypoint R-CNN too, on ResNets, ResNeXts (without deformable
-convolutions) and Swin. --pixels says how images were given to the network, which most files do
-not: ``rgb``, ``bgr``, or ``bgr_255`` (not divided by the deviation: R-50 and R-101 of detectron2,
-'caffe' in mmdetection, both with model.stride_in_1x1=true). Classes are moved to the order of
---categories; mmdetection's files name theirs, detectron2 has them by rising id. Nothing in a file
-is run.
+What its command line takes is in ``arguments/convert_weights.py``.
 """
 
 from __future__ import annotations
+
+from bigdet.arguments.convert_weights import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import torch
 from safetensors import SafetensorError
@@ -45,7 +25,6 @@ from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import phase_model
 from bigdet.config.load import check_phase, load_config
-from bigdet.config.phase_schema import Pixels
 from bigdet.data.manifest import Category
 from bigdet.data.sources.categories import load_categories
 from bigdet.log import setup_logging
@@ -71,51 +50,11 @@ from bigdet.run_dir import check_file
 
 def main(argv: Sequence[str]) -> int:
     """Convert one file and say what came out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    directions = parser.add_subparsers(dest="direction", required=True)
-    there = directions.add_parser(
-        "to-torchvision", help="from a run, checkpoint or safetensors",
-        epilog="example: python tools/convert_weights.py to-torchvision runs/x mask_rcnn.pth",
-    )  # fmt: skip
-    there.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
-    there.add_argument("out", type=Path, help=".pth or .safetensors")
-    for source in ("torchvision", "detectron2", "mmdetection"):
-        pixels = "" if source == "torchvision" else "--pixels rgb "
-        parser_of = directions.add_parser(
-            f"from-{source}", help="to a model.safetensors of bigdet",
-            epilog=f"example: python tools/convert_weights.py from-{source} mask_rcnn.pth "
-            f"runs/x/config.yaml {pixels}--categories data/train/manifest.json "
-            "--out model.safetensors",
-        )  # fmt: skip
-        add_source(parser_of, source)
-    options = parser.parse_args(argv)
+    options = parse_arguments(argv)
     setup_logging(rank=0)
     num_tensors = export(options) if options.direction == "to-torchvision" else restore(options)
     print(f"{options.out}: {num_tensors} tensors")
     return 0
-
-
-def add_source(parser: argparse.ArgumentParser, source: str) -> None:
-    """Add the options of a conversion to bigdet."""
-    files = ".pkl or .pth" if source == "detectron2" else ".pth"
-    parser.add_argument("weights", type=Path, help=f"{files} or .safetensors")
-    parser.add_argument("config", type=Path, help="of a run with this model")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
-    parser.add_argument(
-        "--categories", type=Path, required=True,
-        help="manifest.json of a shard set, a COCO annotation file, or a JSON list of {id, name}",
-    )  # fmt: skip
-    parser.add_argument("--phase", help="the phase whose model and size it is; default: the last")
-    parser.add_argument("--out", type=Path, required=True, help="the model.safetensors to write")
-    parser.set_defaults(source=source, pixels=None)
-    if source != "torchvision":
-        parser.add_argument(
-            "--pixels", choices=get_args(Pixels), help="how images were given to the network"
-        )
 
 
 def export(options: argparse.Namespace) -> int:
@@ -136,7 +75,7 @@ def restore(options: argparse.Namespace) -> int:
     categories = load_categories(options.categories)
     detector = build_detector(phase_model(config, phase), len(categories))
     if options.source == "torchvision":
-        state = read_tensors_and_classes(options.weights)[0]
+        state = read_tensors_and_classes(options.weights, options.ema)[0]
         detector.load_state_dict(from_torchvision(detector, state, str(options.weights)))
     else:
         parts = load_framework(detector, options, categories)
@@ -161,7 +100,7 @@ def load_framework(
         The parts of the detector that they have.
     """
     source = str(options.weights)
-    tensors, names = read_tensors_and_classes(options.weights)
+    tensors, names = read_tensors_and_classes(options.weights, options.ema)
     if names is None and options.source == "detectron2":
         names = [category.name for category in sorted(categories, key=lambda one: one.id)]
     tensors = from_framework(detector, tensors, options.source, options.pixels, source)

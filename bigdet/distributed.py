@@ -1,14 +1,13 @@
 """Ranks: who this process is, the process group, reductions. Nobody else reads RANK.
 
-Launchers say who a process is: ``deepspeed`` and ``torchrun`` by RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT, Slurm's ``srun`` by SLURM_*, from which these are made here.
+Launchers say who a process is: by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or by
+variables of their own, from which ``launchers.py`` makes these.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -18,6 +17,9 @@ from typing import IO, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from bigdet import errors, launchers, network
+from bigdet.launchers import first_host as first_host
 
 T = TypeVar("T")
 
@@ -60,7 +62,7 @@ def start() -> None:
     """
     if dist.is_initialized():
         return
-    _adopt_slurm()
+    launchers.adopt()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -70,54 +72,26 @@ def start() -> None:
         backend = "cpu:gloo,cuda:nccl"
     timeout = datetime.timedelta(minutes=30)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(backend, timeout=timeout)  # torchrun's agents have met already
+        _make_group(backend, timeout=timeout)  # torchrun's agents have met already
         return
     alone = "MASTER_ADDR" not in os.environ
     if alone and world_size() != 1:
         raise ValueError(
             f"WORLD_SIZE is {world_size()}, but MASTER_ADDR is not set. Start all ranks with "
-            f"deepspeed, torchrun or srun, or unset WORLD_SIZE and RANK to train with one process."
+            f"deepspeed, torchrun or srun, or unset WORLD_SIZE and RANK to train with one process. "
+            f"Under mpirun, hand it over: -x MASTER_ADDR=HOST, with the host of rank 0."
         )
     store = dist.HashStore() if alone else _meet()  # type: ignore[attr-defined]
     store.set_timeout(timeout)
-    dist.init_process_group(
-        backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout
-    )
+    _make_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
 
 
-def _adopt_slurm() -> None:
-    """Set what other launchers set, where ``srun`` started this process as one of several tasks.
-
-    A process that torchrun started inside a task has RANK already.
-
-    Raises:
-        ValueError: Slurm gave the job several tasks, and this process is none of them.
-    """
-    variables = os.environ
-    num_tasks = int(variables.get("SLURM_NTASKS", "1"))
-    if "RANK" in variables or int(variables.get("SLURM_STEP_NUM_TASKS", num_tasks)) == 1:
-        return
-    if "SLURM_STEP_NUM_TASKS" not in variables:
-        raise ValueError(
-            f"Slurm gave this job {num_tasks} tasks, but python was started without srun and would "
-            f"run alone. Write `srun python ...`, as in launch/slurm.sbatch, or ask for one task."
-        )
-    variables["RANK"] = variables["SLURM_PROCID"]
-    variables["WORLD_SIZE"] = variables["SLURM_STEP_NUM_TASKS"]
-    # With --gpus-per-task a task sees its own GPU alone, as number 0.
-    sees_one = torch.cuda.is_available() and torch.cuda.device_count() == 1
-    variables["LOCAL_RANK"] = "0" if sees_one else variables["SLURM_LOCALID"]
-    variables.setdefault("MASTER_ADDR", first_host(variables["SLURM_STEP_NODELIST"]))
-    # Jobs and steps that share a host need ports of their own, below those that Linux gives away.
-    number = int(variables["SLURM_JOB_ID"]) * 16 + int(variables["SLURM_STEP_ID"])
-    variables.setdefault("MASTER_PORT", str(12_000 + number % 20_000))
-
-
-def first_host(node_list: str) -> str:
-    """Return the first host of a Slurm list such as ``gpu[03-05,9],login1``: ``gpu03``."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)  # to the first comma outside brackets
-    assert first is not None
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
+def _make_group(backend: str, **arguments: Any) -> None:
+    """Make the process group; ``ValueError`` where this host's network does not let it."""
+    try:
+        dist.init_process_group(backend, **arguments)
+    except RuntimeError as error:
+        raise ValueError(network.explain_start(error)) from error
 
 
 def _number(name: str, default: str) -> float:
@@ -145,12 +119,11 @@ def _meet() -> Any:
             address, port, world_size(), is_main(), timeout, wait_for_workers=False
         )
     except dist.DistError as error:
-        problem = str(error).splitlines()[0]
+        problem = str(error).splitlines()[0].rstrip(".")
         if is_main():
-            raise ValueError(
-                f"cannot listen on port {port}: {problem}. Another run may use it: choose another "
-                f"one (--master_port)."
-            ) from error
+            raise ValueError(network.explain_address(error, address, port)) from error
+        if unresolved := network.resolve_problem(address):
+            raise ValueError(unresolved) from error
         raise ValueError(
             f"rank {rank()} on {socket.gethostname()} did not reach rank 0 at {address}:{port} "
             f"within {timeout.seconds} s: {problem}. Check that this host reaches that one, and "
@@ -190,13 +163,10 @@ def _wait_for_all(store: Any, seconds: float) -> str:
 
 
 def lost_peer(error: BaseException) -> str:
-    """Say that another rank is gone, where an error of a collective means that; else nothing."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    is_lost = isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or "gloo" in text or "Connection closed" in text
-    )
-    if not is_lost:
-        return ""
+    """Say what an error of a collective means, mostly that another rank is gone; else nothing."""
+    if not network.is_lost_peer(error):
+        return network.explain_nccl(error)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"lost the connection to another rank ({text}). The rank that ended first says why, above "
         f"or in its own log (OUTPUT/logs/rank-N.log); if it was killed, its host says why (out of "
@@ -272,9 +242,9 @@ def gather_objects(value: T) -> list[T]:
     """Collect the values of all ranks, in order of rank, on rank 0; others get an empty list."""
     if not dist.is_initialized() or world_size() == 1:
         return [value]
-    values: list[T | None] | None = [None] * world_size() if is_main() else None
+    values: list[T] | None = [value] * world_size() if is_main() else None
     dist.gather_object(value, values, dst=0)
-    return [] if values is None else [item for item in values if item is not None]
+    return values or []
 
 
 def barrier() -> None:
@@ -287,9 +257,9 @@ def all_gather_objects(value: T) -> list[T]:
     """Collect the values of all ranks, in order of rank, on every rank (small values)."""
     if not dist.is_initialized() or world_size() == 1:
         return [value]
-    values: list[T | None] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+    return values
 
 
 class SharedError(ValueError):
@@ -335,7 +305,7 @@ def together() -> Iterator[None]:
         problem = error
     if not any_rank(problem is not None):
         return
-    messages = all_gather_objects(None if problem is None else str(problem))
+    messages = all_gather_objects(None if problem is None else errors.explain(problem))
     failed = [(number, text) for number, text in enumerate(messages) if text is not None]
     number, text = failed[0]
     where = "" if len(failed) == len(messages) else f"rank {number}: "

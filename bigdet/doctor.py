@@ -1,4 +1,4 @@
-"""Checks before a long run: ``python -m bigdet.train CONFIG --doctor``, under any launcher.
+"""Checks before a long run: ``bigdet train CONFIG --doctor``, under any launcher.
 
 Every rank looks at its own host; rank 0 compares and writes a table, one row for each check. What
 fails here would fail later, or hang, or train on something else than was meant.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +18,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bigdet import distributed, hosts
+from bigdet import distributed, hosts, locks
 from bigdet.config.derived import has_masks, largest_plan, phase_model
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
+from bigdet.data.class_counts import class_lines
 from bigdet.data.collate import group_bytes
 from bigdet.data.loader import PREFETCHED_GROUPS
 from bigdet.data.mix import open_sets
+from bigdet.limits import host_memory
 from bigdet.run_dir import RunDir, check_folder
 from bigdet.training import resume
 from bigdet.training.sizes import FP32_BYTES, ModelSizes, checkpoint_bytes, model_sizes
@@ -46,8 +49,9 @@ class Facts:
         inputs: hashes of config and shards by what they are.
         problems: what cannot be read, written or shared out, by check.
         classes: K of the training set, 0 if it cannot be read.
+        objects: by set, a line with the objects of its classes, and warnings.
         free_disk, free_shm, free_memory: bytes where the run is written, in ``/dev/shm``, and of
-            memory that processes may still take.
+            memory that processes may still take; None where the system has or says no such thing.
     """
 
     host: str
@@ -56,9 +60,10 @@ class Facts:
     inputs: dict[str, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     classes: int = 0
+    objects: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     free_disk: int = 0
-    free_shm: int = 0
-    free_memory: int = 0
+    free_shm: int | None = 0
+    free_memory: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Row:
     check: str
     found: str
     is_ok: bool = True
+    warnings: list[str] = field(default_factory=list)
 
 
 def examine(config: RunConfig) -> int:
@@ -86,10 +92,17 @@ def examine(config: RunConfig) -> int:
             disk_row(config, everywhere[0]),
         ]
         rows.append(_speed_row(config, everywhere[0], speed))
+        rows.append(command_row(Path(sysconfig.get_path("scripts"), "deepspeed")))
         for row in rows:
             logger.info("%-4s  %-18s  %s", "ok" if row.is_ok else "FAIL", row.check, row.found)
-        failed = sum(not row.is_ok for row in rows)
-        logger.info("%s", f"{failed} of {len(rows)} checks failed" if failed else "all is well")
+            for warning in row.warnings:
+                logger.warning("%-4s  %-18s  %s", "warn", row.check, warning)
+        failed, warned = sum(not row.is_ok for row in rows), sum(bool(r.warnings) for r in rows)
+        verdict = f"{failed} of {len(rows)} checks failed" if failed else "all is well"
+        if warned:
+            verdict = verdict if failed else "nothing fails"
+            verdict += f"; {warned} of {len(rows)} checks warn"
+        logger.info("%s", verdict)
     return distributed.broadcast_object(int(not all(row.is_ok for row in rows)))
 
 
@@ -112,12 +125,16 @@ def find_facts(config: RunConfig) -> Facts:
         for what, shards in (("training shards", train_set), ("validation shards", val_set)):
             facts.inputs[what] = shards.index_hash()[: hosts.SHOWN_HASH]
         facts.classes = train_set.num_classes
+        facts.objects["training objects"] = class_lines(train_set, "learned")
+        facts.objects["validation objects"] = class_lines(val_set, "measured")
         resume.check_data(config, train_set, val_set)
         # As a run does, unless it has been told already why it cannot.
         settled = config if facts.problems else resume.settle_config(config, None, None, train_set)
         resume.check_phases(settled, train_set, None)
 
     def look_at_output() -> None:
+        if distributed.is_main():
+            locks.refuse_held(run_dir.root, run_dir.lock)
         check_folder(run_dir.root, "output")
         facts.free_disk = shutil.disk_usage(run_dir.root).free
 
@@ -128,8 +145,8 @@ def find_facts(config: RunConfig) -> Facts:
     note("data", look_at_data)
     note("output", look_at_output)
     shm = Path("/dev/shm")
-    facts.free_shm = shutil.disk_usage(shm).free if shm.is_dir() else 0
-    facts.free_memory = _available_memory()
+    facts.free_shm = shutil.disk_usage(shm).free if shm.is_dir() else None
+    facts.free_memory = host_memory().available
     return facts
 
 
@@ -155,7 +172,21 @@ def compare(everywhere: list[Facts]) -> list[Row]:
                 "data": "sets, phases and weights to start from go together",
                 "output": "can be written on every host"}[check]  # fmt: skip
         rows.append(Row(check, good if bad is None else f"{bad[0]}: {bad[1]}", bad is None))
-    return rows
+    objects = everywhere[0].objects.items()
+    return rows + [Row(check, line, warnings=warnings) for check, (line, warnings) in objects]
+
+
+def command_row(command: Path) -> Row:
+    """Say whose ``deepspeed`` command is installed; DeepSpeed's own does not know ``-m``."""
+    if not command.is_file():
+        return Row("deepspeed command", f"none at {command}; start with torchrun, or install again")
+    if b"bigdet.deepspeed_command" in command.read_bytes():
+        return Row("deepspeed command", "takes -m and --module")
+    return Row(
+        "deepspeed command",
+        "DeepSpeed's own, installed after bigdet's: it takes --module, not -m. pip install "
+        "--force-reinstall --no-deps bigdet (or the folder of its sources) brings -m back",
+    )
 
 
 def measure_collectives(device: torch.device) -> tuple[float, float, bool]:
@@ -221,10 +252,12 @@ def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
             own = [facts for facts in everywhere if facts.host == host]
             needed = len(own) * config.data.workers * groups * group
             free = getattr(own[0], name)
-            if free < needed:
+            if free is not None and free < needed:
                 scarce.append(f"{host}: {free / _GIB:.2f} of {needed / _GIB:.2f} GiB")
-        least = min(getattr(facts, name) for facts in everywhere) / _GIB
-        found = "; ".join(scarce) + ". Lower data.workers." if scarce else f"{least:.2f} GiB free"
+        known = [free for facts in everywhere if (free := getattr(facts, name)) is not None]
+        found = f"{min(known) / _GIB:.2f} GiB free" if known else "not known on this system"
+        if scarce:
+            found = "; ".join(scarce) + ". Lower data.workers."
         rows.append(Row(check, found, not scarce))
     return rows
 
@@ -249,14 +282,6 @@ def _largest(config: RunConfig, classes: int) -> tuple[str, ModelSizes]:
     sizes = {name: model_sizes(config, name, classes) for name in config.phases}
     name = max(sizes, key=lambda name: checkpoint_bytes(sizes[name], config.phases[name]))
     return name, sizes[name]
-
-
-def _available_memory() -> int:
-    """Bytes that processes of this host may still take, as Linux says."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/meminfo: has no line MemAvailable.")
 
 
 def _some(names: list[str]) -> str:

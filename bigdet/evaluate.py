@@ -1,45 +1,39 @@
 """Measure the AP of a checkpoint on a shard set.
 
-    python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
-    torchrun --nproc-per-node 8 -m bigdet.evaluate runs/x/checkpoints/train-90000 --shards data/val
-    python -m bigdet.evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
-    python -m bigdet.evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
-    python -m bigdet.evaluate runs/x --shards data/val --analysis --detections results.json
-    python -m bigdet.evaluate results.json --shards data/val
-    python -m bigdet.evaluate runs/voc --shards data/voc/test --metric voc07
-
-The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
-model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
-(size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
-data.workers and data.cache.*.
-
-A file that ends in .json is taken for detections in the COCO results format, of whatever program,
-and scored as it is: boxes, masks and keypoints, whichever its first detection has.
+What its command line takes is in ``arguments/evaluate.py``.
 """
 
 from __future__ import annotations
+
+from bigdet.arguments.evaluate import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
 
 import argparse
 import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.commands import run_command
-from bigdet.config.check import check_config
+from bigdet.config.check import check_config, check_max_detections
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
-from bigdet.config.schema import Metric, RunConfig, TtaConfig
-from bigdet.data.manifest import Category
-from bigdet.data.mix import with_categories
+from bigdet.config.schema import MAX_DETECTIONS, Metric, RunConfig, TtaConfig
+from bigdet.data.manifest import Category, ShardError
+from bigdet.data.mix import class_ids, warn_of_absent, with_categories
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
+from bigdet.evaluation.ground_truth import read_ground_truth
+from bigdet.evaluation.limits import warn_of_few
 from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
 from bigdet.evaluation.tta import AugmentedDetector
@@ -48,6 +42,7 @@ from bigdet.log import setup_logging
 from bigdet.models.detector import Detector
 from bigdet.models.weights import find_weights, load_detector
 from bigdet.run_dir import check_file
+from bigdet.strict_json import to_json
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 
@@ -62,16 +57,20 @@ CHANGEABLE = (
     "model.retina.nms_iou",
     "model.retina.detections_per_image",
     "evaluation.metric",
+    "evaluation.max_detections",
     "engine.precision",
     "data.workers",
     "data.cache",
 )
 """The options that an evaluation reads; another one would be ignored in silence."""
+LIMIT_KEY = "evaluation.max_detections"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure a detector and return the exit code."""
     options = parse_arguments(arguments)
+    if options.max_detections is not None:
+        options.overrides.append(f"{LIMIT_KEY}={options.max_detections}")
     if options.model.suffix == ".json":
         return evaluate_file(options) if distributed.is_main() else 0
     if options.metric is not None:
@@ -86,7 +85,11 @@ def main(arguments: Sequence[str]) -> int:
         if config.data.train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
+        classes = [category["name"] for category in detector.categories]
+        warn_of_absent(shards, classes)
         shards.check_random_reads()
+        warn_of_few(config)
+    warn_of_nothing(shards)
     detector.use_test_settings(config.model)
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
@@ -100,7 +103,12 @@ def main(arguments: Sequence[str]) -> int:
         f"short side {short}, long side at most {long}" if tta is None else f"views {tta}",
         distributed.world_size(), device.type,
     )  # fmt: skip
+    model, metric = detector.config, config.evaluation.metric
+    limit = config.evaluation.max_detections
+    with distributed.together():
+        kinds = evaluation_kinds(shards, has_masks(model), has_keypoints(model), metric, limit)
     detector = detector.to(device)
+    errors.at(f"evaluating {options.model} on {shards.address}")
     results = predict_split(
         detector if tta is None else AugmentedDetector(detector, tta, shards.categories),
         shards,
@@ -109,16 +117,15 @@ def main(arguments: Sequence[str]) -> int:
         config.data.workers,
         device,
         precision=config.engine.precision,
+        ids=class_ids(shards, classes),
     )
     assert results is not None, "nobody asks it to stop"
-    metric = config.evaluation.metric
-    model = detector.config
-    kinds = evaluation_kinds(shards, has_masks(model), has_keypoints(model), metric)
 
     def score() -> Metrics:
         if options.detections is not None:
-            write_detections(options.detections, results)
-        return evaluate_detections(shards, results, kinds, metric)
+            truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
+            write_detections(options.detections, results, truth.source_ids)
+        return evaluate_detections(shards, results, kinds, metric, max_detections=limit)
 
     metrics = work_on_main(score, must_stop=lambda: False)
     with distributed.together():
@@ -131,23 +138,27 @@ def evaluate_file(options: argparse.Namespace) -> int:
     """Measure the detections in a file and return the exit code (one process)."""
     setup_logging(rank=0)
     check_outputs(options)
-    if options.overrides or options.detections is not None or options.tta:
+    overrides = [w for w in options.overrides if w.partition("=")[0] != LIMIT_KEY]
+    if overrides or options.detections is not None or options.tta:
         what = "--tta" if options.tta else "--detections"
-        what = options.overrides[0] if options.overrides else what
+        what = overrides[0] if overrides else what
         raise ValueError(
             f"{options.model}: a file of detections is scored as it is, so {what} would be "
             f"ignored. Leave it out."
         )
     metric: Metric = options.metric or "coco"
+    limit = read_limit(options.overrides, metric)
     results = load_results(options.model)
     head = list(itertools.islice(results, 1))
     if not head:
         logger.warning("%s: holds no detection, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
-    first = head[0] if head and isinstance(head[0], dict) else {"bbox": []}
-    with_masks, with_keypoints = (RESULT_KEYS[kind] in first for kind in ("segm", "keypoints"))
-    possible = evaluation_kinds(shards, with_masks, with_keypoints, metric)
-    kinds = [kind for kind in possible if RESULT_KEYS[kind] in first]
+    warn_of_nothing(shards)
+    first = head[0] if head and isinstance(head[0], dict) else {"bbox": [0, 0, 0, 0]}
+    given = {kind for kind, key in RESULT_KEYS.items() if first.get(key)}
+    given |= {"bbox"} if "segm" in given else set()  # the box of a mask
+    possible = evaluation_kinds(shards, "segm" in given, "keypoints" in given, metric, limit)
+    kinds = [kind for kind in possible if kind in given]
     if not kinds:
         raise ValueError(
             f"{options.model}: the first detection has none of what {shards.address} lets be "
@@ -155,8 +166,26 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"Give detections in the COCO results format."
         )
     every = itertools.chain(head, results)
-    report(evaluate_detections(shards, every, kinds, metric, str(options.model)), options)
+    report(evaluate_detections(shards, every, kinds, metric, str(options.model), limit), options)
     return 0
+
+
+def warn_of_nothing(shards: ShardSet) -> None:
+    """Say so where a set has nothing to find."""
+    if not shards.manifest.instances:
+        crowd = f", only {shards.manifest.crowd} crowd regions" if shards.manifest.crowd else ""
+        logger.warning("%s: has no object to find%s, so every AP is empty", shards.address, crowd)
+
+
+def read_limit(overrides: Sequence[str], metric: Metric) -> int:
+    """Return how many detections count for a file of them, as the command line has it."""
+    value = MAX_DETECTIONS
+    for text in (word.partition("=")[2] for word in overrides if word.startswith(f"{LIMIT_KEY}=")):
+        if not text.isdecimal():
+            raise ConfigError(f"command line: {LIMIT_KEY}: found {text!r}, expected a number.")
+        value = int(text)
+    check_max_detections(value, metric)
+    return value
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -166,10 +195,20 @@ def check_outputs(options: argparse.Namespace) -> None:
             check_file(file, name)
 
 
-def write_detections(file: Path, results: Iterable[Result]) -> None:
-    """Write detections as one list in the COCO results format, without holding them in memory."""
+def write_detections(
+    file: Path, results: Iterable[Result], source_ids: Mapping[str, int] | None = None
+) -> None:
+    """Write detections as one list in the COCO results format, without holding them in memory.
+
+    Args:
+        file: to write.
+        results: the detections.
+        source_ids: numbers of the images whose own ids are strings, which the file gets.
+    """
+    names = {number: name for name, number in (source_ids or {}).items()}
     with open(file, "w", encoding="utf-8") as opened:
         for number, result in enumerate(results):
+            result = result | {"image_id": names.get(result["image_id"], result["image_id"])}
             opened.write(("[" if number == 0 else ",\n") + json.dumps(result))
         opened.write("]\n" if opened.tell() else "[]\n")
     logger.info("detections written to %s", file)
@@ -177,11 +216,15 @@ def write_detections(file: Path, results: Iterable[Result]) -> None:
 
 def report(metrics: Metrics, options: argparse.Namespace) -> None:
     """Print the numbers, and write them to a file where one is asked for."""
+    if metrics.get("rule") == "lvis":
+        logger.info(
+            "scored by LVIS's rule: 300 detections an image, of classes that were looked for on it"
+        )
     sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
     if options.analysis:
         sys.stdout.write("\n" + analysis_table(metrics["analysis"]) + "\n")
     if options.out is not None:
-        options.out.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(to_json(metrics, indent=1) + "\n", encoding="utf-8")
         logger.info("written to %s", options.out)
 
 
@@ -203,50 +246,23 @@ def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:
-    """Raise ``ValueError`` unless the labels mean the same in the detector and in the shards."""
+    """Raise ``ValueError`` unless the detector knows the classes of the shards, by their names."""
     known = [category["name"] for category in detector.categories]
     found = [category.name for category in shards.categories]
-    if known == found:
-        return
-    pairs = zip(known, found, strict=False)
-    first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(found)))
-    raise ValueError(
-        f"{shards.address}: its {len(found)} categories are not the {len(known)} that {model} was "
-        f"trained on: label {first} is {_name(found, first)}, expected {_name(known, first)}. Give "
-        "shards of the same data set, with the categories in the same order."
-    )
+    try:
+        class_ids(shards, known)
+    except ShardError as error:
+        pairs = zip(known, found, strict=False)
+        first = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(known), len(found)))
+        raise ValueError(
+            f"{shards.address}: its {len(found)} categories are not the {len(known)} that {model} "
+            f"was trained on: label {first} is {_name(found, first)}, expected "
+            f"{_name(known, first)}. {error}"
+        ) from error
 
 
 def _name(names: Sequence[str], label: int) -> str:
     return repr(names[label]) if label < len(names) else "absent"
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; launchers add --local_rank, which the environment says too."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bigdet.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "model", type=Path, help="run folder, checkpoint, model.safetensors; or detections.json"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
-    parser.add_argument("--shards", required=True, help="folder or address of a shard set")
-    parser.add_argument("--tta", action="store_true", help="several views of each image, mirrored")
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    parser.add_argument(
-        "--metric", choices=["coco", "voc07", "voc12"], help="instead of the config's"
-    )
-    parser.add_argument(
-        "--analysis", action="store_true",
-        help="print what keeps the AP down: sizes, errors, calibration, confusion, classes",
-    )  # fmt: skip
-    parser.add_argument("--detections", type=Path, help="JSON file for all detections")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from bigdet.data.manifest import MANIFEST_NAME
 from bigdet.data.remote import is_remote
 from bigdet.data.samples import decode_sample, read_sample
-from bigdet.data.shards import ShardSet
-from bigdet.pictures import SUFFIXES, read_picture, shown_size
+from bigdet.data.shards import STRING_IDS, ShardSet
+from bigdet.pictures import read_picture, shown_size
+from bigdet.pixels import SUFFIXES, Exif
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,9 @@ class Input:
         image_id: of the results: the data set's own, or the place in the list, from 1.
         file_name: of the results; None in a data set, whose ids say enough.
         stem: of the file for the drawn picture.
-        size: height, width, as shown.
+        size: height, width, as it is seen.
         read: gives ``(H, W, 3)`` uint8 RGB, or raises ``ValueError``; for any thread.
+        source_id: for the results in place of ``image_id``, where a data set's own ids are strings.
     """
 
     name: str
@@ -43,13 +45,15 @@ class Input:
     stem: str
     size: tuple[int, int]
     read: Callable[[], Pixels]
+    source_id: str | None = None
 
 
-def list_inputs(given: Sequence[str]) -> tuple[list[Input], int]:
+def list_inputs(given: Sequence[str], exif: Exif = "shown") -> tuple[list[Input], int]:
     """List the images that words of a command line stand for.
 
     Args:
         given: files, folders and globs, or the folder or address of one shard set.
+        exif: how files are seen; the images of a shard set are seen as it annotates them.
 
     Returns:
         The images, and how many more there should have been: files that are no images, words that
@@ -67,12 +71,13 @@ def list_inputs(given: Sequence[str]) -> tuple[list[Input], int]:
     inputs = []
     for number, (path, stem) in enumerate(zip(paths, stems(paths), strict=True), start=1):
         try:
-            size = shown_size(path)
+            size = shown_size(path, exif)
         except ValueError as error:
             num_bad += 1
             logger.error("%s: %s; left out", path, error)
             continue
-        inputs.append(Input(str(path), number, str(path), stem, size, partial(read_picture, path)))
+        read = partial(read_picture, path, exif)
+        inputs.append(Input(str(path), number, str(path), stem, size, read))
     return inputs, num_bad
 
 
@@ -92,7 +97,7 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
     for word in given:
         path = Path(word)
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            found = sorted(filter(_is_picture, path.iterdir()))
             problem = (
                 f"the folder holds no picture ({', '.join(sorted(SUFFIXES))}; folders in it are "
                 f"not searched, '{path}/**' searches them)"
@@ -101,7 +106,7 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
             found, problem = [path], ""
         elif glob.has_magic(word):
             found = sorted(map(Path, glob.glob(word, recursive=True)))
-            found = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+            found = [file for file in found if _is_picture(file) and file.is_file()]
             problem = "no picture fits"
         else:
             found, problem = [], "does not exist. Give pictures, folders of them, globs or shards"
@@ -110,6 +115,11 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
             logger.error("%s: %s; left out", word, problem)
         paths += found
     return list(dict.fromkeys(paths)), num_bad
+
+
+def _is_picture(file: Path) -> bool:
+    """Judge by the name; for each file on foreign disks macOS adds one of its own, ``._NAME``."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith("._")
 
 
 def stems(paths: Sequence[Path]) -> Iterator[str]:
@@ -126,6 +136,7 @@ def stems(paths: Sequence[Path]) -> Iterator[str]:
 
 def _of_shards(shards: ShardSet) -> list[Input]:
     reading = threading.Lock()  # a shard set is not for several threads
+    has_names = STRING_IDS.items() <= shards.manifest.options.items()
 
     def read(row: int) -> Pixels:
         with reading:
@@ -140,6 +151,7 @@ def _of_shards(shards: ShardSet) -> list[Input]:
             stem=shards.key(row),
             size=(int(entry["height"]), int(entry["width"])),
             read=partial(read, row),
+            source_id=shards.record(row).get("source_id") if has_names else None,
         )
         for row, entry in enumerate(shards.index)
     ]

@@ -24,13 +24,16 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(_START)
 
 
-def decode_jpeg(data: bytes, least_size: tuple[int, int] | None = None) -> NDArray[np.uint8] | None:
+def decode_jpeg(
+    data: bytes, least_size: tuple[int, int] | None = None, is_whole: bool = False
+) -> NDArray[np.uint8] | None:
     """Decode a JPEG file, 1.25 times as fast as Pillow and equal to it.
 
     Args:
         data: the whole file.
         least_size: height, width; what is at least twice that is decoded smaller, at 1/2, 1/4 or
             1/8, but not smaller than this. None: at its own size.
+        is_whole: only by what divides height and width without remainder.
 
     Returns:
         ``(H, W, 3)`` uint8 RGB as stored; None for a kind that Pillow must decode (CMYK, oddities).
@@ -43,7 +46,7 @@ def decode_jpeg(data: bytes, least_size: tuple[int, int] | None = None) -> NDArr
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("CMYK", "YCCK"):  # libjpeg-turbo does not convert these to RGB
-            divisor = 1 if least_size is None else _divisor((height, width), least_size)
+            divisor = _divisor((height, width), least_size or (height, width), is_whole)
             least = {"min_height": -(-height // divisor), "min_width": -(-width // divisor)}
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
                 data, "RGB", min_factor=divisor, **least
@@ -56,10 +59,12 @@ def decode_jpeg(data: bytes, least_size: tuple[int, int] | None = None) -> NDArr
     return None
 
 
-def _divisor(size: tuple[int, int], least_size: tuple[int, int]) -> int:
+def _divisor(size: tuple[int, int], least_size: tuple[int, int], is_whole: bool) -> int:
     """Return by what a JPEG's height and width may be divided; 1 if they are too small for it."""
     for divisor in JPEG_DIVISORS:
-        if size[0] >= divisor * least_size[0] and size[1] >= divisor * least_size[1]:
+        has_rest = is_whole and (size[0] % divisor or size[1] % divisor)
+        is_large = size[0] >= divisor * least_size[0] and size[1] >= divisor * least_size[1]
+        if is_large and not has_rest:
             return divisor
     return 1
 

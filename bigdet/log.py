@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bigdet.boards import Board
 from bigdet.run_dir import write_text
+from bigdet.strict_json import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line; numbers that are not finite become null."""
-        time = datetime.fromtimestamp(record.created, timezone.utc)
+        time = datetime.fromtimestamp(record.created, UTC)
         line: dict[str, Any] = {
             "time": time.isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -87,10 +88,11 @@ class MetricsWriter:
         """Add one line.
 
         Args:
-            values: the object; numbers also go to the boards.
+            values: the object, numbers that are not finite become null; boards get them as they
+                are.
             total_step: optimizer steps over all phases, the axis of boards.
         """
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(to_json(values) + "\n")
         self._file.flush()
         scalars = {
             key: value
@@ -115,6 +117,8 @@ class MetricsWriter:
 def cut_metrics(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """Cut ``metrics.jsonl`` back to the objects to keep; half-written lines go too.
 
+    What older runs wrote as NaN, which JSON does not have, becomes null.
+
     Args:
         file: may be absent.
         keep: tells whether an object was written before the checkpoint.
@@ -124,9 +128,9 @@ def cut_metrics(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_constant=lambda _: None)
         except json.JSONDecodeError:
             continue
         if isinstance(values, dict) and keep(values):
-            kept.append(line + "\n")
+            kept.append(to_json(values) + "\n")
     write_text(file, "".join(kept))

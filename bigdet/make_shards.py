@@ -1,27 +1,30 @@
 """Make a shard set.
 
-python tools/make_shards.py coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
-python tools/make_shards.py objects365 --images DIR --annotations FILE --out DIR
-python tools/make_shards.py voc --root DIR --split trainval [--categories FILE] --out DIR
-python tools/make_shards.py deeppcb --root PCBData --split trainval --out DIR
-python tools/make_shards.py shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
+bigdet shards coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
+bigdet shards coco --images DIR --annotations FILE --categories FILE --out DIR
+bigdet shards objects365 --images DIR --annotations FILE --out DIR
+bigdet shards voc --root DIR --split trainval [--categories FILE] --out DIR
+bigdet shards deeppcb --root PCBData --split trainval --out DIR
+bigdet shards shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
 
 After a kill the same command goes on; what comes out is the same, byte for byte. Over 3 machines:
 
-python tools/make_shards.py coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
-python tools/make_shards.py merge --out DIR
+bigdet shards coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
+bigdet shards merge --out DIR
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.commands import positive, run_command
+from bigdet.data.annotations import box_warning
+from bigdet.data.class_counts import counts_of
 from bigdet.data.conversion import Making, merge_parts
 from bigdet.data.manifest import Manifest
+from bigdet.data.orientation import exif_warning
 from bigdet.data.reencoding import Reencoding
 from bigdet.data.shards import SKIPPED_NAME
 from bigdet.data.sources.categories import load_categories
@@ -29,6 +32,7 @@ from bigdet.data.sources.coco import convert_coco, convert_objects365
 from bigdet.data.sources.deeppcb import convert_deeppcb
 from bigdet.data.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.sources.voc import convert_voc
+from bigdet.limits import num_cpus
 from bigdet.progress_bar import ProgressBar
 
 
@@ -39,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     if manifest is None:
         print(
             f"{arguments.out}: part {arguments.part} is made. When all are in one folder: "
-            "tools/make_shards.py merge --out that folder"
+            "`bigdet shards merge --out` that folder"
         )
     else:
         print_counts(arguments.out, manifest)
@@ -60,8 +64,13 @@ def print_counts(folder: str, manifest: Manifest) -> None:
     ]
     for name, count in rows:
         print(f"  {count:>10}  {name}")
-    if manifest.changed and not manifest.instances:
-        print("  no instance is left: nothing can be learned from this set")
+    if counts := counts_of(manifest):
+        print(f"  objects per class: {counts.line()}")
+        for line in counts.warnings("learned"):
+            print(f"  warning: {line}")
+    for warning in (box_warning(manifest), exif_warning(manifest.changed)):
+        if warning:
+            print(f"  warning: {warning}")
     if manifest.skipped or manifest.changed:
         print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
 
@@ -81,8 +90,8 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
         )
     making = _making(arguments)
     images, annotations = arguments.images, arguments.annotations
+    categories = load_categories(arguments.categories) if arguments.categories else None
     if arguments.source == "voc":
-        categories = load_categories(arguments.categories) if arguments.categories else None
         return convert_voc(
             arguments.root,
             arguments.split,
@@ -97,13 +106,15 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
         )
     if arguments.source == "objects365":
         return convert_objects365(
-            images, annotations, arguments.out, making=making, progress=progress
-        )
+            images, annotations, arguments.out,
+            categories=categories, making=making, progress=progress,
+        )  # fmt: skip
     return convert_coco(
         images,
         annotations,
         arguments.out,
         keypoints=arguments.keypoints,
+        categories=categories,
         making=making,
         progress=progress,
     )
@@ -115,12 +126,16 @@ def _making(arguments: argparse.Namespace) -> Making:
     reencoding = None
     if arguments.long_side is not None:
         reencoding = Reencoding(arguments.long_side, arguments.quality or 95)
-    return Making(arguments.shard_megabytes, arguments.processes, arguments.part, reencoding)
+    return Making(
+        arguments.shard_megabytes, arguments.processes, arguments.part, reencoding, arguments.exif
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bigdet shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sources = parser.add_subparsers(dest="source", required=True)
     coco = sources.add_parser("coco", help="images and a COCO annotation file")
@@ -140,6 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     pcb.add_argument("--root", type=Path, required=True, help="PCBData, which holds the lists")
     pcb.add_argument("--split", required=True, help="a list without .txt: trainval or test")
     pcb.set_defaults(images=None, annotations=None)
+    for source in (coco, objects):
+        source.add_argument(
+            "--categories", type=Path,
+            help="JSON list, annotation file or manifest.json: the classes, by name, in the order "
+            "of the labels; default: those of the annotations by rising id",
+        )  # fmt: skip
     for source in (coco, objects, voc, pcb):
         _add_options(source)
     shapes = sources.add_parser("shapes", help="synthetic images to try things on")
@@ -152,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, help="folder with all of the parts")
     for name, source in sources.choices.items():
         source.formatter_class = argparse.RawDescriptionHelpFormatter
-        words = f"make_shards.py {name} "
+        words = f"bigdet shards {name} "
         examples = [f"    {line}" for line in str(__doc__).splitlines() if words in line]
         source.epilog = "\n".join(["examples:", *examples])
     return parser
@@ -163,7 +184,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
     parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
     parser.add_argument(
-        "--processes", type=positive, default=_num_cpus(), help="at a time; default: one per CPU"
+        "--processes", type=positive, default=num_cpus(), help="at a time; default: one per CPU"
     )
     parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
     parser.add_argument(
@@ -172,11 +193,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="make larger images smaller, to train at low resolution (not to evaluate at full)",
     )
+    parser.add_argument(
+        "--exif",
+        choices=["shown", "stored"],
+        default="shown",
+        help="what the annotations of an image that EXIF turns are of, if its recorded size does "
+        "not tell: the image as viewers and annotation tools show it (default), or as stored",
+    )
     parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

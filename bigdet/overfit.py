@@ -1,17 +1,16 @@
 """Let a detector learn 16 real images by heart: does all of it, from pixels to AP, work together?
 
-    python tools/overfit.py mask_rcnn --shards data/coco/train
-    python tools/overfit.py keypoint_rcnn --shards data/people/train model.backbone=resnet10
-
-Takes the first 16 images of a set on which every object has at least 24 pixels at the training size
-(and, for keypoints, at least one of them labelled), trains a small model from random weights on
-them, and measures it on the same 16. Ends with 1 unless every AP50 exceeds --goal. Words after the
-detector change options of its config, which is in this file.
+What its command line takes is in ``arguments/overfit.py``.
 """
 
 from __future__ import annotations
 
-import argparse
+from bigdet.arguments.overfit import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bigdet.commands import positive, run_command
+from bigdet.commands import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import parse_config
@@ -60,7 +59,7 @@ phases:
 
 def main(argv: Sequence[str]) -> int:
     """Train until all AP50 exceed the goal or the steps are over."""
-    arguments = _parser().parse_intermixed_args(argv)
+    arguments = parse_arguments(argv)
     options = [f"model.detector={arguments.detector}"]
     if arguments.detector == "retinanet":
         options.append("model.retina.anchor_sizes=[16,32,64,96,128]")
@@ -74,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         ]
     if arguments.detector == "keypoint_rcnn":
         options.append("model.keypoint.width=64")
-    config = parse_config(CONFIG, "tools/overfit.py", [*options, *arguments.overrides])
+    config = parse_config(CONFIG, "bigdet overfit", [*options, *arguments.overrides])
     check_config(config)
     with tempfile.TemporaryDirectory() as folder:
         shards = pick(ShardSet(arguments.shards), config, Path(folder) / "picked")
@@ -103,7 +102,7 @@ def pick(shards: ShardSet, config: RunConfig, folder: Path) -> ShardSet:
     with writer:
         for row in chosen:
             sample = shards.read(row)
-            writer.add(sample.image_bytes, sample.record)
+            writer.add(sample.image_bytes, sample.record, sample.orientation)
     return ShardSet(folder)
 
 
@@ -137,7 +136,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
         began = time.monotonic()
         losses = detector(batch.to(device))
         total = torch.stack(list(losses.values())).sum()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
         for group in optimizer.param_groups:
             group["lr"] = phase.lr * optim.lr_factor(phase, step)
@@ -173,20 +172,6 @@ def measure(
     assert results is not None
     kinds = evaluation_kinds(shards, has_masks(config.model), has_keypoints(config.model))
     return evaluate_detections(shards, results, kinds)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("detector", help="model.detector, such as mask_rcnn")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
-    parser.add_argument("--shards", required=True, help="shard set to take the images from")
-    parser.add_argument("--goal", type=float, default=0.8, help="AP50 to exceed; default 0.8")
-    parser.add_argument("--every", type=positive, default=50, help="steps between measurements")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,26 +1,19 @@
 """Which sizes and batches fit into a GPU, and which way of sharding to take on many.
 
-    python -m bigdet.plan configs/r50_direct.yaml --memory-gib 11
-    python -m bigdet.plan configs/swin_t_direct.yaml --gpus 8x16 --link nvlink,400gb
-
-``--memory-gib`` (equation 1 of paper 2): real steps of a few sizes and batches are measured on this
-device, each in a process of its own; the settings on the boundary of that memory are written to
-standard output, one line of options each. With ``--gpus``, as the config's engine shards over so
-many. ``--check 384x6`` measures one more and compares it with the prediction (exit code 1 when its
-memory is off by more than 10%). How it is reckoned stands in ``bigdet/planning/memory.py``.
-
-``--gpus`` alone: GPUs of a host x hosts. ``--link``: what joins the GPUs of a host, and the network
-adapter of each GPU (``50gb`` where eight share one of 400). A few real steps are measured on this
-device first; ``--step-seconds`` says what they take where this is not the device that is planned
-for. How it is reckoned stands in ``bigdet/planning/cluster.py``.
+What its command line takes is in ``arguments/plan.py``.
 """
 
 from __future__ import annotations
 
+from bigdet.arguments.plan import BATCHES, GPUS, LATENCY, LINK, SIZES, TRIALS, parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
 import argparse
 import dataclasses
 import logging
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -57,12 +50,6 @@ from bigdet.training.sizes import model_sizes, optimizer_tensors
 
 logger = logging.getLogger("bigdet.plan")  # __name__ is __main__ here
 
-_GPUS = "8x16"
-_LINK = "nvlink,400gb"
-_LATENCY = 1e-5
-_SIZES = "224,320,448,640"  # the paper's grid
-_BATCHES = "2,4,8,16"
-_TRIALS = 6
 _TOLERANCE = 0.1
 """Of a prediction of memory."""
 _SHOWN_GPUS = [8 << n for n in range(10)]  # 8 to 4096
@@ -90,8 +77,8 @@ def main(arguments: Sequence[str]) -> int:
         measured = run_trial(words)
         if measured is None:
             raise ValueError(
-                f"the steps ran out of memory on this device: lower phases.{phase}.images_per_gpu, "
-                f"or give --step-seconds."
+                f"the steps ran out of memory on this device: lower phases.{phase}.images_per_gpu "
+                f"(the gradient changes with it, see --options), or give --step-seconds."
             )
     else:
         measured = Measured(options.step_seconds, gib=0.0, room_gib=80.0, images_per_pass=0)
@@ -137,7 +124,8 @@ def _write_tables(
         logger.info("  %-8s %s", row.kind, _cells(row, gpus, work, images, room_gib))
     chosen = best(rows, room_gib * GIB)
     logger.info(
-        "%s", f"nothing fits into {room_gib:g} GiB: lower phases.{phase}.images_per_gpu"
+        "%s", f"nothing fits into {room_gib:g} GiB: lower phases.{phase}.images_per_gpu (the "
+        "gradient changes with it, see --options)"
         if chosen is None else f"take {_as_options(chosen.kind)}",
     )  # fmt: skip
     logger.info("the best on other numbers of GPUs, at least one micro-batch on each:")
@@ -171,8 +159,8 @@ def _as_options(kind: str) -> str:
 
 
 def _cluster(options: argparse.Namespace) -> tuple[int, Cluster]:
-    latency = _LATENCY if options.latency is None else options.latency
-    return parse_cluster(options.gpus or _GPUS, options.link or _LINK, latency)
+    latency = LATENCY if options.latency is None else options.latency
+    return parse_cluster(options.gpus or GPUS, options.link or LINK, latency)
 
 
 def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
@@ -198,8 +186,8 @@ def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> N
     """Search the settings that fit, write them, and check one that was not tried if asked to."""
     settings = config.phases[phase]
     check_one_size(phase, settings)
-    sizes = read_numbers("--sizes", options.sizes or _SIZES)
-    batches = read_numbers("--batches", options.batches or _BATCHES)
+    sizes = read_numbers("--sizes", options.sizes or SIZES)
+    batches = read_numbers("--batches", options.batches or BATCHES)
     checked = None if options.check is None else read_setting(options.check)
     for size in [*sizes, *([checked.size] if checked else [])]:
         words = overrides(phase, settings, Setting(size, batches[0]))
@@ -222,7 +210,7 @@ def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> N
 
     logger.info("phase %s: measuring settings (size x images per GPU) on this device", phase)
     search = Search(sizes, batches, options.memory_gib, take, shift_gib)
-    search.run(options.trials or _TRIALS)
+    search.run(options.trials or TRIALS)
     _write_boundary(search, phase, settings, gpus)
     if checked is not None:
         _check(search, checked)
@@ -280,55 +268,6 @@ def _check(search: Search, setting: Setting) -> None:
             f"--check {setting}: the predicted memory is off by {error:+.1%}, more than "
             f"{_TOLERANCE:.0%}. Raise --trials, or give --sizes and --batches about {setting}."
         )
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bigdet.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file of the experiment")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
-    parser.add_argument("--gpus", help=f"GPUs per host x hosts; default {_GPUS}")
-    parser.add_argument("--link", help=f"inside, and between hosts per GPU; default {_LINK}")
-    parser.add_argument("--latency", type=float, help=f"of a message, s; default {_LATENCY}")
-    parser.add_argument("--phase", help="default: the first")
-    parser.add_argument("--step-seconds", type=float, help="of a micro-batch on one GPU")
-    parser.add_argument("--gpu-memory-gib", type=float, help="default: of this device")
-    parser.add_argument("--memory-gib", type=float, help="which sizes and batches fit into this")
-    parser.add_argument("--sizes", help=f"resize.size to choose from; default {_SIZES}")
-    parser.add_argument("--batches", help=f"images per GPU to choose from; default {_BATCHES}")
-    parser.add_argument("--trials", type=int, help=f"settings to measure; default {_TRIALS}")
-    parser.add_argument("--check", help="measure this setting too, such as 384x6, and compare")
-    parser.add_argument(
-        "--measure", action="store_true", help="only measure steps here, and write JSON"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    with_memory, without = ("sizes", "batches", "trials", "check"), (
-        "link", "latency", "step_seconds", "gpu_memory_gib",
-    )  # fmt: skip
-    for name in with_memory if options.memory_gib is None else without:
-        if getattr(options, name) is not None:
-            option, word = (
-                f"--{name.replace('_', '-')}",
-                "with" if name in with_memory else "without",
-            )
-            raise ValueError(
-                f"{option}: only for a plan {word} --memory-gib. Leave one of them out."
-            )
-    for option in ("--memory-gib", "--gpu-memory-gib", "--step-seconds"):
-        value = getattr(options, option[2:].replace("-", "_"))
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{option}: found {value}, expected a number above 0.")
-    if options.latency is not None and not 0 <= options.latency < math.inf:
-        raise ValueError(f"--latency: found {options.latency}, expected seconds, 0 or more.")
-    if options.trials is not None and options.trials < 3:
-        raise ValueError(f"--trials: found {options.trials}, expected 3 or more.")
-    return options
 
 
 if __name__ == "__main__":

@@ -1,23 +1,17 @@
 """Detect objects in pictures: drawn copies and ``detections.json``.
 
-    python -m bigdet.predict runs/quickstart photo.jpg holiday/ --out detected
-    python -m bigdet.predict runs/x/model.safetensors "holiday/**/*.jpg" --out detected --score 0.3
-    python -m bigdet.predict runs/x data/mine/val --out detected --batch 8 --no-pictures
-
-Images are files, folders, globs (quoted, so that the shell leaves them whole) or one shard set.
-Pictures are turned as their EXIF says, and boxes are those of the turned picture; images of a shard
-set are taken as they are stored, as its own boxes are. ``detections.json`` is in the COCO results
-format; ``image_id`` is the data set's, or the number of the file, whose name stands beside it. It
-has every detection that the model reports, the pictures those from --score on.
-
-Images whose canvas has the same size go through the model together, up to --batch of them. One that
-cannot be read is named and left out; the exit code is then 1.
+What its command line takes is in ``arguments/predict.py``.
 """
 
 from __future__ import annotations
 
+from bigdet.arguments.predict import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
 import argparse
-import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,17 +23,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.commands import run_command
+from bigdet.data.shards import UnavailableShardError
 from bigdet.drawing import draw_detections
 from bigdet.evaluation.detections import Result
-from bigdet.evaluation.predict import coco_results
-from bigdet.inputs import Input, list_inputs
+from bigdet.evaluation.predict import coco_results, finite_detections
+from bigdet.inputs import Input, is_shard_set, list_inputs
 from bigdet.log import setup_logging
 from bigdet.models.detector import Detector, canvas_size
 from bigdet.models.weights import load_detector
 from bigdet.ops.resize import test_size
 from bigdet.run_dir import check_folder
+from bigdet.strict_json import to_json
 from bigdet.structures import Detections
 
 logger = logging.getLogger("bigdet.predict")  # __name__ is __main__ here
@@ -56,7 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.batch < 1:
         raise ValueError(f"--batch: found {options.batch}, expected 1 or more.")
     device = choose_device(options.device)
-    inputs, num_bad = list_inputs(options.images)
+    if options.exif == "stored" and any(map(is_shard_set, options.images)):
+        raise ValueError("--exif: a shard set is seen as it was annotated. Leave the option out.")
+    inputs, num_bad = list_inputs(options.images, options.exif)
     if not inputs:
         raise ValueError(f"there is no image to detect objects on: {num_bad} were left out.")
     check_output(options.out, inputs)
@@ -64,12 +62,15 @@ def main(arguments: Sequence[str]) -> int:
     results, num_done = detect_all(detector, inputs, options)
     num_bad += len(inputs) - num_done
     results.sort(key=lambda result: int(result["image_id"]))
-    (options.out / "detections.json").write_text(json.dumps(results), encoding="utf-8")
+    names = {one.image_id: one.source_id for one in inputs if one.source_id is not None}
+    if names:
+        results = [r | {"image_id": names.get(r["image_id"], r["image_id"])} for r in results]
+    (options.out / "detections.json").write_text(to_json(results), encoding="utf-8")
     logger.info("%s has the detections of %d images", options.out, num_done)
     if num_bad:
         raise ValueError(
             f"{num_bad} of {num_done + num_bad} images could not be read (the log names each); the "
-            f"other {num_done} are in {options.out}. Repair them, or leave them out."
+            f"other {num_done} are in {options.out}. See to them, or leave them out."
         )
     return 0
 
@@ -88,6 +89,7 @@ def detect_all(
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         drawing: list[Future[None]] = []
         for batch, readings in read_ahead(pool, batches):
+            errors.at(f"detecting objects on {', '.join(one.name for one in batch)}")
             images, pixels = collect(batch, readings)
             found = predict_images(detector, pixels)
             for future in drawing:  # of the batch before
@@ -168,6 +170,8 @@ def collect(
     for image, reading in zip(batch, readings, strict=True):
         try:
             pixels.append(reading.result())
+        except UnavailableShardError:
+            raise  # the reason is not in the image
         except ValueError as error:
             logger.error("%s: %s; left out", image.name, error)
         else:
@@ -179,7 +183,12 @@ def predict_images(detector: Detector, images: Sequence[NDArray[np.uint8]]) -> l
     """Detect the objects on images ``(H, W, 3)`` in one forward pass; results are on the CPU."""
     if not images:
         return []
-    return [found.to(torch.device("cpu")) for found in detector.predict(images)]
+    found = [finite_detections(one.to(torch.device("cpu"))) for one in detector.predict(images)]
+    if num_left_out := sum(number for _, number in found):
+        logger.warning(
+            "%d detections were not finite and left out; the model may have diverged", num_left_out
+        )
+    return [detections for detections, _ in found]
 
 
 def write_picture(
@@ -200,23 +209,6 @@ def as_results(image: Input, detections: Detections, detector: Detector) -> list
     if image.file_name is None:
         return found
     return [result | {"file_name": image.file_name} for result in found]
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bigdet.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
-    parser.add_argument("images", nargs="+", help="files, folders, globs, or one shard set")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--score", type=float, default=0.5, help="lowest score drawn (0.5)")
-    parser.add_argument("--batch", type=int, default=1, help="images in one forward pass (1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    parser.add_argument("--no-pictures", action="store_true", help="write detections.json alone")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Compare runs: one HTML file with plots, tables and pictures, and the tables in Markdown.
 
-    python -m bigdet.report runs/quickstart --out reports/quickstart
-    python -m bigdet.report runs/scratch runs/direct --out reports/regimes
-    python -m bigdet.report runs/table3/*/ --out reports/table3
+    bigdet report runs/quickstart --out reports/quickstart
+    bigdet report runs/scratch runs/direct --out reports/regimes
+    bigdet report runs/table3/*/ --out reports/table3
 
 Writes DIR/report.html, which needs no network, and DIR/report.md. Runs that differ in nothing but
 their seed are one line with mean and standard deviation; the first group is what the others are
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m bigdet.report",
+        prog="bigdet report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

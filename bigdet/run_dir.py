@@ -13,7 +13,28 @@ def write_text(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    put_in_place(temporary, file)
+
+
+def put_in_place(temporary: Path, file: Path) -> None:
+    """Give a file that is written whole its name, so that not even a power cut leaves a part of it.
+
+    Args:
+        temporary: the file, in the same folder.
+        file: its name from now on; a file of that name is replaced.
+    """
+    sync(temporary)
     os.replace(temporary, file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -93,6 +114,14 @@ class RunDir:
         return self.root / "model.safetensors"
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has its final weights, and every evaluation is scored.
+
+        Earlier versions could end a run, on a busy machine, with its last evaluation unscored.
+        """
+        return self.weights.is_file() and not self.all_detections()
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
         return self.root / "checkpoints"
@@ -111,6 +140,16 @@ class RunDir:
     def stop(self) -> Path:
         """A file that asks the run to write a checkpoint and end with exit code 75."""
         return self.root / "stop"
+
+    @property
+    def stopped(self) -> Path:
+        """A file that says where the run stopped on request; there until it is started again."""
+        return self.root / "stopped"
+
+    @property
+    def lock(self) -> Path:
+        """Who trains here: host, process and since when; see ``locks.py``."""
+        return self.root / "lock"
 
     def log(self, rank: int) -> Path:
         """The log file of one rank."""

@@ -1,13 +1,16 @@
 """Show what a run is, was or will be fed: the exact batch of any step of a phase.
 
-python tools/show_batch.py configs/swin_t_direct.yaml --phase pretrain --step 1000
-python tools/show_batch.py CONFIG --phase pretrain --step 1000 --world 8 --rank 3 --out pictures
-python tools/show_batch.py CONFIG --phase pretrain --step 1000 --world 8 --ids
+What its command line takes is in ``arguments/show_batch.py``.
 """
 
 from __future__ import annotations
 
-import argparse
+from bigdet.arguments.show_batch import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,7 +35,7 @@ from bigdet.run_dir import RunDir, check_folder
 
 def main(argv: Sequence[str]) -> int:
     """Write the pictures or print the ids that the arguments ask for."""
-    arguments = _parser().parse_intermixed_args(argv)
+    arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     check_config(config)
     check_phase(config, arguments.phase)
@@ -83,23 +86,6 @@ def main(argv: Sequence[str]) -> int:
             draw_batch(batch, categories).save(path)
             print(f"{path}: image ids {batch.image_ids.tolist()}, weights {batch.weights.tolist()}")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path, help="YAML file of the experiment, or of a run")
-    parser.add_argument("--phase", required=True, help="its name in the config")
-    parser.add_argument("--step", type=int, required=True, help="of the phase, from 1")
-    parser.add_argument("--world", type=int, default=1, help="number of ranks; default 1")
-    parser.add_argument("--rank", type=int, help="only this rank; default all of them")
-    parser.add_argument("--ids", action="store_true", help="print image ids, draw nothing")
-    parser.add_argument("--out", type=Path, help="default OUTPUT/pictures/batch-PHASE-STEP")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
-    return parser
 
 
 def _ids(stream: TrainStream, step: int, lanes: Iterable[int]) -> list[int | None]:

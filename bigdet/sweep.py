@@ -1,16 +1,15 @@
 """Run the runs of a sweep one after another, or print them as commands or as Slurm arrays.
 
-    python -m bigdet.sweep configs/sweeps/small.yaml
-    python -m bigdet.sweep configs/sweeps/figure1.yaml --print
-    python -m bigdet.sweep configs/sweeps/figure1.yaml --slurm > submit.sh; bash submit.sh --nodes=1
-
-Started again, it skips what is finished and goes on with what is not. SIGTERM and SIGUSR1 stop the
-current run with a checkpoint. It ends with a report on all runs, OUTPUT/report.html, and its tables
-in report.md; where runs are measured on several data sets, one for each, in OUTPUT/report-DATA.
-Exit code 0: all runs are finished; 1: an error, or runs that failed; 75: stopped on request.
+What its command line takes is in ``arguments/sweep.py``.
 """
 
 from __future__ import annotations
+
+from bigdet.arguments.sweep import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
 
 import argparse
 import logging
@@ -23,20 +22,24 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from bigdet import locks
 from bigdet.commands import STOPPED, run_command
-from bigdet.config.derived import in_steps
+from bigdet.config.derived import comparable, in_steps, place_of
 from bigdet.config.load import ConfigError, flat_options, load_config
 from bigdet.config.schema import RunConfig
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
+from bigdet.errors import explain_exit
 from bigdet.log import setup_logging
 from bigdet.reporting.runs import Run, check_same_data, read_run, short_names
 from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_outcome
 from bigdet.reporting.writing import write_report
-from bigdet.run_dir import RunDir, write_text
+from bigdet.run_dir import RunDir, check_folder, write_text
 from bigdet.training.forks import CHANGEABLE, changeable_options, changed_options, check_fork
 
 logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command
 
+LOCK_NAME = "sweep.lock"
+"""In the sweep's folder: who makes its runs, see ``locks.py``."""
 SLURM_COMMAND = "srun python -m bigdet.train"
 SETTLED = (".steps", ".passes", ".images", ".drops", ".images_per_step")
 """Ends of the keys that a run settles when it begins, from its data and its number of ranks."""
@@ -62,8 +65,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _note)
-    failed = run_all(runs, command)
-    report(sweep, runs)
+    folder = Path(sweep.output)
+    check_folder(folder, "output")
+    with locks.held(folder, folder / LOCK_NAME):
+        failed = run_all(runs, command)
+        report(sweep, runs)
     if _stop_requested:
         return STOPPED
     if failed:
@@ -124,7 +130,7 @@ def _check_past(run: PlannedRun, trunk: RunConfig, phase: str) -> None:
             f"this run {', '.join(run.config.phases)}. Fork from a run with the same phases."
         )
     changeable = [
-        *changeable_options(run.config, trunk, phase),
+        *changeable_options(run.config, phase, is_fork=True),
         *(f"phases.{phase}.{unit}" for unit in ("passes", "images")),
     ]
     if changed := changed_options(run.config, trunk, changeable):
@@ -151,10 +157,15 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
         else:
             logger.info("%s: %s", place, shlex.join([*command, *run.words]))
             code = _run(run, command)
-            if code not in (0, STOPPED):
-                logger.warning("%s: failed with exit code %d", place, code)
+            # Launchers give codes of their own: what became of the run, its folder says.
+            is_stopped = _run_dir(run).stopped.is_file()
+            if not _is_finished(run) and not is_stopped:
+                logger.warning(
+                    "%s: failed: its command ended with exit code %d, and %s is neither finished "
+                    "nor stopped.%s", place, code, _run_dir(run).root, explain_exit(code),
+                )  # fmt: skip
                 failed.append(run.name)
-            if code == STOPPED or _stop_requested:
+            if is_stopped or _stop_requested:
                 _note(0, None)
                 logger.info("stopped on request; start again to go on")
                 break
@@ -169,7 +180,12 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
     folder = Path(sweep.output)
     begun = [run for run in runs if read_metrics(_run_dir(run))]
     read = {run.name: read_run(_run_dir(run).root, run.name) for run in begun}
-    shards = {name: str(run.options["data.val.shards"]) for name, run in read.items()}
+    spelled: dict[str, str] = {}  # of several ways to write a place, the first
+    shards = {
+        name: spelled.setdefault(place_of(text), text)
+        for name, run in read.items()
+        if (text := str(run.options["data.val.shards"]))
+    }
     places = list(dict.fromkeys(shards.values()))
     names = short_names([Path(place) for place in places])
     table = outcome_table(_outcomes(sweep.runs, runs)).markdown()
@@ -256,6 +272,7 @@ def _run(run: PlannedRun, command: Sequence[str]) -> int:
     A request to stop is handed on as the file OUTPUT/stop: launchers differ in what they do with
     signals. It is made until the run ends, for a run that is just beginning removes it.
     """
+    _run_dir(run).stopped.unlink(missing_ok=True)  # of an earlier start
     process = subprocess.Popen([*command, *run.words])
     while True:
         try:
@@ -274,7 +291,7 @@ def _check_finished(run: PlannedRun) -> None:
     changed = [
         f"{key} (was {made.get(key)}, now {value})"
         for key, value in flat_options(run.config).items()
-        if made.get(key) != value
+        if comparable(key, made.get(key)) != comparable(key, value)
         and not (key.startswith("phases.") and key.endswith(SETTLED))
         and not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
     ]
@@ -286,7 +303,7 @@ def _check_finished(run: PlannedRun) -> None:
 
 
 def _is_finished(run: PlannedRun) -> bool:
-    return _run_dir(run).weights.is_file()
+    return _run_dir(run).is_finished
 
 
 def _run_dir(run: PlannedRun) -> RunDir:
@@ -296,23 +313,6 @@ def _run_dir(run: PlannedRun) -> RunDir:
 def _note(number: int, frame: FrameType | None) -> None:
     global _stop_requested
     _stop_requested = True
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bigdet.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("sweep", help="YAML file of the sweep")
-    parser.add_argument("--command", help="what starts a run, instead of the sweep's own")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--print", action="store_true", help="print the commands of what is left")
-    instead.add_argument(
-        "--slurm", action="store_true", help="print a script that submits what is left as arrays"
-    )
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

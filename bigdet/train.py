@@ -1,37 +1,35 @@
 """Train a detector: all phases of a config, from the data to the final weights.
 
-    deepspeed --num_gpus 8 --module bigdet.train configs/swin_t_direct.yaml
-    torchrun --nproc-per-node 8 -m bigdet.train configs/swin_t_direct.yaml seed=1
-    python -m bigdet.train configs/quickstart.yaml
-    python -m bigdet.train configs/quickstart.yaml --doctor
-    python -m bigdet.train --options data.train
-
-Started again, the same command goes on from the newest checkpoint. Exit code 0: done; 1: an error
-that the message explains; 75: stopped on request (SIGTERM, SIGUSR1, or the file OUTPUT/stop), with
-a checkpoint written: start it again.
+What its command line takes is in ``arguments/train.py``.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from bigdet.arguments.train import parse_arguments
+from bigdet.commands import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigdet import distributed
+from bigdet import distributed, errors, locks
 from bigdet.commands import STOPPED, run_command
 from bigdet.config.check import check_config
-from bigdet.config.derived import has_keypoints, has_masks, phase_model
-from bigdet.config.describe import describe_options
+from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
 from bigdet.config.load import load_config
+from bigdet.config.schema import RunConfig
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
+from bigdet.evaluation.limits import warn_at_start
 from bigdet.log import setup_logging
-from bigdet.run_dir import RunDir, check_folder
+from bigdet.run_dir import RunDir, check_folder, write_text
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
@@ -44,19 +42,32 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     check_config(config)
     distributed.start()
+    setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:
-        setup_logging(distributed.rank(), as_json=options.log_json)
         return examine(config)
     stopping.listen()
     run_dir = RunDir(Path(config.output))
+    with contextlib.ExitStack() as at_end:
+        with distributed.together():
+            if distributed.is_main():  # before anything in the folder is changed, or its logs
+                locks.refuse_held(run_dir.root, run_dir.lock)
+                check_folder(run_dir.root, "output")
+                at_end.enter_context(locks.held(run_dir.root, run_dir.lock))
+        return train(config, run_dir, options.log_json)
+
+
+def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
+    """Run all phases in a run folder that this run alone writes to, and return the exit code."""
     folder: Path | None = None
     with distributed.together():
         check_folder(run_dir.root, "output")
-        setup_logging(distributed.rank(), run_dir.log(distributed.rank()), options.log_json)
+        setup_logging(distributed.rank(), run_dir.log(distributed.rank()), log_json)
         train_set, val_set = open_sets(config.data)
         resume.check_data(config, train_set, val_set)
+        warn_at_start(config, val_set)
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
+            run_dir.stopped.unlink(missing_ok=True)
             folder = resume.find_checkpoint(config, run_dir)
     resume.check_same_everywhere(config, train_set, val_set)
     folder = distributed.broadcast_object(folder)
@@ -73,7 +84,10 @@ def main(arguments: Sequence[str]) -> int:
     run.log_start(folder)
     try:
         with watchdog:
-            return run_phases(run)
+            code = run_phases(run)
+            if code == STOPPED and distributed.is_main():  # launchers give codes of their own
+                write_text(run_dir.stopped, f"{state.position}\n")
+            return code
     finally:
         run.scorer.end()
         run.saver.join()
@@ -86,6 +100,7 @@ def run_phases(run: Run) -> int:
     names = list(run.config.phases)
     with distributed.together():
         run.scorer.resume()
+    run.state.needs_evaluation = distributed.broadcast_object(run.state.needs_evaluation)
     for name in names[names.index(run.state.phase) :]:
         if name != run.state.phase:
             run.state.begin(name)
@@ -104,7 +119,11 @@ def run_phase(run: Run) -> bool:
         True when the phase is complete, False when the run was asked to stop.
     """
     config, state, name = run.config, run.state, run.state.phase
+    errors.at(f"{name}: building the stream, the detector and the engine")
     phase, device = config.phases[name], distributed.device()
+    if state.step == num_steps(phase) and not state.needs_evaluation:
+        run.restored = None  # all of the phase is done, but perhaps for the numbers of its end
+        return True
     with distributed.together():
         stream = open_train_stream(
             run.train_set,
@@ -139,47 +158,6 @@ def run_phase(run: Run) -> bool:
     finally:
         stream.close()
         engine.close()
-
-
-class ShowOptions(argparse.Action):
-    """Writes the options and ends, as --help does."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, _space: object, value: object, _word: object = None
-    ) -> None:
-        """Write those below the key, or all."""
-        sys.stdout.write(describe_options(str(value or "")))
-        parser.exit()
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; launchers add --local_rank, which the environment says too."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bigdet.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file of the experiment")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
-    parser.add_argument(
-        "--doctor",
-        action="store_true",
-        help="check hosts, data, memory and collectives, then end",
-    )
-    parser.add_argument(
-        "--log-json", action="store_true", help="console lines as JSON objects, with the numbers"
-    )
-    parser.add_argument(
-        "--options",
-        action=ShowOptions,
-        nargs="?",
-        metavar="KEY",
-        help="list all options, or those below a key, with type, default and unit, then end",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ pip install --quiet --constraint launch/constraints.txt --editable .
 
 for split in train val; do
   [ -f "data/shapes/$split/manifest.json" ] ||
-    python tools/make_shards.py shapes --split "$split" --out "data/shapes/$split"
+    bigdet shards shapes --split "$split" --out "data/shapes/$split"
 done
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ranks=$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
-[ -f runs/quickstart/model.safetensors ] ||
-  deepspeed --num_gpus "$ranks" --module bigdet.train configs/quickstart.yaml
+# An evaluation that is not scored yet is scored by the next start.
+{ [ -f runs/quickstart/model.safetensors ] &&
+  ! compgen -G "runs/quickstart/evaluation/*.detections" > /dev/null; } ||
+  deepspeed --num_gpus "$ranks" -m bigdet.train configs/quickstart.yaml
 
-python -m bigdet.evaluate runs/quickstart --shards data/shapes/val
-python -m bigdet.report runs/quickstart --out runs/quickstart/report
+bigdet evaluate runs/quickstart --shards data/shapes/val
+bigdet report runs/quickstart --out runs/quickstart/report
 echo
 echo "Pictures with detections:"
 ls runs/quickstart/pictures/*.jpg
@@ -29,6 +31,6 @@ echo
 echo "Plots, numbers and pictures, for a browser: runs/quickstart/report/report.html"
 echo
 echo "Your own data (COCO format), then training on it:"
-echo "  python tools/make_shards.py coco --images IMAGES --annotations FILE.json --out data/mine/train"
-echo "  deepspeed --num_gpus $ranks --module bigdet.train configs/swin_t_direct.yaml \\"
+echo "  bigdet shards coco --images IMAGES --annotations FILE.json --out data/mine/train"
+echo "  deepspeed --num_gpus $ranks -m bigdet.train configs/swin_t_direct.yaml \\"
 echo "    data.train.shards=data/mine/train data.val.shards=data/mine/val output=runs/mine"

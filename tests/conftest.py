@@ -25,6 +25,25 @@ def own_logging() -> Iterator[None]:
     found.handlers[:], found.level, found.propagate = handlers, level, propagate
 
 
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced to the disk, and which names are given, in this order."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_sync(descriptor: int) -> None:
+        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        calls.append(f"name {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    return calls
+
+
 @pytest.fixture(scope="session")
 def coco_dir() -> Path:
     """The folder of a real COCO subset with train2017, val2017 and annotations."""

@@ -1,8 +1,9 @@
 """How fast each engine and ZeRO stage trains, beside torch's DistributedDataParallel.
 
-``benchmark.py step CONFIG --engines all`` (or ``zero1,fsdp``) starts the ranks of one engine after
-the other on this host. In each group the engine and plain DDP train the same detector with the same
-optimizer on the same random scene, one step each in turns; medians over the rounds count. Each has:
+``bigdet benchmark step CONFIG --engines all`` (or ``zero1,fsdp``) starts the ranks of one engine
+after the other on this host. In each group the engine and plain DDP train the same detector with
+the same optimizer on the same random scene, one step each in turns; medians over the rounds count.
+Each has:
 
 - ``images_per_second`` of all ranks, and ``ratio``, the median over the rounds of its speed over
   that of DDP in the same round;
@@ -115,7 +116,7 @@ def _run_ranks(num_ranks: int, folder: Path, *arguments: Any) -> list[dict[str, 
         process.start()
     for process in processes:
         process.join()
-    if any(process.exitcode for process in processes):
+    if any(process.exitcode != 0 for process in processes):
         raise ValueError(f"a rank of {arguments[-2]} failed; see above")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 

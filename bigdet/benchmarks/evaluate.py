@@ -28,13 +28,14 @@ from typing import Any
 
 import numpy as np
 import orjson
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from bigdet.commands import positive
+from bigdet.benchmarks.memory import peak_memory
 from bigdet.config.schema import RunConfig
 from bigdet.data.manifest import Category
 from bigdet.data.shard_writer import ShardWriter
@@ -49,16 +50,6 @@ POOL = 300
 """Different detections of a source image."""
 WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
 """Parts of the detections."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be set beside the config."""
-    parser.add_argument("--images", type=positive, default=5000, help="default 5000")
-    parser.add_argument("--detections", type=positive, default=100, help="per image; default 100")
-    parser.add_argument("--seed", type=int, default=0, help="of the made detections; default 0")
-    parser.add_argument(
-        "--classes", type=positive, help="so many made-up classes, boxes alone, no pycocotools"
-    )
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -93,7 +84,8 @@ def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -
     random = np.random.default_rng(arguments.seed)
     records = [source.record(row) for row in range(len(source))]
     pools: dict[int, list[dict[str, Any]]] = {}
-    about = {"name": "benchmark", "source": "coco", "categories": source.categories, "options": {}}
+    about: dict[str, Any] = {"name": "benchmark", "source": "coco", "options": {}}
+    about["categories"] = source.categories
     results: list[dict[str, Any]] = []
     blank = io.BytesIO()
     Image.new("RGB", (8, 8)).save(blank, "jpeg")
@@ -116,7 +108,8 @@ def make_boxes(folder: Path, arguments: argparse.Namespace) -> None:
     commonness = 1 / np.arange(1, arguments.classes + 1) ** 0.8
     commonness /= commonness.sum()
     categories = [Category(number, f"class {number}") for number in range(1, len(commonness) + 1)]
-    about = {"name": "benchmark", "source": "coco", "categories": categories, "options": {}}
+    about: dict[str, Any] = {"name": "benchmark", "source": "coco", "options": {}}
+    about["categories"] = categories
     blank = io.BytesIO()
     Image.new("RGB", (8, 8)).save(blank, "jpeg")
     shards = ShardWriter(folder / "shards", **about)
@@ -176,7 +169,7 @@ def make_pool(
     ids = [category.id for category in source.categories]
     shapes = polygons_of(record)
     others = [shape for other in records for shape in polygons_of(other)]
-    pool = []
+    pool: list[dict[str, Any]] = []
     while len(pool) < POOL:
         is_object = bool(shapes) and random.random() > NOTHING_THERE
         shape = (shapes if is_object else others)[
@@ -240,16 +233,15 @@ def _measure(score: Callable[[Path], dict[str, Any]], folder: Path, sender: Conn
 
 
 def _peak_gib() -> float:
-    """Return the most memory of this process so far (Linux); ``ru_maxrss`` has its parent's too."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) / (1 << 20)
+    """Return the most memory of this process so far (off Linux, maybe of its parent too)."""
+    return peak_memory(torch.device("cpu")) / (1 << 30)
 
 
 def score_bigdet(folder: Path) -> dict[str, Any]:
     """Return our numbers."""
     truth = read_ground_truth(ShardSet(folder / "shards"), with_masks=True, with_keypoints=False)
     found = read_detections(load_results(folder / "results.json"), truth, KINDS)
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for kind in KINDS:
         stats = measure(truth, found, kind).stats()
         numbers[kind] = {name: stats[place] for name, place in METRICS.items()}
@@ -266,7 +258,7 @@ def score_pycocotools(folder: Path) -> dict[str, Any]:
     """Return pycocotools' numbers."""
     truth = json.loads((folder / "truth.json").read_text())
     results = json.loads((folder / "results.json").read_text())
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for kind in KINDS:
         stats, _ = pycocotools_stats(truth, results, kind)
         numbers[kind] = {name: stats[place] for name, place in METRICS.items()}

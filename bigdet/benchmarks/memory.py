@@ -18,7 +18,9 @@ def start_memory(device: torch.device) -> int:
     refs = Path("/proc/self/clear_refs")
     if refs.exists():
         # What was left in the allocator would hide what comes next.
-        ctypes.CDLL(None).malloc_trim(0)
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        if trim is not None:
+            trim(0)
         refs.write_text("5")  # Linux: forget the largest resident size so far
     return peak_memory(device)
 

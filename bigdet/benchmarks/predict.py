@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigdet.commands import positive
 from bigdet.config.derived import phase_model, plan_of, test_resize
 from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
 from bigdet.models.norms import batch_norms, set_norm_mode
+from bigdet.models.torchvision_layout import twins
 from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.ops.masks import paste_mask
 
@@ -33,15 +33,6 @@ NUM_CLASSES = 80
 LOGIT_SPREAD = {"box_head": 0.7, "retina_head": 0.45}
 """Deviation of class logits with which about as many of them pass the threshold as after training:
 just under one of a region's 80 classes, and some thousands of all anchors' classes."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be set beside the config."""
-    parser.add_argument("--phase", help="whose model and test size; default: the last")
-    parser.add_argument(
-        "--rounds", type=positive, default=5, help="measured passes each; default 5"
-    )
-    parser.add_argument("--images", type=positive, default=1, help="of a pass; default 1")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -54,6 +45,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(arguments.images)]
     detector = build_detector(phase_model(config, phase), NUM_CLASSES).to(device)
     detector.test_size = size
+    twins(detector)  # raises where torchvision has no such detector
     settle(detector, images[0])
     twin = torchvision_twin(detector)
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from bigdet.commands import positive
 from bigdet.config.schema import RunConfig
 from bigdet.data.manifest import MANIFEST_NAME, Manifest
 from bigdet.data.shard_writer import index_bytes, manifest_text
@@ -32,18 +31,6 @@ from bigdet.run_dir import RunDir
 
 STEPS_BETWEEN_SAVES = 100
 SAVED = re.compile(r"copied in ([\d.]+) s, written beside training in ([\d.]+) s")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be set beside the config."""
-    parser.add_argument(
-        "--samples", type=positive, help="as if the set had so many; default: its own"
-    )
-    parser.add_argument("--steps", type=positive, default=40, help="of the first start; default 40")
-    parser.add_argument(
-        "--every", type=positive, default=10, help="steps between saves; default 10"
-    )
-    parser.add_argument("--ranks", type=positive, default=1, help="processes; default 1")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import (
     FastRCNNConvFCHead,
     FastRCNNPredictor,
@@ -41,30 +42,18 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from bigdet.benchmarks import engines
 from bigdet.benchmarks.memory import peak_memory, start_memory
-from bigdet.commands import positive
-from bigdet.config.derived import has_masks, proposal_limits
+from bigdet.config.derived import has_fpn, has_masks, model_parts, proposal_limits
 from bigdet.config.load import check_phase
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector, head_norm
 from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
-from bigdet.models.norms import set_norm_mode
+from bigdet.models.norms import make_norm, set_norm_mode
 from bigdet.structures import Batch, Masks, Targets
 
 NUM_CLASSES = 80
 PARTS = ("forward", "backward", "optimizer")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be set beside the config."""
-    parser.add_argument("--phase", help="whose batch, size and norm mode; default: the first")
-    parser.add_argument("--objects", type=positive, default=20, help="per image; default 20")
-    parser.add_argument("--rounds", type=positive, default=5, help="measured steps each; default 5")
-    parser.add_argument(
-        "--engines", help="compare with DDP instead: all, or some of zero0,zero1,zero2,zero3,fsdp"
-    )
-    parser.add_argument("--ranks", type=positive, default=2, help="of --engines; default 2")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -82,6 +71,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
             make_scene, phase.images_per_gpu, (height, width), arguments.objects
         )
         return engines.run(config, phase, scene, NUM_CLASSES, arguments)
+    check_peer(config.model)
     torch.manual_seed(config.seed)
     detector = build_detector(config.model, NUM_CLASSES).to(device)
     heads = torchvision_detector(detector, config.model).to(device)
@@ -139,6 +129,17 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def check_peer(config: ModelConfig) -> None:
+    """Raise ``ValueError`` for detectors that a step is not compared for."""
+    parts = model_parts(config)
+    if "box_head" not in parts or "keypoint_head" in parts or not has_fpn(config):
+        raise ValueError(
+            f"model.detector: found {config.detector} on {config.backbone}, but a step is compared "
+            f"with torchvision's Faster and Mask R-CNN on a pyramid. Give a config of these; "
+            f"benchmark.py predict measures other detectors too."
+        )
+
+
 @dataclass
 class Taker:
     """One of those that take turns.
@@ -176,7 +177,7 @@ class Taker:
         with self.precision():
             losses = self.losses()
         clock.append(self._now())
-        torch.stack(list(losses.values())).sum().backward()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         clock.append(self._now())
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -216,7 +217,7 @@ class Pyramid(nn.Module):
         """Copy them, so that the two models share no gradient."""
         super().__init__()
         self.backbone = copy.deepcopy(detector.backbone)
-        self.fpn = copy.deepcopy(detector.fpn)
+        self.fpn: Any = copy.deepcopy(detector.fpn)
         self.out_channels = width
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -234,10 +235,13 @@ def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
     """
     norm: Callable[..., nn.Module] = nn.BatchNorm2d if is_live else FrozenBatchNorm2d
     if config.norm == "gn":
-        norm = functools.partial(nn.GroupNorm, 32)
-    return resnet_fpn_backbone(
-        backbone_name=config.backbone, weights=None, norm_layer=norm, trainable_layers=5
-    )
+        norm = functools.partial(make_norm, "gn")
+    resnet = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    stages = [f"layer{number}" for number in range(1, 5)]
+    channels = [resnet.inplanes // 8 * 2**number for number in range(4)]
+    levels = {stage: str(number) for number, stage in enumerate(stages)}
+    pyramid: nn.Module = BackboneWithFPN(resnet, levels, channels, config.width)
+    return pyramid
 
 
 def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
@@ -250,7 +254,7 @@ def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
     """Build torchvision's detector with the settings of ours on a backbone with pyramid."""
     rpn = proposal_limits(config.rpn, config.detector)
     width, roi = config.width, config.roi
-    norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(nn.GroupNorm, 32)}[
+    norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(make_norm, "gn")}[
         head_norm(config)
     ]
     head = TwoMLPHead(width * 49, config.fc_width)

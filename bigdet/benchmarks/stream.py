@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from bigdet.commands import positive
 from bigdet.config.derived import has_keypoints, has_masks, phase_model, plan_of
 from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
@@ -40,18 +40,7 @@ from bigdet.data.shards import Sample, ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.ops.resize import resize_image, test_size
 
-ROUNDS = 5
-"""Of each measurement in turn, as the speed of a shared machine drifts; the median counts."""
-
 Plan = tuple[int, int]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be set beside the config."""
-    parser.add_argument("--phase", help="default: the first of the config")
-    parser.add_argument("--images", type=positive, default=300, help="per measurement; default 300")
-    parser.add_argument("--workers", type=int, help="loader processes; default data.workers")
-    parser.add_argument("--rounds", type=positive, default=ROUNDS, help=f"default {ROUNDS}")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -161,11 +150,23 @@ def _cpu_seconds() -> float:
     if not children:
         return time.process_time()
     ticks = 0
+    if not Path("/proc").is_dir():
+        return sum(_told_cpu_seconds(child.pid) for child in children)
     for child in children:
         # The name, in brackets, may hold blanks; user and system time are 12th and 13th after it.
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _told_cpu_seconds(process: int | None) -> float:
+    """Return the CPU time of a process as ``ps`` of macOS tells it: ``[hours:]minutes:seconds``."""
+    words = ["ps", "-o", "time=", "-p", str(process)]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    seconds = 0.0
+    for part in told.strip().split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
 
 
 def _first_batch_seconds(open_stream: Callable[[int], TrainStream], workers: int) -> float:
@@ -184,7 +185,8 @@ def _webdataset(folder: str, plan: Plan) -> Iterator[torch.Tensor]:
         image: Image.Image = next(sample[key] for key in ("jpg", "png", "webp") if key in sample)
         height, width = test_size(image.height, image.width, *plan)
         image = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-        return v2.functional.pil_to_tensor(image)
+        pixels: torch.Tensor = v2.functional.pil_to_tensor(image)
+        return pixels
 
     dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
     yield from dataset.decode("pil").map(resize).repeat()
@@ -194,7 +196,8 @@ def _torchvision_dataset(
     folder: Path, samples: Sequence[Sample], plan: Plan, flip: float, with_masks: bool
 ) -> Dataset[Any]:
     """Write samples as COCO has them, and return torchvision's own data set of them."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, sample in enumerate(samples):
         record, name = sample.record, f"{number}.jpg"
         (folder / name).write_bytes(sample.image_bytes)
@@ -220,7 +223,8 @@ def _torchvision_dataset(
             str(folder), str(folder / "annotations.json"), None, None, transforms
         )
     keys = {"boxes", "labels", "masks"} if with_masks else {"boxes", "labels"}
-    return wrap_dataset_for_transforms_v2(dataset, target_keys=keys)
+    wrapped: Dataset[Any] = wrap_dataset_for_transforms_v2(dataset, target_keys=keys)
+    return wrapped
 
 
 def _torchvision_rate(dataset: Dataset[Any], images_per_gpu: int, workers: int) -> float:

@@ -27,14 +27,15 @@ from bigdet.config.derived import (
     phase_source,
     start_parts,
 )
-from bigdet.config.load import ConfigError
+from bigdet.config.load import ConfigError, written_keys
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 from bigdet.config.rules import not_negative as _not_negative
 from bigdet.config.rules import positive as _positive
 from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
-from bigdet.config.schema import EngineConfig, RunConfig
+from bigdet.config.rules import user_wrote
+from bigdet.config.schema import MAX_DETECTIONS, EngineConfig, Metric, RunConfig
 
 _STRIDE = 32
 _BACKBONE_STAGES = 5
@@ -61,6 +62,11 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: with the full key, what was found and what to write instead.
     """
+    with user_wrote(written_keys(config)):
+        _check_all(config)
+
+
+def _check_all(config: RunConfig) -> None:
     _check_model(config.model)
     _check_numbers(config)
     check_train_split(config.data.train)
@@ -119,6 +125,7 @@ def _check_numbers(config: RunConfig) -> None:
     if not any(phase.norm_mode in ("live", "sync") for phase in config.phases.values()):
         reason = "is for phases with norm_mode live or sync, of which there is none"
         _unused("evaluation", config.evaluation, "precise_bn", reason)
+    check_max_detections(config.evaluation.max_detections, config.evaluation.metric)
     if config.evaluation.resize is not None:
         if config.evaluation.tta is not None:
             raise ConfigError(
@@ -128,6 +135,17 @@ def _check_numbers(config: RunConfig) -> None:
         _check_resize("evaluation.resize", config.evaluation.resize)
         for name in _DRAWN_RESIZE:
             _unused("evaluation.resize", config.evaluation.resize, name, "is for training")
+
+
+def check_max_detections(value: int, metric: Metric) -> None:
+    """Check how many detections count; VOC's metrics know no limit."""
+    key = "evaluation.max_detections"
+    _require(10 <= value <= 10_000, key, value, "10 to 10000")
+    if metric != "coco" and value != MAX_DETECTIONS:
+        raise ConfigError(
+            f"{key}: found {value}, but {metric} counts all detections, so it would be ignored. "
+            f"Write {MAX_DETECTIONS}, or leave it out."
+        )
 
 
 def _check_engine(engine: EngineConfig) -> None:
@@ -222,6 +240,9 @@ def _check_model(model: ModelConfig) -> None:
             f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
             f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
         )
+    if has_layer_norm and model.norm == "bn" and model.norm_scope != "all":
+        reason = f"{model.backbone} has LayerNorm, and norm_scope leaves out all else"
+        _unused("model", model, "norm", reason)
     for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
         _positive(key, value)
     rpn, roi = model.rpn, model.roi
@@ -362,6 +383,11 @@ def _check_start(config: RunConfig, name: str) -> None:
             f"{key}.start_from.pixels: found {pixels} with source {source}. It is for .pkl files, "
             f"which do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 "
             f"and R-101 and what was trained from them)."
+        )
+    if phase.start_from.ema is not None and (source in ("random", "previous") or is_timm(source)):
+        raise ConfigError(
+            f"{key}.start_from.ema: is for files of weights, but the source is {source}, so it "
+            f"would be ignored. Remove it."
         )
     if phase.start_from.cost is not None:
         check_cost(f"{key}.start_from.cost", phase.start_from.cost, source)

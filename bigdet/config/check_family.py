@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bigdet.config.derived import BOTTLENECKS, has_fpn, model_parts
 from bigdet.config.load import ConfigError
-from bigdet.config.model_schema import ModelConfig, RetinaConfig, RoiConfig, RpnConfig
-from bigdet.config.rules import not_negative, positive, require, unused
+from bigdet.config.model_schema import ModelConfig
+from bigdet.config.rules import not_negative, positive, require, unused, unused_section
 from bigdet.config.schema import TtaConfig
 
 _LEVELS = 5
@@ -21,11 +21,8 @@ def check_family(model: ModelConfig) -> None:
     if model.detector == "retinanet":
         _check_retinanet(model)
         return
-    if model.retina != RetinaConfig():
-        raise ConfigError(
-            f"model.retina: is for retinanet, but model.detector is {model.detector}, so it would "
-            f"be ignored. Remove it."
-        )
+    reason = f"is for retinanet, but model.detector is {model.detector}"
+    unused_section("model.retina", model.retina, reason)
     sizes = model.rpn.anchor_sizes
     if has_fpn(model):
         _check_sizes("model.rpn.anchor_sizes", sizes, "P2 to P6")
@@ -51,12 +48,9 @@ def _check_retinanet(model: ModelConfig) -> None:
     key, retina = "model.retina", model.retina
     for name in ("box_head", "fc_width"):
         unused("model", model, name, "retinanet has no box head")
-    for name, default in (("rpn", RpnConfig()), ("roi", RoiConfig())):
-        if getattr(model, name) != default:
-            raise ConfigError(
-                f"model.{name}: retinanet has no proposals, so it would be ignored. Remove it; "
-                f"what is reported is set by model.retina."
-            )
+    reason = "retinanet has no proposals, and model.retina says what is reported"
+    for name in ("rpn", "roi"):
+        unused_section(f"model.{name}", getattr(model, name), reason)
     if model.norm == "bn" and model.norm_scope == "all":
         raise ConfigError(
             "model.norm_scope: found all, but the levels of the pyramid share retinanet's head, "

@@ -27,7 +27,7 @@ class TrainSplitConfig:
     """The images to learn from."""
 
     shards: str = MISSING
-    """Folder of a shard set (``tools/make_shards.py`` makes one), or its address: ``https://``,
+    """Folder of a shard set (``bigdet shards`` makes one), or its address: ``https://``,
     ``s3://``, ``gs://``, ``hf://``, ..., or a command ``pipe:ssh HOST cat /data/coco/{}``."""
     more_shards: list[str] = field(default_factory=list)
     """Folders or addresses of further sets to mix in. Categories of the same name are one class;

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from typing import Any
 
 from bigdet.config.model_schema import ModelConfig, RpnConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig, StartCostConfig
 from bigdet.config.schema import RunConfig
+
+PLACES = (".shards", ".more_shards", ".subset.ids", ".start_from.source")
+"""Ends of the keys whose values are paths or addresses of what a run reads."""
 
 _PROPOSING = ("backbone", "fpn", "rpn", "box_head")
 DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
@@ -222,6 +227,32 @@ def in_steps(phase: PhaseConfig, steps_per_unit: float) -> PhaseConfig:
 def is_timm(source: str) -> bool:
     """Tell whether a source is published weights by timm's name: ``timm`` or ``timm:NAME``."""
     return source == "timm" or source.startswith("timm:")
+
+
+def place_of(path: str) -> str:
+    """Return one text for all ways to write a place: links, ``..``, relative, a slash at the end.
+
+    Args:
+        path: of what lies here, or an address.
+    """
+    if "://" in path or path.startswith("pipe:"):
+        return path.rstrip("/")
+    return os.path.realpath(path)
+
+
+def comparable(key: str, value: Any) -> Any:
+    """Return the value of an option such that ways to write the same path are equal.
+
+    Args:
+        key: full key.
+        value: as written.
+    """
+    if isinstance(value, list):
+        return [comparable(key, each) for each in value]
+    is_name = isinstance(value, str) and (value in ("random", "previous") or is_timm(value))
+    if key.endswith(PLACES) and isinstance(value, str) and not is_name:
+        return place_of(value)
+    return value
 
 
 def is_foreign_file(source: str) -> bool:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+import functools
+import weakref
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from yaml import YAMLError
 
 from bigdet.config.earlier import fill_in_former
 from bigdet.config.schema import RunConfig
+from bigdet.config.shipped import find_config, nearest_shipped
 
 
 class ConfigError(ValueError):
@@ -28,20 +31,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read an experiment with its fragments and apply overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of one that comes with bigdet.
         overrides: ``key=value`` words, applied last; a phase may be changed, not added.
 
     Returns:
         The config, every required option present and every value of its type. The rules that tie
-        options together are ``config/check.py``'s.
+        options together are ``config/check.py``'s; `written_keys` tells them what the experiment
+        and the overrides repeat. Fragments serve several experiments and may repeat defaults, and
+        the config of a run folder lists every option.
 
     Raises:
         ConfigError: with the file and the full key.
     """
-    path = Path(path)
+    path = find_config(path)
     experiment = read_yaml(path)
     if "runs" in experiment:
-        raise ConfigError(f"{path}: is a sweep. Start it with python -m bigdet.sweep {path}.")
+        raise ConfigError(f"{path}: is a sweep. Start it with `bigdet sweep {path}`.")
     merged = OmegaConf.structured(RunConfig)
     owner: dict[str, Path] = {}
     for fragment_path in _included(path, experiment):
@@ -62,8 +67,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 )
             owner[key] = fragment_path
         merged = _merge(merged, fragment, str(fragment_path))
-    merged = _merge(merged, fill_in_former(experiment), str(path))
-    return _complete(_override(merged, overrides), str(path))
+    base, merged = merged, _merge(merged, fill_in_former(experiment), str(path))
+    repeated: set[str] = set()
+    if not _is_resolved(experiment):
+        repeated = _set_by(base, experiment, merged)[0]
+    final, changes = _override(merged, overrides)
+    also_repeated, changed = _set_by(merged, changes, final)
+    repeated = {key for key in repeated if not _is_chosen_anew(key, changed)}
+    return _complete(final, str(path), repeated | also_repeated)
 
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -81,7 +92,8 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
     if not isinstance(values, DictConfig):
         raise ConfigError(f"{source}: not a config: expected a mapping of sections.")
     merged = _merge(OmegaConf.structured(RunConfig), fill_in_former(values), source)
-    return _complete(_override(merged, overrides), source)
+    final, changes = _override(merged, overrides)
+    return _complete(final, source, _set_by(merged, changes, final)[0])
 
 
 def check_phase(config: RunConfig, name: str) -> None:
@@ -122,9 +134,12 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError as error:
-        beside = [str(file) for file in path.parent.glob("*.yaml")]
+        near = _nearest(str(path), [str(file) for file in path.parent.glob("*.yaml")])
+        if near == "." and (shipped := nearest_shipped(path)) is not None:
+            near = f"; did you mean {shipped!r}, which comes with bigdet?"
         raise ConfigError(
-            f"{path}: there is no such config file{_nearest(str(path), beside)}"
+            f"{path}: there is no such config file{near} `bigdet configs` lists those that come "
+            f"with bigdet."
         ) from error
     except IsADirectoryError as error:
         inside = sorted(path.glob("*.yaml"))
@@ -138,11 +153,11 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _included(path: Path, experiment: DictConfig) -> list[Path]:
-    """Take ``include`` out of an experiment and return its files, relative to the experiment."""
+    """Take ``include`` out of an experiment and return its files, beside it or of bigdet."""
     names = experiment.pop("include", [])
     if isinstance(names, str) or not all(isinstance(name, str) for name in names or []):
         raise ConfigError(f"{path}: include: expected a list of files, found {names!r}.")
-    return [path.parent / name for name in names or []]
+    return [find_config(name, path.parent) for name in names or []]
 
 
 def _merge(base: DictConfig, values: DictConfig, source: str) -> DictConfig:
@@ -155,7 +170,64 @@ def _merge(base: DictConfig, values: DictConfig, source: str) -> DictConfig:
     return merged
 
 
-def _override(merged: DictConfig, overrides: Sequence[str]) -> DictConfig:
+_CHOICES = ("detector", "backbone", "norm", "kind", "optimizer", "schedule", "order", "box_loss")
+"""Options that choose a part, whose own options nothing else heeds."""
+
+
+def _is_resolved(experiment: DictConfig) -> bool:
+    """Tell whether a file is the config of a run folder: it lists (nearly) all there is."""
+    known = _known_keys()
+    return 2 * len(known.intersection(_leaves(OmegaConf.to_container(experiment)))) > len(known)
+
+
+@functools.cache
+def _known_keys() -> frozenset[str]:
+    """Every option but those of phases."""
+    return frozenset(_leaves(OmegaConf.to_container(OmegaConf.structured(RunConfig))))
+
+
+def _set_by(
+    before: DictConfig, values: DictConfig, after: DictConfig
+) -> tuple[set[str], list[str]]:
+    """Return the keys that a layer of the config sets to what they were anyway, and the others.
+
+    null is among the others: it says that an option is off or not given.
+    """
+    repeated, changed = set(), []
+    for key in _leaves(OmegaConf.to_container(values)):
+        new, old = _value_at(after, key), _value_at(before, key)
+        if new is None or old not in (None, new):
+            changed.append(key)
+        else:
+            repeated.add(key)
+    return repeated, changed
+
+
+def _value_at(config: DictConfig, key: str) -> Any:
+    """Return an option's value; None where it has none yet."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, DictConfig) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _is_chosen_anew(key: str, changed: Sequence[str]) -> bool:
+    """Tell whether the command line chose another part than that which a file has options for.
+
+    So one config may serve a sweep over optimizers, detectors and the like.
+    """
+    for other in changed:
+        section, _, name = other.rpartition(".")
+        is_of_phase = section.startswith("phases.") and section.endswith(".model")
+        if name in _CHOICES and key.startswith("model." if is_of_phase else f"{section}."):
+            return True
+    return False
+
+
+def _override(merged: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
+    """Apply the words of the command line; return the config and what they set."""
     phases = [] if OmegaConf.is_missing(merged, "phases") else list(merged.phases)
     changes = []
     for word in overrides:
@@ -178,17 +250,17 @@ def _override(merged: DictConfig, overrides: Sequence[str]) -> DictConfig:
             changes.append(OmegaConf.from_dotlist([word]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"command line: {word!r}: {_one_line(error)}") from error
+    together = OmegaConf.merge(DictConfig({}), *changes)  # much faster than one by one
+    assert isinstance(together, DictConfig)
     try:
-        together = OmegaConf.merge(DictConfig({}), *changes)  # much faster than one by one
-        assert isinstance(together, DictConfig)
-        return _merge(merged, together, "")
+        return _merge(merged, together, ""), together
     except ConfigError:
         for word, change in zip(overrides, changes, strict=True):
             merged = _merge(merged, change, f"command line: {word}")
-        return merged
+        return merged, together
 
 
-def _complete(merged: DictConfig, source: str) -> RunConfig:
+def _complete(merged: DictConfig, source: str, written: Collection[str]) -> RunConfig:
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(
@@ -197,7 +269,23 @@ def _complete(merged: DictConfig, source: str) -> RunConfig:
         )
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
+    key = id(config)
+    _written[key] = frozenset(written)
+    weakref.finalize(config, _written.pop, key)
     return config
+
+
+_written: dict[int, frozenset[str]] = {}
+"""By the ``id`` of a config that was read: it has fields for options alone."""
+
+
+def written_keys(config: RunConfig) -> frozenset[str]:
+    """Return the full keys that a user set to the value that they had anyway.
+
+    Where nothing heeds such an option, it is refused like one that was changed. A config that was
+    made or changed in code has none.
+    """
+    return _written.get(id(config), frozenset())
 
 
 def _leaf_items(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -102,6 +102,10 @@ class StartFromConfig:
     """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
     as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
     reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
+    ema: bool | None = None
+    """For files that have plain weights and their moving average (EMA): true for the average, false
+    for the plain ones. None: the plain ones; of mmengine's, which puts the average in their place,
+    the average. The log says what a file has and what was taken."""
     cost: StartCostConfig | None = None
     """For ``timm`` and paths: what the weights cost, to stand beside the run's own in
     ``metrics.jsonl`` (``imported/images``, ...). None: not stated."""
@@ -128,7 +132,9 @@ class PhaseConfig:
     images: int | None = None
     """Length in training images, so that the steps follow from ``images_per_step``."""
     images_per_gpu: int = MISSING
-    """Images in one forward pass of one rank (micro-batch)."""
+    """Images in one forward pass of one rank (micro-batch). Losses are normalized over these images
+    (by their objects or samples), as in the published codes, and live BN has its statistics of
+    them: another number changes the gradient even where ``images_per_step`` stays."""
     images_per_step: int | None = None
     """Images per optimizer step over all ranks; what exceeds ranks x ``images_per_gpu`` is
     accumulated. None: one micro-batch per rank."""

@@ -4,16 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from bigdet.config.load import ConfigError
 
+_written: Collection[str] = ()
+
+
+@contextmanager
+def user_wrote(keys: Collection[str]) -> Iterator[None]:
+    """Let `unused` refuse these options even where they have their default, inside the block.
+
+    Args:
+        keys: in full, as ``load.written_keys`` gives them.
+    """
+    global _written
+    before, _written = _written, keys
+    try:
+        yield
+    finally:
+        _written = before
+
 
 def unused(key: str, section: Any, name: str, reason: str) -> None:
     """Refuse an option that was set and would be ignored."""
-    field = next(field for field in dataclasses.fields(section) if field.name == name)
-    if getattr(section, name) != field.default:
+    if _is_set(key, section, name):
         raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
+
+
+def unused_section(key: str, section: Any, reason: str) -> None:
+    """Refuse a section of which an option was set, where all of them would be ignored."""
+    for field in dataclasses.fields(section):
+        if _is_set(key, section, field.name):
+            raise ConfigError(
+                f"{key}: {reason}, so {key}.{field.name} would be ignored. Remove it."
+            )
+
+
+def _is_set(key: str, section: Any, name: str) -> bool:
+    field = next(field for field in dataclasses.fields(section) if field.name == name)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return getattr(section, name) != default or f"{key}.{name}" in _written
 
 
 def require(holds: bool, key: str, found: object, expected: str) -> None:

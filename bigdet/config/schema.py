@@ -19,6 +19,7 @@ from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
 Metric = Literal["coco", "voc07", "voc12"]
+MAX_DETECTIONS = 100  # of a class on an image, as COCO counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,8 @@ class EvaluationConfig:
     every: int | None = None
     """Steps between evaluations. None: only at the end of a phase."""
     images_per_gpu: int = 1
-    """Images in one forward pass of one rank."""
+    """Images in one forward pass of one rank. They are padded to the size of the largest, and
+    another padding changes AP a little: compare numbers of the same value."""
     resize: ResizeConfig | None = None
     """Size of the images. None: that of the phase."""
     tta: TtaConfig | None = None
@@ -89,6 +91,10 @@ class EvaluationConfig:
     many steps' training images at the present weights, instead of a moving average over weights of
     the past (detectron2: 200); for ``norm_mode`` live and sync, others have nothing to measure. The
     order of the training stays what it was. None: the moving average."""
+    max_detections: int = MAX_DETECTIONS
+    """The best detections of a class on an image that AP and AR count, of boxes and masks; 10 to
+    10,000. COCO's is 100; with another one AP is another number, as ``maxDets`` of pycocotools.
+    What the model gives is ``detections_per_image``. VOC counts all."""
     pictures: int = 8
     """Validation images drawn at the end of a phase, ground truth and detections: one half the
     worst, the other the best."""
@@ -127,7 +133,11 @@ class LogConfig:
     """What a run tells."""
 
     every: int = 20
-    """Steps between lines of the log and of ``metrics.jsonl``."""
+    """Steps between lines of the log and of ``metrics.jsonl``. The losses and ``grad_norm`` of a
+    line are means over all steps since the line before, weighted by training images (masked slots
+    at the end of a pass count nothing), and do not depend on ranks or accumulation. ``grad_norm``
+    is that of the mean loss over the lanes with an image, before clipping. A step that was skipped
+    is left out: ``bad_steps`` counts it, and a mean of no step is null."""
     tensorboard: bool = True
     """Write TensorBoard event files too, with pictures: a batch with its targets at the start of a
     phase, detections at each evaluation."""

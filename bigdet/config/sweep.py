@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bigdet.config.check import check_config
 from bigdet.config.load import ConfigError, explain, load_config, read_yaml
 from bigdet.config.schema import RunConfig
+from bigdet.config.shipped import find_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,12 @@ def load_sweep(path: str | Path) -> tuple[SweepConfig, list[PlannedRun]]:
     Raises:
         ConfigError: with the file, the run and the key.
     """
-    path = Path(path)
+    path = find_config(path)
     values = read_yaml(path)
     if "runs" not in values:
         raise ConfigError(
             f"{path}: is no sweep, for it lists no `runs`. Give one, such as "
-            f"configs/sweeps/small.yaml; bigdet.train takes the config of one run."
+            f"sweeps/small; `bigdet train` takes the config of one run."
         )
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SweepConfig), values)
@@ -141,7 +142,7 @@ def _plan(
     file = entry.config or sweep.config
     if file is None:
         raise ConfigError("config: not set, here or for the whole sweep. Write the path of one.")
-    config_file = os.path.normpath(path.parent / file)
+    config_file = os.path.normpath(find_config(file, path.parent))
     if "/" in group:
         raise ConfigError("the name of a run is that of its folder. Write one without /.")
     name = _name(group, seed)

@@ -10,12 +10,20 @@ from typing import Any, TypeGuard
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from bigdet.data.manifest import Category
+from bigdet.data.loose_values import truth_value
+from bigdet.data.manifest import Category, Manifest
 from bigdet.data.shard_tar import SampleLog
+from bigdet.data.shards import NO_MASK
 
 BOX_TOLERANCE = 0.01  # pixels: COCO's boxes have two decimals, so a sum may go over by rounding
 MIN_SIDE = 0.01  # pixels: float32 edges of a thinner box, far from the origin, would coincide
 MAX_NUMBER = 1e15  # larger coordinates are no pixels, and sums of them lose whole pixels
+IGNORE_FLAGS = ("ignore", "difficult")
+"""Flags of objects that are neither to be learned nor missed: mmdetection's and VOC's. Objects365's
+``isfake`` and ``isreflected`` are of objects that its own evaluation counts, so they are not read.
+"""
+
+CLIPPED = "box clipped to the image"
 
 Json = dict[str, Any]
 
@@ -32,7 +40,7 @@ def clean_annotation(
 
     Args:
         source: ``id, bbox`` (xywh), maybe ``area, iscrowd, segmentation, keypoints``, as in COCO,
-            nothing of it looked at yet but the id.
+            and ``IGNORE_FLAGS``; nothing of it looked at yet but the id.
         image_size: height and width.
         label: of its category.
         category: the same.
@@ -47,7 +55,7 @@ def clean_annotation(
     if not are_numbers(box) or len(box) != 4:
         log.change("annotation dropped: box is not four finite numbers", **about)
         return None
-    if source.get("iscrowd") not in (None, 0, 1):
+    if truth_value(source.get("iscrowd")) is None:
         log.change("annotation dropped: iscrowd is neither 0 nor 1", **about)
         return None
     clipped = clip_box(box, height, width)
@@ -55,16 +63,43 @@ def clean_annotation(
         log.change("annotation dropped: box has no area in the image", **about)
         return None
     if clipped != box:
-        log.change("box clipped to the image", **about)
+        log.change(CLIPPED, **about)
     areas = [source.get("area")]
-    if not are_numbers(areas) or not 0 <= areas[0] <= height * width:
-        if areas[0] is not None:
-            log.change("area replaced by that of the box", **about)
-        areas = [clipped[2] * clipped[3]]
     annotation = {"id": source["id"], "label": label, "bbox": clipped, "area": areas[0]}
-    annotation["iscrowd"] = int(bool(source.get("iscrowd")))
+    annotation["iscrowd"] = int(_is_crowd(source, about, log))
     _add_outlines(annotation, source, image_size, category, about, log)
+    # An area of 0 is one that nobody has measured: as a size it would make the object small.
+    if not are_numbers(areas) or not 0 < areas[0] <= height * width:
+        what, annotation["area"] = _own_area(annotation, image_size)
+        if areas[0] is not None:
+            log.change(f"area replaced by that of the {what}", **about)
     return annotation
+
+
+def _is_crowd(source: Json, about: Json, log: SampleLog) -> bool:
+    """Tell whether an object is neither to be learned nor missed."""
+    if truth_value(source.get("iscrowd")):
+        return True
+    for flag in IGNORE_FLAGS:
+        if truth_value(source.get(flag)) is not False:
+            log.change(f"object made crowd: {flag} is set", **about)
+            return True
+    return False
+
+
+def _is_relative(mask: list[list[float]] | Json, box: list[float]) -> bool:
+    """Tell whether polygons are in parts of the image where the box is in pixels."""
+    return isinstance(mask, list) and max(map(max, mask)) <= 1 and min(box[2:]) > 1
+
+
+def _own_area(annotation: Json, image_size: tuple[int, int]) -> tuple[str, float]:
+    """Return the area of an object's mask, or of its box if it has none, and which it is."""
+    mask = annotation.get("segmentation")
+    if mask is not None:
+        rles = coco_mask.frPyObjects(mask, *image_size) if isinstance(mask, list) else [mask]
+        if pixels := int(coco_mask.area(coco_mask.merge(rles))):
+            return "mask", pixels
+    return "box", annotation["bbox"][2] * annotation["bbox"][3]
 
 
 def _add_outlines(
@@ -76,15 +111,18 @@ def _add_outlines(
     log: SampleLog,
 ) -> None:
     """Give mask and keypoints of the source to an annotation, where they can be used."""
-    if (mask := source.get("segmentation")) not in (None, []):
+    mask: Any = source.get("segmentation")
+    if mask not in NO_MASK:
         cleaned = clean_mask(mask, *image_size)
         if cleaned is None:
             log.change("mask dropped: neither polygons nor RLE of the image", **about)
+        elif _is_relative(cleaned, annotation["bbox"]):
+            log.change("mask dropped: within 0 to 1, so relative coordinates", **about)
         else:
             annotation["segmentation"] = cleaned
             if isinstance(cleaned, list) and len(cleaned) < len(mask):
                 log.change("part of a mask dropped: not a polygon in the image", **about)
-    if source.get("keypoints") is not None:
+    if source.get("keypoints") not in (None, []):
         points = _clean_keypoints(source["keypoints"], image_size, category, about, log)
         if points is not None:
             annotation["keypoints"] = points
@@ -110,6 +148,17 @@ def clip_box(box: list[float], height: int, width: int) -> list[float] | None:
     x0, y0 = max(x, 0), max(y, 0)
     x1, y1 = min(x + w, width), min(y + h, height)
     return [x0, y0, x1 - x0, y1 - y0] if min(x1 - x0, y1 - y0) >= MIN_SIDE else None
+
+
+def box_warning(manifest: Manifest) -> str | None:
+    """Say what boxes seem to be when most of a set's leave their images; None if they do not."""
+    num_clipped, num_boxes = manifest.changed.get(CLIPPED, 0), manifest.instances + manifest.crowd
+    if 2 * num_clipped <= num_boxes:
+        return None
+    return (
+        f"{num_clipped:,} of {num_boxes:,} boxes reach beyond their image. Boxes are x, y, width, "
+        "height in pixels; do these have two corners, or are they of images of another size?"
+    )
 
 
 def clean_mask(segmentation: Any, height: int, width: int) -> list[list[float]] | Json | None:
@@ -193,8 +242,11 @@ def _clean_keypoints(
     if names is None:
         log.change("keypoints dropped: the category names none", **about)
         return None
-    if not are_numbers(points) or len(points) != 3 * len(names) or set(points[2::3]) - {0, 1, 2}:
+    if not are_numbers(points) or len(points) != 3 * len(names):
         log.change(f"keypoints dropped: not {len(names)} times x, y, 0 to 2", **about)
+        return None
+    if others := sorted(set(points[2::3]) - {0, 1, 2}):
+        log.change("keypoints dropped: a visibility is not 0, 1 or 2", **about, found=others)
         return None
     height, width = image_size
     table = np.array(points, dtype=np.float64).reshape(-1, 3)

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
@@ -43,6 +42,7 @@ from bigdet.data.shard_writer import (
 )
 from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME
 from bigdet.data.storage import Storage, open_storage
+from bigdet.pixels import Exif
 
 PLAN_NAME = f"{UNFINISHED}/plan.json"
 
@@ -58,13 +58,15 @@ class MadeSample:
     """One image that can be used.
 
     Attributes:
-        image_bytes: as they are in the file.
-        pixels: ``(3, H, W)`` uint8, the same decoded.
-        record: see ``shards.Sample``.
+        image_bytes: as they are in the file, or of a PNG where tars do not hold its kind.
+        pixels: ``(H, W, 3)`` uint8, the same decoded and turned.
+        orientation: how they were turned, see ``shards.Sample``.
+        record: the same.
     """
 
     image_bytes: bytes
-    pixels: Tensor
+    pixels: NDArray[np.uint8]
+    orientation: int
     record: dict[str, Any]
 
 
@@ -109,12 +111,15 @@ class Making:
         processes: how many work at a time; what comes out does not depend on it.
         part: ``"2/3"``: make the second third of the tars; ``merge_parts`` finishes the set.
         reencoding: images are made smaller; None keeps their bytes.
+        exif: what annotations are of, if an image is turned when shown and its recorded size does
+            not tell.
     """
 
     shard_megabytes: int = 256
     processes: int = 1
     part: str | None = None
     reencoding: Reencoding | None = None
+    exif: Exif = "shown"
 
     def __post_init__(self) -> None:
         if self.shard_megabytes < 1 or self.processes < 1:
@@ -137,7 +142,8 @@ class Making:
     def options(self) -> dict[str, Any]:
         """Return what the manifest is to say of it."""
         sizes = asdict(self.reencoding) if self.reencoding else {}
-        return {"shard_megabytes": self.shard_megabytes, **sizes}
+        exif = {"exif": self.exif} if self.exif != "shown" else {}
+        return {"shard_megabytes": self.shard_megabytes, **sizes, **exif}
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,7 @@ def convert(
     sizes = _stored_bytes(source, making.reencoding)
     spans = plan_shards(sizes, making.shard_megabytes * 10**6)
     with storage.claim(making.part):
+        _refuse_shards(storage)  # another process may have finished it since
         _begin(storage, source, making, len(spans))
         try:
             _make_missing(storage, source, making, spans, sizes, progress)
@@ -219,8 +226,8 @@ def merge_parts(out: str | Path) -> Manifest:
     storage = open_storage(out)
     if storage.size(PLAN_NAME) is None:
         raise ShardError(
-            f"{storage.address}: no parts of a conversion. Give the folder that make_shards.py "
-            "--part wrote to."
+            f"{storage.address}: no parts of a conversion. Give the folder that "
+            "`bigdet shards ... --part` wrote to."
         )
     with storage.claim(None):
         return _finish(storage)
@@ -249,9 +256,10 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
                     sample_bytes, record = reencode(
                         sample.image_bytes, sample.pixels, sample.record, job.reencoding, log
                     )
-                    tar.add(sample_bytes, record)
+                    is_same = sample_bytes is sample.image_bytes  # else it is stored as it is seen
+                    tar.add(sample_bytes, record, sample.orientation if is_same else 1)
                 elif sample is not None:
-                    tar.add(sample.image_bytes, sample.record)
+                    tar.add(sample.image_bytes, sample.record, sample.orientation)
                 tick()
             finished = tar.close()
         except BaseException:
@@ -259,13 +267,21 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
             raise
         if finished.shard.samples:
             storage.take(scratch / finished.shard.file, finished.shard.file)
-    note = {"shard": asdict(finished.shard), "crowd": finished.crowd, "log": log.lines}
+    note = {"shard": asdict(finished.shard), "classes": finished.classes, "log": log.lines}
     text = json.dumps({**note, "rows": finished.rows.tolist()})
     storage.write(_note_name(job.number), text.encode())
 
 
 def refuse_others(storage: Storage) -> None:
-    """Raise ``ShardError`` if there are shards that are not of a conversion under way."""
+    """Raise ``ShardError`` if there are shards that are not of a conversion under way.
+
+    Also if another process makes them now.
+    """
+    storage.check_free()
+    _refuse_shards(storage)
+
+
+def _refuse_shards(storage: Storage) -> None:
     names = storage.names()
     if MANIFEST_NAME in names:
         refuse_names(storage.address, [MANIFEST_NAME])
@@ -296,6 +312,7 @@ def _begin(storage: Storage, source: Source, making: Making, num_shards: int) ->
         "source": info.source,
         "categories": [category_values(category) for category in info.categories],
         "options": {**info.options, **making.options()},
+        "federated": info.federated,
         "notes": source.notes,
     }
     if storage.size(PLAN_NAME) is None:
@@ -317,10 +334,12 @@ def _read_note(storage: Storage, number: int) -> FinishedShard | None:
         return None
     note = json.loads(storage.read(_note_name(number)))
     shard = Shard(**note["shard"])
+    if "classes" not in note:  # of an older version: made again
+        return None
     if shard.samples and storage.size(shard.file) != shard.bytes:
         return None
     rows = np.array([tuple(row) for row in note["rows"]], dtype=INDEX_DTYPE)
-    return FinishedShard(shard, rows, note["crowd"], note["log"])
+    return FinishedShard(shard, rows, note["classes"], note["log"])
 
 
 def _clear_if_useless(storage: Storage, num_shards: int, making: Making) -> int:
@@ -336,7 +355,8 @@ def _finish(storage: Storage) -> Manifest:
     """Write index and manifest from the notes of all tars."""
     plan = json.loads(storage.read(PLAN_NAME))
     categories = [Category(**values) for values in plan["categories"]]
-    info = SetInfo(plan["name"], plan["source"], categories, plan["options"])
+    names = ("name", "source", "options", "federated")
+    info = SetInfo(categories=categories, **{name: plan[name] for name in names if name in plan})
     lacking = [n for n in range(plan["shards"]) if _read_note(storage, n) is None]
     if lacking:
         raise ShardError(
@@ -355,13 +375,13 @@ def _finish(storage: Storage) -> Manifest:
     log = io.StringIO()
     manifest, index = summarize(info, finished(), log)
     if manifest is None:
-        reasons = Counter(
-            line["skipped"]
-            for line in map(json.loads, log.getvalue().splitlines())
-            if "skipped" in line
-        )
+        lines = [line for line in map(json.loads, log.getvalue().splitlines()) if "skipped" in line]
+        reasons = Counter(line["skipped"] for line in lines)
         skipped = "".join(f"; {count} x {reason}" for reason, count in sorted(reasons.items()))
-        raise ShardError(f"{storage.address}: not one image could be used{skipped}.")
+        first = ", ".join(f"{name} {value}" for line in lines[:1] for name, value in line.items())
+        raise ShardError(
+            f"{storage.address}: not one image could be used{skipped}. The first: {first}."
+        )
     if log.getvalue():
         storage.write(SKIPPED_NAME, log.getvalue().encode())
     storage.write(INDEX_NAME, index_bytes(index))

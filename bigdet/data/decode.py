@@ -5,37 +5,57 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from bigdet.jpeg import decode_jpeg, is_jpeg
+from bigdet.pixels import READ_ERRORS, to_rgb, turn_pixels, turned_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def decode_image(data: bytes, least_size: tuple[int, int] | None = None) -> Tensor:
-    """Decode a JPEG, PNG or WebP file to RGB; the first picture of an animation.
+def decode_image(
+    data: bytes, least_size: tuple[int, int] | None = None, orientation: int = 1
+) -> Tensor:
+    """Give what ``decode_pixels`` does as ``(3, H, W)`` uint8 0..255 in channels_last memory."""
+    import torch  # here, as making and checking shards decode too, and do without it
 
-    The pixels are those that are stored: an EXIF orientation is not applied, as the boxes of COCO
-    and its kin refer to stored pixels. Grayscale, palette and CMYK images become RGB;
-    transparency is dropped; of 16 bits the upper 8 are kept.
+    return torch.from_numpy(decode_pixels(data, least_size, orientation)).permute(2, 0, 1)
+
+
+def decode_pixels(
+    data: bytes, least_size: tuple[int, int] | None = None, orientation: int = 1
+) -> NDArray[np.uint8]:
+    """Decode an image file to RGB, see ``pixels.to_rgb``; the first picture of an animation.
+
+    What its EXIF says of an orientation is not looked at.
 
     Args:
         data: the whole file.
         least_size: height, width; a JPEG of at least twice that is decoded smaller, at 1/2, 1/4 or
             1/8, but not smaller than this. None: at its own size.
+        orientation: how the stored pixels are turned, ``1..8`` as in EXIF; ``least_size`` is of
+            the turned ones.
 
     Returns:
-        ``(3, H, W)`` uint8 0..255 in channels_last memory.
+        ``(H, W, 3)`` uint8 0..255.
 
     Raises:
         ValueError: the bytes are no complete image.
     """
-    pixels = decode_jpeg(data, least_size) if is_jpeg(data) else None
+    if least_size is not None:
+        least_size = turned_size(least_size, orientation)
+    # A last row that stands for less than a whole one must not become the first one.
+    is_whole = orientation != 1
+    pixels = decode_jpeg(data, least_size, is_whole) if is_jpeg(data) else None
     if pixels is None:
-        pixels = _decode_with_pillow(data)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        with _opened(data) as image:
+            pixels = to_rgb(image)
+    return pixels if orientation == 1 else turn_pixels(pixels, orientation)
 
 
 def stored_size(data: bytes) -> tuple[int, int]:
@@ -57,19 +77,6 @@ def decoded_extent(size: tuple[int, int], decoded: tuple[int, int]) -> tuple[flo
     return size[0] / divisor, size[1] / divisor
 
 
-def _decode_with_pillow(data: bytes) -> np.ndarray:
-    """Return ``(H, W, 3)`` uint8 of any format that Pillow reads."""
-    with _opened(data) as image:
-        if image.mode == "I;16":
-            upper = (np.array(image) >> 8).astype(np.uint8)
-            return np.repeat(upper[..., None], 3, axis=-1)
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"mode {image.mode} has more than 16 bits per channel")
-        if "transparency" in image.info:  # straight to RGB, Pillow would warn
-            return np.array(image.convert("RGBA").convert("RGB"))
-        return np.array(image.convert("RGB"))
-
-
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open an image file with Pillow, whose errors for damaged files become ``ValueError``."""
@@ -78,5 +85,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except Image.DecompressionBombError as error:
         raise ValueError(f"an image too large to be decoded: {error}") from error
-    except (OSError, SyntaxError) as error:
+    except ValueError:
+        raise
+    except READ_ERRORS as error:
+        if "out of memory" in str(error):  # one of Pillow's own
+            raise MemoryError(str(error)) from error
         raise ValueError(f"not a complete image: {error}") from error

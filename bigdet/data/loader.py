@@ -22,9 +22,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from bigdet import errors
 from bigdet.data.collate import Allocate, PackedGroup, fresh_memory
 from bigdet.data.manifest import ShardError
 from bigdet.data.slots import Slots, Stored
+from bigdet.reading import why_unread
 
 Key = TypeVar("Key")
 Read = Callable[[Key, Allocate], PackedGroup]
@@ -61,6 +63,8 @@ class _Reads(Dataset[Any], Generic[Key]):
             return self._slots.store(self._read(key, self._slots.allocate))
         except ShardError as error:
             return error
+        except MemoryError as error:
+            return ShardError(f"a group of images {why_unread(error)}")
 
 
 class Loader(Generic[Key]):
@@ -110,7 +114,13 @@ class Loader(Generic[Key]):
     def __next__(self) -> PackedGroup:
         if not self._items:
             raise StopIteration
-        item = next(self._items[0])
+        try:
+            item = next(self._items[0])
+        except RuntimeError as error:
+            if killed := errors.explain_killed(error):
+                self.close()
+                raise ShardError(killed) from error
+            raise
         if isinstance(item, ShardError):
             self.close()
             raise item

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bigdet.data.web_pages import found_page
 
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -38,6 +42,7 @@ class Category:
         keypoints: names of its keypoints, where it has any.
         skeleton: pairs of keypoints, by number from 0, between which a line is drawn.
         flip_pairs: pairs of keypoints, by number from 0, that a mirror exchanges: left and right.
+        frequency: ``r``, ``c`` or ``f``: LVIS's rare, common and frequent classes.
     """
 
     id: int
@@ -46,6 +51,19 @@ class Category:
     keypoints: list[str] | None = None
     skeleton: list[list[int]] | None = None
     flip_pairs: list[list[int]] | None = None
+    frequency: str | None = None
+
+
+def unique_names(categories: Sequence[Category]) -> list[str]:
+    """Return a name of each category for tables: with its id where others have the same name.
+
+    Sets are no longer made with such categories, but there are old ones.
+    """
+    counts = Counter(category.name for category in categories)
+    return [
+        category.name if counts[category.name] == 1 else f"{category.name} (id {category.id})"
+        for category in categories
+    ]
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,8 @@ class Manifest:
         images: number of samples.
         instances: annotations that are not crowd.
         crowd: crowd annotations.
+        instances_per_class: as ``instances``, by label; None in sets of older versions.
+        crowd_per_class: likewise.
         pixels: sum of height x width over the images.
         skipped: images left out, by reason.
         changed: annotations left out or clipped, by reason.
@@ -83,6 +103,8 @@ class Manifest:
         shards: the tars, in order.
         options: what the set was made with.
         index_sha256: of ``index.npy``, hexadecimal; None in sets of older versions.
+        federated: on an image only some classes were looked for, as in LVIS, see
+            ``shards.Sample``.
     """
 
     version: int
@@ -91,6 +113,8 @@ class Manifest:
     images: int
     instances: int
     crowd: int
+    instances_per_class: list[int] | None = field(default=None, kw_only=True)
+    crowd_per_class: list[int] | None = field(default=None, kw_only=True)
     pixels: int
     skipped: dict[str, int]
     changed: dict[str, int]
@@ -98,6 +122,7 @@ class Manifest:
     shards: list[Shard]
     options: dict[str, Any]
     index_sha256: str | None = None
+    federated: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -108,14 +133,14 @@ class Manifest:
             found = found if folder.exists() else "there is no such folder"
             raise ShardError(
                 f"{folder}: expected a shard set, but {found}. Give the folder that "
-                "tools/make_shards.py wrote, or run it again if it did not finish."
+                "`bigdet shards` wrote, or run it again if it did not finish."
             )
         try:
             values = json.loads(path.read_bytes())
             if values["version"] != VERSION:
                 raise ShardError(
                     f"{path}: shard format version {values['version']!r}, this bigdet reads "
-                    f"{VERSION}. Make the shards again with tools/make_shards.py."
+                    f"{VERSION}. Make the shards again with `bigdet shards`."
                 )
             expected = values.pop("sha256", None)
             if expected is not None and manifest_sha256(values) != expected:
@@ -132,9 +157,10 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, ShardError):
                 raise
+            reason = found_page(path) or repr(error)
             raise ShardError(
-                f"{path}: not the manifest of a shard set ({error!r}). Make the shards again with "
-                "tools/make_shards.py."
+                f"{path}: not the manifest of a shard set ({reason}). Make the shards again with "
+                "`bigdet shards`."
             ) from error
 
 

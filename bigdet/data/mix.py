@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bigdet.config.data_schema import DataConfig
 from bigdet.data.manifest import Category, ShardError
-from bigdet.data.shards import Sample, ShardSet
+from bigdet.data.shards import LABEL_LISTS, Sample, ShardSet
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class MixedSet(ShardSet):
             images=sum(manifest.images for manifest in manifests),
             instances=sum(manifest.instances for manifest in manifests),
             crowd=sum(manifest.crowd for manifest in manifests),
+            federated=any(manifest.federated for manifest in manifests),
             pixels=sum(manifest.pixels for manifest in manifests),
             categories=list(categories),
             shards=[shard for manifest in manifests for shard in manifest.shards],
@@ -70,6 +71,11 @@ class MixedSet(ShardSet):
         self._labels = [
             [place[name_key(category.name)] for category in part.categories] for part in parts
         ]
+        self.manifest = replace(
+            self.manifest,
+            instances_per_class=self._add_up([m.instances_per_class for m in manifests]),
+            crowd_per_class=self._add_up([m.crowd_per_class for m in manifests]),
+        )
 
     def index_hash(self) -> str:
         """Return a hash of the indices of all sets: the same one means the same samples."""
@@ -125,6 +131,16 @@ class MixedSet(ShardSet):
         part = int(np.searchsorted(self.starts, row, side="right")) - 1
         return part, row - int(self.starts[part])
 
+    def _add_up(self, counts: Sequence[list[int] | None]) -> list[int] | None:
+        """Return the sums over the sets of what each has by its own labels; None if one has not."""
+        sums = [0] * len(self.manifest.categories)
+        for own, labels in zip(counts, self._labels, strict=True):
+            if own is None or len(own) != len(labels):
+                return None
+            for label, count in zip(labels, own, strict=True):
+                sums[label] += count
+        return sums
+
     def _relabel(self, part: int, own_row: int, record: dict[str, Any]) -> None:
         labels = self._labels[part]
         for annotation in record["annotations"]:
@@ -134,9 +150,12 @@ class MixedSet(ShardSet):
                 raise ShardError(
                     f"{shards.place(own_row)}: sample {shards.key(own_row)} (row {own_row}) has an "
                     f"object of label {label}, the set has {len(labels)} categories. Make the set "
-                    f"again; tools/check_shards.py {shards.address} lists all that is wrong."
+                    f"again; `bigdet check-shards {shards.address}` lists all that is wrong."
                 )
             annotation["label"] = labels[label]
+        for name in LABEL_LISTS:
+            if name in record:
+                record[name] = [labels[label] for label in record[name]]
 
 
 def open_sets(data: DataConfig) -> tuple[ShardSet, ShardSet]:
@@ -180,7 +199,62 @@ def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSe
             f"the training data: {_shortened(unknown)}. Give a set of the same classes."
         )
     _check_names(shards)
-    return MixedSet([shards], categories)
+    own = {name_key(category.name): category.id for category in shards.categories}
+    used = set(own.values())
+    renumbered = []
+    for category in categories:  # results are to carry the ids of the set that they are of
+        number = own.get(name_key(category.name), category.id)
+        if name_key(category.name) not in own and number in used:
+            number = max(used) + 1
+        used.add(number)
+        renumbered.append(replace(category, id=number))
+    return MixedSet([shards], renumbered)
+
+
+def class_ids(shards: ShardSet, names: Sequence[str]) -> list[int | None]:
+    """Return a set's own category id of each of a model's classes; None where it lacks the class.
+
+    Names are matched as they are, or else with blanks and capitals aside.
+
+    Args:
+        shards: what the model is measured on.
+        names: of the model's classes, in the order of its labels.
+
+    Raises:
+        ShardError: the set has classes that the model does not know, or a name may mean two.
+    """
+    ids = {category.name: category.id for category in shards.categories}
+    if set(ids) <= set(names):
+        return [ids.get(name) for name in names]
+    known = [name_key(name) for name in names]
+    unknown = [repr(name) for name in ids if name_key(name) not in known]
+    if unknown:
+        raise ShardError(
+            f"{shards.address}: {len(unknown)} of its categories are not among the {len(names)} "
+            f"that are learned: {_shortened(unknown)}. Make both sets with one list of categories: "
+            f"`bigdet shards ... --categories FILE`."
+        )
+    _check_names(shards)
+    twice = sorted({key for key in known if known.count(key) > 1})
+    if twice:
+        raise ShardError(
+            f"{shards.address}: {', '.join(map(repr, twice))} may be several of the classes that "
+            f"are learned, which differ in capitals and blanks alone. Rename them."
+        )
+    own = {name_key(name): number for name, number in ids.items()}
+    return [own.get(key) for key in known]
+
+
+def warn_of_absent(shards: ShardSet, names: Sequence[str]) -> None:
+    """Say once which of a model's classes a set lacks: nothing is measured of them."""
+    ids = class_ids(shards, names)
+    absent = [name for name, number in zip(names, ids, strict=True) if number is None]
+    if absent:
+        logger.warning(
+            "%s does not have %d of the %d classes that are learned; they are not measured, and "
+            "detections of them are left out: %s",
+            shards.address, len(absent), len(names), _shortened(absent),
+        )  # fmt: skip
 
 
 def _union(lists: Sequence[Sequence[Category]]) -> list[Category]:

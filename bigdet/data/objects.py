@@ -70,7 +70,7 @@ def keypoint_order(categories: Sequence[Category]) -> NDArray[np.int64]:
     layouts = [
         (category.keypoints, category.flip_pairs or [])
         for category in categories
-        if category.keypoints is not None
+        if category.keypoints
     ]
     if not layouts or any(layout != layouts[0] for layout in layouts):
         what = "have different ones" if layouts else "have none"

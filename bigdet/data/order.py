@@ -141,6 +141,16 @@ class Order:
             weights = whole.last_weights[lane]
         return Group(samples, copies, weights, pass_number)
 
+    def lane_images(self, step: int) -> NDArray[np.int64]:
+        """Return how many slots of each lane of a step, from 1, are not masked: ``(L,)``."""
+        pass_number, position = divmod(step - 1, self.steps_per_pass)
+        if position < self.steps_per_pass - 1:
+            return np.full(self.num_lanes, self._images_per_gpu, np.int64)
+        images: NDArray[np.int64] = self._whole_pass(pass_number).last_weights.sum(
+            axis=1, dtype=int
+        )
+        return images
+
     def upcoming(self, step: int, lane: int) -> NDArray[np.int64] | None:
         """Return what a lane reads next, a window from its aspect pool on; None if that is known.
 

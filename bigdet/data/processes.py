@@ -10,13 +10,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
-
-import torch
 
 from bigdet.data.manifest import ShardError
 
@@ -124,7 +123,9 @@ def _without_interrupts() -> Iterator[None]:
 
 def _start_worker(done: Any, stop: Any) -> None:
     _state[:] = [done, stop]
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of torch, where it is imported later
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     threading.Thread(target=_end_with_caller, daemon=True).start()
 
 

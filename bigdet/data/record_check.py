@@ -7,6 +7,7 @@ from typing import Any
 
 from bigdet.data.annotations import are_numbers, clean_mask
 from bigdet.data.manifest import Category
+from bigdet.data.shards import LABEL_LISTS
 
 EDGE_TOLERANCE = 1  # pixel: where exactly an edge may lie is the converter's business
 MAX_ID = 2**63 - 1
@@ -23,6 +24,8 @@ def record_problem(record: Any) -> str | None:
             return f"{name} is {value!r}, expected a whole number"
     if not isinstance(record.get("file_name"), str):
         return f"file_name is {record.get('file_name')!r}, expected a string"
+    if not isinstance(record.get("source_id", ""), str):
+        return f"source_id is {record['source_id']!r}, expected a string"
     entries = record.get("annotations")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return "annotations is not a list of objects"
@@ -32,6 +35,12 @@ def record_problem(record: Any) -> str | None:
 def annotation_problems(record: dict[str, Any], categories: list[Category]) -> Iterator[str]:
     """Say what is wrong with the annotations of a record that is else as it should be."""
     image_size = (record["height"], record["width"])
+    for name in LABEL_LISTS:
+        labels = record.get(name, [])
+        if not isinstance(labels, list) or not all(
+            type(label) is int and 0 <= label < len(categories) for label in labels
+        ):
+            yield f"{name} is {labels!r}, expected labels of {len(categories)} classes"
     for place, annotation in enumerate(record["annotations"]):
         name = f"annotation {annotation.get('id', f'number {place}')}"
         if what := _annotation_problem(annotation, image_size, categories):

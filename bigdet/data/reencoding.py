@@ -13,13 +13,11 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
-from torch import Tensor
 
 from bigdet.data.annotations import MIN_SIDE
 from bigdet.data.manifest import ShardError
 from bigdet.data.masks import sample_rle
 from bigdet.data.shard_tar import SampleLog
-from bigdet.ops.resize import resize_image, test_size
 
 DECIMALS = 3  # of coordinates
 BYTES_PER_PIXEL = 0.6  # of COCO's images at quality 95 and 4:4:4, for the plan of the shards
@@ -59,13 +57,13 @@ class Reencoding:
 
 
 def reencode(
-    image_bytes: bytes, pixels: Tensor, record: Json, how: Reencoding, log: SampleLog
+    image_bytes: bytes, pixels: NDArray[np.uint8], record: Json, how: Reencoding, log: SampleLog
 ) -> tuple[bytes, Json]:
     """Return image and record of a sample, smaller.
 
     Args:
         image_bytes: encoded.
-        pixels: ``(3, H, W)`` uint8, the same decoded.
+        pixels: ``(H, W, 3)`` uint8, the same decoded.
         record: see ``shards.Sample``.
         how: to which size and quality.
         log: annotations of which nothing is left are noted here.
@@ -73,8 +71,14 @@ def reencode(
     height, width = record["height"], record["width"]
     if max(height, width) <= how.long_side:
         return image_bytes, record
+    # Here, as images that keep their bytes are converted without torch.
+    import torch
+
+    from bigdet.ops.resize import resize_image, test_size
+
     size = test_size(height, width, how.long_side, how.long_side)
-    resized = resize_image(pixels, size).permute(1, 2, 0).contiguous().numpy()  # (h, w, 3)
+    smaller = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), size)
+    resized = smaller.permute(1, 2, 0).contiguous().numpy()  # (h, w, 3)
     data: bytes = simplejpeg.encode_jpeg(resized, quality=how.quality, colorsubsampling="444")
     annotations = []
     for annotation in record["annotations"]:

@@ -17,17 +17,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email.utils import formatdate, parsedate_to_datetime
 from typing import IO
 from urllib.parse import quote, urlsplit
 
 import fsspec
-import webdataset
+
+from bigdet.data.web_pages import describe_page
+from bigdet.reading import RETRY_SECONDS
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Pauses between the attempts, so there is one attempt more. No jitter: processes that fail
-together wait for each other's lock anyway, see ``cache.py``."""
+LONGEST_PAUSE = 120.0  # seconds, whatever a server asks for; far below log.stall_seconds
 
 STALL_SECONDS = 30.0  # without a byte, after which an attempt has failed
 BLOCK_BYTES = 1 << 20
@@ -88,8 +89,9 @@ def shown(address: str) -> str:
 def fetch(remote: RemoteFile, file: IO[bytes], start: int = 0, stop: int | None = None) -> None:
     """Copy a remote file, or bytes ``start`` to ``stop`` of it, to an open file, and check it.
 
-    An attempt that fails is followed by others, after the pauses of ``RETRY_SECONDS``, each from
-    the byte on where the last one ended; content that is not as expected is fetched once more.
+    An attempt that fails is followed by others, after the pauses of ``RETRY_SECONDS`` or what the
+    server asks for (Retry-After), each from the byte on where the last one ended; content that is
+    not as expected is fetched once more.
 
     Raises:
         UnreachableError: with what the last attempt found.
@@ -101,6 +103,8 @@ def fetch(remote: RemoteFile, file: IO[bytes], start: int = 0, stop: int | None 
             for found, block in read_blocks(remote.address, position, stop):
                 if found != position:  # begun anew
                     digest = hashlib.sha256()
+                if found == 0 and (page := describe_page(block)):
+                    raise UnreachableError(f"{shown(remote.address)}: {page}")
                 _write(file, found - start, block)
                 digest.update(block)
                 position = found + len(block)
@@ -117,6 +121,8 @@ def fetch(remote: RemoteFile, file: IO[bytes], start: int = 0, stop: int | None 
             raise
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
+            if pause is not None:
+                pause = min(max(pause, _asked_pause(error)), LONGEST_PAUSE)
         if pause is not None:
             logger.warning("%s: %s; again in %.1f s", shown(remote.address), reason, pause)
             time.sleep(pause)
@@ -174,6 +180,10 @@ def _http_blocks(address: str, start: int, stop: int | None) -> Iterator[tuple[i
             raise UnreachableError(f"the server answers {error.code} {error.reason}") from error
         raise
     with response:
+        if response.status != http.client.PARTIAL_CONTENT:
+            landed = "" if response.url == request.full_url else shown(response.url)
+            if page := describe_page(response.peek(), landed):
+                raise UnreachableError(f"{shown(address)}: {page}")
         position = start if response.status == http.client.PARTIAL_CONTENT else 0
         if stop is not None and response.status != http.client.PARTIAL_CONTENT:
             raise UnreachableError("the server gives no parts of files")
@@ -184,7 +194,23 @@ def _http_blocks(address: str, start: int, stop: int | None) -> Iterator[tuple[i
             raise OSError(f"the connection broke {response.length} bytes before the end")
 
 
+def _asked_pause(error: Exception) -> float:
+    """Return the seconds that a server asks to wait for: a number, or a date by its own clock."""
+    if not isinstance(error, urllib.error.HTTPError):
+        return 0.0
+    asked = error.headers.get("Retry-After", "").strip()
+    if asked.isdecimal():
+        return float(asked)
+    try:
+        now = parsedate_to_datetime(error.headers.get("Date") or formatdate(usegmt=True))
+        return (parsedate_to_datetime(asked) - now).total_seconds()
+    except (ValueError, TypeError):  # no date, or one without its zone
+        return 0.0
+
+
 def _pipe_blocks(address: str) -> Iterator[tuple[int, bytes]]:
+    import webdataset  # here, as it imports torch, which making and checking shards do without
+
     pipe = webdataset.gopen(address, "rb")
     position = 0
     try:

@@ -12,6 +12,8 @@ from torch import Tensor
 from bigdet.data.decode import decode_image, stored_size
 from bigdet.data.manifest import ShardError
 from bigdet.data.shards import Sample, ShardSet, UnavailableShardError
+from bigdet.pixels import turned_size
+from bigdet.reading import why_unread
 
 
 class DamagedSampleError(ShardError):
@@ -44,7 +46,7 @@ def load_sample(shards: ShardSet, row: int) -> tuple[Tensor, dict[str, Any]]:
 
     Raises:
         DamagedSampleError: with shard, sample and offset.
-        UnavailableShardError: the shard lies at an address and cannot be fetched.
+        UnavailableShardError: the shard cannot be fetched, or the system does not let it be read.
     """
     sample = read_sample(shards, row)
     return decode_sample(shards, row, sample), sample.record
@@ -55,7 +57,7 @@ def read_sample(shards: ShardSet, row: int) -> Sample:
     try:
         return shards.read(row)
     except UnavailableShardError:
-        raise  # another sample in its place would be as far away
+        raise  # the reason is not in the sample: others would fail in the same way
     except ShardError as error:
         raise DamagedSampleError(str(error), "unreadable") from error
 
@@ -63,7 +65,7 @@ def read_sample(shards: ShardSet, row: int) -> Sample:
 def decode_sample(
     shards: ShardSet, row: int, sample: Sample, least_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return the image of a sample, whose stored size is checked against its record.
+    """Return the image of a sample as its data set annotates it; its size is checked.
 
     Args:
         shards: the set that it is of.
@@ -79,13 +81,20 @@ def decode_sample(
         DamagedSampleError: with shard, sample and offset.
     """
     try:
-        image = decode_image(sample.image_bytes, least_size)
-        found = image.shape[1:] if least_size is None else stored_size(sample.image_bytes)
+        image = decode_image(sample.image_bytes, least_size, sample.orientation)
+        if least_size is None:
+            found = tuple(image.shape[1:])
+        else:
+            found = turned_size(stored_size(sample.image_bytes), sample.orientation)
     except ValueError as error:
         raise damaged(shards, row, "undecodable", f"cannot be decoded: {error}") from error
+    except MemoryError as error:
+        raise UnavailableShardError(
+            f"{shards.place(row)}: the image of sample {shards.key(row)} {why_unread(error)}"
+        ) from error
     expected = (sample.record["height"], sample.record["width"])
-    if tuple(found) != expected:
-        what = f"is {tuple(found)}, height and width, its record says {expected}"
+    if found != expected:
+        what = f"is {found}, height and width, its record says {expected}"
         raise damaged(shards, row, "wrong_size", what)
     return image
 
@@ -95,7 +104,7 @@ def damaged(shards: ShardSet, row: int, kind: str, what: str) -> DamagedSampleEr
     offset = int(shards.index[row]["image_offset"])
     return DamagedSampleError(
         f"{shards.place(row)}: the image of sample {shards.key(row)} (row {row}, offset {offset}) "
-        f"{what}. tools/check_shards.py {shards.address} lists all that is damaged; make the "
+        f"{what}. `bigdet check-shards {shards.address}` lists all that is damaged; make the "
         "shards again from a good copy.",
         kind,
     )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
 from bigdet.data.manifest import ShardError
 from bigdet.data.mix import MixedSet
 from bigdet.data.repeats import Repeats, repeat_factors
-from bigdet.data.shards import ShardSet
+from bigdet.data.shards import ShardSet, source_ids
 from bigdet.data.windows import Windows
 from bigdet.ops.random import permutation
 
@@ -83,6 +84,20 @@ def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
         "min_keypoints": split.min_keypoints or None,
     }
     return Selection(rows, _repeats(shards, rows, split), windows, state)
+
+
+def left_out(shards: ShardSet, split: TrainSplitConfig) -> str:
+    """Say why images of a set are not offered; empty if all are."""
+    num_empty = len(shards) - int(np.count_nonzero(shards.index["num_boxes"]))
+    if split.keep_empty or not num_empty:
+        return ""
+    manifest = shards.manifest
+    if not manifest.instances and manifest.crowd:
+        return f" All {manifest.crowd} objects are crowd (iscrowd: 1), which is not learned."
+    return (
+        f" {num_empty} of {len(shards)} images have no object that is not crowd; "
+        "data.train.keep_empty=true takes them."
+    )
 
 
 def _with_keypoints(shards: ShardSet, rows: NDArray[np.int32], least: int) -> NDArray[np.int32]:
@@ -167,7 +182,7 @@ def _subset(
         drawn = permutation("subset", subset.seed, count=len(rows))[: subset.images]
         return rows[np.sort(drawn)]
     assert subset.ids is not None
-    ids = _read_ids(Path(subset.ids))
+    ids = _read_ids(Path(subset.ids), source_ids(shards))
     absent = ids[~np.isin(ids, shards.index["image_id"])]
     if len(absent):
         raise ShardError(
@@ -183,12 +198,17 @@ def _subset(
     return chosen
 
 
-def _read_ids(path: Path) -> NDArray[np.int64]:
-    """Return the image ids that a file lists; ``ShardError`` if it is no such list."""
+def _read_ids(path: Path, numbers: Mapping[str, int]) -> NDArray[np.int64]:
+    """Return the image ids that a file lists; ``ShardError`` if it is no such list.
+
+    Args:
+        path: of the file.
+        numbers: of the images whose own ids are strings, which the file may list.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if text.lstrip().startswith("[") else text.split()
-        ids = np.array([int(value) for value in values], np.int64)
+        ids = np.array([numbers.get(value) or int(value) for value in values], np.int64)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ShardError(
             f"data.train.subset.ids: {path} is no list of image ids ({error}). Write a JSON list, "

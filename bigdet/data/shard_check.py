@@ -12,12 +12,12 @@ import numpy as np
 
 from bigdet.config.data_schema import CacheConfig
 from bigdet.data.conversion import Progress, no_progress
-from bigdet.data.decode import decode_image
+from bigdet.data.decode import decode_pixels
 from bigdet.data.manifest import Manifest, Shard, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.record_check import annotation_problems, record_problem
 from bigdet.data.remote import is_remote
-from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags
+from bigdet.data.shard_tar import annotation_flags, count_boxes, image_flags, turn_flags
 from bigdet.data.shards import (
     MISSING,
     Sample,
@@ -26,6 +26,7 @@ from bigdet.data.shards import (
     file_sha256,
     size_problem,
 )
+from bigdet.reading import patiently, why_unread
 
 ANY_SIZE = 1e9  # GiB; of a cache whose shards' sizes are not known yet
 
@@ -51,7 +52,11 @@ class _Job:
 
 
 def check_shards(
-    path: str | Path, *, processes: int = 1, progress: Progress = no_progress
+    path: str | Path,
+    *,
+    processes: int = 1,
+    progress: Progress = no_progress,
+    tally: Counter[str] | None = None,
 ) -> Iterator[Problem]:
     """Read a whole shard set and give its problems one by one.
 
@@ -60,6 +65,8 @@ def check_shards(
             cache, and kept no longer than it takes.
         processes: how many shards are read at a time.
         progress: called now and then with the number of samples done and in all.
+        tally: gets the counts of what could be read: ``images``, ``instances``, ``crowd``,
+            ``pixels``, and by label ``instances of label 0``, ``crowd of label 0``, ...
 
     Raises:
         ShardError: manifest or index are missing or are not of one set.
@@ -71,12 +78,12 @@ def check_shards(
         room = (processes + 1) * max(sizes) / 2**30
         cache = CacheConfig(folder=cache_folder, gib=room)
         jobs = (_Job(str(path), cache, number) for number in range(len(sizes)))
-        found: Counter[str] = Counter()
+        found: Counter[str] = Counter() if tally is None else tally
         for problems, counts in run_jobs(
             _check_shard, jobs, processes, lambda done: progress(done, len(shards))
         ):
             yield from problems
-            found += counts
+            found.update(counts)
         yield from _count_problems(shards, found)
 
 
@@ -95,7 +102,10 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
     shards = _open(job.path, job.cache)
     shard = shards.manifest.shards[job.shard]
     found: Counter[str] = Counter()
-    problem = None if is_remote(job.path) else _file_problem(Path(job.path), shard)
+    try:
+        problem = None if is_remote(job.path) else _file_problem(Path(job.path), shard)
+    except OSError as error:
+        return [Problem(shard.file, why_unread(error))], found
     problems = [] if problem is None else [Problem(shard.file, problem)]
     if problem == MISSING:
         return problems, found  # told once for all of its samples
@@ -116,6 +126,9 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
                 found["crowd"] += len(sample.record["annotations"]) - num_boxes
                 found["instances"] += num_boxes
                 found["pixels"] += sample.record["height"] * sample.record["width"]
+                for entry in sample.record["annotations"]:
+                    kind = "crowd" if entry["iscrowd"] else "instances"
+                    found[f"{kind} of label {entry['label']}"] += 1
         tick()
     shards.close()
     return problems, found
@@ -124,7 +137,8 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
 def _file_problem(folder: Path, shard: Shard) -> str | None:
     """Say what is wrong with a tar of a local set as a file."""
     problem = size_problem(folder, shard)
-    if problem is None and file_sha256(folder / shard.file) != shard.sha256:
+    path = folder / shard.file
+    if problem is None and patiently(lambda: file_sha256(path), str(path)) != shard.sha256:
         problem = "SHA-256 is not that of the manifest"
     return problem
 
@@ -137,7 +151,7 @@ def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]
         return
     recorded = (record["height"], record["width"])
     try:
-        decoded = tuple(decode_image(sample.image_bytes).shape[1:])
+        decoded = tuple(decode_pixels(sample.image_bytes, None, sample.orientation).shape[:2])
     except ValueError as error:
         yield f"image cannot be decoded: {error}"
     else:
@@ -150,6 +164,7 @@ def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]
     if entry["num_boxes"] != num_boxes:
         yield f"index says {entry['num_boxes']} boxes, the record has {num_boxes}"
     flags = image_flags(sample.image_bytes) | annotation_flags(annotations)
+    flags |= turn_flags(sample.orientation)
     if entry["flags"] != flags:
         yield f"index has flags {entry['flags']}, expected {flags}"
     yield from annotation_problems(record, shards.categories)
@@ -159,8 +174,11 @@ def _count_problems(shards: ShardSet, found: Counter[str]) -> Iterator[Problem]:
     """Compare the counts of the manifest with what is there, if all of it could be read."""
     manifest = shards.manifest
     if found["images"] == manifest.images:
-        for name in ("instances", "crowd", "pixels"):
-            expected = getattr(manifest, name)
+        expectations = {name: getattr(manifest, name) for name in ("instances", "crowd", "pixels")}
+        for name in ("instances", "crowd"):
+            for label, count in enumerate(getattr(manifest, f"{name}_per_class") or []):
+                expectations[f"{name} of label {label}"] = count
+        for name, expected in expectations.items():
             if found[name] != expected:
                 yield Problem("manifest.json", f"{name}: {expected}, found {found[name]}")
     per_shard = np.bincount(shards.index["shard"], minlength=len(manifest.shards))

@@ -6,17 +6,20 @@ The same samples give the same bytes: nothing of the machine or the moment goes 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import tarfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 
 from bigdet.data.manifest import Shard, ShardError
+from bigdet.data.orientation import as_stored
 from bigdet.data.shards import (
     FLAG_CROWD,
     FLAG_KEYPOINTS,
@@ -24,6 +27,7 @@ from bigdet.data.shards import (
     FLAG_NOT_JPEG,
     FLAG_PROGRESSIVE,
     INDEX_DTYPE,
+    TURN_BIT,
     file_sha256,
     sample_key,
 )
@@ -52,6 +56,19 @@ class SampleLog:
         self.lines.append({"changed": reason, **details})
 
 
+class ClassCounter(Counter[tuple[int, bool]]):
+    """How many annotations there are by label, and whether they are crowd."""
+
+    def add(self, annotations: list[dict[str, Any]]) -> None:
+        """Count those of one image."""
+        self.update((entry["label"], bool(entry["iscrowd"])) for entry in annotations)
+
+    def listed(self) -> list[list[int]]:
+        """Return ``[label, instances, crowd]`` of each class that there is, by rising label."""
+        labels = sorted({label for label, _ in self})
+        return [[label, self[label, False], self[label, True]] for label in labels]
+
+
 @dataclass(frozen=True)
 class FinishedShard:
     """What a set's index and manifest need to know of a tar.
@@ -59,13 +76,13 @@ class FinishedShard:
     Attributes:
         shard: its entry in the manifest; a tar without samples has no file.
         rows: its records of the index; ``shard`` in them is 0.
-        crowd: number of crowd annotations.
+        classes: ``[label, instances, crowd]`` of each class that it has, by rising label.
         log: lines for ``skipped.jsonl``.
     """
 
     shard: Shard
     rows: NDArray[np.void]
-    crowd: int
+    classes: list[list[int]]
     log: list[dict[str, Any]]
 
 
@@ -76,18 +93,18 @@ class ShardTar:
         self.path = path
         self.size = 0  # bytes so far
         self._rows: list[tuple[int, ...]] = []
-        self._crowd = 0
+        self._classes = ClassCounter()
         self._file = open(path, "wb")  # noqa: SIM115
-        self._writer = webdataset.TarWriter(
-            self._file, encoder=False, user="bigdet", group="bigdet", mode=0o444, mtime=0
-        )
+        # The bytes that webdataset's TarWriter writes, without its import of torch.
+        self._writer = tarfile.open(fileobj=self._file, mode="w|")  # noqa: SIM115
 
-    def add(self, image: bytes, record: dict[str, Any]) -> None:
-        """Append one sample.
+    def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
+        """Append one sample, see ``shards.Sample``.
 
         Args:
             image: the encoded image, of a format that ``image_suffix`` knows.
-            record: its annotations, see ``shards.Sample``.
+            record: its annotations.
+            orientation: the image's own, if the annotations are of the image turned so.
         """
         suffix = image_suffix(image)
         assert suffix is not None
@@ -99,14 +116,14 @@ class ShardTar:
                 f"image {record['image_id']} ({record['file_name']}): {height} x {width} pixels, "
                 f"{num_boxes} boxes; the shard format holds at most {MAX_U2} of each. Leave it out."
             )
-        text = record_text(record)
+        text = record_text(as_stored(record, orientation))
         offsets = self._write(sample_key(record["image_id"]), {suffix: image, "json": text})
-        flags = image_flags(image) | annotation_flags(annotations)
+        flags = image_flags(image) | annotation_flags(annotations) | turn_flags(orientation)
         image_fields = (record["image_id"], offsets[suffix], len(image))
         crc = zlib.crc32(text, zlib.crc32(image))
         other_fields = (crc, width, height, flags, num_boxes, 0)
         self._rows.append((*image_fields, offsets["json"], len(text), *other_fields))
-        self._crowd += len(annotations) - num_boxes
+        self._classes.add(annotations)
 
     def close(self) -> FinishedShard:
         """Finish the tar."""
@@ -114,7 +131,8 @@ class ShardTar:
         self._file.close()
         size = self.path.stat().st_size
         shard = Shard(self.path.name, size, len(self._rows), file_sha256(self.path))
-        return FinishedShard(shard, np.array(self._rows, dtype=INDEX_DTYPE), self._crowd, [])
+        rows = np.array(self._rows, dtype=INDEX_DTYPE)
+        return FinishedShard(shard, rows, self._classes.listed(), [])
 
     def abandon(self) -> None:
         """Close the file as it is, after an error."""
@@ -127,11 +145,14 @@ class ShardTar:
     def _write(self, key: str, files: dict[str, bytes]) -> dict[str, int]:
         """Append files by extension; return the offset of each one's first byte in the tar."""
         offsets = {}
-        for suffix in sorted(files):  # TarWriter's order
+        for suffix, data in sorted(files.items()):
+            member = tarfile.TarInfo(f"{key}.{suffix}")
+            member.size, member.mode = len(data), 0o444
+            member.uname = member.gname = "bigdet"
+            self._writer.addfile(member, io.BytesIO(data))
             offsets[suffix] = self.size + TAR_BLOCK
-            self.size += TAR_BLOCK + _padded(len(files[suffix]))
-        self._writer.write({"__key__": key, **files})
-        assert self.size == self._writer.tarstream.offset
+            self.size += TAR_BLOCK + _padded(len(data))
+        assert self.size == self._writer.offset
         return offsets
 
 
@@ -168,6 +189,11 @@ def image_flags(image: bytes) -> int:
         else:
             place += 2 + int.from_bytes(image[place + 2 : place + 4], "big")
     return 0
+
+
+def turn_flags(orientation: int) -> int:
+    """Return the index flags of an image that is seen turned as its EXIF orientation says."""
+    return (orientation - 1) << TURN_BIT
 
 
 def annotation_flags(annotations: list[dict[str, Any]]) -> int:

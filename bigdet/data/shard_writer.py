@@ -9,7 +9,6 @@ finished; after an error nothing is left.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -18,6 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from operator import add
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -25,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet import locks
 from bigdet.data.manifest import (
     MANIFEST_NAME,
     VERSION,
@@ -36,8 +37,10 @@ from bigdet.data.manifest import (
 )
 from bigdet.data.shard_tar import FinishedShard, ShardTar, record_text, stored_bytes
 from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME
+from bigdet.strict_json import to_json
 
 UNFINISHED = ".unfinished"
+LOCK_NAME = "lock"  # in it: who makes the set
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class SetInfo:
     source: str
     categories: list[Category]
     options: dict[str, Any]
+    federated: bool = False
 
 
 class ShardWriter:
@@ -83,21 +87,19 @@ class ShardWriter:
         self._limit = shard_megabytes * 10**6
         self._finished: list[FinishedShard] = []
         self._tar: ShardTar | None = None
+        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> ShardWriter:
         refuse_shards(self.folder)
         self._made_folders = make_folders(self.folder / UNFINISHED)
-        self._lock = os.open(self.folder / UNFINISHED, os.O_RDONLY)
+        file = self.folder / UNFINISHED / LOCK_NAME
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise ShardError(
-                f"{self.folder}: another process is writing shards here. Wait for it, or give "
-                "another folder."
-            ) from error
+            self._lock.enter_context(locks.held(self.folder, file))
+        except locks.LockedError as error:
+            raise ShardError(str(error)) from error
         for path in (self.folder / UNFINISHED).iterdir():  # left by a process that was killed
-            path.unlink()
+            if path != file:
+                path.unlink()
         return self
 
     def __exit__(
@@ -108,26 +110,27 @@ class ShardWriter:
     ) -> None:
         with contextlib.ExitStack() as clean_up:  # does all of it even if a part fails
             clean_up.callback(self._remove_made_folders)
-            clean_up.callback(os.close, self._lock)
+            clean_up.callback(self._lock.close)
             clean_up.callback(shutil.rmtree, self.folder / UNFINISHED)
             if kind is None:
                 self._finish()
             elif self._tar is not None:
                 self._tar.abandon()
 
-    def add(self, image: bytes, record: dict[str, Any]) -> None:
-        """Append one sample.
+    def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
+        """Append one sample, see ``shards.Sample``.
 
         Args:
             image: the encoded image, JPEG, PNG or WebP.
-            record: its annotations, see ``shards.Sample``.
+            record: its annotations.
+            orientation: the image's own, if the annotations are of the image turned so.
         """
         size = stored_bytes(len(image), len(record_text(record)))
         if self._tar is not None and self._tar.size + size > self._limit:
             self._close_tar()
         if self._tar is None:
             self._tar = ShardTar(self.folder / UNFINISHED / shard_name(len(self._finished)))
-        self._tar.add(image, record)
+        self._tar.add(image, record, orientation)
         self.images += 1
 
     def _remove_made_folders(self) -> None:
@@ -153,7 +156,7 @@ class ShardWriter:
         for name in [*names, INDEX_NAME, MANIFEST_NAME]:
             flush_to_disk(unfinished / name)
             os.rename(unfinished / name, self.folder / name)
-        flush_to_disk(self.folder)
+            flush_to_disk(self.folder)
         self.manifest = manifest
 
 
@@ -170,29 +173,33 @@ def summarize(
     shards: list[Shard] = []
     rows = [np.zeros(0, dtype=INDEX_DTYPE)]
     counts: dict[str, Counter[str]] = {"skipped": Counter(), "changed": Counter()}
-    crowd = 0
+    classes: dict[int, list[int]] = {label: [0, 0] for label in range(len(info.categories))}
     for part in finished:
         for line in part.log:
             kind = "skipped" if "skipped" in line else "changed"
             counts[kind][line[kind]] += 1
-            log.write(json.dumps(line) + "\n")
+            log.write(to_json(line) + "\n")
         if part.shard.samples:
             part.rows["shard"] = len(shards)
             rows.append(part.rows)
             shards.append(part.shard)
-            crowd += part.crowd
+            for label, *counts_of_label in part.classes:
+                sums = classes.setdefault(label, [0, 0])
+                sums[:] = map(add, sums, counts_of_label)
     index = np.concatenate(rows)
     manifest = Manifest(
         version=VERSION,
         **vars(info),
         images=len(index),
         instances=int(index["num_boxes"].sum(dtype=np.int64)),
-        crowd=crowd,
+        crowd=sum(crowd for _, crowd in classes.values()),
         pixels=int((index["height"].astype(np.int64) * index["width"]).sum()),
         skipped=dict(sorted(counts["skipped"].items())),
         changed=dict(sorted(counts["changed"].items())),
         shards=shards,
         index_sha256=hashlib.sha256(index_bytes(index)).hexdigest(),
+        instances_per_class=[classes[label][0] for label in range(len(info.categories))],
+        crowd_per_class=[classes[label][1] for label in range(len(info.categories))],
     )
     if len(index):
         return manifest, index
@@ -201,7 +208,7 @@ def summarize(
 
 def only_log(lines: list[dict[str, Any]]) -> FinishedShard:
     """Return lines for ``skipped.jsonl`` that belong to no tar, in the form of an empty one."""
-    return FinishedShard(Shard("", 0, 0, ""), np.zeros(0, dtype=INDEX_DTYPE), 0, lines)
+    return FinishedShard(Shard("", 0, 0, ""), np.zeros(0, dtype=INDEX_DTYPE), [], lines)
 
 
 def shard_name(number: int) -> str:
@@ -237,6 +244,8 @@ def manifest_text(manifest: Manifest) -> str:
     """Return the content of ``manifest.json``."""
     values = asdict(manifest)
     values["categories"] = [category_values(category) for category in manifest.categories]
+    if not manifest.federated:
+        del values["federated"]
     values["sha256"] = manifest_sha256(values)
     return json.dumps(values, indent=1) + "\n"
 

@@ -6,14 +6,18 @@
     DIR/skipped.jsonl      what was left out when the set was made, one object per line, if any
 
 ``manifest.json`` (``manifest.py``) is written last, so a folder without it is not a finished set.
-Writing is in ``shard_writer.py``; ``tools/check_shards.py`` reads every byte. A set may also lie
+``KEY.json`` describes the pixels of its image as they are stored; where EXIF shows it turned, and
+it was annotated so, both are handed out turned (``orientation.py``).
+Writing is in ``shard_writer.py``; ``bigdet check-shards`` reads every byte. A set may also lie
 at an address (``remote.py``), and is then read through a cache (``cache.py``).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +29,11 @@ from numpy.typing import NDArray
 
 from bigdet.config.data_schema import CacheConfig
 from bigdet.data.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
+from bigdet.data.orientation import as_seen
 from bigdet.data.remote import UnreachableError, file_address, is_remote, shown
 from bigdet.data.tars import check_random_reads, local_copy, open_tars
+from bigdet.data.web_pages import found_page
+from bigdet.reading import patiently, why_unread
 
 INDEX_DTYPE = np.dtype(
     [
@@ -36,7 +43,7 @@ INDEX_DTYPE = np.dtype(
         ("annotation_offset", "<u8"),
         ("annotation_size", "<u4"),
         ("crc32", "<u4"),  # over the image bytes, then the annotation bytes
-        ("width", "<u2"),
+        ("width", "<u2"),  # as the image is seen
         ("height", "<u2"),
         ("flags", "<u2"),
         ("num_boxes", "<u2"),  # crowds not counted
@@ -48,29 +55,43 @@ FLAG_MASKS = 2
 FLAG_KEYPOINTS = 4
 FLAG_PROGRESSIVE = 8
 FLAG_NOT_JPEG = 16
+TURN_BIT = 5  # from here on 3 bits: the EXIF orientation, less 1, that the image is seen with
 
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
 MISSING = "the file is missing"
+STRING_IDS = {"image_ids": "strings"}
+"""In the options of a set that has ``source_id`` in its records."""
+LABEL_LISTS = ("negative_labels", "not_exhaustive_labels")
+"""What records of a federated set have, see ``Sample``."""
+NO_MASK: tuple[Any, ...] = (None, [], [[]])
+"""Segmentations with which tools say that there is none."""
 
 
 class UnavailableShardError(ShardError):
-    """A remote shard that cannot be had: no damage of a sample, but the end of a run."""
+    """A shard that cannot be had: no damage of a sample, but the end of a run."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its annotations, as stored.
+    """One image with its annotations, as the data set has them.
 
     Attributes:
         image_bytes: the encoded image.
         record: ``image_id, file_name, height, width, annotations``; each annotation has
             ``id, label, bbox`` (xywh, pixels), ``area, iscrowd`` and maybe ``segmentation`` and
-            ``keypoints`` (x, y, visibility 0..2 of each of the category's, flat).
+            ``keypoints`` (x, y, visibility 0..2 of each of the category's, flat). Where the data
+            set's own image id is a string it is in ``source_id``. A federated set has two lists:
+            ``negative_labels``, classes looked for that are not there, and
+            ``not_exhaustive_labels``, classes of which not all objects are annotated; of others
+            without objects nothing is known.
+        orientation: how the decoded image is turned to be what the record describes, ``1..8`` as
+            in EXIF.
     """
 
     image_bytes: bytes
     record: dict[str, Any]
+    orientation: int = 1
 
 
 class ShardSet:
@@ -102,8 +123,22 @@ class ShardSet:
         except UnreachableError as error:
             raise UnavailableShardError(
                 f"{self.address}: manifest and index of the shard set cannot be fetched: {error}. "
-                "Give the address of the folder that tools/make_shards.py wrote."
+                "Give the address of the folder that `bigdet shards` wrote."
             ) from error
+        try:
+            patiently(self._load, str(self.folder))
+            if check_files and not is_remote(self._path):
+                self._check_files()
+        except OSError as error:
+            place = error.filename or self.folder
+            raise UnavailableShardError(f"{place}: {why_unread(error)}") from error
+        except ShardError as error:
+            if not is_remote(self._path):
+                raise
+            raise ShardError(f"{self.address}: of what was fetched from there, {error}") from error
+
+    def _load(self) -> None:
+        """Read manifest and index."""
         self.manifest = Manifest.load(self.folder)
         self.index = load_index(self.folder, self.manifest)
         expected = self.manifest.index_sha256
@@ -113,13 +148,17 @@ class ShardSet:
                 "damaged or of another set. Copy or make the set again."
             )
         self._tars = open_tars(self._path, self.manifest.shards, self._cache)
-        if check_files and not is_remote(self._path):
-            for shard in self.manifest.shards:
-                if problem := size_problem(self.folder, shard):
-                    raise ShardError(
-                        f"{self.folder / shard.file}: {problem}. Copy the set again, or make it "
-                        "again with tools/make_shards.py."
-                    )
+
+    def _check_files(self) -> None:
+        """See that every tar of a local set is there, whole, and may be read."""
+        for shard in self.manifest.shards:
+            path = self.folder / shard.file
+            if problem := size_problem(self.folder, shard):
+                raise ShardError(
+                    f"{path}: {problem}. Copy the set again, or make it again with `bigdet shards`."
+                )
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -168,7 +207,7 @@ class ShardSet:
         found, expected = zlib.crc32(text, zlib.crc32(image)), int(entry["crc32"])
         if found != expected:
             raise self._damaged(row, f"CRC-32 is {found:08x}, expected {expected:08x}")
-        return Sample(image, self._parse(row, text))
+        return Sample(image, self._parse(row, text), orientation_of(int(entry["flags"])))
 
     def record(self, row: int) -> dict[str, Any]:
         """Return the annotations of one sample, see ``Sample``, without reading its image."""
@@ -218,8 +257,8 @@ class ShardSet:
                 f"{self.place(row)}: the shard cannot be fetched: {error}. See that the address "
                 "can be reached from this host, and start again to go on."
             ) from error
-        except OSError as error:
-            raise self._damaged(row, f"cannot be read ({error.strerror})") from error
+        except (OSError, MemoryError) as error:
+            raise UnavailableShardError(f"{self.place(row)}: {why_unread(error)}") from error
         if len(data) != size:
             raise self._damaged(row, f"the tar ends after {len(data)} of {size} bytes")
         return data
@@ -229,19 +268,41 @@ class ShardSet:
             record: dict[str, Any] = orjson.loads(text)  # 7 times as fast as json
             if record["image_id"] != self.index[row]["image_id"]:
                 raise self._damaged(row, f"annotations are of image {record['image_id']}")
+            drop_empty_masks(record)
+            return as_seen(record)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise self._damaged(row, f"annotations are not readable ({error!r})") from error
-        return record
 
     def _damaged(self, row: int, what: str) -> ShardError:
         offset = int(self.index[row]["image_offset"])
         error = ShardError(
             f"{self.place(row)}: sample {self.key(row)} (row {row}, offset {offset}): {what}. The "
-            f"shard is damaged: tools/check_shards.py {self.address} lists all that is; copy or "
+            f"shard is damaged: `bigdet check-shards {self.address}` lists all that is; copy or "
             "make it again."
         )
         error.finding = what
         return error
+
+
+def source_ids(shards: ShardSet) -> dict[str, int]:
+    """Return the number of each image whose own id is a string."""
+    if not STRING_IDS.items() <= shards.manifest.options.items():
+        return {}
+    records = map(shards.record, range(len(shards)))
+    return {r["source_id"]: r["image_id"] for r in records if "source_id" in r}
+
+
+def orientation_of(flags: int) -> int:
+    """Return the EXIF orientation that an image is seen with, by its flags in the index."""
+    return 1 + (flags >> TURN_BIT & 7)
+
+
+def drop_empty_masks(record: dict[str, Any]) -> None:
+    """Take masks of nothing out of a record: tars that others wrote have them for "no mask"."""
+    entries = record.get("annotations")
+    for annotation in entries if isinstance(entries, list) else []:
+        if isinstance(annotation, dict) and annotation.get("segmentation") in NO_MASK:
+            annotation.pop("segmentation", None)
 
 
 def sample_key(image_id: int) -> str:
@@ -255,9 +316,12 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     try:
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header makes numpy raise nearly anything
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise
+        reason = found_page(path) or error
         raise ShardError(
-            f"{path}: not the index of a shard set ({error}). Make the shards again with "
-            "tools/make_shards.py."
+            f"{path}: not the index of a shard set ({reason}). Make the shards again with "
+            "`bigdet shards`."
         ) from error
     num_shards = len(manifest.shards)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.images,):

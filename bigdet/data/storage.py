@@ -7,7 +7,6 @@ stores show an upload when it has ended. Reading of shards is in ``shards.py``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -18,8 +17,9 @@ from typing import Any, Protocol
 
 import fsspec
 
+from bigdet import locks
 from bigdet.data.manifest import ShardError
-from bigdet.data.shard_writer import UNFINISHED, flush_to_disk, make_folders
+from bigdet.data.shard_writer import LOCK_NAME, UNFINISHED, flush_to_disk, make_folders
 
 
 class Storage(Protocol):
@@ -46,6 +46,9 @@ class Storage(Protocol):
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """Give a local folder for files under way, empty, this process's alone."""
+
+    def check_free(self) -> None:
+        """Raise ``ShardError`` if another process writes the whole set."""
 
     def claim(self, part: str | None) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from writing the same; several parts may be written at a time."""
@@ -103,6 +106,11 @@ class LocalStorage:
         with tempfile.TemporaryDirectory(dir=self.folder / UNFINISHED, prefix="writing-") as path:
             yield Path(path)
 
+    def check_free(self) -> None:
+        """Raise ``ShardError`` if another process writes the whole set."""
+        with _as_shard_error():
+            locks.refuse_held(self.folder, self.folder / UNFINISHED / LOCK_NAME)
+
     @contextlib.contextmanager
     def claim(self, part: str | None) -> Iterator[None]:
         """Lock the folder against other conversions, and clear what killed ones left half-done."""
@@ -112,21 +120,19 @@ class LocalStorage:
             raise ShardError(
                 f"{self.folder}: cannot be written to: {error.strerror}. Give another folder."
             ) from error
-        locks = [("lock", fcntl.LOCK_EX)]
-        if part is not None:
-            locks = [("lock", fcntl.LOCK_SH), (f"lock-{part.replace('/', '-of-')}", fcntl.LOCK_EX)]
-        with contextlib.ExitStack() as files:
-            for name, kind in locks:
-                file = files.enter_context(open(self.folder / UNFINISHED / name, "w"))
-                try:
-                    fcntl.flock(file, kind | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ShardError(
-                        f"{self.folder}: another process is writing shards here. Wait for it, or "
-                        "give another folder."
-                    ) from error
+        unfinished = self.folder / UNFINISHED
+        own = LOCK_NAME if part is None else f"{LOCK_NAME}-{part.replace('/', '-of-')}"
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(_remove_if_empty, unfinished)
+            with _as_shard_error():
+                self.check_free()
+                at_end.enter_context(locks.held(self.folder, unfinished / own))
+                # After its own lock is there: of two that begin at a time, one sees the other.
+                pattern = f"{LOCK_NAME}-*" if part is None else LOCK_NAME
+                for other in unfinished.glob(pattern):
+                    locks.refuse_held(self.folder, other)
             if part is None:
-                for path in (self.folder / UNFINISHED).glob("writing-*"):
+                for path in unfinished.glob("writing-*"):
                     shutil.rmtree(path)
             yield
 
@@ -186,6 +192,9 @@ class RemoteStorage:
         with tempfile.TemporaryDirectory(prefix="bigdet-shards-") as path:
             yield Path(path)
 
+    def check_free(self) -> None:
+        """Nothing: object stores have no locks."""
+
     @contextlib.contextmanager
     def claim(self, part: str | None) -> Iterator[None]:
         """Nothing: object stores have no locks."""
@@ -209,6 +218,19 @@ class RemoteStorage:
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # there is something in it, or it is gone
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _as_shard_error() -> Iterator[None]:
+    try:
+        yield
+    except locks.LockedError as error:
+        raise ShardError(str(error)) from error
 
 
 def open_storage(out: str | Path) -> Storage:

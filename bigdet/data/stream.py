@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bigdet.config.data_schema import DataConfig, TrainSplitConfig
 from bigdet.config.derived import largest_plan
@@ -36,9 +38,10 @@ from bigdet.data.samples import (
     aspect_ratios,
     load_sample,
 )
-from bigdet.data.selection import select
+from bigdet.data.selection import left_out, select
 from bigdet.data.shards import ShardSet
 from bigdet.data.views import whole_view
+from bigdet.limits import num_cpus
 from bigdet.structures import Batch
 
 logger = logging.getLogger(__name__)
@@ -114,9 +117,9 @@ class TrainStream:
         if order.num_entries < images_per_step:
             raise ValueError(
                 f"phase {phase}: the training set has {order.num_entries} samples to offer, one "
-                f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu}). "
-                f"Lower phases.{phase}.images_per_step or images_per_gpu, use fewer ranks, or "
-                f"more data."
+                f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu})."
+                f"{left_out(shards, split)} Lower phases.{phase}.images_per_step or "
+                f"images_per_gpu, use fewer ranks, or more data."
             )
         wanted = Wanted(
             masks=with_masks,
@@ -159,7 +162,7 @@ class TrainStream:
             self._state["phase"], f"{self._state['samples']:,}", f"{len(self._groups.shards):,}",
             f"{order.num_entries:,}", f"{order.steps_per_pass:,}", order.name,
         )  # fmt: skip
-        if self._workers > (cores := len(os.sched_getaffinity(0))):
+        if self._workers > (cores := num_cpus()):
             logger.info("data.workers: %d loader processes for each rank, on %d cores",
                         self._workers, cores)  # fmt: skip
         order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
@@ -194,6 +197,10 @@ class TrainStream:
             int(image_id) if weight else None
             for image_id, weight in zip(ids, group.weights, strict=True)
         ]
+
+    def lane_images(self, step: int) -> NDArray[np.int64]:
+        """Return how many images of each lane of a step, from 1, are not masked: ``(L,)``."""
+        return self._groups.order.lane_images(step)
 
     def state(self) -> dict[str, Any]:
         """Return what a number of finished steps is relative to, for a checkpoint."""

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from bigdet.config.load import ConfigError
 from bigdet.data.cache import Cache, locked, name_of, write_whole
 from bigdet.data.manifest import Shard
 from bigdet.data.remote import RemoteFile, UnreachableError, fetch, file_address, is_remote, shown
+from bigdet.reading import MAY_PASS, patiently
 
 MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
 RUN_BYTES = 8 << 20
@@ -55,20 +57,28 @@ class LocalTars:
 
     def read(self, shard: int, start: int, size: int) -> bytes:
         """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return os.pread(self._files[shard], size, start)
+        return patiently(lambda: self._read(shard, start, size), str(self._paths[shard]))
+
+    def _read(self, shard: int, start: int, size: int) -> bytes:
+        try:
+            if shard not in self._files:
+                if len(self._files) >= MAX_OPEN_FILES:
+                    os.close(self._files.pop(next(iter(self._files))))
+                self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(self._files[shard], size, start)
+        except OSError:
+            self.close()  # a stale file is opened anew, and too many open ones are fewer
+            raise
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Nothing: all of it is here."""
 
     def close(self) -> None:
         """Close what is open; it is opened again when needed."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        files, self._files = self._files, {}
+        for file in files.values():
+            with contextlib.suppress(OSError):  # of a disk that is gone
+                os.close(file)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ class CachedTars:
         self._open: tuple[str, int] | None = None  # name and file descriptor
         self._ahead: list[_Piece] = []  # to be fetched ahead
         self._thread: threading.Thread | None = None
+        self._is_fetching = False  # the thread will look at the list once more
+        self._lock = threading.Lock()  # of the list and of this
 
     def read(self, shard: int, start: int, size: int) -> bytes:
         """Return bytes of a tar, fewer where it ends; ``UnreachableError`` if it cannot be had."""
@@ -108,9 +120,17 @@ class CachedTars:
         while start < stop:
             piece = self._piece(shard, start)
             count = min(stop, piece.stop) - start
-            parts.append(os.pread(self._descriptor(piece), count, start - piece.start))
+            read = partial(self._read, piece, count, start - piece.start)
+            parts.append(patiently(read, shown(self._files[shard].address)))
             start += count
         return b"".join(parts)  # of one part that part itself
+
+    def _read(self, piece: _Piece, size: int, start: int) -> bytes:
+        try:
+            return os.pread(self._descriptor(piece), size, start)
+        except OSError:
+            self.close()  # the cache may lie on a network folder, where a file can become stale
+            raise
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Keep what will be read soon, and fetch it ahead where the cache has room for it twice."""
@@ -123,15 +143,25 @@ class CachedTars:
         ahead = [p for p in pieces.values() if not self._cache.touch(p.name, p.stop - p.start)]
         # With less room processes would fetch what makes the others' files go.
         has_room = 2 * sum(p.stop - p.start for p in pieces.values()) <= self._cache.limit_bytes
-        self._ahead = ahead if has_room else []
-        if self._ahead and (self._thread is None or not self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
-            self._thread.start()
+        with self._lock:
+            self._ahead = ahead if has_room else []
+            if self._ahead and not self._is_fetching:
+                self._is_fetching = True
+                self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
+                self._thread.start()
 
     def _fetch_ahead(self) -> None:
-        with contextlib.suppress(IndexError, OSError):  # an error is for who reads it to tell
-            while True:
-                os.close(self._fetched(self._ahead.pop(0)))
+        while True:
+            with self._lock:
+                ahead = self._ahead
+                if not ahead:
+                    self._is_fetching = False  # it counts as alive for some time yet
+                    return
+                piece = ahead.pop(0)
+            try:
+                os.close(self._fetched(piece))
+            except OSError:  # for who reads it to tell; what was expected meanwhile is fetched
+                ahead.clear()
 
     def close(self) -> None:
         """Close what is open; it is opened again when needed."""
@@ -161,6 +191,8 @@ class CachedTars:
             except UnreachableError:
                 raise
             except OSError as error:  # no damage of a shard either
+                if error.errno in MAY_PASS:
+                    raise
                 raise UnreachableError(f"the cache cannot be written: {error}") from error
         return self._open[1]
 
@@ -225,7 +257,7 @@ def local_copy(path: str, config: CacheConfig) -> Path:
     content = io.BytesIO()
     fetch(RemoteFile(file_address(path, "manifest.json")), content)
     text = content.getvalue()
-    folder = _folder(config) / "sets" / name_of(path, text)
+    folder = _folder(config) / "sets" / name_of(path.rstrip("/"), text)
     folder.mkdir(parents=True, exist_ok=True)
     index = RemoteFile(file_address(path, "index.npy"), sha256=_index_sha256(text))
     with locked(folder / "lock"):

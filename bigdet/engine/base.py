@@ -26,8 +26,8 @@ class StepResult:
     """What one optimizer step saw.
 
     Attributes:
-        losses: every loss by name and their sum as ``total``: mean over this rank's micro-batches,
-            scalars on the device of the module.
+        lane_losses: every loss by name and their sum as ``total``: ``(M,)`` of this rank's M
+            micro-batches, in their order, in fp32 on the device of the module.
         is_finite: the same on every rank. False: a loss or the gradient norm was not finite on
             some rank, and neither weights nor optimizer state were touched on any.
         grad_norm: L2 norm of the gradient of the mean loss of all lanes, before clipping; ``inf``
@@ -38,11 +38,16 @@ class StepResult:
         loss_scale: what the losses of this step were multiplied by; 1 but for fp16.
     """
 
-    losses: dict[str, Tensor]
+    lane_losses: dict[str, Tensor]
     is_finite: bool
     grad_norm: float
     is_overflow: bool = False
     loss_scale: float = 1.0
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The losses by name, scalars: means over this rank's micro-batches."""
+        return {name: values.mean() for name, values in self.lane_losses.items()}
 
 
 @dataclass(frozen=True)

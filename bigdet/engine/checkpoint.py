@@ -8,10 +8,10 @@ the loss scale of fp16, and size and hash of the other two). Beside the folders,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -24,12 +24,18 @@ from torch import Tensor
 
 from bigdet import distributed
 from bigdet.engine.base import EngineState
+from bigdet.ops.finite import describe_not_finite
+from bigdet.reading import patiently, why_unread
+from bigdet.run_dir import sync as _sync
+from bigdet.strict_json import to_json
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+ADOPTED_FILE = "adopted"
+"""Is there where a checkpoint was copied from another run; it says from where."""
 PARTIAL = ".part-"
 """Prefix of what is being written, or was when the process died."""
 
@@ -41,10 +47,12 @@ class Checkpoint:
     Attributes:
         engine: weights and optimizer state; empty on ranks but 0.
         run: what the caller gave to ``save`` for ``state.json``.
+        is_adopted: it was copied from another run.
     """
 
     engine: EngineState = field(default_factory=EngineState)
     run: dict[str, Any] = field(default_factory=dict)
+    is_adopted: bool = False
 
 
 def save(folder: Path, state: EngineState, metadata: dict[str, str], run: dict[str, Any]) -> None:
@@ -73,8 +81,8 @@ def load(folder: Path) -> Checkpoint:
     """Read and check a checkpoint. Called by all ranks; rank 0 reads.
 
     Raises:
-        ValueError: on all ranks, naming the file that is missing or altered, and the newest
-            checkpoint before this one that can be used.
+        ValueError: on all ranks, naming the file that is missing, altered or not finite, and the
+            newest checkpoint before this one that can be used.
     """
     checkpoint = Checkpoint()
     with distributed.together():
@@ -82,14 +90,16 @@ def load(folder: Path) -> Checkpoint:
             if not folder.exists() and _replaced(folder).exists():
                 _replaced(folder).rename(folder)  # the process died while it was replaced
             try:
-                run, _ = check(folder)
+                run = _check_usable(folder)
             except ValueError as error:
-                before = _usable_before(folder)
+                before = newest_usable(folder.parent, before=folder)
                 advice = f"Go on with resume={before}" if before else "No earlier one can be used"
                 raise ValueError(f"{error} {advice}.") from error
             scale = run.pop("loss_scale")
-            checkpoint = Checkpoint(_read_engine_state(folder, scale), run)
-    return Checkpoint(checkpoint.engine, distributed.broadcast_object(checkpoint.run))
+            is_adopted = (folder / ADOPTED_FILE).is_file()
+            checkpoint = Checkpoint(_read_engine_state(folder, scale), run, is_adopted)
+    told = distributed.broadcast_object((checkpoint.run, checkpoint.is_adopted))
+    return Checkpoint(checkpoint.engine, *told)
 
 
 def check(folder: Path) -> tuple[dict[str, Any], int]:
@@ -106,7 +116,7 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         hash_found, files, number = content.pop("sha256"), content["files"], content["number"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: missing, cut short or altered ({error!r}).") from error
     if _hash_of_json(content) != hash_found:
         raise ValueError(f"{path}: altered since it was written (its hash differs).")
@@ -122,12 +132,55 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
     return {"loss_scale": {}, **run}, number
 
 
+def _check_usable(folder: Path) -> dict[str, Any]:
+    """Check files as `check` does, and that the weights are finite; return what it gives first."""
+    run = check(folder)[0]
+    _check_finite(folder / MODEL_FILE)
+    return run
+
+
+def _check_finite(file: Path) -> None:
+    if found := describe_not_finite(_read_tensors(file)):
+        raise ValueError(f"{file}: {found}. The run had diverged.")
+
+
+def newest_usable(checkpoints: Path, before: Path | None = None) -> Path | None:
+    """Find the newest checkpoint that is intact and has finite weights (rank 0 only).
+
+    Args:
+        checkpoints: the folder of all checkpoints.
+        before: a checkpoint that cannot be used; only those written before it count.
+    """
+    numbers = _numbers(checkpoints)
+    limit = max(numbers.values(), default=0) + 1
+    if before is not None:
+        numbers = {name: number for name, number in numbers.items() if name != before.name}
+        limit = _numbers(checkpoints).get(before.name) or limit
+    for name in sorted(numbers, key=lambda name: -numbers[name]):
+        if numbers[name] < limit:
+            try:
+                _check_usable(checkpoints / name)
+            except ValueError:
+                continue
+            return checkpoints / name
+    return None
+
+
 def adopt(folder: Path, checkpoints: Path) -> None:
-    """Copy a checkpoint of another run in and make it the latest (rank 0 only)."""
+    """Copy a checkpoint of another run in and make it the latest (rank 0 only).
+
+    Raises:
+        ValueError: its weights are not finite. Whether it is damaged is for `load` to tell.
+    """
+    with contextlib.suppress(OSError, SafetensorError):
+        _check_finite(folder / MODEL_FILE)
     partial = checkpoints / f"{PARTIAL}{folder.name}"
     _delete(partial)
     checkpoints.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, partial)
+    (partial / ADOPTED_FILE).write_text(f"{folder}\n", encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
     partial.rename(checkpoints / folder.name)
     _sync(checkpoints)
     _write_name(checkpoints / "latest", folder.name)
@@ -189,9 +242,9 @@ def _write(folder: Path, state: EngineState, metadata: dict[str, str], run: dict
         }
         number = max(_numbers(checkpoints).values(), default=0) + 1
         content = {**run, "files": files, "number": number, "loss_scale": state.loss_scale}
+        content = json.loads(to_json(content))
         content["sha256"] = _hash_of_json(content)
-        text = json.dumps(content, indent=1)
-        (partial / STATE_FILE).write_text(text, encoding="utf-8")
+        (partial / STATE_FILE).write_text(to_json(content, indent=1), encoding="utf-8")
         for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
             _sync(partial / name)
     except BaseException:
@@ -226,20 +279,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _usable_before(folder: Path) -> Path | None:
-    """Find the newest intact checkpoint that was written before a broken one."""
-    numbers = _numbers(folder.parent)
-    limit = numbers.get(folder.name) or max(numbers.values(), default=0) + 1
-    for name in sorted(numbers, key=lambda name: -numbers[name]):
-        if name != folder.name and numbers[name] < limit:
-            try:
-                check(folder.parent / name)
-            except ValueError:
-                continue
-            return folder.parent / name
-    return None
-
-
 def _numbers(checkpoints: Path) -> dict[str, int]:
     """Number of each complete checkpoint by name, 0 if its ``state.json`` is unreadable."""
     numbers = {}
@@ -248,18 +287,25 @@ def _numbers(checkpoints: Path) -> dict[str, int]:
             try:
                 number = json.loads(path.read_text(encoding="utf-8"))["number"]
                 numbers[path.parent.name] = number if isinstance(number, int) else 0
-            except (OSError, ValueError, KeyError, TypeError):
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
                 numbers[path.parent.name] = 0
     return numbers
 
 
 def _hash_of_file(path: Path) -> str:
-    """SHA-256 of a file, as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    """SHA-256 of a file, as hex digits; ``OSError`` where the system does not let it be read."""
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+        return digest.hexdigest()
+
+    try:
+        return patiently(read, str(path))
+    except OSError as error:
+        raise OSError(f"{path}: {why_unread(error)}") from error
 
 
 def _hash_of_json(content: dict[str, Any]) -> str:
@@ -279,15 +325,6 @@ def _write_name(path: Path, name: str) -> None:
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(path: Path) -> None:

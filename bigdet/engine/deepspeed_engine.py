@@ -30,7 +30,7 @@ from bigdet.engine.base import (
     to_save,
     weight_shapes,
 )
-from bigdet.engine.precision import LossScale, TotalLoss, mean_losses
+from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
@@ -135,7 +135,7 @@ class DeepSpeedEngine:
             self._engine.backward(total, scale_wrt_gas=False)
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)
-        losses = mean_losses(seen)
+        losses = lane_losses(seen)
         norm = self._step_sharded() if self._stage else self._step_whole(scale)
         is_finite = math.isfinite(norm)
         is_overflow = self._scale.update(is_finite, losses)

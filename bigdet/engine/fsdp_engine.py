@@ -30,7 +30,7 @@ from bigdet.engine.base import (
     to_save,
     weight_shapes,
 )
-from bigdet.engine.precision import LossScale, TotalLoss, mean_losses
+from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -98,7 +98,7 @@ class FsdpEngine:
             (total * (scale / self._num_micro_batches)).backward()
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)
-        losses = mean_losses(seen)
+        losses = lane_losses(seen)
         norm = self._step(scale)
         is_finite = math.isfinite(norm)
         is_overflow = self._scale.update(is_finite, losses)

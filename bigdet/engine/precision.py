@@ -53,9 +53,9 @@ class TotalLoss(nn.Module):
         return total * torch.where(torch.isfinite(total.detach()), 1.0, torch.nan), seen
 
 
-def mean_losses(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Average the losses of the micro-batches of a step by name, in fp32."""
-    return {name: torch.stack([losses[name] for losses in seen]).float().mean() for name in seen[0]}
+def lane_losses(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the losses of the M micro-batches of a step together by name: ``(M,)`` in fp32."""
+    return {name: torch.stack([losses[name] for losses in seen]).float() for name in seen[0]}
 
 
 class LossScale:
@@ -77,7 +77,7 @@ class LossScale:
 
         Args:
             is_finite: the gradient norm is, on all ranks.
-            losses: of this rank.
+            losses: of this rank's micro-batches, by name.
 
         Returns:
             True for a step that failed because the scale was too high.
@@ -89,7 +89,7 @@ class LossScale:
             if self._good_steps == GROWTH_STEPS:
                 self.value, self._good_steps = 2 * self.value, 0
             return False
-        is_loss_finite = bool(torch.isfinite(losses["total"]))
+        is_loss_finite = bool(torch.isfinite(losses["total"]).all())
         if distributed.any_rank(not is_loss_finite) or self.value == 1:
             return False
         self.value, self._good_steps = self.value / 2, 0

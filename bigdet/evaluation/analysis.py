@@ -6,7 +6,8 @@ where there is nothing to measure.
 
     by_iou       {"0.50": AP, ..., "0.95": AP}
     by_size      {"all" | "small" | "medium" | "large": {"objects": count, "AP", "AR"}}
-    recall       {"1" | "10" | "100": AR with so many detections per image and class}
+    recall       {"1" | "10" | "100": AR with so many detections per image and class}; the last is
+                 evaluation.max_detections, or "300" alone: per image (LVIS)
     per_class    {name: {"objects", "detections": counts, "AP", "AP50", "AP75", "AR"}}
     calibration  {"edges": 11 scores, "count": 10 counts, "score": 10 mean scores, "precision": 10
                  parts that are right, "ece": expected calibration error}; null if a score is not
@@ -28,6 +29,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.config.schema import MAX_DETECTIONS
+from bigdet.data.manifest import unique_names
 from bigdet.evaluation.coco_metrics import THRESHOLDS, Measured, mean_of_defined, never_counts
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.errors import (
@@ -56,7 +59,8 @@ def analyze(truth: GroundTruth, found: DetectionTable, kind: Kind, measured: Mea
         kind: what is compared.
         measured: precision and recall of that kind.
     """
-    cover = find_cover(truth, found, kind)
+    limit = max(MAX_DETECTIONS, measured.rules.limits[-1])
+    cover = find_cover(truth, found, kind, limit)
     errors = find_errors(truth, cover, kind)
     return {
         "by_iou": {
@@ -100,8 +104,9 @@ def _per_class(
     aps = [measured.class_aps(threshold) for threshold in (None, 0.5, 0.75)]
     recalls = [mean_of_defined(measured.recall[:, n, 0, -1]) for n in range(len(measured.labels))]
     recall = dict(zip(measured.labels, recalls, strict=True))
+    names = unique_names(truth.categories)
     return {
-        truth.categories[label].name: {
+        names[label]: {
             "objects": int(objects[label]),
             "detections": int(detections[label]),
             **{name: ap[label] for name, ap in zip(("AP", "AP50", "AP75"), aps, strict=True)},
@@ -146,7 +151,7 @@ def _confusion(truth: GroundTruth, cover: Cover, kind: Kind) -> Analysis:
     table = np.zeros((nothing + 1, nothing + 1), dtype=np.int64)  # true class, detected class
     np.add.at(table, (labels[finds[shown]], cover.labels[shown]), 1)
     table[:, nothing] += np.bincount(unfound, minlength=nothing + 1)
-    names = [*(category.name for category in truth.categories), None]
+    names = [*unique_names(truth.categories), None]
     return {
         "min_score": CONFUSION_SCORE,
         "pairs": [

@@ -10,22 +10,27 @@ N detections and M objects of a class.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import Metric
+from bigdet.config.schema import MAX_DETECTIONS, Metric
+from bigdet.data.manifest import Category
 from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.detections import DetectionTable, Kind
+from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
-"""Our names and the positions of these numbers in ``COCOeval.stats``."""
+"""Our names and the positions of these numbers in ``COCOeval.stats``, of 100 detections."""
 KEYPOINT_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APm": 3, "APl": 4, "AR20": 5}
 """The same for keypoints."""
+LVIS_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR300": 6}
+"""The same for boxes and masks of a federated set; APr, APc and APf are ``frequency_aps``."""
+FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 KIND_NAMES: dict[Kind, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 """What people call the kinds."""
 
@@ -74,6 +79,15 @@ _KEYPOINT_RULES = Rules(
         ("recall", None, 1, 0), ("recall", None, 2, 0),
     ],
 )  # fmt: skip
+LVIS_RULES = Rules(
+    areas=_BOX_RULES.areas,
+    limits=[LVIS_DETECTIONS],
+    stats=[
+        ("precision", None, 0, 0), ("precision", 0.5, 0, 0), ("precision", 0.75, 0, 0),
+        ("precision", None, 1, 0), ("precision", None, 2, 0), ("precision", None, 3, 0),
+        ("recall", None, 0, 0),
+    ],
+)  # fmt: skip
 RULES: dict[Kind, Rules] = {"bbox": _BOX_RULES, "segm": _BOX_RULES, "keypoints": _KEYPOINT_RULES}
 
 
@@ -102,10 +116,44 @@ class Measured:
         chosen = _at(self.precision, threshold)[..., 0]
         return {k: mean_of_defined(chosen[:, :, n]) for n, k in enumerate(self.labels)}
 
+    def frequency_aps(self, categories: Sequence[Category]) -> dict[str, float | None]:
+        """Return LVIS's AP of rare, common and frequent classes."""
+        groups = [categories[label].frequency for label in self.labels]
+        chosen = {name: [g == group for g in groups] for name, group in FREQUENCIES.items()}
+        return {
+            name: mean_of_defined(self.precision[:, :, places, 0])
+            for name, places in chosen.items()
+        }
+
     def _mean(self, what: str, threshold: float | None, area: int, limit: int) -> float | None:
         if what == "precision":
             return mean_of_defined(_at(self.precision, threshold)[..., area])
         return mean_of_defined(_at(self.recall, threshold)[..., area, limit])
+
+
+def rules_of(truth: GroundTruth, kind: Kind, max_detections: int = MAX_DETECTIONS) -> Rules:
+    """Return what is measured of a kind.
+
+    The limit is of boxes and masks; keypoints have their own, and so have boxes and masks of a
+    federated set, which are measured as LVIS does.
+    """
+    rules = RULES[kind]
+    if kind == "keypoints":
+        return rules
+    if truth.verified is not None:
+        return LVIS_RULES
+    return replace(rules, limits=[*rules.limits[:-1], max_detections])
+
+
+def metric_places(
+    truth: GroundTruth, kind: Kind, max_detections: int = MAX_DETECTIONS
+) -> dict[str, int]:
+    """Return the names of the numbers of a kind, and their places in ``Measured.stats()``."""
+    if kind == "keypoints":
+        return KEYPOINT_METRICS
+    if truth.verified is not None:
+        return LVIS_METRICS
+    return {name.replace("100", str(max_detections)): place for name, place in METRICS.items()}
 
 
 def _at(values: Numbers, threshold: float | None) -> Numbers:
@@ -113,7 +161,11 @@ def _at(values: Numbers, threshold: float | None) -> Numbers:
 
 
 def evaluation_kinds(
-    shards: ShardSet, with_masks: bool, with_keypoints: bool, metric: Metric = "coco"
+    shards: ShardSet,
+    with_masks: bool,
+    with_keypoints: bool,
+    metric: Metric = "coco",
+    max_detections: int = MAX_DETECTIONS,
 ) -> tuple[Kind, ...]:
     """Return what can be measured: boxes always, the others if model and data have them.
 
@@ -122,8 +174,23 @@ def evaluation_kinds(
         with_masks: the model predicts masks.
         with_keypoints: the model predicts keypoints.
         metric: VOC's are of boxes only.
+        max_detections: that AP counts, see ``rules_of``.
+
+    Raises:
+        ValueError: the set is scored by LVIS's rule, which leaves no choice of either.
     """
+    if shards.manifest.federated and max_detections != MAX_DETECTIONS:
+        raise ValueError(
+            f"evaluation.max_detections: found {max_detections}, but {shards.address} is scored by "
+            f"LVIS's rule, which counts {LVIS_DETECTIONS} detections of an image. Leave it out."
+        )
     if metric != "coco":
+        if shards.manifest.federated:
+            raise ValueError(
+                f"evaluation.metric: found {metric}, but {shards.address} says of each image which "
+                f"classes were looked for, as LVIS does; {metric} would count the others as "
+                f"mistakes. Write coco, which scores such a set by LVIS's rule."
+            )
         return ("bbox",)
     flags = int(np.bitwise_or.reduce(shards.index["flags"], initial=0))
     kinds: list[Kind] = ["bbox"]
@@ -137,15 +204,18 @@ def category_ids(shards: ShardSet) -> list[int]:
     return [category.id for category in shards.categories]
 
 
-def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
+def measure(
+    truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
+) -> Measured:
     """Measure precision and recall of one kind, class by class.
 
     Args:
         truth: with masks or keypoints if the kind needs them.
         found: detections of any of its images.
         kind: what to compare.
+        max_detections: of a class on an image that count, see ``rules_of``.
     """
-    rules = RULES[kind]
+    rules = rules_of(truth, kind, max_detections)
     is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
     labels.sort(key=lambda k: truth.categories[k].id)  # as pycocotools: means add up in this order
@@ -153,8 +223,12 @@ def measure(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Measured:
     precision = np.full((shape[0], len(RECALLS), *shape[1:]), -1.0)
     recall = np.full((*shape, len(rules.limits)), -1.0)
     areas = detection_areas(found, kind)
+    if truth.verified is not None:
+        counted = truth.verified.counted(found.images, found.labels, found.scores)
     for place, (rows, objects) in enumerate(labels_in(truth, found, labels)):
-        one = _measure_class(truth, found, kind, rows, objects, areas[rows])
+        if truth.verified is not None:
+            rows = rows[counted[rows]]
+        one = _measure_class(truth, found, kind, rules, rows, objects, areas[rows])
         precision[:, :, place], recall[:, place] = one
     return Measured(rules, labels, precision, recall)
 
@@ -183,6 +257,7 @@ def _measure_class(
     truth: GroundTruth,
     found: DetectionTable,
     kind: Kind,
+    rules: Rules,
     rows: Index,
     objects: Index,
     areas: Numbers,
@@ -193,11 +268,11 @@ def _measure_class(
         truth: all objects.
         found: all detections.
         kind: what to compare.
+        rules: what is measured of it.
         rows: ``(N,)`` the class's detections by image, within an image the best first.
         objects: ``(M,)`` its objects by image.
         areas: ``(N,)`` of the detections, pixels.
     """
-    rules = RULES[kind]
     images = found.images[rows]
     ranks = np.arange(len(images)) - np.searchsorted(images, images)
     kept = ranks < rules.limits[-1]
@@ -216,6 +291,8 @@ def _measure_class(
     )
     order = np.argsort(-found.scores[rows], kind="stable")
     is_outside = _is_outside(areas, ranges)  # (A, N)
+    if truth.verified is not None:
+        is_outside |= truth.verified.is_partial(images, found.labels[rows])
     precision = np.full((len(THRESHOLDS), len(RECALLS), len(ranges)), -1.0)
     recall = np.full((len(THRESHOLDS), len(ranges), len(rules.limits)), -1.0)
     for area, ignored in enumerate(is_ignored):

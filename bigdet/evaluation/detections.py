@@ -1,8 +1,9 @@
 """Detections in the COCO results format, checked, as flat arrays.
 
 A result is a dict with ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh, pixels of the
-original image), ``segmentation`` (compressed RLE) or ``keypoints`` (x, y, and a third number that
-is not read), or several of these.
+original image), ``segmentation`` (RLE, compressed or not, or polygons) or ``keypoints`` (x, y, and
+a third number that is not read), or several of these. As in pycocotools, boxes are those of the
+masks where the first result has none, and the mask of a result without one is its box.
 
 Letters: N detections, P keypoints of a detection.
 """
@@ -24,9 +25,10 @@ from typing import IO, Any, Literal
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from bigdet.evaluation.ground_truth import GroundTruth
-from bigdet.evaluation.run_lengths import mask_areas
+from bigdet.evaluation.run_lengths import are_outlines, mask_areas, mask_counts
 
 Kind = Literal["bbox", "segm", "keypoints"]
 Result = dict[str, Any]  # one detection in the COCO results format
@@ -34,6 +36,7 @@ Result = dict[str, Any]  # one detection in the COCO results format
 RESULT_KEYS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 """Where a result has what each kind measures."""
 
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 CHUNK = 4096  # results that become arrays at once
 PART_BYTES = 1 << 24  # of a file of results that become objects at once
 _BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
@@ -165,13 +168,16 @@ class _Reader:
         self._ids = np.array([category.id for category in truth.categories], dtype=np.int64)
         self._by_id = np.argsort(self._ids)
         self._num_read = 0
+        self._boxes_masks = False  # boxes are those of the masks
 
     def read(self, chunk: Sequence[Result]) -> DetectionTable:
+        if self._num_read == 0 and chunk and isinstance(chunk[0], dict):
+            self._boxes_masks = chunk[0].get("bbox") in (None, []) and _has_mask(chunk[0])
         try:
             table = self._read(chunk)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        except _UNREADABLE:
             for number, result in enumerate(chunk, self._num_read + 1):
-                if problem := self._problem(result):
+                if problem := self._problem(result) or self._other_problem(result):
                     raise ResultsError(f"{self._where}: detection {number}: {problem}") from None
             raise
         self._num_read += len(chunk)
@@ -190,6 +196,8 @@ class _Reader:
         masks: list[bytes] = []
         areas = np.zeros(0)
         if "bbox" in self._kinds:
+            if self._boxes_masks:
+                chunk = [self._boxed(r, n) for r, n in zip(chunk, images.tolist(), strict=True)]
             boxes = _numbers([r["bbox"] for r in chunk], (count, 4))
             if (boxes[:, 2:] < 0).any():
                 raise ValueError("negative size")
@@ -198,13 +206,30 @@ class _Reader:
             points = _numbers([r["keypoints"] for r in chunk], shape)
             keypoints = points.reshape(count, self._num_points, 3)
         if "segm" in self._kinds:
-            found = [r["segmentation"] for r in chunk]
-            masks = [_ascii(mask["counts"]) for mask in found]
-            sizes = _integers([mask["size"] for mask in found]).reshape(count, 2)
+            sizes = self._truth.sizes[images].tolist()
+            masks = [mask_counts(_outline(r), s) for r, s in zip(chunk, sizes, strict=True)]
             areas, is_mask = mask_areas(masks, self._num_pixels[images])
-            if not is_mask.all() or (sizes != self._truth.sizes[images]).any():
+            if not is_mask.all():
                 raise ValueError("not a mask of the image")
         return DetectionTable(images, labels, scores, boxes, masks, areas, keypoints)
+
+    def _boxed(self, result: Result, place: int) -> Result:
+        """Return a result with the box of its mask, if it has none."""
+        if result.get("bbox") or not _has_mask(result):
+            return result
+        size = self._truth.sizes[place].tolist()
+        counts = mask_counts(result["segmentation"], size)
+        if not mask_areas([counts], self._num_pixels[[place]])[1].all():
+            raise ValueError("not a mask of the image")
+        return result | {"bbox": coco_mask.toBbox({"size": size, "counts": counts}).tolist()}
+
+    def _other_problem(self, result: Result) -> str:
+        """Say that a detection cannot be read, whatever is wrong with it; empty if it can be."""
+        try:
+            self._read([result])
+        except _UNREADABLE:
+            return f"found {_shown(result)}, expected a detection in the COCO results format."
+        return ""
 
     def _labels(self, chunk: Sequence[Result]) -> NDArray[np.int64]:
         ids = _integers([r["category_id"] for r in chunk])
@@ -219,27 +244,36 @@ class _Reader:
         truth = self._truth
         if not isinstance(result, dict):
             return f"found {_shown(result)}, expected an object with image_id and so on."
-        for key in ("image_id", "category_id", "score", *(RESULT_KEYS[k] for k in self._kinds)):
+        is_boxed = self._boxes_masks and not result.get("bbox") and _has_mask(result)
+        keys = {RESULT_KEYS[kind]: None for kind in self._kinds}
+        if "segm" in self._kinds and not _has_mask(result):
+            keys = {"bbox": None, **keys}  # its box is its mask
+            del keys["segmentation"]
+        if is_boxed:
+            keys = {"segmentation": None, **keys}
+            keys.pop("bbox", None)
+        for key in ("image_id", "category_id", "score", *keys):
             if key not in result:
                 return f"has no {key}. Each detection needs one" + (
                     "; ground truth is no results file." if key == "score" else "."
                 )
         image_id, score = result["image_id"], result["score"]
-        place = int(np.searchsorted(truth.image_ids, image_id)) if type(image_id) is int else -1
+        place = int(np.searchsorted(truth.image_ids, image_id)) if _is_whole(image_id) else -1
         if place not in range(len(truth.image_ids)) or truth.image_ids[place] != image_id:
             return (
                 f"image_id is {_shown(image_id)}, which none of the {len(truth.image_ids)} images "
                 f"of {truth.address} has. Give results on the same images."
             )
-        if result["category_id"] not in self._ids.tolist():
+        category_id = result["category_id"]
+        if not _is_whole(category_id) or category_id not in self._ids.tolist():
             return (
-                f"category_id is {_shown(result['category_id'])}, which none of the "
+                f"category_id is {_shown(category_id)}, which none of the "
                 f"{len(self._ids)} categories of {truth.address} has. Give the data set's own ids."
             )
         if not _are_numbers([score], 1):
             return f"score is {_shown(score)}, expected a number."
         box = result.get("bbox")
-        if "bbox" in self._kinds and not (_are_numbers(box, 4) and min(result["bbox"][2:]) >= 0):
+        if "bbox" in keys and not (_are_numbers(box, 4) and min(result["bbox"][2:]) >= 0):
             return f"bbox is {_shown(box)}, expected four numbers: x, y, width, height in pixels."
         expected = 3 * self._num_points
         if "keypoints" in self._kinds and not _are_numbers(result["keypoints"], expected):
@@ -247,11 +281,17 @@ class _Reader:
                 f"keypoints are {_shown(result['keypoints'])}, expected {expected} numbers: x, y "
                 f"and a score of each of {self._num_points} points."
             )
-        return self._mask_problem(result["segmentation"], place) if "segm" in self._kinds else ""
+        return self._mask_problem(result["segmentation"], place) if "segmentation" in keys else ""
 
     def _mask_problem(self, mask: Any, place: int) -> str:
         size = self._truth.sizes[place].tolist()
-        if not isinstance(mask, dict) or not isinstance(mask.get("counts"), (str, bytes)):
+        if isinstance(mask, list):
+            are_polygons = are_outlines(mask, size)
+            return "" if are_polygons else (
+                f"segmentation is {_shown(mask)}, expected polygons: lists of x, y of at least "
+                f"three points in the image of height and width {size}, or compressed RLE."
+            )  # fmt: skip
+        if not isinstance(mask, dict) or not isinstance(mask.get("counts"), (str, bytes, list)):
             return (
                 f"segmentation is {_shown(mask)}, expected compressed RLE: an object with size and "
                 f"counts, a string. pycocotools.mask.encode makes it of a bitmap."
@@ -261,23 +301,46 @@ class _Reader:
                 f"the mask is of size {_shown(mask.get('size'))}, but its image is of height and "
                 f"width {size}. Give masks of the original images."
             )
-        text = _ascii(mask["counts"], "replace")
-        if not mask_areas([text], self._num_pixels[[place]])[1].all():
+        try:
+            counts = mask_counts(mask, size)
+        except _UNREADABLE:
+            counts = b""
+        if not mask_areas([counts], self._num_pixels[[place]])[1].all():
             return f"the counts of the mask do not make an image of {size[0]} x {size[1]} pixels."
         return ""
 
 
-def _ascii(counts: str | bytes, errors: str = "strict") -> bytes:
-    """Return counts as pycocotools gives them, or as JSON has them, as bytes."""
-    return counts if isinstance(counts, bytes) else counts.encode("ascii", errors)
+def _has_mask(result: Result) -> bool:
+    return result.get("segmentation") not in (None, [])
+
+
+def _outline(result: Result) -> Any:
+    """Return the mask of a result, or its box as a polygon, in pycocotools' order."""
+    if _has_mask(result):
+        return result["segmentation"]
+    x, y, width, height = result["bbox"]
+    right, bottom = x + width, y + height
+    return [[x, y, x, bottom, right, bottom, right, y]]
 
 
 def _integers(values: list[Any]) -> NDArray[np.int64]:
-    """Return whole numbers as an array."""
+    """Return whole numbers as an array: 1.0 is one, true and "1" are none."""
     array = np.array(values)
-    if len(values) and array.dtype.kind != "i":
+    if array.size and (array.dtype.kind not in "if" or array.ndim != 1 or _has_bool(values)):
         raise TypeError("not whole numbers")
-    return array.astype(np.int64)
+    whole = array.astype(np.int64)
+    if (whole != array).any():
+        raise TypeError("not whole numbers")
+    return whole
+
+
+def _has_bool(values: Iterable[Any]) -> bool:
+    """Return whether numpy took a truth value for a number."""
+    return not {bool, np.bool_}.isdisjoint(map(type, values))
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def _numbers(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -285,6 +348,8 @@ def _numbers(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
     array = np.array(values)
     if not values:
         return np.zeros(shape)
+    if _has_bool(values if len(shape) == 1 else itertools.chain.from_iterable(values)):
+        raise TypeError("not finite numbers")
     if array.dtype.kind not in "if" or array.shape != shape or not np.isfinite(array).all():
         raise TypeError("not finite numbers")
     return array.astype(np.float64)

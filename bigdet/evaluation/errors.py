@@ -1,7 +1,8 @@
 """What keeps the AP down: the error types of TIDE (Bolya et al., ECCV 2020), and what each costs.
 
-All at an IoU of 0.5 with the best 100 detections of an image. A detection that finds nothing is,
-by the first rule that holds:
+All at an IoU of 0.5 with the best 100 detections of an image, evaluation.max_detections where that
+is more (of a federated set, those that LVIS counts). A detection that finds nothing is, by the
+first rule that holds:
 
     localization    it covers an object of its class by 0.1 to 0.5
     classification  it covers an object of another class by 0.5 or more
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.config.schema import MAX_DETECTIONS
 from bigdet.evaluation.coco_metrics import Index, Numbers, never_counts, precision_at_recalls
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.ground_truth import GroundTruth
@@ -32,7 +34,6 @@ from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import overlaps, pair_up
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
-MAX_DETECTIONS = 100
 TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
 IMAGES_AT_ONCE = 1024
 
@@ -50,7 +51,8 @@ class Cover:
         labels: ``(N,)``.
         scores: ``(N,)``.
         pairs: with the objects that count, of any class, covered by 0.1 or more.
-        in_crowd: ``(N,)`` covers an ignored region of its class by more than 0.5 of itself.
+        in_crowd: ``(N,)`` covers an ignored region of its class by more than 0.5 of itself, or is
+            of a class of which not all objects are annotated.
     """
 
     rows: Index
@@ -61,11 +63,18 @@ class Cover:
     in_crowd: Flags
 
 
-def find_cover(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Cover:
-    """Return what detections cover, of whatever class; a thousand images at a time."""
+def find_cover(
+    truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
+) -> Cover:
+    """Return what the best detections of each image cover, of whatever class.
+
+    A thousand images at a time.
+    """
     rows = np.lexsort((-found.scores, found.images))
     images = found.images[rows]
-    kept = np.arange(len(rows)) - np.searchsorted(images, images) < MAX_DETECTIONS
+    kept = np.arange(len(rows)) - np.searchsorted(images, images) < max_detections
+    if truth.verified is not None:
+        kept = truth.verified.counted(found.images, found.labels, found.scores)[rows]
     rows, images = rows[kept], images[kept]
     is_ignored = never_counts(truth, kind)
     in_crowd = np.zeros(len(rows), dtype=np.bool_)
@@ -80,6 +89,8 @@ def find_cover(truth: GroundTruth, found: DetectionTable, kind: Kind) -> Cover:
         in_crowd[detections[of_crowd & is_same & (iou > FOREGROUND_IOU)]] = True
         near = ~of_crowd & (iou >= BACKGROUND_IOU)
         parts.append((detections[near], objects[near], iou[near]))
+    if truth.verified is not None:  # wrong ones are neither right nor wrong
+        in_crowd |= truth.verified.is_partial(images, found.labels[rows])
     detections, objects, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
     pairs = Pairs(detections, objects, iou)
     return Cover(rows, images, found.labels[rows], found.scores[rows], pairs, in_crowd)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from bigdet.data.manifest import Category
-from bigdet.data.shards import ShardSet
+from bigdet.data.shards import LABEL_LISTS, ShardSet
+from bigdet.evaluation.federated import Verified, verified
 from bigdet.evaluation.run_lengths import mask_areas
 
 
@@ -39,6 +40,8 @@ class GroundTruth:
         mask_areas: ``(M,)`` float64, pixels of the masks.
         has_mask: ``(M,)`` bool.
         keypoints: ``(M, P, 3)`` float64 x, y, visibility, 0 for none; P is 0 if nobody asked.
+        verified: which classes were looked for on which image; None: all on all.
+        source_ids: number of each image whose own id is a string.
     """
 
     address: str
@@ -54,6 +57,8 @@ class GroundTruth:
     mask_areas: NDArray[np.float64]
     has_mask: NDArray[np.bool_]
     keypoints: NDArray[np.float64]
+    verified: Verified | None
+    source_ids: dict[str, int]
 
 
 @functools.lru_cache(maxsize=1)
@@ -73,8 +78,14 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
     masks: list[bytes] = []
     has_mask: list[bool] = []
     none = [0.0] * (3 * num_points)
+    absent, partial = array("q"), array("q")
+    source_ids: dict[str, int] = {}
     for place, row in enumerate(order.tolist()):
         record = shards.record(row)
+        if "source_id" in record:
+            source_ids[record["source_id"]] = record["image_id"]
+        for pairs, name in zip((absent, partial), LABEL_LISTS, strict=True):
+            pairs.extend(place * shards.num_classes + label for label in record.get(name, []))
         for annotation in record["annotations"]:
             images.append(place)
             labels.append(annotation["label"])
@@ -89,6 +100,8 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
     count = len(labels)
     sizes = np.stack([shards.index["height"][order], shards.index["width"][order]], axis=1)
     image_of_object = np.array(images, dtype=np.int64)
+    present = image_of_object * shards.num_classes + np.array(labels, dtype=np.int64)
+    is_federated = shards.manifest.federated
     pixels = _checked_areas(shards, masks, image_of_object, sizes.astype(np.int64), order)
     return GroundTruth(
         address=shards.address,
@@ -104,6 +117,8 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
         mask_areas=pixels,
         has_mask=np.array(has_mask, dtype=np.bool_),
         keypoints=np.array(points, dtype=np.float64).reshape(count, num_points, 3),
+        verified=verified(shards.num_classes, present, absent, partial) if is_federated else None,
+        source_ids=source_ids,
     )
 
 
@@ -120,7 +135,7 @@ def _checked_areas(
         row = int(order[images[np.flatnonzero(~are_masks)[0]]])
         raise ValueError(
             f"{shards.place(row)}: sample {shards.key(row)} has a segmentation that is no mask of "
-            f"its image. tools/check_shards.py {shards.address} lists all; make the set again."
+            f"its image. `bigdet check-shards {shards.address}` lists all; make the set again."
         )
     return areas
 

@@ -5,7 +5,6 @@ They are drawn from the detections that were measured, so nothing is detected tw
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from bigdet.data.decode import decode_image
+from bigdet.config.schema import MAX_DETECTIONS
+from bigdet.data.samples import load_sample
 from bigdet.data.shards import ShardSet
 from bigdet.drawing import SURE_LOGIT, draw
 from bigdet.evaluation.coco_metrics import category_ids, never_counts
@@ -25,6 +25,7 @@ from bigdet.evaluation.errors import find_cover, match_all
 from bigdet.evaluation.ground_truth import GroundTruth, read_ground_truth
 from bigdet.evaluation.matching import NOTHING
 from bigdet.run_dir import RunDir, write_text
+from bigdet.strict_json import to_json
 
 MIN_SCORE = 0.5  # of detections that are drawn and judged
 PIXEL_CENTER = 0.5  # COCO's keypoints count from the center of the first pixel
@@ -52,14 +53,17 @@ class Verdict:
         return 2 * self.num_right / (2 * self.num_right + self.num_missed + self.num_wrong)
 
 
-def judge_images(truth: GroundTruth, found: DetectionTable) -> list[Verdict]:
+def judge_images(
+    truth: GroundTruth, found: DetectionTable, max_detections: int = MAX_DETECTIONS
+) -> list[Verdict]:
     """Judge every image on which there is something, or something was found.
 
     Args:
         truth: what there is to find.
         found: the detections, with boxes; those of lower scores than ``MIN_SCORE`` do not count.
+        max_detections: of an image that count, the best.
     """
-    cover = find_cover(truth, found, "bbox")
+    cover = find_cover(truth, found, "bbox", max(MAX_DETECTIONS, max_detections))
     finds = match_all(truth, cover, same_class=True, min_score=MIN_SCORE)
     is_right = finds != NOTHING
     is_wrong = (cover.scores >= MIN_SCORE) & ~is_right & ~cover.in_crowd
@@ -90,6 +94,7 @@ def write_pictures(
     count: int,
     run_dir: RunDir,
     phase: str,
+    max_detections: int = MAX_DETECTIONS,
 ) -> None:
     """Draw the worst and the best images, ground truth and detections, into the run folder.
 
@@ -103,9 +108,11 @@ def write_pictures(
         count: images to draw.
         run_dir: of the run.
         phase: its name.
+        max_detections: of an image that count, the best.
     """
     truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
-    chosen = pick(judge_images(truth, read_detections(results, truth, ["bbox"])), count)
+    found = read_detections(results, truth, ["bbox"])
+    chosen = pick(judge_images(truth, found, max_detections), count)
     of_image = results_of(results, {verdict.image_id for _, verdict in chosen})
     (run_dir.pictures / "truth").mkdir(parents=True, exist_ok=True)
     for old in run_dir.pictures.glob(f"{phase}-*.jpg"):
@@ -120,12 +127,12 @@ def write_pictures(
         drawn = draw_truth(pixels, truth, verdict.image_id)
         drawn.save(run_dir.pictures / names["truth"], quality=90)
         listed.append({"among": among, **asdict(verdict), **names})
-    write_text(run_dir.picture_list(phase), json.dumps(listed, indent=1))
+    write_text(run_dir.picture_list(phase), to_json(listed, indent=1))
 
 
 def read_pixels(shards: ShardSet, row: int) -> NDArray[np.uint8]:
     """Return an image of a set: ``(H, W, 3)`` uint8 RGB."""
-    pixels: NDArray[np.uint8] = decode_image(shards.read(row).image_bytes).permute(1, 2, 0).numpy()
+    pixels: NDArray[np.uint8] = load_sample(shards, row)[0].permute(1, 2, 0).numpy()
     return pixels
 
 

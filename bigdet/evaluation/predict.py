@@ -27,7 +27,7 @@ from bigdet.data.stream import EvalStream
 from bigdet.evaluation.coco_metrics import category_ids
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.saved import SavedResults
-from bigdet.models.detector import scale_detections
+from bigdet.models.detector import evaluating, scale_detections
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Batch, Detections
 
@@ -48,6 +48,7 @@ def predict_split(
     must_stop: Callable[[], bool] = lambda: False,
     precision: Precision = "fp32",
     folder: Path | None = None,
+    ids: Sequence[int | None] | None = None,
 ) -> SavedResults | None:
     """Detect the objects on every image of a shard set; every rank must call it.
 
@@ -63,6 +64,8 @@ def predict_split(
         precision: of activations and matrix products; weights are as they are.
         folder: where detections wait on disk, None for the system's place for temporary files.
             Nothing is left there, whatever happens.
+        ids: the set's category id of each label of the module; detections of a label that has None
+            are left out. None for a module whose labels are those of the set.
 
     Returns:
         On rank 0 the COCO results of all images, by image id, best first within an image; nothing
@@ -80,12 +83,10 @@ def predict_split(
         world_size=distributed.world_size(),
         workers=workers,
     )
-    was_training = module.training
-    module.eval()
     results = SavedResults(folder)
-    collected = _Collected(category_ids(shards), len(shards), results)
+    collected = _Collected(category_ids(shards) if ids is None else ids, len(shards), results)
     problem: Exception | None = None
-    try:
+    with evaluating(module):
         source = iter(batches)
         for _ in range(len(batches)):  # equally many on all ranks, as are the collectives
             try:
@@ -103,8 +104,6 @@ def predict_split(
                 problem = error
             if must_stop():
                 return None
-    finally:
-        module.train(was_training)
     with distributed.together():
         if problem is not None:
             raise problem
@@ -128,7 +127,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def coco_results(
-    detections: Detections, image_id: int, size: tuple[int, int], ids: Sequence[int]
+    detections: Detections, image_id: int, size: tuple[int, int], ids: Sequence[int | None]
 ) -> list[Result]:
     """Return the detections of one image as COCO results.
 
@@ -161,6 +160,18 @@ def coco_results(
     return results
 
 
+def finite_detections(found: Detections) -> tuple[Detections, int]:
+    """Leave out detections that no metric can take, which a diverging model makes.
+
+    Returns:
+        The others, and how many were left out.
+    """
+    is_finite = found.boxes.isfinite().all(dim=1) & found.scores.isfinite()
+    if found.keypoints is not None:
+        is_finite &= found.keypoints.isfinite().flatten(1).all(dim=1)
+    return _only(found, is_finite), int((~is_finite).sum())
+
+
 class _Collected:
     """What this rank has found so far.
 
@@ -168,15 +179,16 @@ class _Collected:
         num_not_finite: detections left out because no metric can take them.
     """
 
-    def __init__(self, ids: Sequence[int], num_images: int, results: SavedResults) -> None:
+    def __init__(self, ids: Sequence[int | None], num_images: int, results: SavedResults) -> None:
         """Begin with nothing.
 
         Args:
-            ids: the data set's category id of each label.
+            ids: the data set's category id of each label; None for a class that it does not have.
             num_images: of all ranks, for the progress line.
             results: where detections go.
         """
         self._ids, self._num_images, self._results = ids, num_images, results
+        self._is_known = torch.tensor([number is not None for number in ids])
         self.num_not_finite = 0
         self._start = self._reported = time.monotonic()
 
@@ -188,7 +200,10 @@ class _Collected:
             image_id = int(batch.image_ids[slot])
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
-            moved = self._finite(scale_detections(detections, image_size, size))
+            detections = _only(detections, self._is_known[detections.labels])
+            moved = scale_detections(detections, image_size, size)
+            moved, num_left_out = finite_detections(moved)
+            self.num_not_finite += num_left_out
             self._results.add(image_id, coco_results(moved, image_id, size, self._ids))
         now = time.monotonic()
         if self._results.num_images and now - self._reported > PROGRESS_SECONDS:
@@ -196,20 +211,17 @@ class _Collected:
             num_done = self._results.num_images * distributed.world_size()
             _log_progress(num_done, self._num_images, now - self._start)
 
-    def _finite(self, found: Detections) -> Detections:
-        """Leave out detections that no metric can take, which a diverging model makes."""
-        is_finite = found.boxes.isfinite().all(dim=1) & found.scores.isfinite()
-        if found.keypoints is not None:
-            is_finite &= found.keypoints.isfinite().flatten(1).all(dim=1)
-        if is_finite.all():
-            return found
-        self.num_not_finite += int((~is_finite).sum())
-        parts = {
-            field.name: value[is_finite]
-            for field in fields(found)
-            if (value := getattr(found, field.name)) is not None
-        }
-        return Detections(**parts)
+
+def _only(found: Detections, is_kept: Tensor) -> Detections:
+    """Return those of the detections that a mask ``(N,)`` keeps."""
+    if is_kept.all():
+        return found
+    parts = {
+        field.name: value[is_kept]
+        for field in fields(found)
+        if (value := getattr(found, field.name)) is not None
+    }
+    return Detections(**parts)
 
 
 def _size(height_and_width: Tensor) -> tuple[int, int]:

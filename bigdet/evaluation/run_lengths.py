@@ -1,4 +1,4 @@
-"""Compressed RLE, many masks at a time: is it one, and how many pixels does it cover?
+"""Masks of results as compressed RLE: are they any, and how many pixels do they cover?
 
 pycocotools checks nothing: counts that do not add up to the image make it run forever, those that
 break off make it write beyond its memory.
@@ -9,10 +9,13 @@ Letters: N masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+
+from bigdet.data.annotations import are_numbers
 
 _AT_ONCE = 200  # pycocotools.mask.area fails from 256 masks on
 _MORE, _SIGN, _VALUE = 0x20, 0x10, 0x1F
@@ -20,6 +23,52 @@ _DIGIT_BITS = 5
 _MAX_DIGITS = 6  # 30 bits hold any image
 
 Index = NDArray[np.int64]
+
+
+def mask_counts(mask: Any, size: list[int]) -> bytes:
+    """Return a mask, in any form that pycocotools takes, as counts of compressed RLE.
+
+    Args:
+        mask: RLE, compressed (then it is not looked at further) or not, or polygons.
+        size: height and width of its image.
+
+    Raises:
+        ValueError: it is none of these, or of another size.
+    """
+    if isinstance(mask, list):
+        if not are_outlines(mask, size):
+            raise ValueError("no polygons")
+        polygons: bytes = coco_mask.merge(coco_mask.frPyObjects(mask, *size))["counts"]
+        return polygons
+    counts = mask["counts"]
+    if list(mask["size"]) != size:
+        raise ValueError("another size")
+    if isinstance(counts, list):
+        if not are_numbers(counts) or any(n < 0 or n % 1 for n in counts):
+            raise ValueError("no run lengths")
+        if sum(counts) != size[0] * size[1]:  # pycocotools would write beyond the bitmap
+            raise ValueError("not as many pixels as the image")
+        whole = {"size": size, "counts": [int(n) for n in counts]}
+        compressed: bytes = coco_mask.frPyObjects(whole, *size)["counts"]
+        return compressed
+    return counts if isinstance(counts, bytes) else str.encode(counts, "ascii")
+
+
+def are_outlines(parts: list[Any], size: list[int]) -> bool:
+    """Return whether these are polygons of an image of some height and width."""
+    height, width = size
+    return (
+        bool(parts)
+        and all(
+            are_numbers(part)
+            and len(part) >= 6
+            and len(part) % 2 == 0
+            # pycocotools allocates by the length of the edges, so no point may lie miles away.
+            and all(-width <= x <= 2 * width for x in part[::2])
+            and all(-height <= y <= 2 * height for y in part[1::2])
+            for part in parts
+        )
+    )
 
 
 def mask_areas(

@@ -16,6 +16,7 @@ import orjson
 
 from bigdet import distributed
 from bigdet.evaluation.detections import Result
+from bigdet.run_dir import put_in_place
 
 
 class SavedResults:
@@ -57,18 +58,28 @@ class SavedResults:
             for image_id, start, size in self._lines:
                 self._file.seek(start)
                 opened.write(b"%d %d\n%b" % (image_id, size, self._file.read(size)))
-        os.replace(temporary, file)
+        put_in_place(temporary, file)
 
     @classmethod
     def read(cls, file: Path) -> SavedResults:
-        """Open what ``write`` has written."""
+        """Open what ``write`` has written.
+
+        Raises:
+            ValueError: the file is cut short or altered.
+        """
         results = cls()
         results._file.close()
         results._file = file.open("rb")
-        while head := results._file.readline():
-            image_id, size = map(int, head.split())
-            results._lines.append((image_id, results._file.tell(), size))
-            results._file.seek(size, os.SEEK_CUR)
+        place, end = 0, os.fstat(results._file.fileno()).st_size
+        try:
+            while place < end:
+                image_id, size = map(int, results._file.readline().split())
+                results._lines.append((image_id, results._file.tell(), size))
+                place = results._file.seek(size, os.SEEK_CUR)
+        except ValueError:
+            place = -1  # a line that is none of ours
+        if place != end:
+            raise ValueError(f"{file}: cut short or altered since it was written.")
         return results
 
     def gather(self) -> None:
@@ -108,7 +119,8 @@ class SavedResults:
                 yield from orjson.loads(self._file.read(size))
 
     def __del__(self) -> None:
-        self._file.close()
+        if hasattr(self, "_file"):  # not where there is no place for it
+            self._file.close()
 
     def __iter__(self) -> Iterator[Result]:
         return self.of_images({image_id for image_id, _, _ in self._lines})

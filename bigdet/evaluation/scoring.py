@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bigdet.config.schema import Metric
+from bigdet.config.schema import MAX_DETECTIONS, Metric
+from bigdet.data.manifest import unique_names
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.analysis import analyze
 from bigdet.evaluation.coco_metrics import (
-    KEYPOINT_METRICS,
     KIND_NAMES,
-    METRICS,
+    LVIS_METRICS,
     THRESHOLDS,
     measure,
+    metric_places,
 )
 from bigdet.evaluation.detections import DetectionTable, Kind, Result, read_detections
 from bigdet.evaluation.ground_truth import GroundTruth, read_ground_truth
+from bigdet.evaluation.limits import warn_of_dense
 from bigdet.evaluation.voc_metrics import VocMetric, measure_voc
 
 Metrics = dict[str, Any]
@@ -31,6 +33,7 @@ def evaluate_detections(
     kinds: Sequence[Kind],
     metric: Metric = "coco",
     where: str = "results",
+    max_detections: int = MAX_DETECTIONS,
 ) -> Metrics:
     """Measure detections against the ground truth of a whole shard set.
 
@@ -40,6 +43,8 @@ def evaluate_detections(
         kinds: what to measure, see ``evaluation_kinds``. ``voc07`` and ``voc12`` know boxes only.
         metric: how AP is defined.
         where: where the results come from, for messages.
+        max_detections: of a class on an image that count, of boxes and masks. Another number than
+            100 is in the result, and in the name of its AR (``AR300``).
 
     Returns:
         Per kind the numbers of ``METRICS`` (or ``KEYPOINT_METRICS``) in 0..1, and under
@@ -48,23 +53,52 @@ def evaluate_detections(
         numbers are ``AP`` (mean over IoUs of 0.5 to 0.95), ``AP50`` (VOC's own mAP) and ``AP75``,
         the AP of a class is that at 0.5, and ``metric`` says which it was; in the analysis the AP
         by IoU and by class are VOC's, all else is COCO's, with difficult objects as crowds.
+        A federated set is scored by LVIS's rule, see ``federated.py``: ``LVIS_METRICS`` with
+        ``APr``, ``APc``, ``APf`` (rare, common, frequent classes), and ``rule`` is ``lvis``.
     """
     truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
+    if truth.source_ids:
+        results = with_numbers(results, truth.source_ids)
     found = read_detections(results, truth, kinds, where)
     if metric != "coco":
         return _evaluate_voc(truth, found, metric)
+    names = unique_names(truth.categories)
+    if truth.verified is None:
+        warn_of_dense(truth, max_detections)
     metrics: Metrics = {}
     per_class: Metrics = {}
     analysis: Metrics = {}
     for kind in kinds:
-        measured = measure(truth, found, kind)
+        measured = measure(truth, found, kind, max_detections)
         stats = measured.stats()
-        places = KEYPOINT_METRICS if kind == "keypoints" else METRICS
+        places = metric_places(truth, kind, max_detections)
         metrics[kind] = {name: stats[place] for name, place in places.items()}
+        if places is LVIS_METRICS:
+            metrics[kind] |= measured.frequency_aps(truth.categories)
         aps = measured.class_aps()
-        per_class[kind] = {one.name: aps.get(k) for k, one in enumerate(truth.categories)}
+        per_class[kind] = {name: aps.get(k) for k, name in enumerate(names)}
         analysis[kind] = analyze(truth, found, kind, measured)
-    return {**metrics, "per_class": per_class, "analysis": analysis}
+    metrics |= {"per_class": per_class, "analysis": analysis}
+    if truth.verified is not None:
+        metrics["rule"] = "lvis"
+    elif max_detections != MAX_DETECTIONS:
+        metrics["max_detections"] = max_detections
+    return metrics
+
+
+def limit_note(metrics: Metrics) -> str:
+    """Say how many detections counted where it is not COCO's 100; empty where it is."""
+    count = metrics.get("max_detections")
+    return f"up to {count} detections of a class on an image counted" if count else ""
+
+
+def with_numbers(results: Iterable[Result], source_ids: Mapping[str, int]) -> Iterator[Result]:
+    """Yield results with the numbers of the images that they name by the data set's own ids."""
+    for result in results:
+        name = result.get("image_id") if isinstance(result, dict) else None
+        if isinstance(name, str) and name in source_ids:
+            result = result | {"image_id": source_ids[name]}
+        yield result
 
 
 def _evaluate_voc(truth: GroundTruth, found: DetectionTable, metric: VocMetric) -> Metrics:
@@ -73,7 +107,7 @@ def _evaluate_voc(truth: GroundTruth, found: DetectionTable, metric: VocMetric) 
     means = defined.mean(axis=0).tolist() if len(defined) else [None] * len(THRESHOLDS)
     at = dict(zip(THRESHOLDS.round(2).tolist(), means, strict=True))
     box = {"AP": float(defined.mean()) if len(defined) else None, "AP50": at[0.5], "AP75": at[0.75]}
-    names = [category.name for category in truth.categories]
+    names = unique_names(truth.categories)
     of_class = dict(zip(names, aps, strict=True))
     analysis = analyze(truth, found, "bbox", measure(truth, found, "bbox"))
     analysis["by_iou"] = {f"{threshold:.2f}": ap for threshold, ap in at.items()}
@@ -109,6 +143,8 @@ def metrics_table(metrics: Metrics, per_class: bool = False) -> str:
         cells = [[name, *(_text(aps[kind].get(name)) for kind in kinds)] for name in classes]
         columns = max(9, *(len(name) + 2 for name in head))
         lines += ["", *_aligned([head, *cells], max(map(len, classes), default=0), columns)]
+    if note := limit_note(metrics):
+        lines += ["", note]
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ class AugmentedDetector(nn.Module):
         self.detector = detector
         self.config = config
         self.plain_size = plain_size or detector.test_size
-        self.train(detector.training)
+        self.training = detector.training
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> list[Detections]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -196,16 +197,26 @@ class Detector(nn.Module):
         pixels = list_pixels(images)
         if not pixels:
             return []
-        was_training = self.training
-        self.eval()
         batch = collate_images(pixels, self.test_size).to(self.get_buffer("pixel_mean").device)
-        found = self(batch)
-        self.train(was_training)
+        with evaluating(self):
+            found = self(batch)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
         return [
             scale_detections(one, size, (image.shape[1], image.shape[2]))
             for one, size, image in zip(found, resized, pixels, strict=True)
         ]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a block; then each part is as it was, come what may."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _layers_with_weights(module: nn.Module) -> list[nn.Module]:

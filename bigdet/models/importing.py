@@ -139,7 +139,11 @@ def is_published_file(path: Path) -> bool:
 
 
 def load_backbone_file(
-    detector: Detector, path: Path, parts: Sequence[str] | None, pixels: Pixels | None
+    detector: Detector,
+    path: Path,
+    parts: Sequence[str] | None,
+    pixels: Pixels | None,
+    ema: bool | None = None,
 ) -> list[LoadedPart]:
     """Load the backbone's weights from a file that others wrote.
 
@@ -148,13 +152,14 @@ def load_backbone_file(
         path: of the file.
         parts: ``start_from.parts``; with ``box_head`` VGG's fc6 and fc7 too.
         pixels: ``start_from.pixels``, how images were given to the network that a pickle holds.
+        ema: ``start_from.ema``, whether to take the moving average of the weights.
     """
     if parts is None and path.suffix == ".safetensors":
         raise ValueError(
             f"{path}: found no bigdet detector in it. Write start_from.parts: [backbone] to load "
             f"the backbone from it, the rest starting anew."
         )
-    state = weight_files.read_tensors(path)
+    state = weight_files.read_tensors(path, ema)
     if pixels is not None and pixels != "rgb":
         state = _to_rgb(state, pixels, str(path))
         warn_of_stride(detector, pixels, str(path))

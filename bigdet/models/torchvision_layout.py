@@ -21,6 +21,7 @@ from bigdet.config.derived import has_cascade, has_keypoints, is_class_agnostic,
 from bigdet.models.build import head_norm
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE
+from bigdet.models.weights import refuse_not_finite
 
 Change = Callable[[Tensor], Tensor]
 
@@ -135,7 +136,7 @@ def from_torchvision(
         source: where they come from, for messages.
 
     Raises:
-        ValueError: a tensor is missing, or of no use, or of another shape.
+        ValueError: a tensor is missing, or of no use, of another shape or not finite.
     """
     pairs = twins(detector)
     own = detector.state_dict()
@@ -162,6 +163,7 @@ def from_torchvision(
             f"{source}: does not fit the {detector.config.detector} of the config: "
             f"{', '.join(listed)}. Make model.* and the categories those of the weights."
         )
+    refuse_not_finite({twin.theirs: tensors[twin.theirs] for twin in pairs}, source)
     return {twin.ours: twin.back(tensors[twin.theirs]) for twin in pairs}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.torchvision_layout import channels_last
-from bigdet.models.weights import LoadedPart
+from bigdet.models.weights import LoadedPart, refuse_not_finite
 
 _NAMES = (("pre_logits.fc1", "pre_logits.fc2"), ("classifier.0", "classifier.3"))
 """fc6 and fc7 as timm and torchvision call them."""
@@ -45,6 +45,8 @@ def load_fc_layers(detector: Detector, state: Mapping[str, Tensor], source: str)
         )
     weights[0] = channels_last(weights[0])
     biases = [state[f"{name}.bias"] for name in names]
+    refuse_not_finite({f"{name}.{kind}": state[f"{name}.{kind}"]
+                       for name in names for kind in ("weight", "bias")}, source)  # fmt: skip
     with torch.no_grad():
         for layer, weight, bias in zip(layers, weights, biases, strict=True):
             layer.weight.copy_(weight)

@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-NESTS = ("model", "state_dict", "blobs")
-"""Keys under which files keep the tensors beside other things."""
+from bigdet.models.weight_averages import NESTS, choose_weights
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -50,17 +49,27 @@ def _not_safetensors(file: Path, error: SafetensorError) -> ValueError:
     )
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path, ema: bool | None = None) -> dict[str, Tensor]:
     """Read the named tensors of a file in any of the formats, onto the CPU.
 
+    Args:
+        file: to read.
+        ema: which weights of a file that has plain ones and their moving average; None: the usual.
+
     Raises:
-        ValueError: the file is cut, of another format, or holds code.
+        ValueError: the file is cut, of another format, holds code, or not what ``ema`` asks for.
     """
-    return read_tensors_and_classes(file)[0]
+    return read_tensors_and_classes(file, ema)[0]
 
 
-def read_tensors_and_classes(file: Path) -> tuple[dict[str, Tensor], list[str] | None]:
+def read_tensors_and_classes(
+    file: Path, ema: bool | None = None
+) -> tuple[dict[str, Tensor], list[str] | None]:
     """Read the named tensors of a file, and the names of the classes where mmdetection wrote them.
+
+    Args:
+        file: to read.
+        ema: as for `read_tensors`.
 
     Raises:
         ValueError: as `read_tensors`.
@@ -73,21 +82,19 @@ def read_tensors_and_classes(file: Path) -> tuple[dict[str, Tensor], list[str] |
         raise ValueError(f"{file}: found no such file. Give the file of the weights.")
     content: Any = _READERS[file.suffix](file)
     classes = _class_names(content)
-    for nest in NESTS:
-        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
-            content = content[nest]
-    named = content if isinstance(content, Mapping) else {}
-    tensors = {
-        str(name): torch.from_numpy(value.values) if isinstance(value, _Array) else value
-        for name, value in named.items()
-        if isinstance(value, Tensor | _Array)
-    }
+    tensors = choose_weights(content, ema, file, _as_tensor)
     if not tensors:
         raise ValueError(
             f"{file}: found no named tensors in it, expected them at the top or under one of "
             f"{', '.join(NESTS)}."
         )
     return tensors, classes
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, _Array):
+        return torch.from_numpy(value.values)
+    return value if isinstance(value, Tensor) else None
 
 
 def _class_names(content: Any) -> list[str] | None:
@@ -225,7 +232,7 @@ class _Note:
 
 
 class _TensorsOnly(pickle.Unpickler):
-    """Reads tensors; notes of mmdetection's runs become nothing, any other name is refused."""
+    """Reads tensors; notes of others' runs become nothing, any other name is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Give what a name in the file stands for; called before anything of it could run."""
@@ -246,6 +253,7 @@ _OF_NOTES = ("mmengine", "mmcv", "mmdet", "numpy", "addict", "pathlib", "datetim
 _PLAIN = {
     ("builtins", "set"), ("builtins", "slice"), ("__builtin__", "set"),
     ("collections", "defaultdict"), ("collections", "deque"), ("_codecs", "encode"),
+    ("argparse", "Namespace"),
 }  # fmt: skip
 _PICKLES = types.SimpleNamespace(
     Unpickler=_TensorsOnly,

@@ -25,6 +25,7 @@ from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import set_norm_mode
 from bigdet.models.weight_files import read_safetensors
+from bigdet.ops.finite import describe_not_finite
 from bigdet.run_dir import RunDir
 
 FORMAT = "bigdet-1"
@@ -95,7 +96,7 @@ def load_detector(path: str | Path) -> Detector:
         raise ValueError(
             f"{file}: found the ending {file.suffix!r}, expected the model.safetensors of a run, a "
             f"checkpoint folder or a run folder. The file was not opened, so nothing in it was "
-            f"run; tools/convert_weights.py converts weights of others."
+            f"run; `bigdet convert-weights` converts weights of others."
         )
     tensors, metadata = read_safetensors(file)
     if metadata.get("format") != FORMAT:
@@ -150,6 +151,21 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]
     return tensors, [category["name"] for category in json.loads(metadata["categories"])]
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ``ValueError`` if weights or running statistics hold NaN or infinities.
+
+    Args:
+        tensors: by name.
+        source: where they come from.
+    """
+    if found := describe_not_finite(tensors):
+        raise ValueError(
+            f"{source}: {found}. Such weights detect nothing and cannot be trained: the run that "
+            f"wrote them had diverged, or the file is damaged. Give an earlier checkpoint, or get "
+            f"the file again."
+        )
+
+
 def part_of(name: str) -> str:
     """Return the part of the detector that a tensor belongs to, the first word of its name."""
     return name.split(".", 1)[0]
@@ -165,7 +181,7 @@ def load_parts(
 ) -> list[LoadedPart]:
     """Copy whole parts of a detector from named tensors; the other parts stay as they are.
 
-    Nothing is changed unless every tensor of every part fits.
+    Nothing is changed unless every tensor of every part fits and is finite.
 
     Args:
         detector: the model to fill.
@@ -206,9 +222,11 @@ def load_parts(
             f"{source}: does not fit the model in {', '.join(parts)}: {', '.join(misfits)}. Make "
             f"model.* that of the weights{advice}."
         )
+    values = {name: tensors[name].to(own[name].dtype) for name in own if name in wanted}
+    refuse_not_finite(values, source)
     with torch.no_grad():
-        for name in wanted:
-            own[name].copy_(tensors[name])
+        for name, value in values.items():
+            own[name].copy_(value)
     rows = []
     for part in parts:
         sizes = [p.numel() for name, p in detector.named_parameters() if part_of(name) == part]

@@ -30,6 +30,7 @@ from bigdet.config.schema import EngineConfig, RunConfig
 from bigdet.data.mix import open_sets
 from bigdet.data.stream import open_train_stream
 from bigdet.engine.build import build_engine
+from bigdet.limits import host_memory
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training.failures import is_out_of_memory
@@ -146,16 +147,18 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
 
 
 def _room_gib(device: torch.device) -> float:
-    """Memory of a device, or of this host."""
+    """Memory of a device, or of this process's part of the host."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
-    words = Path("/proc/meminfo").read_text(encoding="ascii").split()
-    return int(words[1]) * 1024 / GIB
+    return host_memory().total / GIB
 
 
 def _limit_memory(gib: float) -> None:
-    """Let this process have so much more memory; to ask for more is an error then."""
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    """Let this process have so much more memory; to ask for more is an error then (Linux)."""
+    file = Path("/proc/self/status")
+    if not file.is_file():  # macOS does not hold processes to such a limit
+        return
+    status = file.read_text(encoding="ascii").splitlines()
     now = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
     limit = now + int(gib * GIB)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigdet.config.derived import comparable
 from bigdet.config.load import flat_options, load_config
 from bigdet.reporting.table import Outcome, outcome_of, read_metrics
 from bigdet.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
 
 UNCOUNTED = ("output", "seed", "resume", "checkpoint", "log", "data.workers", "data.cache")
 """Options and sections in which runs of one group may differ: the seed, and what changes no number.
@@ -45,7 +49,7 @@ class Run:
     @property
     def outcome(self) -> Outcome | None:
         """Where it stands; None before its first evaluation."""
-        return outcome_of(self.lines, self.run_dir.weights.is_file())
+        return outcome_of(self.lines, self.run_dir.is_finished)
 
     def total_step(self, line: Mapping[str, Any]) -> int:
         """Return the optimizer steps over all phases up to a line."""
@@ -69,7 +73,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         ValueError: a folder is no run, has nothing to report, or measured on other data.
     """
-    unique = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+    by_place: dict[Path, Path] = {}
+    for folder in folders:
+        by_place.setdefault(folder.resolve(), Path(os.path.abspath(folder)))
+    unique = list(by_place.values())
     names = short_names(unique)
     runs = [read_run(folder, name) for folder, name in zip(unique, names, strict=True)]
     check_same_data(runs)
@@ -97,6 +104,9 @@ def read_run(folder: Path, name: str) -> Run:
             f"{run_dir.metrics}: has the phases {', '.join(unknown)}, which {run_dir.config.name} "
             f"does not list ({', '.join(phases)}). The files are of two runs."
         )
+    if run_dir.weights.is_file() and not run_dir.is_finished:
+        logger.warning("%s: its last evaluation is not scored yet; start the run again, which does "
+                       "that alone", folder)  # fmt: skip
     options = flat_options(config)
     return Run(name, run_dir, options, phases, lines, _last_evaluation(run_dir, lines),
                _read_json(run_dir.environment, []))  # fmt: skip
@@ -114,8 +124,8 @@ def check_same_data(runs: Sequence[Run]) -> None:
         for what, own, other in (
             ("classes", _classes(run), _classes(first)),
             ("objects of each class", _objects(run), _objects(first)),
-            ("evaluation.metric", run.options["evaluation.metric"],
-             first.options["evaluation.metric"]),
+            *((key, run.options[key], first.options[key])
+              for key in ("evaluation.metric", "evaluation.max_detections")),
         ):  # fmt: skip
             if own is not None and other is not None and own != other:
                 raise ValueError(
@@ -133,7 +143,8 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     by_options: dict[tuple[str, int], list[Run]] = {}
     times: Counter[tuple[str, str]] = Counter()
     for run in runs:
-        kept = {key: value for key, value in run.options.items() if not _is_uncounted(key)}
+        kept = {key: comparable(key, value) for key, value in run.options.items()
+                if not _is_uncounted(key)}  # fmt: skip
         options, seed = json.dumps(kept, sort_keys=True, default=str), str(run.options.get("seed"))
         by_options.setdefault((options, times[options, seed]), []).append(run)
         times[options, seed] += 1
@@ -179,7 +190,7 @@ def _read_json(file: Path, absent: Any) -> Any:
     if not file.is_file():
         return absent
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except ValueError as error:
         raise ValueError(f"{file}: not readable as JSON ({error}). Remove the file.") from error
     if not isinstance(found, type(absent)):

@@ -59,7 +59,7 @@ class Outcome:
         data_seconds: of them, spent waiting for data.
         evaluation_seconds: of evaluations times GPUs.
         imported_images: images that were stated for weights from elsewhere; 0 where none were.
-        is_finished: the run has its final weights.
+        is_finished: the run has its final weights, and all its numbers.
     """
 
     ap: dict[str, float]
@@ -81,7 +81,7 @@ def read_metrics(run_dir: RunDir) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_constant=lambda _: None)  # NaN, of older runs
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{run_dir.metrics}: line {number} is not JSON ({error}). The file is damaged; a "
@@ -98,7 +98,7 @@ def read_metrics(run_dir: RunDir) -> list[dict[str, Any]]:
 
 def read_outcome(run_dir: RunDir) -> Outcome | None:
     """Read where a run stands; None before its first evaluation."""
-    return outcome_of(read_metrics(run_dir), run_dir.weights.is_file())
+    return outcome_of(read_metrics(run_dir), run_dir.is_finished)
 
 
 def outcome_of(lines: Sequence[Mapping[str, Any]], is_finished: bool) -> Outcome | None:
@@ -106,7 +106,7 @@ def outcome_of(lines: Sequence[Mapping[str, Any]], is_finished: bool) -> Outcome
 
     Args:
         lines: of its ``metrics.jsonl``.
-        is_finished: it has its final weights.
+        is_finished: it has its final weights, and all its numbers.
     """
     places = [place for place, line in enumerate(lines) if "bbox/AP" in line]
     if not places:

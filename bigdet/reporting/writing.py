@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bigdet.config.schema import MAX_DETECTIONS
 from bigdet.reporting.albums import read_albums
 from bigdet.reporting.analysis_figures import WIDE, analysis_figures
 from bigdet.reporting.compare import difference_table, equal_ap_sentences, equal_ap_table
@@ -54,7 +55,7 @@ def write_report(
         title: of the report.
         outcomes: rows of the first table; may have groups of which no run has begun.
     """
-    results = outcome_table(outcomes)
+    results, results_note = outcome_table(outcomes), RESULTS + _limit_note(groups)
     same, environment = environment_table(groups)
     costs = equal_ap_table(groups)
     imports = IMPORTS if any(name.endswith("with imports") for name in costs.header) else ""
@@ -67,7 +68,7 @@ def write_report(
         "Environment": (environment, same),
     }
     sentences = equal_ap_sentences(groups)
-    markdown = [results.markdown(), f"\n{RESULTS}\n"]
+    markdown = [results.markdown(), f"\n{results_note}\n"]
     for heading, (table, note) in tables.items():
         if table.rows:
             said = sentences if heading == "Cost at equal AP" else []
@@ -96,7 +97,8 @@ def _page(
     }
     said = "".join(paragraph_html(sentence) for sentence in sentences)
     sections = {
-        "Results": table_html(results) + paragraph_html(RESULTS, is_note=True),
+        "Results": table_html(results)
+        + paragraph_html(RESULTS + _limit_note(groups), is_note=True),
         "Runs": html["Runs"],
         "AP": cards_html(curves, wide=True),
         "Differences": html["Differences"],
@@ -116,6 +118,16 @@ def _page(
     }
     figures = [*curves, *(each for many in analysis.values() for each in many), *training, *costs]
     return write_page(title, list(groups), sections, figures, albums)
+
+
+def _limit_note(groups: Groups) -> str:
+    """Say how many detections AP counts where it is not COCO's 100."""
+    key = "evaluation.max_detections"
+    counts = {run.options[key] for runs in groups.values() for run in runs} - {MAX_DETECTIONS}
+    return "".join(
+        f" AP counts up to {count} detections of a class on an image ({key}); COCO counts "
+        f"{MAX_DETECTIONS}." for count in sorted(counts)
+    )  # fmt: skip
 
 
 def _analysis_note(groups: Groups) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from bigdet.evaluation.pictures import draw_results, read_pixels, results_of
 from bigdet.evaluation.saved import SavedResults
 from bigdet.log import MetricsWriter
 from bigdet.run_dir import RunDir, write_text
+from bigdet.strict_json import to_json
 from bigdet.structures import Batch
 from bigdet.training.state import RunState
 
@@ -51,9 +52,9 @@ def open_boards(config: RunConfig, run_dir: RunDir, first_step: int) -> list[Boa
 def note_start(file: Path) -> None:
     """Add when, and on what, this process was started to a JSON list (rank 0)."""
     starts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    time = datetime.now(UTC).isoformat(timespec="seconds")
     start = {"time": time, "ranks": distributed.world_size(), **hosts.environment()}
-    write_text(file, json.dumps([*starts, start], indent=1))
+    write_text(file, to_json([*starts, start], indent=1))
 
 
 def show_batch(metrics: MetricsWriter, batch: Batch, train_set: ShardSet, state: RunState) -> None:

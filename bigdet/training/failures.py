@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bigdet import distributed
+from bigdet import distributed, errors
+from bigdet.limits import host_memory
 from bigdet.training.metrics import peak_memory_gib
 
 if TYPE_CHECKING:
@@ -26,15 +27,15 @@ def explained(trainer: PhaseTrainer) -> Iterator[None]:
     """Give an error inside the block its place in the run.
 
     Raises:
-        StepError: the memory is full, or another rank is gone.
+        StepError: the memory is full, or another rank or a loader process is gone.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         where = trainer.run.watchdog.where
         if is_out_of_memory(error):
             raise StepError(_out_of_memory(trainer, where)) from error
-        if lost := distributed.lost_peer(error):
+        if lost := distributed.lost_peer(error) or errors.explain_killed(error):
             raise StepError(f"{where}: {lost}") from error
         raise
 
@@ -55,12 +56,15 @@ def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:
         room = torch.cuda.get_device_properties(device).total_memory / _GIB
         found = f"{peak_memory_gib():.1f} of {room:.1f} GiB of {device}"
     else:
-        found = f"{peak_memory_gib():.1f} GiB of memory"
+        room = host_memory().total / _GIB
+        found = f"{peak_memory_gib():.1f} of {room:.1f} GiB of memory"
     key = f"phases.{trainer.name}"
     return (
         f"{where}: out of memory on rank {distributed.rank()}: images {images}, peak "
         f"{found}. Lower {key}.images_per_gpu (images_per_step may stay: the rest is "
-        f"accumulated), {key}.resize.size or model.roi.rois_per_image, write "
+        f"accumulated, but losses are normalized over the images of one forward pass, so the "
+        f"gradient changes), {key}.resize.size or model.roi.rois_per_image, write "
         f"engine.precision=bf16, engine.activation_checkpointing=true or a higher "
-        f"engine.zero_stage; in an evaluation, lower evaluation.images_per_gpu."
+        f"engine.zero_stage; in an evaluation, lower evaluation.images_per_gpu (another padding "
+        f"changes AP a little)."
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
-from bigdet.config.derived import num_steps
-from bigdet.config.load import ConfigError, flat_options
+from bigdet.config.derived import comparable, num_steps, place_of
+from bigdet.config.load import ConfigError, flat_options, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
+from bigdet.engine.checkpoint import Checkpoint
+from bigdet.run_dir import RunDir
 from bigdet.training import optim
 
 CHANGEABLE = (
@@ -29,9 +33,51 @@ FORK_CHANGEABLE = ("steps", "schedule", "drops", "decay_factor")
 there may change: the end of its schedule."""
 
 
-def is_fork(config: RunConfig, before: RunConfig) -> bool:
-    """Tell whether a run begins here, at a checkpoint that another run wrote."""
-    return config.resume not in ("auto", "never") and config.output != before.output
+def is_fork(config: RunConfig, saved: Checkpoint) -> bool:
+    """Tell whether a run begins here, at a checkpoint that another run wrote.
+
+    It was marked when it was copied. Earlier versions did not mark it: then it is one if ``resume``
+    names a checkpoint of another folder, and that run's ``output`` was another.
+
+    Args:
+        config: of the run.
+        saved: the checkpoint that it goes on from.
+    """
+    if saved.is_adopted or "interval" in saved.run["run"] or config.resume in ("auto", "never"):
+        return saved.is_adopted
+    own = RunDir(Path(config.output))
+    before = parse_config(saved.run["config"], "the config of the checkpoint")
+    return own_checkpoint(Path(config.resume), own) is None and place_of(config.output) != place_of(
+        before.output
+    )
+
+
+def own_checkpoint(folder: Path, run_dir: RunDir) -> Path | None:
+    """Return a checkpoint of a run by its path there, however it was written; else None.
+
+    Args:
+        folder: of any checkpoint: relative, absolute, or through links.
+        run_dir: the run.
+    """
+    for path in (folder.resolve(), Path(os.path.abspath(folder))):  # a link may lead in, or out
+        if path.parent.resolve() == run_dir.checkpoints.resolve():
+            return run_dir.checkpoints / path.name
+    return None
+
+
+def is_same_request(config: RunConfig, before: RunConfig) -> bool:
+    """Tell whether two configs of a run name the same checkpoint to go on from, or none.
+
+    One of the run's own is the same wherever the run folder was moved to meanwhile.
+    """
+
+    def request(one: RunConfig) -> str:
+        if one.resume in ("auto", "never"):
+            return one.resume
+        own = own_checkpoint(Path(one.resume), RunDir(Path(one.output)))
+        return place_of(one.resume) if own is None else own.name
+
+    return request(config) == request(before)
 
 
 def check_fork(name: str, step: int, phase: PhaseConfig, before: PhaseConfig) -> None:
@@ -56,18 +102,18 @@ def check_fork(name: str, step: int, phase: PhaseConfig, before: PhaseConfig) ->
         )
 
 
-def changeable_options(config: RunConfig, before: RunConfig, current: str) -> list[str]:
+def changeable_options(config: RunConfig, current: str, is_fork: bool) -> list[str]:
     """Return what a run that goes on, or begins at another one's checkpoint, may change.
 
     Args:
         config: of the run.
-        before: of the one that wrote the checkpoint.
         current: phase of the checkpoint.
+        is_fork: another run wrote the checkpoint.
     """
     names = list(config.phases)
     to_come = names[names.index(current) + 1 :]
     own = [*(BATCH_OPTIONS if config.change_batch else ()),
-           *(FORK_CHANGEABLE if is_fork(config, before) else ())]  # fmt: skip
+           *(FORK_CHANGEABLE if is_fork else ())]  # fmt: skip
     return [
         *CHANGEABLE,
         *(f"phases.{name}" for name in to_come),
@@ -81,6 +127,6 @@ def changed_options(config: RunConfig, before: RunConfig, changeable: Sequence[s
     return [
         f"{key} (was {old.get(key)}, now {new.get(key)})"
         for key in sorted(new.keys() | old.keys())
-        if new.get(key) != old.get(key)
+        if comparable(key, new.get(key)) != comparable(key, old.get(key))
         and not any(key == name or key.startswith(f"{name}.") for name in changeable)
     ]

@@ -16,16 +16,19 @@ import torch
 from bigdet import distributed
 from bigdet.config.derived import num_lanes, num_steps
 from bigdet.config.schema import RunConfig
+from bigdet.data.class_counts import class_lines
 from bigdet.data.shards import ShardSet
 from bigdet.data.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, EngineState, StepResult
+from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.log import MetricsWriter
 from bigdet.models import norms
 from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
 from bigdet.training import boards, measuring, optim, saving
-from bigdet.training.metrics import StepMeter, mean_losses, progress_line
+from bigdet.training.averages import LossMeter
+from bigdet.training.metrics import StepMeter, progress_line
 from bigdet.training.precise_bn import measure_statistics
 from bigdet.training.prefetch import prefetch
 from bigdet.training.scorer import Scorer
@@ -86,6 +89,18 @@ class Run:
                 what, f"{len(shards):,}", f"{shards.manifest.instances:,}", shards.num_classes,
                 len(shards.manifest.shards), shards.address,
             )  # fmt: skip
+            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
+            logger.info("%s objects per class: %s", what, line)
+            for warning in warnings:
+                logger.warning("%s set: %s", what, warning)
+        if self.val_set.manifest.federated:
+            model = self.config.model
+            head = "retina" if model.detector == "retinanet" else "roi"
+            logger.info(
+                "validation is scored by LVIS's rule, which counts %d detections of an image; "
+                "model.%s.detections_per_image is %d",
+                LVIS_DETECTIONS, head, getattr(model, head).detections_per_image,
+            )  # fmt: skip
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
@@ -130,6 +145,7 @@ class PhaseTrainer:
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter(device)
+        self.losses = LossMeter(device, run.state.interval)
         self.has_shown_batch = False
         self.micro_batches: list[Batch] = []  # of the step under way, for messages
         assert self.phase.images_per_step is not None
@@ -162,6 +178,8 @@ class PhaseTrainer:
             state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
             if is_last or _is_due(state.step, self.config.log.every):
                 self._log(result, lr)
+            if is_last:
+                self._check_trained()
             must_stop = self.run.must_stop()
             if (
                 must_stop
@@ -198,9 +216,12 @@ class PhaseTrainer:
         result = self.engine.train_step(prefetch(micro_batches, self.device))
         self.state.step += 1
         self.state.total_steps += 1
+        lane_images = self.stream.lane_images(self.state.step + self.state.stream_shift)
+        self.losses.add(result, lane_images, self.stream.lanes)
         if result.is_finite:
             norms.update_running_statistics(self.detector)
         else:
+            self.state.skipped_steps += 1
             norms.discard_statistics(self.detector)
             if result.is_overflow:
                 logger.info("%s: fp16 overflow, step skipped, loss scale now %g",
@@ -220,12 +241,25 @@ class PhaseTrainer:
         )  # fmt: skip
         if self.state.bad_steps > self.config.engine.max_bad_steps:
             self.run.saver.wait()
-            last = saving.newest_checkpoint(self.run.run_dir)
+            last = saving.last_good_checkpoint(self.run.run_dir)
             raise distributed.SharedError(
                 f"{self.state.position}: {self.state.bad_steps} steps had a loss or gradient that "
                 f"is not finite, more than engine.max_bad_steps. Lower phases.{self.name}.lr, or "
                 f"set engine.clip_norm. Last good checkpoint: {last or 'none'}."
             )
+
+    def _check_trained(self) -> None:
+        """Stop on all ranks at the end of a phase in which no step changed a weight."""
+        if self.state.skipped_steps < self.num_steps:
+            return
+        is_fp16 = self.config.engine.precision == "fp16"
+        also = " With fp16 the loss scale takes some steps to find: take more, or bf16." * is_fp16
+        raise distributed.SharedError(
+            f"{self.state.position}: all {self.num_steps} steps of the phase were skipped, since a "
+            f"loss or gradient was not finite: nothing was trained, so the run does not go on. "
+            f"Lower phases.{self.name}.lr, set engine.clip_norm, or look at the weights that the "
+            f"phase starts from.{also}"
+        )
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Write one line for people and one object for machines (a collective)."""
@@ -234,8 +268,7 @@ class PhaseTrainer:
         values: dict[str, Any] = {
             "phase": self.name,
             "step": self.state.step,
-            **mean_losses(result.losses),
-            "grad_norm": result.grad_norm if result.is_finite else None,
+            **self.losses.means(),
             "lr": lr,
             **({"loss_scale": result.loss_scale} if self.config.engine.precision == "fp16" else {}),
             **self.meter.rates(),
@@ -257,7 +290,7 @@ class PhaseTrainer:
             raise distributed.SharedError(
                 f"{train.shards}: {total} damaged samples had to be replaced "
                 f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
-                f"Repair the shards or raise the limit; tools/check_shards.py lists all that is "
+                f"Repair the shards or raise the limit; `bigdet check-shards` lists all that is "
                 f"damaged. The first ones:{list_damages(listed[row] for row in sorted(listed))}"
             )
 
@@ -276,9 +309,11 @@ class PhaseTrainer:
         started = time.perf_counter()
         if not self._measure_norms():
             return False
+        classes = [category.name for category in run.train_set.categories]
         results = measuring.predict(
-            self.config, self.detector, run.val_set, size_cap, run.must_stop, run.run_dir.root
-        )
+            self.config, self.detector, run.val_set, classes, size_cap, run.must_stop,
+            run.run_dir.root,
+        )  # fmt: skip
         if results is None:
             return False
         self.meter.add_evaluation(time.perf_counter() - started)
@@ -306,6 +341,7 @@ class PhaseTrainer:
         """Save this moment (a collective)."""
         self.run.watchdog.at(f"{self.state.position}: writing a checkpoint")
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
+        self.state.interval = self.losses.interval()
         self.run.saver.save(self.engine, self.state)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
 from bigdet.config.derived import imported_cost, plan_of, test_resize
 from bigdet.config.schema import RunConfig
+from bigdet.data.mix import class_ids
 from bigdet.data.shards import ShardSet
 from bigdet.evaluation.coco_metrics import KIND_NAMES
 from bigdet.evaluation.predict import predict_split
@@ -28,6 +29,7 @@ def predict(
     config: RunConfig,
     detector: Detector,
     val_set: ShardSet,
+    classes: Sequence[str],
     size_cap: tuple[int, int],
     must_stop: Callable[[], bool],
     folder: Path,
@@ -38,6 +40,7 @@ def predict(
         config: of the run.
         detector: the model.
         val_set: what AP is measured on.
+        classes: names of the detector's classes, in the order of its labels.
         size_cap: short side and longest long side, pixels.
         must_stop: asked by all ranks after every batch; the same answer on all of them.
         folder: where detections wait on disk.
@@ -56,6 +59,7 @@ def predict(
         must_stop,
         config.engine.precision,
         folder,
+        class_ids(val_set, classes),
     )
 
 

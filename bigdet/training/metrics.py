@@ -128,7 +128,7 @@ def peak_memory_gib() -> float:
 
 
 def mean_losses(losses: dict[str, Tensor]) -> dict[str, float]:
-    """Return the losses as means over all lanes of the step (a collective), by logged name."""
+    """Return losses as means over all ranks (a collective), by logged name."""
     names = list(losses)
     values = torch.stack([losses[name].detach().double() for name in names])
     means = distributed.mean_over_ranks(values).tolist()
@@ -144,16 +144,22 @@ def progress_line(values: dict[str, Any], steps: int) -> str:
     """
     seconds_left = values["time/step_seconds"] * (steps - values["step"])
     parts = " ".join(
-        f"{key.removeprefix('loss/')} {value:.3f}"
+        f"{key.removeprefix('loss/')} {_shown(value)}"
         for key, value in values.items()
         if key.startswith("loss/") and key != "loss/total"
     )
     wait = values["time/data_seconds"] / values["time/step_seconds"]
+    total = _shown(values["loss/total"])
     return (
-        f"{values['phase']} {values['step']}/{steps}  loss {values['loss/total']:.3f} ({parts})  "
+        f"{values['phase']} {values['step']}/{steps}  loss {total} ({parts})  "
         f"lr {values['lr']:.2e}  {values['images_per_second']:.1f} images/s  "
         f"data wait {wait:.0%}  {values['memory_gib']:.1f} GiB  {clock(seconds_left)} left"
     )
+
+
+def _shown(loss: float | None) -> str:
+    """Return a loss as people read it; a dash where no step was finite."""
+    return "-" if loss is None else f"{loss:.3f}"
 
 
 def clock(seconds: float) -> str:

@@ -141,7 +141,12 @@ def _read_start(
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
     start = config.phases[name].start_from
     if importing.is_published_file(path):
-        return importing.load_backbone_file(detector, path, start.parts, start.pixels), 0
+        rows = importing.load_backbone_file(detector, path, start.parts, start.pixels, start.ema)
+        return rows, 0
+    if start.ema:
+        raise ValueError(
+            f"{path}: found no moving average (EMA) of its weights in it. Leave out ema."
+        )
     tensors, source_classes = weights.read_weights(path)
     if has_cascade(phase_model(config, name)):
         tensors = spread_over_stages(tensors)

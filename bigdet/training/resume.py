@@ -25,10 +25,13 @@ from bigdet.config.earlier import keep_former
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
-from bigdet.data.shards import FLAG_MASKS, ShardSet
+from bigdet.data.manifest import ShardError
+from bigdet.data.mix import class_ids, warn_of_absent
+from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.data.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
+from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.log import MetricsWriter, cut_metrics
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
@@ -39,6 +42,8 @@ from bigdet.training.forks import (
     changed_options,
     check_fork,
     is_fork,
+    is_same_request,
+    own_checkpoint,
 )
 from bigdet.training.phases import check_start
 from bigdet.training.saving import newest_checkpoint
@@ -49,14 +54,9 @@ logger = logging.getLogger(__name__)
 
 def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
     """Check that the two sets and the model go together."""
-    train_names = [category.name for category in train_set.categories]
-    val_names = [category.name for category in val_set.categories]
-    if train_names != val_names:
-        differing = sorted(set(train_names) ^ set(val_names)) or ["the order"]
-        raise ConfigError(
-            f"data.val.shards: {val_set.address} has other categories than {train_set.address}: "
-            f"{', '.join(differing[:5])}. Make both with the same list of categories."
-        )
+    _check_classes(train_set, val_set)
+    measured = config.evaluation
+    evaluation_kinds(val_set, False, False, measured.metric, measured.max_detections)
     val_set.check_random_reads()
     if config.data.train.order != "windowed":
         train_set.check_random_reads()
@@ -76,6 +76,30 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
                 f"model.keypoint.num_keypoints: found {model.keypoint.num_keypoints}, but the "
                 f"categories of {train_set.address} have {max(counts)}. Write that, or make shards "
                 f"with --keypoints."
+            )
+        if has_keypoints(model) and not (train_set.index["flags"] & FLAG_KEYPOINTS).any():
+            raise ConfigError(
+                f"model.detector: {model.detector} needs keypoints, but no object of "
+                f"{train_set.address} has any. Write another detector, or see in its manifest.json "
+                f"why they were dropped and make the shards again."
+            )
+
+
+def _check_classes(train_set: ShardSet, val_set: ShardSet) -> None:
+    """See that what is learned can be measured: classes of one name mean the same."""
+    names = [category.name for category in train_set.categories]
+    try:
+        warn_of_absent(val_set, names)
+    except ShardError as error:
+        raise ConfigError(f"data.val.shards: {error}") from error
+    points = {category.id: category.keypoints for category in val_set.categories}
+    for category, number in zip(train_set.categories, class_ids(val_set, names), strict=True):
+        found = points.get(number) if number is not None else None
+        if category.keypoints and found and category.keypoints != found:
+            raise ConfigError(
+                f"data.val.shards: {val_set.address}: the keypoints of {category.name} are "
+                f"{', '.join(found)}, expected those of {train_set.address}, in their order: "
+                f"{', '.join(category.keypoints)}. Make both sets with the same ones."
             )
 
 
@@ -144,7 +168,7 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
         ConfigError: the folder holds a finished run, or one that ``resume`` says not to touch.
     """
     newest = newest_checkpoint(run_dir)
-    if run_dir.weights.is_file():
+    if run_dir.is_finished or (run_dir.weights.is_file() and newest is None):
         raise ConfigError(
             f"output: {run_dir.root} holds a finished run ({run_dir.weights.name} is there). "
             f"Choose another output, or remove the folder to run again."
@@ -162,14 +186,15 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
             f"resume: {folder} is not a checkpoint (it has no {checkpoint.STATE_FILE}). Write "
             f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
         )
+    is_new = newest is None or not is_same_request(config, load_config(run_dir.config))
+    if (own := own_checkpoint(folder, run_dir)) is not None:
+        if is_new:  # asked for the first time
+            write_text(run_dir.latest, f"{own.name}\n")
+        return own if is_new else newest
     if newest is None:
-        checkpoint.adopt(folder, run_dir.checkpoints)
+        checkpoint.adopt(folder.resolve(), run_dir.checkpoints)
         return newest_checkpoint(run_dir)
-    if folder.parent.resolve() == run_dir.checkpoints.resolve():
-        if load_config(run_dir.config).resume != config.resume:  # asked for the first time
-            write_text(run_dir.latest, f"{folder.name}\n")
-        return newest_checkpoint(run_dir)
-    if load_config(run_dir.config).resume != config.resume:
+    if is_new:
         raise ConfigError(
             f"resume: {run_dir.root} has checkpoints of its own, so it cannot begin at {folder}. "
             f"Choose another output, or write resume=auto to go on from {newest}."
@@ -284,7 +309,7 @@ def note_changes(
     logger.info(
         "batch of phase %s changed at step %d: %d images per step instead of %d, %d per GPU "
         "instead of %d, lr %.3g instead of %.3g; pass %d begins, %d steps of the one before it are "
-        "left out; step N is step N + %d of tools/show_batch.py",
+        "left out; step N is step N + %d of `bigdet show-batch`",
         name, state.step, now.images_per_step, before.images_per_step, now.images_per_gpu,
         before.images_per_gpu, optim.scaled_lr(now, now.images_per_step),
         optim.scaled_lr(before, before.images_per_step), passes + 1,
@@ -321,7 +346,7 @@ def begin(
     else:
         state = RunState.from_json(saved.run["run"])
         note_changes(config, train_set, saved, state)
-        if is_fork(config, _config_of(saved.run["config"])):
+        if is_fork(config, saved):
             # They stay with the other run.
             state.best_ap = state.best_checkpoint = state.unscored = None
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
@@ -361,10 +386,11 @@ def _check_unchanged(
             f"{', '.join(config.phases)}. Set them back, or choose another output."
         )
     current = saved.run["run"]["phase"]
-    if is_fork(config, before):
+    begins_here = is_fork(config, saved)
+    if begins_here:
         step = saved.run["run"].get("step", 0)
         check_fork(current, step, config.phases[current], before.phases[current])
-    changeable = changeable_options(config, before, current)
+    changeable = changeable_options(config, current, begins_here)
     if changed := changed_options(config, before, changeable):
         batch = ", ".join(f"phases.{current}.{name}" for name in BATCH_OPTIONS)
         also = "" if config.change_batch else f"; with change_batch=true also {batch}"

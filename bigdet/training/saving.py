@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -12,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.config.derived import num_steps
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
@@ -20,7 +19,8 @@ from bigdet.data.shards import ShardSet
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine, EngineState
 from bigdet.models.weights import weights_metadata
-from bigdet.run_dir import RunDir
+from bigdet.ops.finite import describe_not_finite
+from bigdet.run_dir import RunDir, put_in_place
 from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,18 @@ class Saver:
         """Copy what a resume needs and let it be written; wait for the save before (collective).
 
         Raises:
-            SharedError: on all ranks, when two saves in a row could not be written.
+            SharedError: on all ranks, when two saves in a row could not be written, or when the
+                weights are not finite: nothing is written then.
         """
         self.wait()
         started = time.perf_counter()
         saved = engine.state()
+        if found := distributed.broadcast_object(describe_not_finite(saved.model)):
+            raise distributed.SharedError(
+                f"{state.position}: {found}. The run has diverged, and no checkpoint of it is "
+                f"written. Lower phases.{state.phase}.lr, or set engine.clip_norm. Last good "
+                f"checkpoint: {last_good_checkpoint(self._run_dir) or 'none'}."
+            )
         if distributed.is_main():
             folder = self._run_dir.checkpoint(state.phase, state.step)
             metadata = weights_metadata(self._config, self._categories, state.phase)
@@ -88,7 +95,11 @@ class Saver:
             kept = ends | {*settings.at, *needed}
             checkpoint.clean(self._run_dir.checkpoints, settings.keep, kept, settings.keep_every)
         except (OSError, ValueError) as error:
-            self._problem = str(error)
+            self._problem = errors.explain(error)
+            return
+        except Exception as error:  # nobody else would hear of it, and nothing is written
+            logger.exception("%s: the checkpoint is not written", folder)
+            self._problem = f"{folder}: cannot write the checkpoint: {error!r}."
             return
         logger.info(
             "checkpoint written: %s (copied in %.2f s, written beside training in %.2f s)",
@@ -141,13 +152,19 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
             source = run_dir.checkpoint(name, num_steps(phase)) / checkpoint.MODEL_FILE
             temporary = run_dir.weights.with_suffix(".tmp")
             shutil.copyfile(source, temporary)
-            os.replace(temporary, run_dir.weights)
+            put_in_place(temporary, run_dir.weights)
     logger.info("finished: final weights in %s", run_dir.weights)
 
 
 def categories_of(shards: ShardSet) -> list[dict[str, object]]:
     """Return what the labels mean, as weights files carry it."""
     return [asdict(category) for category in shards.categories]
+
+
+def last_good_checkpoint(run_dir: RunDir) -> Path | None:
+    """Return the newest checkpoint that is intact and has finite weights (collective)."""
+    found = checkpoint.newest_usable(run_dir.checkpoints) if distributed.is_main() else None
+    return distributed.broadcast_object(found)
 
 
 def newest_checkpoint(run_dir: RunDir) -> Path | None:

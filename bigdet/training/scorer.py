@@ -10,17 +10,19 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 
 import torch
 
-from bigdet import distributed
+from bigdet import distributed, errors
 from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
 from bigdet.config.schema import RunConfig
 from bigdet.data.shards import ShardSet
@@ -28,10 +30,11 @@ from bigdet.engine import checkpoint
 from bigdet.evaluation import pictures
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.saved import SavedResults
-from bigdet.evaluation.scoring import Metrics, evaluate_detections
+from bigdet.evaluation.scoring import Metrics, evaluate_detections, limit_note
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.log import MetricsWriter
 from bigdet.run_dir import RunDir, write_text
+from bigdet.strict_json import to_json
 from bigdet.training import measuring
 from bigdet.training.state import RunState, Unscored
 
@@ -60,7 +63,11 @@ class Scorer:
         self._message: Connection | None = None
 
     def resume(self) -> None:
-        """Go on with what an earlier process of the run left unscored."""
+        """Go on with what an earlier process of the run left unscored.
+
+        The evaluation of the current step is due again where its detections are lost: so says the
+        state of rank 0 then.
+        """
         if not distributed.is_main():
             return
         entry, run_dir = self._state.unscored, self._run_dir
@@ -71,16 +78,21 @@ class Scorer:
             return
         numbers = run_dir.evaluation(entry.phase, entry.step)
         if run_dir.detections(entry.phase, entry.step).is_file():
+            logger.info("%s step %d: scoring what an earlier start has detected",
+                        entry.phase, entry.step)  # fmt: skip
             self._start()
             return
+        self._state.unscored = None
         if numbers.is_file():  # scored after the checkpoint was written
             self._note_best(entry, json.loads(numbers.read_bytes()))
-        else:
-            logger.warning(
-                "%s step %d: its detections are not in this run folder, so it has no AP here; "
-                "bigdet.evaluate measures its checkpoint", entry.phase, entry.step,
-            )  # fmt: skip
-        self._state.unscored = None
+            return
+        is_here = (entry.phase, entry.step) == (self._state.phase, self._state.step)
+        self._state.needs_evaluation |= is_here
+        logger.warning(
+            "%s step %d: its detections are not in this run folder, so %s", entry.phase, entry.step,
+            "it is evaluated again" if is_here else
+            "it has no AP here; bigdet.evaluate measures its checkpoint",
+        )  # fmt: skip
 
     def start(self, results: SavedResults) -> None:
         """Score the detections of the current step from now on; none may be under way.
@@ -101,21 +113,25 @@ class Scorer:
 
         Raises:
             ValueError: the process failed by what a user can cause; with what it said.
-            RuntimeError: it failed otherwise.
+            LostProcessError: it was killed, or failed otherwise.
         """
-        if self._process is None or self._process.is_alive():
+        # Its message says that the process is done; without one the end of the pipe does. A process
+        # that has ended still counts as alive until the system has said how.
+        if self._message is None or not self._message.poll():
             return
         entry = self._state.unscored
-        assert self._message is not None
+        assert self._process is not None
         assert self._metrics is not None
         assert entry is not None
         detections = self._run_dir.detections(entry.phase, entry.step)
         try:
             problem = self._message.recv()
         except EOFError as error:
-            raise RuntimeError(
-                f"{detections}: the process that scores it ended with exit code "
-                f"{self._process.exitcode}. Started again, the run scores it once more."
+            self._process.join()
+            code = self._process.exitcode or 0
+            raise errors.LostProcessError(
+                f"{detections}: the process that scores it ended with exit code {code}. Started "
+                f"again, the run scores it once more.{errors.explain_exit(code)}"
             ) from error
         finally:
             self.end()
@@ -124,7 +140,7 @@ class Scorer:
         file = self._run_dir.evaluation(entry.phase, entry.step)
         metrics = json.loads(file.read_bytes())
         flat = measuring.flat_metrics(metrics)
-        text = measuring.one_line(flat)
+        text = ", ".join(filter(None, [measuring.one_line(flat), limit_note(metrics)]))
         logger.info("%s step %d: %s", entry.phase, entry.step, text, extra={"values": flat})
         line = {"phase": entry.phase, "step": entry.step, **flat, **entry.counters}
         self._metrics.write(line, entry.total_steps)
@@ -142,15 +158,17 @@ class Scorer:
             False when they had to stop.
         """
 
-        def wait_for_process() -> bool:
-            if self._process is not None:
-                wait([self._process.sentinel])
+        def wait_for_message() -> bool:
+            if self._message is not None:
+                self._message.poll(None)
             return True
 
-        if work_on_main(wait_for_process, must_stop) is None:
+        if work_on_main(wait_for_message, must_stop) is None:
             return False
         with distributed.together():
             self.collect()
+            left = self._state.unscored if distributed.is_main() else None
+            assert left is None, f"a run must not go on as if {left} were scored"
         return True
 
     def end(self) -> None:
@@ -178,8 +196,11 @@ class Scorer:
         message.close()
 
     def _note_best(self, entry: Unscored, metrics: Metrics) -> None:
-        state, box_ap = self._state, metrics["bbox"]["AP"] or 0.0
-        if state.best_ap is None or box_ap > state.best_ap:
+        state, box_ap = self._state, metrics["bbox"]["AP"]
+        if box_ap is None or not math.isfinite(box_ap):
+            return  # nothing to measure
+        # Older runs may have noted NaN, which nothing exceeds.
+        if state.best_ap is None or not box_ap <= state.best_ap:
             folder = self._run_dir.checkpoint(entry.phase, entry.step)
             state.best_ap, state.best_checkpoint = box_ap, folder.name
             checkpoint.mark_best(folder)
@@ -195,17 +216,32 @@ def _score(
     _begin_process()
     model, metric = phase_model(config, entry.phase), config.evaluation.metric
     kinds = evaluation_kinds(val_set, has_masks(model), has_keypoints(model), metric)
-    count = config.evaluation.pictures
+    count, limit = config.evaluation.pictures, config.evaluation.max_detections
     try:
-        results = SavedResults.read(run_dir.detections(entry.phase, entry.step))
-        metrics = evaluate_detections(val_set, results, kinds, metric)
+        results = _read_detections(run_dir.detections(entry.phase, entry.step), val_set)
+        metrics = evaluate_detections(val_set, results, kinds, metric, max_detections=limit)
         if count and entry.step == num_steps(config.phases[entry.phase]):
-            pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase)
-        write_text(run_dir.evaluation(entry.phase, entry.step), json.dumps(metrics, indent=1))
+            pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase, limit)
+        write_text(run_dir.evaluation(entry.phase, entry.step), to_json(metrics, indent=1))
     except (ValueError, OSError) as error:
-        message.send(str(error))
+        message.send(errors.explain(error))
     else:
         message.send(None)
+
+
+def _read_detections(file: Path, val_set: ShardSet) -> SavedResults:
+    """Read detections; ``ValueError`` unless they are of all images of the set."""
+    remedy = "Remove the file and start the run again: it evaluates once more."
+    try:
+        results = SavedResults.read(file)
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from error
+    if results.image_ids() != sorted(val_set.index["image_id"].tolist()):
+        raise ValueError(
+            f"{file}: is of {results.num_images} images, which are not the {len(val_set)} of "
+            f"{val_set.address}. Give the validation set that the run had, or: {remedy}"
+        )
+    return results
 
 
 def _begin_process() -> None:

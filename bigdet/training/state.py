@@ -56,6 +56,23 @@ class Cost:
 
 
 @dataclass
+class Interval:
+    """Sums over the steps since the last line of the log, of which the next line has the means.
+
+    Attributes:
+        images: training images of the steps whose losses count, over all ranks.
+        losses: of each rank, by name: sums over its lanes of a lane's loss times its images.
+        norm_images: training images of the steps whose gradient norm counts.
+        norm: sum over these steps of the gradient norm times the images.
+    """
+
+    images: float = 0.0
+    losses: list[dict[str, float]] = field(default_factory=list)
+    norm_images: float = 0.0
+    norm: float = 0.0
+
+
+@dataclass
 class Unscored:
     """An evaluation whose detections are there, but not yet their numbers.
 
@@ -85,6 +102,8 @@ class RunState:
         needs_evaluation: the evaluation due at this step was not done yet.
         unscored: the evaluation that is being scored beside training; known to rank 0 alone, as
             are the best AP and checkpoint.
+        interval: what was seen since the last line of the log, when this was written.
+        skipped_steps: steps of the current phase that changed no weight, for whatever reason.
         bad_steps: steps skipped because a loss or gradient was not finite.
         dropped_boxes: boxes of objects that a random crop left nothing of, over all ranks.
         damaged: damaged training samples that were replaced, by kind, over all ranks.
@@ -103,6 +122,8 @@ class RunState:
     costs: dict[str, Cost] = field(default_factory=dict)
     needs_evaluation: bool = False
     unscored: Unscored | None = None
+    interval: Interval = field(default_factory=Interval)
+    skipped_steps: int = 0
     bad_steps: int = 0
     dropped_boxes: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
@@ -121,6 +142,7 @@ class RunState:
     def begin(self, phase: str) -> None:
         """Move on to the start of another phase."""
         self.phase, self.step, self.stream_shift = phase, 0, 0
+        self.interval, self.skipped_steps = Interval(), 0
 
     def counters(self) -> dict[str, float]:
         """Return what the run, and its current phase, have taken so far, as ``metrics.jsonl`` does.
@@ -151,6 +173,7 @@ class RunState:
         read = {
             "seen": Seen(**values["seen"]),
             "costs": costs,
+            "interval": Interval(**values.get("interval", {})),
             "unscored": None if unscored is None else Unscored(**unscored),
         }
         return cls(**{**values, **read})

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from bigdet import errors
+
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
@@ -64,6 +66,7 @@ class Watchdog:
     def at(self, where: str) -> None:
         """Note that the loop has come somewhere."""
         self.where = where
+        errors.at(where)
         if self._seconds is None:
             return
         with self._changed:

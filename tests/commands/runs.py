@@ -46,7 +46,7 @@ def free_port() -> int:
 def deepspeed(ranks: int) -> list[str]:
     """The training command under the deepspeed launcher."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-    return [*command, "--master_port", str(free_port()), "--module", "bigdet.train"]
+    return [*command, "--master_port", str(free_port()), "-m", "bigdet.train"]
 
 
 def torchrun(ranks: int) -> list[str]:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bigdet import locks
+from bigdet.run_dir import RunDir
 from tests.commands.runs import ROOT, arguments, free_port
 
 
@@ -46,6 +48,19 @@ def test_more_ranks_than_micro_batches_are_told(tmp_path: Path, shapes_shards: P
     (message,) = messages_of_two_ranks(tmp_path, shapes_shards, wrong)
     assert "phases.pretrain.images_per_step" in message
     assert "2 images are 1 micro-batches of 2, which 2 ranks cannot share equally" in message
+
+
+def test_a_run_folder_that_another_process_writes_to_is_left_as_it_is(
+    tmp_path: Path, shapes_shards: Path
+):
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.root.mkdir()
+    run_dir.stop.touch()  # a request to the process that writes here
+    with locks.held(run_dir.root, run_dir.lock):
+        before = (os.stat(run_dir.root).st_mtime_ns, sorted(run_dir.root.rglob("*")))
+        (message,) = messages_of_two_ranks(tmp_path, shapes_shards)
+        assert before == (os.stat(run_dir.root).st_mtime_ns, sorted(run_dir.root.rglob("*")))
+    assert f"{run_dir.root}: process {os.getpid()} on {os.uname().nodename} writes here" in message
 
 
 def test_hosts_with_other_code_are_told(tmp_path: Path, shapes_shards: Path):

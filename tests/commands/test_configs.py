@@ -55,7 +55,7 @@ def test_every_config_builds_and_says_what_it_is(name: str):
     check_config(config)
     build(config)
     ranks = r"--(num_gpus \d|hostfile launch/hostfile)"
-    command = rf"deepspeed {ranks} --module bigdet\.train configs/{name}\.yaml"
+    command = rf"deepspeed {ranks} -m bigdet\.train configs/{name}\.yaml"
     if name == "quickstart":
         command = r"bash launch/quickstart\.sh"
     check_head((CONFIGS / f"{name}.yaml").read_text(), command)
@@ -69,7 +69,7 @@ def test_every_run_of_every_sweep_builds(name: str):
         build(run.config)
     assert sweep.output == f"runs/{name}"
     text = (CONFIGS / "sweeps" / f"{name}.yaml").read_text()
-    check_head(text, rf"python -m bigdet\.sweep configs/sweeps/{name}\.yaml")
+    check_head(text, rf"bigdet sweep configs/sweeps/{name}\.yaml")
     # Nothing is trained twice.
     configs = [dump_config(run.config).replace(run.name, "") for run in runs.values()]
     assert len(set(configs)) == len(configs)

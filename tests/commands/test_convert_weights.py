@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bigdet import convert_weights
 from bigdet.models.backbones import build_backbone
+from bigdet.models.torchvision_layout import to_torchvision
 from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.models.weights import load_detector, save_detector_weights
 from tests.commands.tiny_detector import ROOT, save_detector
 from tests.unit.models import published_layouts as published
-from tools import convert_weights
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 
@@ -142,7 +143,7 @@ def predictions_of(path):
 
 
 def convert(words, monkeypatch):
-    monkeypatch.setattr("tools.convert_weights.setup_logging", lambda rank: None)
+    monkeypatch.setattr("bigdet.convert_weights.setup_logging", lambda rank: None)
     assert convert_weights.main(list(map(str, words))) == 0
 
 
@@ -211,3 +212,23 @@ def test_detectron2s_pickle_becomes_a_detector_with_classes_by_rising_id(tmp_pat
     assert torch.equal(detector.box_head.classifier.bias, bias[[1, 0, 2]])
     assert found.masks.shape[1:] == (28, 28)
     assert len(found.boxes) > 10
+
+
+@pytest.mark.parametrize(("words", "factor"), [([], 1), (["--ema"], 2), (["--no-ema"], 1)])
+def test_the_moving_average_is_converted_when_it_is_asked_for(tmp_path, words, factor):
+    run = save_detector(tmp_path / "run", CATEGORIES)
+    detector = load_detector(run)
+    plain = to_torchvision(detector, detector.state_dict())
+    average = {f"module.{name}": 2 * value for name, value in plain.items()}
+    content = {"model": plain, "model_ema": {"n_averaged": torch.tensor(5), **average}}
+    torch.save(content, tmp_path / "both.pth")
+    (tmp_path / "manifest.json").write_text(json.dumps({"categories": CATEGORIES}))
+    with safe_open(run / "model.safetensors", framework="pt") as opened:
+        (tmp_path / "config.yaml").write_text(opened.metadata()["config"])
+    out = tmp_path / "out.safetensors"
+    files = [tmp_path / "both.pth", tmp_path / "config.yaml", "--out", out]
+    files += ["--categories", tmp_path / "manifest.json"]
+    assert convert_weights.main(["from-torchvision", *map(str, files), *words]) == 0
+    back = load_detector(out).state_dict()
+    for name, value in detector.state_dict().items():
+        assert torch.equal(back[name], factor * value), name

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from pycocotools import mask as mask_tools
 
+from bigdet.benchmarks.evaluate import coco_ground_truth
 from bigdet.data.shards import ShardSet
 from bigdet.evaluate import check_categories, main, read_config
 from bigdet.evaluation.coco_metrics import METRICS
 from bigdet.models.weights import load_detector
 from tests.commands.tiny_detector import ROOT, save_detector
-from tools.benchmark_evaluate import coco_ground_truth
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,15 @@ import onnx
 import pytest
 import torch
 
+from bigdet.benchmarks.predict import settle
 from bigdet.config.derived import phase_model
 from bigdet.config.load import load_config
+from bigdet.export import main
 from bigdet.exporting import Differences, compare, load_exported, on_canvas, write_exported
 from bigdet.models.build import build_detector
 from bigdet.models.export import FixedDetector
 from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.ops.nms import grouped_nms, spread_nms
-from tools.benchmark_predict import settle
-from tools.export import main
 
 ROOT = Path(__file__).parents[2]
 CATEGORIES = [{"id": number, "name": f"class {number}"} for number in range(1, 12)]

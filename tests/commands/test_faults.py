@@ -62,6 +62,7 @@ def test_sigterm_to_the_launcher_stops_all_ranks_with_a_checkpoint(
     assert_nothing_runs(run.output)
     last = run.lines()[-1]["step"]
     assert (run.output / "checkpoints/latest").read_text().strip() == f"pretrain-{last}"
+    assert (run.output / "stopped").read_text() == f"pretrain step {last}\n"
     for rank in range(2):
         log = (run.output / f"logs/rank-{rank}.log").read_text()
         assert f"stopped on request at pretrain step {last}" in log

@@ -1,49 +1,35 @@
 """Every command and tool explains itself and its options, with examples that can be typed."""
 
 import argparse
-import importlib
+import importlib.util
 import re
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from bigdet.cli import COMMANDS
+
+WORDS = {
+    "shards": ["coco", "objects365", "voc", "deeppcb", "shapes", "merge"],
+    "benchmark": ["stream", "step", "predict", "evaluate", "resume"],
+    "convert-weights": ["to-torchvision", "from-torchvision"],
+}
+"""What some commands take first."""
 
 
 def commands():
     """The words that start each command, and its module."""
-    for path in sorted((ROOT / "bigdet").glob("*.py")):
-        if '__name__ == "__main__"' in path.read_text():
-            yield f"python -m bigdet.{path.stem}", f"bigdet.{path.stem}", []
-    for path in sorted((ROOT / "tools").glob("*.py")):
-        if '__name__ == "__main__"' in path.read_text():
-            yield f"python tools/{path.name}", path.stem, []
-    for source in ("coco", "objects365", "voc", "deeppcb", "shapes", "merge"):
-        yield f"python tools/make_shards.py {source}", "make_shards", [source]
-    for part in ("stream", "step", "predict", "evaluate", "resume"):
-        yield f"python tools/benchmark.py {part}", "benchmark", [part]
-    for direction in ("to-torchvision", "from-torchvision"):
-        yield f"python tools/convert_weights.py {direction}", "convert_weights", [direction]
-
-
-def import_main(module, monkeypatch):
-    """The command's ``main``; tools are no package, so their short names go again."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    before = set(sys.modules)
-    main = importlib.import_module(module).main
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) == str(ROOT / "tools" / f"{name}.py"):
-            monkeypatch.delitem(sys.modules, name)
-    return main
+    for name, (module, _) in COMMANDS.items():
+        yield f"bigdet {name}", f"bigdet.{module}", []
+        for word in WORDS.get(name, []):
+            yield f"bigdet {name} {word}", f"bigdet.{module}", [word]
 
 
 @pytest.mark.parametrize(
     ("typed", "module", "words"), list(commands()), ids=lambda value: str(value)
 )
 def test_help_has_an_example(typed, module, words, monkeypatch, capsys, in_process):
-    main = import_main(module, monkeypatch)
+    main = importlib.import_module(module).main
     silent: list[str] = []
     print_help = argparse.ArgumentParser.print_help
 
@@ -68,13 +54,16 @@ class ParsedError(Exception):
     ("typed", "module"), [(typed, module) for typed, module, words in commands() if not words]
 )
 def test_examples_are_as_the_command_takes_them(typed, module, monkeypatch, in_process):
-    main = import_main(module, monkeypatch)
-    start = typed.removeprefix("python ")
-    lines = importlib.import_module(main.__module__).__doc__.replace("\\\n", " ").splitlines()
+    main = importlib.import_module(module).main
+    arguments = module.replace("bigdet.", "bigdet.arguments.")
+    told = importlib.import_module(arguments if importlib.util.find_spec(arguments) else module)
+    lines = told.__doc__.replace("\\\n", " ").splitlines()
     examples = [
-        re.split(rf"{re.escape(start)} |  \(| >", line)[1]
+        re.split(rf"{re.escape(typed)} |  \(| >", f"{line} ")[1]
         for line in lines
-        if f"{start} " in line and "..." not in line.split("  (")[0] and "[" not in line
+        if re.search(rf"{re.escape(typed)}( |$)", line)
+        and "..." not in line.split("  (")[0]
+        and "[" not in line
     ]
     assert examples
 

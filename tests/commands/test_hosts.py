@@ -25,7 +25,7 @@ def launched(hosts: TwoHosts, *numbers_of_hosts: int) -> list[str]:
     """deepspeed on the first host, with a hostfile."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile"]
     command += [str(hosts.hostfile(*numbers_of_hosts)), "--master_addr", hosts.addresses[0]]
-    return hosts.inside(*command, "--module", "bigdet.train")
+    return hosts.inside(*command, "-m", "bigdet.train")
 
 
 def test_two_hosts_give_the_losses_of_two_ranks_on_one(

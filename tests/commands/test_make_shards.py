@@ -95,8 +95,7 @@ def test_parts_are_merged_and_their_tars_indexed_anew(tmp_path: Path, coco_dir: 
 INTERRUPTED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-sys.path.insert(0, "tools")
-import make_shards
+from bigdet import make_shards
 from bigdet.commands import run_command
 from bigdet.data import processes
 processes.BYTES_PER_PROCESS = 10**6  # so that a small set is worth two processes

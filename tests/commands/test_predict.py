@@ -11,9 +11,11 @@ from PIL import Image
 
 from bigdet.data.samples import load_sample
 from bigdet.data.shards import ShardSet
+from bigdet.data.sources.coco import convert_coco
 from bigdet.inputs import Input, find_files, list_inputs, stems
 from bigdet.predict import check_output, main, plan_batches
 from tests.commands.tiny_detector import ROOT, save_detector
+from tests.unit.data.turned import turned_file, write_coco
 
 CATEGORIES = [{"id": 17, "name": "cat"}, {"id": 3, "name": "car"}]
 
@@ -24,7 +26,7 @@ def an_input(image_id, size, file_name=None):
 
 def test_folders_and_globs_give_their_pictures_sorted_and_each_file_is_done_once(tmp_path):
     (tmp_path / "below").mkdir()
-    for name in ("b.JPG", "a.png", "notes.txt", "below/c.gif"):
+    for name in ("b.JPG", "a.png", "notes.txt", "below/c.gif", "._a.png", "below/._c.gif"):
         (tmp_path / name).write_bytes(b"x")
     found, num_bad = find_files([f"{tmp_path}/b.JPG", f"{tmp_path}", f"{tmp_path}/**/*"])
     assert [path.name for path in found] == ["b.JPG", "a.png", "c.gif"]
@@ -142,6 +144,29 @@ def test_boxes_of_a_turned_picture_are_those_of_the_picture_as_shown(tmp_path, i
     boxes = [[r["bbox"] for r in found] for found in of_file]
     assert boxes[0] == boxes[1]
     assert of_file[0][0]["segmentation"]["size"] == [90, 40]
+
+
+def test_turned_photos_are_seen_alike_as_files_and_in_a_shard_set(tmp_path, in_process):
+    names = {f"{number}.png": number for number in (3, 5, 6, 8)}
+    files = {name: turned_file(number, "PNG", (96, 64)) for name, number in names.items()}
+    file = write_coco(tmp_path, files, size=(96, 64))
+    convert_coco(tmp_path / "images", file, tmp_path / "shards")
+    model = save_detector(tmp_path / "run", CATEGORIES)
+    found = []
+    for source in ("images", "shards"):
+        out = tmp_path / f"out of {source}"
+        assert main([str(model), str(tmp_path / source), "--out", str(out), "--no-pictures"]) == 0
+        found.append(json.loads((out / "detections.json").read_text()))
+    for result in found[0]:
+        del result["file_name"]
+    assert found[0] == found[1] != []
+    out = str(tmp_path / "stored")
+    with pytest.raises(ValueError, match="--exif: a shard set is seen as it was annotated"):
+        main([str(model), str(tmp_path / "shards"), "--out", out, "--exif", "stored"])
+    assert main([str(model), str(tmp_path / "images"), "--out", out, "--exif", "stored"]) == 0
+    results = json.loads((tmp_path / "stored/detections.json").read_text())
+    sizes = {tuple(result["segmentation"]["size"]) for result in results}
+    assert sizes == {(96, 64), (64, 96)}  # the first is turned by 180 degrees
 
 
 def test_nothing_to_do_is_told_before_the_model_is_loaded(tmp_path, in_process):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bigdet.data.shards import ShardSet
-from tools.show_batch import main
+from bigdet.show_batch import main
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -247,6 +248,45 @@ def test_mistakes_name_the_run_and_the_key(
     assert str(caught.value).startswith(str(file))
 
 
+ENDS = {
+    "finishes, and the launcher fails": (["model.safetensors"], 1),
+    "stops, and the launcher makes 1 of it": (["stopped"], 1),
+    "leaves nothing, and the launcher says that all is well": ([], 0),
+    "leaves nothing, and says that it stopped": ([], 75),
+    "ends with an evaluation unscored": (["model.safetensors", "evaluation/x-1.detections"], 0),
+}
+
+
+@pytest.mark.parametrize(("what", "failed"), [
+    ("finishes, and the launcher fails", []),
+    ("stops, and the launcher makes 1 of it", None),
+    ("leaves nothing, and the launcher says that all is well", ["trunk", "short"]),
+    ("leaves nothing, and says that it stopped", ["trunk", "short"]),
+    ("ends with an evaluation unscored", ["trunk", "short"]),
+])  # fmt: skip
+def test_what_became_of_a_run_is_read_from_its_folder(
+    tmp_path, shapes_shards, monkeypatch, what, failed
+):
+    _, runs = load_sweep(write_sweep(tmp_path, shapes_shards))
+    files, code = ENDS[what]
+    script = (
+        "import sys, pathlib\n"
+        "words = dict(word.split('=', 1) for word in sys.argv[2:])\n"
+        f"for name in {files}:\n"
+        "    file = pathlib.Path(words['output'], name)\n"
+        "    file.parent.mkdir(parents=True, exist_ok=True)\n"
+        "    file.touch()\n"
+        f"sys.exit({code})\n"
+    )
+    monkeypatch.setattr(sweep, "_stop_requested", False)
+    (tmp_path / "runs/trunk").mkdir(parents=True)
+    (tmp_path / "runs/trunk/stopped").touch()  # by an earlier start
+    found = sweep.run_all(runs, [sys.executable, "-c", script])
+    assert sweep._stop_requested is (failed is None)
+    assert found == (failed or [])
+    assert (tmp_path / "runs/short").exists() is (failed == [])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -275,6 +315,10 @@ def test_runs_on_several_data_sets_have_a_report_for_each(tmp_path: Path, shapes
     sweep.report(planned, runs)  # the other run has not begun
     assert "| b | 0 |" in (tmp_path / "runs/report.md").read_text()
     assert (tmp_path / "runs/report.html").is_file()
+    write_run(tmp_path / "runs/b", [0.2], "data.val.shards=./data/one/val/")
+    sweep.report(planned, runs)  # on the same data, written otherwise
+    assert (tmp_path / "runs/report.html").is_file()
+    shutil.rmtree(tmp_path / "runs/b")
     write_run(tmp_path / "runs/b", [0.2], "data.val.shards=data/two/val", objects=7)
     sweep.report(planned, runs)
     text = (tmp_path / "runs/report.md").read_text()

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pycocotools import mask
 from safetensors.torch import load_file
 
 from bigdet import train
 from bigdet.data.shards import ShardSet
+from bigdet.evaluation.saved import SavedResults
+from bigdet.reporting.table import read_outcome
+from bigdet.run_dir import RunDir
 from tests.commands.kill_often import kill_often
 from tests.commands.runs import (
     Command,
@@ -118,6 +122,30 @@ def test_a_killed_run_goes_on_exactly(
     assert seconds == sorted(seconds)
 
 
+def test_a_line_is_the_mean_over_its_images_also_of_a_run_killed_in_the_middle_of_it(
+    whole: Path, tmp_path: Path, shapes_shards: Path
+):
+    command = Command(tmp_path / "run", shapes_shards, "log.every=3")  # saved after steps 2, 4, ...
+    command.wait_for("pretrain", 3)
+    command.kill()
+    code, printed = Command(tmp_path / "run", shapes_shards, "log.every=3").finish()
+    assert code == 0, printed
+    steps, seen = {}, 0
+    for line in numbers(whole):  # a line for each step
+        if "loss/total" in line:
+            steps[line["cost/steps"]] = (line["seen/images"] - seen, line)
+            seen = line["seen/images"]
+    assert len({images for images, _ in steps.values()}) == 2  # the last step of a pass is short
+    lines = [line for line in numbers(tmp_path / "run") if "loss/total" in line]
+    intervals = [range(1, 4), range(4, 7), range(7, 10), range(10, 11)]
+    for line, interval in zip(lines, intervals, strict=True):
+        own = [steps[number] for number in interval]
+        assert line["cost/steps"] == interval[-1]
+        for key in [key for key in line if key.startswith("loss/") or key == "grad_norm"]:
+            mean = sum(images * one[key] for images, one in own) / sum(images for images, _ in own)
+            assert line[key] == pytest.approx(mean, rel=1e-9), (interval, key)
+
+
 def test_a_run_killed_at_random_moments_goes_on_exactly(
     whole: Path, tmp_path: Path, shapes_shards: Path
 ):
@@ -175,8 +203,10 @@ def test_a_stop_request_ends_with_75_and_a_checkpoint(
     code, printed = command.finish()
     assert code == 75, printed
     assert (output / "checkpoints/latest").is_file()
+    assert (output / "stopped").read_text().startswith("pretrain step ")
     code, printed = Command(output, shapes_shards, "checkpoint.every=100").finish()
     assert code == 0, printed
+    assert not (output / "stopped").exists()
     assert_same_run(output, whole)
 
 
@@ -245,6 +275,44 @@ def test_a_finished_run_is_refused_without_its_checkpoints_too(
     shutil.copy(whole / "model.safetensors", tmp_path / "run")
     with pytest.raises(ValueError, match="finished run"):
         train.main(arguments(tmp_path / "run", shapes_shards))
+
+
+def test_an_evaluation_that_an_ended_run_left_behind_is_scored_by_the_same_command(
+    whole: Path, tmp_path: Path, shapes_shards: Path, in_process: None
+):
+    # What earlier versions could leave: final weights, but no numbers of the last evaluation.
+    run_dir = RunDir(tmp_path / "run")
+    shutil.copytree(whole, run_dir.root)
+    lines = run_dir.metrics.read_text().splitlines(keepends=True)
+    run_dir.metrics.write_text("".join(lines[:-1]))
+    run_dir.evaluation("finetune", 4).unlink()
+    run_dir.best.write_text("pretrain-6\n")
+    val_set, found = ShardSet(shapes_shards / "val"), SavedResults()
+    for row, image_id in enumerate(val_set.index["image_id"].tolist()):  # all objects, exactly
+        record, results = val_set.read(row).record, []
+        for one in record["annotations"]:
+            shape = one["segmentation"]  # polygons, or run lengths
+            if isinstance(shape, list):
+                shape = mask.merge(mask.frPyObjects(shape, record["height"], record["width"]))
+                shape["counts"] = shape["counts"].decode()
+            result = {"image_id": image_id, "bbox": one["bbox"], "score": 0.5,
+                      "category_id": val_set.categories[one["label"]].id,
+                      "segmentation": shape}  # fmt: skip
+            results.append(result)
+        found.add(image_id, results)
+    found.write(run_dir.detections("finetune", 4))
+    assert not run_dir.is_finished
+    assert read_outcome(run_dir).is_finished is False
+    assert train.main(arguments(run_dir.root, shapes_shards)) == 0
+    last = json.loads(run_dir.metrics.read_text().splitlines()[-1])
+    assert (last["phase"], last["step"], last["bbox/AP"]) == ("finetune", 4, 1.0)
+    assert last["seen/images"] == json.loads(lines[-1])["seen/images"]
+    assert len(run_dir.metrics.read_text().splitlines()) == len(lines)
+    assert json.loads(run_dir.evaluation("finetune", 4).read_text())["bbox"]["AP"] == 1.0
+    assert run_dir.best.read_text() == "finetune-4\n"
+    assert run_dir.is_finished
+    assert read_outcome(run_dir).ap["bbox/AP"] == 1.0
+    assert run_dir.weights.read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_checkpoint_of_another_run_begins_a_new_folder(

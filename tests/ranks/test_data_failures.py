@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from bigdet import train
+from bigdet import distributed, reading, train
 from bigdet.data import remote
 from bigdet.data.shards import ShardSet
 from tests.spawn import ROOT, run_ranks
@@ -59,6 +62,20 @@ def train_and_tell(words: list[str], retry_seconds: float) -> str:
     return ""
 
 
+def train_with_a_failing_disk(words: list[str]) -> str:
+    """As ``train_and_tell``, but from some read on the disk of rank 1 fails."""
+    reading.RETRY_SECONDS = (0.0, 0.0)
+    calls, pread = itertools.count(), os.pread
+
+    def fail(*arguments: int) -> bytes:
+        if distributed.rank() == 1 and next(calls) > 6:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(*arguments)
+
+    os.pread = fail
+    return train_and_tell(words, 0.0)
+
+
 def arguments(folder: Path, train_set: str, val_set: Path, *more: str) -> list[str]:
     data = [f"data.train.shards={train_set}", f"data.val.shards={val_set}"]
     return [str(ROOT / "configs" / "quickstart.yaml"), *TINY, *data, f"output={folder}", *more]
@@ -100,3 +117,12 @@ def test_a_server_that_goes_away_ends_all_ranks_with_one_message(sets, tmp_path,
     assert "the shard cannot be fetched: 4 attempts failed" in one
     fetched = [path for path in (tmp_path / "cache" / "shards").iterdir() if not path.suffix]
     assert 2 <= len(fetched) <= 5 + 1  # and the lock
+
+
+def test_a_disk_that_fails_on_one_rank_ends_all_ranks_and_replaces_no_image(sets, tmp_path):
+    words = arguments(tmp_path / "run", sets / "train", sets / "val")
+    one, other = run_ranks(train_with_a_failing_disk, 2, tmp_path, words)
+    assert one == other
+    assert one.startswith("rank 1: ")
+    assert ".tar: cannot be read (Input/output error). See to its disk" in one
+    assert '"damaged_samples": 1' not in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -56,12 +56,14 @@ def gather_in_parts(folder):
 
 
 def all_of_it(folder):
-    return count_results(), stop_meanwhile(), fail(), gather_in_parts(folder)
+    rank = distributed.rank()
+    values = distributed.gather_objects(None if rank == 0 else rank)
+    return count_results(), stop_meanwhile(), fail(), gather_in_parts(folder), values
 
 
 def test_ranks_wait_without_a_long_collective_and_share_what_comes_out(tmp_path):
     first, second, third = run_ranks(all_of_it, 3, tmp_path, tmp_path / "waiting")
-    for counted, stopped, message, _ in (first, second, third):
+    for counted, stopped, message, *_ in (first, second, third):
         assert counted[0] == {"rank": 0}
         assert counted[1] >= 3  # they met again and again
         assert stopped is None
@@ -72,3 +74,5 @@ def test_ranks_wait_without_a_long_collective_and_share_what_comes_out(tmp_path)
     assert [result["image_id"] for result in results] == [4, 5, 5, 20, 20, 22]
     assert [result["score"] for result in results] == [0.0, 0.0, 0.1, 0.0, 0.1, 0.0]
     assert list((tmp_path / "waiting").iterdir()) == []  # nothing is left
+    # Of the values None, 1 and 2: in order of rank, with None in its place.
+    assert [values for *_, values in (first, second, third)] == [[None, 1, 2], [], []]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bigdet import distributed
+from tests.commands.runs import free_port
 
 ROOT = Path(__file__).parents[2]
 MEET = (
@@ -62,6 +63,18 @@ def test_tasks_of_srun_meet():
         for rank in range(2)
     ]
     assert outputs(tasks) == ["0 2 0 2", "1 2 1 2"]
+
+
+def test_ranks_of_mpirun_meet():
+    port = str(free_port())  # else one of the job, which another test may use
+    ranks = [
+        python(
+            MEET, MASTER_PORT=port, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_LOCAL_SIZE="2",
+            OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert outputs(ranks) == ["0 2 0 2", "1 2 1 2"]
 
 
 def test_python_without_srun_in_a_job_of_several_tasks_is_refused():

@@ -54,6 +54,13 @@ def test_room_is_compared_with_what_the_run_takes():
     assert failed["disk"].startswith("6 checkpoints of 0.2")
 
 
+def test_what_a_system_does_not_tell_fails_nothing():
+    config = load_config(ROOT / "configs/quickstart.yaml", ["data.workers=4"])
+    silent = dataclasses.replace(FACTS, free_shm=None, free_memory=None)  # macOS
+    rows = memory_rows(config, [silent])
+    assert [(row.found, row.is_ok) for row in rows] == [("not known on this system", True)] * 2
+
+
 def test_a_phase_shorter_than_its_warm_up_is_told_though_its_length_is_in_passes(
     tmp_path: Path, shapes_shards: Path
 ):
@@ -76,3 +83,10 @@ def test_the_doctor_of_a_config_without_data_ends_with_1(tmp_path: Path):
     assert re.search(r"FAIL  data +\S+: .*no such folder", done.stderr), done.stderr
     assert "2 of 13 checks failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_objects_of_the_classes_are_shown_with_warnings():
+    objects = {"training objects": ("ring 0, square 8", ["1 of 2 classes (ring) has no object"])}
+    row = compare([dataclasses.replace(FACTS, objects=objects)])[-1]
+    assert (row.check, row.found, row.is_ok) == ("training objects", "ring 0, square 8", True)
+    assert row.warnings == ["1 of 2 classes (ring) has no object"]

@@ -7,18 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = {
-    "structures": 0, "run_dir": 0, "distributed": 0, "boards": 0, "jpeg": 0, "progress_bar": 0,
-    "ops": 1, "log": 1, "hosts": 1, "pictures": 1,
+    "limits": -2, "errors": -1, "launchers": -1, "network": -1,
+    "structures": 0, "run_dir": 0, "distributed": 0, "boards": 0, "jpeg": 0, "pixels": 0,
+    "progress_bar": 0, "reading": 0, "strict_json": 0,
+    "ops": 1, "log": 1, "hosts": 1, "locks": 1, "pictures": 1,
     "config": 2, "drawing": 2,
     "data": 3, "models": 3, "engine": 3,
     "evaluation": 4,
     "training": 5,
     "reporting": 5,
-    "commands": 6, "doctor": 6, "planning": 6, "inputs": 6, "exporting": 6,
-    "train": 7, "evaluate": 7, "predict": 7, "sweep": 7, "report": 7,
-    "make_shards": 7, "index_shards": 7, "check_shards": 7, "show_batch": 7,
-    "convert_weights": 7, "export": 7, "overfit": 7, "benchmarks": 7,
-    "plan": 8, "benchmark": 8,
+    "commands": 6, "doctor": 6, "planning": 6, "inputs": 6, "exporting": 6, "arguments": 7,
+    "train": 8, "evaluate": 8, "predict": 8, "sweep": 8, "report": 8,
+    "make_shards": 8, "index_shards": 8, "check_shards": 8, "show_batch": 8, "list_configs": 8,
+    "convert_weights": 8, "export": 8, "overfit": 8, "benchmarks": 8,
+    "plan": 9, "benchmark": 9, "cli": 9, "deepspeed_command": 9, "__main__": 10,
 }  # fmt: skip
 
 
@@ -58,4 +60,5 @@ def test_config_is_free_of_torch():
 
 def test_packages_hold_no_code():
     for path in (ROOT / "bigdet").rglob("__init__.py"):
-        assert len(ast.parse(path.read_text()).body) == 1, f"{path}: more than a docstring"
+        lines = 2 if path.parent == ROOT / "bigdet" else 1  # the version
+        assert len(ast.parse(path.read_text()).body) == lines, f"{path}: more than a docstring"

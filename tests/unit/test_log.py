@@ -41,3 +41,16 @@ def test_console_lines_as_json_have_the_numbers(capsys: pytest.CaptureFixture[st
     }  # fmt: skip
     assert second["message"] == "two\nlines"
     assert "values" not in second
+
+
+def test_metrics_are_strict_json_and_what_older_runs_wrote_becomes_it(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss/total": NaN}\n{"step": 2, "loss/total": 1.5}\n')
+    cut_metrics(file, lambda line: True)
+    writer = MetricsWriter(file)
+    writer.write({"step": 3, "loss/total": float("inf")}, total_step=3)
+    writer.close()
+    assert file.read_text() == (
+        '{"step": 1, "loss/total": null}\n{"step": 2, "loss/total": 1.5}\n'
+        '{"step": 3, "loss/total": null}\n'
+    )

@@ -1,3 +1,5 @@
+import errno
+import os
 import struct
 import zlib
 
@@ -6,13 +8,14 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from bigdet.pictures import EXIF_ORIENTATION, list_pixels, read_picture, shown_size, to_pixels
+from bigdet.pictures import list_pixels, read_picture, shown_size, to_pixels
+from bigdet.pixels import EXIF_ORIENTATION
 
 WHITE_LEFT = np.zeros((40, 80, 3), dtype=np.uint8)
 WHITE_LEFT[:, :40] = 250
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 def test_picture_is_turned_as_exif_says(tmp_path, suffix):
     path = tmp_path / f"turned.{suffix}"
     exif = Image.Exif()
@@ -23,6 +26,11 @@ def test_picture_is_turned_as_exif_says(tmp_path, suffix):
     assert shown_size(path) == (80, 40)
     assert (shown[:36] > 240).all()
     assert (shown[44:] < 10).all()
+    stored = read_picture(path, "stored")
+    assert stored.shape == (40, 80, 3)
+    assert shown_size(path, "stored") == (40, 80)
+    assert (stored[:, :36] > 240).all()
+    assert (stored[:, 44:] < 10).all()
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png")])
@@ -179,3 +187,25 @@ def test_what_is_no_list_of_pictures_is_told(tmp_path):
         with pytest.raises(ValueError, match=said):
             list_pixels(given)
     assert list_pixels([]) == []
+
+
+def test_what_the_system_says_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr("bigdet.reading.RETRY_SECONDS", (0.0,))
+    opened, failures = Image.open, []
+
+    def fail(path):
+        if failures:
+            number = failures.pop()
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path)
+
+    monkeypatch.setattr(Image, "open", fail)
+    failures[:] = [errno.ESTALE]
+    assert read_picture(tmp_path / "a.png").shape == (3, 4, 3)  # at the second attempt
+    failures[:] = [errno.EACCES]
+    with pytest.raises(ValueError, match=r"^cannot be read \(Permission denied\)\. Let the user"):
+        read_picture(tmp_path / "a.png")
+    failures[:] = [errno.EMFILE] * 2  # the other pictures of a folder would fail too
+    with pytest.raises(OSError, match=r"a\.png: cannot be read \(Too many open files\)\. Raise"):
+        shown_size(tmp_path / "a.png")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.run_dir import check_file, check_folder
+from bigdet.evaluation.saved import SavedResults
+from bigdet.run_dir import check_file, check_folder, write_text
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path: Path):
@@ -14,6 +15,18 @@ def test_a_folder_is_made_and_left_empty(tmp_path: Path):
     assert list((tmp_path / "a").rglob("*")) == [tmp_path / "a/b"]
     check_file(tmp_path / "c/x.json", "--out")
     assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_what_counts_by_being_there_is_on_the_disk_before_it_is_there(
+    tmp_path: Path, disk_calls: list[str]
+):
+    folder = tmp_path / "evaluation"
+    write_text(folder / "x-1.json", "{}")
+    SavedResults().write(folder / "x-1.detections")
+    assert disk_calls == [
+        "sync x-1.json.tmp", "name x-1.json", "sync evaluation",
+        "sync x-1.detections.tmp", "name x-1.detections", "sync evaluation",
+    ]  # fmt: skip
 
 
 def test_where_nothing_can_be_written_is_told_with_the_option(tmp_path: Path):

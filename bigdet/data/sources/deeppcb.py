@@ -21,7 +21,8 @@ from bigdet.data.conversion import Making, Progress, convert, no_progress, refus
 from bigdet.data.manifest import Manifest, ShardError
 from bigdet.data.sources.coco import CocoSource
 from bigdet.data.sources.coco_file import load_coco
-from bigdet.data.sources.image_files import check_folder, header_size, safe_path
+from bigdet.data.sources.image_files import check_folder, safe_path
+from bigdet.data.sources.image_headers import header_size
 from bigdet.data.storage import open_storage
 
 TYPES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
@@ -56,9 +57,10 @@ def convert_deeppcb(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{split}.json"
         path.write_text(json.dumps(read_split(root, split)), encoding="utf-8")
-        source = CocoSource("deeppcb", root, load_coco(path), safe_path)
+        making = making or Making()
+        source = CocoSource("deeppcb", root, load_coco(path), making.exif)
         source.info = replace(source.info, options={"root": str(root), "split": split})
-        return convert(source, out, making or Making(), progress)
+        return convert(source, out, making, progress)
 
 
 def read_split(root: Path, split: str) -> dict[str, list[dict[str, Any]]]:
@@ -66,7 +68,8 @@ def read_split(root: Path, split: str) -> dict[str, list[dict[str, Any]]]:
     listed = root / f"{split}.txt"
     found = ", ".join(sorted(path.stem for path in root.glob("*.txt"))) or "none"
     advice = f"Give the folder PCBData of DeepPCB and one of its lists (found: {found})."
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, line in enumerate(_lines(listed, advice), start=1):
         names = line.split()
         paths = [safe_path(root, name) for name in names]

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import io
-import warnings
-from pathlib import Path, PurePosixPath
+import os
+import stat
+from pathlib import Path
 from typing import Any
 
-import simplejpeg
-from PIL import Image
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from bigdet.data.decode import decode_image
+from bigdet.data.decode import decode_pixels
 from bigdet.data.manifest import ShardError
+from bigdet.data.orientation import seen_orientation
 from bigdet.data.shard_tar import MAX_U2, SampleLog, image_suffix
+from bigdet.data.sources.image_headers import (
+    MAX_PIXELS,
+    Header,
+    TooLargeError,
+    as_png,
+    read_header,
+)
+from bigdet.pixels import READ_ERRORS, Exif, turned_size
+from bigdet.reading import NO_FILE, patiently, why_unread
 
-MAX_PIXELS = 89_478_485  # Pillow's limit, too: what is larger is there to exhaust memory
 MAX_BYTES = 2**30
-
-
-class TooLargeError(ValueError):
-    """An image of more pixels than shards hold."""
+NO_IMAGE = "not an image that can be read: convert it to PNG or JPEG"
 
 
 def safe_path(folder: Path, name: str) -> Path | None:
     """Return the path of a file; None for a name that leads out of the folder."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in name:
-        return None
-    return folder / pure
+    return folder / name if is_inside(name) else None
 
 
-def file_bytes(path: Path) -> int | None:
-    """Return the size of a file; None if there is none, or no name that a file could have."""
+def is_inside(name: str) -> bool:
+    """Tell whether a name does not lead out of the folder that it is relative to."""
+    return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
+
+
+def file_bytes(path: str | Path) -> int | None:
+    """Return the size of a file; None if there is none, or no name that a file could have.
+
+    Raises:
+        ShardError: the system does not let it be looked at.
+    """
     try:
-        return path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError):  # too long a name, or one with half a character
+        found = patiently(lambda: os.stat(path), str(path))
+    except ValueError:  # a name with half a character
         return None
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return None
+        raise ShardError(f"{path}: {why_unread(error)}") from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def check_folder(folder: Path) -> None:
@@ -48,18 +64,28 @@ def check_folder(folder: Path) -> None:
 
 
 def read_image(
-    path: Path | None, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog
-) -> tuple[bytes, Tensor] | None:
+    path: Path | None,
+    size: tuple[int, int] | None,
+    about: dict[str, Any],
+    log: SampleLog,
+    exif: Exif = "shown",
+) -> tuple[bytes, NDArray[np.uint8], int] | None:
     """Return an image that can be used.
 
     Args:
         path: of its file; None if its name leads out of the folder.
         size: recorded height and width; None if nothing is recorded.
         about: says in the log which image it is.
-        log: gets the reason if it cannot be used.
+        log: gets the reason if it cannot be used, and what is done to it.
+        exif: which image the annotations are of if its EXIF turns it and ``size`` does not tell.
 
     Returns:
-        The file's bytes, and ``(3, H, W)`` uint8; None if it cannot be used.
+        The file's bytes (those of a PNG where tars do not hold its format); ``(H, W, 3)`` uint8 as
+        the annotations see it; the EXIF orientation by which that is turned. None if it cannot be
+        used.
+
+    Raises:
+        ShardError: the system does not let it be read, which is no fault of the image.
     """
     if path is None:
         log.skip("file name leads out of the image folder", **about)
@@ -72,56 +98,51 @@ def read_image(
         log.skip("file empty" if num_bytes == 0 else "file larger than 1 GiB", **about)
         return None
     try:
-        data = path.read_bytes()
+        data = patiently(path.read_bytes, str(path))
     except OSError as error:
-        log.skip("file not readable", **about, error=str(error))
-        return None
-    if image_suffix(data) is None:
-        log.skip("not JPEG, PNG or WebP", **about)
-        return None
-    return _decode(data, size, about, log)
+        raise ShardError(f"{path}: {why_unread(error)}") from error
+    return _decode(data, size, about, log, exif)
 
 
 def _decode(
-    data: bytes, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog
-) -> tuple[bytes, Tensor] | None:
+    data: bytes, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog, exif: Exif
+) -> tuple[bytes, NDArray[np.uint8], int] | None:
     """Decode an image, if its header says that it has the size that it is to have."""
+    is_kept, header = image_suffix(data) is not None, None
     try:
-        found = header_size(data)
-        if size is not None and found != size:
-            log.skip("size differs", **about, found=list(found), recorded=list(size))
+        header = read_header(data)
+        found, shown = header.size, turned_size(header.size, header.tag)
+        if size is not None and size not in (found, shown):
+            _skip_size(size, header, about, log)
             return None
         if max(found) > MAX_U2 or found[0] * found[1] > MAX_PIXELS:
             raise TooLargeError(f"{found[0]} x {found[1]} pixels")
-        pixels = decode_image(data)
+        orientation, turning = seen_orientation(header.tag, found, size, exif)
+        data = data if is_kept else as_png(data, orientation)
+        pixels = decode_pixels(data, None, orientation if is_kept else 1)
     except TooLargeError:
         log.skip("more pixels than shards hold", **about)
         return None
-    except (ValueError, OSError, SyntaxError, EOFError) as error:
-        log.skip("not decodable", **about, error=str(error))
+    except READ_ERRORS as error:
+        reason = "not decodable" if is_kept or header is not None else NO_IMAGE
+        log.skip(reason, **about, error=str(error))
         return None
-    if tuple(pixels.shape[1:]) != found:
+    if pixels.shape[:2] != turned_size(found, orientation):
         log.skip("not decodable", **about, error=f"its header says {found[0]} x {found[1]}")
         return None
-    return data, pixels
+    for note in (turning, *header.notes(pixels)):
+        if note is not None:
+            log.change(note, **about)
+    return data, pixels, orientation if is_kept else 1
 
 
-def header_size(data: bytes) -> tuple[int, int]:
-    """Return height and width as the header of an image says, without decoding it.
-
-    Raises:
-        TooLargeError: it says so many pixels that Pillow refuses them.
-        ValueError: the header cannot be read.
-    """
-    if image_suffix(data) == "jpg":
-        height, width = simplejpeg.decode_jpeg_header(data)[:2]
-        return height, width
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                return image.height, image.width
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooLargeError(str(error)) from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"not an image: {error}") from error
+def _skip_size(
+    size: tuple[int, int], header: Header, about: dict[str, Any], log: SampleLog
+) -> None:
+    """Note that an image has another height and width than are recorded."""
+    details = {**about, "found": list(header.size), "recorded": list(size)}
+    if header.tag == 1:
+        log.skip("size differs", **details)
+        return
+    details["shown"] = list(turned_size(header.size, header.tag))
+    log.skip("size differs, as stored and as its EXIF orientation shows it", **details)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -33,10 +35,14 @@ from bigdet.data.manifest import Category, Manifest, ShardError
 from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.shard_tar import MAX_U2, SampleLog
 from bigdet.data.shard_writer import SetInfo, category_values
+from bigdet.data.sources.file_names import SUFFIX, find_files
 from bigdet.data.sources.image_files import file_bytes, read_image, safe_path
+from bigdet.data.sources.voc_files import ImageFolder, parse_xml, read_split
 from bigdet.data.storage import open_storage
+from bigdet.pixels import Exif
 
-SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG"]
+YES = ("true", "yes", "y", "t")
+NO = ("", "false", "no", "n", "f", "unspecified")
 IMAGES_PER_CHECK = 64
 BYTES_PER_OBJECT = 120  # of a stored annotation, about
 
@@ -89,51 +95,44 @@ def convert_voc(
     """
     making = making or Making()
     refuse_others(open_storage(out))
-    log = SampleLog()
+    log, folder = SampleLog(), ImageFolder(root / "JPEGImages")
     images = [
         image
         for stem in read_split(root, split, log)
-        if (image := _load(root, stem, log)) is not None
+        if (image := _load(root, stem, folder, log)) is not None
     ]
     if not images:
         raise ShardError(
             f"{root}: none of the images of split {split} has a file in Annotations that can be "
-            "read. Give the folder that holds Annotations, ImageSets and JPEGImages."
+            f"read{_reasons(log)}. Give the folder that holds Annotations, ImageSets and "
+            f"JPEGImages."
         )
     categories = categories or find_categories(root)
-    images = _usable(images, making.processes, log)
+    images = _find_others(root / "JPEGImages", images, log)
+    images = _usable(images, making, log)
     if not images:
-        raise ShardError(f"{root}: not one image could be used: {log.lines[-1]}. See to the files.")
-    source = VocSource(root, split, images, categories, log.lines)
+        raise ShardError(f"{root}: not one image could be used{_reasons(log)}. See to the files.")
+    source = VocSource(root, split, images, categories, log.lines, making.exif)
     return convert(source, out, making, progress)
 
 
-def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
-    """Return the names in the list of a split, each once, in its order."""
-    path = root / "ImageSets" / "Main" / f"{split}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        found = sorted(other.stem for other in path.parent.glob("*.txt"))
-        raise ShardError(
-            f"{path}: cannot be read ({error}). Give the folder of a data set in VOC's layout and "
-            f"one of its splits: {', '.join(found[:8]) or 'none found'}."
-        ) from error
-    stems: dict[str, None] = {}
-    for line in lines:
-        stem = line.strip()
-        if stem in stems:
-            log.skip("listed twice", file_name=stem)
-        elif stem:
-            stems[stem] = None
-    return list(stems)
+def _reasons(log: SampleLog) -> str:
+    """Return why images are left out: how many for which reason, with the first of each."""
+    lines = [line for line in log.lines if "skipped" in line]
+    counts = Counter(line["skipped"] for line in lines)
+    listed = []
+    for reason, count in counts.most_common(3):
+        first = next(line for line in lines if line["skipped"] == reason)
+        about = ", ".join(f"{name} {value}" for name, value in first.items() if name != "skipped")
+        listed.append(f"{count} x {reason} (the first: {about})")
+    return ": " + "; ".join(listed) if listed else ""
 
 
 def find_categories(root: Path) -> list[Category]:
     """Return the names of the objects in all annotations, in alphabetical order, ids from 1."""
     names = set()
-    for path in (root / "Annotations").glob("*.xml"):
-        tree = _parse(path)
+    for path in (root / "Annotations").glob("[!.]*.xml"):
+        tree = parse_xml(path)
         if not isinstance(tree, str):
             names |= {name for entry in tree.findall("object") if (name := _text(entry, "name"))}
     if not names:
@@ -151,7 +150,9 @@ class VocSource:
         images: list[VocImage],
         categories: list[Category],
         notes: list[Json],
+        exif: Exif,
     ) -> None:
+        self._exif = exif
         options = {"root": str(root), "split": split}
         self.info = SetInfo(f"{root.name}_{split}", "voc", categories, options)
         self.notes, self._images = notes, images
@@ -161,6 +162,12 @@ class VocSource:
             raise ShardError(
                 f"{root}: objects of {len(unknown)} categories that are not in the list: "
                 f"{', '.join(sorted(unknown)[:5])}. Add them to it."
+            )
+        edges = np.array([o["box"] for image in images for o in image.objects], dtype=np.float64)
+        if edges.size and ((edges >= 0) & (edges <= 1)).all():
+            raise ShardError(
+                f"{root}: all edges of all boxes are from 0 to 1, so they seem to be relative "
+                f"coordinates. Expected pixels: multiply them by the width and the height."
             )
         sizes = np.array([image.size or (0, 0) for image in images]).clip(0, MAX_U2)  # (N, 2)
         counts = [len(image.objects) for image in images]
@@ -181,7 +188,7 @@ class VocSource:
     def span(self, first: int, end: int) -> VocSpan:
         """Return samples ``first..end - 1``."""
         ids = self._first_ids[first:end]
-        return VocSpan(self._images[first:end], first + 1, ids, self.info.categories)
+        return VocSpan(self._images[first:end], first + 1, ids, self.info.categories, self._exif)
 
 
 @dataclass(frozen=True)
@@ -192,18 +199,19 @@ class VocSpan:
     first_id: int
     first_annotation_ids: list[int]
     categories: list[Category]
+    exif: Exif
 
     def samples(self, log: SampleLog) -> Iterator[MadeSample | None]:
         """Give one sample after the other; each of them has been found usable before."""
         labels = {category.name: label for label, category in enumerate(self.categories)}
         for place, image in enumerate(self.images):
-            read = read_image(image.path, image.size, {"file_name": image.stem}, log)
+            read = read_image(image.path, image.size, {"file_name": image.stem}, log, self.exif)
             if read is None:
                 raise ShardError(
                     f"{image.path}: {log.lines[-1]['skipped']}, but it could be used when the "
                     "conversion began. Do not change files that are converted; start again."
                 )
-            height, width = read[1].shape[1:]
+            height, width = read[1].shape[:2]
             image_id = self.first_id + place
             annotations = []
             for number, entry in enumerate(image.objects, self.first_annotation_ids[place]):
@@ -255,7 +263,7 @@ def clean_object(
     return clean_annotation(source, image_size, label, Category(0, entry["name"]), about, log)
 
 
-def _load(root: Path, stem: str, log: SampleLog) -> VocImage | None:
+def _load(root: Path, stem: str, folder: ImageFolder, log: SampleLog) -> VocImage | None:
     """Read the annotations of an image; None after noting why it cannot be used."""
     path = safe_path(root / "Annotations", f"{stem}.xml")
     if path is None:
@@ -264,7 +272,7 @@ def _load(root: Path, stem: str, log: SampleLog) -> VocImage | None:
     if file_bytes(path) is None:
         log.skip("annotation file missing", file_name=stem)
         return None
-    tree = _parse(path)
+    tree = parse_xml(path, log, file_name=stem)
     if isinstance(tree, str):
         log.skip("annotation file not readable", file_name=stem, error=tree)
         return None
@@ -272,60 +280,74 @@ def _load(root: Path, stem: str, log: SampleLog) -> VocImage | None:
     if len(objects) > MAX_U2:
         log.skip("more boxes than shards hold", file_name=stem)
         return None
-    size = [_number(tree, f"size/{name}") for name in ("height", "width")]
-    has_size = tree.find("size") is not None
-    paths = [safe_path(root / "JPEGImages", stem + suffix) for suffix in SUFFIXES]
-    found = (path for path in paths if path is not None and file_bytes(path) is not None)
-    whole = tuple(int(side) if math.isfinite(side) else -1 for side in size)
+    names = ("size/height", "size/width")
+    sides = [_number(tree, name) for name in names]
+    has_size = 0 not in sides and all(_text(tree, name) for name in names)
+    height, width = (int(side) if math.isfinite(side) else -1 for side in sides)
     return VocImage(
         stem=stem,
-        path=next(found, paths[0]),
-        size=(whole[0], whole[1]) if has_size else None,
-        objects=[_object(entry) for entry in objects],
+        path=folder.find(stem, _text(tree, "filename")),
+        size=(height, width) if has_size else None,  # 0 or nothing: many tools leave it open
+        objects=[_object(entry, stem, log) for entry in objects],
     )
 
 
-def _object(entry: ElementTree.Element) -> Json:
+def _find_others(folder: Path, images: list[VocImage], log: SampleLog) -> list[VocImage]:
+    """Return the images with the files of those whose suffix or letters are less common."""
+    images = list(images)
+    lost = [
+        place
+        for place, image in enumerate(images)
+        if image.path is not None and file_bytes(image.path) is None
+    ]
+    found = find_files(folder, [images[place].stem for place in lost])
+    for number, place in enumerate(lost):
+        inner = found.paths[number]
+        if found.file_bytes[number] and inner is not None:
+            images[place] = replace(images[place], path=folder / inner)
+        if (way := found.ways.get(number, SUFFIX)) != SUFFIX:
+            log.change(f"file found by {way}", file_name=images[place].stem, found=inner)
+    return images
+
+
+def _object(entry: ElementTree.Element, stem: str, log: SampleLog) -> Json:
     """Return what is said of one object; its parts stand deeper and have boxes of their own."""
     edges = ("xmin", "ymin", "xmax", "ymax")
+    flag = _text(entry, "difficult").lower()
+    is_difficult = flag in YES or _number(entry, "difficult") == 1
+    if not (is_difficult or flag in NO or _number(entry, "difficult") == 0):
+        log.change("difficult is neither yes nor no: taken as no", file_name=stem, found=flag)
     return {
         "name": _text(entry, "name"),
         "box": [_number(entry, f"bndbox/{edge}") for edge in edges],
-        "difficult": _number(entry, "difficult") == 1,
+        "difficult": is_difficult,
         "num_parts": len(entry.findall("part")),
     }
 
 
-def _usable(images: list[VocImage], processes: int, log: SampleLog) -> list[VocImage]:
+def _usable(images: list[VocImage], making: Making, log: SampleLog) -> list[VocImage]:
     """Return the images that can be read, decoded and are of the recorded size."""
     chunks = [
         images[first : first + IMAGES_PER_CHECK]
         for first in range(0, len(images), IMAGES_PER_CHECK)
     ]
     num_bytes = sum(file_bytes(image.path) or 0 for image in images if image.path)
-    processes = min(processes, len(chunks), useful_processes(num_bytes))
+    processes = min(making.processes, len(chunks), useful_processes(num_bytes))
     verdicts: dict[str, Json] = {}
-    for part in run_jobs(_find_unusable, chunks, processes, lambda num_images: None):
+    find = partial(_find_unusable, making.exif)
+    for part in run_jobs(find, chunks, processes, lambda num_images: None):
         verdicts |= part
     log.lines += [verdicts[image.stem] for image in images if image.stem in verdicts]
     return [image for image in images if image.stem not in verdicts]
 
 
-def _find_unusable(images: list[VocImage], tick: Tick) -> dict[str, Json]:
+def _find_unusable(exif: Exif, images: list[VocImage], tick: Tick) -> dict[str, Json]:
     """Return the log's line of each image that cannot be used."""
     log = SampleLog()
     for image in images:
-        read_image(image.path, image.size, {"file_name": image.stem}, log)
+        read_image(image.path, image.size, {"file_name": image.stem}, log, exif)
         tick()
-    return {line["file_name"]: line for line in log.lines}
-
-
-def _parse(path: Path) -> ElementTree.Element | str:
-    """Return the root of an XML file, or what is wrong with it."""
-    try:
-        return ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError, ValueError, LookupError, RecursionError) as error:
-        return str(error)
+    return {line["file_name"]: line for line in log.lines if "skipped" in line}
 
 
 def _text(entry: ElementTree.Element, name: str) -> str:

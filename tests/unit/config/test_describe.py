@@ -72,3 +72,8 @@ def test_options_of_the_command_need_no_config(capsys):
         parse_arguments(["--options", "data.val"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == describe_options("data.val")
+
+
+def test_options_of_the_batch_say_what_else_they_change():
+    assert "changes the gradient" in OPTIONS["phases.NAME.images_per_gpu"].text
+    assert "changes AP a little" in OPTIONS["evaluation.images_per_gpu"].text

@@ -119,7 +119,7 @@ def test_a_folder_and_a_sweep_are_no_config(experiment):
     ):
         load_config(folder)
     (folder / "sweep.yaml").write_text("output: x\nruns: {a: {}}\n")
-    with pytest.raises(ConfigError, match=r"is a sweep\. Start it with python -m bigdet\.sweep"):
+    with pytest.raises(ConfigError, match=r"is a sweep\. Start it with `bigdet sweep"):
         load_config(folder / "sweep.yaml")
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from bigdet.data import processes
-from bigdet.data.conversion import Making, merge_parts, plan_shards
+from bigdet.data.conversion import Making, merge_parts, plan_shards, refuse_others
 from bigdet.data.manifest import ShardError
 from bigdet.data.shard_check import check_shards
+from bigdet.data.shard_writer import UNFINISHED
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.coco import convert_coco
 from bigdet.data.storage import open_storage
@@ -286,3 +287,22 @@ def test_a_folder_that_cannot_be_made_is_one_message():
         storage.claim(None),
     ):
         pass
+
+
+def test_a_set_that_is_being_made_is_left_alone_and_parts_are_made_at_a_time(tmp_path: Path):
+    def claim(part: str | None):
+        return open_storage(tmp_path).claim(part)
+
+    with claim("1/3"), claim("2/3"):
+        for part in ("1/3", None):
+            with pytest.raises(ShardError, match=r"process \d+ on \S+ writes here"), claim(part):
+                pass
+        assert {path.name for path in (tmp_path / UNFINISHED).iterdir()} == {
+            "lock-1-of-3", "lock-2-of-3",
+        }  # fmt: skip
+    with claim(None):
+        with pytest.raises(ShardError, match="writes here"), claim("3/3"):
+            pass
+        with pytest.raises(ShardError, match="writes here"):  # before the annotations are read
+            refuse_others(open_storage(tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -119,6 +119,7 @@ def test_annotations_of_all_kinds_are_used_dropped_or_clipped(
     images: Path, changes: list[dict[str, Any]]
 ) -> None:
     annotations = [box_of(number, **change) for number, change in enumerate(changes)]
+    annotations.append(box_of(len(changes)))  # boxes within 0 to 1 alone would be relative
     kept = assert_refused_or_whole(images, content_of([image_of(1), image_of(2)], annotations))
     assert kept is not None  # no annotation is a reason to stop
     manifest = kept.manifest

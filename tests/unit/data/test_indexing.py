@@ -17,8 +17,10 @@ import webdataset
 from bigdet.data.indexing import index_shards
 from bigdet.data.manifest import Category, ShardError
 from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import FLAG_CROWD, ShardSet
+from bigdet.data.shards import FLAG_CROWD, FLAG_MASKS, ShardSet
 from bigdet.data.sources.categories import load_categories
+from bigdet.data.storage import open_storage
+from bigdet.evaluation.ground_truth import read_ground_truth
 
 CATEGORIES = [Category(18, "dog"), Category(3, "cat")]
 JPEG: bytes = simplejpeg.encode_jpeg(np.full((6, 8, 3), 90, dtype=np.uint8))
@@ -108,6 +110,62 @@ def test_samples_that_cannot_be_used_are_left_out_with_one_line_each(tmp_path: P
     assert list(check_shards(tmp_path)) == []
 
 
+def test_what_macos_and_tar_add_is_passed_over(tmp_path: Path) -> None:
+    added = ["._1.jpg", "._1.json", "__MACOSX/._1.jpg", "a/__MACOSX/1.jpg", ".DS_Store"]
+    added += ["a/.DS_Store", "PaxHeader/1.jpg", "PaxHeaders.77/1.json", "./._1.jpg"]
+    members = [*sample("1", record_of(1)), *sample("./a/2", record_of(2))]
+    for place, name in enumerate(added):
+        members.insert(place % 3, (name, b"Mac OS X"))  # between the two of a sample too
+    write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "._a.tar").write_bytes(b"Mac OS X")
+    manifest = index_shards(tmp_path, CATEGORIES)
+    assert (manifest.images, manifest.skipped) == (2, {})
+    assert list(check_shards(tmp_path)) == []
+
+
+@pytest.mark.parametrize("mask", [[], None, [[]]])
+def test_a_segmentation_of_nothing_is_no_mask(tmp_path: Path, mask: Any) -> None:
+    polygon = [[1, 2, 4, 2, 4, 4]]
+    members = sample("1", record_of(1, segmentation=mask))
+    members += sample("2", record_of(2, segmentation=polygon))
+    write_tar(tmp_path / "a.tar", members)
+    assert index_shards(tmp_path, CATEGORIES).skipped == {}
+    shards = ShardSet(tmp_path)
+    assert shards.index["flags"].tolist() == [0, FLAG_MASKS]
+    assert "segmentation" not in shards.record(0)["annotations"][0]
+    assert "segmentation" not in shards.read(0).record["annotations"][0]
+    assert shards.record(1)["annotations"][0]["segmentation"] == polygon
+    assert list(check_shards(tmp_path)) == []
+    assert read_ground_truth(shards, True, False).has_mask.tolist() == [False, True]
+
+
+def test_members_that_are_not_adjacent_are_told_with_what_to_do(tmp_path: Path) -> None:
+    (image, text), whole = sample("x", record_of(1)), sample("y", record_of(2))
+    write_tar(tmp_path / "a.tar", [image, *whole, text, ("z.jpg", JPEG)])
+    assert index_shards(tmp_path, CATEGORIES).images == 1
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    apart = "its image and its json are not adjacent in the tar: pack it anew with tar --sort=name"
+    assert [(line["key"], line["skipped"]) for line in lines] == [
+        ("x", apart),
+        ("x", apart),
+        ("z", "not one image (jpg, jpeg, png, webp) and one json"),
+    ]
+
+
+def test_suffixes_come_in_any_case_and_beside_others(tmp_path: Path) -> None:
+    text = json.dumps(record_of(1)).encode()
+    members = [
+        ("1.JPEG", JPEG),
+        ("1.cls", b"3"),
+        ("1.JSON", text),
+        ("1.seg.png", b""),
+        ("1.txt", b""),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    assert index_shards(tmp_path, CATEGORIES).skipped == {}
+    assert ShardSet(tmp_path).read(0).image_bytes == JPEG
+
+
 def test_links_and_devices_are_never_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(JPEG)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -178,7 +236,7 @@ def test_what_is_no_set_of_tars_is_an_error(tmp_path: Path) -> None:
         ('{"a": 1}', "no list of categories"),
         ('[{"id": "1", "name": "x"}]', "category 0 is .*, expected an object with an integer id"),
         ('[{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]', "id 1 stands there twice"),
-        ('[{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]', "name 'x' stands there twice"),
+        ('[{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]', r"the same name \('x': ids 1, 2\)"),
     ],
 )
 def test_a_list_of_categories_that_is_none_is_an_error(
@@ -194,7 +252,58 @@ def test_categories_come_from_lists_annotation_files_and_manifests(tmp_path: Pat
     path = tmp_path / "categories.json"
     path.write_text('[{"id": 5, "name": "b "}, {"id": 3, "name": "a", "supercategory": "s"}]')
     assert load_categories(path) == [Category(5, "b "), Category(3, "a", "s")]
+    path.write_text('["b", "a"]')
+    assert load_categories(path) == [Category(1, "b"), Category(2, "a")]
     path.write_text(
         '{"categories": [{"id": 1, "name": "p", "keypoints": ["x"], "flip_pairs": []}]}'
     )
     assert load_categories(path) == [Category(1, "p", keypoints=["x"], flip_pairs=[])]
+
+
+def test_fields_that_would_be_misread_leave_a_sample_out(tmp_path: Path) -> None:
+    records = [
+        record_of(1),
+        record_of(2, ignore=1),
+        record_of(3, ignore=1, iscrowd=1),
+        record_of(4, bbox=[0.25, 0.5, 0.5, 0.25]),
+        {**record_of(5), "neg_category_ids": [3]},
+        {**record_of(6), "negative_labels": [2]},
+        {**record_of(7), "source_id": 7},
+    ]
+    members = [member for n, record in enumerate(records) for member in sample(str(n), record)]
+    write_tar(tmp_path / "a.tar", members)
+    manifest = index_shards(tmp_path, CATEGORIES)
+    assert ShardSet(tmp_path).index["image_id"].tolist() == [1, 3]
+    assert not manifest.federated
+    assert sorted(manifest.skipped) == [
+        "annotation 1 has ignore set, which shards write as iscrowd: 1",
+        "has neg_category_ids, which shards have by label, as negative_labels and "
+        "not_exhaustive_labels",
+        "its boxes lie within 0 to 1: relative coordinates, expected pixels",
+        "negative_labels is [2], expected labels of 2 classes",
+        "source_id is 7, expected a string",
+    ]
+    assert (manifest.instances_per_class, manifest.crowd_per_class) == ([0, 1], [0, 1])
+
+
+def test_federated_sets_and_string_ids_are_seen(tmp_path: Path) -> None:
+    record = {**record_of(1), "negative_labels": [0], "source_id": "one"}
+    write_tar(tmp_path / "a.tar", [*sample("0", record_of(2)), *sample("1", record)])
+    manifest = index_shards(tmp_path, CATEGORIES)
+    assert manifest.federated
+    assert manifest.options == {"image_ids": "strings"}
+
+
+def test_two_at_a_time_and_a_half_made_conversion_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", sample("1", record_of(1)))
+    with (
+        open_storage(tmp_path).claim(None),
+        pytest.raises(ShardError, match=r"process \d+ on \S+ writes here"),
+    ):
+        index_shards(tmp_path, CATEGORIES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished/plan.json").write_text("{}")
+    with pytest.raises(ShardError, match="holds the beginning of a conversion"):
+        index_shards(tmp_path, CATEGORIES)
+    assert (tmp_path / ".unfinished/plan.json").read_text() == "{}"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bigdet.data.manifest import ShardError
+from bigdet.data.manifest import Category, ShardError
+from bigdet.data.objects import keypoint_order
 from bigdet.data.shard_check import check_shards
 from bigdet.data.shards import FLAG_KEYPOINTS, ShardSet
 from bigdet.data.sources.coco import convert_coco
@@ -71,7 +72,8 @@ def test_keypoints_that_cannot_be_used_are_counted(trial: Trial) -> None:
     assert shards.manifest.changed == {
         "keypoint outside of the image set to not labeled": 1,
         "keypoints dropped: no annotation of this id and category": 2,
-        "keypoints dropped: not 3 times x, y, 0 to 2": 2,
+        "keypoints dropped: a visibility is not 0, 1 or 2": 1,
+        "keypoints dropped: not 3 times x, y, 0 to 2": 1,
         "keypoints dropped: their image is not listed": 1,
     }
 
@@ -82,7 +84,6 @@ def test_keypoints_that_cannot_be_used_are_counted(trial: Trial) -> None:
         ({"id": 2, "name": "person"}, "category 2 is 'person', and not so in"),
         ({"id": 2, "name": "bicycle"}, "no category has keypoints"),
         ({**PERSON, "keypoints": "nose"}, "keypoints is 'nose', expected a list of names"),
-        ({**PERSON, "skeleton": [[0, 1]]}, r"skeleton has \[0, 1\], expected pairs of 1 to 3"),
     ],
 )
 def test_keypoints_of_another_data_set_are_an_error(
@@ -114,3 +115,46 @@ def test_real_keypoints_arrive_as_they_are(coco_dir: Path, tmp_path: Path) -> No
     assert person.flip_pairs == [[n, n + 1] for n in range(1, 17, 2)]
     assert person.supercategory == "person"
     assert shards.manifest.changed == {}
+
+
+@pytest.mark.parametrize("skeleton", [[[0, 1], [1, 2]], [[1, 4]], [[1, 2], [3]], [["nose", 2]]])
+def test_a_skeleton_that_does_not_fit_is_dropped_with_a_note(trial: Trial, skeleton: Any) -> None:
+    shards = convert(trial, [box_of(1, keypoints=POINTS)], {**PERSON, "skeleton": skeleton})
+    person = shards.categories[0]
+    assert (person.skeleton, person.flip_pairs) == ([], [[1, 2]])
+    assert shards.record(0)["annotations"][0]["keypoints"] == POINTS
+    reason = "skeleton dropped: its pairs are not of the keypoints, counted from 1"
+    assert shards.manifest.changed == {reason: 1}
+    assert trial.log()[0]["category_id"] == 2
+
+
+def test_empty_keypoints_are_none(trial: Trial) -> None:
+    """CVAT writes empty lists for classes and objects without points."""
+    none = {"id": 90, "name": "toothbrush", "keypoints": [], "skeleton": []}
+    content = {"categories": [PERSON, none], "images": [image_of(1)]}
+    content["annotations"] = [
+        box_of(1, keypoints=POINTS), box_of(2, keypoints=[]),
+        box_of(3, category_id=90, keypoints=[], num_keypoints=0),
+    ]  # fmt: skip
+    trial.file.write_text(json.dumps(content))
+    convert_coco(trial.images, trial.file, trial.out)
+    shards = ShardSet(trial.out)
+    assert shards.categories[1] == Category(90, "toothbrush")
+    found = [entry.get("keypoints") for entry in shards.record(0)["annotations"]]
+    assert found == [POINTS, None, None]
+    assert shards.manifest.changed == {}
+    assert keypoint_order(shards.categories).tolist() == [0, 2, 1]
+
+
+def test_classes_without_keypoints_do_not_matter_in_old_sets_either() -> None:
+    names = ["tip", "joint"]
+    old = [Category(1, "plier", keypoints=names), Category(2, "bolt", keypoints=[], skeleton=[])]
+    assert keypoint_order(old).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("visibility", [3, 0.97, -1])
+def test_a_visibility_of_another_kind_is_told(trial: Trial, visibility: float) -> None:
+    shards = convert(trial, [box_of(1, keypoints=[*POINTS[:5], visibility, 0, 0, 0])])
+    reason = "keypoints dropped: a visibility is not 0, 1 or 2"
+    assert shards.manifest.changed == {reason: 1}
+    assert trial.log()[0]["found"] == [visibility]

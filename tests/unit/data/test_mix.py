@@ -13,7 +13,13 @@ import pytest
 
 from bigdet.config.data_schema import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
 from bigdet.data.manifest import Category, ShardError
-from bigdet.data.mix import MixedSet, open_sets, with_categories
+from bigdet.data.mix import (
+    MixedSet,
+    class_ids,
+    open_sets,
+    warn_of_absent,
+    with_categories,
+)
 from bigdet.data.shards import ShardSet
 
 NAMES = ["circle", "square", "triangle", "star"]  # of the synthetic shapes
@@ -136,3 +142,43 @@ def test_sets_at_addresses_are_mixed(shapes_shards, tmp_path):
         local.read(row).image_bytes for row in range(8)
     ]
     assert mix.place(16) == f"pipe:cat {shapes_shards}/val/000000.tar"
+
+
+def test_classes_are_measured_by_name_in_whatever_order(shapes_shards, other_set, caplog):
+    # other_set numbers its classes from 1 in the order of the names.
+    swapped = ShardSet(other_set(["star", "circle", "triangle", "square"], "swapped"))
+    assert class_ids(swapped, NAMES) == [2, 4, 3, 1]
+    folded = ShardSet(other_set(["Star ", "circle", "TRIANGLE", "square"], "folded"))
+    assert class_ids(folded, NAMES) == [2, 4, 3, 1]
+    warn_of_absent(folded, NAMES)
+    assert not caplog.records
+    assert class_ids(swapped, ["hexagon", *NAMES, "moon"]) == [None, 2, 4, 3, 1, None]
+    warn_of_absent(swapped, ["hexagon", *NAMES, "moon"])
+    (record,) = caplog.records
+    assert "does not have 2 of the 6 classes that are learned" in record.getMessage()
+    assert record.getMessage().endswith("hexagon, moon")
+
+
+def test_classes_that_are_not_learned_are_an_error_that_names_them(shapes_shards, other_set):
+    elk = ShardSet(other_set(["star", "elk", "Triangle", "yak"]))
+    with pytest.raises(ShardError, match=r"2 of its categories .* 'elk', 'yak'\. .*--categories"):
+        class_ids(elk, NAMES)
+    cats = ShardSet(other_set(["Cat", "star", "circle", "square"], "cats"))
+    with pytest.raises(ShardError, match="'cat' may be several of the classes"):
+        class_ids(cats, ["cat", "CAT", *NAMES])
+    assert class_ids(cats, ["cat", "Cat", *NAMES]) == [None, 1, 3, 4, None, 2]  # as it is written
+
+
+def test_a_mix_is_measured_with_the_ids_of_the_validation_set(shapes_shards, other_set):
+    val = ShardSet(other_set(["circle", "star", "Square", "triangle"]))
+    mix = [
+        Category(3, "circle"),
+        Category(1, "square"),
+        Category(2, "hexagon"),
+        Category(9, "star"),
+    ]
+    mix.append(Category(4, "triangle"))
+    view = with_categories(val, mix)
+    # The set has circle 1, star 2, square 3, triangle 4; hexagon's 2 is taken.
+    assert [category.id for category in view.categories] == [1, 3, 5, 2, 4]
+    assert [category.name for category in view.categories] == [c.name for c in mix]

@@ -49,6 +49,15 @@ def test_masked_slots_stand_at_the_end_of_the_last_step_and_carry_real_samples()
     assert ((samples >= 0) & (samples < 1001)).all()
 
 
+def test_images_of_a_lane_are_its_slots_that_are_not_masked():
+    order = make(1001, images_per_gpu=4, num_lanes=6)  # 42 steps; the last has 17 of 24 images
+    for first in (0, 42):  # of both passes
+        assert order.lane_images(first + 1).tolist() == [4] * 6
+        assert order.lane_images(first + 41).tolist() == [4] * 6
+        assert order.lane_images(first + 42).tolist() == [4, 4, 4, 4, 1, 0]
+    assert make(48, images_per_gpu=4, num_lanes=6).lane_images(2).tolist() == [4] * 6
+
+
 def test_the_permutation_fills_steps_before_pooling():
     # In the last step, which no pool touches, the permutation stands as drawn.
     order = make(30, images_per_gpu=2, num_lanes=2, seed=5)  # 8 steps of 4, 2 masked

@@ -9,7 +9,7 @@ import simplejpeg
 from pycocotools import mask as coco_mask
 
 from bigdet.data.conversion import Making
-from bigdet.data.decode import decode_image
+from bigdet.data.decode import decode_pixels
 from bigdet.data.manifest import ShardError
 from bigdet.data.reencoding import Reencoding, reencode, scale_annotation
 from bigdet.data.shard_check import check_shards
@@ -63,7 +63,7 @@ def test_a_run_length_mask_is_sampled_at_the_new_pixels() -> None:
 def test_a_large_image_is_made_smaller_as_jpeg_without_subsampled_colors() -> None:
     data, record = sample(480, 640, BOX, {**BOX, "id": 6, "bbox": [3, 3, 0.012, 9]})
     log = SampleLog()
-    made, smaller = reencode(data, decode_image(data), record, Reencoding(320), log)
+    made, smaller = reencode(data, decode_pixels(data), record, Reencoding(320), log)
     assert (smaller["height"], smaller["width"]) == (240, 320)
     assert simplejpeg.decode_jpeg_header(made) == (240, 320, "YCbCr", "444")
     pixels = simplejpeg.decode_jpeg(made)
@@ -76,7 +76,7 @@ def test_a_large_image_is_made_smaller_as_jpeg_without_subsampled_colors() -> No
 
 def test_an_image_that_is_small_already_keeps_its_bytes() -> None:
     data, record = sample(100, 64, BOX)
-    assert reencode(data, decode_image(data), record, Reencoding(100), SampleLog()) == (
+    assert reencode(data, decode_pixels(data), record, Reencoding(100), SampleLog()) == (
         data,
         record,
     )

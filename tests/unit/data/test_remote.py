@@ -235,6 +235,20 @@ def test_what_is_expected_is_fetched_ahead_where_there_is_room(local, cache, roo
         assert {server.requests[f"00000{shard}.tar"] for shard in range(3)} == {1}
 
 
+def test_what_is_expected_while_the_thread_ends_is_fetched_too(local, cache, monkeypatch):
+    config = CacheConfig(folder=cache.folder, gib=room_for(local, 6.0))
+    with ShardServer(local.folder) as server:
+        shards = ShardSet(server.address, cache=config)
+        shards.expect(np.array([0]))
+        first = shards._tars._thread
+        first.join(30)
+        monkeypatch.setattr(first, "is_alive", lambda: True)  # as between its last look and its end
+        shards.expect(np.array([5]))
+        shards._tars._thread.join(30)
+        asked = [name for name in server.ranges if name.endswith(".tar")]
+        assert asked == ["000000.tar", "000001.tar"]
+
+
 def test_a_fetch_ahead_that_fails_is_left_to_the_read_that_needs_it(local, cache):
     with ShardServer(local.folder) as server:
         shards = ShardSet(server.address, cache=cache)

@@ -317,7 +317,7 @@ def test_a_folder_that_is_no_finished_set_is_an_error(tmp_path: Path, folder: Pa
     with pytest.raises(ShardError, match=r"000000\.tar: expected a shard set, but this is a file"):
         ShardSet(folder / "000000.tar")
     (folder / "manifest.json").unlink()
-    with pytest.raises(ShardError, match=r"has no manifest.json.*tools/make_shards.py"):
+    with pytest.raises(ShardError, match=r"has no manifest.json.*`bigdet shards`"):
         ShardSet(folder)
 
 
@@ -379,7 +379,10 @@ def test_what_a_killed_writer_left_is_cleared_and_looks_unfinished(tmp_path: Pat
 def test_two_writers_at_a_time_are_refused(tmp_path: Path) -> None:
     with writer_for(tmp_path) as writer:
         writer.add(*SAMPLES[0])
-        with pytest.raises(ShardError, match="another process is writing"), writer_for(tmp_path):
+        with (
+            pytest.raises(ShardError, match=r"process \d+ on \S+ writes here, since 20"),
+            writer_for(tmp_path),
+        ):
             pass
     assert len(ShardSet(tmp_path)) == 1
 

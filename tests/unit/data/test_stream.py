@@ -445,3 +445,14 @@ def test_real_images_are_the_same_on_any_number_of_ranks(coco_shards, order):
             split = {"rank": rank, "world_size": world_size, "workers": workers}
             found |= checksums(open_stream(coco_shards, **split, **options), 4)
         assert dict(sorted(found.items())) == expected
+
+
+def test_a_set_of_empty_images_says_why_they_are_left_out(shards):
+    few = ShardSet(shards.folder)
+    few.index = np.array(few.index)
+    few.index["num_boxes"][3:] = 0
+    message = (
+        "has 3 samples to offer.* 13 of 16 images have no object that is not crowd; data.train"
+    )
+    with pytest.raises(ValueError, match=rf"{message}\.keep_empty=true"):
+        open_stream(few, keep_empty=False, images_per_gpu=4, images_per_step=8)

@@ -48,6 +48,15 @@ def test_masked_slots_stand_at_the_ends_of_lanes_in_the_last_step_and_carry_real
     assert ((samples >= 0) & (samples < 1001)).all()
 
 
+def test_images_of_a_lane_are_its_slots_that_are_not_masked():
+    order = make(1001, images_per_gpu=4, num_lanes=6)
+    for number in (0, 2):
+        _, weights = pass_of(order, number)
+        steps = range(order.steps_per_pass * number + 1, order.steps_per_pass * (number + 1) + 1)
+        images = [order.lane_images(step) for step in steps]
+        np.testing.assert_array_equal(images, weights.sum(axis=-1))
+
+
 def test_a_lane_may_end_with_a_group_of_masked_slots():
     _, weights = pass_of(make(25, 4, 6))  # lanes of 5, 4, 4, 4, 4, 4, two steps
     np.testing.assert_array_equal(weights[-1], [[1, 0, 0, 0]] + [[0] * 4] * 5)

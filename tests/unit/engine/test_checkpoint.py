@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import resource
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bigdet import distributed
 from bigdet.engine import checkpoint
 from bigdet.engine.base import EngineState
 
@@ -203,3 +206,53 @@ def test_the_loss_scale_is_kept(tmp_path: Path) -> None:
 def test_cleaning_where_nothing_was_saved_does_nothing(tmp_path: Path) -> None:
     checkpoint.clean(tmp_path / "absent", keep=2, protected=[])
     assert not (tmp_path / "absent").exists()
+
+
+def spoil(state: EngineState) -> EngineState:
+    """The state with one weight that is not a number."""
+    state.model["head.weight"][1, 2] = float("nan")
+    return state
+
+
+def test_weights_that_are_not_finite_are_refused_for_the_newest_that_are(tmp_path: Path) -> None:
+    good = save(tmp_path, "train", 1)
+    for step in (2, 3):  # an older version wrote them
+        checkpoint.save(tmp_path / f"train-{step}", spoil(make_state(step)), METADATA, {})
+    found = r"train-3/model\.safetensors: 1 of 2 tensors is not finite: head\.weight \(1 of 6"
+    with pytest.raises(ValueError, match=rf"{found}.*Go on with resume={good}"):
+        checkpoint.load(tmp_path / "train-3")
+    assert checkpoint.newest_usable(tmp_path) == good
+    with pytest.raises(ValueError, match="not finite"):
+        checkpoint.adopt(tmp_path / "train-2", tmp_path / "fork")
+    assert not (tmp_path / "fork").exists()
+    checkpoint.save(good, spoil(make_state(1)), METADATA, {})
+    assert checkpoint.newest_usable(tmp_path) is None
+
+
+def test_the_state_file_is_strict_json(tmp_path: Path) -> None:
+    run = {"best": float("nan"), "seconds": float("inf")}
+    checkpoint.save(tmp_path / "train-1", make_state(1), METADATA, run)
+    text = (tmp_path / "train-1/state.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert checkpoint.load(tmp_path / "train-1").run == {"best": None, "seconds": None}
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors"])
+def test_what_the_system_says_is_no_damage_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(tmp_path / "checkpoints", "train", 6)
+    path = save(tmp_path / "checkpoints", "train", 7)
+    opened = io.open
+
+    def refuse(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file) == str(path / name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr("io.open", refuse)
+    with pytest.raises(distributed.SharedError, match="Permission denied") as caught:
+        checkpoint.load(path)
+    assert name in str(caught.value)
+    assert "resume=" not in str(caught.value)  # no advice to go back to train-6

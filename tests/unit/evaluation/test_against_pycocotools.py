@@ -1,14 +1,20 @@
 """Random scenes: our numbers are pycocotools' own to the last bit."""
 
+import contextlib
+import copy
+import io
+
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from bigdet.benchmarks.evaluate import _truth_of, coco_ground_truth, pycocotools_stats
 from bigdet.data.shards import Category
 from bigdet.evaluation.coco_metrics import measure
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
-from tools.benchmark_evaluate import coco_ground_truth, pycocotools_stats
 
 POINTS = [f"point {n}" for n in range(17)]
 CATEGORIES = [Category(17, "person", keypoints=POINTS), Category(3, "car"), Category(8, "cat")]
@@ -104,3 +110,97 @@ def test_numbers_without_detections_are_zero(make_shards):
     truth = read_ground_truth(make_shards(images, CATEGORIES), False, False)
     stats = measure(truth, read_detections([], truth, ("bbox",)), "bbox").stats()
     assert [number for number in stats if number is not None] == [0.0] * 10  # none is large
+
+
+def polygons(box):
+    """Two parts: the left half of a box, and a triangle in the right one."""
+    x, y, width, height = box
+    left = [x, y, x + width / 2, y, x + width / 2, y + height, x, y + height]
+    return [left, [x + width * 0.6, y, x + width, y, x + width, y + height]]
+
+
+def other_form(result, form):
+    """A result as other programs write it; the form in words."""
+    box = np.minimum(result["bbox"], [90, 90, 99, 99]).tolist()
+    changed = {key: result[key] for key in ("image_id", "category_id", "score", "bbox")}
+    if form == "polygons":
+        return changed | {"segmentation": polygons(box)}
+    if form == "floats":
+        changed |= {"image_id": float(result["image_id"]), "category_id": result["category_id"] / 1}
+        mask = result["segmentation"]
+        return changed | {"segmentation": mask | {"size": [100.0, 100.0]}}
+    bitmap = coco_mask.decode(result["segmentation"]).reshape(-1, order="F")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], bitmap])))  # where 0 and 1 take turns
+    counts = np.diff(np.concatenate([[0], edges, [bitmap.size]])).tolist()
+    return changed | {"segmentation": {"size": [100, 100], "counts": counts}}
+
+
+@pytest.mark.parametrize("form", ["polygons", "run lengths", "floats"])
+def test_masks_of_other_programs_have_the_ap_of_pycocotools(make_shards, form):
+    """All but the area ranges: pycocotools takes the box's area for the mask's."""
+    images, results = random_scene(5)
+    shards = make_shards(images, CATEGORIES)
+    truth = read_ground_truth(shards, True, False)
+    results = [other_form(result, form) for result in results]
+    measured = measure(truth, read_detections(results, truth, ("bbox", "segm")), "segm")
+    stats = pycocotools_of_file(coco_ground_truth(shards), results, "segm")
+    assert measured.stats()[:3] == stats[:3]
+    assert measured.stats()[6:9] == stats[6:9]
+    assert 0 < stats[0] < 1
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_masks_alone_have_the_numbers_of_pycocotools_boxes_too(make_shards, kind):
+    images, results = random_scene(6)
+    shards = make_shards(images, CATEGORIES)
+    truth = read_ground_truth(shards, True, False)
+    keys = ("image_id", "category_id", "score", "segmentation")
+    results = [{key: result[key] for key in keys} for result in results]
+    measured = measure(truth, read_detections(results, truth, ("bbox", "segm")), kind)
+    stats = pycocotools_of_file(coco_ground_truth(shards), results, kind)
+    if kind == "segm":
+        assert measured.stats() == stats
+    else:  # it takes the mask's area for the box's
+        assert measured.stats()[:3] == stats[:3]
+    assert 0 < stats[0] < 1
+
+
+@pytest.mark.parametrize("limit", [10, 37, 300])
+def test_numbers_of_another_limit_are_those_of_pycocotools_maxdets(make_shards, limit):
+    """One image has 150 detections of a class; stats[0] of pycocotools knows 100 alone."""
+    images, results = random_scene(2)
+    shards = make_shards(images, CATEGORIES)
+    truth = read_ground_truth(shards, True, False)
+    found = read_detections(results, truth, ("bbox", "segm"))
+    for kind in ("bbox", "segm"):
+        measured = measure(truth, found, kind, limit)
+        keys = ("image_id", "category_id", "score", "segmentation" if kind == "segm" else "bbox")
+        cut = [{key: result[key] for key in keys} for result in results]
+        evaluation = evaluated(coco_ground_truth(shards), cut, kind, (1, 10, limit))
+        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+        assert (measured.precision == precision[..., -1]).all()
+        assert (measured.recall == recall).all()
+    if limit != 300:
+        other = measure(truth, found, "segm")  # 100
+        assert (measured.precision != other.precision).any()
+
+
+def evaluated(reference, results, kind, limits):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        annotations = [_truth_of(annotation, kind) for annotation in reference["annotations"]]
+        truth.dataset = reference | {"annotations": annotations}
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), kind)
+        evaluation.params.maxDets = list(limits)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def pycocotools_of_file(reference, results, kind):
+    """Give ``COCOeval.stats`` of results as they are in a file; None for its -1."""
+    evaluation = evaluated(reference, results, kind, (1, 10, 100))
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.summarize()
+    return [None if number < 0 else float(number) for number in evaluation.stats]

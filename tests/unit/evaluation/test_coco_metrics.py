@@ -200,3 +200,18 @@ def test_segmentation_that_is_no_mask_of_its_image_is_an_error_that_names_the_sa
     shards = make_shards([[], [truth(0, [10, 10, 5, 5], segmentation=broken)]])
     with pytest.raises(ValueError, match=f"sample {shards.key(1)} has a segmentation that is no"):
         evaluate_detections(shards, [], ("segm",))
+
+
+def test_classes_of_one_name_have_rows_of_their_own(make_shards):
+    """Such sets are no longer made, but there are old ones."""
+    box = [10, 10, 40, 40]
+    same = [Category(4, "bolt"), Category(9, "bolt"), Category(2, "nut")]
+    shards = make_shards([[truth(0, box), truth(1, [50, 50, 40, 40], 2)]], same)
+    metrics = evaluate_detections(shards, [found(4, box, 0.9)], ("bbox",))
+    expected = {"bolt (id 4)": 1.0, "bolt (id 9)": 0.0, "nut": None}
+    assert metrics["per_class"]["bbox"] == pytest.approx(expected)
+    analysis = metrics["analysis"]["bbox"]
+    assert list(analysis["per_class"]) == ["bolt (id 4)", "bolt (id 9)", "nut"]
+    assert ["bolt (id 4)", "bolt (id 4)", 1] in analysis["confusion"]["pairs"]
+    voc = evaluate_detections(shards, [found(4, box, 0.9)], ("bbox",), "voc12")
+    assert voc["per_class"]["bbox"] == pytest.approx(expected)

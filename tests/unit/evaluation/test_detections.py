@@ -65,7 +65,26 @@ def test_only_what_is_measured_need_be_there(truth):
         (result(bbox=None), "bbox is null"),
         (result(keypoints=[1, 2, 3]), "expected 6 numbers: x, y and a score of each of 2 points"),
         (result(segmentation=rle(50, 100)), r"size \[50, 100\], but its image .* \[100, 100\]"),
-        (result(segmentation=[[1, 2, 3, 4, 5, 6]]), "expected compressed RLE"),
+        (result(segmentation=[[1, 2, 3, 4]]), "expected polygons: .* three points"),
+        (result(segmentation=[[1, 2, 3, 4, 5, 1000]]), "expected polygons"),
+        (result(segmentation=[1, 2, 3, 4, 5, 6]), "expected polygons"),
+        (result(segmentation="x"), "expected compressed RLE"),
+        (result(segmentation=rle() | {"counts": [50, 49]}), "do not make an image"),
+        (result(segmentation=rle() | {"counts": [9950.5, 49.5]}), "do not make an image"),
+        (result(segmentation=rle() | {"counts": [10050, -50]}), "do not make an image"),
+        (result(segmentation=rle() | {"counts": {}}), "expected compressed RLE"),
+        (result(segmentation=None, bbox=None), "bbox is null"),
+        (result(image_id=True), "image_id is true, which none"),
+        (result(image_id=[7]), r"image_id is \[7\], which none"),
+        (result(category_id=[17]), r"category_id is \[17\], which none"),
+        (result(category_id=17.5), "category_id is 17.5, which none"),
+        (result(category_id={"id": 17}), "category_id is .*, which none"),
+        (result(score=True), "score is true, expected a number"),
+        (result(score=[0.5]), r"score is \[0.5\], expected a number"),
+        (result(bbox=[1, 2, True, 4]), r"bbox is \[1, 2, true, 4\], expected four"),
+        (result(bbox=[25, 20, 40, 30, 0]), "expected four numbers"),
+        (result(bbox=[[1, 2, 3, 4]]), "expected four numbers"),
+        (result(image_id=2**70), "which none of the 2 images"),
         (result(segmentation=rle() | {"counts": rle()["counts"][:-1]}), "do not make an image"),
         ({k: v for k, v in result().items() if k != "score"}, "has no score.*no results file"),
         ({k: v for k, v in result().items() if k != "bbox"}, "has no bbox"),
@@ -128,3 +147,50 @@ def test_masks_are_told_from_what_only_looks_like_one():
     assert is_mask.tolist() == [False] * len(broken) + [True]
     assert areas.tolist() == [0] * len(broken) + [bitmaps[2].sum()]
     assert mask_areas([], np.zeros(0, dtype=np.int64))[1].tolist() == []
+
+
+def test_whole_numbers_may_be_written_with_a_point(truth):
+    mask = rle(area=30) | {"size": [100.0, 100.0]}
+    found = read_detections(
+        [result(image_id=8.0, category_id=17.0, segmentation=mask)], truth, KINDS
+    )
+    assert found.images.tolist() == [1]
+    assert found.labels.tolist() == [0]
+    assert found.mask_areas.tolist() == [30]
+
+
+def test_true_is_not_the_category_1(make_shards):
+    box = {"id": 1, "label": 0, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0}
+    truth = read_ground_truth(make_shards([[box]], [Category(1, "cat")]), False, False)
+    assert len(read_detections([result(category_id=1)], truth, ("bbox",))) == 1
+    for others in ([], [result(category_id=1)]):
+        with pytest.raises(ResultsError, match="category_id is true, which none of the 1 "):
+            read_detections([*others, result(category_id=True)], truth, ("bbox",))
+
+
+def test_masks_come_in_every_form_of_pycocotools(truth):
+    # A triangle-like polygon; counts of 30 pixels at the start of the image, as a list.
+    polygon = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    listed = {"size": [100, 100], "counts": [0, 30, 9970]}
+    boxed = {key: value for key, value in result().items() if key != "segmentation"}
+    boxed["bbox"] = [10, 10, 20, 20]
+    results = [result(segmentation=polygon), result(segmentation=listed), boxed]
+    results.append(result(segmentation={"size": [100, 100], "counts": [10000]}))  # empty
+    found = read_detections(results, truth, KINDS)
+    assert found.mask_areas.tolist() == [400, 30, 400, 0]  # 20 x 20 pixels
+    assert found.masks[1] == rle(area=30)["counts"].encode()
+    assert found.masks[0] == found.masks[2]
+
+
+def test_where_the_first_has_no_box_boxes_are_those_of_the_masks(truth):
+    polygon = [[10, 10, 30, 10, 30, 25, 10, 25]]
+    masked = {key: value for key, value in result(segmentation=polygon).items() if key != "bbox"}
+    own = result(bbox=[1, 2, 3, 4], segmentation=polygon)
+    found = read_detections([masked, masked | {"bbox": []}, own], truth, KINDS)
+    assert found.boxes.tolist() == [[10, 10, 20, 15], [10, 10, 20, 15], [1, 2, 3, 4]]
+    with pytest.raises(ResultsError, match="detection 2: has no bbox"):
+        read_detections(
+            [masked, {k: v for k, v in masked.items() if k != "segmentation"}], truth, KINDS
+        )
+    with pytest.raises(ResultsError, match="detection 2: the counts of the mask do not make"):
+        read_detections([masked, masked | {"segmentation": rle() | {"counts": "1"}}], truth, KINDS)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from bigdet.data.shards import ShardSet
+from bigdet.data.sources.coco import convert_coco
 from bigdet.evaluation import predict
 from bigdet.evaluation.predict import coco_results, predict_split
 from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Detections
+from tests.unit.data.turned import BOX, red_box, turned_file, write_coco
 from tests.unit.evaluation.oracle import Oracle
 
 CPU = torch.device("cpu")
@@ -46,6 +49,14 @@ def test_detections_on_resized_images_come_back_in_original_pixels_and_category_
     metrics = evaluate_detections(shards, results, ("bbox", "segm"))
     assert metrics["bbox"]["AP"] == pytest.approx(1.0)
     assert metrics["segm"]["AP"] == pytest.approx(1.0)
+
+
+def test_labels_get_the_ids_of_their_names_and_those_without_are_left_out(make_shards):
+    shards = make_shards(FIVE_IMAGES)
+    ids = [None, 17]  # the model calls cars 1, and its class 0 is not in the set
+    results = list(predict_split(Oracle(shards), shards, (64, 107), 2, 0, CPU, ids=ids))
+    assert [(each["image_id"], each["category_id"]) for each in results] == [(7, 17), (9, 17)]
+    assert results[0]["bbox"] == pytest.approx([50, 60, 30, 20])
 
 
 def test_boxes_are_cut_at_the_border_of_the_image(make_shards):
@@ -175,3 +186,60 @@ def test_saved_results_come_by_image_id_all_or_those_of_some_images():
     assert [(result["image_id"], result["score"]) for result in found] == [
         (4, 0.5), (4, 0.25), (9, 0.5), (9, 0.25),
     ]  # fmt: skip
+
+
+class FailingOracle(Oracle):
+    def forward(self, batch):
+        raise RuntimeError("out of memory")
+
+
+def test_a_pass_that_fails_leaves_the_module_as_it_was(make_shards, tmp_path):
+    shards = make_shards(FIVE_IMAGES)
+    oracle = FailingOracle(shards).train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict_split(oracle, shards, (100, 100), 1, 0, CPU)
+    assert oracle.training
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):  # there is no such folder for what is found
+        predict_split(oracle, shards, (100, 100), 1, 0, CPU, folder=tmp_path / "file")
+    assert oracle.training
+
+
+def test_detections_that_are_not_finite_are_left_out_with_all_that_belongs_to_them():
+    nan = float("nan")
+    found = Detections(
+        boxes=torch.tensor([[0.0, 0, 5, 5], [0, nan, 5, 5], [1, 1, 2, 2], [2, 2, 3, 3]]),
+        scores=torch.tensor([0.9, 0.8, float("inf"), 0.6]),
+        labels=torch.tensor([3, 4, 5, 6]),
+        masks=torch.arange(4.0)[:, None, None].expand(4, 28, 28),
+    )
+    kept, num_left_out = predict.finite_detections(found)
+    assert num_left_out == 2
+    assert kept.labels.tolist() == [3, 6]
+    assert kept.masks[:, 0, 0].tolist() == [0, 3]
+
+
+class RedFinder(torch.nn.Module):
+    """Finds the red rectangle on what it sees."""
+
+    def forward(self, batch):
+        found = []
+        for image, size in zip(batch.images, batch.image_sizes.tolist(), strict=True):
+            x, y, w, h = red_box(image[:, : size[0], : size[1]].permute(1, 2, 0).numpy())
+            box = torch.tensor([[x, y, x + w, y + h]], dtype=torch.float32)
+            masks, labels = torch.ones(1, 28, 28), torch.zeros(1, dtype=torch.int64)
+            found.append(Detections(box, torch.tensor([0.9]), labels, masks))
+        return found
+
+
+def test_results_on_turned_images_are_of_the_images_as_annotated(tmp_path):
+    files = {f"{n}.jpg": turned_file(n, size=(96, 64)) for n in range(5, 9)}
+    file = write_coco(tmp_path, files, size=(96, 64))
+    convert_coco(tmp_path / "images", file, tmp_path / "out")
+    shards = ShardSet(tmp_path / "out")
+    results = list(predict_split(RedFinder(), shards, (64, 96), 2, 0, CPU))
+    assert [result["bbox"] for result in results] == [BOX] * 4
+    assert [coco_mask.toBbox(result["segmentation"]).tolist() for result in results] == [BOX] * 4
+    assert [result["segmentation"]["size"] for result in results] == [[96, 64]] * 4
+    # All three annotations of an image are the same box, so one of three is found.
+    assert evaluate_detections(shards, results, ("bbox",))["bbox"]["AR100"] == pytest.approx(1 / 3)

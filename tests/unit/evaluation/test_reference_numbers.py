@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 from pycocotools.coco import COCO
 
+from bigdet.benchmarks import evaluate as benchmark_evaluate
+from bigdet.benchmarks.evaluate import coco_ground_truth
 from bigdet.data.shards import Category, ShardSet
 from bigdet.data.sources.coco import convert_coco
 from bigdet.evaluation.coco_metrics import METRICS, measure
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections
-from tools import benchmark_evaluate
-from tools.benchmark_evaluate import coco_ground_truth
 
 
 @pytest.fixture(scope="module")

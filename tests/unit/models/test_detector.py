@@ -270,3 +270,25 @@ def test_targets_without_a_single_row_are_an_ordinary_batch() -> None:
     )
     losses = detector_of()(replace(scene(), targets=targets))
     assert losses["mask"] == 0
+
+
+class PassError(Exception):
+    """Raised in the middle of a forward pass."""
+
+
+def fail(*_: object) -> None:
+    raise PassError
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_predict_leaves_every_part_in_its_mode_whatever_happens(is_failing: bool) -> None:
+    detector = detector_of().train()
+    detector.backbone.eval()  # as somebody may freeze it
+    modes = [part.training for part in detector.modules()]
+    if is_failing:
+        detector.rpn.register_forward_hook(fail)
+        with pytest.raises(PassError):
+            detector.predict([scene().images[0]])
+    else:
+        detector.predict([scene().images[0]])
+    assert [part.training for part in detector.modules()] == modes

@@ -119,3 +119,13 @@ HEADS = {
     "rpn": RpnConfig(anchor_sizes=[12, 24, 48, 96, 192], test_proposals=50),
     "roi": RoiConfig(score_threshold=0.01),
 }
+
+
+def test_weights_that_are_not_finite_are_refused_by_their_own_name() -> None:
+    detector = detector_of(MODELS["faster_rcnn"])
+    state = to_torchvision(detector, detector.state_dict())
+    state["rpn.head.cls_logits.bias"] = torch.full_like(
+        state["rpn.head.cls_logits.bias"], torch.nan
+    )
+    with pytest.raises(ValueError, match=r"a\.pth: .*not finite: rpn\.head\.cls_logits\.bias"):
+        from_torchvision(detector, state, "a.pth")

@@ -159,3 +159,31 @@ def test_saved_tensors_are_those_of_the_state(tmp_path):
     detector = make_detector()
     save(tmp_path / "model.safetensors", detector)
     assert set(load_file(tmp_path / "model.safetensors")) == set(detector.state_dict())
+
+
+@pytest.mark.parametrize("name", ["backbone.conv1.weight", "backbone.bn1.running_var"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, name, value):
+    detector = make_detector()
+    tensor = detector.state_dict()[name]
+    tensor[(0,) * tensor.ndim] = value
+    path = tmp_path / "model.safetensors"
+    save(path, detector)
+    with pytest.raises(ValueError, match=rf"{path}: 1 of \d+ tensors is not finite: {name} \(1 of"):
+        load_detector(path)
+    other = make_detector(seed=1)
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match="not finite"):
+        load_parts(other, read_tensors(path), PARTS, "a file")
+    for key, tensor in other.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    load_parts(other, read_tensors(path), ["fpn", "rpn"], "a file")  # which are finite
+
+
+def test_numbers_too_large_for_the_model_are_refused():
+    detector = make_detector()
+    tensors = {key: tensor.double() for key, tensor in detector.state_dict().items()}
+    name = next(key for key in tensors if key.startswith("fpn."))
+    tensors[name][(0,) * tensors[name].ndim] = 1e300  # infinite in fp32
+    with pytest.raises(ValueError, match=r"not finite: fpn\."):
+        load_parts(detector, tensors, PARTS, "a file")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.reporting.runs import common_name, read_runs, short_names
+from bigdet.reporting.runs import common_name, group_runs, read_runs, short_names
+from bigdet.reporting.writing import write_report
 from tests.fake_runs import write_run
 
 
@@ -40,6 +41,18 @@ def test_runs_measured_on_other_data_are_refused(tmp_path: Path):
     voc = write_run(tmp_path / "c", [0.1], "evaluation.metric=voc07")
     with pytest.raises(ValueError, match=r"evaluation\.metric: voc07, not coco"):
         read_runs([first, voc])
+    dense = write_run(tmp_path / "d", [0.1], "evaluation.max_detections=300")
+    with pytest.raises(ValueError, match=r"evaluation\.max_detections: 300, not 100"):
+        read_runs([first, dense])
+
+
+def test_a_report_names_how_many_detections_ap_counts(tmp_path: Path):
+    note = "AP counts up to 300 detections of a class on an image (evaluation.max_detections)"
+    for words in (["evaluation.max_detections=300"], []):
+        groups = group_runs(read_runs([write_run(tmp_path / f"run{len(words)}", [0.1], *words)]))
+        outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
+        for file in write_report(groups, tmp_path, "title", outcomes):
+            assert (note in file.read_text()) == bool(words)
 
 
 def test_metrics_of_another_config_are_told(tmp_path: Path):
@@ -60,4 +73,30 @@ def test_names_are_as_short_as_they_can_be():
 
 def test_a_run_given_twice_is_read_once(tmp_path: Path):
     run = write_run(tmp_path / "a", [0.1])
-    assert len(read_runs([run, run.parent / "." / "a"])) == 1
+    (tmp_path / "link").symlink_to(run)
+    (read,) = read_runs([run, run.parent / "." / "a", tmp_path / "link"])
+    assert read.name == "a"
+
+
+def test_seeds_on_the_same_shards_are_one_group_however_these_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    spelled = ("data/val", "data/val/", f"{tmp_path}/data/val", "data/other")
+    runs = [
+        write_run(tmp_path / f"run-s{seed}", [0.1], f"seed={seed}", f"data.val.shards={shards}")
+        for seed, shards in enumerate(spelled)
+    ]
+    groups = group_runs(read_runs(runs))
+    assert [len(members) for members in groups.values()] == [3, 1]
+
+
+def test_an_ended_run_with_an_evaluation_unscored_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run = write_run(tmp_path / "a", [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert read_runs([run])[0].outcome.is_finished
+    assert not caplog.records
+    (run / "evaluation/finetune-20.detections").touch()
+    assert not read_runs([run])[0].outcome.is_finished
+    assert "its last evaluation is not scored yet; start the run again" in caplog.text

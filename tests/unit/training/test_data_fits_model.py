@@ -50,3 +50,29 @@ def test_a_keypoint_head_has_as_many_as_the_categories() -> None:
         check(Shards(FLAG_KEYPOINTS, 5), *keypoints)
     with pytest.raises(ConfigError, match="have 0"):
         check(Shards(0), *keypoints)
+
+
+def test_a_keypoint_head_has_objects_with_keypoints() -> None:
+    with pytest.raises(ConfigError, match="needs keypoints, but no object of somewhere has any"):
+        check(Shards(FLAG_MASKS, 17), "model.detector=keypoint_rcnn")
+
+
+def test_classes_of_the_two_sets_go_together_by_name(caplog) -> None:
+    config = load_config(CONFIG, ["model.detector=faster_rcnn"])
+    train, val = Shards(0), Shards(0)
+    val.categories = [Category(5, "Person"), Category(7, "car")]
+    check_data(config, train, val)
+    assert not caplog.records
+    val.categories = [Category(7, "car")]
+    check_data(config, train, val)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("person")
+    val.categories = [Category(7, "car"), Category(8, "elk")]
+    with pytest.raises(ConfigError, match=r"data\.val\.shards: somewhere: 1 of its .*: 'elk'"):
+        check_data(config, train, val)
+
+
+def test_keypoints_of_the_two_sets_are_the_same() -> None:
+    train, val = Shards(FLAG_KEYPOINTS, 3), Shards(FLAG_KEYPOINTS, 2)
+    with pytest.raises(ConfigError, match=r"keypoints of person are 0, 1, expected .*: 0, 1, 2"):
+        check_data(load_config(CONFIG, ["model.detector=faster_rcnn"]), train, val)

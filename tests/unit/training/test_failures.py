@@ -26,6 +26,8 @@ def test_memory_that_is_full_is_told_with_shapes_and_what_to_lower(trainer: Simp
     assert message.startswith("train step 7: forward, backward, update: out of memory on rank 0")
     assert "images (2, 3, 800, 1216), (2, 3, 800, 1344), peak " in message
     assert "Lower phases.train.images_per_gpu" in message
+    assert "losses are normalized over the images of one forward pass" in message
+    assert "lower evaluation.images_per_gpu (another padding changes AP a little)" in message
     with pytest.raises(StepError, match="out of memory"), explained(trainer):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 

@@ -149,6 +149,15 @@ def test_progress_line_says_what_a_person_wants_to_know():
     )
 
 
+def test_a_line_without_a_finite_step_shows_dashes():
+    values = {
+        "phase": "pretrain", "step": 2, "loss/total": None, "loss/mask": None, "lr": 0.01,
+        "images_per_second": 32.0, "time/step_seconds": 0.5, "time/data_seconds": 0.05,
+        "memory_gib": 3.25,
+    }  # fmt: skip
+    assert progress_line(values, 4).startswith("pretrain 2/4  loss - (mask -)  lr 1.00e-02")
+
+
 def test_losses_are_named_as_logged():
     losses = {"mask": torch.tensor(0.5), "total": torch.tensor(0.75)}
     assert mean_losses(losses) == {"loss/mask": 0.5, "loss/total": 0.75}

@@ -62,6 +62,23 @@ def test_a_phase_starts_from_a_backbone_that_others_trained(
     assert all(part.is_checkpointed for part in parts)
 
 
+@pytest.mark.parametrize(("ema", "value"), [("null", 1.0), ("true", 2.0)])
+def test_a_phase_may_start_from_the_moving_average(tmp_path: Path, ema: str, value: float) -> None:
+    plain, average = (
+        {name: torch.full_like(tensor, number) for name, tensor in state.items()}
+        for number in (1.0, 2.0)
+        for state in [torchvision.models.resnet18().state_dict()]
+    )
+    path = tmp_path / "resnet18.pth"
+    torch.save({"model": plain, "model_ema": average}, path)
+    text = CONFIG.replace('"SOURCE"', f"{path}, ema: {ema}").replace("CHECKPOINTED", "false")
+    detector = build_for_phase(
+        parse_config(text, "test"), "train", list("abc"), RunDir(tmp_path), torch.device("cpu"),
+        is_resumed=False,
+    )  # fmt: skip
+    assert {float(tensor.mean()) for tensor in detector.backbone.state_dict().values()} == {value}
+
+
 def test_vgg_brings_fc6_and_fc7_when_asked_for_the_box_head(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -250,6 +250,21 @@ def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tm
         find_checkpoint(elsewhere, run_dir)
 
 
+def test_an_ended_run_goes_on_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
+    config, newest = load_config(CONFIG), run_dir.checkpoint("pretrain", 5)
+    run_dir.weights.touch()
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        find_checkpoint(config, run_dir)
+    left = run_dir.detections("pretrain", 5)
+    left.parent.mkdir()
+    left.touch()
+    assert not run_dir.is_finished
+    assert find_checkpoint(config, run_dir) == newest
+    run_dir.latest.unlink()  # without a checkpoint it would begin anew
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        find_checkpoint(config, run_dir)
+
+
 def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDir):
     earlier, newest = run_dir.checkpoint("pretrain", 3), run_dir.checkpoint("pretrain", 5)
     earlier.mkdir()

@@ -18,7 +18,7 @@ from bigdet.config.load import load_config
 from bigdet.engine import checkpoint
 from bigdet.engine.base import EngineState
 from bigdet.run_dir import RunDir
-from bigdet.training.saving import Saver, newest_checkpoint
+from bigdet.training.saving import Saver, newest_checkpoint, write_final_weights
 from bigdet.training.state import RunState
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -124,6 +124,31 @@ def test_a_second_failure_in_a_row_ends_the_run_with_the_checkpoint_before_untou
     assert checkpoint.load(run_dir.checkpoints / "pretrain-1").run["run"]["step"] == 1
 
 
+def test_a_save_that_dies_of_whatever_is_no_save(
+    saver: Saver, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room to hash")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    save(saver, 1)
+    with pytest.raises(distributed.SharedError, match="the last checkpoint could not be written"):
+        saver.finish()
+    assert "pretrain-1: cannot write the checkpoint: MemoryError('no room to hash')" in caplog.text
+
+
+def test_final_weights_are_on_the_disk_before_they_have_their_name(
+    run_dir: RunDir, disk_calls: list[str]
+) -> None:
+    config = load_config(CONFIG, ["phases.finetune.steps=3"])
+    source = run_dir.checkpoint("finetune", 3) / "model.safetensors"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"weights")
+    write_final_weights(config, run_dir)
+    assert run_dir.weights.read_bytes() == b"weights"
+    assert disk_calls == ["sync model.tmp", "name model.safetensors", f"sync {run_dir.root.name}"]
+
+
 def test_the_last_save_of_a_run_must_succeed(saver: Saver, run_dir: RunDir, full_disk: Any) -> None:
     save(saver, 1)
     saver.wait()
@@ -131,3 +156,27 @@ def test_the_last_save_of_a_run_must_succeed(saver: Saver, run_dir: RunDir, full
     save(saver, 2)
     with pytest.raises(distributed.SharedError, match=r"goes on from .*pretrain-1\."):
         saver.finish()
+
+
+class DivergedEngine:
+    """Gives a weight and a running variance, the latter infinite."""
+
+    def state(self) -> EngineState:
+        variance = torch.tensor([1.0, float("inf")])
+        return EngineState({"bn.weight": torch.ones(2), "bn.running_var": variance})
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_named(
+    saver: Saver, run_dir: RunDir
+) -> None:
+    save(saver, 1)
+    engine: Any = DivergedEngine()
+    with pytest.raises(distributed.SharedError) as caught:
+        saver.save(engine, RunState("pretrain", step=2))
+    assert str(caught.value).startswith(
+        "pretrain step 2: 1 of 2 tensors is not finite: bn.running_var (1 of 2 numbers). "
+    )
+    assert str(caught.value).endswith(
+        f"Last good checkpoint: {run_dir.checkpoints / 'pretrain-1'}."
+    )
+    assert names(run_dir) == ["latest", "pretrain-1"]

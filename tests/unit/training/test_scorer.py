@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import popen_fork
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from bigdet.log import MetricsWriter
 from bigdet.run_dir import RunDir
 from bigdet.training import measuring, scorer
 from bigdet.training.scorer import Scorer
-from bigdet.training.state import RunState
+from bigdet.training.state import RunState, Unscored
 from tests.unit.data.small_shards import record_of, write_set
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -67,6 +69,94 @@ def collect(beside: Scorer) -> None:
         assert time.monotonic() < deadline
         beside.collect()
         time.sleep(0.01)
+
+
+@pytest.fixture
+def late_reaping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has ended counts as alive for half a second, as on a busy machine."""
+    poll, ended = popen_fork.Popen.poll, {}
+
+    def late_poll(self: popen_fork.Popen, flag: int = os.WNOHANG) -> int | None:
+        if self.returncode is not None or flag != os.WNOHANG or not wait([self.sentinel], 0):
+            return poll(self, flag)
+        seconds = time.monotonic() - ended.setdefault(self.pid, time.monotonic())
+        return None if seconds < 0.5 else poll(self, flag)
+
+    monkeypatch.setattr(popen_fork.Popen, "poll", late_poll)
+
+
+def test_a_process_that_is_reaped_late_is_waited_for(run: Fixed, late_reaping: None) -> None:
+    beside = run.scorer()
+    for step, total in ((30, 30), (40, 40)):  # the next evaluation, and the end of the run
+        run.state.step, run.state.total_steps = step, total
+        assert beside.finish(lambda: False)
+        beside.start(run.results())
+    assert beside.finish(lambda: False)
+    assert [(line["step"], line["bbox/AP50"]) for line in run.lines()] == [
+        (30, pytest.approx(51 / 101)), (40, pytest.approx(51 / 101)),
+    ]  # fmt: skip
+    assert run.state.unscored is None
+    assert not run.run_dir.all_detections()
+
+
+def test_a_process_that_dies_and_is_reaped_late_is_no_end_of_an_evaluation(
+    run: Fixed, late_reaping: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "evaluate_detections", lambda *_: os._exit(3))
+    beside = run.scorer()
+    beside.start(run.results())
+    with pytest.raises(RuntimeError, match=r"pretrain-30\.detections: .* exit code 3\. Started"):
+        beside.finish(lambda: False)
+    assert run.file.exists()
+    assert run.state.unscored is not None
+    monkeypatch.undo()
+    again = run.scorer()
+    again.resume()
+    assert again.finish(lambda: False)
+    assert [line["step"] for line in run.lines()] == [30]
+
+
+def test_a_run_does_not_go_on_while_numbers_are_missing(run: Fixed) -> None:
+    beside = run.scorer()
+    beside.start(run.results())
+    beside.end()  # as if it were done
+    with pytest.raises(AssertionError, match=r"must not go on as if .*step=30.* were scored"):
+        beside.finish(lambda: False)
+
+
+def test_lost_detections_of_the_current_step_are_made_again(
+    run: Fixed, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, is_due in ((31, False), (30, True)):
+        run.state.step = 30
+        beside = run.scorer()
+        beside.start(run.results())
+        beside.end()
+        run.file.unlink()
+        run.state.step = step
+        run.scorer().resume()
+        assert run.state.needs_evaluation is is_due
+        assert run.state.unscored is None
+    assert "step 30: its detections are not in this run folder, so it is evaluated" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["cut", "image", "text"])
+def test_detections_that_were_cut_short_are_not_scored(run: Fixed, change: str) -> None:
+    beside = run.scorer()
+    beside.start(run.results())
+    beside.end()
+    if change == "image":  # whole lines of one image of four
+        results = SavedResults()
+        results.add(4, [])
+        results.write(run.file)
+    else:
+        run.file.write_bytes(run.file.read_bytes()[:-2] if change == "cut" else b"abc\n")
+    again = run.scorer()
+    again.resume()
+    with pytest.raises(ValueError, match=r"pretrain-30\.detections: .*Remove the file and start"):
+        again.finish(lambda: False)
+    assert not run.lines()
+    assert run.file.exists()
 
 
 def test_the_numbers_are_written_down_when_they_are_there(run: Fixed) -> None:
@@ -154,3 +244,20 @@ def test_a_process_that_is_killed_ends_the_run_and_leaves_the_detections(
         collect(beside)
     assert run.file.exists()
     assert run.state.unscored is not None
+
+
+@pytest.mark.parametrize(("known", "ap", "best"), [
+    (None, "NaN", None), (None, "null", None), (0.25, "NaN", 0.25), (0.25, "0.5", 0.5),
+    (float("nan"), "0.5", 0.5),  # what an older version noted
+])  # fmt: skip
+def test_an_ap_that_is_no_number_is_never_the_best(
+    run: Fixed, known: float | None, ap: str, best: float | None
+) -> None:
+    run.state.best_ap = known
+    run.state.unscored = Unscored("pretrain", 30, 30, {})
+    numbers = run.run_dir.evaluation("pretrain", 30)
+    numbers.parent.mkdir()
+    numbers.write_text(f'{{"bbox": {{"AP": {ap}}}}}')
+    run.scorer().resume()
+    assert run.state.best_ap == best
+    assert run.run_dir.best.is_file() == (best == 0.5)

@@ -1,0 +1,1 @@
+"""Command lines, apart from what the commands import: --help answers without torch."""

@@ -1,0 +1,89 @@
+r"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
+
+    bigdet convert-weights to-torchvision runs/x mask_rcnn.pth
+    bigdet convert-weights from-torchvision mask_rcnn.pth runs/x/config.yaml \
+        --categories data/train/manifest.json --out model.safetensors
+    bigdet convert-weights from-detectron2 model_final_f10217.pkl \
+        configs/r50_imagenet.yaml model.box_head=2fc model.stride_in_1x1=true --pixels bgr_255 \
+        --categories instances_val2017.json --out model.safetensors
+    bigdet convert-weights from-mmdetection mask_rcnn_swin-t-p4-w7_fpn_1x_coco.pth \
+        configs/swin_t_imagenet.yaml model.box_head=2fc --pixels rgb \
+        --categories instances_val2017.json --out model.safetensors
+
+The config is that of any run with this model; key=value changes it. The model.safetensors is one as
+a run leaves it: predict, evaluate, export and start_from.source take it.
+
+torchvision: Faster, Mask and Keypoint R-CNN and RetinaNet, on ResNets and ResNeXts, or R-CNNs on
+VGG-16. What to-torchvision writes is a ``state_dict`` of torchvision's model of the same settings,
+with torch.save (.pth) or as safetensors. torchvision pools regions without bigdet's half-pixel
+shift and rounds its anchors: ``bigdet.models.torchvision_model.torchvision_twin(detector)`` is its
+model without either, with the same detections as bigdet's.
+
+detectron2 (.pkl, .pth) and mmdetection 2 and 3 (.pth): Faster, Mask and Cascade R-CNN and RetinaNet
+on a pyramid, detectron2's Keypoint R-CNN too, on ResNets, ResNeXts (without deformable
+convolutions) and Swin. --pixels says how images were given to the network, which most files do
+not: ``rgb``, ``bgr``, or ``bgr_255`` (not divided by the deviation: R-50 and R-101 of detectron2,
+'caffe' in mmdetection, both with model.stride_in_1x1=true). Classes are moved to the order of
+--categories; mmdetection's files name theirs, detectron2 has them by rising id. Nothing in a file
+is run. Of a file that has plain weights and their moving average, --ema takes the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from bigdet.config.phase_schema import Pixels
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bigdet convert-weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    there = directions.add_parser(
+        "to-torchvision", help="from a run, checkpoint or safetensors",
+        epilog="example: bigdet convert-weights to-torchvision runs/x mask_rcnn.pth",
+    )  # fmt: skip
+    there.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
+    there.add_argument("out", type=Path, help=".pth or .safetensors")
+    for source in ("torchvision", "detectron2", "mmdetection"):
+        pixels = "" if source == "torchvision" else "--pixels rgb "
+        parser_of = directions.add_parser(
+            f"from-{source}", help="to a model.safetensors of bigdet",
+            epilog=f"example: bigdet convert-weights from-{source} mask_rcnn.pth "
+            f"runs/x/config.yaml {pixels}--categories data/train/manifest.json "
+            "--out model.safetensors",
+        )  # fmt: skip
+        _add_source(parser_of, source)
+    return parser.parse_args(arguments)
+
+
+def _add_source(parser: argparse.ArgumentParser, source: str) -> None:
+    """Add the options of a conversion to bigdet."""
+    files = ".pkl or .pth" if source == "detectron2" else ".pth"
+    parser.add_argument("weights", type=Path, help=f"{files} or .safetensors")
+    parser.add_argument("config", type=Path, help="of a run with this model")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
+    parser.add_argument(
+        "--categories", type=Path, required=True,
+        help="manifest.json of a shard set, a COCO annotation file, or a JSON list of {id, name}",
+    )  # fmt: skip
+    parser.add_argument("--phase", help="the phase whose model and size it is; default: the last")
+    parser.add_argument("--out", type=Path, required=True, help="the model.safetensors to write")
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=None,
+        help="take the moving average (EMA) of the weights, or the plain ones, of a file with both",
+    )  # fmt: skip
+    parser.set_defaults(source=source, pixels=None)
+    if source != "torchvision":
+        parser.add_argument(
+            "--pixels", choices=get_args(Pixels), help="how images were given to the network"
+        )

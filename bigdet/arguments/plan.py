@@ -1,0 +1,78 @@
+"""Which sizes and batches fit into a GPU, and which way of sharding to take on many.
+
+    bigdet plan configs/r50_direct.yaml --memory-gib 11
+    bigdet plan configs/swin_t_direct.yaml --gpus 8x16 --link nvlink,400gb
+
+``--memory-gib`` (equation 1 of paper 2): real steps of a few sizes and batches are measured on this
+device, each in a process of its own; the settings on the boundary of that memory are written to
+standard output, one line of options each. With ``--gpus``, as the config's engine shards over so
+many. ``--check 384x6`` measures one more and compares it with the prediction (exit code 1 when its
+memory is off by more than 10%). How it is reckoned stands in ``bigdet/planning/memory.py``.
+
+``--gpus`` alone: GPUs of a host x hosts. ``--link``: what joins the GPUs of a host, and the network
+adapter of each GPU (``50gb`` where eight share one of 400). A few real steps are measured on this
+device first; ``--step-seconds`` says what they take where this is not the device that is planned
+for. How it is reckoned stands in ``bigdet/planning/cluster.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+
+GPUS = "8x16"
+LINK = "nvlink,400gb"
+LATENCY = 1e-5
+SIZES = "224,320,448,640"  # the paper's grid
+BATCHES = "2,4,8,16"
+TRIALS = 6
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bigdet plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file of the experiment")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
+    parser.add_argument("--gpus", help=f"GPUs per host x hosts; default {GPUS}")
+    parser.add_argument("--link", help=f"inside, and between hosts per GPU; default {LINK}")
+    parser.add_argument("--latency", type=float, help=f"of a message, s; default {LATENCY}")
+    parser.add_argument("--phase", help="default: the first")
+    parser.add_argument("--step-seconds", type=float, help="of a micro-batch on one GPU")
+    parser.add_argument("--gpu-memory-gib", type=float, help="default: of this device")
+    parser.add_argument("--memory-gib", type=float, help="which sizes and batches fit into this")
+    parser.add_argument("--sizes", help=f"resize.size to choose from; default {SIZES}")
+    parser.add_argument("--batches", help=f"images per GPU to choose from; default {BATCHES}")
+    parser.add_argument("--trials", type=int, help=f"settings to measure; default {TRIALS}")
+    parser.add_argument("--check", help="measure this setting too, such as 384x6, and compare")
+    parser.add_argument(
+        "--measure", action="store_true", help="only measure steps here, and write JSON"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    with_memory, without = ("sizes", "batches", "trials", "check"), (
+        "link", "latency", "step_seconds", "gpu_memory_gib",
+    )  # fmt: skip
+    for name in with_memory if options.memory_gib is None else without:
+        if getattr(options, name) is not None:
+            option, word = (
+                f"--{name.replace('_', '-')}",
+                "with" if name in with_memory else "without",
+            )
+            raise ValueError(
+                f"{option}: only for a plan {word} --memory-gib. Leave one of them out."
+            )
+    for option in ("--memory-gib", "--gpu-memory-gib", "--step-seconds"):
+        value = getattr(options, option[2:].replace("-", "_"))
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{option}: found {value}, expected a number above 0.")
+    if options.latency is not None and not 0 <= options.latency < math.inf:
+        raise ValueError(f"--latency: found {options.latency}, expected seconds, 0 or more.")
+    if options.trials is not None and options.trials < 3:
+        raise ValueError(f"--trials: found {options.trials}, expected 3 or more.")
+    return options

@@ -1,0 +1,61 @@
+"""Train a detector: all phases of a config, from the data to the final weights.
+
+    deepspeed --num_gpus 8 -m bigdet.train configs/swin_t_direct.yaml
+    torchrun --nproc-per-node 8 -m bigdet.train configs/swin_t_direct.yaml seed=1
+    bigdet train configs/quickstart.yaml
+    bigdet train configs/quickstart.yaml --doctor
+    bigdet train --options data.train
+
+Started again, the same command goes on from the newest checkpoint. Exit code 0: done; 1: an error
+that the message explains; 75: stopped on request (SIGTERM, SIGUSR1, or the file OUTPUT/stop), with
+a checkpoint written: start it again. torchrun makes 1 of any code but 0; OUTPUT/stopped tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bigdet.config.describe import describe_options
+
+
+class ShowOptions(argparse.Action):
+    """Writes the options and ends, as --help does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _space: object, value: object, _word: object = None
+    ) -> None:
+        """Write those below the key, or all."""
+        sys.stdout.write(describe_options(str(value or "")))
+        parser.exit()
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; launchers add --local_rank, which the environment says too."""
+    parser = argparse.ArgumentParser(
+        prog="bigdet train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file of the experiment")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="check hosts, data, memory and collectives, then end",
+    )
+    parser.add_argument(
+        "--log-json", action="store_true", help="console lines as JSON objects, with the numbers"
+    )
+    parser.add_argument(
+        "--options",
+        action=ShowOptions,
+        nargs="?",
+        metavar="KEY",
+        help="list all options, or those below a key, with type, default and unit, then end",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(arguments)

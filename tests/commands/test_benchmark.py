@@ -1,0 +1,52 @@
+"""The benchmark of a step with models of other widths and kinds than the published ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = "phases.pretrain"
+SMALL = [
+    "--rounds", "1", "--objects", "3", f"{PRETRAIN}.resize.size=64",
+    f"{PRETRAIN}.images_per_gpu=2", f"{PRETRAIN}.images_per_step=2",
+]  # fmt: skip
+
+
+def benchmark(monkeypatch: pytest.MonkeyPatch, part: str, config: str, *words: str) -> int:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    main = importlib.import_module("benchmark").main
+    code: int = main([part, str(ROOT / "configs" / config), *words])
+    return code
+
+
+@pytest.mark.parametrize("more", [
+    [],  # 64 channels where torchvision has 256
+    ["model.width=48", "model.norm=gn", f"{PRETRAIN}.norm_mode=null",
+     "phases.finetune.norm_mode=null", "model.box_head=4conv1fc"],  # 32 groups do not divide 48
+])  # fmt: skip
+def test_a_step_of_a_narrow_model_is_compared_with_one_as_narrow(
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--phase", "pretrain", *SMALL, *more]
+    assert benchmark(monkeypatch, "step", "small_direct.yaml", *words) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["canvas_size"] == [64, 64]
+    for name in ("bigdet_fp32", "torchvision_fp32", "torchvision_heads_fp32", "bigdet_bf16"):
+        assert printed[name]["images_per_second"] > 0
+    assert printed["ratio"] > 0
+
+
+@pytest.mark.parametrize(("part", "config", "words", "found"), [
+    ("step", "retinanet_r50_direct.yaml", SMALL, "retinanet on resnet50, but a step is compared"),
+    ("step", "vgg16_scratch.yaml", [], "faster_rcnn on vgg16, but a step is compared"),
+    ("predict", "r50_gn_cascade.yaml", ["model.backbone=resnet18"], "torchvision has no cascade"),
+])  # fmt: skip
+def test_what_torchvision_does_not_have_is_said(
+    part: str, config: str, words: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=found):
+        benchmark(monkeypatch, part, config, *words)

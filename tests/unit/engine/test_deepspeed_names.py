@@ -1,0 +1,70 @@
+"""Names of DeepSpeed that it does not promise to keep: each one that bigdet uses is there.
+
+pyproject.toml takes DeepSpeed below the next minor version; when that is raised, look here first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import deepspeed
+import pytest
+from deepspeed.launcher import runner
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+ENGINE_CODE = Path(__file__).parents[3] / "bigdet" / "engine"
+FLAT, SHARDED = DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3
+
+METHODS = [
+    (FLAT, "_lazy_init_hp_params_optimizer_state"),
+    (FLAT, "refresh_fp32_params"),
+    (FLAT, "loss_scale"),
+    (SHARDED, "get_param_id"),
+    (SHARDED, "loss_scale"),
+    (DeepSpeedEngine, "set_gradient_accumulation_boundary"),
+    (DeepSpeedEngine, "get_global_grad_norm"),
+    (DeepSpeedEngine, "destroy"),
+    (parameter_offload, "FWD_MODULE_STACK"),
+    (PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release"),
+    (deepspeed.ops, "__compatible_ops__"),
+    (runner, "main"),
+    (runner, "parse_args"),
+]
+SET_ON_SELF = [
+    (FLAT, "_hp_optimizer_states_linked"),
+    (FLAT, "overflow"),
+    (SHARDED, "overflow"),
+    (SHARDED, "fp32_partitioned_groups_flat"),
+    (SHARDED, "grad_position"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), METHODS, ids=lambda value: str(value))
+def test_functions_and_properties_are_there(owner, name):
+    assert hasattr(owner, name)
+
+
+@pytest.mark.parametrize(("owner", "name"), SET_ON_SELF, ids=lambda value: str(value))
+def test_attributes_are_set(owner, name):
+    assert re.search(rf"self\.{name}\s*(:[^=]+)?= ", inspect.getsource(owner))
+
+
+def test_parameters_and_arguments_are_there():
+    assert "param.ds_tensor = " in inspect.getsource(Init)
+    assert "scale_wrt_gas" in inspect.getsource(DeepSpeedEngine)
+    decorated = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    assert hasattr(inspect.getclosurevars(decorated).nonlocals["func"], "cache_clear")
+
+
+def test_the_list_is_complete():
+    code = "".join(file.read_text() for file in sorted(ENGINE_CODE.glob("*.py")))
+    used = set(re.findall(r"(?:self\._zero|self\._engine|self\._engine\.optimizer)\.(\w+)", code))
+    ordinary = {"backward", "module", "optimizer", "step", "zero_grad"}  # DeepSpeed documents them
+    assert used - ordinary <= {name for _, name in (*METHODS, *SET_ON_SELF)}

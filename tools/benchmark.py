@@ -1,0 +1,8 @@
+"""The same as ``bigdet benchmark``."""
+
+import sys
+
+from bigdet.cli import run
+
+if __name__ == "__main__":
+    run("benchmark", sys.argv[1:])

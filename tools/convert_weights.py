@@ -1,0 +1,8 @@
+"""The same as ``bigdet convert-weights``."""
+
+import sys
+
+from bigdet.cli import run
+
+if __name__ == "__main__":
+    run("convert-weights", sys.argv[1:])

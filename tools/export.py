@@ -1,0 +1,8 @@
+"""The same as ``bigdet export``."""
+
+import sys
+
+from bigdet.cli import run
+
+if __name__ == "__main__":
+    run("export", sys.argv[1:])

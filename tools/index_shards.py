@@ -1,0 +1,8 @@
+"""The same as ``bigdet index-shards``."""
+
+import sys
+
+from bigdet.cli import run
+
+if __name__ == "__main__":
+    run("index-shards", sys.argv[1:])

@@ -1,0 +1,8 @@
+"""The same as ``bigdet shards``."""
+
+import sys
+
+from bigdet.cli import run
+
+if __name__ == "__main__":
+    run("shards", sys.argv[1:])

@@ -1,0 +1,8 @@
+"""The same as ``bigdet overfit``."""
+
+import sys
+
+from bigdet.cli import run
+
+if __name__ == "__main__":
+    run("overfit", sys.argv[1:])
