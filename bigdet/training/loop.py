@@ -263,6 +263,7 @@ class PhaseTrainer:
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Write one line for people and one object for machines (a collective)."""
+        self.run.watchdog.at(f"{self.state.position}: writing the log")
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
         self._check_damage()
         values: dict[str, Any] = {

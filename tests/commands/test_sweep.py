@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigdet import sweep
+from bigdet import locks, sweep
 from bigdet.config.load import ConfigError
 from bigdet.config.sweep import load_sweep
 from tests.commands.runs import ROOT, TINY
@@ -340,3 +340,15 @@ def test_seeds_make_runs_of_their_own_and_forks_stay_with_their_seed(
     assert [run.name for run in runs] == ["trunk-s3", "trunk-s5", "short-s3", "short-s5"]
     assert [run.config.seed for run in runs] == [3, 5, 3, 5]
     assert runs[3].config.resume.endswith("runs/trunk-s5/checkpoints/pretrain-4")
+
+
+def test_a_sweep_that_another_process_makes_is_left_to_it(tmp_path: Path, shapes_shards: Path):
+    file = write_sweep(tmp_path, shapes_shards)
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    with locks.held(folder, folder / "sweep.lock"):
+        process = start(file)
+        printed, _ = process.communicate(timeout=200)
+        assert [path.name for path in folder.iterdir()] == ["sweep.lock"]
+    assert process.returncode == 1, printed
+    assert f"{folder}: process {os.getpid()} on {os.uname().nodename} writes here" in printed
