@@ -66,7 +66,8 @@ def read_split(root: Path, split: str) -> dict[str, list[dict[str, Any]]]:
     listed = root / f"{split}.txt"
     found = ", ".join(sorted(path.stem for path in root.glob("*.txt"))) or "none"
     advice = f"Give the folder PCBData of DeepPCB and one of its lists (found: {found})."
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, line in enumerate(_lines(listed, advice), start=1):
         names = line.split()
         paths = [safe_path(root, name) for name in names]
