@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from bigdet.config.load import load_config
-from bigdet.doctor import Facts, compare, disk_row, find_facts, memory_rows
+from bigdet.doctor import Facts, command_row, compare, disk_row, find_facts, memory_rows
 from tests.commands.runs import ROOT, arguments
 
 GIB = 1 << 30
@@ -33,6 +33,16 @@ def test_what_differs_between_hosts_fails_with_who_has_what():
         "bigdet code": "c0de on a (rank 0), bad on b (rank 2)",
         "training shards": "f00 on a (rank 0), f11 on b (rank 2)",
     }
+
+
+def test_whose_deepspeed_command_is_installed_is_told(tmp_path: Path):
+    command = tmp_path / "deepspeed"
+    assert command_row(command).found.startswith(f"none at {command}; start with torchrun")
+    start = "#!/home/bigdet/.venv/bin/python\n"  # a folder of that name says nothing
+    command.write_text(f"{start}from deepspeed.launcher.runner import main\n")
+    assert command_row(command).found.startswith("DeepSpeed's own, installed after bigdet's: it ")
+    command.write_text(f"{start}from bigdet.deepspeed_command import main\n")
+    assert command_row(command).found == "takes -m and --module"
 
 
 def test_a_problem_of_one_rank_fails_with_its_host():
@@ -81,7 +91,7 @@ def test_the_doctor_of_a_config_without_data_ends_with_1(tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 1
     assert re.search(r"FAIL  data +\S+: .*no such folder", done.stderr), done.stderr
-    assert "2 of 13 checks failed" in done.stderr
+    assert "2 of 14 checks failed" in done.stderr
     assert "Traceback" not in done.stderr
 
 

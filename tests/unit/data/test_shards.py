@@ -379,10 +379,7 @@ def test_what_a_killed_writer_left_is_cleared_and_looks_unfinished(tmp_path: Pat
 def test_two_writers_at_a_time_are_refused(tmp_path: Path) -> None:
     with writer_for(tmp_path) as writer:
         writer.add(*SAMPLES[0])
-        with (
-            pytest.raises(ShardError, match=r"process \d+ on \S+ writes here, since 20"),
-            writer_for(tmp_path),
-        ):
+        with pytest.raises(ShardError, match=r"process \d+ on .* writes"), writer_for(tmp_path):
             pass
     assert len(ShardSet(tmp_path)) == 1
 
