@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -125,6 +126,16 @@ def test_every_file_in_tools_is_a_command():
     for file in (ROOT / "tools").glob("*.py"):
         (name,) = re.findall(r'    run\("([\w-]+)", sys.argv\[1:\]\)', file.read_text())
         assert COMMANDS[name][0] == file.stem
+
+
+def test_no_message_names_files_that_an_installed_package_lacks():
+    for file in (ROOT / "bigdet").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = re.search(r"\b(tools|launch|tests)/\w+\.\w+", node.value)
+                assert id(node) in alone or not found, f"{file}: {found}"
 
 
 def test_a_command_runs_from_any_folder_with_a_shipped_config(tmp_path: Path):
