@@ -27,10 +27,10 @@ import torch
 from bigdet import distributed
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.schema import EngineConfig, RunConfig
-from bigdet.data.mix import open_sets
-from bigdet.data.stream import open_train_stream
+from bigdet.data.format.mix import open_sets
+from bigdet.data.streams.stream import open_train_stream
 from bigdet.engine.build import build_engine
-from bigdet.limits import host_memory
+from bigdet.host.limits import host_memory
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training.failures import is_out_of_memory

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import bigdet
-from bigdet.cli import COMMANDS
+from bigdet.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "torchvision", "deepspeed", "timm", "webdataset"}
@@ -125,7 +125,7 @@ def test_the_version_has_one_source():
 def test_every_file_in_tools_is_a_command():
     for file in (ROOT / "tools").glob("*.py"):
         (name,) = re.findall(r'    run\("([\w-]+)", sys.argv\[1:\]\)', file.read_text())
-        assert COMMANDS[name][0] == file.stem
+        assert COMMANDS[name][0] == f"cli.{file.stem}"
 
 
 def test_no_message_names_files_that_an_installed_package_lacks():

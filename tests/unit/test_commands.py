@@ -5,7 +5,7 @@ import errno
 
 import pytest
 
-from bigdet.commands import explain, positive
+from bigdet.cli.running import explain, positive
 
 
 def test_numbers_above_zero_are_taken_and_all_else_is_told():

@@ -7,20 +7,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = {
-    "limits": -2, "errors": -1, "launchers": -1, "network": -1,
-    "structures": 0, "run_dir": 0, "distributed": 0, "boards": 0, "jpeg": 0, "pixels": 0,
-    "progress_bar": 0, "reading": 0, "strict_json": 0,
-    "ops": 1, "log": 1, "hosts": 1, "locks": 1, "pictures": 1,
-    "config": 2, "drawing": 2,
+    "host": -1,
+    "structures": 0, "run_dir": 0, "distributed": 0,
+    "ops": 1, "logs": 1,
+    "config": 2, "pictures": 2,
     "data": 3, "models": 3, "engine": 3,
     "evaluation": 4,
-    "training": 5,
-    "reporting": 5,
-    "commands": 6, "doctor": 6, "planning": 6, "inputs": 6, "exporting": 6, "arguments": 7,
-    "train": 8, "evaluate": 8, "predict": 8, "sweep": 8, "report": 8,
-    "make_shards": 8, "index_shards": 8, "check_shards": 8, "show_batch": 8, "list_configs": 8,
-    "convert_weights": 8, "export": 8, "overfit": 8, "benchmarks": 8,
-    "plan": 9, "benchmark": 9, "cli": 9, "deepspeed_command": 9, "__main__": 10,
+    "training": 5, "reporting": 5, "export": 5,
+    "doctor": 6, "planning": 6, "benchmarks": 6,
+    "cli": 7,
+    "train": 8, "evaluate": 8, "predict": 8, "sweep": 8, "report": 8, "plan": 8,
+    "__main__": 9,
 }  # fmt: skip
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bigdet.data.manifest import ShardError
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.deeppcb import convert_deeppcb
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.sources.deeppcb import convert_deeppcb
 
 
 @pytest.fixture
