@@ -136,7 +136,7 @@ def check_peer(config: ModelConfig) -> None:
         raise ValueError(
             f"model.detector: found {config.detector} on {config.backbone}, but a step is compared "
             f"with torchvision's Faster and Mask R-CNN on a pyramid. Give a config of these; "
-            f"cli/benchmark.py predict measures other detectors too."
+            f"`bigdet benchmark predict` measures other detectors too."
         )
 
 

@@ -16,7 +16,7 @@ where there is nothing to measure.
                  instead of a class: nothing there, or nothing detected. Pairs that never occur are
                  left out
     errors       {"count": {type: count}, "dAP": {type: gain}, "special": {"AP50",
-                 "false_positives", "false_negatives"}}; see ``host/errors.py``
+                 "false_positives", "false_negatives"}}; see ``error_types.py``
 
 In calibration and confusion a detection is right, or an object found, at an IoU of 0.5; detections
 in crowds are left out.

@@ -23,7 +23,7 @@ CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 
 def call(*words):
     return subprocess.run(
-        [sys.executable, ROOT / "tools" / "cli/convert_weights.py", *map(str, words)],
+        [sys.executable, ROOT / "tools" / "convert_weights.py", *map(str, words)],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
