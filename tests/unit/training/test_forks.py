@@ -61,17 +61,19 @@ def start(config: RunConfig) -> tuple[Path, RunState]:
     return found, state
 
 
-@pytest.mark.parametrize("is_old", [False, True])
-@pytest.mark.parametrize("spelled", SPELLED)
+@pytest.mark.parametrize(
+    ("spelled", "is_old"), [("ABSOLUTE", False), *((each, True) for each in SPELLED)]
+)
 def test_the_best_stays_with_a_run_that_goes_on_however_its_folder_is_written(
     folder: Path, spelled: str, is_old: bool
 ) -> None:
     save("run", 4, is_old)
     word = spelled.replace("ABSOLUTE", str(folder / "run"))
-    for output in ("run", word):
-        found, state = start(config_of(output, f"{word.rstrip('/')}/checkpoints/pretrain-4/"))
-        assert found.resolve() == folder / "run/checkpoints/pretrain-4"
-        assert (state.best_ap, state.best_checkpoint) == (0.5, "pretrain-2")
+    found, state = start(config_of(word, f"{folder}/link/checkpoints/pretrain-4/"))
+    assert found.resolve() == folder / "run/checkpoints/pretrain-4"
+    assert (state.best_ap, state.best_checkpoint) == (0.5, "pretrain-2")
+    resume = f"{word.rstrip('/')}/checkpoints/pretrain-4"
+    assert not is_fork(config_of("run", resume), checkpoint.load(found))
 
 
 def test_a_moved_run_goes_on_as_itself(folder: Path) -> None:
