@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
 import pytest
+
+from bigdet.benchmark import main
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = "phases.pretrain"
@@ -16,11 +17,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def benchmark(monkeypatch: pytest.MonkeyPatch, part: str, config: str, *words: str) -> int:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    main = importlib.import_module("benchmark").main
-    code: int = main([part, str(ROOT / "configs" / config), *words])
-    return code
+def benchmark(part: str, config: str, *words: str) -> int:
+    return main([part, str(ROOT / "configs" / config), *words])
 
 
 @pytest.mark.parametrize("more", [
@@ -29,10 +27,10 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, part: str, config: str, *words: s
      "phases.finetune.norm_mode=null", "model.box_head=4conv1fc"],  # 32 groups do not divide 48
 ])  # fmt: skip
 def test_a_step_of_a_narrow_model_is_compared_with_one_as_narrow(
-    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--phase", "pretrain", *SMALL, *more]
-    assert benchmark(monkeypatch, "step", "small_direct.yaml", *words) == 0
+    assert benchmark("step", "small_direct.yaml", *words) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["canvas_size"] == [64, 64]
     for name in ("bigdet_fp32", "torchvision_fp32", "torchvision_heads_fp32", "bigdet_bf16"):
@@ -46,7 +44,7 @@ def test_a_step_of_a_narrow_model_is_compared_with_one_as_narrow(
     ("predict", "r50_gn_cascade.yaml", ["model.backbone=resnet18"], "torchvision has no cascade"),
 ])  # fmt: skip
 def test_what_torchvision_does_not_have_is_said(
-    part: str, config: str, words: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+    part: str, config: str, words: list[str], found: str
 ) -> None:
     with pytest.raises(ValueError, match=found):
-        benchmark(monkeypatch, part, config, *words)
+        benchmark(part, config, *words)
