@@ -320,9 +320,7 @@ class PhaseTrainer:
         )  # fmt: skip
         if results is None:
             return False
-        self.meter.add_evaluation(
-            time.perf_counter() - started, time.process_time() - cpu_started
-        )
+        self.meter.add_evaluation(time.perf_counter() - started, time.process_time() - cpu_started)
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         with distributed.together():
             if run.metrics is not None:
