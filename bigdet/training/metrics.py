@@ -44,7 +44,7 @@ class StepMeter:
         micro_batches: Sequence[Batch],
         step_seconds: float,
         data_seconds: float,
-        cpu_seconds: float,
+        cpu_seconds: float = 0.0,
     ) -> None:
         """Count one step of this rank; the batches are on the host, so nothing waits.
 
@@ -62,7 +62,7 @@ class StepMeter:
         self._interval_steps += 1
         self._unsynced_steps += 1
 
-    def add_evaluation(self, seconds: float, cpu_seconds: float) -> None:
+    def add_evaluation(self, seconds: float, cpu_seconds: float = 0.0) -> None:
         """Count an evaluation that this rank took part in, by the clock and by its CPU time."""
         self._unsynced[5] += seconds
         self._unsynced[7] += cpu_seconds
