@@ -17,8 +17,9 @@ from bigdet.reporting.compare import (
 from bigdet.reporting.runs import Groups
 from bigdet.reporting.table import MEASURES, Table, amount, decimals_of
 
-EQUAL = 1.25
-"""Times of training that are at most this far apart count as one budget."""
+NEAR = 1.15
+"""Times of training count as one budget where each is at most so many times the next shorter one.
+Budgets that are compared differ by far more, and what is meant to be equal by less."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def equal_budgets(groups: Groups) -> list[Budget]:
                 for name, runs in groups.items()
                 if (curve := ap_curve(runs, measure)) and time in curve[-1].costs
             }
-            for names in _alike(hours):
+            for names in alike(hours):
                 means = {name: statistics.mean(finals[name]) for name in names}
                 best, *others = sorted(names, key=means.__getitem__, reverse=True)
                 behind = [
@@ -87,11 +88,11 @@ def equal_budgets(groups: Groups) -> list[Budget]:
     return found
 
 
-def _alike(hours: Mapping[str, float]) -> list[list[str]]:
+def alike(hours: Mapping[str, float]) -> list[list[str]]:
     """Return the names whose hours are alike, by rising hours; two or more in each list."""
     sets: list[list[str]] = []
     for name in sorted(hours, key=hours.__getitem__):
-        if not sets or hours[name] > EQUAL * hours[sets[-1][0]]:
+        if not sets or hours[name] > NEAR * hours[sets[-1][-1]]:
             sets.append([])
         sets[-1].append(name)
     return [names for names in sets if len(names) > 1]

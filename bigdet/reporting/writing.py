@@ -8,7 +8,7 @@ from pathlib import Path
 from bigdet.config.schema import MAX_DETECTIONS
 from bigdet.reporting.albums import read_albums
 from bigdet.reporting.analysis_figures import WIDE, analysis_figures
-from bigdet.reporting.budgets import EQUAL, budget_sentences, budget_table
+from bigdet.reporting.budgets import NEAR, budget_sentences, budget_table
 from bigdet.reporting.compare import difference_table, equal_ap_sentences, equal_ap_table
 from bigdet.reporting.facts import cost_table, environment_table, option_table, run_table
 from bigdet.reporting.figures import cost_figures, curve_figures, training_figures
@@ -28,10 +28,10 @@ NOISE = (
     "the standard deviation within all groups of several seeds."
 )
 BUDGETS = (
-    f"Of the groups whose training took about as long (at most {EQUAL - 1:.0%} apart), the one "
-    "with the highest last AP, and in percent points how far it is ahead of the others. Finished "
-    "runs only; what weights from elsewhere had cost is not counted. The noise band is that of the "
-    "differences above."
+    f"Of the groups whose training took about as long (each at most {NEAR - 1:.0%} longer than the "
+    "one before), the one with the highest last AP, and in percent points how far it is ahead of "
+    "the others. Finished runs only; what weights from elsewhere had cost is not counted. The "
+    "noise band is two standard errors of the difference, as above."
 )
 EQUAL_AP = (
     "The part of the other run's whole cost that had been spent at the first evaluation that "
