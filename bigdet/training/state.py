@@ -40,7 +40,7 @@ class Cost:
         cpu_seconds: of training steps, of all threads of the ranks, reading and decoding by loader
             processes (``data.workers``) left out; None where a part was trained on GPUs, or not
             counted.
-        evaluation_cpu_seconds: of evaluations, likewise.
+        evaluation_cpu_seconds: of evaluations, likewise; a process of its own does the scoring.
     """
 
     steps: int = 0
