@@ -277,8 +277,8 @@ def _complete(merged: DictConfig, source: str, written: Collection[str]) -> RunC
         )
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
-    places = (os.path.expanduser(place) for place in (config.output, config.resume))
-    config = dataclasses.replace(config, **dict(zip(("output", "resume"), places, strict=True)))
+    output, resume = os.path.expanduser(config.output), os.path.expanduser(config.resume)
+    config = dataclasses.replace(config, output=output, resume=resume)  # in a file no shell did
     key = id(config)
     _written[key] = frozenset(written)
     weakref.finalize(config, _written.pop, key)
