@@ -1,8 +1,9 @@
 """PASCAL VOC's folders (Annotations, ImageSets/Main, JPEGImages), to shards.
 
 Pixels count from 1 and edges are inclusive, so a box covers ``xmin - 1 .. xmax`` in continuous
-coordinates. Objects marked difficult become crowd: neither learned nor counted as missed, as in
-VOC's own evaluation. Parts (a person's head, hands, feet) are left out.
+coordinates. Objects marked difficult (or ignore, iscrowd, which other tools add) become crowd:
+neither learned nor counted as missed, as in VOC's own evaluation. Parts (a person's head, hands,
+feet) are left out.
 
 Image ids are rows, so images that cannot be used are found before the first shard is written.
 """
@@ -41,6 +42,7 @@ from bigdet.data.sources.voc_files import ImageFolder, parse_xml, read_split
 from bigdet.data.storage import open_storage
 from bigdet.pixels import Exif
 
+FLAGS = ("difficult", "ignore", "iscrowd")
 YES = ("true", "yes", "y", "t")
 NO = ("", "false", "no", "n", "f", "unspecified")
 IMAGES_PER_CHECK = 64
@@ -282,12 +284,17 @@ def _load(root: Path, stem: str, folder: ImageFolder, log: SampleLog) -> VocImag
         return None
     names = ("size/height", "size/width")
     sides = [_number(tree, name) for name in names]
-    has_size = 0 not in sides and all(_text(tree, name) for name in names)
-    height, width = (int(side) if math.isfinite(side) else -1 for side in sides)
+    has_size = all(isinstance(side, int) and side > 0 for side in sides)
+    if not has_size and any(_text(tree, name) not in ("", "0") for name in names):
+        found = [_text(tree, name) for name in names]
+        log.change(
+            "size of an image not recorded: taken from its file", file_name=stem, found=found
+        )
+    height, width = sides
     return VocImage(
         stem=stem,
         path=folder.find(stem, _text(tree, "filename")),
-        size=(height, width) if has_size else None,  # 0 or nothing: many tools leave it open
+        size=(int(height), int(width)) if has_size else None,  # many tools leave it open
         objects=[_object(entry, stem, log) for entry in objects],
     )
 
@@ -313,10 +320,12 @@ def _find_others(folder: Path, images: list[VocImage], log: SampleLog) -> list[V
 def _object(entry: ElementTree.Element, stem: str, log: SampleLog) -> Json:
     """Return what is said of one object; its parts stand deeper and have boxes of their own."""
     edges = ("xmin", "ymin", "xmax", "ymax")
-    flag = _text(entry, "difficult").lower()
-    is_difficult = flag in YES or _number(entry, "difficult") == 1
-    if not (is_difficult or flag in NO or _number(entry, "difficult") == 0):
-        log.change("difficult is neither yes nor no: taken as no", file_name=stem, found=flag)
+    is_difficult = False
+    for name in FLAGS:
+        flag, number = _text(entry, name).lower(), _number(entry, name)
+        is_difficult |= flag in YES or number == 1
+        if not (flag in (*YES, *NO) or number in (0, 1)):
+            log.change(f"{name} is neither yes nor no: taken as no", file_name=stem, found=flag)
     return {
         "name": _text(entry, "name"),
         "box": [_number(entry, f"bndbox/{edge}") for edge in edges],

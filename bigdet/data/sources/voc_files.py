@@ -23,7 +23,10 @@ CLASS_FLAGS = {"-1", "0", "1"}  # of VOC's own lists of a class: absent, difficu
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 _DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")
 _DECLARED = re.compile(rb"<\?xml[^>]*?\sencoding\s*=\s*[\"']([\w.:-]+)")
+_TWO_BEYOND_ASCII = re.compile(rb"[\x80-\xff]{2}")
 _BARE_AMPERSAND = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#\d+|#x[0-9a-fA-F]+);)")
+
+_PARTS = ("object", "size", "filename")
 
 Element = ElementTree.Element
 
@@ -38,7 +41,9 @@ def decode_text(data: bytes, declared: str | None = None) -> tuple[str, str]:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return data.decode(encoding, "replace"), encoding
-    guesses = ["utf-8", declared, "gbk", "latin-1"]
+    # Of GBK's common characters both bytes are beyond ASCII; accented letters mostly stand alone.
+    others = ["gbk"] if _TWO_BEYOND_ASCII.search(data) else []
+    guesses = ["utf-8", declared, *others, "latin-1"]
     if b"\0" in data[:2]:  # of two bytes to a character, without a mark
         guesses = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
     for encoding in filter(None, guesses):
@@ -58,7 +63,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element | str:
-    """Return the root of an XML file, or what is wrong with it.
+    """Return the annotation that an XML file holds, or what is wrong with it.
+
+    Names of elements come in small letters and without namespaces.
 
     Args:
         path: of the file.
@@ -67,7 +74,7 @@ def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element
     """
     data = read_bytes(path)
     try:
-        return ElementTree.fromstring(data)
+        return _annotation(ElementTree.fromstring(data))
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         problem = str(error)
     declared = _DECLARED.search(data[:200])
@@ -83,7 +90,21 @@ def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element
         is_repaired = bool(num_bare) or encoding == "utf-8"
         what = "with a flaw that was repaired" if is_repaired else f"in {encoding}"
         log.change(f"annotation file {what}", **about, error=problem)
-    return root
+    return _annotation(root)
+
+
+def _annotation(root: Element) -> Element | str:
+    """Return the element with the objects of an image; what is wrong if there is none."""
+    for element in root.iter():
+        if isinstance(element.tag, str):  # else a comment
+            element.tag = element.tag.rpartition("}")[2].lower()
+    found = [root] if root.tag == "annotation" else list(root.iter("annotation"))
+    if len(found) > 1:
+        return f"it has {len(found)} annotations, expected that of one image"
+    element = found[0] if found else root
+    if all(element.find(name) is None for name in _PARTS):
+        return f"its <{element.tag}> has none of {', '.join(_PARTS)}, so it is not as VOC has it"
+    return element
 
 
 def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
