@@ -116,24 +116,33 @@ def _candidates(name: str) -> list[Candidate]:
 
 def _find_in_list(folder: Path, lost: dict[int, list[Candidate]]) -> dict[int, Candidate]:
     """Return those that the list of all files has but for letters or suffix, by place."""
-    wanted = {_key(path) for candidates in lost.values() for path, _ in candidates}
-    bare = {path: _bare(_key(path)) for candidates in lost.values() for path, _ in candidates}
+    wanted = {spelling_key(path) for candidates in lost.values() for path, _ in candidates}
+    bare = {
+        path: _bare(spelling_key(path)) for candidates in lost.values() for path, _ in candidates
+    }
     others = set(bare.values())
     whole: dict[str, list[str]] = defaultdict(list)
     stems: dict[str, list[str]] = defaultdict(list)
     for path in _list_files(folder):
-        key = _key(path)
+        key = spelling_key(path)
         stem = os.path.splitext(key)[0]
         if key in wanted:
             whole[key].append(path)
         if (stem in wanted or stem in others) and _suffix(path) in SUFFIXES:
             stems[stem].append(path)
     found: dict[int, Candidate] = {}
+    tries = (
+        (whole, spelling_key, None),
+        (stems, spelling_key, SUFFIX),
+        (stems, bare.__getitem__, OTHER_SUFFIX),
+    )
     for place, candidates in lost.items():
-        hits = ((files[key], path, how, way)
-                for files, key_of, way in ((whole, _key, None), (stems, _key, SUFFIX),
-                                           (stems, bare.__getitem__, OTHER_SUFFIX))
-                for path, how in candidates if (key := key_of(path)) in files)  # fmt: skip
+        hits = (
+            (files[key], path, how, way)
+            for files, key_of, way in tries
+            for path, how in candidates
+            if (key := key_of(path)) in files
+        )
         paths, path, how, way = next(hits, ([], "", [], None))
         if len(paths) == 1:
             hit, path = (paths[0], path) if way is None else (_bare(paths[0]), _bare(path))
@@ -143,7 +152,7 @@ def _find_in_list(folder: Path, lost: dict[int, list[Candidate]]) -> dict[int, C
     return found
 
 
-def _key(path: str) -> str:
+def spelling_key(path: str) -> str:
     """Return what paths have in common that differ in upper and lower case or form of accents."""
     return _composed(_composed(path).casefold())
 

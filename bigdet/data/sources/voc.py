@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -37,8 +37,8 @@ from bigdet.data.processes import Tick, run_jobs, useful_processes
 from bigdet.data.shard_tar import MAX_U2, SampleLog
 from bigdet.data.shard_writer import SetInfo, category_values
 from bigdet.data.sources.file_names import SUFFIX, find_files
-from bigdet.data.sources.image_files import file_bytes, read_image, safe_path
-from bigdet.data.sources.voc_files import ImageFolder, parse_xml, read_split
+from bigdet.data.sources.image_files import file_bytes, is_inside, read_image
+from bigdet.data.sources.voc_files import ImageFolder, XmlFolder, parse_xml, read_split
 from bigdet.data.storage import open_storage
 from bigdet.pixels import Exif
 
@@ -98,10 +98,11 @@ def convert_voc(
     making = making or Making()
     refuse_others(open_storage(out))
     log, folder = SampleLog(), ImageFolder(root / "JPEGImages")
+    files = XmlFolder(root / "Annotations")
     images = [
         image
         for stem in read_split(root, split, log)
-        if (image := _load(root, stem, folder, log)) is not None
+        if (image := _load(files, stem, folder, log)) is not None
     ]
     if not images:
         raise ShardError(
@@ -109,7 +110,8 @@ def convert_voc(
             f"read{_reasons(log)}. Give the folder that holds Annotations, ImageSets and "
             f"JPEGImages."
         )
-    categories = categories or find_categories(root)
+    has_folders = any("/" in image.stem for image in images)
+    categories = categories or find_categories(root, has_folders)
     images = _find_others(root / "JPEGImages", images, log)
     images = _usable(images, making, log)
     if not images:
@@ -130,10 +132,10 @@ def _reasons(log: SampleLog) -> str:
     return ": " + "; ".join(listed) if listed else ""
 
 
-def find_categories(root: Path) -> list[Category]:
+def find_categories(root: Path, has_folders: bool = False) -> list[Category]:
     """Return the names of the objects in all annotations, in alphabetical order, ids from 1."""
     names = set()
-    for path in (root / "Annotations").glob("[!.]*.xml"):
+    for path in XmlFolder(root / "Annotations").paths(has_folders):
         tree = parse_xml(path)
         if not isinstance(tree, str):
             names |= {name for entry in tree.findall("object") if (name := _text(entry, "name"))}
@@ -265,15 +267,17 @@ def clean_object(
     return clean_annotation(source, image_size, label, Category(0, entry["name"]), about, log)
 
 
-def _load(root: Path, stem: str, folder: ImageFolder, log: SampleLog) -> VocImage | None:
+def _load(files: XmlFolder, stem: str, folder: ImageFolder, log: SampleLog) -> VocImage | None:
     """Read the annotations of an image; None after noting why it cannot be used."""
-    path = safe_path(root / "Annotations", f"{stem}.xml")
-    if path is None:
+    if not is_inside(stem):
         log.skip("file name leads out of the image folder", file_name=stem)
         return None
-    if file_bytes(path) is None:
+    path = files.find(stem)
+    if path is None:
         log.skip("annotation file missing", file_name=stem)
         return None
+    if path.name != f"{PurePosixPath(stem).name}.xml":
+        log.change("annotation file found by ignoring case or form of accents", file_name=stem)
     tree = parse_xml(path, log, file_name=stem)
     if isinstance(tree, str):
         log.skip("annotation file not readable", file_name=stem, error=tree)

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 from bigdet.data.manifest import ShardError
 from bigdet.data.shard_tar import SampleLog
+from bigdet.data.sources.file_names import spelling_key
 from bigdet.data.sources.image_files import file_bytes, safe_path
 from bigdet.reading import patiently, why_unread
 
@@ -124,9 +125,10 @@ def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
     if encoding not in ("utf-8", "utf-8-sig"):
         log.change(f"list of the split in {encoding}", file_name=path.name)
     stems: dict[str, None] = {}
+    files = XmlFolder(root / "Annotations")
     for line in text.splitlines():
         name = line.strip().lstrip("\ufeff")
-        annotated = (str(PurePosixPath(s)) for s in _meanings(name) if _is_annotated(root, s))
+        annotated = (str(PurePosixPath(s)) for s in _meanings(name) if s and files.find(s))
         stem = next(annotated, name)
         if stem != name and name.split()[-1] in CLASS_FLAGS:
             log.change("flag of a class in the list not used: all its images are taken", line=name)
@@ -153,9 +155,30 @@ def _meanings(line: str) -> Iterator[str]:
             yield str(PurePosixPath(*plain.parts[first:]))
 
 
-def _is_annotated(root: Path, stem: str) -> bool:
-    path = safe_path(root / "Annotations", f"{stem}.xml") if stem else None
-    return path is not None and file_bytes(path) is not None
+class XmlFolder:
+    """Finds XML files by their names without suffix; lists the folder once, and only if need be."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listed: dict[str, list[Path]] | None = None
+
+    def paths(self, with_folders: bool) -> list[Path]:
+        """Return the XML files, also those in folders below, but none that macOS adds."""
+        found = self._folder.rglob("*") if with_folders else self._folder.iterdir()
+        return sorted(p for p in found if p.suffix.lower() == ".xml" and p.name[0] != ".")
+
+    def find(self, stem: str) -> Path | None:
+        """Return a file, if need be one whose name alone has other capitals or form of accents."""
+        path = safe_path(self._folder, f"{stem}.xml")
+        if path is None or file_bytes(path) is not None:
+            return path
+        if self._listed is None:
+            self._listed = {}
+            for other in self.paths(with_folders=True) if self._folder.is_dir() else []:
+                key = spelling_key(str(other.relative_to(self._folder)))
+                self._listed.setdefault(key, []).append(other)
+        found = self._listed.get(spelling_key(f"{PurePosixPath(stem)}.xml"), [])
+        return found[0] if len(found) == 1 else None
 
 
 class ImageFolder:

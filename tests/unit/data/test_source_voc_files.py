@@ -133,6 +133,24 @@ def test_an_annotation_may_lie_within_another_element(voc, tmp_path):
     assert len(voc.convert(tmp_path / "out", "a").record(0)["annotations"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("stem", "file"),
+    [("A", "a.xml"), ("a", "a.XML"), ("\u00e9", "e\u0301.xml"), ("s/B", "s/b.xml")],
+)
+def test_xml_files_are_found_by_other_capitals_and_accents(voc, tmp_path, stem, file):
+    image, text = voc.root / "JPEGImages/a.jpg", voc.root / "Annotations/a.xml"
+    for path, old in ((voc.root / "Annotations" / file, text), (
+        voc.root / "JPEGImages" / f"{stem}.jpg", image)):  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        old.rename(path)
+    (voc.root / "Annotations/._a.xml").write_bytes(b"macOS")
+    shards = voc.convert(tmp_path / "out", stem)
+    assert len(shards.record(0)["annotations"]) == 1
+    assert shards.manifest.changed == {
+        "annotation file found by ignoring case or form of accents": 1
+    }
+
+
 def test_xml_that_is_no_annotation_of_one_image_is_left_out_and_told(voc, tmp_path):
     # As a picture without objects it would teach that there is nothing on it.
     inner = "<annotation><object/></annotation>"
