@@ -27,9 +27,10 @@ from bigdet.config.check import check_config, check_max_detections
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import MAX_DETECTIONS, Metric, RunConfig, TtaConfig
+from bigdet.data.loose_values import whole_number
 from bigdet.data.manifest import Category, ShardError
 from bigdet.data.mix import class_ids, warn_of_absent, with_categories
-from bigdet.data.shards import ShardSet
+from bigdet.data.shards import ShardSet, source_ids
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
@@ -165,7 +166,7 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"measured by {metric}: bbox, or segmentation and keypoints where the set has them. "
             f"Give detections in the COCO results format."
         )
-    every = itertools.chain(head, results)
+    every = with_own_ids(itertools.chain(head, results), shards)
     report(evaluate_detections(shards, every, kinds, metric, str(options.model), limit), options)
     return 0
 
@@ -193,6 +194,20 @@ def check_outputs(options: argparse.Namespace) -> None:
     for name, file in (("--out", options.out), ("--detections", options.detections)):
         if file is not None and distributed.is_main():
             check_file(file, name)
+
+
+def with_own_ids(results: Iterable[Result], shards: ShardSet) -> Iterable[Result]:
+    """Return results that name an image whose own id is a string by that, and not as a number."""
+    names = source_ids(shards)
+    return (_named(result, names) for result in results) if names else results
+
+
+def _named(result: Result, names: Mapping[str, int]) -> Result:
+    given = result.get("image_id") if isinstance(result, dict) else None
+    number = whole_number(given)
+    if number is None or given in names or str(number) not in names:
+        return result
+    return result | {"image_id": str(number)}
 
 
 def write_detections(

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bigdet.data.conversion import Making
 from bigdet.data.manifest import ShardError
 from bigdet.data.shards import ShardSet
 from bigdet.data.sources.deeppcb import convert_deeppcb
+from bigdet.pixels import EXIF_ORIENTATION, Exif
 
 
 @pytest.fixture
@@ -44,6 +46,21 @@ def test_boxes_are_corners_and_types_count_from_one(root: Path, tmp_path: Path) 
     found = [(entry["label"], entry["bbox"]) for entry in first["annotations"]]
     assert found == [(2, [4, 6, 16, 10]), (5, [30, 0, 34, 48])]
     assert second["annotations"] == []
+
+
+@pytest.mark.parametrize(("exif", "size"), [("shown", (64, 48)), ("stored", (48, 64))])
+def test_an_image_that_exif_turns_is_seen_as_the_option_says(
+    root: Path, tmp_path: Path, exif: Exif, size: tuple[int, int]
+) -> None:
+    tags = Image.Exif()
+    tags[EXIF_ORIENTATION] = 6  # shown turned by 90 degrees: 48 wide and 64 high
+    Image.new("L", (64, 48), 90).save(root / "group1/1/10001_test.jpg", exif=tags)
+    (root / "trainval.txt").write_text("group1/1/10001.jpg group1/1_not/10001.txt", "utf-8-sig")
+    (root / "group1/1_not/10001.txt").write_text("4 30 20 46 3\n")
+    convert_deeppcb(root, "trainval", tmp_path / "out", making=Making(exif=exif))
+    record = ShardSet(tmp_path / "out").record(0)
+    assert (record["height"], record["width"]) == size
+    assert [entry["bbox"] for entry in record["annotations"]] == [[4, 30, 16, 16]]
 
 
 def test_what_is_not_so_is_named(root: Path, tmp_path: Path) -> None:
