@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     pcb = sources.add_parser("deeppcb", help="DeepPCB's lists and text files of boxes")
     pcb.add_argument("--root", type=Path, required=True, help="PCBData, which holds the lists")
     pcb.add_argument("--split", required=True, help="a list without .txt: trainval or test")
-    pcb.set_defaults(images=None, annotations=None)
+    pcb.set_defaults(images=None, annotations=None, categories=None)
     for source in (coco, objects):
         source.add_argument(
             "--categories", type=Path,
