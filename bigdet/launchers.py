@@ -103,7 +103,7 @@ def _adopt_slurm() -> None:
     if "SLURM_STEP_NUM_TASKS" not in variables:
         raise ValueError(
             f"Slurm gave this job {num_tasks} tasks, but python was started without srun and would "
-            f"run alone. Write `srun python ...`, as in launch/slurm.sbatch, or ask for one task."
+            f"run alone. Write `srun python ...`, or ask for one task."
         )
     variables["RANK"] = variables["SLURM_PROCID"]
     variables["WORLD_SIZE"] = variables["SLURM_STEP_NUM_TASKS"]

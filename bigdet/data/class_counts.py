@@ -127,6 +127,6 @@ def class_lines(shards: ShardSet, use: Literal["learned", "measured"]) -> tuple[
     """Return what to say of a set's classes: a line with numbers, and warnings."""
     counts = count_classes(shards)
     if counts is None:
-        command = f"tools/check_shards.py {shards.address}"
+        command = f"`bigdet check-shards {shards.address}`"
         return f"not known, as the set is of an older version; {command} counts them", []
     return counts.line(), counts.warnings(use)
