@@ -31,8 +31,8 @@ from bigdet.data.loose_values import whole_number
 from bigdet.data.manifest import Category, ShardError
 from bigdet.data.mix import class_ids, warn_of_absent, with_categories
 from bigdet.data.shards import ShardSet, source_ids
-from bigdet.evaluation.coco_metrics import evaluation_kinds
-from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
+from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
+from bigdet.evaluation.detections import CHUNK, RESULT_KEYS, Kind, Result, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.limits import warn_of_few
 from bigdet.evaluation.predict import predict_split
@@ -150,14 +150,12 @@ def evaluate_file(options: argparse.Namespace) -> int:
     metric: Metric = options.metric or "coco"
     limit = read_limit(options.overrides, metric)
     results = load_results(options.model)
-    head = list(itertools.islice(results, 1))
+    head = list(itertools.islice(results, CHUNK))
     if not head:
         logger.warning("%s: holds no detection, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
     warn_of_nothing(shards)
-    first = head[0] if head and isinstance(head[0], dict) else {"bbox": [0, 0, 0, 0]}
-    given = {kind for kind, key in RESULT_KEYS.items() if first.get(key)}
-    given |= {"bbox"} if "segm" in given else set()  # the box of a mask
+    given = given_kinds(head)
     possible = evaluation_kinds(shards, "segm" in given, "keypoints" in given, metric, limit)
     kinds = [kind for kind in possible if kind in given]
     if not kinds:
@@ -166,9 +164,26 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"measured by {metric}: bbox, or segmentation and keypoints where the set has them. "
             f"Give detections in the COCO results format."
         )
-    every = with_own_ids(itertools.chain(head, results), shards)
-    report(evaluate_detections(shards, every, kinds, metric, str(options.model), limit), options)
+    if kinds != ["bbox"] and head[0].get("bbox"):
+        logger.info(
+            "APs, APm and APl go by the areas of boxes, also for %s, as pycocotools does where the "
+            "first detection has a box; detectron2 and mmdetection leave bbox out to score masks",
+            " and ".join(f"{KIND_NAMES[kind]}s" for kind in kinds if kind != "bbox"),
+        )
+    every, where = with_own_ids(itertools.chain(head, results), shards), str(options.model)
+    metrics = evaluate_detections(shards, every, kinds, metric, where, limit, one_area=True)
+    report(metrics, options)
     return 0
+
+
+def given_kinds(head: Sequence[Result]) -> set[Kind]:
+    """Return what can be measured of the first detections of a file; boxes, if there are none."""
+    if not head or not isinstance(head[0], dict):  # which is told where all are read
+        return {"bbox"}
+    given = {kind for kind, key in RESULT_KEYS.items() if head[0].get(key)}
+    if "bbox" in given and any(isinstance(r, dict) and r.get("segmentation") for r in head):
+        given.add("segm")  # the mask of the others is their box
+    return given | {"bbox"} if "segm" in given else given  # the box of a mask
 
 
 def warn_of_nothing(shards: ShardSet) -> None:

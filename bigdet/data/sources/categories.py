@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bigdet.data.loose_values import whole_number
 from bigdet.data.manifest import Category, ShardError
 
 logger = logging.getLogger(__name__)
@@ -39,12 +40,15 @@ def load_categories(path: Path) -> list[Category]:
     if all(isinstance(entry, str) for entry in entries):
         entries = [{"id": number, "name": name} for number, name in enumerate(entries, 1)]
     for place, entry in enumerate(entries):
-        is_category = isinstance(entry, dict) and type(entry.get("id")) is int
-        if not is_category or not isinstance(entry.get("name"), str):
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if isinstance(content, dict):  # an annotation file, whose ids may be written as 1.0 or "1"
+            number = whole_number(number)
+        if type(number) is not int or not isinstance(entry.get("name"), str):
             raise ShardError(
                 f"{path}: category {place} is {short_repr(entry)}, expected an object with an "
                 "integer id and a name."
             )
+        entry["id"] = number
     twice = [value for value, n in Counter(entry["id"] for entry in entries).items() if n > 1]
     if twice:
         raise ShardError(f"{path}: id {twice[0]!r} stands there twice. Correct the file.")

@@ -258,6 +258,9 @@ def test_categories_come_from_lists_annotation_files_and_manifests(tmp_path: Pat
         '{"categories": [{"id": 1, "name": "p", "keypoints": ["x"], "flip_pairs": []}]}'
     )
     assert load_categories(path) == [Category(1, "p", keypoints=["x"], flip_pairs=[])]
+    # An annotation file is converted with such ids, so it gives its categories too.
+    path.write_text('{"categories": [{"id": 2.0, "name": "b"}, {"id": "7", "name": "a"}]}')
+    assert load_categories(path) == [Category(2, "b"), Category(7, "a")]
 
 
 def test_fields_that_would_be_misread_leave_a_sample_out(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bigdet import make_shards
 from bigdet.data.conversion import Making
 from bigdet.data.manifest import ShardError
 from bigdet.data.shards import ShardSet
@@ -79,3 +80,24 @@ def test_what_is_not_so_is_named(root: Path, tmp_path: Path) -> None:
     (root / "trainval.txt").write_text("group1/1/7.jpg group1/1_not/10002.txt\n")
     with pytest.raises(ShardError, match=r"7\.jpg: cannot be read as an image .* line 1 names it"):
         convert_deeppcb(root, "trainval", tmp_path / "out")
+
+
+def test_the_command_makes_the_set(root: Path, tmp_path: Path) -> None:
+    words = ["--root", str(root), "--split", "trainval", "--out", str(tmp_path / "out")]
+    assert make_shards.main(["deeppcb", *words]) == 0
+    assert ShardSet(tmp_path / "out").manifest.instances == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["coco", "--images", "nowhere", "--annotations", "nowhere.json"],
+        ["objects365", "--images", "nowhere", "--annotations", "nowhere.json"],
+        ["voc", "--root", "nowhere", "--split", "trainval"],
+        ["deeppcb", "--root", "nowhere", "--split", "trainval"],
+        ["merge"],
+    ],
+)
+def test_every_source_says_what_is_not_there(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere|out"):
+        make_shards.main([*words, "--out", str(tmp_path / "out")])
