@@ -1,6 +1,6 @@
 """``python -m bigdet`` is the ``bigdet`` command."""
 
-from bigdet.cli import main
+from bigdet.cli.main import main
 
 if __name__ == "__main__":
     main()

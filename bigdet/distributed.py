@@ -1,7 +1,7 @@
 """Ranks: who this process is, the process group, reductions. Nobody else reads RANK.
 
 Launchers say who a process is: by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or by
-variables of their own, from which ``launchers.py`` makes these.
+variables of their own, from which ``host/launchers.py`` makes these.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigdet import errors, launchers, network
-from bigdet.launchers import first_host as first_host
+from bigdet.host import errors, launchers, network
+from bigdet.host.launchers import first_host as first_host
 
 T = TypeVar("T")
 

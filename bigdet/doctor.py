@@ -18,17 +18,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bigdet import distributed, hosts, locks
+from bigdet import distributed
 from bigdet.config.derived import has_masks, largest_plan, phase_model
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
-from bigdet.data.class_counts import class_lines
-from bigdet.data.collate import group_bytes
-from bigdet.data.loader import PREFETCHED_GROUPS
-from bigdet.data.mix import open_sets
-from bigdet.limits import host_memory
+from bigdet.data.examples.collate import group_bytes
+from bigdet.data.format.class_counts import class_lines
+from bigdet.data.format.mix import open_sets
+from bigdet.data.streams.loader import PREFETCHED_GROUPS
+from bigdet.host import locks
+from bigdet.host.limits import host_memory
 from bigdet.run_dir import RunDir, check_folder
 from bigdet.training import resume
+from bigdet.training import same_hosts as hosts
 from bigdet.training.sizes import FP32_BYTES, ModelSizes, checkpoint_bytes, model_sizes
 
 logger = logging.getLogger(__name__)
@@ -180,7 +182,7 @@ def command_row(command: Path) -> Row:
     """Say whose ``deepspeed`` command is installed; DeepSpeed's own does not know ``-m``."""
     if not command.is_file():
         return Row("deepspeed command", f"none at {command}; start with torchrun, or install again")
-    if b"bigdet.deepspeed_command" in command.read_bytes():
+    if b"bigdet.cli.deepspeed" in command.read_bytes():
         return Row("deepspeed command", "takes -m and --module")
     return Row(
         "deepspeed command",
@@ -243,7 +245,7 @@ def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
     )
     rows = []
     for check, groups, name in (
-        # A group that outgrows its slot travels through /dev/shm (data/slots.py).
+        # A group that outgrows its slot travels through /dev/shm (data/streams/slots.py).
         ("/dev/shm", 1, "free_shm"),
         ("loader memory", PREFETCHED_GROUPS + 1, "free_memory"),
     ):

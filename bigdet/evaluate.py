@@ -5,8 +5,8 @@ What its command line takes is in ``arguments/evaluate.py``.
 
 from __future__ import annotations
 
-from bigdet.arguments.evaluate import parse_arguments
-from bigdet.commands import answer_early
+from bigdet.cli.arguments.evaluate import parse_arguments
+from bigdet.cli.running import answer_early
 
 if __name__ == "__main__":
     answer_early(parse_arguments)
@@ -21,29 +21,30 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from bigdet import distributed, errors
-from bigdet.commands import run_command
+from bigdet import distributed
+from bigdet.cli.running import run_command
 from bigdet.config.check import check_config, check_max_detections
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import MAX_DETECTIONS, Metric, RunConfig, TtaConfig
-from bigdet.data.loose_values import whole_number
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.mix import class_ids, warn_of_absent, with_categories
-from bigdet.data.shards import ShardSet, source_ids
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.mix import class_ids, warn_of_absent, with_categories
+from bigdet.data.format.shard_set import ShardSet, source_ids
+from bigdet.data.making.loose_values import whole_number
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
+from bigdet.evaluation.detection_limits import warn_of_few
 from bigdet.evaluation.detections import CHUNK, RESULT_KEYS, Kind, Result, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
-from bigdet.evaluation.limits import warn_of_few
-from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
+from bigdet.evaluation.split import predict_split
 from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.evaluation.waiting import work_on_main
-from bigdet.log import setup_logging
+from bigdet.host import errors
+from bigdet.host.strict_json import to_json
+from bigdet.logs.log import setup_logging
 from bigdet.models.detector import Detector
 from bigdet.models.weights import find_weights, load_detector
 from bigdet.run_dir import check_file
-from bigdet.strict_json import to_json
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 

@@ -5,8 +5,8 @@ What its command line takes is in ``arguments/plan.py``.
 
 from __future__ import annotations
 
-from bigdet.arguments.plan import BATCHES, GPUS, LATENCY, LINK, SIZES, TRIALS, parse_arguments
-from bigdet.commands import answer_early
+from bigdet.cli.arguments.plan import BATCHES, GPUS, LATENCY, LINK, SIZES, TRIALS, parse_arguments
+from bigdet.cli.running import answer_early
 
 if __name__ == "__main__":
     answer_early(parse_arguments)
@@ -20,13 +20,13 @@ from collections.abc import Sequence
 
 import torch
 
-from bigdet.commands import run_command
+from bigdet.cli.running import run_command
 from bigdet.config.check import check_config
 from bigdet.config.load import check_phase, load_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
-from bigdet.data.mix import open_sets
-from bigdet.log import setup_logging
+from bigdet.data.format.mix import open_sets
+from bigdet.logs.log import setup_logging
 from bigdet.planning.cluster import (
     KINDS,
     Cluster,

@@ -5,8 +5,8 @@ What its command line takes is in ``arguments/predict.py``.
 
 from __future__ import annotations
 
-from bigdet.arguments.predict import parse_arguments
-from bigdet.commands import answer_early
+from bigdet.cli.arguments.predict import parse_arguments
+from bigdet.cli.running import answer_early
 
 if __name__ == "__main__":
     answer_early(parse_arguments)
@@ -23,19 +23,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bigdet import distributed, errors
-from bigdet.commands import run_command
-from bigdet.data.shards import UnavailableShardError
-from bigdet.drawing import draw_detections
+from bigdet import distributed
+from bigdet.cli.inputs import Input, is_shard_set, list_inputs
+from bigdet.cli.running import run_command
+from bigdet.data.format.shard_set import UnavailableShardError
 from bigdet.evaluation.detections import Result
-from bigdet.evaluation.predict import coco_results, finite_detections
-from bigdet.inputs import Input, is_shard_set, list_inputs
-from bigdet.log import setup_logging
+from bigdet.evaluation.split import coco_results, finite_detections
+from bigdet.host import errors
+from bigdet.host.strict_json import to_json
+from bigdet.logs.log import setup_logging
 from bigdet.models.detector import Detector, canvas_size
 from bigdet.models.weights import load_detector
 from bigdet.ops.resize import test_size
+from bigdet.pictures.drawing import draw_detections
 from bigdet.run_dir import check_folder
-from bigdet.strict_json import to_json
 from bigdet.structures import Detections
 
 logger = logging.getLogger("bigdet.predict")  # __name__ is __main__ here

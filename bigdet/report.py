@@ -18,8 +18,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.commands import run_command
-from bigdet.log import setup_logging
+from bigdet.cli.running import run_command
+from bigdet.logs.log import setup_logging
 from bigdet.reporting.runs import group_runs, read_runs
 from bigdet.reporting.writing import write_report
 from bigdet.run_dir import check_folder

@@ -148,7 +148,7 @@ class RunDir:
 
     @property
     def lock(self) -> Path:
-        """Who trains here: host, process and since when; see ``locks.py``."""
+        """Who trains here: host, process and since when; see ``host/locks.py``."""
         return self.root / "lock"
 
     def log(self, rank: int) -> Path:

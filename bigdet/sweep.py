@@ -5,8 +5,8 @@ What its command line takes is in ``arguments/sweep.py``.
 
 from __future__ import annotations
 
-from bigdet.arguments.sweep import parse_arguments
-from bigdet.commands import answer_early
+from bigdet.cli.arguments.sweep import parse_arguments
+from bigdet.cli.running import answer_early
 
 if __name__ == "__main__":
     answer_early(parse_arguments)
@@ -22,14 +22,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from bigdet import locks
-from bigdet.commands import STOPPED, run_command
+from bigdet.cli.running import STOPPED, run_command
 from bigdet.config.derived import comparable, in_steps, place_of
 from bigdet.config.load import ConfigError, flat_options, load_config
 from bigdet.config.schema import RunConfig
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
-from bigdet.errors import explain_exit
-from bigdet.log import setup_logging
+from bigdet.host import locks
+from bigdet.host.errors import explain_exit
+from bigdet.logs.log import setup_logging
 from bigdet.reporting.runs import Run, check_same_data, read_run, short_names
 from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_outcome
 from bigdet.reporting.writing import write_report
@@ -39,7 +39,7 @@ from bigdet.training.forks import CHANGEABLE, changeable_options, changed_option
 logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command
 
 LOCK_NAME = "sweep.lock"
-"""In the sweep's folder: who makes its runs, see ``locks.py``."""
+"""In the sweep's folder: who makes its runs, see ``host/locks.py``."""
 SLURM_COMMAND = "srun python -m bigdet.train"
 SETTLED = (".steps", ".passes", ".images", ".drops", ".images_per_step")
 """Ends of the keys that a run settles when it begins, from its data and its number of ranks."""

@@ -5,8 +5,8 @@ What its command line takes is in ``arguments/train.py``.
 
 from __future__ import annotations
 
-from bigdet.arguments.train import parse_arguments
-from bigdet.commands import answer_early
+from bigdet.cli.arguments.train import parse_arguments
+from bigdet.cli.running import answer_early
 
 if __name__ == "__main__":
     answer_early(parse_arguments)
@@ -16,19 +16,20 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigdet import distributed, errors, locks
-from bigdet.commands import STOPPED, run_command
+from bigdet import distributed
+from bigdet.cli.running import STOPPED, run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
 from bigdet.config.load import load_config
 from bigdet.config.schema import RunConfig
-from bigdet.data.mix import open_sets
-from bigdet.data.stream import open_train_stream
+from bigdet.data.format.mix import open_sets
+from bigdet.data.streams.stream import open_train_stream
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
-from bigdet.evaluation.limits import warn_at_start
-from bigdet.log import setup_logging
+from bigdet.evaluation.detection_limits import warn_at_start
+from bigdet.host import errors, locks
+from bigdet.logs.log import setup_logging
 from bigdet.run_dir import RunDir, check_folder, write_text
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run

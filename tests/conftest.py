@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.data.sources.shapes import make_shapes
+from bigdet.data.making.sources.shapes import make_shapes
 
 PROJECT = Path(__file__).parents[1]
 

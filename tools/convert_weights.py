@@ -2,7 +2,7 @@
 
 import sys
 
-from bigdet.cli import run
+from bigdet.cli.main import run
 
 if __name__ == "__main__":
     run("convert-weights", sys.argv[1:])

@@ -1,1 +1,1 @@
-"""What ``bigdet/benchmark.py`` measures, a module for each part."""
+"""What ``bigdet/cli/benchmark.py`` measures, a module for each part."""

@@ -37,9 +37,9 @@ from pycocotools.cocoeval import COCOeval
 
 from bigdet.benchmarks.memory import peak_memory
 from bigdet.config.schema import RunConfig
-from bigdet.data.manifest import Category
-from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.manifest import Category
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_writer import ShardWriter
 from bigdet.evaluation.coco_metrics import METRICS, measure
 from bigdet.evaluation.detections import Kind, load_results, read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth

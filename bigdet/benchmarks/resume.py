@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from bigdet.config.schema import RunConfig
-from bigdet.data.manifest import MANIFEST_NAME, Manifest
-from bigdet.data.shard_writer import index_bytes, manifest_text
-from bigdet.data.shards import INDEX_NAME
+from bigdet.data.format.manifest import MANIFEST_NAME, Manifest
+from bigdet.data.format.shard_set import INDEX_NAME
+from bigdet.data.making.shard_writer import index_bytes, manifest_text
 from bigdet.run_dir import RunDir
 
 STEPS_BETWEEN_SAVES = 100

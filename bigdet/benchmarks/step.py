@@ -46,8 +46,8 @@ from bigdet.config.derived import has_fpn, has_masks, model_parts, proposal_limi
 from bigdet.config.load import check_phase
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.schema import RunConfig
+from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector, head_norm
-from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.norms import make_norm, set_norm_mode
 from bigdet.structures import Batch, Masks, Targets
@@ -136,7 +136,7 @@ def check_peer(config: ModelConfig) -> None:
         raise ValueError(
             f"model.detector: found {config.detector} on {config.backbone}, but a step is compared "
             f"with torchvision's Faster and Mask R-CNN on a pyramid. Give a config of these; "
-            f"benchmark.py predict measures other detectors too."
+            f"cli/benchmark.py predict measures other detectors too."
         )
 
 

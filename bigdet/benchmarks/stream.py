@@ -35,9 +35,9 @@ from torchvision.transforms import v2
 from bigdet.config.derived import has_keypoints, has_masks, phase_model, plan_of
 from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
-from bigdet.data.decode import decode_image
-from bigdet.data.shards import Sample, ShardSet
-from bigdet.data.stream import TrainStream, open_train_stream
+from bigdet.data.examples.decode import decode_image
+from bigdet.data.format.shard_set import Sample, ShardSet
+from bigdet.data.streams.stream import TrainStream, open_train_stream
 from bigdet.ops.resize import resize_image, test_size
 
 Plan = tuple[int, int]

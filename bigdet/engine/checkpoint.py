@@ -24,10 +24,10 @@ from torch import Tensor
 
 from bigdet import distributed
 from bigdet.engine.base import EngineState
+from bigdet.host.reading import patiently, why_unread
+from bigdet.host.strict_json import to_json
 from bigdet.ops.finite import describe_not_finite
-from bigdet.reading import patiently, why_unread
 from bigdet.run_dir import sync as _sync
-from bigdet.strict_json import to_json
 
 logger = logging.getLogger(__name__)
 

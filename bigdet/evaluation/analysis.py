@@ -16,7 +16,7 @@ where there is nothing to measure.
                  instead of a class: nothing there, or nothing detected. Pairs that never occur are
                  left out
     errors       {"count": {type: count}, "dAP": {type: gain}, "special": {"AP50",
-                 "false_positives", "false_negatives"}}; see ``errors.py``
+                 "false_positives", "false_negatives"}}; see ``host/errors.py``
 
 In calibration and confusion a detection is right, or an object found, at an IoU of 0.5; detections
 in crowds are left out.
@@ -30,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.schema import MAX_DETECTIONS
-from bigdet.data.manifest import unique_names
+from bigdet.data.format.manifest import unique_names
 from bigdet.evaluation.coco_metrics import THRESHOLDS, Measured, mean_of_defined, never_counts
 from bigdet.evaluation.detections import DetectionTable, Kind
-from bigdet.evaluation.errors import (
+from bigdet.evaluation.error_types import (
     TYPES,
     Cover,
     error_costs,

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.schema import MAX_DETECTIONS, Metric
-from bigdet.data.manifest import Category
-from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
+from bigdet.data.format.manifest import Category
+from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from bigdet.data.annotations import own_area
-from bigdet.data.manifest import Category
-from bigdet.data.shards import LABEL_LISTS, ShardSet
+from bigdet.data.format.manifest import Category
+from bigdet.data.format.shard_set import LABEL_LISTS, ShardSet
+from bigdet.data.making.annotations import own_area
 from bigdet.evaluation.federated import Verified, verified
 from bigdet.evaluation.run_lengths import mask_areas
 

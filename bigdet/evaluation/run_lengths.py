@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from bigdet.data.annotations import are_numbers
+from bigdet.data.making.annotations import are_numbers
 
 _AT_ONCE = 200  # pycocotools.mask.area fails from 256 masks on
 _MORE, _SIGN, _VALUE = 0x20, 0x10, 0x1F

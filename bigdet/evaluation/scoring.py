@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from bigdet.config.schema import MAX_DETECTIONS, Metric
-from bigdet.data.manifest import unique_names
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.manifest import unique_names
+from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.analysis import analyze
 from bigdet.evaluation.coco_metrics import (
     KIND_NAMES,
@@ -18,9 +18,9 @@ from bigdet.evaluation.coco_metrics import (
     measure,
     metric_places,
 )
+from bigdet.evaluation.detection_limits import warn_of_dense
 from bigdet.evaluation.detections import DetectionTable, Kind, Result, read_detections
 from bigdet.evaluation.ground_truth import GroundTruth, read_ground_truth
-from bigdet.evaluation.limits import warn_of_dense
 from bigdet.evaluation.voc_metrics import VocMetric, measure_voc
 
 Metrics = dict[str, Any]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from bigdet.config.derived import has_keypoints
 from bigdet.config.schema import TtaConfig
-from bigdet.data.manifest import Category
-from bigdet.data.objects import keypoint_order
+from bigdet.data.examples.objects import keypoint_order
+from bigdet.data.format.manifest import Category
 from bigdet.models.detector import Detector, collate_images
 from bigdet.models.heads.detections import FlatDetections, best_detections, usable
 from bigdet.ops.boxes import pairwise_iou

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigdet.models.checkpointing import Checkpointed
+from bigdet.models.activation_checkpointing import Checkpointed
 
 STRIDES = [4, 8, 16, 32]
 

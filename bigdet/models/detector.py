@@ -17,7 +17,7 @@ from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
 from bigdet.ops.resize import resize_image, test_size
-from bigdet.pictures import Picture, list_pixels
+from bigdet.pictures.files import Picture, list_pixels
 from bigdet.structures import Batch, Detections, Targets
 
 # RGB, 0..255, of ImageNet: what the published backbones were trained with.

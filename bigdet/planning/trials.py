@@ -24,13 +24,14 @@ from pathlib import Path
 
 import torch
 
-from bigdet import distributed, errors
+from bigdet import distributed
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.schema import EngineConfig, RunConfig
-from bigdet.data.mix import open_sets
-from bigdet.data.stream import open_train_stream
+from bigdet.data.format.mix import open_sets
+from bigdet.data.streams.stream import open_train_stream
 from bigdet.engine.build import build_engine
-from bigdet.limits import host_memory
+from bigdet.host import errors
+from bigdet.host.limits import host_memory
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training.metrics import peak_memory_gib

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bigdet import distributed, errors
-from bigdet.limits import host_memory
+from bigdet import distributed
+from bigdet.host import errors
+from bigdet.host.limits import host_memory
 from bigdet.training.metrics import peak_memory_gib
 
 if TYPE_CHECKING:

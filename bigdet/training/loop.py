@@ -16,22 +16,23 @@ import torch
 from bigdet import distributed
 from bigdet.config.derived import num_lanes, num_steps
 from bigdet.config.schema import RunConfig
-from bigdet.data.class_counts import class_lines
-from bigdet.data.shards import ShardSet
-from bigdet.data.stream import TrainStream, list_damages
+from bigdet.data.format.class_counts import class_lines
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.streams.stream import TrainStream, list_damages
 from bigdet.engine.base import Engine, EngineState, StepResult
 from bigdet.evaluation.federated import LVIS_DETECTIONS
-from bigdet.log import MetricsWriter
+from bigdet.logs.log import MetricsWriter
 from bigdet.models import norms
 from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
-from bigdet.training import boards, measuring, optim, saving
+from bigdet.training import measuring, optim, saving
+from bigdet.training import showing as boards
 from bigdet.training.averages import LossMeter
+from bigdet.training.background_scoring import Scorer
 from bigdet.training.metrics import StepMeter, progress_line
 from bigdet.training.precise_bn import measure_statistics
 from bigdet.training.prefetch import prefetch
-from bigdet.training.scorer import Scorer
 from bigdet.training.state import RunState
 from bigdet.training.stopping import stop_requested
 from bigdet.training.watchdog import Watchdog

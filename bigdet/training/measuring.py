@@ -9,11 +9,11 @@ from typing import Any
 from bigdet import distributed
 from bigdet.config.derived import imported_cost, plan_of, test_resize
 from bigdet.config.schema import RunConfig
-from bigdet.data.mix import class_ids
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.mix import class_ids
+from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.coco_metrics import KIND_NAMES
-from bigdet.evaluation.predict import predict_split
 from bigdet.evaluation.saved import SavedResults
+from bigdet.evaluation.split import predict_split
 from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.models.detector import Detector
 from bigdet.training.state import RunState

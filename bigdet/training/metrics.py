@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdet import distributed
-from bigdet.data.samples import Damage
+from bigdet.data.examples.samples import Damage
 from bigdet.structures import Batch
 from bigdet.training.energy import EnergyCounter
 from bigdet.training.state import Cost, RunState

@@ -21,8 +21,8 @@ from bigdet.config.derived import (
 )
 from bigdet.config.schema import RunConfig
 from bigdet.models import backbones, importing, norms, weights
+from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
-from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.ops.random import seed_of

@@ -15,8 +15,8 @@ import torch
 
 from bigdet import distributed
 from bigdet.config.schema import Precision
-from bigdet.data.stream import TrainStream
-from bigdet.evaluation.predict import autocast
+from bigdet.data.streams.stream import TrainStream
+from bigdet.evaluation.split import autocast
 from bigdet.models import norms
 from bigdet.models.detector import Detector
 from bigdet.training.prefetch import prefetch

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigdet import distributed, hosts
+from bigdet import distributed
 from bigdet.config.check_schedule import check_length
 from bigdet.config.derived import (
     has_keypoints,
@@ -25,17 +25,17 @@ from bigdet.config.earlier import keep_former
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
-from bigdet.data.manifest import ShardError
-from bigdet.data.mix import class_ids, warn_of_absent
-from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
-from bigdet.data.stream import TrainStream, open_train_stream
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.mix import class_ids, warn_of_absent
+from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
+from bigdet.data.streams.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.evaluation.coco_metrics import evaluation_kinds
-from bigdet.log import MetricsWriter, cut_metrics
+from bigdet.logs.log import MetricsWriter, cut_metrics
 from bigdet.run_dir import RunDir, write_text
 from bigdet.training import optim
-from bigdet.training.boards import note_start, open_boards
+from bigdet.training import same_hosts as hosts
 from bigdet.training.forks import (
     BATCH_OPTIONS,
     changeable_options,
@@ -47,6 +47,7 @@ from bigdet.training.forks import (
 )
 from bigdet.training.phases import check_start
 from bigdet.training.saving import newest_checkpoint
+from bigdet.training.showing import note_start, open_boards
 from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bigdet import distributed, errors
+from bigdet import distributed
 from bigdet.config.derived import num_steps
 from bigdet.config.load import dump_config
 from bigdet.config.schema import RunConfig
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine, EngineState
+from bigdet.host import errors
 from bigdet.models.weights import weights_metadata
 from bigdet.ops.finite import describe_not_finite
 from bigdet.run_dir import RunDir, put_in_place

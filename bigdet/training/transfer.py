@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bigdet.config.derived import phase_model
 from bigdet.config.load import flat_options, parse_config
 from bigdet.config.schema import RunConfig
-from bigdet.data.mix import name_key
+from bigdet.data.format.mix import name_key
 from bigdet.models.classes import carry_classes, class_rows
 from bigdet.models.weight_files import read_metadata
 from bigdet.models.weights import LoadedPart, find_weights, part_of

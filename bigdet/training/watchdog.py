@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from bigdet import errors
+from bigdet.host import errors
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bigdet.config.load import load_config
-from bigdet.data.sources.shapes import make_shapes
+from bigdet.data.making.sources.shapes import make_shapes
 from bigdet.planning.cluster import Cluster, Work, forecast
 from bigdet.training.sizes import model_sizes
 from tests.commands.runs import Command, arguments, deepspeed

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bigdet.data.sources.shapes import make_shapes
+from bigdet.data.making.sources.shapes import make_shapes
 from tests.commands.runs import Command, assert_same_run
 
 START_PART = 0.2

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bigdet import locks
+from bigdet.host import locks
 from bigdet.run_dir import RunDir
 from tests.commands.runs import ROOT, arguments, free_port
 

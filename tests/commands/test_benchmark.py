@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.benchmark import main
+from bigdet.cli.benchmark import main
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = "phases.pretrain"

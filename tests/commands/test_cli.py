@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import bigdet
-from bigdet.cli import COMMANDS
+from bigdet.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "torchvision", "deepspeed", "timm", "webdataset"}

@@ -15,7 +15,7 @@ from bigdet import train
 from bigdet.config.check import check_config
 from bigdet.config.load import dump_config
 from bigdet.config.schema import ModelConfig, PhaseConfig, RunConfig
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.making.sources.coco import convert_coco
 from bigdet.models.backbones import build_backbone
 from bigdet.sweep import check_forks
 from bigdet.training.sizes import model_sizes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bigdet import convert_weights
+from bigdet.cli.main import convert_weights
 from bigdet.models.backbones import build_backbone
 from bigdet.models.torchvision_layout import to_torchvision
 from bigdet.models.torchvision_model import torchvision_twin
@@ -23,7 +23,7 @@ CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 
 def call(*words):
     return subprocess.run(
-        [sys.executable, ROOT / "tools" / "convert_weights.py", *map(str, words)],
+        [sys.executable, ROOT / "tools" / "cli/convert_weights.py", *map(str, words)],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def predictions_of(path):
 
 
 def convert(words, monkeypatch):
-    monkeypatch.setattr("bigdet.convert_weights.setup_logging", lambda rank: None)
+    monkeypatch.setattr("bigdet.cli.convert_weights.setup_logging", lambda rank: None)
     assert convert_weights.main(list(map(str, words))) == 0
 
 

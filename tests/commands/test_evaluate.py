@@ -9,7 +9,7 @@ import pytest
 from pycocotools import mask as mask_tools
 
 from bigdet.benchmarks.evaluate import coco_ground_truth
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluate import check_categories, main, read_config
 from bigdet.evaluation.coco_metrics import METRICS
 from bigdet.models.weights import load_detector

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bigdet.benchmarks.predict import settle
+from bigdet.cli.export import main
 from bigdet.config.derived import phase_model
 from bigdet.config.load import load_config
-from bigdet.export import main
-from bigdet.exporting import Differences, compare, load_exported, on_canvas, write_exported
+from bigdet.export.fixed import FixedDetector
+from bigdet.export.writing import Differences, compare, load_exported, on_canvas, write_exported
 from bigdet.models.build import build_detector
-from bigdet.models.export import FixedDetector
 from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.ops.nms import grouped_nms, spread_nms
 

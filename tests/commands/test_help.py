@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from bigdet.cli import COMMANDS
+from bigdet.cli.main import COMMANDS
 
 WORDS = {
     "shards": ["coco", "objects365", "voc", "deeppcb", "shapes", "merge"],
@@ -55,7 +55,7 @@ class ParsedError(Exception):
 )
 def test_examples_are_as_the_command_takes_them(typed, module, monkeypatch, in_process):
     main = importlib.import_module(module).main
-    arguments = module.replace("bigdet.", "bigdet.arguments.")
+    arguments = module.replace("bigdet.", "bigdet.cli.arguments.")
     told = importlib.import_module(arguments if importlib.util.find_spec(arguments) else module)
     lines = told.__doc__.replace("\\\n", " ").splitlines()
     examples = [
@@ -70,7 +70,7 @@ def test_examples_are_as_the_command_takes_them(typed, module, monkeypatch, in_p
     def stop_after(original):
         def parse(parser, words):
             options = original(parser, words)
-            if set(vars(options)) == {"part"}:  # of benchmark.py, which has a parser for each
+            if set(vars(options)) == {"part"}:  # of cli/benchmark.py, which has a parser for each
                 return options
             raise ParsedError
 

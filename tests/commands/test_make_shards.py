@@ -95,9 +95,9 @@ def test_parts_are_merged_and_their_tars_indexed_anew(tmp_path: Path, coco_dir: 
 INTERRUPTED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-from bigdet import make_shards
-from bigdet.commands import run_command
-from bigdet.data import processes
+from bigdet.cli.main import make_shards
+from bigdet.cli.running import run_command
+from bigdet.data.making import processes
 processes.BYTES_PER_PROCESS = 10**6  # so that a small set is worth two processes
 print("ready", flush=True)
 run_command(make_shards.main, interrupted="stopped; start it again to go on")

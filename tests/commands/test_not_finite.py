@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bigdet import evaluate, predict, train
-from bigdet.data.manifest import Manifest
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.manifest import Manifest
+from bigdet.data.format.shard_set import ShardSet
 from tests.commands.runs import arguments
 from tests.commands.tiny_detector import save_detector
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bigdet.data.samples import load_sample
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
-from bigdet.inputs import Input, find_files, list_inputs, stems
+from bigdet.cli.inputs import Input, find_files, list_inputs, stems
+from bigdet.data.examples.samples import load_sample
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.sources.coco import convert_coco
 from bigdet.predict import check_output, main, plan_batches
 from tests.commands.tiny_detector import ROOT, save_detector
 from tests.unit.data.turned import turned_file, write_coco

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.cli import COMMANDS
+from bigdet.cli.main import COMMANDS
 from bigdet.config.check import check_config
 from bigdet.config.describe import list_options
 from bigdet.config.load import load_config
@@ -28,7 +28,7 @@ KEYS |= {key.removeprefix("phases.NAME.") for key in KEYS}  # tables of a phase'
 SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 NOT_OURS = {"model.safetensors", "model.type"}  # a file; mmdetection's
 OTHERS = {".", "pip", "python3", "tensorboard", "touch"}  # programs that are not ours
-SUBCOMMANDS = {"bigdet.make_shards", "bigdet.convert_weights", "bigdet.benchmark"}
+SUBCOMMANDS = {"bigdet.cli.make_shards", "bigdet.cli.convert_weights", "bigdet.cli.benchmark"}
 
 
 def commands() -> list[list[str]]:

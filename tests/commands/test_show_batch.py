@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.data.shards import ShardSet
-from bigdet.show_batch import main
+from bigdet.cli.show_batch import main
+from bigdet.data.format.shard_set import ShardSet
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 

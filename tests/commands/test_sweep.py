@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigdet import locks, sweep
+from bigdet import sweep
 from bigdet.config.load import ConfigError
 from bigdet.config.sweep import load_sweep
+from bigdet.host import locks
 from tests.commands.runs import ROOT, TINY
 from tests.fake_runs import write_run
 

@@ -13,7 +13,7 @@ from pycocotools import mask
 from safetensors.torch import load_file
 
 from bigdet import train
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.saved import SavedResults
 from bigdet.reporting.table import read_outcome
 from bigdet.run_dir import RunDir

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bigdet import distributed, reading, train
-from bigdet.data import remote
-from bigdet.data.shards import ShardSet
+from bigdet import distributed, train
+from bigdet.data.format import remote
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.host import reading
 from tests.spawn import ROOT, run_ranks
 from tests.unit.data.shard_server import ShardServer
 from tests.unit.data.small_shards import write_set

@@ -12,8 +12,8 @@ from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import EngineConfig
 from bigdet.engine import deepspeed_engine
 from bigdet.engine.build import build_engine
+from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
-from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.norms import update_running_statistics
 from bigdet.training import optim
 from tests.ranks.toy import ENGINES

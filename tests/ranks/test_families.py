@@ -10,8 +10,8 @@ from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import EngineConfig
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
+from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
-from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.norms import set_norm_mode, update_running_statistics
 from bigdet.training import optim
 from tests.spawn import run_ranks

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from bigdet import distributed
-from bigdet.data.manifest import Category
-from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import ShardSet
-from bigdet.evaluation.predict import predict_split
+from bigdet.data.format.manifest import Category
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_writer import ShardWriter
+from bigdet.evaluation.split import predict_split
 from tests.spawn import run_ranks
 from tests.unit.evaluation.oracle import Oracle
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bigdet.boards import TensorBoard, WeightsAndBiases
+from bigdet.logs.boards import TensorBoard, WeightsAndBiases
 
 GRAY = np.full((4, 6, 3), 90, dtype=np.uint8)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bigdet
-from bigdet.commands import explain, positive
+from bigdet.cli.running import explain, positive
 
 
 def test_numbers_above_zero_are_taken_and_all_else_is_told():

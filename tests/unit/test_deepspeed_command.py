@@ -8,7 +8,7 @@ import sys
 import pytest
 from deepspeed.launcher import runner
 
-from bigdet import deepspeed_command
+from bigdet.cli.main import deepspeed as deepspeed_command
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_python_without_srun_in_a_job_of_several_tasks_is_refused():
 
 def test_a_rank_that_does_not_come_is_named_by_rank_0_alone():
     code = (
-        "from bigdet.commands import run_command; from bigdet import distributed\n"
+        "from bigdet.cli.running import run_command; from bigdet import distributed\n"
         "run_command(lambda words: distributed.start())"
     )
     variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345"}

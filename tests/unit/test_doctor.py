@@ -41,7 +41,7 @@ def test_whose_deepspeed_command_is_installed_is_told(tmp_path: Path):
     start = "#!/home/bigdet/.venv/bin/python\n"  # a folder of that name says nothing
     command.write_text(f"{start}from deepspeed.launcher.runner import main\n")
     assert command_row(command).found.startswith("DeepSpeed's own, installed after bigdet's: it ")
-    command.write_text(f"{start}from bigdet.deepspeed_command import main\n")
+    command.write_text(f"{start}from bigdet.cli.deepspeed import main\n")
     assert command_row(command).found == "takes -m and --module"
 
 

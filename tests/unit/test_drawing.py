@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.drawing import MIN_LONG_SIDE, _LabelWriter, class_color, draw, draw_detections
+from bigdet.pictures.drawing import MIN_LONG_SIDE, _LabelWriter, class_color, draw, draw_detections
 from bigdet.structures import Detections
 
 GRAY = 100

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bigdet import distributed, errors
+from bigdet import distributed
 from bigdet.config.load import ConfigError
+from bigdet.host import errors
 from bigdet.training.watchdog import Watchdog
 
 END = "BIGDET_TRACEBACK=1 shows the whole way there.)"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bigdet import launchers
+from bigdet.host import launchers
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OPEN_MPI = {

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from bigdet import locks
+from bigdet.host import locks
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from bigdet import locks
+from bigdet.host import locks
 folder = Path(sys.argv[1])
 while len(sys.argv) > 2 and not (folder / "go").exists():
     pass

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.boards import TensorBoard
-from bigdet.log import MetricsWriter, cut_metrics, setup_logging
+from bigdet.logs.boards import TensorBoard
+from bigdet.logs.log import MetricsWriter, cut_metrics, setup_logging
 
 
 def test_metrics_are_one_object_a_line_and_scalars_of_tensorboard(tmp_path: Path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bigdet import distributed, network
+from bigdet import distributed
+from bigdet.host import network
 
 ROOT = Path(__file__).parents[2]
 GLOO = "/third_party/gloo/gloo"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from bigdet.pictures import list_pixels, read_picture, shown_size, to_pixels
-from bigdet.pixels import EXIF_ORIENTATION
+from bigdet.pictures.files import list_pixels, read_picture, shown_size, to_pixels
+from bigdet.pictures.pixels import EXIF_ORIENTATION
 
 WHITE_LEFT = np.zeros((40, 80, 3), dtype=np.uint8)
 WHITE_LEFT[:, :40] = 250
@@ -191,7 +191,7 @@ def test_what_is_no_list_of_pictures_is_told(tmp_path):
 
 def test_what_the_system_says_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
-    monkeypatch.setattr("bigdet.reading.RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr("bigdet.host.reading.RETRY_SECONDS", (0.0,))
     opened, failures = Image.open, []
 
     def fail(path):

@@ -1,6 +1,6 @@
 import json
 
-from bigdet.strict_json import to_json
+from bigdet.host.strict_json import to_json
 
 
 def refuse(word: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bigdet.config.model_schema import BoxHead as Kind
 from bigdet.config.model_schema import RoiConfig
+from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.assign import (
     IGNORED,
     NEGATIVE,
@@ -29,7 +30,6 @@ from bigdet.models.assign import (
     draw_sample,
     match,
 )
-from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.models.heads.rpn import Proposals

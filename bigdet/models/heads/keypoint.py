@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigdet.config.model_schema import KeypointConfig
-from bigdet.models.checkpointing import Checkpointed
+from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.heads.box import Regions
 from bigdet.models.heads.positives import Positives, take_positives
 from bigdet.models.losses import at_least_fp32, class_losses, masked_mean

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bigdet.models.checkpointing import Checkpointed
+from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.heads.box import Regions
 from bigdet.models.heads.positives import Positives, take_positives
 from bigdet.models.losses import at_least_fp32, binary_losses, masked_mean

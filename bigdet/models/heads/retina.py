@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from bigdet.config.model_schema import RetinaConfig
+from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors
 from bigdet.models.assign import NEGATIVE, POSITIVE, Objects, label_anchors, match
-from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.models.losses import at_least_fp32, delta_losses, focal_loss_sum

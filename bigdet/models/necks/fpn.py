@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigdet.models.checkpointing import Checkpointed
+from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.norms import Kind, conv_norm
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.sources.coco import convert_coco
 
 HEIGHT, WIDTH = 6, 8
 CATEGORIES = [

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bigdet.data.manifest import Category
-from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.manifest import Category
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_writer import ShardWriter
 
 HEIGHT, WIDTH = 24, 32
 Change = dict[int, Any]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from bigdet.config.data_schema import TrainSplitConfig
-from bigdet.data.annotations import box_warning
-from bigdet.data.class_counts import ClassCounts, count_classes, counts_of
-from bigdet.data.manifest import Category
-from bigdet.data.mix import MixedSet
-from bigdet.data.selection import left_out
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.class_counts import ClassCounts, count_classes, counts_of
+from bigdet.data.format.manifest import Category
+from bigdet.data.format.mix import MixedSet
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.annotations import box_warning
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.ordering.selection import left_out
 from tests.unit.data.coco_trial import Trial, box_of, image_of
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.data.collate import Example, canvas_size, num_dropped, pack, unpack
-from bigdet.data.objects import Objects, no_objects
+from bigdet.data.examples.collate import Example, canvas_size, num_dropped, pack, unpack
+from bigdet.data.examples.objects import Objects, no_objects
 
 
 def objects(*boxes, masks=None, num_dropped=0):

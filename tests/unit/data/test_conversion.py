@@ -15,14 +15,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from bigdet.data import processes
-from bigdet.data.conversion import Making, merge_parts, plan_shards, refuse_others
-from bigdet.data.manifest import ShardError
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shard_writer import UNFINISHED
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
-from bigdet.data.storage import open_storage
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making import processes
+from bigdet.data.making.conversion import Making, merge_parts, plan_shards, refuse_others
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.shard_writer import UNFINISHED
+from bigdet.data.making.sources.coco import convert_coco
+from bigdet.data.making.storage import open_storage
 
 PROJECT = Path(__file__).parents[3]
 NUM_IMAGES = 24
@@ -125,12 +125,12 @@ def test_after_a_kill_finished_shards_stay_and_the_set_becomes_the_same(
     out = tmp_path / "out"
     # The third image of the fifth shard takes for ever: a named pipe that nobody writes to.
     script = (
-        "import sys, time; from bigdet.data.sources import coco; read = coco.read_image\n"
+        "import sys, time; from bigdet.data.making.sources import coco; read = coco.read_image\n"
         "def slow(path, *rest):\n"
         "    if path.name == '19.jpg': print('waiting', flush=True); time.sleep(600)\n"
         "    return read(path, *rest)\n"
         "coco.read_image = slow\n"
-        "from bigdet.data.conversion import Making; from pathlib import Path\n"
+        "from bigdet.data.making.conversion import Making; from pathlib import Path\n"
         f"coco.convert_coco(Path({str(data / 'images')!r}), Path({str(data / 'a.json')!r}), "
         f"{str(out)!r}, making=Making(1))"
     )
@@ -239,7 +239,7 @@ def test_a_full_disk_is_one_message_and_the_rest_goes_on_later(
 def test_an_error_after_some_shards_keeps_them(
     data: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bigdet.data.shard_tar import ShardTar
+    from bigdet.data.making.shard_tar import ShardTar
 
     def full(self: ShardTar, *rest: Any) -> None:
         if self.path.name == "000002.tar":

@@ -14,11 +14,11 @@ from PIL import Image
 
 from bigdet.config.data_schema import TrainSplitConfig
 from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data.decode import decode_image
-from bigdet.data.manifest import ShardError
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet
-from bigdet.data.stream import TrainStream
+from bigdet.data.examples.decode import decode_image
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.streams.stream import TrainStream
 from tests.unit.data.small_shards import forget_hashes, noise_jpeg, write_set
 
 NUM_SHARDS, PER_SHARD = 3, 8

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bigdet.data.decode import decode_image, decoded_extent, stored_size
+from bigdet.data.examples.decode import decode_image, decoded_extent, stored_size
 from bigdet.ops.resize import resize_image
 
 

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import pytest
 
-from bigdet.data.manifest import ShardError
-from bigdet.data.sources import file_names
-from bigdet.data.sources.file_names import (
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.making.sources import file_names
+from bigdet.data.making.sources.file_names import (
     ACCENTS,
     ADDRESS,
     BACKSLASHES,

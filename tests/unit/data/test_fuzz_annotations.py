@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bigdet.data import storage
-from bigdet.data.manifest import ShardError
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making import storage
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources.coco import convert_coco
 from tests.unit.data.coco_trial import CATEGORIES, HEIGHT, WIDTH, Trial, box_of, image_of
 
 SETTINGS = settings(

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bigdet.config.data_schema import CacheConfig
-from bigdet.data import remote
-from bigdet.data.manifest import ShardError
-from bigdet.data.shards import ShardSet
+from bigdet.data.format import remote
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
 from tests.unit.data.small_shards import write_set
 
 PAGE = (

@@ -14,12 +14,12 @@ import pytest
 import simplejpeg
 import webdataset
 
-from bigdet.data.indexing import index_shards
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import FLAG_CROWD, FLAG_MASKS, ShardSet
-from bigdet.data.sources.categories import load_categories
-from bigdet.data.storage import open_storage
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.shard_set import FLAG_CROWD, FLAG_MASKS, ShardSet
+from bigdet.data.making.indexing import index_shards
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources.categories import load_categories
+from bigdet.data.making.storage import open_storage
 from bigdet.evaluation.ground_truth import read_ground_truth
 
 CATEGORIES = [Category(18, "dog"), Category(3, "cat")]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bigdet.data.manifest import ShardError
-from bigdet.data.sources import json_lists
-from bigdet.data.sources.coco_file import load_coco
-from bigdet.data.sources.json_lists import Entry, read_lists
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.making.sources import json_lists
+from bigdet.data.making.sources.coco_file import load_coco
+from bigdet.data.making.sources.json_lists import Entry, read_lists
 
 
 def entries(path: Path, text: str) -> list[Any]:

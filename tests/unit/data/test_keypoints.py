@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.objects import keypoint_order
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import FLAG_KEYPOINTS, ShardSet
-from bigdet.data.sources.categories import flip_pairs
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.examples.objects import keypoint_order
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.shard_set import FLAG_KEYPOINTS, ShardSet
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources.categories import flip_pairs
+from bigdet.data.making.sources.coco import convert_coco
 from tests.unit.data.coco_trial import Trial, box_of, image_of
 
 POINTS = [1, 2, 2, 3, 3, 1, 0, 0, 0]

@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
-from bigdet.data.collate import Allocate, PackedGroup
-from bigdet.data.loader import Loader
-from bigdet.data.manifest import ShardError
-from bigdet.errors import explain_killed
+from bigdet.data.examples.collate import Allocate, PackedGroup
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.streams.loader import Loader
+from bigdet.host.errors import explain_killed
 
 
 def dies(key: int, allocate: Allocate) -> PackedGroup:

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
-from bigdet.data.loose_values import truth_value, whole_number
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.selection import select
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.categories import load_categories
-from bigdet.data.sources.coco import convert_coco, convert_objects365
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.loose_values import truth_value, whole_number
+from bigdet.data.making.sources.categories import load_categories
+from bigdet.data.making.sources.coco import convert_coco, convert_objects365
+from bigdet.data.ordering.selection import select
 from tests.unit.data.coco_trial import HEIGHT, WIDTH, Trial, box_of, image_of
 
 SQUARE = [[1, 2, 3, 2, 3, 4, 1, 4]]  # 2 x 2 pixels in the box of 3 x 2 that box_of has

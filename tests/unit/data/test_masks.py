@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from bigdet.data.masks import rasterize_polygons, sample_rle
+from bigdet.data.examples.masks import rasterize_polygons, sample_rle
 from bigdet.ops.random import Words
 
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from bigdet.config.data_schema import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.mix import (
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.mix import (
     MixedSet,
     class_ids,
     open_sets,
     warn_of_absent,
     with_categories,
 )
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.shard_set import ShardSet
 
 NAMES = ["circle", "square", "triangle", "star"]  # of the synthetic shapes
 

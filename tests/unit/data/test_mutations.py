@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.data.manifest import ShardError
-from bigdet.data.shards import Sample, ShardSet
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import Sample, ShardSet
 from tests.unit.data.small_shards import forget_hashes, write_set
 
 NUM_MUTATIONS = 250

@@ -9,8 +9,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from bigdet.data.manifest import Category
-from bigdet.data.objects import (
+from bigdet.data.examples.objects import (
     Wanted,
     check_annotations,
     clip,
@@ -21,7 +20,8 @@ from bigdet.data.objects import (
     shift,
     tighten,
 )
-from bigdet.data.views import View, whole_view
+from bigdet.data.examples.views import View, whole_view
+from bigdet.data.format.manifest import Category
 
 WITH_MASKS = Wanted(masks=True)
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from bigdet.data.order import POOL_GROUPS, Order, evaluation_groups, lanes_of_rank
+from bigdet.data.ordering.groups import POOL_GROUPS, Order, evaluation_groups, lanes_of_rank
 from bigdet.ops.random import permutation
 
 

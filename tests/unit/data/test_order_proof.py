@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bigdet.data.order import Order, lanes_of_rank
-from bigdet.data.windows import Windows
+from bigdet.data.ordering.groups import Order, lanes_of_rank
+from bigdet.data.ordering.windows import Windows
 from bigdet.ops.random import permutation
 
 NUM_LANES = 192  # 1, 2, 3, 4, 6, 8 and 64 ranks divide it

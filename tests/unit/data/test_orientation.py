@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from bigdet.data.conversion import Making
-from bigdet.data.decode import decode_image
-from bigdet.data.indexing import index_shards
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.orientation import (
+from bigdet.data.examples.decode import decode_image
+from bigdet.data.examples.samples import DamagedSampleError, decode_sample, load_sample, read_sample
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.orientation import (
     SHOWN,
     SHOWN_BY_OPTION,
     STORED,
@@ -24,15 +23,16 @@ from bigdet.data.orientation import (
     as_stored,
     exif_warning,
 )  # fmt: skip
-from bigdet.data.reencoding import Reencoding
-from bigdet.data.samples import DamagedSampleError, decode_sample, load_sample, read_sample
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco, convert_objects365
-from bigdet.data.sources.voc import convert_voc
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.conversion import Making
+from bigdet.data.making.indexing import index_shards
+from bigdet.data.making.reencoding import Reencoding
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources.coco import convert_coco, convert_objects365
+from bigdet.data.making.sources.voc import convert_voc
 from bigdet.evaluation.ground_truth import read_ground_truth
-from bigdet.pictures import read_picture
-from bigdet.pixels import turn_pixels
+from bigdet.pictures.files import read_picture
+from bigdet.pictures.pixels import turn_pixels
 from tests.unit.data.turned import (
     BOX,
     KEYPOINTS,

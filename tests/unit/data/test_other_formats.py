@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigdet.data.manifest import ShardError
-from bigdet.data.samples import load_sample
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shard_tar import SampleLog
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
-from bigdet.data.sources.image_files import read_image
-from bigdet.data.sources.voc import convert_voc
-from bigdet.pictures import read_picture
+from bigdet.data.examples.samples import load_sample
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.shard_tar import SampleLog
+from bigdet.data.making.sources.coco import convert_coco
+from bigdet.data.making.sources.image_files import read_image
+from bigdet.data.making.sources.voc import convert_voc
+from bigdet.pictures.files import read_picture
 from tests.unit.data.turned import write_coco
 
 SIZE = (48, 64)

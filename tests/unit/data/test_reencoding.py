@@ -8,14 +8,14 @@ import pytest
 import simplejpeg
 from pycocotools import mask as coco_mask
 
-from bigdet.data.conversion import Making
-from bigdet.data.decode import decode_pixels
-from bigdet.data.manifest import ShardError
-from bigdet.data.reencoding import Reencoding, reencode, scale_annotation
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shard_tar import SampleLog
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.examples.decode import decode_pixels
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.conversion import Making
+from bigdet.data.making.reencoding import Reencoding, reencode, scale_annotation
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.shard_tar import SampleLog
+from bigdet.data.making.sources.coco import convert_coco
 
 BOX = {"id": 5, "label": 0, "bbox": [10, 20, 30, 40], "area": 900.0, "iscrowd": 0}
 

@@ -21,12 +21,12 @@ import pytest
 from bigdet.config.data_schema import CacheConfig, TrainSplitConfig
 from bigdet.config.load import ConfigError
 from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data import remote, tars
-from bigdet.data.manifest import ShardError
-from bigdet.data.remote import file_address, shown
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet, UnavailableShardError
-from bigdet.data.stream import EvalStream, TrainStream
+from bigdet.data.format import remote, tars
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.remote import file_address, shown
+from bigdet.data.format.shard_set import ShardSet, UnavailableShardError
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.streams.stream import EvalStream, TrainStream
 from tests.unit.data.shard_server import FAULTS, ShardServer
 from tests.unit.data.small_shards import write_set
 

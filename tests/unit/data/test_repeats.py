@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bigdet.data.order import Order
-from bigdet.data.repeats import Repeats, repeat_factors
-from bigdet.data.windows import Windows
+from bigdet.data.ordering.groups import Order
+from bigdet.data.ordering.repeats import Repeats, repeat_factors
+from bigdet.data.ordering.windows import Windows
 
 
 def counts_of(repeats: Repeats, number: int) -> np.ndarray:

@@ -8,10 +8,10 @@ import pytest
 
 from bigdet.config.data_schema import CacheConfig, TrainSplitConfig
 from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet, UnavailableShardError
-from bigdet.data.storage import RemoteStorage
-from bigdet.data.stream import TrainStream
+from bigdet.data.format.shard_set import ShardSet, UnavailableShardError
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.storage import RemoteStorage
+from bigdet.data.streams.stream import TrainStream
 from tests.unit.data.small_shards import write_set
 
 WHAT = "s3:// is tried with moto[server] and s3fs alone, which are not installed"

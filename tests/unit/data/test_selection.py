@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.mix import MixedSet
-from bigdet.data.repeats import repeat_factors
-from bigdet.data.selection import read_classes, select
-from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.mix import MixedSet
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_writer import ShardWriter
+from bigdet.data.ordering.repeats import repeat_factors
+from bigdet.data.ordering.selection import read_classes, select
 from tests.unit.data.small_shards import noise_jpeg, record_of
 
 

@@ -15,12 +15,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from bigdet.data import tars as tars_module
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shard_tar import image_flags
-from bigdet.data.shard_writer import UNFINISHED, ShardWriter
-from bigdet.data.shards import (
+from bigdet.data.format import tars as tars_module
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.shard_set import (
     FLAG_CROWD,
     FLAG_MASKS,
     FLAG_NOT_JPEG,
@@ -28,6 +25,9 @@ from bigdet.data.shards import (
     INDEX_DTYPE,
     ShardSet,
 )
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.shard_tar import image_flags
+from bigdet.data.making.shard_writer import UNFINISHED, ShardWriter
 
 HEIGHT, WIDTH = 6, 8
 

@@ -9,9 +9,9 @@ from itertools import count, islice
 import pytest
 import torch
 
-from bigdet.data.collate import Allocate, PackedGroup, fresh_memory
-from bigdet.data.loader import Loader
-from bigdet.data.slots import Slots, Stored
+from bigdet.data.examples.collate import Allocate, PackedGroup, fresh_memory
+from bigdet.data.streams.loader import Loader
+from bigdet.data.streams.slots import Slots, Stored
 
 
 def group(number: int, allocate: Allocate = fresh_memory, num_values: int = 5) -> PackedGroup:

@@ -12,12 +12,12 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from bigdet.data.annotations import clean_mask, clip_box, decode_counts
-from bigdet.data.conversion import Making
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.annotations import clean_mask, clip_box, decode_counts
+from bigdet.data.making.conversion import Making
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources.coco import convert_coco
 from tests.unit.data.coco_trial import CATEGORIES, HEIGHT, WIDTH, Trial, box_of, image_of
 
 

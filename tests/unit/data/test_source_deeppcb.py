@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bigdet import make_shards
-from bigdet.data.conversion import Making
-from bigdet.data.manifest import ShardError
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.deeppcb import convert_deeppcb
-from bigdet.pixels import EXIF_ORIENTATION, Exif
+from bigdet.cli.main import make_shards
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.conversion import Making
+from bigdet.data.making.sources.deeppcb import convert_deeppcb
+from bigdet.pictures.pixels import EXIF_ORIENTATION, Exif
 
 
 @pytest.fixture

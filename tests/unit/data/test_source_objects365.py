@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco, convert_objects365
-from bigdet.data.sources.file_names import find_files
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources.coco import convert_coco, convert_objects365
+from bigdet.data.making.sources.file_names import find_files
 
 
 def write_image(path: Path, height: int, width: int) -> None:

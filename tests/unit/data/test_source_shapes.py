@@ -8,10 +8,10 @@ import pytest
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources import shapes
-from bigdet.data.sources.shapes import Shape, annotate, draw_image, make_shapes
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources import shapes
+from bigdet.data.making.sources.shapes import Shape, annotate, draw_image, make_shapes
 
 
 def bitmap_of(annotation: dict[str, Any], height: int, width: int) -> NDArray[np.uint8]:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bigdet.data.conversion import Making
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.voc import convert_voc
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.conversion import Making
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources.voc import convert_voc
 
 HEIGHT, WIDTH = 60, 80
 PART = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin></bndbox></part>"

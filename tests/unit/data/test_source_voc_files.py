@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.data.annotations import box_warning
-from bigdet.data.manifest import ShardError
-from bigdet.data.shard_tar import SampleLog
-from bigdet.data.sources.voc_files import decode_text, read_split
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.making.annotations import box_warning
+from bigdet.data.making.shard_tar import SampleLog
+from bigdet.data.making.sources.voc_files import decode_text, read_split
 from tests.unit.data.test_source_voc import Voc, object_of
 
 BOX = (1, 1, 9, 9)

@@ -20,11 +20,11 @@ import torch
 
 from bigdet.config.data_schema import DataConfig, SubsetConfig, TrainSplitConfig
 from bigdet.config.phase_schema import AugmentConfig, PhaseConfig, ResizeConfig
-from bigdet.data.manifest import ShardError
-from bigdet.data.mix import MixedSet
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
-from bigdet.data.stream import EvalStream, TrainStream, open_train_stream
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.mix import MixedSet
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.sources.coco import convert_coco
+from bigdet.data.streams.stream import EvalStream, TrainStream, open_train_stream
 from bigdet.ops.random import Words
 
 DIRECT = ResizeConfig(kind="direct", size=96)

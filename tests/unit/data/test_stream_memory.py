@@ -18,12 +18,12 @@ import torch
 
 from bigdet.config.data_schema import TrainSplitConfig
 from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data.collate import Allocate, Example, PackedGroup, pack
-from bigdet.data.loader import Loader
-from bigdet.data.manifest import MANIFEST_NAME
-from bigdet.data.objects import no_objects
-from bigdet.data.shards import INDEX_DTYPE, INDEX_NAME, ShardSet
-from bigdet.data.stream import TrainStream
+from bigdet.data.examples.collate import Allocate, Example, PackedGroup, pack
+from bigdet.data.examples.objects import no_objects
+from bigdet.data.format.manifest import MANIFEST_NAME
+from bigdet.data.format.shard_set import INDEX_DTYPE, INDEX_NAME, ShardSet
+from bigdet.data.streams.loader import Loader
+from bigdet.data.streams.stream import TrainStream
 
 
 def memory(process: int | str, kind: str) -> float:

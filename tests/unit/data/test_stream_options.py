@@ -11,10 +11,10 @@ from PIL import Image
 
 from bigdet.config.data_schema import TrainSplitConfig
 from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data.manifest import Category
-from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import ShardSet
-from bigdet.data.stream import TrainStream
+from bigdet.data.format.manifest import Category
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_writer import ShardWriter
+from bigdet.data.streams.stream import TrainStream
 
 SPLIT_OPTIONS = ("keep_empty", "max_damaged", "scaled_decoding")
 
@@ -61,7 +61,7 @@ def test_all_lanes_of_a_step_share_a_size_that_varies(people_shards):
 
 
 def test_two_shapes_are_all_that_a_model_sees(coco_dir, tmp_path):
-    from bigdet.data.sources.coco import convert_coco
+    from bigdet.data.making.sources.coco import convert_coco
 
     convert_coco(
         coco_dir / "val2017", coco_dir / "annotations" / "instances_val2017.json", tmp_path / "val"
@@ -120,7 +120,7 @@ def test_keypoints_that_the_set_does_not_have_are_an_error(people_shards):
 
 
 def test_scaled_decoding_changes_pixels_a_little_and_nothing_else(coco_dir, tmp_path):
-    from bigdet.data.sources.coco import convert_coco
+    from bigdet.data.making.sources.coco import convert_coco
 
     convert_coco(
         coco_dir / "val2017", coco_dir / "annotations" / "instances_val2017.json", tmp_path / "val"

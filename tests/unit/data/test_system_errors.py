@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from bigdet import reading
-from bigdet.commands import explain
-from bigdet.data.indexing import index_shards
-from bigdet.data.manifest import Category, ShardError
-from bigdet.data.shard_check import check_shards
-from bigdet.data.shard_tar import SampleLog
-from bigdet.data.shards import ShardSet, UnavailableShardError
-from bigdet.data.sources.coco import convert_coco
-from bigdet.data.sources.voc import convert_voc
-from bigdet.inputs import list_inputs
+from bigdet.cli.inputs import list_inputs
+from bigdet.cli.running import explain
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.shard_set import ShardSet, UnavailableShardError
+from bigdet.data.making.indexing import index_shards
+from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.shard_tar import SampleLog
+from bigdet.data.making.sources.coco import convert_coco
+from bigdet.data.making.sources.voc import convert_voc
+from bigdet.host import reading
 from bigdet.predict import collect
 from tests.unit.data.coco_trial import Trial, image_of
 from tests.unit.data.small_shards import write_set
@@ -110,7 +110,7 @@ def test_memory_that_ends_while_an_image_is_decoded_is_no_damage(shards, monkeyp
     def full(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("bigdet.data.samples.decode_image", full)
+    monkeypatch.setattr("bigdet.data.examples.samples.decode_image", full)
     stream = open_stream(shards)
     with pytest.raises(UnavailableShardError, match=r"sample 0+\d cannot be read .*no memory left"):
         list(islice(stream, 1))
@@ -163,7 +163,7 @@ def test_an_image_that_goes_while_it_is_converted_ends_a_conversion(tmp_path, mo
     trial = Trial(tmp_path)
     trial.picture("1.jpg")
     trial.picture("2.jpg")
-    monkeypatch.setattr("bigdet.data.sources.coco.convert", lambda source, *_: source)
+    monkeypatch.setattr("bigdet.data.making.sources.coco.convert", lambda source, *_: source)
     (tmp_path / "a.json").write_text(
         json.dumps({"images": [image_of(1), image_of(2), image_of(3)], "annotations": [],
                     "categories": [{"id": 1, "name": "dog"}]})

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data import views as views_module
-from bigdet.data.views import (
+from bigdet.data.examples import views as views_module
+from bigdet.data.examples.views import (
     View,
     Views,
     draw_view,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bigdet.data.order import Order
-from bigdet.data.windows import RUN_SAMPLES, Windows, windowed
+from bigdet.data.ordering.groups import Order
+from bigdet.data.ordering.windows import RUN_SAMPLES, Windows, windowed
 from bigdet.ops.random import permutation, words
 
 SHARDS = np.repeat(np.arange(12, dtype=np.uint32), [500, 300, 200, 400, 1, 99] * 2)  # 3,000

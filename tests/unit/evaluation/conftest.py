@@ -3,9 +3,9 @@ import io
 import pytest
 from PIL import Image
 
-from bigdet.data.manifest import Category
-from bigdet.data.shard_writer import ShardWriter
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.manifest import Category
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.shard_writer import ShardWriter
 
 CATEGORIES = [Category(17, "cat"), Category(3, "car")]  # ids neither dense nor sorted
 

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bigdet.benchmarks.evaluate import _truth_of, coco_ground_truth, pycocotools_stats
-from bigdet.data.shards import Category
+from bigdet.data.format.shard_set import Category
 from bigdet.evaluation.coco_metrics import measure
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth

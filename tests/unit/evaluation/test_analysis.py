@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigdet.data.shards import Category
+from bigdet.data.format.shard_set import Category
 from bigdet.evaluation.scoring import analysis_table, evaluate_detections
 
 CATEGORIES = [Category(1, "cat"), Category(2, "dog")]

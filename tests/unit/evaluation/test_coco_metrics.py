@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from bigdet.data.manifest import Category
+from bigdet.data.format.manifest import Category
 from bigdet.evaluation.coco_metrics import METRICS, evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections, metrics_table
 

@@ -5,7 +5,7 @@ import orjson
 import pytest
 from pycocotools import mask as coco_mask
 
-from bigdet.data.shards import Category
+from bigdet.data.format.shard_set import Category
 from bigdet.evaluation.detections import ResultsError, load_results, read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.run_lengths import mask_areas

@@ -9,8 +9,8 @@ import pytest
 from bigdet.config.check import check_config
 from bigdet.config.load import ConfigError, load_config
 from bigdet.evaluate import main
+from bigdet.evaluation.detection_limits import warn_at_start, warn_of_dense
 from bigdet.evaluation.ground_truth import read_ground_truth
-from bigdet.evaluation.limits import warn_at_start, warn_of_dense
 from bigdet.evaluation.scoring import evaluate_detections, limit_note, metrics_table
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigdet.data.shards import Category, ShardSet
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.format.shard_set import Category, ShardSet
+from bigdet.data.making.sources.coco import convert_coco
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections
 from tests.unit.evaluation.test_against_pycocotools import random_box, run_lengths

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from bigdet.data.manifest import Category
+from bigdet.data.format.manifest import Category
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
-from bigdet.evaluation.pictures import (
+from bigdet.evaluation.telling_images import (
     Verdict,
     draw_results,
     draw_truth,

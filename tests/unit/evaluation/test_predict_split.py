@@ -6,12 +6,12 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
-from bigdet.evaluation import predict
-from bigdet.evaluation.predict import coco_results, predict_split
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.sources.coco import convert_coco
+from bigdet.evaluation import split as predict
 from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
+from bigdet.evaluation.split import coco_results, predict_split
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Detections
 from tests.unit.data.turned import BOX, red_box, turned_file, write_coco

@@ -9,8 +9,8 @@ from pycocotools.coco import COCO
 
 from bigdet.benchmarks import evaluate as benchmark_evaluate
 from bigdet.benchmarks.evaluate import coco_ground_truth
-from bigdet.data.shards import Category, ShardSet
-from bigdet.data.sources.coco import convert_coco
+from bigdet.data.format.shard_set import Category, ShardSet
+from bigdet.data.making.sources.coco import convert_coco
 from bigdet.evaluation.coco_metrics import METRICS, measure
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth

@@ -9,13 +9,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from bigdet.data.shards import ShardSet
-from bigdet.data.sources.coco import convert_coco
+from bigdet.cli.inputs import list_inputs
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.sources.coco import convert_coco
 from bigdet.evaluate import warn_of_nothing, with_own_ids, write_detections
 from bigdet.evaluation.detections import ResultsError, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections
-from bigdet.inputs import list_inputs
 
 BOX = [10, 10, 40, 40]
 

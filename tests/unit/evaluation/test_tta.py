@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
 from bigdet.config.schema import TtaConfig
-from bigdet.data.manifest import Category
+from bigdet.data.format.manifest import Category
 from bigdet.evaluation import tta
-from bigdet.evaluation.predict import predict_split
+from bigdet.evaluation.split import predict_split
 from bigdet.evaluation.tta import AugmentedDetector, View, mirror, vote
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from bigdet.data.shards import Category
+from bigdet.data.format.shard_set import Category
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections, metrics_table

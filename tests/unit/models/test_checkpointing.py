@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
-from bigdet.models.checkpointing import enable_checkpointing
 from bigdet.models.norms import batch_norms, set_norm_mode, update_running_statistics
 from tests.unit.models.scenes import make_scene
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bigdet.config.load import ConfigError, load_config
-from bigdet.data.shards import FLAG_KEYPOINTS, FLAG_MASKS, Category
+from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, Category
 from bigdet.training.resume import check_data
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"

@@ -9,7 +9,7 @@ import torch
 
 from bigdet.config.load import dump_config, load_config
 from bigdet.config.schema import RunConfig
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import checkpoint
 from bigdet.engine.base import EngineState
 from bigdet.run_dir import RunDir

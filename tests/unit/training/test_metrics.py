@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bigdet.data.samples import Damage
+from bigdet.data.examples.samples import Damage
 from bigdet.training.energy import EnergyCounter
 from bigdet.training.metrics import StepMeter, clock, mean_losses, progress_line
 from bigdet.training.state import Cost, RunState

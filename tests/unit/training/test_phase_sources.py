@@ -11,8 +11,8 @@ import torchvision
 
 from bigdet.config.check import check_config
 from bigdet.config.load import parse_config
+from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.build import build_detector
-from bigdet.models.checkpointing import Checkpointed
 from bigdet.models.framework_layouts import with_sampling
 from bigdet.models.norms import batch_norms
 from bigdet.models.rcnn import RCNN

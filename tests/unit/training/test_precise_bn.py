@@ -10,8 +10,8 @@ import torch
 
 from bigdet import distributed
 from bigdet.config.load import load_config
-from bigdet.data.shards import ShardSet
-from bigdet.data.stream import TrainStream, open_train_stream
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.streams.stream import TrainStream, open_train_stream
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import batch_norms, count_lane, set_norm_mode, update_running_statistics

@@ -7,8 +7,8 @@ import pytest
 import timm
 
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
-from bigdet.data.shards import ShardSet
-from bigdet.data.stream import open_train_stream
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.streams.stream import open_train_stream
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
 from bigdet.training.resume import (

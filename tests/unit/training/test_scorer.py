@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from bigdet.config.load import load_config
-from bigdet.data.shards import ShardSet
+from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
-from bigdet.log import MetricsWriter
+from bigdet.logs.log import MetricsWriter
 from bigdet.run_dir import RunDir
-from bigdet.training import measuring, scorer
-from bigdet.training.scorer import Scorer
+from bigdet.training import background_scoring as scorer
+from bigdet.training import measuring
+from bigdet.training.background_scoring import Scorer
 from bigdet.training.state import RunState, Unscored
 from tests.unit.data.small_shards import record_of, write_set
 

@@ -1,1 +1,0 @@
-"""Command lines, apart from what the commands import: --help answers without torch."""

@@ -1,0 +1,1 @@
+"""The commands besides training and evaluation, their arguments, and how every command ends."""

@@ -1,0 +1,1 @@
+"""What each command takes, read before anything heavy is imported."""

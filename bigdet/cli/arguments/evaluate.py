@@ -1,0 +1,58 @@
+"""Measure the AP of a checkpoint on a shard set.
+
+    bigdet evaluate runs/quickstart --shards data/shapes/val
+    torchrun --nproc-per-node 8 -m bigdet.evaluate runs/x/checkpoints/train-90000 --shards data/val
+    bigdet evaluate runs/x --shards data/val --out ap.json evaluation.images_per_gpu=4
+    bigdet evaluate runs/x --shards data/val --tta "evaluation.tta={scales: [640, 800]}"
+    bigdet evaluate runs/x --shards data/val --analysis --detections results.json
+    bigdet evaluate results.json --shards data/val --max-detections 300
+    bigdet evaluate runs/voc --shards data/voc/test --metric voc07
+
+The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
+model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
+(size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
+data.workers and data.cache.*. --max-detections N is evaluation.max_detections=N.
+
+A file that ends in .json is taken for detections in the COCO results format, of whatever program,
+and scored as it is: boxes, masks and keypoints, whichever its first detection has.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdet.cli.running import positive
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; launchers add --local_rank, which the environment says too."""
+    parser = argparse.ArgumentParser(
+        prog="bigdet evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", type=Path, help="run folder, checkpoint, model.safetensors; or detections.json"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
+    )
+    parser.add_argument("--shards", required=True, help="folder or address of a shard set")
+    parser.add_argument("--tta", action="store_true", help="several views of each image, mirrored")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument(
+        "--metric", choices=["coco", "voc07", "voc12"], help="instead of the config's"
+    )
+    parser.add_argument(
+        "--analysis", action="store_true",
+        help="print what keeps the AP down: sizes, errors, calibration, confusion, classes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-detections", type=positive, metavar="N",
+        help="of a class on an image that count, of boxes and masks; default: the config's, 100",
+    )  # fmt: skip
+    parser.add_argument("--detections", type=Path, help="JSON file for all detections")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(arguments)

@@ -1,0 +1,48 @@
+"""Write a detector as ONNX or as a program of torch.export, and check it on real images.
+
+    bigdet export runs/mine detector.onnx --size 800 1344 --check photos/
+    bigdet export runs/mine detector.pt2 --size 448 448 --batch 8
+    bigdet export runs/mine/checkpoints/finetune-9000 small.onnx --size 448 448
+
+Faster and Mask R-CNN and RetinaNet, in fp32, for canvases of one size (multiples of 32) and a fixed
+number of images. Inputs: ``images`` (B, 3, height, width) uint8 RGB, each image in the top left
+corner and the rest 0, and ``image_sizes`` (B, 2) int64, height and width of each. Outputs:
+``boxes`` (B, D, 4) x0, y0, x1, y1 in pixels of the canvas, ``scores`` (B, D) falling, ``labels``
+(B, D), ``is_valid`` (B, D): which of the D slots hold a detection, and of a Mask R-CNN ``masks``
+(B, D, 28, 28), probabilities on a grid over each box. A .onnx has its classes and the size at test
+in its metadata, a .pt2 in its file ``bigdet.json``; a .pt2 needs torchvision to be imported before
+it is loaded.
+
+--check takes files, folders, globs or a shard set: each image is given to the file that was
+written and to the detector, on the same canvas; exit code 1 unless they find the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdet.cli.running import positive
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bigdet export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
+    parser.add_argument("out", type=Path, help="the file to write: .onnx or .pt2")
+    parser.add_argument(
+        "--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"),
+        help="of the canvas, pixels, multiples of 32",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=1, help="images in one pass (1)")
+    parser.add_argument(
+        "--candidates", type=positive, default=2000,
+        help="R-CNNs: pairs of region and class that meet in NMS; a detector takes all (2000)",
+    )  # fmt: skip
+    parser.add_argument("--check", nargs="+", metavar="IMAGES", help="images to compare on")
+    return parser.parse_args(arguments)

@@ -1,0 +1,210 @@
+"""Make a shard set.
+
+bigdet shards coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
+bigdet shards coco --images DIR --annotations FILE --categories FILE --out DIR
+bigdet shards objects365 --images DIR --annotations FILE --out DIR
+bigdet shards voc --root DIR --split trainval [--categories FILE] --out DIR
+bigdet shards deeppcb --root PCBData --split trainval --out DIR
+bigdet shards shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
+
+After a kill the same command goes on; what comes out is the same, byte for byte. Over 3 machines:
+
+bigdet shards coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
+bigdet shards merge --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdet.cli.progress_bar import ProgressBar
+from bigdet.cli.running import positive, run_command
+from bigdet.data.format.class_counts import counts_of
+from bigdet.data.format.manifest import Manifest
+from bigdet.data.format.orientation import exif_warning
+from bigdet.data.format.shard_set import SKIPPED_NAME
+from bigdet.data.making.annotations import box_warning
+from bigdet.data.making.conversion import Making, merge_parts
+from bigdet.data.making.reencoding import Reencoding
+from bigdet.data.making.sources.categories import load_categories
+from bigdet.data.making.sources.coco import convert_coco, convert_objects365
+from bigdet.data.making.sources.deeppcb import convert_deeppcb
+from bigdet.data.making.sources.shapes import NUM_IMAGES, make_shapes
+from bigdet.data.making.sources.voc import convert_voc
+from bigdet.host.limits import num_cpus
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make shards as the arguments say."""
+    arguments = _parser().parse_args(argv)
+    manifest = _make(arguments)
+    if manifest is None:
+        print(
+            f"{arguments.out}: part {arguments.part} is made. When all are in one folder: "
+            "`bigdet shards merge --out` that folder"
+        )
+    else:
+        print_counts(arguments.out, manifest)
+    return 0
+
+
+def print_counts(folder: str, manifest: Manifest) -> None:
+    """Print what a shard set holds and what was left out of it."""
+    size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
+    print(f"{folder}: {len(manifest.shards)} shards, {size_mb:.1f} MB")
+    rows = [
+        ("images", manifest.images),
+        ("instances", manifest.instances),
+        ("crowd regions", manifest.crowd),
+        ("classes", len(manifest.categories)),
+        *((f"skipped images: {reason}", count) for reason, count in manifest.skipped.items()),
+        *manifest.changed.items(),
+    ]
+    for name, count in rows:
+        print(f"  {count:>10}  {name}")
+    if counts := counts_of(manifest):
+        print(f"  objects per class: {counts.line()}")
+        for line in counts.warnings("learned"):
+            print(f"  warning: {line}")
+    for warning in (box_warning(manifest), exif_warning(manifest.changed)):
+        if warning:
+            print(f"  warning: {warning}")
+    if manifest.skipped or manifest.changed:
+        print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
+
+
+def _make(arguments: argparse.Namespace) -> Manifest | None:
+    progress = ProgressBar()
+    if arguments.source == "merge":
+        return merge_parts(arguments.out)
+    if arguments.source == "shapes":
+        return make_shapes(
+            Path(arguments.out),
+            split=arguments.split,
+            images=arguments.images or NUM_IMAGES[arguments.split],
+            seed=arguments.seed,
+            size=arguments.size,
+            progress=progress,
+        )
+    making = _making(arguments)
+    images, annotations = arguments.images, arguments.annotations
+    categories = load_categories(arguments.categories) if arguments.categories else None
+    if arguments.source == "voc":
+        return convert_voc(
+            arguments.root,
+            arguments.split,
+            arguments.out,
+            categories=categories,
+            making=making,
+            progress=progress,
+        )
+    if arguments.source == "deeppcb":
+        return convert_deeppcb(
+            arguments.root, arguments.split, arguments.out, making=making, progress=progress
+        )
+    if arguments.source == "objects365":
+        return convert_objects365(
+            images, annotations, arguments.out,
+            categories=categories, making=making, progress=progress,
+        )  # fmt: skip
+    return convert_coco(
+        images,
+        annotations,
+        arguments.out,
+        keypoints=arguments.keypoints,
+        categories=categories,
+        making=making,
+        progress=progress,
+    )
+
+
+def _making(arguments: argparse.Namespace) -> Making:
+    if arguments.quality is not None and arguments.long_side is None:
+        raise ValueError("--quality is of images that --long-side makes smaller; give both.")
+    reencoding = None
+    if arguments.long_side is not None:
+        reencoding = Reencoding(arguments.long_side, arguments.quality or 95)
+    return Making(
+        arguments.shard_megabytes, arguments.processes, arguments.part, reencoding, arguments.exif
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bigdet shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sources = parser.add_subparsers(dest="source", required=True)
+    coco = sources.add_parser("coco", help="images and a COCO annotation file")
+    coco.add_argument("--images", type=Path, required=True, help="folder of the images")
+    coco.add_argument("--annotations", type=Path, required=True, help="instances_*.json")
+    coco.add_argument("--keypoints", type=Path, help="person_keypoints_*.json of the same images")
+    objects = sources.add_parser("objects365", help="Objects365, v1 or v2")
+    objects.add_argument("--images", type=Path, required=True, help="folder of the patches")
+    objects.add_argument("--annotations", type=Path, required=True, help="zhiyuan_objv2_*.json")
+    objects.set_defaults(keypoints=None)
+    voc = sources.add_parser("voc", help="a folder in PASCAL VOC's layout")
+    voc.add_argument("--root", type=Path, required=True, help="holds Annotations, ImageSets, ...")
+    voc.add_argument("--split", required=True, help="a file in ImageSets/Main, without .txt")
+    voc.add_argument(
+        "--categories", type=Path,
+        help="JSON list, annotation file or manifest.json; default: all names, sorted",
+    )  # fmt: skip
+    voc.set_defaults(images=None, annotations=None)
+    pcb = sources.add_parser("deeppcb", help="DeepPCB's lists and text files of boxes")
+    pcb.add_argument("--root", type=Path, required=True, help="PCBData, which holds the lists")
+    pcb.add_argument("--split", required=True, help="a list without .txt: trainval or test")
+    pcb.set_defaults(images=None, annotations=None, categories=None)
+    for source in (coco, objects):
+        source.add_argument(
+            "--categories", type=Path,
+            help="JSON list, annotation file or manifest.json: the classes, by name, in the order "
+            "of the labels; default: those of the annotations by rising id",
+        )  # fmt: skip
+    for source in (coco, objects, voc, pcb):
+        _add_options(source)
+    shapes = sources.add_parser("shapes", help="synthetic images to try things on")
+    shapes.add_argument("--out", required=True, help="folder for the shards")
+    shapes.add_argument("--split", choices=list(NUM_IMAGES), default="train", help="which images")
+    shapes.add_argument("--images", type=positive, help=f"how many; default {NUM_IMAGES}")
+    shapes.add_argument("--seed", type=int, default=0, help="other seed, other images")
+    shapes.add_argument("--size", type=positive, default=128, help="long side, pixels")
+    merge = sources.add_parser("merge", help="finish a set whose parts are all made")
+    merge.add_argument("--out", required=True, help="folder with all of the parts")
+    for name, source in sources.choices.items():
+        source.formatter_class = argparse.RawDescriptionHelpFormatter
+        words = f"bigdet shards {name} "
+        examples = [f"    {line}" for line in str(__doc__).splitlines() if words in line]
+        source.epilog = "\n".join(["examples:", *examples])
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all sources have that are read from files."""
+    parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
+    parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
+    parser.add_argument(
+        "--processes", type=positive, default=num_cpus(), help="at a time; default: one per CPU"
+    )
+    parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
+    parser.add_argument(
+        "--long-side",
+        type=positive,
+        metavar="PIXELS",
+        help="make larger images smaller, to train at low resolution (not to evaluate at full)",
+    )
+    parser.add_argument(
+        "--exif",
+        choices=["shown", "stored"],
+        default="shown",
+        help="what the annotations of an image that EXIF turns are of, if its recorded size does "
+        "not tell: the image as viewers and annotation tools show it (default), or as stored",
+    )
+    parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
+
+
+if __name__ == "__main__":
+    run_command(main, interrupted="stopped; start it again to go on")

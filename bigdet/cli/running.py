@@ -1,0 +1,85 @@
+"""How every command ends: a user's mistake is one message and exit code 1, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from bigdet.host.errors import explain, explain_full, explain_killed
+
+STOPPED = 75
+"""Exit code of a run that stopped on request, with a checkpoint written."""
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0: a ``type`` of argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number above 0")
+    return value
+
+
+def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
+    """Answer --help and mistakes in the command line before torch is imported, which takes seconds.
+
+    Then see that torch and torchvision fit together, before anything is made of them.
+
+    Args:
+        parse: reads the command line. What it raises itself is told by ``run_command``.
+    """
+    try:
+        with contextlib.suppress(ValueError):
+            parse(sys.argv[1:])
+    except SystemExit as end:  # as in run_command
+        sys.exit(1 if end.code else 0)
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        sys.exit(
+            f"error: this torchvision does not work with this torch: {error}. Install both from "
+            f"the same place: pip install --force-reinstall torch torchvision"
+        )
+
+
+def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
+    """Run a command's ``main`` and end the process with its exit code.
+
+    ``ValueError`` and ``OSError`` are what a user can cause, and another rank may be gone: they end
+    in one message and exit code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all
+    ranks share is told once. Ctrl-C ends with one line too.
+
+    Args:
+        main: takes the arguments and returns the exit code.
+        interrupted: what Ctrl-C says.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:  # argparse: it has told what is wrong, and its own code for it is 2
+        code = 1 if end.code else 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{interrupted}\n")
+        code = INTERRUPTED
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        ranks = sys.modules.get("bigdet.distributed")  # making shards does without it, and torch
+        lost = (ranks and ranks.lost_peer(error)) or explain_killed(error) or explain_full(error)
+        is_bug = isinstance(error, RuntimeError) and not (lost or isinstance(error, ValueError))
+        if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
+            raise
+        if ranks is None or ranks.must_tell(error):
+            where = "" if ranks is None or ranks.is_main() else f" (rank {ranks.rank()})"
+            sys.stderr.write(f"error{where}: {lost or explain(error)}\n")
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The group is not torn down after a failure: that is a collective and would hang.
+    os._exit(code)

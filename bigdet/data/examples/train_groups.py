@@ -1,0 +1,117 @@
+"""One group of a training stream, made from nothing but its step and lane."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigdet.config.derived import is_square
+from bigdet.config.phase_schema import AugmentConfig, ResizeConfig
+from bigdet.data.examples.collate import (
+    Allocate,
+    PackedGroup,
+    fresh_memory,
+    pack,
+    training_canvas,
+)
+from bigdet.data.examples.objects import Wanted, check_annotations
+from bigdet.data.examples.samples import (
+    Damage,
+    DamagedSampleError,
+    damaged,
+    decode_sample,
+    read_sample,
+)
+from bigdet.data.examples.transforms import Scene, make_examples
+from bigdet.data.examples.views import Size, draw_view, resize_of_image, resize_of_step
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.ordering.groups import Order
+from bigdet.ops.random import Words, seed_of
+
+REPLACEMENT_TRIES = 100
+"""Samples that are tried in place of a damaged one before the set is given up."""
+
+
+class TrainGroups:
+    """Makes any group of a phase from nothing but its step and lane.
+
+    Args: see ``TrainStream``.
+    """
+
+    def __init__(
+        self, shards: ShardSet, rows: NDArray[np.int32], order: Order, resize: ResizeConfig,
+        flip: float, augment: AugmentConfig, scaled_decoding: bool, wanted: Wanted, phase: str,
+        seed: int,
+    ) -> None:  # fmt: skip
+        self.shards = shards
+        self.rows = rows
+        self.order = order
+        self._resize = resize
+        self._flip = flip
+        self._augment = augment
+        self._scaled_decoding = scaled_decoding
+        self._wanted = wanted
+        self._key = (seed, phase)
+
+    def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:
+        """Return the group of (step, lane), in memory that ``allocate`` gives."""
+        step, lane = key
+        upcoming = self.order.upcoming(step, lane)
+        if upcoming is not None:
+            self.shards.expect(self.rows[upcoming])
+        group = self.order.group(step, lane)
+        resize = resize_of_step(self._resize, *self._key, step)
+        index = self.shards.index[self.rows[group.samples]]
+        sizes = list(zip(index["height"].tolist(), index["width"].tolist(), strict=True))
+        canvas = training_canvas(resize, sizes)
+        damages: list[Damage] = []
+        scenes = (
+            self._sound_scene(
+                int(sample), int(copy), float(weight), group.pass_number, resize, canvas, damages
+            )
+            for sample, copy, weight in zip(group.samples, group.copies, group.weights, strict=True)
+        )
+        square = canvas if is_square(resize) else None
+        examples = make_examples(scenes, self._augment, square, self._wanted)
+        seed = seed_of("model", *self._key, step, lane)
+        return pack(examples, canvas=canvas, seed=seed, notes=damages, allocate=allocate)
+
+    def _sound_scene(
+        self, sample: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig,
+        canvas: Size | None, damages: list[Damage],
+    ) -> Scene:  # fmt: skip
+        """Return the scene of a sample, or of one drawn in its place when it is damaged."""
+        row = int(self.rows[sample])
+        replacement_words: Words | None = None
+        for _ in range(REPLACEMENT_TRIES):
+            try:
+                return self._scene(row, copy, weight, pass_number, resize, canvas)
+            except DamagedSampleError as error:
+                damages.append(Damage(row, error.kind, str(error)))
+                if replacement_words is None:
+                    replacement_words = Words("replacement", *self._key, pass_number, row)
+                row = int(self.rows[replacement_words.integer(len(self.rows))])
+        raise ShardError(
+            f"{self.shards.address}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
+            f"last one: {damages[-1].message}"
+        )
+
+    def _scene(
+        self, row: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig,
+        canvas: Size | None,
+    ) -> Scene:  # fmt: skip
+        sample = read_sample(self.shards, row)
+        record = sample.record
+        copy_key = (copy,) if copy else ()  # a sample that comes again in a pass looks different
+        key = (*self._key, pass_number, row, *copy_key)
+        resize = resize_of_image(resize, *key)
+        view = draw_view(record, resize, self._flip, Words("augmentation", *key), canvas)
+        may_shrink = self._scaled_decoding and view.window is None
+        least_size = view.scaled_size if may_shrink else None
+        image = decode_sample(self.shards, row, sample, least_size)
+        try:
+            check_annotations(record["annotations"], view.original_size, self._wanted)
+        except ValueError as error:
+            raise damaged(self.shards, row, "bad_annotation", f"has an {error}") from error
+        return Scene(image, record, view, weight, key)

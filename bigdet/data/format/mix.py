@@ -1,0 +1,291 @@
+"""Several shard sets as one, and sets whose labels follow another list of categories.
+
+Categories are matched by name, blanks and capitals aside. The classes of a mix are those of its
+first set, in their order, and behind them what the others add. A class that one of the sets does
+not annotate is background on its images: that cannot be mended here, so it is said in a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigdet.config.data_schema import DataConfig
+from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.format.shard_set import LABEL_LISTS, Sample, ShardSet
+
+logger = logging.getLogger(__name__)
+
+LISTED_NAMES = 10
+"""Categories that a message names."""
+
+
+class MixedSet(ShardSet):
+    """Sets one behind the other, read like one set with one list of categories.
+
+    Rows, and the numbers of shards in the index, count on from set to set. Image ids are those of
+    the sets, so different sets may use the same one.
+
+    Attributes:
+        parts: the sets.
+        starts: ``(parts + 1,)`` the first row of each set, and the number of rows.
+    """
+
+    def __init__(self, parts: Sequence[ShardSet], categories: Sequence[Category]) -> None:
+        """Put sets together.
+
+        Args:
+            parts: at least one.
+            categories: in the order of the labels; those of all parts are among them, by name.
+        """
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.address, self.folder = parts[0].address, parts[0].folder
+        manifests = [part.manifest for part in parts]
+        self.manifest = replace(
+            manifests[0],
+            name=" + ".join(manifest.name for manifest in manifests),
+            images=sum(manifest.images for manifest in manifests),
+            instances=sum(manifest.instances for manifest in manifests),
+            crowd=sum(manifest.crowd for manifest in manifests),
+            federated=any(manifest.federated for manifest in manifests),
+            pixels=sum(manifest.pixels for manifest in manifests),
+            categories=list(categories),
+            shards=[shard for manifest in manifests for shard in manifest.shards],
+        )
+        self.index = parts[0].index
+        if len(parts) > 1:
+            self.index = np.concatenate([part.index for part in parts])
+            num_shards = np.cumsum([0, *(len(manifest.shards) for manifest in manifests)])
+            for start, end, shift in zip(self.starts, self.starts[1:], num_shards, strict=False):
+                self.index["shard"][start:end] += np.uint32(shift)
+        place = {name_key(category.name): label for label, category in enumerate(categories)}
+        self._labels = [
+            [place[name_key(category.name)] for category in part.categories] for part in parts
+        ]
+        self.manifest = replace(
+            self.manifest,
+            instances_per_class=self._add_up([m.instances_per_class for m in manifests]),
+            crowd_per_class=self._add_up([m.crowd_per_class for m in manifests]),
+        )
+
+    def index_hash(self) -> str:
+        """Return a hash of the indices of all sets: the same one means the same samples."""
+        hashes = [part.index_hash() for part in self.parts]
+        if len(hashes) == 1:
+            return hashes[0]
+        return hashlib.blake2b(" ".join(hashes).encode(), digest_size=16).hexdigest()
+
+    def path(self, row: int) -> Path:
+        """Return the tar that holds a sample."""
+        part, own_row = self._locate(row)
+        return self.parts[part].path(own_row)
+
+    def place(self, row: int) -> str:
+        """Return the full name of the tar that holds a sample, for messages."""
+        part, own_row = self._locate(row)
+        return self.parts[part].place(own_row)
+
+    def check_random_reads(self) -> None:
+        """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
+        for part in self.parts:
+            part.check_random_reads()
+
+    def read(self, row: int) -> Sample:
+        """Return one sample; ``ShardError`` if its bytes are not those that were written."""
+        part, own_row = self._locate(row)
+        sample = self.parts[part].read(own_row)
+        self._relabel(part, own_row, sample.record)
+        return sample
+
+    def record(self, row: int) -> dict[str, Any]:
+        """Return the annotations of one sample, without reading its image."""
+        part, own_row = self._locate(row)
+        record = self.parts[part].record(own_row)
+        self._relabel(part, own_row, record)
+        return record
+
+    def expect(self, rows: NDArray[np.integer[Any]]) -> None:
+        """Take note of samples that will be read soon, in this order."""
+        for part, (start, end) in zip(self.parts, pairwise(self.starts), strict=True):
+            part.expect(rows[(rows >= start) & (rows < end)] - start)
+
+    def close(self) -> None:
+        """Close the tars; they are opened again when needed."""
+        for part in self.parts:
+            part.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MixedSet, (self.parts, self.categories)
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """Return the number of the set that has a row, and the row there."""
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return part, row - int(self.starts[part])
+
+    def _add_up(self, counts: Sequence[list[int] | None]) -> list[int] | None:
+        """Return the sums over the sets of what each has by its own labels; None if one has not."""
+        sums = [0] * len(self.manifest.categories)
+        for own, labels in zip(counts, self._labels, strict=True):
+            if own is None or len(own) != len(labels):
+                return None
+            for label, count in zip(labels, own, strict=True):
+                sums[label] += count
+        return sums
+
+    def _relabel(self, part: int, own_row: int, record: dict[str, Any]) -> None:
+        labels = self._labels[part]
+        for annotation in record["annotations"]:
+            label = annotation["label"]
+            if not 0 <= label < len(labels):
+                shards = self.parts[part]
+                raise ShardError(
+                    f"{shards.place(own_row)}: sample {shards.key(own_row)} (row {own_row}) has an "
+                    f"object of label {label}, the set has {len(labels)} categories. Make the set "
+                    f"again; `bigdet check-shards {shards.address}` lists all that is wrong."
+                )
+            annotation["label"] = labels[label]
+        for name in LABEL_LISTS:
+            if name in record:
+                record[name] = [labels[label] for label in record[name]]
+
+
+def open_sets(data: DataConfig) -> tuple[ShardSet, ShardSet]:
+    """Return the training set and the validation set of a config, labels meaning the same.
+
+    Where training sets are mixed, validation gets the categories of the mix; else both are as they
+    are on disk.
+    """
+    train = open_train_set(data)
+    val = ShardSet(data.val.shards, cache=data.cache)
+    return train, with_categories(val, train.categories) if isinstance(train, MixedSet) else val
+
+
+def open_train_set(data: DataConfig) -> ShardSet:
+    """Return the training set of a config: one set, or several mixed."""
+    first = ShardSet(data.train.shards, cache=data.cache)
+    if not data.train.more_shards:
+        return first
+    parts = [first, *(ShardSet(folder, cache=data.cache) for folder in data.train.more_shards)]
+    categories = _union([part.categories for part in parts])
+    for part in parts:
+        _check_names(part)
+        own = {name_key(category.name) for category in part.categories}
+        absent = [category.name for category in categories if name_key(category.name) not in own]
+        if absent:
+            logger.warning(
+                "data.train.more_shards: %s does not know %d of the %d classes of the mix; objects "
+                "of these on its images are background: %s",
+                part.address, len(absent), len(categories), _shortened(absent),
+            )  # fmt: skip
+    return MixedSet(parts, categories)
+
+
+def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSet:
+    """Return a set with its labels counted by another list of categories, matched by name."""
+    known = {name_key(category.name) for category in categories}
+    unknown = [repr(entry.name) for entry in shards.categories if name_key(entry.name) not in known]
+    if unknown:
+        raise ShardError(
+            f"{shards.address}: {len(unknown)} of its categories are not among the {len(known)} of "
+            f"the training data: {_shortened(unknown)}. Give a set of the same classes."
+        )
+    _check_names(shards)
+    own = {name_key(category.name): category.id for category in shards.categories}
+    used = set(own.values())
+    renumbered = []
+    for category in categories:  # results are to carry the ids of the set that they are of
+        number = own.get(name_key(category.name), category.id)
+        if name_key(category.name) not in own and number in used:
+            number = max(used) + 1
+        used.add(number)
+        renumbered.append(replace(category, id=number))
+    return MixedSet([shards], renumbered)
+
+
+def class_ids(shards: ShardSet, names: Sequence[str]) -> list[int | None]:
+    """Return a set's own category id of each of a model's classes; None where it lacks the class.
+
+    Names are matched as they are, or else with blanks and capitals aside.
+
+    Args:
+        shards: what the model is measured on.
+        names: of the model's classes, in the order of its labels.
+
+    Raises:
+        ShardError: the set has classes that the model does not know, or a name may mean two.
+    """
+    ids = {category.name: category.id for category in shards.categories}
+    if set(ids) <= set(names):
+        return [ids.get(name) for name in names]
+    known = [name_key(name) for name in names]
+    unknown = [repr(name) for name in ids if name_key(name) not in known]
+    if unknown:
+        raise ShardError(
+            f"{shards.address}: {len(unknown)} of its categories are not among the {len(names)} "
+            f"that are learned: {_shortened(unknown)}. Make both sets with one list of categories: "
+            f"`bigdet shards ... --categories FILE`."
+        )
+    _check_names(shards)
+    twice = sorted({key for key in known if known.count(key) > 1})
+    if twice:
+        raise ShardError(
+            f"{shards.address}: {', '.join(map(repr, twice))} may be several of the classes that "
+            f"are learned, which differ in capitals and blanks alone. Rename them."
+        )
+    own = {name_key(name): number for name, number in ids.items()}
+    return [own.get(key) for key in known]
+
+
+def warn_of_absent(shards: ShardSet, names: Sequence[str]) -> None:
+    """Say once which of a model's classes a set lacks: nothing is measured of them."""
+    ids = class_ids(shards, names)
+    absent = [name for name, number in zip(names, ids, strict=True) if number is None]
+    if absent:
+        logger.warning(
+            "%s does not have %d of the %d classes that are learned; they are not measured, and "
+            "detections of them are left out: %s",
+            shards.address, len(absent), len(names), _shortened(absent),
+        )  # fmt: skip
+
+
+def _union(lists: Sequence[Sequence[Category]]) -> list[Category]:
+    """Return the categories of all lists, each name once; later ones get new ids if need be."""
+    union: dict[str, Category] = {}
+    used: set[int] = set()
+    for category in (category for categories in lists for category in categories):
+        if name_key(category.name) not in union:
+            number = max(used) + 1 if category.id in used else category.id
+            used.add(number)
+            union[name_key(category.name)] = replace(category, id=number)
+    return list(union.values())
+
+
+def _check_names(shards: ShardSet) -> None:
+    """Refuse a set in which two categories would become one."""
+    names = [name_key(category.name) for category in shards.categories]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ShardError(
+            f"{shards.address}: several categories are named {', '.join(map(repr, twice))}, "
+            f"capitals and blanks aside, so categories cannot be matched by name. Rename them."
+        )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(names[:LISTED_NAMES]) + more
+
+
+def name_key(name: str) -> str:
+    """Return what two names of a category have in common if they mean the same."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())

@@ -1,0 +1,130 @@
+"""Annotations carried over between an image as stored and as its EXIF orientation shows it.
+
+The record of a sample in a tar describes the stored pixels, as all readers of tars see them; where
+the image is seen turned, it says so in ``seen_orientation``. ``ShardSet`` hands out such a record
+turned, as the data set has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from bigdet.pictures.pixels import Exif, inverse_of, turn_pixels, turn_points, turned_size
+
+ORIENTATION_KEY = "seen_orientation"
+SHOWN = "EXIF orientation applied: the recorded size is that of the image as shown"
+STORED = "EXIF orientation left out: the recorded size is that of the image as stored"
+SHOWN_BY_OPTION = "EXIF orientation applied by --exif shown: the recorded size does not tell"
+STORED_BY_OPTION = "EXIF orientation left out by --exif stored: the recorded size does not tell"
+
+Json = dict[str, Any]
+Size = tuple[int, int]
+
+
+def seen_orientation(
+    tag: int, stored: Size, recorded: Size | None, exif: Exif
+) -> tuple[int, str | None]:
+    """Return how an image is seen by those who annotated it.
+
+    Args:
+        tag: its EXIF orientation, ``1..8``.
+        stored: height, width of its pixels.
+        recorded: what its annotations say, one of the two; None for nothing.
+        exif: decides where that does not tell.
+
+    Returns:
+        The orientation to turn it by, and what is to be noted; 1 and None without a tag.
+    """
+    if tag == 1:
+        return 1, None
+    shown = turned_size(stored, tag)
+    is_told = recorded is not None and shown != stored
+    is_applied = recorded == shown if is_told else exif == "shown"
+    if is_told:
+        note = SHOWN if is_applied else STORED
+    else:
+        note = SHOWN_BY_OPTION if is_applied else STORED_BY_OPTION
+    return tag if is_applied else 1, note
+
+
+def exif_warning(changed: dict[str, int]) -> str | None:
+    """Return what to say of a set whose images may have been taken for what they are not.
+
+    Args:
+        changed: counts of the set's manifest.
+    """
+    if not (STORED in changed and SHOWN_BY_OPTION in changed):
+        return None
+    return (
+        f"the sizes of {changed[STORED]} images say that their annotations are of the stored "
+        f"pixels, so those of the {changed[SHOWN_BY_OPTION]} whose sizes do not tell may be too: "
+        "look at them, and convert with --exif stored if their boxes are wrong"
+    )
+
+
+def as_stored(record: Json, orientation: int) -> Json:
+    """Return the record of an image that is seen turned as the tar holds it."""
+    if orientation == 1:
+        return record
+    return {**_turn_record(record, inverse_of(orientation)), ORIENTATION_KEY: orientation}
+
+
+def as_seen(record: Json) -> Json:
+    """Return the record of a tar as the image is seen; undoes ``as_stored``."""
+    if ORIENTATION_KEY not in record:
+        return record
+    seen = _turn_record(record, record[ORIENTATION_KEY])
+    del seen[ORIENTATION_KEY]
+    return seen
+
+
+def _turn_record(record: Json, orientation: int) -> Json:
+    size = (record["height"], record["width"])
+    height, width = turned_size(size, orientation)
+    annotations = [_turn_annotation(entry, size, orientation) for entry in record["annotations"]]
+    return {**record, "height": height, "width": width, "annotations": annotations}
+
+
+def _turn_annotation(annotation: Json, size: Size, orientation: int) -> Json:
+    """Return an annotation of a turned image.
+
+    Args:
+        annotation: see ``shards.Sample``.
+        size: height, width before.
+        orientation: ``1..8`` as in EXIF.
+    """
+    x, y, w, h = annotation["bbox"]
+    x0, y0, x1, y1 = turn_points([x, y, x + w, y + h], size, orientation)
+    height, width = turned_size((h, w), orientation)
+    turned = {**annotation, "bbox": [min(x0, x1), min(y0, y1), width, height]}
+    mask = annotation.get("segmentation")
+    if isinstance(mask, list):
+        turned["segmentation"] = [turn_points(part, size, orientation) for part in mask]
+    elif mask is not None:
+        turned["segmentation"] = _turn_runs(mask, orientation)
+    if keypoints := annotation.get("keypoints"):
+        turned["keypoints"] = _turn_keypoints(keypoints, size, orientation)
+    return turned
+
+
+def _turn_keypoints(keypoints: list[float], size: Size, orientation: int) -> list[float]:
+    """Return x, y, visibility of each keypoint; those that are not labeled stay as they are."""
+    turned = list(keypoints)
+    centers = (size[0] - 1, size[1] - 1)  # COCO's 0 is the center of the first pixel
+    for place in range(0, len(keypoints), 3):
+        if keypoints[place + 2]:
+            point = keypoints[place : place + 2]
+            turned[place : place + 2] = turn_points(point, centers, orientation)
+    return turned
+
+
+def _turn_runs(mask: Json, orientation: int) -> Json:
+    """Return a run-length encoded mask, compressed or not, as a compressed one."""
+    if isinstance(mask["counts"], list):
+        mask = coco_mask.frPyObjects(mask, *mask["size"])
+    bitmap = turn_pixels(coco_mask.decode(mask), orientation)
+    counts: bytes = coco_mask.encode(np.asfortranarray(bitmap))["counts"]
+    return {"size": list(bitmap.shape), "counts": counts.decode("ascii")}

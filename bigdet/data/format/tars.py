@@ -1,0 +1,291 @@
+"""The tars of a shard set as bytes: of a local folder, or from an address through the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from bigdet.config.data_schema import CacheConfig
+from bigdet.config.load import ConfigError
+from bigdet.data.format.cache import Cache, locked, name_of, write_whole
+from bigdet.data.format.manifest import Shard
+from bigdet.data.format.remote import (
+    RemoteFile,
+    UnreachableError,
+    fetch,
+    file_address,
+    is_remote,
+    shown,
+)
+from bigdet.host.reading import MAY_PASS, patiently
+
+MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
+RUN_BYTES = 8 << 20
+"""What is fetched at a time where shards are not fetched whole: some 50 photographs."""
+
+Span = tuple[int, int, int]
+"""Number of a tar, first byte, the byte behind the last."""
+
+
+class Tars(Protocol):
+    """The tars of one set; opened when they are first read from."""
+
+    def read(self, shard: int, start: int, size: int) -> bytes:
+        """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
+        ...
+
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Take note of what will be read soon, in this order."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when needed."""
+        ...
+
+
+class LocalTars:
+    """Reads the tars of a local folder.
+
+    Args:
+        paths: in order.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._files: dict[int, int] = {}
+
+    def read(self, shard: int, start: int, size: int) -> bytes:
+        """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
+        return patiently(lambda: self._read(shard, start, size), str(self._paths[shard]))
+
+    def _read(self, shard: int, start: int, size: int) -> bytes:
+        try:
+            if shard not in self._files:
+                if len(self._files) >= MAX_OPEN_FILES:
+                    os.close(self._files.pop(next(iter(self._files))))
+                self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(self._files[shard], size, start)
+        except OSError:
+            self.close()  # a stale file is opened anew, and too many open ones are fewer
+            raise
+
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Nothing: all of it is here."""
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when needed."""
+        files, self._files = self._files, {}
+        for file in files.values():
+            with contextlib.suppress(OSError):  # of a disk that is gone
+                os.close(file)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What is fetched at a time: bytes ``start`` to ``stop`` of a file; ``name`` in the cache."""
+
+    name: str
+    file: RemoteFile
+    start: int
+    stop: int
+
+
+class CachedTars:
+    """Reads the tars of a remote shard set through the cache.
+
+    One file is open at a time, so that a process keeps one alone from being deleted. What is
+    expected counts as just used, and is fetched ahead by a thread.
+
+    Args:
+        files: the tars, in order, with their sizes.
+        cache: where they are kept.
+        run_bytes: fetch them in runs of so many bytes; None: whole.
+    """
+
+    def __init__(self, files: Sequence[RemoteFile], cache: Cache, run_bytes: int | None) -> None:
+        self._files = files
+        self._cache = cache
+        self._run_bytes = run_bytes
+        self._open: tuple[str, int] | None = None  # name and file descriptor
+        self._ahead: list[_Piece] = []  # to be fetched ahead
+        self._thread: threading.Thread | None = None
+        self._is_fetching = False  # the thread will look at the list once more
+        self._lock = threading.Lock()  # of the list and of this
+
+    def read(self, shard: int, start: int, size: int) -> bytes:
+        """Return bytes of a tar, fewer where it ends; ``UnreachableError`` if it cannot be had."""
+        parts = []
+        stop = min(start + size, self._size(shard))
+        while start < stop:
+            piece = self._piece(shard, start)
+            count = min(stop, piece.stop) - start
+            read = partial(self._read, piece, count, start - piece.start)
+            parts.append(patiently(read, shown(self._files[shard].address)))
+            start += count
+        return b"".join(parts)  # of one part that part itself
+
+    def _read(self, piece: _Piece, size: int, start: int) -> bytes:
+        try:
+            return os.pread(self._descriptor(piece), size, start)
+        except OSError:
+            self.close()  # the cache may lie on a network folder, where a file can become stale
+            raise
+
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Keep what will be read soon, and fetch it ahead where the cache has room for it twice."""
+        pieces: dict[str, _Piece] = {}
+        for shard, start, stop in spans:
+            while start < min(stop, self._size(shard)):
+                piece = self._piece(shard, start)
+                pieces[piece.name] = piece
+                start = piece.stop
+        ahead = [p for p in pieces.values() if not self._cache.touch(p.name, p.stop - p.start)]
+        # With less room processes would fetch what makes the others' files go.
+        has_room = 2 * sum(p.stop - p.start for p in pieces.values()) <= self._cache.limit_bytes
+        with self._lock:
+            self._ahead = ahead if has_room else []
+            if self._ahead and not self._is_fetching:
+                self._is_fetching = True
+                self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
+                self._thread.start()
+
+    def _fetch_ahead(self) -> None:
+        while True:
+            with self._lock:
+                ahead = self._ahead
+                if not ahead:
+                    self._is_fetching = False  # it counts as alive for some time yet
+                    return
+                piece = ahead.pop(0)
+            try:
+                os.close(self._fetched(piece))
+            except OSError:  # for who reads it to tell; what was expected meanwhile is fetched
+                ahead.clear()
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when needed."""
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
+
+    def _size(self, shard: int) -> int:
+        size = self._files[shard].bytes
+        assert size is not None
+        return size
+
+    def _piece(self, shard: int, position: int) -> _Piece:
+        """Return the piece of a tar that has a byte."""
+        file, start, stop = self._files[shard], 0, self._size(shard)
+        if self._run_bytes is not None:
+            start = position // self._run_bytes * self._run_bytes
+            stop = min(start + self._run_bytes, stop)
+        # The hash tells a shard from one that was there under the same address before.
+        return _Piece(name_of(file.address, file.sha256, start, stop), file, start, stop)
+
+    def _descriptor(self, piece: _Piece) -> int:
+        if self._open is None or self._open[0] != piece.name:
+            self.close()
+            try:
+                self._open = (piece.name, self._fetched(piece))
+            except UnreachableError:
+                raise
+            except OSError as error:  # no damage of a shard either
+                if error.errno in MAY_PASS:
+                    raise
+                raise UnreachableError(f"the cache cannot be written: {error}") from error
+        return self._open[1]
+
+    def _fetched(self, piece: _Piece) -> int:
+        """Return a file descriptor of a piece, fetched if it is not in the cache."""
+        size = piece.stop - piece.start
+        part = (0, None) if size == piece.file.bytes else (piece.start, piece.stop)
+        return self._cache.open(piece.name, size, lambda to: fetch(piece.file, to, *part))
+
+
+def open_tars(path: str, shards: Sequence[Shard], config: CacheConfig) -> Tars:
+    """Return the reader of a set's tars.
+
+    Args:
+        path: folder or address of the set.
+        shards: the tars, in order.
+        config: of the cache, for an address.
+    """
+    if not is_remote(path):
+        return LocalTars([Path(path) / shard.file for shard in shards])
+    run_bytes = None if config.mode == "shards" else RUN_BYTES
+    largest = run_bytes or max(shard.bytes for shard in shards)
+    if _limit_bytes(config) < 2 * largest:
+        raise ConfigError(
+            f"data.cache.gib: found {config.gib}, but {shown(path)} is read in pieces of "
+            f"{largest / 2**30:.3f} GiB, of which two must fit. Raise it, or set "
+            f"data.cache.mode: ranges (pieces of {RUN_BYTES / 2**30:.3f} GiB)."
+        )
+    files = [
+        RemoteFile(file_address(path, shard.file), shard.bytes, shard.sha256) for shard in shards
+    ]
+    cache = Cache(_folder(config) / "shards", _limit_bytes(config))
+    return CachedTars(files, cache, run_bytes)
+
+
+def check_random_reads(path: str, shards: Sequence[Shard], config: CacheConfig) -> None:
+    """Raise ``ConfigError`` if reading in any order would fetch shards over and over.
+
+    Args: as for ``open_tars``.
+    """
+    num_bytes = sum(shard.bytes for shard in shards)
+    if is_remote(path) and num_bytes > _limit_bytes(config):
+        raise ConfigError(
+            f"data.cache.gib: found {config.gib}, but {shown(path)} is read in random order, so "
+            f"that its {num_bytes / 2**30:.3f} GiB would be fetched over and over. Raise it so "
+            "that they fit."
+        )
+
+
+def local_copy(path: str, config: CacheConfig) -> Path:
+    """Return the folder that holds manifest and index: the set's own, or that of the copies.
+
+    The manifest is asked for whenever a set is opened: so a set that was made anew at the same
+    address is noticed. The index is fetched once per host.
+
+    Args:
+        path: folder or address of the set.
+        config: of the cache, for an address.
+    """
+    if not is_remote(path):
+        return Path(path)
+    content = io.BytesIO()
+    fetch(RemoteFile(file_address(path, "manifest.json")), content)
+    text = content.getvalue()
+    folder = _folder(config) / "sets" / name_of(path.rstrip("/"), text)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = RemoteFile(file_address(path, "index.npy"), sha256=_index_sha256(text))
+    with locked(folder / "lock"):
+        if not (folder / "manifest.json").exists():
+            write_whole(folder / "index.npy", lambda file: fetch(index, file))
+            write_whole(folder / "manifest.json", lambda file: file.write(text))
+    return folder
+
+
+def _index_sha256(manifest: bytes) -> str | None:
+    """Return what a manifest says of the index; nothing if it makes no sense, told by others."""
+    try:
+        values = json.loads(manifest)
+    except ValueError:
+        return None
+    return values.get("index_sha256") if isinstance(values, dict) else None
+
+
+def _folder(config: CacheConfig) -> Path:
+    return Path(config.folder).expanduser()
+
+
+def _limit_bytes(config: CacheConfig) -> int:
+    return round(config.gib * 2**30)

@@ -1,0 +1,1 @@
+"""Making shards: annotations of many sources to tars, in parallel, resumable, checked."""

@@ -1,0 +1,250 @@
+"""Where shards are written to: a local folder, or any address that fsspec knows (s3://, gs://).
+
+A file is there whole or not at all: locally it gets its name when it is complete, and object
+stores show an upload when it has ended. Reading of shards is in ``shards.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.making.shard_writer import LOCK_NAME, UNFINISHED, flush_to_disk, make_folders
+from bigdet.host import locks
+
+
+class Storage(Protocol):
+    """A folder of a shard set in the making; names may begin with ``.unfinished/``."""
+
+    @property
+    def address(self) -> str:
+        """Return the folder or address, for messages."""
+
+    def names(self) -> list[str]:
+        """Return the names of the files outside of ``.unfinished``."""
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file; None if it is not there."""
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+
+    def take(self, path: Path, name: str) -> None:
+        """Move a complete file from ``scratch`` to its place."""
+
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
+        """Give a local folder for files under way, empty, this process's alone."""
+
+    def check_free(self) -> None:
+        """Raise ``ShardError`` if another process writes the whole set."""
+
+    def claim(self, part: str | None) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from writing the same; several parts may be written at a time."""
+
+    def clear(self) -> None:
+        """Remove ``.unfinished``, and the folder if that made it and nothing is in it."""
+
+
+@dataclass
+class LocalStorage:
+    """A local folder."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self._made: list[Path] = []
+
+    @property
+    def address(self) -> str:
+        """Return the folder, for messages."""
+        return str(self.folder)
+
+    def names(self) -> list[str]:
+        """Return the names of the files outside of ``.unfinished``."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ShardError(f"{self.folder}: not a folder. Give a folder for the shards.")
+        if not self.folder.exists():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file; None if it is not there."""
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() else None
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+        return (self.folder / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        with self.scratch() as scratch:
+            (scratch / "file").write_bytes(data)
+            self.take(scratch / "file", name)
+
+    def take(self, path: Path, name: str) -> None:
+        """Move a complete file from ``scratch`` to its place."""
+        flush_to_disk(path)
+        os.rename(path, self.folder / name)
+        flush_to_disk((self.folder / name).parent)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give a folder on the same disk, so that files move by their name alone."""
+        with tempfile.TemporaryDirectory(dir=self.folder / UNFINISHED, prefix="writing-") as path:
+            yield Path(path)
+
+    def check_free(self) -> None:
+        """Raise ``ShardError`` if another process writes the whole set."""
+        with _as_shard_error():
+            locks.refuse_held(self.folder, self.folder / UNFINISHED / LOCK_NAME)
+
+    @contextlib.contextmanager
+    def claim(self, part: str | None) -> Iterator[None]:
+        """Lock the folder against other conversions, and clear what killed ones left half-done."""
+        try:
+            self._made = make_folders(self.folder / UNFINISHED)[1:]
+        except OSError as error:
+            raise ShardError(
+                f"{self.folder}: cannot be written to: {error.strerror}. Give another folder."
+            ) from error
+        unfinished = self.folder / UNFINISHED
+        own = LOCK_NAME if part is None else f"{LOCK_NAME}-{part.replace('/', '-of-')}"
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(_remove_if_empty, unfinished)
+            with _as_shard_error():
+                self.check_free()
+                at_end.enter_context(locks.held(self.folder, unfinished / own))
+                # After its own lock is there: of two that begin at a time, one sees the other.
+                pattern = f"{LOCK_NAME}-*" if part is None else LOCK_NAME
+                for other in unfinished.glob(pattern):
+                    locks.refuse_held(self.folder, other)
+            if part is None:
+                for path in unfinished.glob("writing-*"):
+                    shutil.rmtree(path)
+            yield
+
+    def clear(self) -> None:
+        """Remove ``.unfinished``, and the folder if that made it and nothing is in it."""
+        shutil.rmtree(self.folder / UNFINISHED)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@dataclass(frozen=True)
+class RemoteStorage:
+    """A folder of an object store. There are no locks: give each part to one process alone."""
+
+    address: str
+
+    def names(self) -> list[str]:
+        """Return the names of the files outside of ``.unfinished``."""
+        try:
+            found = self._files.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # each file system has errors of its own, of no common class
+            raise ShardError(
+                f"{self.address}: cannot be reached ({type(error).__name__}: {error}). Give an "
+                "address that you may write to, with what its file system asks for to log in."
+            ) from error
+        return sorted(e["name"].rsplit("/", 1)[-1] for e in found if e["type"] == "file")
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file; None if it is not there."""
+        try:
+            return int(self._files.info(self._path(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+        data: bytes = self._files.cat_file(self._path(name))
+        return data
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        self._files.makedirs(self._path(name).rsplit("/", 1)[0], exist_ok=True)
+        self._files.pipe_file(self._path(name), data)
+
+    def take(self, path: Path, name: str) -> None:
+        """Upload a complete file from ``scratch``."""
+        self._files.makedirs(self._path(name).rsplit("/", 1)[0], exist_ok=True)
+        self._files.put_file(str(path), self._path(name))
+        path.unlink()
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give a folder among the temporary files of this machine (TMPDIR)."""
+        with tempfile.TemporaryDirectory(prefix="bigdet-shards-") as path:
+            yield Path(path)
+
+    def check_free(self) -> None:
+        """Nothing: object stores have no locks."""
+
+    @contextlib.contextmanager
+    def claim(self, part: str | None) -> Iterator[None]:
+        """Nothing: object stores have no locks."""
+        yield
+
+    def clear(self) -> None:
+        """Remove ``.unfinished``."""
+        if self._files.exists(self._path(UNFINISHED)):
+            self._files.rm(self._path(UNFINISHED), recursive=True)
+
+    @property
+    def _files(self) -> Any:
+        files = fsspec.core.url_to_fs(self.address)[0]
+        files.invalidate_cache()  # other machines write here too
+        return files
+
+    @property
+    def _root(self) -> str:
+        root: str = fsspec.core.url_to_fs(self.address)[1]
+        return root
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # there is something in it, or it is gone
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _as_shard_error() -> Iterator[None]:
+    try:
+        yield
+    except locks.LockedError as error:
+        raise ShardError(str(error)) from error
+
+
+def open_storage(out: str | Path) -> Storage:
+    """Return the storage of a path or address; ``ShardError`` if nothing is known of its kind."""
+    protocol, separator, path = str(out).partition("://")
+    if not separator:
+        return LocalStorage(Path(out))
+    if protocol in ("file", "local"):
+        return LocalStorage(Path(path))
+    try:
+        fsspec.core.url_to_fs(str(out))
+    except (ValueError, ImportError) as error:
+        raise ShardError(
+            f"{out}: cannot be written to ({error}). Give a folder, or an address of a kind that "
+            "fsspec has installed."
+        ) from error
+    return RemoteStorage(str(out))

@@ -1,0 +1,1 @@
+"""Which samples are in which group: pure functions of the index, numpy only."""

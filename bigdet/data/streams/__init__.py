@@ -1,0 +1,1 @@
+"""The batches of training and of evaluation, read ahead by loader processes."""

@@ -1,0 +1,190 @@
+"""Loader processes: read groups ahead of the training process, in order, and die with it.
+
+What the processes read is the caller's function; this file knows of processes, signals, errors and
+shared memory. Start method is fork, by choice: a start takes milliseconds and the index stays
+shared, where spawn and forkserver would import the whole command again in each process, seconds
+each. It is safe here, as the children run one thread, never touch CUDA or the process group, and
+call nothing that a thread of the parent may hold a lock of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import signal
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from bigdet.data.examples.collate import Allocate, PackedGroup, fresh_memory
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.streams.slots import Slots, Stored
+from bigdet.host import errors
+from bigdet.host.reading import why_unread
+
+Key = TypeVar("Key")
+Read = Callable[[Key, Allocate], PackedGroup]
+
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+"""What asks a run to stop; launchers send it to loader processes too, which must go on."""
+
+PREFETCHED_GROUPS = 2  # per process: begun or ready, not yet asked for
+TRIM_GROUPS = 200  # a process gives memory that it does not use back after so many
+STOP_SECONDS = 10  # what a process gets to finish its group before it is killed
+
+
+class _Reads(Dataset[Any], Generic[Key]):
+    """A function as torch's DataLoader wants it, which hands over through shared memory.
+
+    A ``ShardError`` is handed over, not raised: raised in a loader process it would come out
+    wrapped in two tracebacks.
+    """
+
+    def __init__(self, read: Read[Key], slots: Slots | None) -> None:
+        self._read = read
+        self._slots = slots
+        self._num_read = 0  # in this process
+
+    def __getitem__(self, key: Key) -> PackedGroup | Stored | ShardError:
+        worker = get_worker_info()
+        self._num_read += 1
+        if worker is not None and self._num_read % TRIM_GROUPS == 0:
+            _give_back_free_memory()
+        try:
+            if self._slots is None or worker is None:
+                return self._read(key, fresh_memory)
+            self._slots.begin(worker.id)
+            return self._slots.store(self._read(key, self._slots.allocate))
+        except ShardError as error:
+            return error
+        except MemoryError as error:
+            return ShardError(f"a group of images {why_unread(error)}")
+
+
+class Loader(Generic[Key]):
+    """An iterator over ``read(key, ...)`` for each key in order, read ahead by processes.
+
+    Args:
+        read: makes a group in memory that it asks for; a function of the key and of nothing that
+            changes.
+        keys: may be endless.
+        workers: processes; 0 reads in this one, when asked.
+        group_bytes: what a group usually takes at most; a larger one travels more slowly.
+    """
+
+    def __init__(
+        self,
+        read: Read[Key],
+        keys: Iterable[Key],
+        *,
+        workers: int,
+        group_bytes: int,
+    ) -> None:
+        # One more than are read ahead: the one that is being copied out.
+        per_worker = PREFETCHED_GROUPS + 1
+        self._slots = Slots(workers, per_worker, group_bytes) if workers else None
+        with _no_advice():
+            loader: DataLoader[Any] = DataLoader(
+                _Reads(read, self._slots),
+                sampler=keys,
+                batch_size=None,  # a key is a whole group
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                prefetch_factor=PREFETCHED_GROUPS if workers else None,
+                worker_init_fn=_begin_worker,
+                multiprocessing_context="fork" if workers else None,
+                generator=torch.Generator(),  # for its seed; else from the global one
+            )
+        _give_back_free_memory()
+        before = set(multiprocessing.active_children())
+        self._items: list[Iterator[Any]] = [_start(loader)]
+        processes = set(multiprocessing.active_children()) - before
+        # Also at exit, before multiprocessing waits for children that do not heed its SIGTERM.
+        self._finalizer = weakref.finalize(self, _stop, self._items, processes)
+
+    def __iter__(self) -> Iterator[PackedGroup]:
+        return self
+
+    def __next__(self) -> PackedGroup:
+        if not self._items:
+            raise StopIteration
+        try:
+            item = next(self._items[0])
+        except RuntimeError as error:
+            if killed := errors.explain_killed(error):
+                self.close()
+                raise ShardError(killed) from error
+            raise
+        if isinstance(item, ShardError):
+            self.close()
+            raise item
+        if isinstance(item, Stored):
+            assert self._slots is not None
+            return self._slots.take(item)
+        assert isinstance(item, PackedGroup)
+        return item
+
+    def close(self) -> None:
+        """End the processes; what they read ahead is lost."""
+        self._finalizer()
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Keep Python and torch from warning of what is meant.
+
+    Python 3.12 and later warn of any fork of a process with threads; torch, at every start, of more
+    processes than cores, which the stream says in one line.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Fork the processes, with stop signals held back until each has said that it ignores them."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        with _no_advice():
+            return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _give_back_free_memory() -> None:
+    """Return freed arrays to the system: before processes inherit them, and now and then in these.
+
+    The C library keeps up to twice the largest array ever freed: the order of 1.75 million samples
+    leaves 30 MB. And images of many sizes leave gaps: up to 170 MB after some thousand of 800x1333.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need it not
+    if trim is not None:
+        trim(0)
+
+
+def _begin_worker(_: int) -> None:
+    """Ignore what asks a run to stop; torch itself limits the process to one thread."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    gc.freeze()  # never look through what the parent left, hundreds of thousands of objects
+
+
+def _stop(items: list[Iterator[Any]], processes: set[Any]) -> None:
+    """End the processes: dropping torch's iterator asks them to, and what stays is killed."""
+    items.clear()
+    for process in processes:
+        process.join(STOP_SECONDS)
+        if process.is_alive():
+            process.kill()
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

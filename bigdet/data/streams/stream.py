@@ -1,0 +1,370 @@
+"""The batches of training and of evaluation: which, in which order, read by whom.
+
+``TrainStream`` is endless, starts at any step, and gives every group of images the same ids,
+pixels and seed whatever the number of ranks and loader processes (``order.py`` says which group
+is whose). ``EvalStream`` gives every image once.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigdet.config.data_schema import DataConfig, TrainSplitConfig
+from bigdet.config.derived import largest_plan
+from bigdet.config.phase_schema import AugmentConfig, PhaseConfig, ResizeConfig
+from bigdet.data.examples.collate import (
+    Allocate,
+    Example,
+    PackedGroup,
+    group_bytes,
+    num_dropped,
+    pack,
+    unpack,
+)
+from bigdet.data.examples.objects import Wanted, keypoint_order, no_objects
+from bigdet.data.examples.samples import (
+    Damage,
+    aspect_ratios,
+    load_sample,
+)
+from bigdet.data.examples.train_groups import TrainGroups
+from bigdet.data.examples.views import whole_view
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.ordering.groups import Order, evaluation_groups, lanes_of_rank
+from bigdet.data.ordering.selection import left_out, select
+from bigdet.data.streams.loader import Loader
+from bigdet.host.limits import num_cpus
+from bigdet.structures import Batch
+
+logger = logging.getLogger(__name__)
+
+LISTED_DAMAGES = 20
+"""Damaged samples that the message of a run that stops for them names."""
+
+
+class TrainStream:
+    """The batches that one rank trains on in one phase.
+
+    Attributes:
+        damages: samples that this rank found damaged and replaced, by row.
+        damaged: their number by kind.
+        dropped_boxes: boxes, so far, that a random crop left nothing of.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        split: TrainSplitConfig,
+        resize: ResizeConfig,
+        flip: float,
+        with_masks: bool,
+        with_keypoints: bool = False,
+        augment: AugmentConfig | None = None,
+        phase: str,
+        seed: int,
+        images_per_gpu: int,
+        images_per_step: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        first_step: int = 0,
+    ) -> None:
+        """Work out the order; nothing is read and no process started before iteration.
+
+        Args:
+            shards: the training set.
+            split: which images in which order, and how many damaged ones may be replaced before
+                iteration raises. Its folders are not looked at.
+            resize: of the phase.
+            flip: probability of a horizontal flip.
+            with_masks: give the targets' masks.
+            with_keypoints: give the targets' keypoints.
+            augment: of the phase; None for none.
+            phase: name of the phase; another name is another order.
+            seed: of the run.
+            images_per_gpu: images of a batch.
+            images_per_step: images of a step, over all ranks.
+            rank: this process.
+            world_size: number of ranks.
+            workers: loader processes; 0 reads in this process.
+            first_step: finished steps of this phase; iteration starts with the next one.
+        """
+        if images_per_step % images_per_gpu:
+            raise ValueError(
+                f"phases.{phase}.images_per_step: {images_per_step} is no multiple of "
+                f"images_per_gpu, {images_per_gpu}. Change one of them."
+            )
+        selection = select(shards, split)
+        rows = selection.rows
+        order = Order(
+            aspect_ratios(shards.index, rows),
+            seed=seed,
+            phase=phase,
+            images_per_gpu=images_per_gpu,
+            num_lanes=images_per_step // images_per_gpu,
+            repeats=selection.repeats,
+            windows=selection.windows,
+        )
+        if order.num_entries < images_per_step:
+            raise ValueError(
+                f"phase {phase}: the training set has {order.num_entries} samples to offer, one "
+                f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu})."
+                f"{left_out(shards, split)} Lower phases.{phase}.images_per_step or "
+                f"images_per_gpu, use fewer ranks, or more data."
+            )
+        wanted = Wanted(
+            masks=with_masks,
+            keypoint_order=keypoint_order(shards.categories) if with_keypoints else None,
+            tight_boxes=resize.kind == "jitter",
+        )
+        self._groups = TrainGroups(
+            shards, rows, order, resize, flip, augment or AugmentConfig(), split.scaled_decoding,
+            wanted, phase, seed,
+        )  # fmt: skip
+        self.lanes = lanes_of_rank(order.num_lanes, rank, world_size)
+        self.damaged: dict[str, int] = {}
+        self.dropped_boxes = 0
+        self.damages: dict[int, Damage] = {}
+        self._max_damaged = split.max_damaged
+        self._workers = workers
+        self._group_bytes = group_bytes(images_per_gpu, largest_plan(resize), with_masks=with_masks)
+        self._first_step = first_step
+        self._loader: Loader[tuple[int, int]] | None = None
+        self._state = {
+            "order": order.name,
+            "seed": seed,
+            "phase": phase,
+            "lanes": order.num_lanes,
+            "images_per_gpu": images_per_gpu,
+            **selection.state,
+        }
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Steps that show every sample once."""
+        return self._groups.order.steps_per_pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's lanes of step ``first_step + 1``, in order, then of the next, ..."""
+        self.close()
+        order = self._groups.order
+        logger.info(
+            "phase %s: %s of %s images, %s samples in a pass of %s steps, order %s",
+            self._state["phase"], f"{self._state['samples']:,}", f"{len(self._groups.shards):,}",
+            f"{order.num_entries:,}", f"{order.steps_per_pass:,}", order.name,
+        )  # fmt: skip
+        if self._workers > (cores := num_cpus()):
+            logger.info("data.workers: %d loader processes for each rank, on %d cores",
+                        self._workers, cores)  # fmt: skip
+        order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
+        self._loader = Loader(
+            self._groups.read,
+            _Keys(self._first_step, self.lanes),
+            workers=self._workers,
+            group_bytes=self._group_bytes,
+        )
+        for packed in self._loader:
+            self._note(packed)
+            yield unpack(packed)
+
+    def beside(self, first_step: int) -> TrainStream:
+        """Return a stream of the same groups from a step on, with loaders and counts of its own."""
+        other = copy.copy(self)
+        other._first_step, other._loader = first_step, None
+        other.damaged, other.dropped_boxes, other.damages = {}, 0, {}
+        return other
+
+    def read_group(self, step: int, lane: int) -> Batch:
+        """Make one group of any step, from 1, and any lane, in this process."""
+        packed = self._groups.read((step, lane))
+        self._note(packed)
+        return unpack(packed)
+
+    def group_ids(self, step: int, lane: int) -> list[int | None]:
+        """Return the image ids of one group, from the index alone; None for a masked slot."""
+        group = self._groups.order.group(step, lane)
+        ids = self._groups.shards.index["image_id"][self._groups.rows[group.samples]]
+        return [
+            int(image_id) if weight else None
+            for image_id, weight in zip(ids, group.weights, strict=True)
+        ]
+
+    def lane_images(self, step: int) -> NDArray[np.int64]:
+        """Return how many images of each lane of a step, from 1, are not masked: ``(L,)``."""
+        return self._groups.order.lane_images(step)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a number of finished steps is relative to, for a checkpoint."""
+        return dict(self._state)
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """Raise ``ValueError`` unless a saved position means the same in this stream."""
+        wrong = [
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in self._state.items()
+            if saved.get(name) != value
+        ]
+        if wrong:
+            raise ValueError(
+                f"phase {self._state['phase']}: the checkpoint was written on another data stream: "
+                f"{'; '.join(wrong)}. Go on with the data, their order, seed, images_per_gpu and "
+                "images_per_step of the checkpoint (ranks and workers may change), or start a new "
+                "run in another output folder."
+            )
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def _note(self, packed: PackedGroup) -> None:
+        """Count what a group reports; too many damaged samples are an error."""
+        self.dropped_boxes += num_dropped(packed)
+        for damage in packed.notes:
+            if damage.row in self.damages:
+                continue
+            self.damages[damage.row] = damage
+            self.damaged[damage.kind] = self.damaged.get(damage.kind, 0) + 1
+            logger.warning("damaged sample replaced by another one: %s", damage.message)
+        if len(self.damages) > self._max_damaged:
+            messages = (damage.message for damage in self.damages.values())
+            raise ShardError(
+                f"{self._groups.shards.address}: {len(self.damages)} damaged training samples, "
+                f"data.train.max_damaged allows {self._max_damaged}. Repair the shards or raise "
+                f"the limit. The first ones:{list_damages(messages)}"
+            )
+
+
+def list_damages(messages: Iterable[str]) -> str:
+    """Return the lines of an error that name the first damaged samples."""
+    return "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
+
+
+def open_train_stream(
+    shards: ShardSet,
+    data: DataConfig,
+    phase: PhaseConfig,
+    *,
+    name: str,
+    with_masks: bool,
+    with_keypoints: bool = False,
+    seed: int,
+    rank: int,
+    world_size: int,
+    first_step: int = 0,
+) -> TrainStream:
+    """Return the stream of a phase, ``name``, as its config says; the rest as ``TrainStream``."""
+    return TrainStream(
+        shards,
+        split=data.train,
+        resize=phase.resize,
+        flip=phase.flip,
+        with_masks=with_masks,
+        with_keypoints=with_keypoints,
+        augment=phase.augment,
+        phase=name,
+        seed=seed,
+        images_per_gpu=phase.images_per_gpu,
+        images_per_step=phase.images_per_step or world_size * phase.images_per_gpu,
+        rank=rank,
+        world_size=world_size,
+        workers=data.workers,
+        first_step=first_step,
+    )
+
+
+class _Keys:
+    """The endless (step, lane) of one rank; iterable from the start any number of times."""
+
+    def __init__(self, first_step: int, lanes: range) -> None:
+        self._first_step = first_step
+        self._lanes = lanes
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        steps = itertools.count(self._first_step + 1)
+        return ((step, lane) for step in steps for lane in self._lanes)
+
+
+class EvalStream:
+    """One rank's share of all images, scaled whole, without targets.
+
+    Every rank has the same number of batches. Surplus slots repeat an image with weight 0; every
+    image comes once with weight 1 over all ranks. A damaged image is an error: a score over fewer
+    images would be another score. Images of a batch have similar aspect ratios, to save padding.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        size_cap: tuple[int, int] | None,
+        images_per_gpu: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+    ) -> None:
+        """Work out which images this rank gets.
+
+        Args:
+            shards: the set; all of it is used.
+            size_cap: short side and longest long side, pixels; None leaves images as they are.
+            images_per_gpu: images of a batch.
+            rank: this process.
+            world_size: number of ranks.
+            workers: loader processes; 0 reads in this process.
+        """
+        ratios = aspect_ratios(shards.index)
+        rows, weights = evaluation_groups(ratios, images_per_gpu, world_size)
+        self._rows, self._weights = rows[:, rank], weights[:, rank]
+        self._shards = shards
+        self._size_cap = size_cap
+        self._workers = workers
+
+    def __len__(self) -> int:
+        """Return the number of batches, equal on all ranks."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = Loader(
+            self._read,
+            range(len(self)),
+            workers=self._workers,
+            group_bytes=group_bytes(self._rows.shape[1], self._largest(), with_masks=False),
+        )
+        try:
+            for packed in loader:
+                yield unpack(packed)
+        finally:
+            loader.close()
+
+    def _largest(self) -> tuple[int, int]:
+        """Return the short side and the longest long side of what is given out, pixels."""
+        if self._size_cap is not None:
+            return self._size_cap
+        sizes = self._shards.index[["height", "width"]].tolist()
+        short, long = (max(map(side, sizes)) for side in (min, max))
+        return short, long
+
+    def _read(self, batch: int, allocate: Allocate) -> PackedGroup:
+        examples = [
+            self._example(int(row), float(weight))
+            for row, weight in zip(self._rows[batch], self._weights[batch], strict=True)
+        ]
+        return pack(examples, canvas=None, seed=0, allocate=allocate)
+
+    def _example(self, row: int, weight: float) -> Example:
+        image, record = load_sample(self._shards, row)
+        size = (record["height"], record["width"])
+        plan = self._size_cap or (min(size), max(size))
+        seen = whole_view(size, plan).move_image(image)
+        return Example(seen, size, record["image_id"], weight, no_objects())

@@ -1,0 +1,1 @@
+"""A detector as a program of fixed shapes: torch.export and ONNX."""

@@ -1,0 +1,1 @@
+"""The host that a process runs on: its limits, errors, locks, launchers and network."""

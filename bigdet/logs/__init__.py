@@ -1,0 +1,1 @@
+"""Where a run says what it does: logging, metrics.jsonl, TensorBoard and Weights & Biases."""

@@ -1,0 +1,136 @@
+"""Where a run says what it does: logging for people or machines, ``metrics.jsonl``, boards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from bigdet.host.strict_json import to_json
+from bigdet.logs.boards import Board
+from bigdet.run_dir import write_text
+
+logger = logging.getLogger(__name__)
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a line as a JSON object: ``time``, ``level``, ``logger``, ``message``, ``values``.
+
+    ``values`` is there where a line tells numbers: what ``metrics.jsonl`` gets.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; numbers that are not finite become null."""
+        time = datetime.fromtimestamp(record.created, UTC)
+        line: dict[str, Any] = {
+            "time": time.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if hasattr(record, "values"):
+            line["values"] = record.values
+        return orjson.dumps(line, default=str).decode()
+
+
+def setup_logging(rank: int, file: Path | None = None, as_json: bool = False) -> None:
+    """Set the handlers, once: rank 0 to the console, every rank to its own file.
+
+    Args:
+        rank: stands in the lines of the file.
+        file: the log file of this rank; None for commands without a run folder.
+        as_json: the console gets JSON objects, one a line.
+    """
+    root = logging.getLogger("bigdet")
+    root.handlers.clear()
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    console.setFormatter(JsonFormatter() if as_json else plain)
+    root.addHandler(console)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file)
+        layout = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
+        handler.setFormatter(logging.Formatter(layout))
+        root.addHandler(handler)
+
+
+class MetricsWriter:
+    """Appends objects to ``metrics.jsonl``, and shows numbers and pictures on boards; on rank 0.
+
+    Attributes:
+        boards: where the run is watched.
+    """
+
+    def __init__(self, file: Path, boards: Sequence[Board] = ()) -> None:
+        """Open the file for appending.
+
+        Args:
+            file: ``metrics.jsonl``.
+            boards: also get every number; closed with the file.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("a", encoding="utf-8")
+        self.boards = boards
+
+    def write(self, values: Mapping[str, Any], total_step: int) -> None:
+        """Add one line.
+
+        Args:
+            values: the object, numbers that are not finite become null; boards get them as they
+                are.
+            total_step: optimizer steps over all phases, the axis of boards.
+        """
+        self._file.write(to_json(values) + "\n")
+        self._file.flush()
+        scalars = {
+            key: value
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and key != "step"
+        }
+        for board in self.boards:
+            board.add_scalars(scalars, total_step)
+
+    def show(self, name: str, picture: NDArray[np.uint8], total_step: int) -> None:
+        """Show a picture ``(H, W, 3)`` RGB on all boards."""
+        for board in self.boards:
+            board.add_picture(name, picture, total_step)
+
+    def close(self) -> None:
+        """Close the file and the boards."""
+        self._file.close()
+        for board in self.boards:
+            board.close()
+
+
+def cut_metrics(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Cut ``metrics.jsonl`` back to the objects to keep; half-written lines go too.
+
+    What older runs wrote as NaN, which JSON does not have, becomes null.
+
+    Args:
+        file: may be absent.
+        keep: tells whether an object was written before the checkpoint.
+    """
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line, parse_constant=lambda _: None)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(values, dict) and keep(values):
+            kept.append(to_json(values) + "\n")
+    write_text(file, "".join(kept))

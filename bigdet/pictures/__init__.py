@@ -1,0 +1,1 @@
+"""Pictures: files to pixels, and boxes, masks and keypoints drawn on them."""

@@ -1,0 +1,80 @@
+"""What a run shows on its boards, and what it writes down of where it was started."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bigdet import distributed
+from bigdet.config.load import flat_options
+from bigdet.config.schema import RunConfig
+from bigdet.data.examples.batch_picture import draw_batch
+from bigdet.data.format.shard_set import ShardSet
+from bigdet.evaluation.saved import SavedResults
+from bigdet.evaluation.telling_images import draw_results, read_pixels, results_of
+from bigdet.host.strict_json import to_json
+from bigdet.logs.boards import Board, TensorBoard, WeightsAndBiases
+from bigdet.logs.log import MetricsWriter
+from bigdet.run_dir import RunDir, write_text
+from bigdet.structures import Batch
+from bigdet.training import same_hosts as hosts
+from bigdet.training.state import RunState
+
+NUM_SHOWN = 4  # images with detections, the same ones at each evaluation
+LONG_SIDE = 640  # pixels of one of them
+SHEET_LONG_SIDE = 1600  # pixels of a batch
+
+
+def open_boards(config: RunConfig, run_dir: RunDir, first_step: int) -> list[Board]:
+    """Return the boards that the config asks for (rank 0).
+
+    Args:
+        config: of the run.
+        run_dir: where their files go.
+        first_step: over all phases; what an earlier process showed from it on is forgotten.
+    """
+    boards: list[Board] = []
+    if (wandb := config.log.wandb) is not None:  # first: it may not be installed
+        name = wandb.name or run_dir.root.resolve().name
+        options = flat_options(config)
+        boards.append(
+            WeightsAndBiases(run_dir.wandb, wandb.project, name, wandb.entity, wandb.mode, options)
+        )
+    if config.log.tensorboard:
+        boards.append(TensorBoard(run_dir.tensorboard, first_step))
+    return boards
+
+
+def note_start(file: Path) -> None:
+    """Add when, and on what, this process was started to a JSON list (rank 0)."""
+    starts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    start = {"time": time, "ranks": distributed.world_size(), **hosts.environment()}
+    write_text(file, to_json([*starts, start], indent=1))
+
+
+def show_batch(metrics: MetricsWriter, batch: Batch, train_set: ShardSet, state: RunState) -> None:
+    """Show a batch as the model sees it, with its targets; nothing without boards."""
+    if metrics.boards:
+        sheet = draw_batch(batch, train_set.categories)
+        sheet.thumbnail((SHEET_LONG_SIDE, SHEET_LONG_SIDE))
+        metrics.show(f"batch/{state.phase}", np.asarray(sheet), state.total_steps)
+
+
+def show_detections(
+    metrics: MetricsWriter, results: SavedResults, val_set: ShardSet, state: RunState
+) -> None:
+    """Show what was found on the first validation images; nothing without boards."""
+    if not metrics.boards:
+        return
+    ids = list(islice(val_set.index["image_id"].tolist(), NUM_SHOWN))
+    found = results_of(results.of_images(ids), ids)  # training waits meanwhile
+    for row, image_id in enumerate(ids):
+        picture: Image.Image = draw_results(read_pixels(val_set, row), found[image_id], val_set)
+        picture.thumbnail((LONG_SIDE, LONG_SIDE))
+        metrics.show(f"detections/{val_set.key(row)}", np.asarray(picture), state.total_steps)
