@@ -29,10 +29,11 @@ from bigdet.config.load import ConfigError, parse_config
 from bigdet.config.schema import MAX_DETECTIONS, Metric, RunConfig, TtaConfig
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.mix import class_ids, warn_of_absent, with_categories
-from bigdet.data.format.shard_set import ShardSet
-from bigdet.evaluation.coco_metrics import evaluation_kinds
+from bigdet.data.format.shard_set import ShardSet, source_ids
+from bigdet.data.making.loose_values import whole_number
+from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.detection_limits import warn_of_few
-from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
+from bigdet.evaluation.detections import CHUNK, RESULT_KEYS, Kind, Result, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
 from bigdet.evaluation.split import predict_split
@@ -150,14 +151,12 @@ def evaluate_file(options: argparse.Namespace) -> int:
     metric: Metric = options.metric or "coco"
     limit = read_limit(options.overrides, metric)
     results = load_results(options.model)
-    head = list(itertools.islice(results, 1))
+    head = list(itertools.islice(results, CHUNK))
     if not head:
         logger.warning("%s: holds no detection, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
     warn_of_nothing(shards)
-    first = head[0] if head and isinstance(head[0], dict) else {"bbox": [0, 0, 0, 0]}
-    given = {kind for kind, key in RESULT_KEYS.items() if first.get(key)}
-    given |= {"bbox"} if "segm" in given else set()  # the box of a mask
+    given = given_kinds(head)
     possible = evaluation_kinds(shards, "segm" in given, "keypoints" in given, metric, limit)
     kinds = [kind for kind in possible if kind in given]
     if not kinds:
@@ -166,9 +165,26 @@ def evaluate_file(options: argparse.Namespace) -> int:
             f"measured by {metric}: bbox, or segmentation and keypoints where the set has them. "
             f"Give detections in the COCO results format."
         )
-    every = itertools.chain(head, results)
-    report(evaluate_detections(shards, every, kinds, metric, str(options.model), limit), options)
+    if kinds != ["bbox"] and head[0].get("bbox"):
+        logger.info(
+            "APs, APm and APl go by the areas of boxes, also for %s, as pycocotools does where the "
+            "first detection has a box; detectron2 and mmdetection leave bbox out to score masks",
+            " and ".join(f"{KIND_NAMES[kind]}s" for kind in kinds if kind != "bbox"),
+        )
+    every, where = with_own_ids(itertools.chain(head, results), shards), str(options.model)
+    metrics = evaluate_detections(shards, every, kinds, metric, where, limit, one_area=True)
+    report(metrics, options)
     return 0
+
+
+def given_kinds(head: Sequence[Result]) -> set[Kind]:
+    """Return what can be measured of the first detections of a file; boxes, if there are none."""
+    if not head or not isinstance(head[0], dict):  # which is told where all are read
+        return {"bbox"}
+    given = {kind for kind, key in RESULT_KEYS.items() if head[0].get(key)}
+    if "bbox" in given and any(isinstance(r, dict) and r.get("segmentation") for r in head):
+        given.add("segm")  # the mask of the others is their box
+    return given | {"bbox"} if "segm" in given else given  # the box of a mask
 
 
 def warn_of_nothing(shards: ShardSet) -> None:
@@ -194,6 +210,20 @@ def check_outputs(options: argparse.Namespace) -> None:
     for name, file in (("--out", options.out), ("--detections", options.detections)):
         if file is not None and distributed.is_main():
             check_file(file, name)
+
+
+def with_own_ids(results: Iterable[Result], shards: ShardSet) -> Iterable[Result]:
+    """Return results that name an image whose own id is a string by that, and not as a number."""
+    names = source_ids(shards)
+    return (_named(result, names) for result in results) if names else results
+
+
+def _named(result: Result, names: Mapping[str, int]) -> Result:
+    given = result.get("image_id") if isinstance(result, dict) else None
+    number = whole_number(given)
+    if number is None or given in names or str(number) not in names:
+        return result
+    return result | {"image_id": str(number)}
 
 
 def write_detections(

@@ -21,6 +21,7 @@ def write_run(
     aps: Sequence[float],
     *overrides: str,
     gpu_seconds_per_step: float = 36.0,
+    cpu_seconds_per_step: float | None = None,
     objects: int = 10,
     pictures: int = 0,
     imported: Mapping[str, float] | None = None,
@@ -35,6 +36,7 @@ def write_run(
         aps: box AP after each 10 steps, up to 5; a finished run has 5.
         overrides: of the config.
         gpu_seconds_per_step: what a step costs.
+        cpu_seconds_per_step: CPU time of a step, half as much of evaluations; None as on a GPU.
         objects: of each class in the validation set.
         pictures: images that the last phase drew.
         imported: what was stated of its first weights, by its keys in ``metrics.jsonl``.
@@ -50,6 +52,8 @@ def write_run(
         total, phase = 10 * number, "pretrain" if number <= 3 else "finetune"
         step = total if number <= 3 else total - 30
         costs = counters(total, step, gpu_seconds_per_step) | dict(imported or {})
+        if cpu_seconds_per_step is not None:
+            costs |= cpu_counters(total, step, cpu_seconds_per_step)
         place = {"phase": phase, "step": step}
         losses = {"loss/total": 4.0 / number, "loss/box_delta": 1.0 / number, "lr": 0.01,
                   "grad_norm": 2.0, "time/step_seconds": 0.5, "time/data_seconds": 0.125,
@@ -81,6 +85,15 @@ def counters(total: int, step: int, gpu_seconds: float) -> dict[str, float]:
         "phase_cost/compute_gpu_seconds": gpu_seconds * step * 0.75,
         "phase_cost/data_gpu_seconds": gpu_seconds * step / 4,
         "phase_cost/evaluation_gpu_seconds": 3.6 * step,
+    }  # fmt: skip
+
+
+def cpu_counters(total: int, step: int, seconds: float) -> dict[str, float]:
+    """What so many steps have taken on a CPU, of the run and of its phase."""
+    return {
+        "cost/cpu_seconds": seconds * total, "cost/evaluation_cpu_seconds": seconds * total / 2,
+        "phase_cost/cpu_seconds": seconds * step,
+        "phase_cost/evaluation_cpu_seconds": seconds * step / 2,
     }  # fmt: skip
 
 

@@ -37,10 +37,10 @@ def main() -> None:
     name, words = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: bigdet COMMAND ...       (bigdet COMMAND --help tells more)\n")
-        for command, (_, purpose) in COMMANDS.items():
-            print(f"  {command:{width}}  {purpose}")
-        print("\nOn several GPUs: deepspeed --num_gpus 8 -m bigdet.train CONFIG")
+        lines = [f"  {command:{width}}  {purpose}" for command, (_, purpose) in COMMANDS.items()]
+        head = "usage: bigdet COMMAND ...       (bigdet COMMAND --help explains each)"
+        end = "On several GPUs: deepspeed --num_gpus 8 -m bigdet.train CONFIG"
+        print("\n".join([head, "", *lines, "", end]))  # at once: a pipe may be closed after a line
     elif name == "--version":
         print(f"bigdet {bigdet.__version__}")
     elif name not in COMMANDS:

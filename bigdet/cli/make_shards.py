@@ -149,12 +149,15 @@ def _parser() -> argparse.ArgumentParser:
     voc = sources.add_parser("voc", help="a folder in PASCAL VOC's layout")
     voc.add_argument("--root", type=Path, required=True, help="holds Annotations, ImageSets, ...")
     voc.add_argument("--split", required=True, help="a file in ImageSets/Main, without .txt")
-    voc.add_argument("--categories", type=Path, help="JSON list; default: all names, sorted")
+    voc.add_argument(
+        "--categories", type=Path,
+        help="JSON list, annotation file or manifest.json; default: all names, sorted",
+    )  # fmt: skip
     voc.set_defaults(images=None, annotations=None)
     pcb = sources.add_parser("deeppcb", help="DeepPCB's lists and text files of boxes")
     pcb.add_argument("--root", type=Path, required=True, help="PCBData, which holds the lists")
     pcb.add_argument("--split", required=True, help="a list without .txt: trainval or test")
-    pcb.set_defaults(images=None, annotations=None)
+    pcb.set_defaults(images=None, annotations=None, categories=None)
     for source in (coco, objects):
         source.add_argument(
             "--categories", type=Path,

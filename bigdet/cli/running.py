@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from bigdet.host.errors import explain, explain_killed
+from bigdet.host.errors import explain, explain_full, explain_killed
 
 STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
@@ -71,7 +71,7 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
         code = INTERRUPTED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         ranks = sys.modules.get("bigdet.distributed")  # making shards does without it, and torch
-        lost = (ranks and ranks.lost_peer(error)) or explain_killed(error)
+        lost = (ranks and ranks.lost_peer(error)) or explain_killed(error) or explain_full(error)
         is_bug = isinstance(error, RuntimeError) and not (lost or isinstance(error, ValueError))
         if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
             raise

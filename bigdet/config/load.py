@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     experiment = read_yaml(path)
     if "runs" in experiment:
         raise ConfigError(f"{path}: is a sweep. Start it with `bigdet sweep {path}`.")
-    merged = OmegaConf.structured(RunConfig)
+    merged = plain = OmegaConf.structured(RunConfig)
     owner: dict[str, Path] = {}
     for fragment_path in _included(path, experiment):
         try:
@@ -70,7 +71,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     base, merged = merged, _merge(merged, fill_in_former(experiment), str(path))
     repeated: set[str] = set()
     if not _is_resolved(experiment):
-        repeated = _set_by(base, experiment, merged)[0]
+        repeated, chosen = _set_by(base, experiment, merged)
+        of_fragments = {key for key in owner if _repeats(plain, base, key)}
+        repeated |= {key for key in of_fragments if not _is_chosen_anew(key, chosen)}
     final, changes = _override(merged, overrides)
     also_repeated, changed = _set_by(merged, changes, final)
     repeated = {key for key in repeated if not _is_chosen_anew(key, changed)}
@@ -195,12 +198,17 @@ def _set_by(
     """
     repeated, changed = set(), []
     for key in _leaves(OmegaConf.to_container(values)):
-        new, old = _value_at(after, key), _value_at(before, key)
-        if new is None or old not in (None, new):
-            changed.append(key)
-        else:
+        if _repeats(before, after, key):
             repeated.add(key)
+        else:
+            changed.append(key)
     return repeated, changed
+
+
+def _repeats(before: DictConfig, after: DictConfig, key: str) -> bool:
+    """Tell whether a layer that has an option sets it to what it was anyway."""
+    new = _value_at(after, key)
+    return new is not None and _value_at(before, key) in (None, new)
 
 
 def _value_at(config: DictConfig, key: str) -> Any:
@@ -269,6 +277,8 @@ def _complete(merged: DictConfig, source: str, written: Collection[str]) -> RunC
         )
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
+    output, resume = os.path.expanduser(config.output), os.path.expanduser(config.resume)
+    config = dataclasses.replace(config, output=output, resume=resume)  # in a file no shell did
     key = id(config)
     _written[key] = frozenset(written)
     weakref.finalize(config, _written.pop, key)

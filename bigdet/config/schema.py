@@ -81,7 +81,7 @@ class EvaluationConfig:
     resize: ResizeConfig | None = None
     """Size of the images. None: that of the phase."""
     tta: TtaConfig | None = None
-    """Test-time augmentation, in every evaluation; ``bigdet.evaluate --tta`` asks for it once. It
+    """Test-time augmentation, in every evaluation; ``bigdet evaluate --tta`` asks for it once. It
     takes two passes per view. None: one view at the size of ``resize``."""
     metric: Metric = "coco"
     """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or

@@ -114,6 +114,7 @@ def load_sweep(path: str | Path) -> tuple[SweepConfig, list[PlannedRun]]:
         raise ConfigError(f"{path}: required and not set: {', '.join(missing)}.")
     sweep = OmegaConf.to_object(merged)
     assert isinstance(sweep, SweepConfig)
+    sweep = dataclasses.replace(sweep, output=os.path.expanduser(sweep.output))
     if sweep.seeds is not None and (not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds)):
         raise ConfigError(
             f"{path}: seeds: found {sweep.seeds}, expected each once, such as [0, 1, 2], or null."

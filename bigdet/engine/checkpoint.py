@@ -133,9 +133,10 @@ def check(folder: Path) -> tuple[dict[str, Any], int]:
 
 
 def _check_usable(folder: Path) -> dict[str, Any]:
-    """Check files as `check` does, and that the weights are finite; return what it gives first."""
+    """Check files as `check` does, and that all numbers are finite; return what it gives first."""
     run = check(folder)[0]
-    _check_finite(folder / MODEL_FILE)
+    for name in (MODEL_FILE, OPTIMIZER_FILE):  # one step would carry it into the weights
+        _check_finite(folder / name)
     return run
 
 
@@ -145,7 +146,7 @@ def _check_finite(file: Path) -> None:
 
 
 def newest_usable(checkpoints: Path, before: Path | None = None) -> Path | None:
-    """Find the newest checkpoint that is intact and has finite weights (rank 0 only).
+    """Find the newest checkpoint that is intact and has finite numbers (rank 0 only).
 
     Args:
         checkpoints: the folder of all checkpoints.
@@ -170,10 +171,12 @@ def adopt(folder: Path, checkpoints: Path) -> None:
     """Copy a checkpoint of another run in and make it the latest (rank 0 only).
 
     Raises:
-        ValueError: its weights are not finite. Whether it is damaged is for `load` to tell.
+        ValueError: its weights or optimizer state are not finite. Whether it is damaged is for
+            `load` to tell.
     """
     with contextlib.suppress(OSError, SafetensorError):
-        _check_finite(folder / MODEL_FILE)
+        for name in (MODEL_FILE, OPTIMIZER_FILE):
+            _check_finite(folder / name)
     partial = checkpoints / f"{PARTIAL}{folder.name}"
     _delete(partial)
     checkpoints.mkdir(parents=True, exist_ok=True)

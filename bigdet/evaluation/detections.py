@@ -59,6 +59,8 @@ class DetectionTable:
         masks: N counts of compressed RLE.
         mask_areas: ``(N,)`` float64, pixels.
         keypoints: ``(N, P, 3)`` float64; the third number means nothing.
+        areas: ``(N,)`` float64, pixels, by which a detection of any kind is small, medium or
+            large; None: by the area of its kind.
     """
 
     images: NDArray[np.int64]
@@ -68,6 +70,7 @@ class DetectionTable:
     masks: list[bytes]
     mask_areas: NDArray[np.float64]
     keypoints: NDArray[np.float64]
+    areas: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -125,7 +128,11 @@ def _parts(opened: IO[bytes]) -> Iterator[Any]:
 
 
 def read_detections(
-    results: Iterable[Result], truth: GroundTruth, kinds: Sequence[Kind], where: str = "results"
+    results: Iterable[Result],
+    truth: GroundTruth,
+    kinds: Sequence[Kind],
+    where: str = "results",
+    one_area: bool = False,
 ) -> DetectionTable:
     """Check detections and put them into arrays; only a few are held as dicts.
 
@@ -134,11 +141,13 @@ def read_detections(
         truth: what they will be measured against.
         kinds: each result must have what these measure.
         where: where the results come from, for messages.
+        one_area: the area of a detection is the same for all kinds, as in pycocotools' ``loadRes``:
+            that of the box where the first detection has one, else that of the mask.
 
     Raises:
         ResultsError: the first detection that has something missing or wrong.
     """
-    reader = _Reader(truth, kinds, where)
+    reader = _Reader(truth, kinds, where, one_area)
     with without_collector():
         parts = [reader.read(chunk) for chunk in _chunks(results)] or [reader.read([])]
     return DetectionTable(
@@ -149,7 +158,13 @@ def read_detections(
         masks=[mask for part in parts for mask in part.masks],
         mask_areas=np.concatenate([part.mask_areas for part in parts]),
         keypoints=np.concatenate([part.keypoints for part in parts]),
+        areas=_joined([part.areas for part in parts]),
     )
+
+
+def _joined(parts: list[NDArray[np.float64] | None]) -> NDArray[np.float64] | None:
+    given = [part for part in parts if part is not None]
+    return np.concatenate(given) if given else None
 
 
 def _chunks(results: Iterable[Result]) -> Iterator[list[Result]]:
@@ -161,8 +176,12 @@ def _chunks(results: Iterable[Result]) -> Iterator[list[Result]]:
 class _Reader:
     """Turns results into arrays, many at a time, and finds the culprit when that fails."""
 
-    def __init__(self, truth: GroundTruth, kinds: Sequence[Kind], where: str) -> None:
+    def __init__(
+        self, truth: GroundTruth, kinds: Sequence[Kind], where: str, one_area: bool
+    ) -> None:
         self._truth, self._kinds, self._where = truth, kinds, where
+        self._one_area = one_area
+        self._area_kind: Kind | None = None  # what gives the area for all kinds
         self._num_points = truth.keypoints.shape[1]
         self._num_pixels = truth.sizes.prod(axis=1)
         self._ids = np.array([category.id for category in truth.categories], dtype=np.int64)
@@ -172,7 +191,10 @@ class _Reader:
 
     def read(self, chunk: Sequence[Result]) -> DetectionTable:
         if self._num_read == 0 and chunk and isinstance(chunk[0], dict):
-            self._boxes_masks = chunk[0].get("bbox") in (None, []) and _has_mask(chunk[0])
+            has_box = chunk[0].get("bbox") not in (None, [])
+            self._boxes_masks = not has_box and _has_mask(chunk[0])
+            if self._one_area and (has_box or self._boxes_masks):
+                self._area_kind = "bbox" if has_box else "segm"
         try:
             table = self._read(chunk)
         except _UNREADABLE:
@@ -205,13 +227,14 @@ class _Reader:
             shape = (count, 3 * self._num_points)
             points = _numbers([r["keypoints"] for r in chunk], shape)
             keypoints = points.reshape(count, self._num_points, 3)
-        if "segm" in self._kinds:
+        if "segm" in self._kinds or self._area_kind == "segm":
             sizes = self._truth.sizes[images].tolist()
             masks = [mask_counts(_outline(r), s) for r, s in zip(chunk, sizes, strict=True)]
             areas, is_mask = mask_areas(masks, self._num_pixels[images])
             if not is_mask.all():
                 raise ValueError("not a mask of the image")
-        return DetectionTable(images, labels, scores, boxes, masks, areas, keypoints)
+        own = {"bbox": boxes[:, 2] * boxes[:, 3], "segm": areas}.get(self._area_kind or "")
+        return DetectionTable(images, labels, scores, boxes, masks, areas, keypoints, own)
 
     def _boxed(self, result: Result, place: int) -> Result:
         """Return a result with the box of its mask, if it has none."""

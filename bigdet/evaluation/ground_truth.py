@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import LABEL_LISTS, ShardSet
+from bigdet.data.making.annotations import own_area
 from bigdet.evaluation.federated import Verified, verified
 from bigdet.evaluation.run_lengths import mask_areas
 
@@ -90,7 +91,9 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
             images.append(place)
             labels.append(annotation["label"])
             boxes.extend(annotation["bbox"])
-            areas.append(annotation["area"])
+            # 0 is of tars that others wrote: an area that nobody measured, not a small one.
+            size = (record["height"], record["width"])
+            areas.append(annotation["area"] or own_area(annotation, size)[1])
             is_crowd.append(annotation["iscrowd"])
             if with_masks:
                 masks.append(_run_lengths(annotation, record["height"], record["width"]))

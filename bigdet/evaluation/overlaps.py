@@ -31,6 +31,8 @@ Index = NDArray[np.int64]
 
 def detection_areas(found: DetectionTable, kind: Kind) -> NDArray[np.float64]:
     """Return the size of each detection by its kind, ``(N,)``, pixels: of box, mask or points."""
+    if found.areas is not None:
+        return found.areas
     if kind == "segm":
         return found.mask_areas
     if kind == "bbox":

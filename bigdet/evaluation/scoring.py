@@ -34,6 +34,7 @@ def evaluate_detections(
     metric: Metric = "coco",
     where: str = "results",
     max_detections: int = MAX_DETECTIONS,
+    one_area: bool = False,
 ) -> Metrics:
     """Measure detections against the ground truth of a whole shard set.
 
@@ -45,6 +46,7 @@ def evaluate_detections(
         where: where the results come from, for messages.
         max_detections: of a class on an image that count, of boxes and masks. Another number than
             100 is in the result, and in the name of its AR (``AR300``).
+        one_area: see ``read_detections``.
 
     Returns:
         Per kind the numbers of ``METRICS`` (or ``KEYPOINT_METRICS``) in 0..1, and under
@@ -59,7 +61,7 @@ def evaluate_detections(
     truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
     if truth.source_ids:
         results = with_numbers(results, truth.source_ids)
-    found = read_detections(results, truth, kinds, where)
+    found = read_detections(results, truth, kinds, where, one_area)
     if metric != "coco":
         return _evaluate_voc(truth, found, metric)
     names = unique_names(truth.categories)

@@ -17,6 +17,8 @@ from bigdet.host.limits import host_memory
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _OWN = ("bigdet", "__main__")  # a command is __main__
 _GIB = 1 << 30
+_FULL = ("can't allocate memory", "std::bad_alloc")
+"""What torch says where the memory of the host is full."""
 _place = ""
 
 
@@ -70,6 +72,25 @@ def explain_killed(error: BaseException) -> str:
         f"a loader process was lost ({found}){hint}. Lower data.workers (each holds a few batches "
         f"and decoded images), or give the job more memory. The same command goes on from the "
         f"newest checkpoint."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a device, or the host as one, had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # of torch
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+
+
+def explain_full(error: BaseException) -> str:
+    """Say where memory ran out and what to do, where an error of torch means that; else nothing."""
+    if isinstance(error, MemoryError) or not is_out_of_memory(error):
+        return ""
+    begin, lines = f"{_place}: " if _place else "", str(error).splitlines()
+    return (
+        f"{begin}out of memory: {lines[0].rstrip('.') if lines else 'none is left'}. Take fewer or "
+        f"smaller images at a time (evaluation.images_per_gpu, evaluation.resize), or end what "
+        f"else uses the device."
     )
 
 

@@ -23,6 +23,7 @@ _MPI = (  # rank, number of ranks, rank on this host, ranks on this host
 )
 _JOBS = ("PMIX_NAMESPACE", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 """What tells the runs of a host apart, the same for all ranks of a run."""
+_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
 _FIRST_PORT, _NUM_PORTS = 12_000, 20_000  # below those that Linux gives away
 
 
@@ -34,7 +35,7 @@ def adopt() -> None:
     Raises:
         ValueError: there are several ranks, and which of them this is cannot be told.
     """
-    if "RANK" not in os.environ and not _adopt_mpi():
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not _adopt_mpi():
         _adopt_slurm()
     ranks, size = (_count(name, default) for name, default in (("RANK", -1), ("WORLD_SIZE", 1)))
     if ranks == -1 and size > 1:
@@ -93,17 +94,25 @@ def _adopt_slurm() -> None:
     variables = os.environ
     num_tasks = _count("SLURM_NTASKS", 1)
     if _count("SLURM_STEP_NUM_TASKS", num_tasks) == 1:
-        if pmi := next((name for name in ("PMI_RANK", "PMIX_RANK") if _count(name, 0) > 0), None):
+        names = [name for name in ("PMI_RANK", "PMIX_RANK") if _count(name, 0) > 0]
+        names += [size for _, size, *_ in _MPI if _count(size, 1) > 1]
+        if names:
             raise ValueError(
-                f"{pmi} is {variables[pmi]}, so there are several ranks, but their number or this "
-                f"one's place on its host is not told. Set RANK, WORLD_SIZE, LOCAL_RANK, "
-                f"MASTER_ADDR and MASTER_PORT in each process, or start it with torchrun."
+                f"{names[0]} is {variables[names[0]]}, so there are several ranks, but their "
+                f"number or this one's place on its host is not told. Set RANK, WORLD_SIZE, "
+                f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each process, or start it with "
+                f"torchrun."
             )
         return
     if "SLURM_STEP_NUM_TASKS" not in variables:
         raise ValueError(
             f"Slurm gave this job {num_tasks} tasks, but python was started without srun and would "
             f"run alone. Write `srun python ...`, or ask for one task."
+        )
+    if lacking := [name for name in _STEP if name not in variables]:
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS is {variables['SLURM_STEP_NUM_TASKS']}, but {lacking[0]} is not "
+            f"set, so this process does not know its place among the ranks. Start it with srun."
         )
     variables["RANK"] = variables["SLURM_PROCID"]
     variables["WORLD_SIZE"] = variables["SLURM_STEP_NUM_TASKS"]

@@ -92,13 +92,15 @@ class _Lock:
         if os.getpid() == self._pid:  # not in a forked process
             self._is_over.set()
             with contextlib.suppress(OSError):
-                if self._file.read_text(encoding="utf-8") == self._text:
+                if _read(self._file) == self._text:
                     self._file.unlink()
 
     def _refresh(self) -> None:
         while not self._is_over.wait(HEARTBEAT_SECONDS):
             try:
-                text = self._file.read_text(encoding="utf-8")
+                text = _read(self._file)
+                if text is None:
+                    return  # removed by hand, or with the folder
                 if text == self._text:
                     os.utime(self._file)
                 elif not self._is_over.is_set():
@@ -107,8 +109,6 @@ class _Lock:
                         "refreshed for %g s. This one ends.", self._file, STALE_SECONDS,
                     )  # fmt: skip
                     os._exit(1)
-            except FileNotFoundError:
-                return  # removed by hand, or with the folder
             except OSError:
                 continue  # a file system that does not answer now
 
@@ -144,6 +144,8 @@ def _take(folder: Path, file: Path) -> _Lock:
     while True:
         found = _read(file)
         if found is None:
+            if file.is_symlink():
+                raise ValueError(f"{file}: is a link that leads nowhere. Remove it.")
             taken = _create(file, text)
         elif _is_alive(file, found):
             raise LockedError(_message(folder, file, found))
@@ -245,8 +247,10 @@ def _age(file: Path) -> float:
         refreshed = file.stat().st_mtime
     except FileNotFoundError:
         return -1.0
-    with tempfile.TemporaryFile(dir=file.parent) as probe:
-        return max(0.0, os.fstat(probe.fileno()).st_mtime - refreshed)
+    now = time.time()
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
+        now = os.fstat(probe.fileno()).st_mtime  # where nothing can be written, by our own clock
+    return max(0.0, now - refreshed)
 
 
 def _owner(text: str) -> Owner | None:

@@ -2,8 +2,9 @@
 
 Found by the names that timm, torchvision, Swin's and ConvNeXt's authors, detectron2 and its kin,
 mmcv, mmengine and many others give the average: a key of its own (``state_dict_ema``,
-``model_ema``, ``ema``, ``ema_state_dict``, ...), a first word of the tensors' names (``ema.``,
-``model_ema.``), or mmcv's ``ema_`` before a name with its dots replaced.
+``model_ema``, ``ema``, ``ema_state_dict``, ``modelEMA``, ``swa_state_dict``, ...), a first word of
+the tensors' names (``ema.``, ``model_ema.``), or mmcv's ``ema_`` before a name with its dots
+replaced.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ AsTensor = Callable[[Any], Tensor | None]
 """What a value of a file is as a tensor; None for what is none."""
 
 _EMA = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
+_KEY = re.compile(
+    r"(^|_)(ema|swa|(?<!exp_)avg|average|averaged|polyak)(_|$)|EMA|[a-z]Ema([A-Z_]|$)"
+)
 _WRAPPERS = ("module", "state_dict", "model", "shadow", "params")
 _COUNTERS = ("n_averaged", "num_updates", "updates", "steps", "decay")
 
@@ -109,7 +113,7 @@ def _find_sets(content: Any, as_tensor: AsTensor) -> tuple[Weights, list[Weights
     keys: list[str] = []
     while isinstance(content, Mapping):
         for key, value in content.items():
-            tensors = _tensors_of(value, as_tensor) if _EMA.search(str(key)) else {}
+            tensors = _tensors_of(value, as_tensor) if _KEY.search(str(key)) else {}
             if tensors:
                 averages.append(Weights(".".join([*keys, str(key)]), tensors))
         nest = next((name for name in NESTS if isinstance(content.get(name), Mapping)), None)

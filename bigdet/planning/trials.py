@@ -30,10 +30,10 @@ from bigdet.config.schema import EngineConfig, RunConfig
 from bigdet.data.format.mix import open_sets
 from bigdet.data.streams.stream import open_train_stream
 from bigdet.engine.build import build_engine
+from bigdet.host import errors
 from bigdet.host.limits import host_memory
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
-from bigdet.training.failures import is_out_of_memory
 from bigdet.training.metrics import peak_memory_gib
 from bigdet.training.phases import build_for_phase
 
@@ -106,7 +106,7 @@ def write_trial(config: RunConfig, phase: str, memory_gib: float | None) -> None
     try:
         found = dataclasses.asdict(_measure(config, phase, engine))
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not errors.is_out_of_memory(error):
             raise
         found = None
     sys.stdout.write(json.dumps(found) + "\n")

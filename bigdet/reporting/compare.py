@@ -15,13 +15,17 @@ from bigdet.reporting.runs import Groups, Run
 from bigdet.reporting.table import MEASURES, Table, decimals_of
 
 COSTS = {
-    "GPU-hours": ("gpu_seconds", 3600.0),
-    "images": ("images", 1.0),
-    "instances": ("instances", 1.0),
-    "pixels": ("pixels", 1.0),
+    "CPU-hours": ("cost/cpu_seconds", 3600.0),
+    "GPU-hours": ("seen/gpu_seconds", 3600.0),
+    "images": ("seen/images", 1.0),
+    "instances": ("seen/instances", 1.0),
+    "pixels": ("seen/pixels", 1.0),
 }
-"""What AP is held against beside steps: its key in ``metrics.jsonl``, behind ``seen/`` of a run and
-``imported/`` of weights from elsewhere, and its unit."""
+"""What AP is held against beside steps: its key in ``metrics.jsonl``, which of weights from
+elsewhere begins with ``imported/`` instead, and its unit. A run that counted its CPU time, as those
+do that train on CPUs, has CPU-hours in place of GPU-hours."""
+TIMES_OF_TRAINING = ("CPU-hours", "GPU-hours")
+"""The costs that are times; a run has one of them."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +100,23 @@ def _evaluations(run: Run, measure: str) -> dict[tuple[str, int], _Evaluation]:
     found = {}
     seen: dict[str, float] = {}
     for line in run.lines:
-        seen |= _costs_in(line, "seen")  # evaluations of older runs had none: the last step's count
+        seen |= _costs_in(line)  # evaluations of older runs had none: those of the last step count
         if (ap := line.get(measure)) is not None:
             place = line["phase"], line["step"]
-            found[place] = run.total_step(line), ap, dict(seen), _costs_in(line, "imported")
+            found[place] = run.total_step(line), ap, dict(seen), _imports_in(line)
     return found
 
 
-def _costs_in(line: Mapping[str, Any], whose: str) -> dict[str, float]:
-    return {
-        name: line[f"{whose}/{key}"] / unit
-        for name, (key, unit) in COSTS.items()
-        if line.get(f"{whose}/{key}")
-    }
+def _costs_in(line: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: line[key] / unit for name, (key, unit) in COSTS.items() if line.get(key)}
+    if "CPU-hours" in found:
+        found.pop("GPU-hours", None)
+    return found
+
+
+def _imports_in(line: Mapping[str, Any]) -> dict[str, float]:
+    keys = {name: f"imported/{key.partition('/')[2]}" for name, (key, _) in COSTS.items()}
+    return {name: line[key] / COSTS[name][1] for name, key in keys.items() if line.get(key)}
 
 
 def _mean_costs(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -263,11 +271,12 @@ def equal_ap_sentences(groups: Groups) -> list[str]:
     first = next(iter(groups))
     sentences = []
     for one in equal_ap(groups):
-        own, whole = one.parts.get("GPU-hours"), one.parts_with_imports.get("GPU-hours")
+        time = next((name for name in TIMES_OF_TRAINING if name in one.parts), "")
+        own, whole = one.parts.get(time), one.parts_with_imports.get(time)
         if own is None or first not in (one.name, one.other) or min(own, whole or own) >= 1:
             continue
         imports = "" if whole is None else (
             f" ({whole:.2f} with what the weights that they began with had cost)"
         )  # fmt: skip
-        sentences.append(f"{one.name} reaches {one.goal} at {own:.2f} of its GPU-hours{imports}.")
+        sentences.append(f"{one.name} reaches {one.goal} at {own:.2f} of its {time}{imports}.")
     return sentences

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bigdet.reporting.runs import Groups, Run
@@ -40,22 +40,33 @@ def cost_table(groups: Groups) -> Table:
         if (taken := phase_costs(run, phase))
     ]
     pixels = unit_of([taken.get("pixels") for _, _, taken in found], COUNTS)
-    times = ("compute", "data", "evaluation")
-    spent = [taken.get(f"{part}_gpu_seconds") for _, _, taken in found for part in times]
-    seconds, unit = unit_of(spent, TIMES)
+    device, times = time_parts([taken for _, _, taken in found])
+    seconds, unit = unit_of([taken.get(key) for _, _, taken in found for key in times.values()],
+                            TIMES)  # fmt: skip
     header = ["run", "phase", "steps", "images", "instances",
               f"pixels ({pixels[1]})" if pixels[1] else "pixels",
-              *(f"{part} GPU-{unit}" for part in ("compute", "data wait", "evaluation")),
-              "energy (kWh)"]  # fmt: skip
+              *(f"{part} {device}-{unit}" for part in times), "energy (kWh)"]  # fmt: skip
     rows = [
         [name, phase,
          *(f"{taken[key]:,}" if key in taken else "" for key in ("steps", "images", "instances")),
          amount(taken.get("pixels"), pixels[0]),
-         *(amount(taken.get(f"{part}_gpu_seconds"), seconds) for part in times),
+         *(amount(taken.get(key), seconds) for key in times.values()),
          amount(taken.get("energy_joules"), 3.6e6)]
         for name, phase, taken in found
     ]  # fmt: skip
     return Table(header, rows).without_empty()
+
+
+def time_parts(costs: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
+    """Return ``CPU`` or ``GPU``, and the keys of the parts of the time by what people call them.
+
+    Args:
+        costs: of phases, see ``phase_costs``; CPU time is shown if all of them have counted it.
+    """
+    if costs and all("cpu_seconds" in taken for taken in costs):
+        return "CPU", {"training": "cpu_seconds", "evaluation": "evaluation_cpu_seconds"}
+    parts = {"compute": "compute", "data wait": "data", "evaluation": "evaluation"}
+    return "GPU", {name: f"{part}_gpu_seconds" for name, part in parts.items()}
 
 
 def phase_costs(run: Run, phase: str) -> dict[str, Any]:

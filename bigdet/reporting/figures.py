@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigdet.reporting.compare import COSTS, Point, ap_curve, measures_of
-from bigdet.reporting.facts import phase_costs
+from bigdet.reporting.facts import phase_costs, time_parts
 from bigdet.reporting.runs import Groups
 from bigdet.reporting.table import MEASURES, TIMES, unit_of
 
@@ -21,12 +21,16 @@ MAX_POINTS = 1000
 """Points of a curve; of longer ones, neighbors are averaged."""
 AXES = {
     "steps": "optimizer steps, all phases",
+    "CPU-hours": "CPU-hours of training, all ranks",
     "GPU-hours": "GPU-hours of training",
     "images": "training images seen",
     "instances": "training objects seen",
     "pixels": "training pixels seen",
 }
 """What an axis with this measure of cost is called."""
+
+GPU_NOTE = "Seconds times GPUs of all phases; a wait for data is time in which a GPU stands still."
+CPU_NOTE = "CPU seconds of all ranks and phases; loader processes (data.workers) are not counted."
 
 Trace = dict[str, Any]
 Layout = dict[str, Any]
@@ -240,20 +244,21 @@ def cost_figures(groups: Groups) -> list[Figure]:
     if not counted:
         return []
     names = [run.name for run in counted]
+    taken = [[phase_costs(run, phase) for phase in run.phases] for run in counted]
+    device, keys = time_parts([cost for costs in taken for cost in costs if cost])
     parts = {
-        name: [sum(phase_costs(run, phase).get(key, 0) for phase in run.phases) for run in counted]
-        for name, key in (("compute", "compute_gpu_seconds"), ("data wait", "data_gpu_seconds"),
-                          ("evaluation", "evaluation_gpu_seconds"))
-    }  # fmt: skip
+        name: [sum(cost.get(key, 0) for cost in costs) for costs in taken]
+        for name, key in keys.items()
+    }
     unit, word = unit_of([second for seconds in parts.values() for second in seconds], TIMES)
     traces: list[Trace] = [
         {"type": "bar", "role": "part", "orientation": "h", "name": name, "y": names,
          "x": [second / unit for second in seconds],
-         "hovertemplate": f"%{{x:.4~g}} GPU-{word}<extra>%{{fullData.name}}</extra>",
+         "hovertemplate": f"%{{x:.4~g}} {device}-{word}<extra>%{{fullData.name}}</extra>",
          "showlegend": True}
         for name, seconds in parts.items()
     ]  # fmt: skip
-    layout = _axes(f"GPU-{word}", "") | {"barmode": "stack"}
+    layout = _axes(f"{device}-{word}", "") | {"barmode": "stack"}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
     layout["legend"] = {
         "orientation": "h",
@@ -263,7 +268,7 @@ def cost_figures(groups: Groups) -> list[Figure]:
         "x": 0,
     }
     layout["showlegend"] = True
-    note = "Seconds times GPUs of all phases; a wait for data is time in which a GPU stands still."
+    note = CPU_NOTE if device == "CPU" else GPU_NOTE
     height = 130 + 26 * len(names)
     return [Figure("gpu-hours", "Where the time went", note, [Choice("", traces, layout)], height)]
 

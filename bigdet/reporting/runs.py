@@ -89,7 +89,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not run_dir.config.is_file():
         found = "is no folder" if not folder.is_dir() else f"has no {run_dir.config.name}"
         raise ValueError(
-            f"{folder}: not a run: it {found}. Give the output folder of bigdet.train."
+            f"{folder}: not a run: it {found}. Give the output folder of `bigdet train`."
         )
     config = load_config(run_dir.config)
     lines = read_metrics(run_dir)
@@ -131,7 +131,7 @@ def check_same_data(runs: Sequence[Run]) -> None:
                 raise ValueError(
                     f"{run.run_dir.root}: was measured on other data than {first.run_dir.root}: "
                     f"{what}: {_brief(own)}, not {_brief(other)}. Their AP cannot be compared: "
-                    f"give each its own report, or measure one anew with bigdet.evaluate."
+                    f"give each its own report, or measure one anew with `bigdet evaluate`."
                 )
 
 

@@ -60,6 +60,8 @@ class Outcome:
         evaluation_seconds: of evaluations times GPUs.
         imported_images: images that were stated for weights from elsewhere; 0 where none were.
         is_finished: the run has its final weights, and all its numbers.
+        cpu_seconds: of training steps, of all ranks; known of runs on CPUs alone.
+        evaluation_cpu_seconds: of evaluations, likewise.
     """
 
     ap: dict[str, float]
@@ -70,6 +72,8 @@ class Outcome:
     evaluation_seconds: float | None
     imported_images: int
     is_finished: bool
+    cpu_seconds: float | None = None
+    evaluation_cpu_seconds: float | None = None
 
 
 def read_metrics(run_dir: RunDir) -> list[dict[str, Any]]:
@@ -123,6 +127,8 @@ def outcome_of(lines: Sequence[Mapping[str, Any]], is_finished: bool) -> Outcome
         evaluation_seconds=seen.get("cost/evaluation_gpu_seconds"),
         imported_images=last.get("imported/images", 0),
         is_finished=is_finished,
+        cpu_seconds=seen.get("cost/cpu_seconds"),
+        evaluation_cpu_seconds=seen.get("cost/evaluation_cpu_seconds"),
     )
 
 
@@ -143,8 +149,16 @@ def outcome_table(groups: Mapping[str, Sequence[Outcome | None]]) -> Table:
     def means(name: str) -> list[float | None]:
         return [_mean([getattr(one, name) for one in outcomes]) for outcomes in known.values()]
 
+    def times(on_gpu: str, on_cpu: str) -> dict[str, list[float | None]]:
+        cpu = means(on_cpu)
+        gpu = [one if own is None else None for one, own in zip(means(on_gpu), cpu, strict=True)]
+        return {"CPU": cpu, "GPU": gpu}
+
     trained, waited = means("gpu_seconds"), means("data_seconds")
-    time_unit = unit_of([*trained, *means("evaluation_seconds")], TIMES)
+    training = times("gpu_seconds", "cpu_seconds")
+    evaluating = times("evaluation_seconds", "evaluation_cpu_seconds")
+    seconds = [each for device in ("CPU", "GPU") for each in training[device] + evaluating[device]]
+    time_unit = unit_of(seconds, TIMES)
     columns = {
         "run": list(known),
         "seeds": [str(len(outcomes)) for outcomes in known.values()],
@@ -157,14 +171,18 @@ def outcome_table(groups: Mapping[str, Sequence[Outcome | None]]) -> Table:
         },
         **_counts("images", means("images")),
         **_counts("pixels", means("pixels")),
-        f"GPU-{time_unit[1]}": [amount(each, time_unit[0]) for each in trained],
+        **{
+            f"{device}-{time_unit[1]}": [amount(each, time_unit[0]) for each in values]
+            for device, values in training.items()
+        },
         "data wait": [
             f"{wait / whole:.0%}" if whole and wait is not None else ""
             for whole, wait in zip(trained, waited, strict=True)
         ],
-        f"evaluation GPU-{time_unit[1]}": [
-            amount(each, time_unit[0]) for each in means("evaluation_seconds")
-        ],
+        **{
+            f"evaluation {device}-{time_unit[1]}": [amount(each, time_unit[0]) for each in values]
+            for device, values in evaluating.items()
+        },
         **_counts("imported images", [each or None for each in means("imported_images")]),
         "state": [_state(outcomes) for outcomes in groups.values()],
     }  # fmt: skip

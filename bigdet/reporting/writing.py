@@ -8,6 +8,7 @@ from pathlib import Path
 from bigdet.config.schema import MAX_DETECTIONS
 from bigdet.reporting.albums import read_albums
 from bigdet.reporting.analysis_figures import WIDE, analysis_figures
+from bigdet.reporting.budgets import NEAR, budget_sentences, budget_table
 from bigdet.reporting.compare import difference_table, equal_ap_sentences, equal_ap_table
 from bigdet.reporting.facts import cost_table, environment_table, option_table, run_table
 from bigdet.reporting.figures import cost_figures, curve_figures, training_figures
@@ -18,15 +19,23 @@ from bigdet.run_dir import write_text
 
 RESULTS = (
     "AP in percent: of the last evaluation, the mean over seeds and behind +- their standard "
-    "deviation. GPU time is that of training; of it, data wait is what GPUs stood still for."
+    "deviation. GPU time is that of training; of it, data wait is what GPUs stood still for. Runs "
+    "on CPUs have CPU time instead: that of all threads of the ranks, loader processes "
+    "(data.workers) not counted."
 )
 NOISE = (
     "In percent points. The noise band is two standard errors of the difference of two means, from "
     "the standard deviation within all groups of several seeds."
 )
+BUDGETS = (
+    f"Of the groups whose training took about as long (each at most {NEAR - 1:.0%} longer than the "
+    "one before), the one with the highest last AP, and in percent points how far it is ahead of "
+    "the others. Finished runs only; what weights from elsewhere had cost is not counted. The "
+    "noise band is two standard errors of the difference, as above."
+)
 EQUAL_AP = (
     "The part of the other run's whole cost that had been spent at the first evaluation that "
-    "showed as much. GPU-hours are those of training."
+    "showed as much. GPU-hours, and CPU-hours, are those of training."
 )
 IMPORTS = (
     " With imports: what was stated of weights from elsewhere (phases.NAME.start_from.cost) counts "
@@ -62,17 +71,21 @@ def write_report(
     tables = {
         "Runs": (run_table(groups), ""),
         "Differences": (difference_table(groups), NOISE),
+        "Equal time": (budget_table(groups), BUDGETS),
         "Cost at equal AP": (costs, EQUAL_AP + imports),
         "What each phase took": (cost_table(groups), ""),
         "Options that differ": (option_table(groups), ""),
         "Environment": (environment, same),
     }
-    sentences = equal_ap_sentences(groups)
+    sentences = {
+        "Equal time": budget_sentences(groups),
+        "Cost at equal AP": equal_ap_sentences(groups),
+    }
     markdown = [results.markdown(), f"\n{results_note}\n"]
     for heading, (table, note) in tables.items():
         if table.rows:
-            said = sentences if heading == "Cost at equal AP" else []
-            text = "".join(f"{line}\n\n" for line in said) + table.markdown()
+            said = "".join(f"{line}\n\n" for line in sentences.get(heading, []))
+            text = said + table.markdown()
             markdown.append(f"\n## {heading}\n\n{text}" + (f"\n{note}\n" if note else ""))
     written = out / "report.md", out / "report.html"
     write_text(written[0], "".join(markdown))
@@ -85,24 +98,28 @@ def _page(
     title: str,
     results: Table,
     tables: Mapping[str, tuple[Table, str]],
-    sentences: Sequence[str],
+    sentences: Mapping[str, Sequence[str]],
 ) -> str:
     """Return the HTML file."""
     curves, training, costs = curve_figures(groups), training_figures(groups), cost_figures(groups)
     analysis = analysis_figures(groups)
     albums = read_albums(groups)
     html = {
-        heading: table_html(table) + paragraph_html(note, is_note=True) if table.rows else ""
+        heading: "".join(paragraph_html(sentence) for sentence in sentences.get(heading, []))
+        + table_html(table)
+        + paragraph_html(note, is_note=True)
+        if table.rows
+        else ""
         for heading, (table, note) in tables.items()
     }
-    said = "".join(paragraph_html(sentence) for sentence in sentences)
     sections = {
         "Results": table_html(results)
         + paragraph_html(RESULTS + _limit_note(groups), is_note=True),
         "Runs": html["Runs"],
         "AP": cards_html(curves, wide=True),
         "Differences": html["Differences"],
-        "Cost at equal AP": (said + html["Cost at equal AP"]) if html["Cost at equal AP"] else "",
+        "Equal time": html["Equal time"],
+        "Cost at equal AP": html["Cost at equal AP"],
         "Ground truth and detections": pager_html(albums)
         + (paragraph_html(PICTURES, is_note=True) if albums else ""),
         **{

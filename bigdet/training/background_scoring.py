@@ -92,7 +92,7 @@ class Scorer:
         logger.warning(
             "%s step %d: its detections are not in this run folder, so %s", entry.phase, entry.step,
             "it is evaluated again" if is_here else
-            "it has no AP here; bigdet.evaluate measures its checkpoint",
+            "it has no AP here; `bigdet evaluate` measures its checkpoint",
         )  # fmt: skip
 
     def start(self, results: SavedResults) -> None:

@@ -34,18 +34,11 @@ def explained(trainer: PhaseTrainer) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         where = trainer.run.watchdog.where
-        if is_out_of_memory(error):
+        if errors.is_out_of_memory(error):
             raise StepError(_out_of_memory(trainer, where)) from error
         if lost := distributed.lost_peer(error) or errors.explain_killed(error):
             raise StepError(f"{where}: {lost}") from error
         raise
-
-
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Tell whether a device, or the host as one, had no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
 
 
 def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:

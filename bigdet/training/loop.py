@@ -199,7 +199,7 @@ class PhaseTrainer:
 
     def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
         """Take one optimizer step; return what it saw and its learning rate."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         with distributed.together():  # a shard that one rank cannot get ends the run on all
             self._at("waiting for data")
             micro_batches = self.micro_batches = list(islice(batches, len(self.stream.lanes)))
@@ -229,7 +229,10 @@ class PhaseTrainer:
                             self.state.position, result.loss_scale / 2)  # fmt: skip
             else:
                 self._note_bad_step(micro_batches)
-        self.meter.add(micro_batches, time.perf_counter() - started, data_seconds)
+        self.meter.add(
+            micro_batches, time.perf_counter() - started, data_seconds,
+            time.process_time() - cpu_started,
+        )  # fmt: skip
         return result, lr
 
     def _note_bad_step(self, micro_batches: Sequence[Batch]) -> None:
@@ -308,7 +311,7 @@ class PhaseTrainer:
         if not run.scorer.finish(run.must_stop):  # the evaluation before
             return False
         size_cap = measuring.test_size(self.config, self.name)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         if not self._measure_norms():
             return False
         classes = [category.name for category in run.train_set.categories]
@@ -318,7 +321,7 @@ class PhaseTrainer:
         )  # fmt: skip
         if results is None:
             return False
-        self.meter.add_evaluation(time.perf_counter() - started)
+        self.meter.add_evaluation(time.perf_counter() - started, time.process_time() - cpu_started)
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         with distributed.together():
             if run.metrics is not None:

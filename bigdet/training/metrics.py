@@ -30,31 +30,42 @@ class StepMeter:
         """Count from now on; the device may tell its energy."""
         self._interval_steps = 0
         self._interval = torch.zeros(3, dtype=torch.float64)  # images, step and data seconds
-        # Not yet in the state: images, instances, pixels; step, data and evaluation seconds.
-        self._unsynced = torch.zeros(6, dtype=torch.float64)
+        # Not yet in the state: images, instances, pixels; step, data and evaluation seconds; CPU
+        # seconds of steps and of evaluations.
+        self._unsynced = torch.zeros(8, dtype=torch.float64)
         self._unsynced_steps = 0
         self._dropped_boxes = 0  # of this rank, when the ranks last added up
+        self._is_cpu = device.type == "cpu"
         self._energy = EnergyCounter(device)
         self._joules = self._energy.joules()  # when the ranks last added up
 
-    def add(self, micro_batches: Sequence[Batch], step_seconds: float, data_seconds: float) -> None:
+    def add(
+        self,
+        micro_batches: Sequence[Batch],
+        step_seconds: float,
+        data_seconds: float,
+        cpu_seconds: float = 0.0,
+    ) -> None:
         """Count one step of this rank; the batches are on the host, so nothing waits.
 
         Args:
             micro_batches: what the step trained on.
             step_seconds: of the whole step, the wait for data included.
             data_seconds: of the wait for data.
+            cpu_seconds: that all threads of this process had a CPU in the step.
         """
         counts = sum((_count(batch) for batch in micro_batches), torch.zeros(3))
         seconds = torch.tensor([step_seconds, data_seconds], dtype=torch.float64)
         self._interval += torch.cat([counts[:1], seconds])
         self._unsynced[:5] += torch.cat([counts, seconds])
+        self._unsynced[6] += cpu_seconds
         self._interval_steps += 1
         self._unsynced_steps += 1
 
-    def add_evaluation(self, seconds: float) -> None:
-        """Count an evaluation that this rank took part in."""
+    def add_evaluation(self, seconds: float, cpu_seconds: float = 0.0) -> None:
+        """Count an evaluation that this rank took part in, by the clock and by its CPU time."""
         self._unsynced[5] += seconds
+        self._unsynced[7] += cpu_seconds
 
     def sync(self, state: RunState, damages: Mapping[int, Damage], dropped_boxes: int) -> None:
         """Add what all ranks have seen since the last time to the state (a collective).
@@ -67,7 +78,7 @@ class StepMeter:
         joules = self._energy.joules()
         own = [dropped_boxes - self._dropped_boxes, joules - self._joules]
         self._dropped_boxes, self._joules = dropped_boxes, joules
-        images, instances, pixels, seconds, waited, evaluated, new_dropped, used = (
+        images, instances, pixels, seconds, waited, evaluated, cpu, cpu_evaluated, dropped, used = (
             distributed.sum_over_ranks(
                 torch.cat([self._unsynced, self._unsynced.new_tensor(own)])
             ).tolist()
@@ -81,9 +92,11 @@ class StepMeter:
             data_gpu_seconds=waited,
             evaluation_gpu_seconds=evaluated,
             energy_joules=None if math.isnan(used) else used,
+            cpu_seconds=cpu if self._is_cpu else None,
+            evaluation_cpu_seconds=cpu_evaluated if self._is_cpu else None,
         )
         state.costs.setdefault(state.phase, Cost()).add(cost)
-        state.dropped_boxes += round(new_dropped)
+        state.dropped_boxes += round(dropped)
         state.seen.images += cost.images
         state.seen.instances += cost.instances
         state.seen.pixels += cost.pixels

@@ -37,6 +37,10 @@ class Cost:
         data_gpu_seconds: seconds of waiting for data times ranks.
         evaluation_gpu_seconds: seconds of evaluations times ranks.
         energy_joules: of the ranks' GPUs; None where one of them does not tell.
+        cpu_seconds: of training steps, of all threads of the ranks, reading and decoding by loader
+            processes (``data.workers``) left out; None where a part was trained on GPUs, or not
+            counted.
+        evaluation_cpu_seconds: of evaluations, likewise; a process of its own does the scoring.
     """
 
     steps: int = 0
@@ -47,6 +51,8 @@ class Cost:
     data_gpu_seconds: float = 0.0
     evaluation_gpu_seconds: float = 0.0
     energy_joules: float | None = 0.0
+    cpu_seconds: float | None = 0.0
+    evaluation_cpu_seconds: float | None = 0.0
 
     def add(self, more: Cost) -> None:
         """Add what was taken since."""
@@ -168,7 +174,10 @@ class RunState:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunState:
         """Read what ``to_json`` wrote."""
-        costs = {phase: Cost(**cost) for phase, cost in values.get("costs", {}).items()}
+        uncounted = {"cpu_seconds": None, "evaluation_cpu_seconds": None}  # by earlier versions
+        costs = {
+            phase: Cost(**{**uncounted, **cost}) for phase, cost in values.get("costs", {}).items()
+        }
         unscored = values.get("unscored")
         read = {
             "seen": Seen(**values["seen"]),

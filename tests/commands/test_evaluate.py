@@ -191,3 +191,19 @@ def test_results_of_other_frameworks_are_scored_as_they_are(run_and_shards, tmp_
     assert [line[:4] for line in lines[1 : 1 + len(kinds)]] == [
         [kind, *["1.000"] * 3] for kind in kinds
     ]
+
+
+def test_masks_are_measured_where_the_first_detection_has_none(
+    run_and_shards, tmp_path, capsys, caplog
+):
+    found = []
+    for annotation in coco_ground_truth(run_and_shards[1])["annotations"]:
+        keys = MADE_BY["mmdetection.segm.json" if found else "mmdetection.bbox.json"]
+        found.append({key: (annotation | {"score": 0.875})[key] for key in keys})
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    with caplog.at_level("INFO"):
+        assert main([str(tmp_path / "found.json"), "--shards", str(run_and_shards[1].folder)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[1:3]] == ["box", "mask"]
+    assert float(lines[2][1]) > 0.5
+    assert "APl go by the areas of boxes, also for masks, as pycocotools does" in caplog.text

@@ -1,10 +1,14 @@
 """What commands share: words of the command line, and the last message."""
 
 import argparse
+import ast
 import errno
+import re
+from pathlib import Path
 
 import pytest
 
+import bigdet
 from bigdet.cli.running import explain, positive
 
 
@@ -21,3 +25,13 @@ def test_a_full_disk_is_told_with_what_to_do():
         "another place."
     )
     assert explain(FileNotFoundError(2, "No such file", "x")) == "[Errno 2] No such file: 'x'"
+
+
+def test_messages_name_no_files_that_an_installed_package_lacks():
+    # tools/ and launch/ are not installed; a folder below tools/ is another framework's.
+    package = Path(bigdet.__file__).parent
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"(?:tools/\w+\.py|\blaunch/\w+)", node.value)
+                assert not named, (file, node.lineno, named)

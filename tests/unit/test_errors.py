@@ -161,3 +161,16 @@ def test_memory_that_is_full_is_told():
     told = errors.explain(caught(lambda: bytearray(1 << 62)))
     assert told.startswith("out of memory: none is left: the system kills processes when")
     assert os.uname().sysname != "Linux" or "GiB are free now" in told
+
+
+def test_memory_that_is_full_for_torch_is_told_by_every_command():
+    errors.at("evaluating runs/x")
+    begin = "evaluating runs/x: out of memory: "
+    host = errors.explain_full(caught(lambda: torch.empty(1 << 60)))
+    assert host.startswith(begin)
+    assert "can't allocate memory" in host
+    device = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee ...")
+    told = errors.explain_full(device)
+    assert told.startswith(f"{begin}CUDA out of memory. Tried to allocate 2.00 GiB. Take fewer")
+    assert errors.explain_full(RuntimeError("shapes cannot be multiplied")) == ""
+    assert errors.explain_full(MemoryError()) == ""  # `explain` does

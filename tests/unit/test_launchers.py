@@ -54,6 +54,8 @@ def adopted(variables: dict[str, str]) -> dict[str, str]:
         ({"PMI_RANK": "1", "PMI_SIZE": "2"} | SLURM_JOB | DAEMON | STEP, ("1", "2", "0", "gpu03")),
         ({"PMIX_RANK": "1"} | SLURM_JOB | DAEMON | STEP, ("1", "2", "0", "gpu03")),
         (MPICH | {"RANK": "0", "WORLD_SIZE": "1"}, ("0", "1")),  # of torchrun, in a task
+        (MPICH | {"RANK": "0"}, ("1", "2", "1", "127.0.0.1")),  # the same for all: of no launcher
+        (MPICH | {"WORLD_SIZE": "1"}, ("1", "2", "1", "127.0.0.1")),
     ],
 )  # fmt: skip
 def test_the_place_among_the_ranks_is_found(variables: dict[str, str], place: tuple[str, ...]):
@@ -93,8 +95,12 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyP
         ({"PMI_SIZE": "2"}, "^PMI_SIZE is 2, but PMI_RANK is not set"),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "^PMI_RANK is 1, so there are several ranks, but"),
         ({"PMIX_RANK": "1"}, "^PMIX_RANK is 1, so there are several ranks, but"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "^PMI_SIZE is 2, so there are several ranks, but"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+         "^OMPI_COMM_WORLD_SIZE is 2, so there are several ranks, but"),
+        (DAEMON, "^SLURM_STEP_NUM_TASKS is 2, but SLURM_JOB_ID is not set"),
     ],
-)
+)  # fmt: skip
 def test_several_ranks_that_do_not_know_their_place_are_refused(variables, said: str):
     with pytest.raises(ValueError, match=said):
         adopted(variables)

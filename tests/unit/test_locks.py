@@ -169,6 +169,24 @@ def test_what_is_no_lock_yet_is_one_until_it_is_old(tmp_path: Path):
     assert not is_held(tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_to_tells_its_owner_all_the_same(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    leave(tmp_path, host="zeus")
+    monkeypatch.setattr(locks.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(locks.LockedError, match="on zeus writes here"):
+        locks.refuse_held(tmp_path, tmp_path / "lock")
+    os.utime(tmp_path / "lock", (0, 0))
+    locks.refuse_held(tmp_path, tmp_path / "lock")  # so that the folder itself can be complained of
+
+
+def test_a_lock_that_leads_nowhere_is_told(tmp_path: Path):
+    (tmp_path / "lock").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="lock: is a link that leads nowhere"):
+        is_held(tmp_path)
+
+
 def test_disks_without_links_have_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def link(source, target):
         raise OSError(errno.EPERM, "Operation not permitted")

@@ -55,8 +55,9 @@ class ClassCounts:
         crowd_only = [k for k, n in enumerate(self.crowd) if n and not self.instances[k]]
         absent = [k for k, n in enumerate(self.crowd) if not n and not self.instances[k]]
         advice = (
-            "Crowd is neither learned nor counted. Some tools set iscrowd: 1 for every RLE mask: "
-            "where it is one object, set 0 in the annotations and make the shards again"
+            "Crowd is neither learned nor counted. Some tools set iscrowd: 1 for every RLE mask "
+            "(flags like ignore or difficult make crowd, too): where it is one object, set 0 in "
+            "the annotations and make the shards again"
         )
         lines = []
         if not any(self.instances):
@@ -127,6 +128,6 @@ def class_lines(shards: ShardSet, use: Literal["learned", "measured"]) -> tuple[
     """Return what to say of a set's classes: a line with numbers, and warnings."""
     counts = count_classes(shards)
     if counts is None:
-        command = f"bigdet check-shards {shards.address}"
+        command = f"`bigdet check-shards {shards.address}`"
         return f"not known, as the set is of an older version; {command} counts them", []
     return counts.line(), counts.warnings(use)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -287,4 +288,4 @@ def _shortened(names: Sequence[str]) -> str:
 
 def name_key(name: str) -> str:
     """Return what two names of a category have in common if they mean the same."""
-    return " ".join(name.casefold().split())
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())

@@ -64,8 +64,6 @@ STRING_IDS = {"image_ids": "strings"}
 """In the options of a set that has ``source_id`` in its records."""
 LABEL_LISTS = ("negative_labels", "not_exhaustive_labels")
 """What records of a federated set have, see ``Sample``."""
-NO_MASK: tuple[Any, ...] = (None, [], [[]])
-"""Segmentations with which tools say that there is none."""
 
 
 class UnavailableShardError(ShardError):
@@ -268,7 +266,7 @@ class ShardSet:
             record: dict[str, Any] = orjson.loads(text)  # 7 times as fast as json
             if record["image_id"] != self.index[row]["image_id"]:
                 raise self._damaged(row, f"annotations are of image {record['image_id']}")
-            drop_empty_masks(record)
+            drop_empty_outlines(record)
             return as_seen(record)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise self._damaged(row, f"annotations are not readable ({error!r})") from error
@@ -297,12 +295,21 @@ def orientation_of(flags: int) -> int:
     return 1 + (flags >> TURN_BIT & 7)
 
 
-def drop_empty_masks(record: dict[str, Any]) -> None:
-    """Take masks of nothing out of a record: tars that others wrote have them for "no mask"."""
+def is_no_mask(segmentation: Any) -> bool:
+    """Tell whether tools say with this that there is no mask: null, "", {}, [], [[], []]."""
+    return not segmentation or (isinstance(segmentation, list) and not any(segmentation))
+
+
+def drop_empty_outlines(record: dict[str, Any]) -> None:
+    """Take masks and keypoints of nothing out of a record: in tars of others they mean "none"."""
     entries = record.get("annotations")
     for annotation in entries if isinstance(entries, list) else []:
-        if isinstance(annotation, dict) and annotation.get("segmentation") in NO_MASK:
+        if not isinstance(annotation, dict):
+            continue
+        if is_no_mask(annotation.get("segmentation")):
             annotation.pop("segmentation", None)
+        if not annotation.get("keypoints"):
+            annotation.pop("keypoints", None)
 
 
 def sample_key(image_id: int) -> str:

@@ -5,22 +5,24 @@ Everything that is left out or altered is noted with its reason.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeGuard
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from bigdet.data.format.manifest import Category, Manifest
-from bigdet.data.format.shard_set import NO_MASK
-from bigdet.data.making.loose_values import truth_value
+from bigdet.data.format.shard_set import is_no_mask
+from bigdet.data.making.loose_values import truth_value, with_numbers
 from bigdet.data.making.shard_tar import SampleLog
 
 BOX_TOLERANCE = 0.01  # pixels: COCO's boxes have two decimals, so a sum may go over by rounding
 MIN_SIDE = 0.01  # pixels: float32 edges of a thinner box, far from the origin, would coincide
 MAX_NUMBER = 1e15  # larger coordinates are no pixels, and sums of them lose whole pixels
-IGNORE_FLAGS = ("ignore", "difficult")
-"""Flags of objects that are neither to be learned nor missed: mmdetection's and VOC's. Objects365's
-``isfake`` and ``isreflected`` are of objects that its own evaluation counts, so they are not read.
+IGNORE_FLAGS = ("ignore", "difficult", "is_crowd", "IsGroupOf")
+"""Flags of objects that are neither to be learned nor missed: mmdetection's, VOC's, a spelling of
+``iscrowd``, Open Images' of a box around many. Objects365's ``isfake`` and ``isreflected`` are of
+objects that its own evaluation counts, so they are not read.
 """
 
 CLIPPED = "box clipped to the image"
@@ -51,26 +53,29 @@ def clean_annotation(
         None if the annotation cannot be used.
     """
     height, width = image_size
-    box = source.get("bbox")
+    box = with_numbers(source.get("bbox"))
     if not are_numbers(box) or len(box) != 4:
         log.change("annotation dropped: box is not four finite numbers", **about)
         return None
     if truth_value(source.get("iscrowd")) is None:
         log.change("annotation dropped: iscrowd is neither 0 nor 1", **about)
         return None
+    if angle := _rotation(source):
+        box = _around_turned(box, angle)
+        log.change("box made to surround one that is turned (attributes.rotation)", **about)
     clipped = clip_box(box, height, width)
     if clipped is None:
         log.change("annotation dropped: box has no area in the image", **about)
         return None
     if clipped != box:
         log.change(CLIPPED, **about)
-    areas = [source.get("area")]
+    areas = [with_numbers(source.get("area"))]
     annotation = {"id": source["id"], "label": label, "bbox": clipped, "area": areas[0]}
     annotation["iscrowd"] = int(_is_crowd(source, about, log))
     _add_outlines(annotation, source, image_size, category, about, log)
     # An area of 0 is one that nobody has measured: as a size it would make the object small.
     if not are_numbers(areas) or not 0 < areas[0] <= height * width:
-        what, annotation["area"] = _own_area(annotation, image_size)
+        what, annotation["area"] = own_area(annotation, image_size)
         if areas[0] is not None:
             log.change(f"area replaced by that of the {what}", **about)
     return annotation
@@ -87,12 +92,37 @@ def _is_crowd(source: Json, about: Json, log: SampleLog) -> bool:
     return False
 
 
+def _rotation(source: Json) -> float:
+    """Return by how many degrees, clockwise, CVAT's box is turned around its center."""
+    attributes = source.get("attributes")
+    angle = with_numbers(attributes.get("rotation")) if isinstance(attributes, dict) else 0
+    return math.radians(angle) if are_numbers([angle]) else 0.0
+
+
+def _around_turned(box: list[float], angle: float) -> list[float]:
+    """Return the upright box around one that is turned; both are x, y, width, height."""
+    x, y, w, h = box
+    cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
+    width, height = w * cosine + h * sine, w * sine + h * cosine
+    sides = (x + (w - width) / 2, y + (h - height) / 2, width, height)
+    return [round(side, 2) for side in sides]
+
+
 def _is_relative(mask: list[list[float]] | Json, box: list[float]) -> bool:
     """Tell whether polygons are in parts of the image where the box is in pixels."""
     return isinstance(mask, list) and max(map(max, mask)) <= 1 and min(box[2:]) > 1
 
 
-def _own_area(annotation: Json, image_size: tuple[int, int]) -> tuple[str, float]:
+def are_relative(points: list[float], box: list[float]) -> bool:
+    """Tell whether keypoints are in parts of the image where the box is in pixels."""
+    seen = [
+        v for place in range(0, len(points), 3) if points[place + 2] for v in points[place:][:2]
+    ]
+    is_within = bool(seen) and min(seen) >= 0 and max(seen) <= 1 < min(box[2:])
+    return is_within and any(value % 1 for value in seen)
+
+
+def own_area(annotation: Json, image_size: tuple[int, int]) -> tuple[str, float]:
     """Return the area of an object's mask, or of its box if it has none, and which it is."""
     mask = annotation.get("segmentation")
     if mask is not None:
@@ -112,7 +142,7 @@ def _add_outlines(
 ) -> None:
     """Give mask and keypoints of the source to an annotation, where they can be used."""
     mask: Any = source.get("segmentation")
-    if mask not in NO_MASK:
+    if not is_no_mask(mask):
         cleaned = clean_mask(mask, *image_size)
         if cleaned is None:
             log.change("mask dropped: neither polygons nor RLE of the image", **about)
@@ -123,8 +153,12 @@ def _add_outlines(
             if isinstance(cleaned, list) and len(cleaned) < len(mask):
                 log.change("part of a mask dropped: not a polygon in the image", **about)
     if source.get("keypoints") not in (None, []):
-        points = _clean_keypoints(source["keypoints"], image_size, category, about, log)
-        if points is not None:
+        points = _clean_keypoints(
+            with_numbers(source["keypoints"]), image_size, category, about, log
+        )
+        if points is not None and are_relative(points, annotation["bbox"]):
+            log.change("keypoints dropped: within 0 to 1, so relative coordinates", **about)
+        elif points is not None:
             annotation["keypoints"] = points
 
 
@@ -155,9 +189,12 @@ def box_warning(manifest: Manifest) -> str | None:
     num_clipped, num_boxes = manifest.changed.get(CLIPPED, 0), manifest.instances + manifest.crowd
     if 2 * num_clipped <= num_boxes:
         return None
+    what = "Boxes are x, y, width, height in pixels; do these have two corners"
+    if manifest.source == "voc":
+        what = "VOC counts pixels from 1; do these count from 0"
     return (
-        f"{num_clipped:,} of {num_boxes:,} boxes reach beyond their image. Boxes are x, y, width, "
-        "height in pixels; do these have two corners, or are they of images of another size?"
+        f"{num_clipped:,} of {num_boxes:,} boxes reach beyond their image. {what}, or are they of "
+        "images of another size?"
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
+import orjson
 
 from bigdet.data.format.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.format.orientation import ORIENTATION_KEY, as_seen, seen_orientation
@@ -30,10 +31,10 @@ from bigdet.data.format.shard_set import (
     LABEL_LISTS,
     SKIPPED_NAME,
     STRING_IDS,
-    drop_empty_masks,
+    drop_empty_outlines,
     file_sha256,
 )
-from bigdet.data.making.annotations import IGNORE_FLAGS
+from bigdet.data.making.annotations import IGNORE_FLAGS, are_relative
 from bigdet.data.making.conversion import PLAN_NAME, Progress, no_progress
 from bigdet.data.making.loose_values import truth_value
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
@@ -54,6 +55,7 @@ from bigdet.host.reading import patiently, why_unread
 from bigdet.pictures.pixels import Exif, turned_size
 
 INCOMPLETE = "not one image (jpg, jpeg, png, webp) and one json"
+DOTTED = f"{INCOMPLETE}: the key of a sample ends at the first dot of a name, and these have more"
 APART = "its image and its json are not adjacent in the tar: pack it anew with tar --sort=name"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_U4 = 2**32 - 1
@@ -249,7 +251,7 @@ def _row(
     if found.problem:
         return found.problem
     if len(images) != 1 or "json" not in found.files:
-        return INCOMPLETE
+        return DOTTED if any("." in suffix for suffix in found.files) else INCOMPLETE
     (image_offset, image_size), (offset, size) = found.files[images[0]], found.files["json"]
     if max(image_size, size) > MAX_U4:
         return "larger than 4 GiB"
@@ -260,9 +262,9 @@ def _row(
         return f"its json cannot be read: {error}"
     problem = record_problem(record)
     if problem is None:
-        drop_empty_masks(record)
+        drop_empty_outlines(record)
     problem = problem or next(annotation_problems(record, job.categories), None)
-    problem = problem or _meaning_problem(record)
+    problem = problem or _meaning_problem(record) or _text_problem(text)
     if problem:
         return problem
     turn = _orientation(image, record, job.exif)
@@ -301,6 +303,15 @@ def _orientation(image: bytes, record: Json, exif: Exif) -> tuple[int, str | Non
     return f"the image is {height} x {width} pixels{turned}, its record says {recorded}"
 
 
+def _text_problem(text: bytes) -> str | None:
+    """Say what readers of shards, which are stricter than ``json``, cannot read of a record."""
+    try:
+        orjson.loads(text)
+    except ValueError as error:
+        return f"its json is not strict JSON in UTF-8 without byte order mark: {error}"
+    return None
+
+
 def _meaning_problem(record: Json) -> str | None:
     """Say which annotations would be taken for something else than they were meant for."""
     annotations, sides = record["annotations"], (record["height"], record["width"])
@@ -309,6 +320,9 @@ def _meaning_problem(record: Json) -> str | None:
     for name in ("neg_category_ids", "not_exhaustive_category_ids"):
         if name in record:
             return f"has {name}, which shards have by label, as {' and '.join(LABEL_LISTS)}"
+    for entry in annotations:
+        if are_relative(entry.get("keypoints", []), entry["bbox"]):
+            return f"annotation {entry['id']}: keypoints within 0 to 1: relative, expected pixels"
     for flag in IGNORE_FLAGS:
         for entry in annotations:
             if not entry["iscrowd"] and truth_value(entry.get(flag)) is not False:

@@ -130,3 +130,13 @@ def test_a_phase_that_does_not_exist_is_told_with_the_nearest(experiment):
         ConfigError, match=r"--phase finetuen: .* did you mean 'finetune'\? The con"
     ):
         check_phase(config, "finetuen")
+
+
+def test_the_home_folder_is_known_where_no_shell_sees_it(experiment: Path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    experiment.write_text(
+        EXPERIMENT.replace("runs/x", "~/runs/x") + "resume: ~/y/checkpoints/a-1\n"
+    )
+    config = load_config(experiment)
+    assert (config.output, config.resume) == ("/home/ann/runs/x", "/home/ann/y/checkpoints/a-1")
+    assert load_config(experiment, ["output=~/z"]).output == "/home/ann/z"

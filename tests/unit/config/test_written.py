@@ -102,11 +102,20 @@ def test_the_command_line_may_set_an_option_back(tmp_path: Path):
     assert refusal(path, *words, "phases.train.momentum=0.9") == ""
 
 
-def test_a_fragment_serves_experiments_of_several_kinds(tmp_path: Path):
-    shared = "model: {retina: {focal_gamma: 2.0}, cascade: {gradients: detectron2}}"
-    assert refusal(written(tmp_path, fragment=shared)) == ""
-    changed = shared.replace("2.0", "1.5")
-    assert "model.retina.focal_gamma" in refusal(written(tmp_path, fragment=changed))
+@pytest.mark.parametrize("gamma", ["2.0", "1.5"])
+def test_it_is_refused_in_a_fragment_too(tmp_path: Path, gamma: str):
+    path = written(tmp_path, fragment=f"model: {{retina: {{focal_gamma: {gamma}}}}}")
+    assert "model.retina.focal_gamma would be ignored" in refusal(path)
+
+
+def test_an_experiment_may_choose_another_part_than_its_fragment(tmp_path: Path):
+    fragment = "model: {detector: retinanet, retina: {focal_gamma: 2.0}}"
+    model = "detector: faster_rcnn, backbone: resnet18"
+    assert refusal(written(tmp_path, fragment=fragment, model=model)) == ""
+    model = "backbone: resnet18"
+    path = written(tmp_path, fragment=fragment, model=model)
+    assert refusal(path) == ""
+    assert refusal(path, "model.detector=faster_rcnn") == ""
 
 
 @pytest.mark.parametrize("newer", [[], ["log", "checkpoint", "model.rpn"]])

@@ -15,9 +15,11 @@ from bigdet.data.making.sources.file_names import (
     ACCENTS,
     ADDRESS,
     BACKSLASHES,
+    BLANKS,
     CASE,
     DOTS,
     FRONT,
+    OTHER_SUFFIX,
     PERCENT,
     SUFFIX,
     find_files,
@@ -143,3 +145,20 @@ def test_a_folder_with_none_of_the_files_is_refused_with_what_it_holds(tmp_path:
     trial.picture("train/b.jpg")
     with pytest.raises(ShardError, match=f"{trial.images}/train has b.jpg. Give the folder that"):
         trial.convert([image_of(1, file_name="x\\b.jpg")], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("a.png", OTHER_SUFFIX), ("x/A.BMP", f"{FRONT} and {CASE} and {OTHER_SUFFIX}"),
+     ("a.jpg ", BLANKS), (" a.jpg\n", BLANKS)],
+)  # fmt: skip
+def test_other_suffixes_and_blanks_are_looked_through(tmp_path: Path, name: str, way: str) -> None:
+    make_files(tmp_path, "a.jpg", "b.jpg", "b.tif", "c.txt")
+    found = find_files(tmp_path, [name, "b.png", "c.png"])  # of b there are two, c is no picture
+    assert found.paths == ["a.jpg", "b.png", "c.png"]
+    assert found.ways == {0: way}
+
+
+def test_a_file_that_is_named_itself_is_none_of_another_suffix(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.jpg")
+    assert find_files(tmp_path, ["a.jpg", "a.png"]).ways == {}

@@ -258,6 +258,9 @@ def test_categories_come_from_lists_annotation_files_and_manifests(tmp_path: Pat
         '{"categories": [{"id": 1, "name": "p", "keypoints": ["x"], "flip_pairs": []}]}'
     )
     assert load_categories(path) == [Category(1, "p", keypoints=["x"], flip_pairs=[])]
+    # An annotation file is converted with such ids, so it gives its categories too.
+    path.write_text('{"categories": [{"id": 2.0, "name": "b"}, {"id": "7", "name": "a"}]}')
+    assert load_categories(path) == [Category(2, "b"), Category(7, "a")]
 
 
 def test_fields_that_would_be_misread_leave_a_sample_out(tmp_path: Path) -> None:
@@ -307,3 +310,64 @@ def test_two_at_a_time_and_a_half_made_conversion_are_refused(tmp_path: Path) ->
     with pytest.raises(ShardError, match="holds the beginning of a conversion"):
         index_shards(tmp_path, CATEGORIES)
     assert (tmp_path / ".unfinished/plan.json").read_text() == "{}"
+
+
+def test_outlines_of_nothing_are_none(tmp_path: Path) -> None:
+    nothing: list[dict[str, Any]] = [
+        {"segmentation": [[], []]}, {"segmentation": {}}, {"segmentation": ""}, {"keypoints": []},
+        {"keypoints": None},
+    ]  # fmt: skip
+    members = [m for n, entry in enumerate(nothing) for m in sample(f"{n}", record_of(n, **entry))]
+    write_tar(tmp_path / "a.tar", members)
+    assert index_shards(tmp_path, CATEGORIES).images == 5
+    shards = ShardSet(tmp_path)
+    assert shards.index["flags"].tolist() == [0] * 5
+    for row in range(5):
+        assert not {"segmentation", "keypoints"} & shards.record(row)["annotations"][0].keys()
+    assert list(check_shards(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbf" + json.dumps(record_of(2)).encode(),
+        json.dumps(record_of(2)).encode("utf-16"),
+        json.dumps(record_of(2) | {"score": float("nan")}).encode(),
+    ],
+)
+def test_json_that_readers_of_shards_refuse_is_left_out(tmp_path: Path, text: bytes) -> None:
+    # Indexed, it would be a damaged sample in training.
+    write_tar(tmp_path / "a.tar", [*sample("1", record_of(1)), ("2.jpg", JPEG), ("2.json", text)])
+    manifest = index_shards(tmp_path, CATEGORIES)
+    assert (manifest.images, sum(manifest.skipped.values())) == (1, 1)
+    assert next(iter(manifest.skipped)).startswith("its json is not strict JSON in UTF-8")
+    assert list(check_shards(tmp_path)) == []
+
+
+def test_names_with_several_dots_are_told(tmp_path: Path) -> None:
+    members = [*sample("1", record_of(1)), *sample("a_jpg.rf.12", record_of(2))]
+    write_tar(tmp_path / "a.tar", members)
+    (reason,) = index_shards(tmp_path, CATEGORIES).skipped
+    assert reason.endswith(
+        "the key of a sample ends at the first dot of a name, and these have more"
+    )
+
+
+def test_keypoints_in_parts_of_the_image_are_told(tmp_path: Path) -> None:
+    categories = [Category(1, "dog", keypoints=["nose"]), Category(2, "cat", keypoints=["nose"])]
+    right, relative = {"keypoints": [2, 3, 2]}, {"keypoints": [0.25, 0.5, 2]}
+    members = [*sample("1", record_of(1, **right)), *sample("2", record_of(2, **relative))]
+    write_tar(tmp_path / "a.tar", members)
+    manifest = index_shards(tmp_path, categories)
+    reason = "annotation 1: keypoints within 0 to 1: relative, expected pixels"
+    assert (manifest.images, manifest.skipped) == (1, {reason: 1})
+
+
+def test_an_area_of_0_is_that_of_the_box_in_evaluation(tmp_path: Path) -> None:
+    square = [[1, 2, 3, 2, 3, 4, 1, 4]]  # 2 x 2 pixels; the boxes have 3 x 2.5
+    records = [record_of(1, area=0), record_of(2, area=0, segmentation=square), record_of(3)]
+    members = [m for record in records for m in sample(str(record["image_id"]), record)]
+    write_tar(tmp_path / "a.tar", members)
+    index_shards(tmp_path, CATEGORIES)
+    truth = read_ground_truth(ShardSet(tmp_path), False, False)
+    assert truth.areas.tolist() == [7.5, 4, 7.5]

@@ -12,6 +12,7 @@ from bigdet.data.examples.objects import keypoint_order
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, ShardSet
 from bigdet.data.making.shard_check import check_shards
+from bigdet.data.making.sources.categories import flip_pairs
 from bigdet.data.making.sources.coco import convert_coco
 from tests.unit.data.coco_trial import Trial, box_of, image_of
 
@@ -158,3 +159,33 @@ def test_a_visibility_of_another_kind_is_told(trial: Trial, visibility: float) -
     reason = "keypoints dropped: a visibility is not 0, 1 or 2"
     assert shards.manifest.changed == {reason: 1}
     assert trial.log()[0]["found"] == [visibility]
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (["Left Eye", "Right Eye"], [[0, 1]]),
+        (["eyeRight", "eyeLeft", "nose"], [[1, 0]]),
+        (["L_eye", "R_eye", "eye.r", "eye.l"], [[0, 1], [3, 2]]),
+        (["l-hip", "r-hip", "l", "r"], [[0, 1]]),  # letters alone may be anything
+        (["all", "arr", "left_ear"], []),
+    ],
+)
+def test_sides_are_known_in_all_ways_of_writing_them(names: Any, pairs: Any) -> None:
+    assert flip_pairs(names) == pairs
+
+
+def test_names_that_are_numbers_and_relative_keypoints(trial: Trial) -> None:
+    # (0.25, 0.5) is in parts of the image, where the box has 3 x 2 pixels; (1, 1) is a pixel.
+    points = [[2, 3, 2, 3, 3, 1], [0.25, 0.5, 2, 0.5, 0.5, 2], [1, 1, 2, 0, 0, 0]]
+    boxes = [box_of(number, keypoints=entry) for number, entry in enumerate(points)]
+    content = {"images": [image_of(1)], "annotations": boxes}
+    categories = [{"id": 2, "name": "bicycle", "keypoints": [1, 2]}]
+    trial.file.write_text(json.dumps({**content, "categories": categories}))
+    convert_coco(trial.images, trial.file, trial.out)
+    shards = ShardSet(trial.out)
+    assert shards.categories[0].keypoints == ["1", "2"]
+    found = [entry.get("keypoints") for entry in shards.record(0)["annotations"]]
+    assert found == [points[0], None, points[2]]
+    reason = "keypoints dropped: within 0 to 1, so relative coordinates"
+    assert shards.manifest.changed == {reason: 1}

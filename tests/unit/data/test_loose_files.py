@@ -91,6 +91,15 @@ def test_image_ids_that_are_text_keep_their_number_if_all_have_one(trial: Trial)
     assert shards.manifest.options["image_ids"] == "strings"
 
 
+def test_ids_that_are_numbers_beside_names_are_kept_as_text(trial: Trial) -> None:
+    trial.picture("b.jpg")
+    images = [image_of("b"), image_of(1)]  # image 1 becomes number 2
+    boxes = [box_of(1, image_id="b"), box_of(2, image_id=1)]
+    shards = trial.convert(images, boxes)
+    records = [shards.record(row) for row in range(2)]
+    assert [(record["image_id"], record["source_id"]) for record in records] == [(1, "b"), (2, "1")]
+
+
 def test_image_ids_that_are_names_become_places_in_the_file(trial: Trial) -> None:
     images = [image_of("frame_b", file_name="2.jpg"), image_of("7", file_name="1.jpg")]
     boxes = [box_of(1, "7"), box_of(2, "frame_b"), box_of(3, "frame_b"), box_of(4, "frame_x")]
@@ -155,6 +164,55 @@ def test_objects_to_ignore_become_crowd(trial: Trial) -> None:
     }
 
 
+def test_flags_of_other_tools_make_crowd_too(trial: Trial) -> None:
+    boxes = [box_of(1, is_crowd=1), box_of(2, IsGroupOf=True), box_of(3, is_crowd=0, IsGroupOf=0)]
+    shards = trial.convert([image_of(1)], boxes)
+    assert [entry["iscrowd"] for entry in shards.record(0)["annotations"]] == [1, 1, 0]
+    assert shards.manifest.changed == {
+        "object made crowd: IsGroupOf is set": 1,
+        "object made crowd: is_crowd is set": 1,
+    }
+
+
+def test_numbers_that_are_text_are_numbers(trial: Trial) -> None:
+    box = box_of(1, bbox=["1", "2.0", " 3 ", "2"], area="5.5", segmentation=[])
+    shards = trial.convert([image_of(1)], [box, box_of(2, bbox=["1", "2", "3", "x"])])
+    assert [
+        (entry["id"], entry["bbox"], entry["area"]) for entry in shards.record(0)["annotations"]
+    ] == [(1, [1, 2, 3, 2], 5.5)]
+    assert shards.manifest.changed == {"annotation dropped: box is not four finite numbers": 1}
+
+
+def test_a_box_that_is_turned_becomes_the_one_around_it(trial: Trial) -> None:
+    # 4 x 2 around (4, 3), by 90 degrees: 2 x 4 around the same point. By 30 degrees it is
+    # 4 cos 30 + 2 sin 30 = 4.46 wide and 4 sin 30 + 2 cos 30 = 3.73 high.
+    boxes = [
+        box_of(number, bbox=[2, 2, 4, 2], area=8, attributes={"rotation": angle})
+        for number, angle in enumerate((90, 30.0, 0.0, None, "x"))
+    ]
+    shards = trial.convert([image_of(1)], boxes)
+    found = [entry["bbox"] for entry in shards.record(0)["annotations"]]
+    assert found == [[3, 1, 2, 4], [1.77, 1.13, 4.46, 3.73], *[[2, 2, 4, 2]] * 3]
+    assert [entry["area"] for entry in shards.record(0)["annotations"]] == [8] * 5
+    reason = "box made to surround one that is turned (attributes.rotation)"
+    assert shards.manifest.changed == {reason: 2}
+
+
+def test_masks_of_nothing_are_none(trial: Trial) -> None:
+    nothing: list[Any] = [None, [], [[]], [[], []], {}, ""]
+    boxes = [box_of(number, segmentation=mask) for number, mask in enumerate(nothing)]
+    shards = trial.convert([image_of(1)], boxes)
+    assert not any("segmentation" in entry for entry in shards.record(0)["annotations"])
+    assert shards.manifest.changed == {}
+
+
+def test_a_supercategory_that_is_no_text_is_left_out(trial: Trial) -> None:
+    categories = [{"id": 2, "name": "bicycle", "supercategory": 0}]
+    shards = convert(trial, categories, images=[image_of(1)], annotations=[])
+    assert shards.categories[0].supercategory is None
+    assert shards.manifest.changed == {"supercategory left out: not a string": 1}
+
+
 def test_an_area_of_nothing_is_that_of_the_mask_or_of_the_box(trial: Trial) -> None:
     boxes = [
         box_of(1, area=0, segmentation=SQUARE), box_of(2, area=0), box_of(3, area=0.5),
@@ -180,7 +238,7 @@ def test_a_relative_mask_of_a_box_in_pixels_is_dropped(trial: Trial) -> None:
 
 
 def test_relative_coordinates_are_an_error(trial: Trial) -> None:
-    boxes = [box_of(1, bbox=[0.25, 0.5, 0.5, 0.5]), box_of(2, bbox=[0, 0, 1, 0.75])]
+    boxes = [box_of(1, bbox=["0.25", "0.5", 0.5, 0.5]), box_of(2, bbox=[0, 0, 1, 0.75])]
     with pytest.raises(ShardError, match=r"all 2 boxes lie within 0 to 1, .* relative coordinates"):
         trial.convert([image_of(1)], boxes)
     trial.assert_nothing_is_left()

@@ -152,6 +152,9 @@ def test_classes_are_measured_by_name_in_whatever_order(shapes_shards, other_set
     assert class_ids(folded, NAMES) == [2, 4, 3, 1]
     warn_of_absent(folded, NAMES)
     assert not caplog.records
+    composed = ShardSet(other_set(["st\u00e4r", "circle", "TRIANGLE", "square"], "composed"))
+    other_form = [name.replace("star", "sta\u0308r") for name in NAMES]  # as macOS writes it
+    assert class_ids(composed, other_form) == [2, 4, 3, 1]
     assert class_ids(swapped, ["hexagon", *NAMES, "moon"]) == [None, 2, 4, 3, 1, None]
     warn_of_absent(swapped, ["hexagon", *NAMES, "moon"])
     (record,) = caplog.records

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bigdet.cli import make_shards
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.making.conversion import Making
 from bigdet.data.making.sources.deeppcb import convert_deeppcb
+from bigdet.pictures.pixels import EXIF_ORIENTATION, Exif
 
 
 @pytest.fixture
@@ -46,6 +49,21 @@ def test_boxes_are_corners_and_types_count_from_one(root: Path, tmp_path: Path) 
     assert second["annotations"] == []
 
 
+@pytest.mark.parametrize(("exif", "size"), [("shown", (64, 48)), ("stored", (48, 64))])
+def test_an_image_that_exif_turns_is_seen_as_the_option_says(
+    root: Path, tmp_path: Path, exif: Exif, size: tuple[int, int]
+) -> None:
+    tags = Image.Exif()
+    tags[EXIF_ORIENTATION] = 6  # shown turned by 90 degrees: 48 wide and 64 high
+    Image.new("L", (64, 48), 90).save(root / "group1/1/10001_test.jpg", exif=tags)
+    (root / "trainval.txt").write_text("group1/1/10001.jpg group1/1_not/10001.txt", "utf-8-sig")
+    (root / "group1/1_not/10001.txt").write_text("4 30 20 46 3\n")
+    convert_deeppcb(root, "trainval", tmp_path / "out", making=Making(exif=exif))
+    record = ShardSet(tmp_path / "out").record(0)
+    assert (record["height"], record["width"]) == size
+    assert [entry["bbox"] for entry in record["annotations"]] == [[4, 30, 16, 16]]
+
+
 def test_what_is_not_so_is_named(root: Path, tmp_path: Path) -> None:
     text = root / "group1/1_not/10001.txt"
     for line in ("4 6 20 16", "4 6 20 16 7", "4 6 20 16 0", "4 6 x 16 1", "4.5 6 20 16 1"):
@@ -62,3 +80,24 @@ def test_what_is_not_so_is_named(root: Path, tmp_path: Path) -> None:
     (root / "trainval.txt").write_text("group1/1/7.jpg group1/1_not/10002.txt\n")
     with pytest.raises(ShardError, match=r"7\.jpg: cannot be read as an image .* line 1 names it"):
         convert_deeppcb(root, "trainval", tmp_path / "out")
+
+
+def test_the_command_makes_the_set(root: Path, tmp_path: Path) -> None:
+    words = ["--root", str(root), "--split", "trainval", "--out", str(tmp_path / "out")]
+    assert make_shards.main(["deeppcb", *words]) == 0
+    assert ShardSet(tmp_path / "out").manifest.instances == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["coco", "--images", "nowhere", "--annotations", "nowhere.json"],
+        ["objects365", "--images", "nowhere", "--annotations", "nowhere.json"],
+        ["voc", "--root", "nowhere", "--split", "trainval"],
+        ["deeppcb", "--root", "nowhere", "--split", "trainval"],
+        ["merge"],
+    ],
+)
+def test_every_source_says_what_is_not_there(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere|out"):
+        make_shards.main([*words, "--out", str(tmp_path / "out")])

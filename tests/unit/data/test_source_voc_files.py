@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bigdet.data.format.manifest import ShardError
+from bigdet.data.making.annotations import box_warning
 from bigdet.data.making.shard_tar import SampleLog
 from bigdet.data.making.sources.voc_files import decode_text, read_split
 from tests.unit.data.test_source_voc import Voc, object_of
@@ -91,6 +92,91 @@ def test_difficult_is_read_in_words_too(voc, tmp_path, flag, is_difficult):
     assert shards.record(0)["annotations"][0]["iscrowd"] == is_difficult
     noted = {"difficult object made crowd": 1} if is_difficult else {}
     assert shards.manifest.changed == noted
+
+
+@pytest.mark.parametrize("size", [("-1", "-1"), ("None", "None"), ("nan", "60"), ("80px", "60")])
+def test_a_size_that_is_none_is_read_from_the_image_and_counted(voc, tmp_path, size):
+    text = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    change(voc, "<size><width>80</width><height>60</height><depth>3</depth></size>", text)
+    shards = voc.convert(tmp_path / "out", "a")
+    assert (shards.record(0)["height"], shards.record(0)["width"]) == (60, 80)
+    assert shards.manifest.changed == {"size of an image not recorded: taken from its file": 1}
+
+
+@pytest.mark.parametrize("name", ["ignore", "iscrowd"])
+def test_flags_of_other_tools_make_crowd_too(voc, tmp_path, name):
+    change(voc, "</object>", f"<{name}>1</{name}></object>")
+    shards = voc.convert(tmp_path / "out", "a")
+    assert shards.record(0)["annotations"][0]["iscrowd"] == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<annotation>", '<annotation xmlns="http://example.org/voc">'),
+        ("<annotation>", "<Annotation>"),
+        ("<object>", "<Object>"),
+        ("<name>", "<NAME>"),
+    ],
+)
+def test_names_of_elements_may_have_capitals_and_a_namespace(voc, tmp_path, old, new):
+    change(voc, old, new)
+    if "xmlns" not in new:
+        change(voc, old.replace("<", "</"), new.replace("<", "</"))
+    shards = voc.convert(tmp_path / "out", "a")
+    assert [entry["bbox"] for entry in shards.record(0)["annotations"]] == [[0, 0, 9, 9]]
+
+
+def test_an_annotation_may_lie_within_another_element(voc, tmp_path):
+    change(voc, "<annotation>", "<root><annotation>")
+    change(voc, "</annotation>", "</annotation></root>")
+    assert len(voc.convert(tmp_path / "out", "a").record(0)["annotations"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("stem", "file"),
+    [("A", "a.xml"), ("a", "a.XML"), ("\u00e9", "e\u0301.xml"), ("s/B", "s/b.xml")],
+)
+def test_xml_files_are_found_by_other_capitals_and_accents(voc, tmp_path, stem, file):
+    image, text = voc.root / "JPEGImages/a.jpg", voc.root / "Annotations/a.xml"
+    for path, old in ((voc.root / "Annotations" / file, text), (
+        voc.root / "JPEGImages" / f"{stem}.jpg", image)):  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        old.rename(path)
+    (voc.root / "Annotations/._a.xml").write_bytes(b"macOS")
+    shards = voc.convert(tmp_path / "out", stem)
+    assert len(shards.record(0)["annotations"]) == 1
+    assert shards.manifest.changed == {
+        "annotation file found by ignoring case or form of accents": 1
+    }
+
+
+def test_xml_that_is_no_annotation_of_one_image_is_left_out_and_told(voc, tmp_path):
+    # As a picture without objects it would teach that there is nothing on it.
+    inner = "<annotation><object/></annotation>"
+    for stem, text in (("b", "<svg><g/></svg>"), ("c", f"<all>{inner}{inner}</all>")):
+        voc.add(stem)
+        (voc.root / f"Annotations/{stem}.xml").write_text(text)
+    shards = voc.convert(tmp_path / "out", "a", "b", "c")
+    assert shards.manifest.skipped == {"annotation file not readable": 2}
+    text = (tmp_path / "out/skipped.jsonl").read_text()
+    assert "has none of object, size, filename" in text
+    assert "it has 2 annotations" in text
+
+
+def test_lone_accented_letters_are_not_taken_for_chinese(voc, tmp_path):
+    # In GBK, e8 63 of "pi\u00e8ce" would be one character.
+    change(voc, ">dog<", ">pi\u00e8ce<", "latin-1")
+    shards = voc.convert(tmp_path / "out", "a")
+    assert [category.name for category in shards.categories] == ["pi\u00e8ce"]
+
+
+def test_boxes_that_count_from_0_are_told_in_words_of_voc(voc, tmp_path):
+    change(voc, "<xmin>1<", "<xmin>0<")
+    warning = box_warning(voc.convert(tmp_path / "out", "a").manifest)
+    assert warning is not None
+    assert "1 of 1 boxes reach beyond" in warning
+    assert "VOC counts pixels from 1; do these count from 0" in warning
 
 
 def test_difficult_that_is_neither_is_counted(voc, tmp_path):

@@ -229,6 +229,18 @@ def test_weights_that_are_not_finite_are_refused_for_the_newest_that_are(tmp_pat
     assert checkpoint.newest_usable(tmp_path) is None
 
 
+def test_an_optimizer_that_is_not_finite_is_refused_too(tmp_path: Path) -> None:
+    good, state = save(tmp_path, "train", 1), make_state(2)
+    state.optimizer["head.weight"]["exp_avg"][0, 0] = float("inf")
+    checkpoint.save(tmp_path / "train-2", state, METADATA, {})
+    found = r"train-2/optimizer\.safetensors: 1 of 2 tensors is not finite: head\.weight/exp_avg"
+    with pytest.raises(ValueError, match=rf"{found}.*Go on with resume={good}"):
+        checkpoint.load(tmp_path / "train-2")
+    with pytest.raises(ValueError, match="not finite"):
+        checkpoint.adopt(tmp_path / "train-2", tmp_path / "fork")
+    assert checkpoint.newest_usable(tmp_path) == good
+
+
 def test_the_state_file_is_strict_json(tmp_path: Path) -> None:
     run = {"best": float("nan"), "seconds": float("inf")}
     checkpoint.save(tmp_path / "train-1", make_state(1), METADATA, run)

@@ -149,20 +149,46 @@ def test_masks_of_other_programs_have_the_ap_of_pycocotools(make_shards, form):
     assert 0 < stats[0] < 1
 
 
-@pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_masks_alone_have_the_numbers_of_pycocotools_boxes_too(make_shards, kind):
+SCORED = ("image_id", "category_id", "score")
+AREAS = [  # what the results have, and what the first one lacks of it
+    (("bbox", "segmentation"), ""),
+    (("bbox", "segmentation"), "segmentation"),
+    (("bbox", "segmentation"), "bbox"),
+    (("segmentation",), ""),
+]
+
+
+@pytest.mark.parametrize(("keys", "lacks"), AREAS)
+def test_areas_of_a_file_are_those_of_pycocotools(make_shards, keys, lacks):
     images, results = random_scene(6)
     shards = make_shards(images, CATEGORIES)
     truth = read_ground_truth(shards, True, False)
-    keys = ("image_id", "category_id", "score", "segmentation")
-    results = [{key: result[key] for key in keys} for result in results]
-    measured = measure(truth, read_detections(results, truth, ("bbox", "segm")), kind)
-    stats = pycocotools_of_file(coco_ground_truth(shards), results, kind)
-    if kind == "segm":
-        assert measured.stats() == stats
-    else:  # it takes the mask's area for the box's
-        assert measured.stats()[:3] == stats[:3]
-    assert 0 < stats[0] < 1
+    results = [{key: result[key] for key in (*SCORED, *keys)} for result in results]
+    results[0].pop(lacks, None)
+    found = read_detections(results, truth, ("bbox", "segm"), one_area=True)
+    for kind in ("bbox", "segm"):
+        stats = pycocotools_of_file(coco_ground_truth(shards), results, kind)
+        assert measure(truth, found, kind).stats() == stats
+        assert 0 < stats[0] < 1
+
+
+@pytest.mark.parametrize("keys", [("keypoints",), ("bbox", "keypoints")])
+def test_areas_of_a_file_of_keypoints_are_those_of_pycocotools(make_shards, keys):
+    images, results = random_scene(3)
+    shards = make_shards(images, CATEGORIES)
+    truth = read_ground_truth(shards, False, True)
+    results = [r for r in results if r["category_id"] == 17]
+    results = [{key: result[key] for key in (*SCORED, *keys)} for result in results]
+    kinds = ("bbox", "keypoints") if "bbox" in keys else ("keypoints",)
+    found = read_detections(results, truth, kinds, one_area=True)
+    reference = coco_ground_truth(shards)
+    reference["categories"] = reference["categories"][:1]
+    reference["annotations"] = [a for a in reference["annotations"] if a["category_id"] == 17]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = evaluated(reference, results, "keypoints", (20,))
+        evaluation.summarize()
+    stats = [None if number < 0 else number for number in evaluation.stats.tolist()]
+    assert measure(truth, found, "keypoints").stats() == stats
 
 
 @pytest.mark.parametrize("limit", [10, 37, 300])

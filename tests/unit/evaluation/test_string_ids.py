@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from bigdet.cli.inputs import list_inputs
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.sources.coco import convert_coco
-from bigdet.evaluate import warn_of_nothing, write_detections
+from bigdet.evaluate import warn_of_nothing, with_own_ids, write_detections
 from bigdet.evaluation.detections import ResultsError, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections
@@ -51,6 +51,20 @@ def test_results_name_images_as_the_annotations_do(tmp_path, ids):
     assert half["bbox"]["AP"] == pytest.approx(51 / 101)
     with pytest.raises(ResultsError, match='image_id is "b", which none of the 2 images'):
         evaluate_detections(shards, [found("b")], ("bbox",))
+
+
+def test_results_of_numbers_beside_names_are_of_the_images_with_these_ids(tmp_path):
+    shards = make(tmp_path, "a", 2, 1)  # numbered 1, 2, 3
+    results = list(with_own_ids([found(1), found(2.0), found("a")], shards))
+    assert [result["image_id"] for result in results] == ["1", "2", "a"]
+    truth = read_ground_truth(shards, False, False)
+    assert truth.source_ids == {"a": 1, "2": 2, "1": 3}
+
+
+def test_results_of_numbers_are_places_where_all_ids_are_names(tmp_path):
+    shards = make(tmp_path, "a", "0002")
+    results = [found(1), found(2), {"image_id": [1]}]
+    assert list(with_own_ids(results, shards)) == results
 
 
 def test_detections_are_written_for_the_original_annotations(tmp_path):

@@ -38,6 +38,9 @@ FILES: dict[str, dict[str, Any]] = {
     "convnext": {"model": PLAIN, "model_ema": weights(2.0)},
     "detr": {"model": PLAIN, "ema": {"module": weights(2.0), "updates": 9}},
     "state": {"state_dict": PLAIN, "ema_state_dict": averaged_model()},
+    "camel": {"model": PLAIN, "modelEMA": weights(2.0)},
+    "torch": {"model": PLAIN, "averaged_model": averaged_model(), "exp_avg": weights(3.0)},
+    "swa": {"state_dict": PLAIN, "swa_state_dict": averaged_model()},
     "inner": {"model": {"state_dict": PLAIN, "ema": weights(2.0)}},
     "mmcv": {"state_dict": PLAIN | {
         "ema_conv1_weight": torch.full((2,), 2.0),

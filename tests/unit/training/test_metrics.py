@@ -30,7 +30,7 @@ def damages(*rows: int, kind: str = "undecodable") -> dict[int, Damage]:
 
 def test_masked_slots_and_crowds_are_not_counted():
     meter, state = StepMeter(CPU), RunState("train")
-    meter.add([a_batch(), a_batch()], step_seconds=2.0, data_seconds=0.5)
+    meter.add([a_batch(), a_batch()], step_seconds=2.0, data_seconds=0.5, cpu_seconds=1.5)
     meter.sync(state, damages(7), dropped_boxes=2)
     # Of each batch: 2 images that count, objects 1 + 1 (one is crowd), pixels 30x40 + 20x40.
     assert state.seen.images == 4
@@ -43,26 +43,52 @@ def test_masked_slots_and_crowds_are_not_counted():
 def test_costs_are_counted_by_phase_and_in_all():
     state, meter = RunState("pretrain"), StepMeter(CPU)
     for _ in range(2):
-        meter.add([a_batch()], step_seconds=2.0, data_seconds=0.5)
-    meter.add_evaluation(7.0)
+        meter.add([a_batch()], step_seconds=2.0, data_seconds=0.5, cpu_seconds=1.5)
+    meter.add_evaluation(7.0, 6.0)
     meter.sync(state, {}, 0)
     state.total_steps = 2
     state = RunState.from_json(json.loads(json.dumps(state.to_json())))  # as a resumed run does
     state.begin("finetune")
     meter = StepMeter(CPU)
-    meter.add([a_batch()], step_seconds=3.0, data_seconds=0.25)
+    meter.add([a_batch()], step_seconds=3.0, data_seconds=0.25, cpu_seconds=2.5)
     meter.sync(state, {}, 0)
-    assert state.costs["pretrain"] == Cost(2, 4, 4, 4000, 3.0, 1.0, 7.0, None)
+    assert state.costs["pretrain"] == Cost(2, 4, 4, 4000, 3.0, 1.0, 7.0, None, 3.0, 6.0)
     counters = state.counters()
     # 2 images, 2 objects that are not crowd and 2000 pixels a step; a CPU tells no energy.
     assert counters == {
         "seen/images": 6, "seen/instances": 6, "seen/pixels": 6000, "seen/gpu_seconds": 7.0,
         "cost/steps": 3, "cost/compute_gpu_seconds": 5.75, "cost/data_gpu_seconds": 1.25,
-        "cost/evaluation_gpu_seconds": 7.0,
+        "cost/evaluation_gpu_seconds": 7.0, "cost/cpu_seconds": 5.5,
+        "cost/evaluation_cpu_seconds": 6.0,
         "phase_cost/steps": 1, "phase_cost/images": 2, "phase_cost/instances": 2,
         "phase_cost/pixels": 2000, "phase_cost/compute_gpu_seconds": 2.75,
         "phase_cost/data_gpu_seconds": 0.25, "phase_cost/evaluation_gpu_seconds": 0.0,
+        "phase_cost/cpu_seconds": 2.5, "phase_cost/evaluation_cpu_seconds": 0.0,
     }  # fmt: skip
+
+
+def test_cpu_seconds_that_an_earlier_version_did_not_count_are_left_out():
+    state = RunState("pretrain")
+    meter = StepMeter(CPU)
+    meter.add([a_batch()], 2.0, 0.5, 1.5)
+    meter.sync(state, {}, 0)
+    written = json.loads(json.dumps(state.to_json()))
+    del written["costs"]["pretrain"]["cpu_seconds"]
+    del written["costs"]["pretrain"]["evaluation_cpu_seconds"]
+    state = RunState.from_json(written)
+    state.begin("finetune")
+    meter.add([a_batch()], 2.0, 0.5, 1.25)
+    meter.sync(state, {}, 0)
+    counters = state.counters()  # of the run not known, of its second phase all
+    assert not {"cost/cpu_seconds", "cost/evaluation_cpu_seconds"} & counters.keys()
+    assert counters["phase_cost/cpu_seconds"] == 1.25
+
+
+def test_a_run_on_gpus_counts_no_cpu_seconds(cuda_properties):
+    state, meter = RunState("train"), StepMeter(torch.device("cuda", 0))
+    meter.add([a_batch()], 2.0, 0.5, 1.5)
+    meter.sync(state, {}, 0)
+    assert not any("cpu_seconds" in name for name in state.counters())
 
 
 class OneGpu:
@@ -110,7 +136,7 @@ def test_a_gpu_that_does_not_tell_its_energy_leaves_the_run_without(cuda_propert
 def test_syncing_twice_counts_once_and_a_resumed_run_counts_on():
     meter = StepMeter(CPU)
     state = RunState("train", damaged={"undecodable": 2}, damaged_rows=[3, 4])
-    meter.add([a_batch()], 1.0, 0.0)
+    meter.add([a_batch()], 1.0, 0.0, 1.0)
     meter.sync(state, damages(5), dropped_boxes=3)
     meter.sync(state, damages(5), dropped_boxes=3)
     found = damages(5, 3) | damages(6, kind="wrong_size")  # 3 was found before
@@ -126,8 +152,8 @@ def test_syncing_twice_counts_once_and_a_resumed_run_counts_on():
 
 def test_rates_are_of_the_interval():
     meter = StepMeter(CPU)
-    meter.add([a_batch()], step_seconds=1.0, data_seconds=0.25)
-    meter.add([a_batch()], step_seconds=3.0, data_seconds=0.25)
+    meter.add([a_batch()], step_seconds=1.0, data_seconds=0.25, cpu_seconds=0.5)
+    meter.add([a_batch()], step_seconds=3.0, data_seconds=0.25, cpu_seconds=2.5)
     rates = meter.rates()
     assert rates["images_per_second"] == pytest.approx(4 / 4.0)
     assert rates["time/step_seconds"] == pytest.approx(2.0)

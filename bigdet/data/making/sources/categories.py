@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bigdet.data.format.manifest import Category, ShardError
+from bigdet.data.making.loose_values import whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +40,15 @@ def load_categories(path: Path) -> list[Category]:
     if all(isinstance(entry, str) for entry in entries):
         entries = [{"id": number, "name": name} for number, name in enumerate(entries, 1)]
     for place, entry in enumerate(entries):
-        is_category = isinstance(entry, dict) and type(entry.get("id")) is int
-        if not is_category or not isinstance(entry.get("name"), str):
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if isinstance(content, dict):  # an annotation file, whose ids may be written as 1.0 or "1"
+            number = whole_number(number)
+        if type(number) is not int or not isinstance(entry.get("name"), str):
             raise ShardError(
                 f"{path}: category {place} is {short_repr(entry)}, expected an object with an "
                 "integer id and a name."
             )
+        entry["id"] = number
     twice = [value for value, n in Counter(entry["id"] for entry in entries).items() if n > 1]
     if twice:
         raise ShardError(f"{path}: id {twice[0]!r} stands there twice. Correct the file.")
@@ -89,11 +94,15 @@ def make_category(where: Path, entry: Json, notes: list[Json]) -> Category:
     """
     group, points, skeleton = (entry.get(key) for key in ("supercategory", "keypoints", "skeleton"))
     what = f"{where}: category {entry['id']} ({entry['name']})"
-    if not isinstance(group, str | None):
-        raise ShardError(f"{what}: supercategory is {short_repr(group)}, expected a string.")
+    if not isinstance(group, str | None):  # nothing depends on it
+        reason = "supercategory left out: not a string"
+        notes.append({"changed": reason, "category_id": entry["id"], "found": group})
+        group = None
     frequency = entry.get("frequency") if entry.get("frequency") in ("r", "c", "f") else None
     if points in (None, []):
         return Category(entry["id"], entry["name"], group, frequency=frequency)
+    if isinstance(points, list) and all(type(name) is int for name in points):
+        points = [str(name) for name in points]
     if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
         raise ShardError(f"{what}: keypoints is {short_repr(points)}, expected a list of names.")
     pairs = skeleton if isinstance(skeleton, list) else []
@@ -110,12 +119,19 @@ def make_category(where: Path, entry: Json, notes: list[Json]) -> Category:
 
 
 def flip_pairs(names: list[str]) -> list[list[int]]:
-    """Return which keypoints change places in a mirrored image: ``left_eye`` and ``right_eye``."""
-    return [
-        [place, names.index(name.replace("left", "right"))]
-        for place, name in enumerate(names)
-        if "left" in name and name.replace("left", "right") in names
-    ]
+    """Return which keypoints change places in a mirrored image: ``left_eye`` and ``right_eye``.
+
+    Also ``Left Eye``, ``eyeLeft``, and ``L_eye``, where the letter has blanks or signs beside it.
+    """
+    places = {name.lower(): place for place, name in enumerate(names)}
+    pairs = []
+    for name, place in places.items():
+        of_right = name.replace("left", "right")
+        if of_right == name and re.search(r"[^\W_]{2}", name):
+            of_right = re.sub(r"(?<![^\W_])l(?![^\W_])", "r", name)
+        if of_right != name and of_right in places:
+            pairs.append([place, places[of_right]])
+    return pairs
 
 
 def short_repr(value: Any) -> str:

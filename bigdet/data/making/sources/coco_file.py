@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.making.annotations import are_numbers
-from bigdet.data.making.loose_values import whole_number
+from bigdet.data.making.loose_values import whole_number, with_numbers
 from bigdet.data.making.sources.categories import make_category, refuse_same_names, short_repr
 from bigdet.data.making.sources.json_lists import Entry, read_lists
 
@@ -45,7 +45,7 @@ class ImageEntry:
         file_name: as the file has it, or the last two parts of ``coco_url`` (LVIS).
         height: pixels; 0 where height or width are not recorded.
         width: likewise.
-        source_id: its id in the file where that is a string.
+        source_id: its id in the file where that is a string, or others are no numbers.
         negative: categories that were looked for and are not there (LVIS), by id.
         not_exhaustive: categories of which not all objects are annotated, by id.
     """
@@ -187,7 +187,7 @@ class _Lists:
             raise self._misfit(entry, "file_name", name, "a string")
         lists = [self._ids(entry, k) for k in ("neg_category_ids", "not_exhaustive_category_ids")]
         self.federated |= any(ids is not None for ids in lists)
-        if not (height and width):
+        if min(height, width) <= 0:
             height = width = 0
         self.images.append(
             ImageEntry(
@@ -207,7 +207,7 @@ class _Lists:
         self.columns["offset"].append(entry.offset)
         self.columns["size"].append(entry.size)
         self.counts["annotations"] += 1
-        box = value.get("bbox")
+        box = with_numbers(value.get("bbox")) if self._num_relative is not None else None
         if self._num_relative is not None and are_numbers(box) and len(box) == 4:
             if max(box) > 1:
                 self._num_relative = None
@@ -283,7 +283,12 @@ def number_images(
         order = np.argsort(ids)
         place = order[np.minimum(np.searchsorted(ids, of_object, sorter=order), len(ids) - 1)]
         of_object[:] = np.where(ids[place] == of_object, place + 1, -1)
-        return [replace(image, id=number) for number, image in enumerate(images, 1)]
+        # Those that are numbers would else be taken for places in the list where results name them.
+        names = [str(image.id) if image.source_id is None else image.source_id for image in images]
+        return [
+            replace(image, id=number, source_id=name)
+            for number, (image, name) in enumerate(zip(images, names, strict=True), 1)
+        ]
     of_object[of_object < FIRST_NAME + num_names] = -1
     return images
 

@@ -22,8 +22,9 @@ from bigdet.data.making.conversion import Making, Progress, convert, no_progress
 from bigdet.data.making.sources.coco import CocoSource
 from bigdet.data.making.sources.coco_file import load_coco
 from bigdet.data.making.sources.image_files import check_folder, safe_path
-from bigdet.data.making.sources.image_headers import header_size
+from bigdet.data.making.sources.image_headers import read_header
 from bigdet.data.making.storage import open_storage
+from bigdet.pictures.pixels import Exif, turned_size
 
 TYPES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
 """Of the defects, in the order of their numbers from 1."""
@@ -56,15 +57,21 @@ def convert_deeppcb(
     check_folder(root)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{split}.json"
-        path.write_text(json.dumps(read_split(root, split)), encoding="utf-8")
         making = making or Making()
+        path.write_text(json.dumps(read_split(root, split, making.exif)), encoding="utf-8")
         source = CocoSource("deeppcb", root, load_coco(path), making.exif)
         source.info = replace(source.info, options={"root": str(root), "split": split})
         return convert(source, out, making, progress)
 
 
-def read_split(root: Path, split: str) -> dict[str, list[dict[str, Any]]]:
-    """Return a split in COCO's form, file names relative to the folder."""
+def read_split(root: Path, split: str, exif: Exif = "shown") -> dict[str, list[dict[str, Any]]]:
+    """Return a split in COCO's form, file names relative to the folder.
+
+    Args:
+        root: the folder ``PCBData``.
+        split: a list in it without ``.txt``.
+        exif: what the boxes are of where EXIF turns an image: no size of it is recorded.
+    """
     listed = root / f"{split}.txt"
     found = ", ".join(sorted(path.stem for path in root.glob("*.txt"))) or "none"
     advice = f"Give the folder PCBData of DeepPCB and one of its lists (found: {found})."
@@ -81,7 +88,7 @@ def read_split(root: Path, split: str) -> dict[str, list[dict[str, Any]]]:
         stem, _, suffix = names[0].rpartition(".")
         of_defects = f"{stem}_test.{suffix}"
         name = of_defects if (root / of_defects).is_file() else names[0]
-        height, width = _size(root / name, f"{listed}: line {number}")
+        height, width = _size(root / name, exif, f"{listed}: line {number}")
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         for x1, y1, x2, y2, kind in _boxes(root / names[1]):
             box = [x1, y1, x2 - x1, y2 - y1]
@@ -95,15 +102,16 @@ def read_split(root: Path, split: str) -> dict[str, list[dict[str, Any]]]:
 
 def _lines(path: Path, advice: str) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ShardError(f"{path}: cannot be read ({error}). {advice}") from error
 
 
-def _size(path: Path, place: str) -> tuple[int, int]:
+def _size(path: Path, exif: Exif, place: str) -> tuple[int, int]:
     """Return height and width of an image."""
     try:
-        return header_size(path.read_bytes())
+        header = read_header(path.read_bytes())
+        return turned_size(header.size, header.tag) if exif == "shown" else header.size
     except (OSError, ValueError, SyntaxError) as error:
         raise ShardError(
             f"{path}: cannot be read as an image ({error}); {place} names it. Get it anew, or take "

@@ -30,6 +30,8 @@ FRONT = "leaving out the front of the path"
 CASE = "ignoring upper and lower case"
 ACCENTS = "ignoring how accented letters are written in Unicode"
 SUFFIX = "adding the suffix"
+OTHER_SUFFIX = "taking another suffix"
+BLANKS = "leaving out blanks around the name"
 DOTS = "resolving .. in the path"
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://([^?#]*).*|.*[?&]d=([^&]*).*", re.IGNORECASE)
@@ -95,7 +97,9 @@ def what_is_there(folder: Path, name: str) -> str:
 
 def _candidates(name: str) -> list[Candidate]:
     """Return the paths that a name may mean: those that leave out least of it come first."""
-    text, ways = name.replace("\\", "/"), [BACKSLASHES] if "\\" in name else []
+    text, ways = name.strip().replace("\\", "/"), [BACKSLASHES] if "\\" in name else []
+    if text != name.replace("\\", "/"):
+        ways.append(BLANKS)
     if address := _ADDRESS.fullmatch(text):
         text, ways = address[1] or address[2] or "", [*ways, ADDRESS]
     found: list[tuple[int, str, list[str]]] = []
@@ -112,32 +116,51 @@ def _candidates(name: str) -> list[Candidate]:
 
 def _find_in_list(folder: Path, lost: dict[int, list[Candidate]]) -> dict[int, Candidate]:
     """Return those that the list of all files has but for letters or suffix, by place."""
-    wanted = {_key(path) for candidates in lost.values() for path, _ in candidates}
+    wanted = {spelling_key(path) for candidates in lost.values() for path, _ in candidates}
+    bare = {
+        path: _bare(spelling_key(path)) for candidates in lost.values() for path, _ in candidates
+    }
+    others = set(bare.values())
     whole: dict[str, list[str]] = defaultdict(list)
     stems: dict[str, list[str]] = defaultdict(list)
     for path in _list_files(folder):
-        key = _key(path)
+        key = spelling_key(path)
         stem = os.path.splitext(key)[0]
         if key in wanted:
             whole[key].append(path)
-        if stem in wanted and _suffix(path) in SUFFIXES:
+        if (stem in wanted or stem in others) and _suffix(path) in SUFFIXES:
             stems[stem].append(path)
     found: dict[int, Candidate] = {}
+    tries = (
+        (whole, spelling_key, None),
+        (stems, spelling_key, SUFFIX),
+        (stems, bare.__getitem__, OTHER_SUFFIX),
+    )
     for place, candidates in lost.items():
-        hits = ((files[_key(path)], path, how, files is stems) for files in (whole, stems)
-                for path, how in candidates if _key(path) in files)  # fmt: skip
-        paths, path, how, lacks_suffix = next(hits, ([], "", [], False))
+        hits = (
+            (files[key], path, how, way)
+            for files, key_of, way in tries
+            for path, how in candidates
+            if (key := key_of(path)) in files
+        )
+        paths, path, how, way = next(hits, ([], "", [], None))
         if len(paths) == 1:
-            hit = os.path.splitext(paths[0])[0] if lacks_suffix else paths[0]
+            hit, path = (paths[0], path) if way is None else (_bare(paths[0]), _bare(path))
             is_cased = _composed(hit) == _composed(path)
             letters = [] if hit == path else [ACCENTS if is_cased else CASE]
-            found[place] = (paths[0], [*how, *letters, *[SUFFIX] * lacks_suffix])
+            found[place] = (paths[0], [*how, *letters, *([way] if way else [])])
     return found
 
 
-def _key(path: str) -> str:
+def spelling_key(path: str) -> str:
     """Return what paths have in common that differ in upper and lower case or form of accents."""
     return _composed(_composed(path).casefold())
+
+
+def _bare(path: str) -> str:
+    """Return a path without the suffix of a picture, if it has one."""
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix.lower() in SUFFIXES else path
 
 
 def _composed(path: str) -> str:

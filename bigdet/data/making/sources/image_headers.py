@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bigdet.data.making.shard_tar import image_suffix
 from bigdet.pictures.pixels import (
@@ -136,5 +136,7 @@ def header_size(data: bytes) -> tuple[int, int]:
                 return image.height, image.width
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(str(error)) from error
+    except UnidentifiedImageError:  # its words are of an address in memory
+        raise ValueError(f"not an image that is known: begins with {data[:16]!r}") from None
     except READ_ERRORS as error:
         raise ValueError(f"not an image: {error}") from error

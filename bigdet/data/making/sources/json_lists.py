@@ -156,7 +156,9 @@ class _Scanner:
     def error(self, what: str) -> ShardError:
         """Return the error for what is at the place."""
         size = len(self.data)
-        if self.place >= size - 1 or "Unterminated" in what:
+        if b"\0" in self.data[:4]:
+            what = "it seems to be UTF-16: store it as UTF-8"
+        elif self.place >= size - 1 or "Unterminated" in what:
             what += "; the file seems to be cut short: copy or unpack it again"
         return ShardError(
             f"{self.path}: not JSON (byte {self.place} of {size}: {what}). Give an annotation "

@@ -1,8 +1,9 @@
 """PASCAL VOC's folders (Annotations, ImageSets/Main, JPEGImages), to shards.
 
 Pixels count from 1 and edges are inclusive, so a box covers ``xmin - 1 .. xmax`` in continuous
-coordinates. Objects marked difficult become crowd: neither learned nor counted as missed, as in
-VOC's own evaluation. Parts (a person's head, hands, feet) are left out.
+coordinates. Objects marked difficult (or ignore, iscrowd, which other tools add) become crowd:
+neither learned nor counted as missed, as in VOC's own evaluation. Parts (a person's head, hands,
+feet) are left out.
 
 Image ids are rows, so images that cannot be used are found before the first shard is written.
 """
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -36,11 +37,12 @@ from bigdet.data.making.processes import Tick, run_jobs, useful_processes
 from bigdet.data.making.shard_tar import MAX_U2, SampleLog
 from bigdet.data.making.shard_writer import SetInfo, category_values
 from bigdet.data.making.sources.file_names import SUFFIX, find_files
-from bigdet.data.making.sources.image_files import file_bytes, read_image, safe_path
-from bigdet.data.making.sources.voc_files import ImageFolder, parse_xml, read_split
+from bigdet.data.making.sources.image_files import file_bytes, is_inside, read_image
+from bigdet.data.making.sources.voc_files import ImageFolder, XmlFolder, parse_xml, read_split
 from bigdet.data.making.storage import open_storage
 from bigdet.pictures.pixels import Exif
 
+FLAGS = ("difficult", "ignore", "iscrowd")
 YES = ("true", "yes", "y", "t")
 NO = ("", "false", "no", "n", "f", "unspecified")
 IMAGES_PER_CHECK = 64
@@ -96,10 +98,11 @@ def convert_voc(
     making = making or Making()
     refuse_others(open_storage(out))
     log, folder = SampleLog(), ImageFolder(root / "JPEGImages")
+    files = XmlFolder(root / "Annotations")
     images = [
         image
         for stem in read_split(root, split, log)
-        if (image := _load(root, stem, folder, log)) is not None
+        if (image := _load(files, stem, folder, log)) is not None
     ]
     if not images:
         raise ShardError(
@@ -107,7 +110,8 @@ def convert_voc(
             f"read{_reasons(log)}. Give the folder that holds Annotations, ImageSets and "
             f"JPEGImages."
         )
-    categories = categories or find_categories(root)
+    has_folders = any("/" in image.stem for image in images)
+    categories = categories or find_categories(root, has_folders)
     images = _find_others(root / "JPEGImages", images, log)
     images = _usable(images, making, log)
     if not images:
@@ -128,10 +132,10 @@ def _reasons(log: SampleLog) -> str:
     return ": " + "; ".join(listed) if listed else ""
 
 
-def find_categories(root: Path) -> list[Category]:
+def find_categories(root: Path, has_folders: bool = False) -> list[Category]:
     """Return the names of the objects in all annotations, in alphabetical order, ids from 1."""
     names = set()
-    for path in (root / "Annotations").glob("[!.]*.xml"):
+    for path in XmlFolder(root / "Annotations").paths(has_folders):
         tree = parse_xml(path)
         if not isinstance(tree, str):
             names |= {name for entry in tree.findall("object") if (name := _text(entry, "name"))}
@@ -263,15 +267,17 @@ def clean_object(
     return clean_annotation(source, image_size, label, Category(0, entry["name"]), about, log)
 
 
-def _load(root: Path, stem: str, folder: ImageFolder, log: SampleLog) -> VocImage | None:
+def _load(files: XmlFolder, stem: str, folder: ImageFolder, log: SampleLog) -> VocImage | None:
     """Read the annotations of an image; None after noting why it cannot be used."""
-    path = safe_path(root / "Annotations", f"{stem}.xml")
-    if path is None:
+    if not is_inside(stem):
         log.skip("file name leads out of the image folder", file_name=stem)
         return None
-    if file_bytes(path) is None:
+    path = files.find(stem)
+    if path is None:
         log.skip("annotation file missing", file_name=stem)
         return None
+    if path.name != f"{PurePosixPath(stem).name}.xml":
+        log.change("annotation file found by ignoring case or form of accents", file_name=stem)
     tree = parse_xml(path, log, file_name=stem)
     if isinstance(tree, str):
         log.skip("annotation file not readable", file_name=stem, error=tree)
@@ -282,12 +288,17 @@ def _load(root: Path, stem: str, folder: ImageFolder, log: SampleLog) -> VocImag
         return None
     names = ("size/height", "size/width")
     sides = [_number(tree, name) for name in names]
-    has_size = 0 not in sides and all(_text(tree, name) for name in names)
-    height, width = (int(side) if math.isfinite(side) else -1 for side in sides)
+    has_size = all(isinstance(side, int) and side > 0 for side in sides)
+    if not has_size and any(_text(tree, name) not in ("", "0") for name in names):
+        found = [_text(tree, name) for name in names]
+        log.change(
+            "size of an image not recorded: taken from its file", file_name=stem, found=found
+        )
+    height, width = sides
     return VocImage(
         stem=stem,
         path=folder.find(stem, _text(tree, "filename")),
-        size=(height, width) if has_size else None,  # 0 or nothing: many tools leave it open
+        size=(int(height), int(width)) if has_size else None,  # many tools leave it open
         objects=[_object(entry, stem, log) for entry in objects],
     )
 
@@ -313,10 +324,12 @@ def _find_others(folder: Path, images: list[VocImage], log: SampleLog) -> list[V
 def _object(entry: ElementTree.Element, stem: str, log: SampleLog) -> Json:
     """Return what is said of one object; its parts stand deeper and have boxes of their own."""
     edges = ("xmin", "ymin", "xmax", "ymax")
-    flag = _text(entry, "difficult").lower()
-    is_difficult = flag in YES or _number(entry, "difficult") == 1
-    if not (is_difficult or flag in NO or _number(entry, "difficult") == 0):
-        log.change("difficult is neither yes nor no: taken as no", file_name=stem, found=flag)
+    is_difficult = False
+    for name in FLAGS:
+        flag, number = _text(entry, name).lower(), _number(entry, name)
+        is_difficult |= flag in YES or number == 1
+        if not (flag in (*YES, *NO) or number in (0, 1)):
+            log.change(f"{name} is neither yes nor no: taken as no", file_name=stem, found=flag)
     return {
         "name": _text(entry, "name"),
         "box": [_number(entry, f"bndbox/{edge}") for edge in edges],

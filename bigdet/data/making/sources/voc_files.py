@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.making.shard_tar import SampleLog
+from bigdet.data.making.sources.file_names import spelling_key
 from bigdet.data.making.sources.image_files import file_bytes, safe_path
 from bigdet.host.reading import patiently, why_unread
 
@@ -23,7 +24,10 @@ CLASS_FLAGS = {"-1", "0", "1"}  # of VOC's own lists of a class: absent, difficu
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 _DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")
 _DECLARED = re.compile(rb"<\?xml[^>]*?\sencoding\s*=\s*[\"']([\w.:-]+)")
+_TWO_BEYOND_ASCII = re.compile(rb"[\x80-\xff]{2}")
 _BARE_AMPERSAND = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#\d+|#x[0-9a-fA-F]+);)")
+
+_PARTS = ("object", "size", "filename")
 
 Element = ElementTree.Element
 
@@ -38,7 +42,9 @@ def decode_text(data: bytes, declared: str | None = None) -> tuple[str, str]:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return data.decode(encoding, "replace"), encoding
-    guesses = ["utf-8", declared, "gbk", "latin-1"]
+    # Of GBK's common characters both bytes are beyond ASCII; accented letters mostly stand alone.
+    others = ["gbk"] if _TWO_BEYOND_ASCII.search(data) else []
+    guesses = ["utf-8", declared, *others, "latin-1"]
     if b"\0" in data[:2]:  # of two bytes to a character, without a mark
         guesses = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
     for encoding in filter(None, guesses):
@@ -58,7 +64,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element | str:
-    """Return the root of an XML file, or what is wrong with it.
+    """Return the annotation that an XML file holds, or what is wrong with it.
+
+    Names of elements come in small letters and without namespaces.
 
     Args:
         path: of the file.
@@ -67,7 +75,7 @@ def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element
     """
     data = read_bytes(path)
     try:
-        return ElementTree.fromstring(data)
+        return _annotation(ElementTree.fromstring(data))
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         problem = str(error)
     declared = _DECLARED.search(data[:200])
@@ -83,7 +91,21 @@ def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element
         is_repaired = bool(num_bare) or encoding == "utf-8"
         what = "with a flaw that was repaired" if is_repaired else f"in {encoding}"
         log.change(f"annotation file {what}", **about, error=problem)
-    return root
+    return _annotation(root)
+
+
+def _annotation(root: Element) -> Element | str:
+    """Return the element with the objects of an image; what is wrong if there is none."""
+    for element in root.iter():
+        if isinstance(element.tag, str):  # else a comment
+            element.tag = element.tag.rpartition("}")[2].lower()
+    found = [root] if root.tag == "annotation" else list(root.iter("annotation"))
+    if len(found) > 1:
+        return f"it has {len(found)} annotations, expected that of one image"
+    element = found[0] if found else root
+    if all(element.find(name) is None for name in _PARTS):
+        return f"its <{element.tag}> has none of {', '.join(_PARTS)}, so it is not as VOC has it"
+    return element
 
 
 def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
@@ -103,9 +125,10 @@ def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
     if encoding not in ("utf-8", "utf-8-sig"):
         log.change(f"list of the split in {encoding}", file_name=path.name)
     stems: dict[str, None] = {}
+    files = XmlFolder(root / "Annotations")
     for line in text.splitlines():
         name = line.strip().lstrip("\ufeff")
-        annotated = (str(PurePosixPath(s)) for s in _meanings(name) if _is_annotated(root, s))
+        annotated = (str(PurePosixPath(s)) for s in _meanings(name) if s and files.find(s))
         stem = next(annotated, name)
         if stem != name and name.split()[-1] in CLASS_FLAGS:
             log.change("flag of a class in the list not used: all its images are taken", line=name)
@@ -132,9 +155,30 @@ def _meanings(line: str) -> Iterator[str]:
             yield str(PurePosixPath(*plain.parts[first:]))
 
 
-def _is_annotated(root: Path, stem: str) -> bool:
-    path = safe_path(root / "Annotations", f"{stem}.xml") if stem else None
-    return path is not None and file_bytes(path) is not None
+class XmlFolder:
+    """Finds XML files by their names without suffix; lists the folder once, and only if need be."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listed: dict[str, list[Path]] | None = None
+
+    def paths(self, with_folders: bool) -> list[Path]:
+        """Return the XML files, also those in folders below, but none that macOS adds."""
+        found = self._folder.rglob("*") if with_folders else self._folder.iterdir()
+        return sorted(p for p in found if p.suffix.lower() == ".xml" and p.name[0] != ".")
+
+    def find(self, stem: str) -> Path | None:
+        """Return a file, if need be one whose name alone has other capitals or form of accents."""
+        path = safe_path(self._folder, f"{stem}.xml")
+        if path is None or file_bytes(path) is not None:
+            return path
+        if self._listed is None:
+            self._listed = {}
+            for other in self.paths(with_folders=True) if self._folder.is_dir() else []:
+                key = spelling_key(str(other.relative_to(self._folder)))
+                self._listed.setdefault(key, []).append(other)
+        found = self._listed.get(spelling_key(f"{PurePosixPath(stem)}.xml"), [])
+        return found[0] if len(found) == 1 else None
 
 
 class ImageFolder:
