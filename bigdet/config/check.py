@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 
-from bigdet.config.check_family import check_family, check_tta
+from bigdet.config.check_family import check_family, check_tta, lacking
 from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.check_schedule import check_cost, check_kept, check_length, check_schedule
 from bigdet.config.data_schema import DataConfig, TrainSplitConfig
 from bigdet.config.derived import (
-    LAYER_NORM_BACKBONES,
     has_batch_norm,
     has_fpn,
     has_masks,
@@ -27,6 +26,7 @@ from bigdet.config.derived import (
     phase_source,
     start_parts,
 )
+from bigdet.config.families import BACKBONES
 from bigdet.config.load import ConfigError, written_keys
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
@@ -226,23 +226,23 @@ def _check_addresses(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    has_layer_norm = model.backbone in LAYER_NORM_BACKBONES
-    if model.drop_path and not has_layer_norm:
+    if model.drop_path and (lacks := lacking(model, "drop_path")):
+        with_it = [name for name, facts in BACKBONES.items() if "drop_path" in facts.heeds]
         raise ConfigError(
-            f"model.drop_path: found {model.drop_path}, but {model.backbone} has no drop path. "
-            f"Remove it, or choose one of {', '.join(LAYER_NORM_BACKBONES)}."
+            f"model.drop_path: found {model.drop_path}, but {lacks}. "
+            f"Remove it, or choose one of {', '.join(with_it)}."
         )
     _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
     if model.norm == "none" and model.norm_scope is not None:
         raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
-    if has_layer_norm and model.norm != "bn" and model.norm_scope == "backbone":
-        raise ConfigError(
-            f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
-            f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
-        )
-    if has_layer_norm and model.norm == "bn" and model.norm_scope != "all":
-        reason = f"{model.backbone} has LayerNorm, and norm_scope leaves out all else"
-        _unused("model", model, "norm", reason)
+    if has_fpn(model) and (lacks := lacking(model, "norm")):
+        if model.norm != "bn" and model.norm_scope == "backbone":
+            raise ConfigError(
+                f"model.norm: found {model.norm} for the backbone only, but {lacks}. Remove "
+                f"model.norm, or set model.norm_scope: all."
+            )
+        if model.norm == "bn" and model.norm_scope != "all":
+            _unused("model", model, "norm", f"{lacks}, and norm_scope leaves out all else")
     for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
         _positive(key, value)
     rpn, roi = model.rpn, model.roi

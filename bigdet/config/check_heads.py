@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bigdet.config.derived import (
-    DETECTOR_PARTS,
     has_cascade,
     has_keypoints,
     model_parts,
     phase_before,
     phase_model,
 )
+from bigdet.config.families import detector_facts
 from bigdet.config.load import ConfigError
 from bigdet.config.rules import not_negative, positive, require, unused
 from bigdet.config.schema import RunConfig
@@ -52,7 +52,7 @@ def check_heads(config: RunConfig) -> None:
 def check_detector(config: RunConfig, name: str) -> None:
     """Check that a phase changes the detector within the family that shares its parts."""
     detectors = (config.model.detector, phase_model(config, name).detector)
-    is_shared = all("rpn" in DETECTOR_PARTS[detector] for detector in detectors)
+    is_shared = all("rpn" in detector_facts(detector).parts for detector in detectors)
     if detectors[0] != detectors[1] and not is_shared:
         raise ConfigError(
             f"phases.{name}.model.detector: found {detectors[1]} where model.detector is "

@@ -85,11 +85,11 @@ class Detector(nn.Module):
             with torch.no_grad(), eager:
                 return self._detect(batch)
         torch.manual_seed(batch.seed)  # all randomness of the model comes after this line
-        losses = self._losses(batch)
+        losses = self.losses(batch)
         count_lane(self)
         return losses
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""
         raise NotImplementedError
 

@@ -81,7 +81,8 @@ class RCNN(Detector):
         images = torch.arange(num_images, device=boxes.device).repeat_interleave(num_slots)
         return self._pool(table, boxes.flatten(0, 1), images, BOX_POOLED_SIZE)
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the losses of a batch, means over the lane."""
         features = self._features(batch)
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions = self.rpn(features, self.strides, canvas_size)

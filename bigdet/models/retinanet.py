@@ -37,7 +37,8 @@ class RetinaNet(Detector):
         predictions: RetinaPredictions = self.retina_head(features, self.strides, canvas_size)
         return predictions
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the losses of a batch, means over the lane."""
         predictions = self._predictions(batch)
         objects = pad_objects(batch.targets, predictions.anchors.dtype)
         return self.retina_head.losses(predictions, objects, batch.weights)
