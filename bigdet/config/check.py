@@ -29,6 +29,7 @@ from bigdet.config.derived import (
 from bigdet.config.families import BACKBONES
 from bigdet.config.load import ConfigError, written_keys
 from bigdet.config.model_schema import ModelConfig
+from bigdet.config.own import import_callable
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 from bigdet.config.rules import not_negative as _not_negative
 from bigdet.config.rules import positive as _positive
@@ -116,6 +117,8 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.pictures", config.evaluation.pictures),
     ):
         _not_negative(key, count)
+    for name in config.log.boards:
+        import_callable("log.boards", name)
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     _require(
         keep_every is None or keep_every % every == 0,

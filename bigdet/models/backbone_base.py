@@ -1,4 +1,45 @@
-"""What a backbone is: images in, features of four strides out, stages that can be frozen."""
+"""What a backbone is: images in, features of four strides out, stages that can be frozen.
+
+One of your own is named as ``model.backbone=my_package.nets:Plain``, without a change in bigdet:
+
+    # my_package/nets.py
+    class Plain(Backbone):
+        def __init__(self, norm):
+            super().__init__()
+            self.channels = [32, 64, 128, 256]
+            widths = [(3, 16), (16, 32), (32, 64), (64, 128), (128, 256)]
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(*each, 3, 2, 1), make_norm(norm, each[1]), nn.ReLU())
+                for each in widths
+            )
+
+        @property
+        def stages(self):
+            return [[block] for block in self.blocks]
+
+        def forward(self, images):
+            features = []
+            for block in self.blocks:
+                images = self.run(block, images)
+                features.append(images)
+            return features[1:]
+
+The class, or a function that returns such a backbone, is called with the options of ``model`` that
+are among its parameters: ``norm`` (``bn``, ``gn`` or ``none``: what its layers of
+``norms.make_norm`` are), ``drop_path`` and ``stride_in_1x1``. Those that it does not take are
+refused in the config. It must
+
+- subclass `Backbone`: ``channels`` of C2 to C5, ``stages`` of five lists (freezing and sharding
+  go by them; one may be empty), ``forward`` for images of any size;
+- use no batch normalization of torch, which knows no ``norm_mode``;
+- draw its first weights from torch's generator alone, so that all ranks begin with the same;
+- call its layers instead of reading their weights, since under FSDP and ZeRO-3 these are there
+  during a call only, and run its blocks through ``self.run`` for activation checkpointing.
+
+``models/backbones.py`` checks what can be seen of it when it is built. Weights that ``timm`` names
+are for bigdet's own backbones; one of yours starts from random weights, a run, or a file with its
+own names.
+"""
 
 from __future__ import annotations
 

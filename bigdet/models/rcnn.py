@@ -63,7 +63,7 @@ class RCNN(Detector):
 
     def _features(self, batch: Batch) -> list[Tensor]:
         """Give the pyramid P2 to P6, or without an FPN what the backbone gives."""
-        features: list[Tensor] = self.backbone(self._pixels(batch))
+        features: list[Tensor] = self.backbone(self.pixels(batch))
         return features if self.fpn is None else self.fpn(features)
 
     def _table(self, features: list[Tensor]) -> FeatureTable:

@@ -32,7 +32,7 @@ class RetinaNet(Detector):
         self.retina_head.config = config.retina
 
     def _predictions(self, batch: Batch) -> RetinaPredictions:
-        features = self.fpn(self.backbone(self._pixels(batch))[1:])  # C3 to C5 to P3 to P7
+        features = self.fpn(self.backbone(self.pixels(batch))[1:])  # C3 to C5 to P3 to P7
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions: RetinaPredictions = self.retina_head(features, self.strides, canvas_size)
         return predictions
