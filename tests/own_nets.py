@@ -4,6 +4,7 @@ Tests copy it into a folder that is no part of bigdet and name what is in it.
 """
 
 import json
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -17,34 +18,24 @@ from bigdet.data.making.sources.records import convert_records
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.detections import FlatDetections, usable
-from bigdet.models.norms import make_norm
+from bigdet.models.norms import conv_norm
 
 STRIDE = 16  # of C4, pixels
 BEST = 5  # points of an image that are reported
 
 
+# fmt: off
 class Plain(Backbone):
-    """Five convolutions of stride 2."""
-
     def __init__(self, norm):
         super().__init__()
         self.channels = [32, 64, 128, 256]
-        widths = [(3, 32), (32, 32), (32, 64), (64, 128), (128, 256)]
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(*each, 3, 2, 1), make_norm(norm, each[1]), nn.ReLU())
-            for each in widths
-        )
-
-    @property
-    def stages(self):
-        return [[block] for block in self.blocks]
-
+        pairs = pairwise([3, 32, *self.channels])
+        stack = [nn.Sequential(nn.MaxPool2d(2), conv_norm(*w, 3, norm, relu=True)) for w in pairs]
+        self.blocks = nn.ModuleList(stack)
+    stages = property(lambda self: [[block] for block in self.blocks])
     def forward(self, images):
-        features = []
-        for block in self.blocks:
-            images = self.run(block, images)
-            features.append(images)
-        return features[1:]
+        return list(accumulate(self.blocks, lambda x, f: self.run(f, x), initial=images))[2:]
+# fmt: on
 
 
 class Points(Detector):
@@ -141,7 +132,8 @@ def squares(root: Path, side: int = 20, *, out, making, progress):
     """
     images, annotations = [], []
     for number, path in enumerate(sorted(root.glob("*.png")), start=1):
-        width, height = Image.open(path).size
+        with Image.open(path) as picture:
+            width, height = picture.size
         x, y = map(int, path.stem.split("-"))
         images.append({"id": number, "file_name": path.name, "height": height, "width": width})
         annotations.append(

@@ -1,11 +1,17 @@
-"""Rules on options that some detectors heed and others do not, and on test-time augmentation."""
+"""Rules of the model: options that some backbones and detectors heed and others do not; and TTA."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from bigdet.config.derived import has_fpn, model_parts
-from bigdet.config.families import DETECTOR_OPTIONS, LACKS, backbone_facts, detector_facts
+from bigdet.config.families import (
+    BACKBONES,
+    DETECTOR_OPTIONS,
+    LACKS,
+    backbone_facts,
+    detector_facts,
+)
 from bigdet.config.load import ConfigError
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.rules import not_negative, positive, require, unused, unused_section
@@ -14,7 +20,52 @@ from bigdet.config.schema import TtaConfig
 _LEVELS = 5
 
 
-def check_family(model: ModelConfig) -> None:
+def check_model(model: ModelConfig) -> None:
+    """Check backbone, norms and sizes, and what the detector heeds of the rest."""
+    if model.drop_path and (lacks := lacking(model, "drop_path")):
+        with_it = [name for name, facts in BACKBONES.items() if "drop_path" in facts.heeds]
+        raise ConfigError(
+            f"model.drop_path: found {model.drop_path}, but {lacks}. "
+            f"Remove it, or choose one of {', '.join(with_it)}."
+        )
+    require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
+    if model.norm == "none" and model.norm_scope is not None:
+        raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
+    if has_fpn(model) and (lacks := lacking(model, "norm")):
+        if model.norm != "bn" and model.norm_scope == "backbone":
+            raise ConfigError(
+                f"model.norm: found {model.norm} for the backbone only, but {lacks}. Remove "
+                f"model.norm, or set model.norm_scope: all."
+            )
+        if model.norm == "bn" and model.norm_scope != "all":
+            unused("model", model, "norm", f"{lacks}, and norm_scope leaves out all else")
+    for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
+        positive(key, value)
+    rpn, roi = model.rpn, model.roi
+    _check_family(model)
+    require(
+        bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
+        "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
+    )  # fmt: skip
+    require(
+        rpn.anchors_per_image >= 2, "model.rpn.anchors_per_image", rpn.anchors_per_image,
+        "2 or more, half of them for objects",
+    )  # fmt: skip
+    for name in ("train_proposals", "test_proposals", "train_candidates", "test_candidates"):
+        positive(f"model.rpn.{name}", getattr(rpn, name))
+    for name in ("rois_per_image", "detections_per_image"):
+        positive(f"model.roi.{name}", getattr(roi, name))
+    for key, fraction in (
+        ("model.rpn.nms_iou", rpn.nms_iou),
+        ("model.roi.positive_fraction", roi.positive_fraction),
+        ("model.roi.positive_iou", roi.positive_iou),
+        ("model.roi.score_threshold", roi.score_threshold),
+        ("model.roi.nms_iou", roi.nms_iou),
+    ):
+        require(0 <= fraction <= 1, key, fraction, "in [0, 1]")
+
+
+def _check_family(model: ModelConfig) -> None:
     """Check that the detector's options fit it, and that there are no others."""
     if lacks := lacking(model, "stride_in_1x1"):
         unused("model", model, "stride_in_1x1", lacks)

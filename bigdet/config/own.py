@@ -63,10 +63,10 @@ def import_own(key: str, name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        is_absent = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if is_absent and f"{module_name}.".startswith(f"{error.name}."):
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is not None and f"{module_name}.".startswith(f"{absent}."):
             raise ValueError(
-                f"{key}: found {name!r}, but there is no module {error.name}. Expected one that "
+                f"{key}: found {name!r}, but there is no module {absent}. Expected one that "
                 f"can be imported: install it, put its folder on PYTHONPATH, or start from there."
             ) from error
         place = traceback.extract_tb(error.__traceback__)[-1]
