@@ -177,7 +177,10 @@ def _check_names(values: DictConfig, source: str) -> None:
     """Refuse names of backbones and detectors that are neither bigdet's nor a user's own."""
     for key, value in _leaf_items(OmegaConf.to_container(values)):
         kind = ".".join(key.split(".")[-2:])
-        known = {"model.backbone": BACKBONES, "model.detector": DETECTORS}.get(kind)
+        names: dict[str, Collection[str]] = {
+            "model.backbone": BACKBONES, "model.detector": DETECTORS,
+        }  # fmt: skip
+        known = names.get(kind)
         if known is not None and value is not None:
             try:
                 refuse_unknown(key, str(value), known)

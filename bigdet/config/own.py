@@ -11,7 +11,8 @@ contract of each kind is in one docstring:
 | board | ``log.boards`` | ``logs/boards.py``, ``Board`` |
 | source of shards | ``bigdet shards NAME`` | ``data/making/sources/own.py`` |
 
-A run folder and its weights keep the name, not the code: whoever loads them needs the module.
+A run folder and its weights keep the name, not the code: whoever loads them needs the module, and
+runs it.
 """
 
 from __future__ import annotations
