@@ -95,6 +95,15 @@ class RunDir:
         return self.root / "wandb"
 
     @property
+    def boards(self) -> Path:
+        """What boards of the user's own keep here, a folder each."""
+        return self.root / "boards"
+
+    def board(self, name: str) -> Path:
+        """The folder of one of them, ``package.module:Class``."""
+        return self.boards / name.replace(":", ".")
+
+    @property
     def pictures(self) -> Path:
         """Drawn batches and detections."""
         return self.root / "pictures"

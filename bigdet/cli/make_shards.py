@@ -5,6 +5,7 @@ bigdet shards coco --images DIR --annotations FILE --categories FILE --out DIR
 bigdet shards objects365 --images DIR --annotations FILE --out DIR
 bigdet shards voc --root DIR --split trainval [--categories FILE] --out DIR
 bigdet shards deeppcb --root PCBData --split trainval --out DIR
+bigdet shards my_package.readers:convert --out DIR [options of its own]
 bigdet shards shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
 
 After a kill the same command goes on; what comes out is the same, byte for byte. Over 3 machines:
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from bigdet.cli.progress_bar import ProgressBar
 from bigdet.cli.running import positive, run_command
+from bigdet.cli.source_options import Convert, add_options, call_source, import_source
+from bigdet.config.own import is_own
 from bigdet.data.format.class_counts import counts_of
 from bigdet.data.format.manifest import Manifest
 from bigdet.data.format.orientation import exif_warning
@@ -28,17 +31,24 @@ from bigdet.data.format.shard_set import SKIPPED_NAME
 from bigdet.data.making.annotations import box_warning
 from bigdet.data.making.conversion import Making, merge_parts
 from bigdet.data.making.reencoding import Reencoding
-from bigdet.data.making.sources.categories import load_categories
 from bigdet.data.making.sources.coco import convert_coco, convert_objects365
 from bigdet.data.making.sources.deeppcb import convert_deeppcb
 from bigdet.data.making.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.making.sources.voc import convert_voc
 from bigdet.host.limits import num_cpus
 
+SOURCES: dict[str, tuple[str, Convert]] = {
+    "coco": ("images and a COCO annotation file", convert_coco),
+    "objects365": ("Objects365, v1 or v2", convert_objects365),
+    "voc": ("a folder in PASCAL VOC's layout", convert_voc),
+    "deeppcb": ("DeepPCB's lists and text files of boxes", convert_deeppcb),
+}
+"""What can be converted: what it is, and the function, whose parameters are its options."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Make shards as the arguments say."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(argv).parse_args(argv)
     manifest = _make(arguments)
     if manifest is None:
         print(
@@ -88,36 +98,13 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
             size=arguments.size,
             progress=progress,
         )
-    making = _making(arguments)
-    images, annotations = arguments.images, arguments.annotations
-    categories = load_categories(arguments.categories) if arguments.categories else None
-    if arguments.source == "voc":
-        return convert_voc(
-            arguments.root,
-            arguments.split,
-            arguments.out,
-            categories=categories,
-            making=making,
-            progress=progress,
-        )
-    if arguments.source == "deeppcb":
-        return convert_deeppcb(
-            arguments.root, arguments.split, arguments.out, making=making, progress=progress
-        )
-    if arguments.source == "objects365":
-        return convert_objects365(
-            images, annotations, arguments.out,
-            categories=categories, making=making, progress=progress,
-        )  # fmt: skip
-    return convert_coco(
-        images,
-        annotations,
-        arguments.out,
-        keypoints=arguments.keypoints,
-        categories=categories,
-        making=making,
-        progress=progress,
-    )
+    _, function = _source(arguments.source)
+    return call_source(arguments.source, function, arguments, _making(arguments), progress)
+
+
+def _source(name: str) -> tuple[str, Convert]:
+    """Return what a source is and what converts it; a name with a colon is a user's own."""
+    return SOURCES[name] if name in SOURCES else ("your own", import_source(name))
 
 
 def _making(arguments: argparse.Namespace) -> Making:
@@ -131,40 +118,17 @@ def _making(arguments: argparse.Namespace) -> Making:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bigdet shards",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sources = parser.add_subparsers(dest="source", required=True)
-    coco = sources.add_parser("coco", help="images and a COCO annotation file")
-    coco.add_argument("--images", type=Path, required=True, help="folder of the images")
-    coco.add_argument("--annotations", type=Path, required=True, help="instances_*.json")
-    coco.add_argument("--keypoints", type=Path, help="person_keypoints_*.json of the same images")
-    objects = sources.add_parser("objects365", help="Objects365, v1 or v2")
-    objects.add_argument("--images", type=Path, required=True, help="folder of the patches")
-    objects.add_argument("--annotations", type=Path, required=True, help="zhiyuan_objv2_*.json")
-    objects.set_defaults(keypoints=None)
-    voc = sources.add_parser("voc", help="a folder in PASCAL VOC's layout")
-    voc.add_argument("--root", type=Path, required=True, help="holds Annotations, ImageSets, ...")
-    voc.add_argument("--split", required=True, help="a file in ImageSets/Main, without .txt")
-    voc.add_argument(
-        "--categories", type=Path,
-        help="JSON list, annotation file or manifest.json; default: all names, sorted",
-    )  # fmt: skip
-    voc.set_defaults(images=None, annotations=None)
-    pcb = sources.add_parser("deeppcb", help="DeepPCB's lists and text files of boxes")
-    pcb.add_argument("--root", type=Path, required=True, help="PCBData, which holds the lists")
-    pcb.add_argument("--split", required=True, help="a list without .txt: trainval or test")
-    pcb.set_defaults(images=None, annotations=None, categories=None)
-    for source in (coco, objects):
-        source.add_argument(
-            "--categories", type=Path,
-            help="JSON list, annotation file or manifest.json: the classes, by name, in the order "
-            "of the labels; default: those of the annotations by rising id",
-        )  # fmt: skip
-    for source in (coco, objects, voc, pcb):
+    for name in [*SOURCES, *(word for word in argv[:1] if is_own(word))]:
+        purpose, function = _source(name)
+        source = sources.add_parser(name, help=purpose)
+        add_options(source, function)
         _add_options(source)
     shapes = sources.add_parser("shapes", help="synthetic images to try things on")
     shapes.add_argument("--out", required=True, help="folder for the shards")

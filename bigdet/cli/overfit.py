@@ -23,6 +23,7 @@ import torch
 from bigdet.cli.running import run_command
 from bigdet.config.check import check_config
 from bigdet.config.derived import has_keypoints, has_masks, plan_of
+from bigdet.config.families import detector_facts
 from bigdet.config.load import parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.shard_set import ShardSet
@@ -43,7 +44,7 @@ NAME = "overfit"
 CONFIG = """
 output: nowhere
 data: {train: {shards: nowhere}, val: {shards: nowhere}, workers: 0}
-model: {backbone: resnet18, norm: gn, width: 64}
+model: {backbone: resnet18, norm: gn}
 phases:
   overfit:
     steps: 600
@@ -56,23 +57,27 @@ phases:
     warmup_steps: 20
 """
 
+SMALL = {
+    "width": ["model.width=64"],
+    "fc_width": ["model.fc_width=256"],
+    "rpn": [
+        "model.rpn.anchor_sizes=[16,32,64,96,128]",
+        "model.rpn.train_proposals=200",
+        "model.rpn.test_proposals=100",
+    ],
+    "roi": ["model.roi.rois_per_image=64"],
+    "keypoint": ["model.keypoint.width=64"],
+    "retina": ["model.retina.anchor_sizes=[16,32,64,96,128]"],
+}
+"""What makes a detector small, by the options that it heeds."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Train until all AP50 exceed the goal or the steps are over."""
     arguments = parse_arguments(argv)
     options = [f"model.detector={arguments.detector}"]
-    if arguments.detector == "retinanet":
-        options.append("model.retina.anchor_sizes=[16,32,64,96,128]")
-    else:
-        options += [
-            "model.fc_width=256",
-            "model.rpn.anchor_sizes=[16,32,64,96,128]",
-            "model.rpn.train_proposals=200",
-            "model.rpn.test_proposals=100",
-            "model.roi.rois_per_image=64",
-        ]
-    if arguments.detector == "keypoint_rcnn":
-        options.append("model.keypoint.width=64")
+    heeded = detector_facts(arguments.detector).options
+    options += [word for option, words in SMALL.items() if option in heeded for word in words]
     config = parse_config(CONFIG, "bigdet overfit", [*options, *arguments.overrides])
     check_config(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 
-from bigdet.config.check_family import check_family, check_tta
+from bigdet.config.check_family import check_model, check_tta
 from bigdet.config.check_heads import check_detector, check_hand_over, check_heads
 from bigdet.config.check_schedule import check_cost, check_kept, check_length, check_schedule
 from bigdet.config.data_schema import DataConfig, TrainSplitConfig
 from bigdet.config.derived import (
-    LAYER_NORM_BACKBONES,
     has_batch_norm,
     has_fpn,
     has_masks,
@@ -29,6 +28,7 @@ from bigdet.config.derived import (
 )
 from bigdet.config.load import ConfigError, written_keys
 from bigdet.config.model_schema import ModelConfig
+from bigdet.config.own import import_callable
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 from bigdet.config.rules import not_negative as _not_negative
 from bigdet.config.rules import positive as _positive
@@ -67,7 +67,7 @@ def check_config(config: RunConfig) -> None:
 
 
 def _check_all(config: RunConfig) -> None:
-    _check_model(config.model)
+    check_model(config.model)
     _check_numbers(config)
     check_train_split(config.data.train)
     if not config.phases:
@@ -116,6 +116,8 @@ def _check_numbers(config: RunConfig) -> None:
         ("evaluation.pictures", config.evaluation.pictures),
     ):
         _not_negative(key, count)
+    for name in config.log.boards:
+        import_callable("log.boards", name)
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     _require(
         keep_every is None or keep_every % every == 0,
@@ -223,50 +225,6 @@ def _check_addresses(data: DataConfig) -> None:
                 f"data.cache.mode: found ranges, but {key} is a pipe:, which can only be read "
                 f"whole. Write shards."
             )
-
-
-def _check_model(model: ModelConfig) -> None:
-    has_layer_norm = model.backbone in LAYER_NORM_BACKBONES
-    if model.drop_path and not has_layer_norm:
-        raise ConfigError(
-            f"model.drop_path: found {model.drop_path}, but {model.backbone} has no drop path. "
-            f"Remove it, or choose one of {', '.join(LAYER_NORM_BACKBONES)}."
-        )
-    _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
-    if model.norm == "none" and model.norm_scope is not None:
-        raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
-    if has_layer_norm and model.norm != "bn" and model.norm_scope == "backbone":
-        raise ConfigError(
-            f"model.norm: found {model.norm} for the backbone only, but {model.backbone} has "
-            f"LayerNorm. Remove model.norm, or set model.norm_scope: all."
-        )
-    if has_layer_norm and model.norm == "bn" and model.norm_scope != "all":
-        reason = f"{model.backbone} has LayerNorm, and norm_scope leaves out all else"
-        _unused("model", model, "norm", reason)
-    for key, value in (("model.width", model.width), ("model.fc_width", model.fc_width)):
-        _positive(key, value)
-    rpn, roi = model.rpn, model.roi
-    check_family(model)
-    _require(
-        bool(rpn.anchor_ratios) and all(ratio > 0 for ratio in rpn.anchor_ratios),
-        "model.rpn.anchor_ratios", rpn.anchor_ratios, "a list of numbers above 0",
-    )  # fmt: skip
-    _require(
-        rpn.anchors_per_image >= 2, "model.rpn.anchors_per_image", rpn.anchors_per_image,
-        "2 or more, half of them for objects",
-    )  # fmt: skip
-    for name in ("train_proposals", "test_proposals", "train_candidates", "test_candidates"):
-        _positive(f"model.rpn.{name}", getattr(rpn, name))
-    for name in ("rois_per_image", "detections_per_image"):
-        _positive(f"model.roi.{name}", getattr(roi, name))
-    for key, fraction in (
-        ("model.rpn.nms_iou", rpn.nms_iou),
-        ("model.roi.positive_fraction", roi.positive_fraction),
-        ("model.roi.positive_iou", roi.positive_iou),
-        ("model.roi.score_threshold", roi.score_threshold),
-        ("model.roi.nms_iou", roi.nms_iou),
-    ):
-        _require(0 <= fraction <= 1, key, fraction, "in [0, 1]")
 
 
 def _check_phase(key: str, phase: PhaseConfig, model: ModelConfig, source: str) -> None:

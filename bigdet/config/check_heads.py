@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from bigdet.config.derived import (
-    DETECTOR_PARTS,
     has_cascade,
     has_keypoints,
     model_parts,
     phase_before,
     phase_model,
 )
+from bigdet.config.families import DETECTORS, detector_facts
 from bigdet.config.load import ConfigError
 from bigdet.config.rules import not_negative, positive, require, unused
 from bigdet.config.schema import RunConfig
@@ -37,12 +39,13 @@ def check_heads(config: RunConfig) -> None:
         positive(f"model.keypoint.{name}", getattr(config.model.keypoint, name))
     not_negative("model.keypoint.min_visible", config.model.keypoint.min_visible)
     models = [phase_model(config, name) for name in config.phases]
-    if not any(has_cascade(model) for model in models):
-        reason = "is for cascade_rcnn and cascade_mask_rcnn"
-        unused("model.cascade", config.model.cascade, "gradients", reason)
+    for option in ("cascade", "keypoint"):
+        if not any(option in detector_facts(model.detector).options for model in models):
+            known = [name for name, facts in DETECTORS.items() if option in facts.options]
+            section, reason = getattr(config.model, option), f"is for {' and '.join(known)}"
+            for field in dataclasses.fields(section):
+                unused(f"model.{option}", section, field.name, reason)
     if not any(has_keypoints(model) for model in models):
-        for name in ("num_keypoints", "width", "min_visible"):
-            unused("model.keypoint", config.model.keypoint, name, "is for keypoint_rcnn")
         unused("data.train", config.data.train, "min_keypoints", "is for keypoint_rcnn")
     if models and all(has_cascade(model) for model in models):
         reason = "the stages of a cascade have their own, 0.5, 0.6 and 0.7"
@@ -52,7 +55,7 @@ def check_heads(config: RunConfig) -> None:
 def check_detector(config: RunConfig, name: str) -> None:
     """Check that a phase changes the detector within the family that shares its parts."""
     detectors = (config.model.detector, phase_model(config, name).detector)
-    is_shared = all("rpn" in DETECTOR_PARTS[detector] for detector in detectors)
+    is_shared = all("rpn" in detector_facts(detector).parts for detector in detectors)
     if detectors[0] != detectors[1] and not is_shared:
         raise ConfigError(
             f"phases.{name}.model.detector: found {detectors[1]} where model.detector is "

@@ -7,41 +7,13 @@ import math
 import os
 from typing import Any
 
+from bigdet.config.families import backbone_facts, detector_facts
 from bigdet.config.model_schema import ModelConfig, RpnConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig, StartCostConfig
 from bigdet.config.schema import RunConfig
 
 PLACES = (".shards", ".more_shards", ".subset.ids", ".start_from.source")
 """Ends of the keys whose values are paths or addresses of what a run reads."""
-
-_PROPOSING = ("backbone", "fpn", "rpn", "box_head")
-DETECTOR_PARTS: dict[str, tuple[str, ...]] = {
-    "faster_rcnn": _PROPOSING,
-    "mask_rcnn": (*_PROPOSING, "mask_head"),
-    "cascade_rcnn": _PROPOSING,
-    "cascade_mask_rcnn": (*_PROPOSING, "mask_head"),
-    "keypoint_rcnn": (*_PROPOSING, "keypoint_head"),
-    "retinanet": ("backbone", "fpn", "retina_head"),
-}
-"""The parts of each detector, in the order in which data flows through them."""
-
-CASCADES = ("cascade_rcnn", "cascade_mask_rcnn")
-"""Detectors whose box head is three."""
-
-LAYER_NORM_BACKBONES = (
-    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
-    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b",
-)  # fmt: skip
-"""Those with LayerNorm and drop path of their own, which ``model.norm`` does not touch."""
-
-BOTTLENECKS = (
-    "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext50_32x8d",
-    "resnext101_32x4d", "resnext101_32x8d", "resnext152_32x8d",
-)  # fmt: skip
-"""Those of blocks with 1x1 convolutions, which ``model.stride_in_1x1`` is for."""
-
-SINGLE_LEVEL = ("vgg16",)
-"""Backbones with one level of features, of which no pyramid is made: such a model has no FPN."""
 
 IMAGENET_COST = {
     "images": 128_000_000, "instances": 128_000_000, "pixels": 128_000_000 * 224 * 224,
@@ -78,28 +50,36 @@ def largest_plan(resize: ResizeConfig) -> tuple[int, int]:
 
 def model_parts(model: ModelConfig) -> list[str]:
     """Return the parts of a detector, in the order in which data flows through them."""
-    parts = DETECTOR_PARTS[model.detector]
+    parts = detector_facts(model.detector).parts
     return [part for part in parts if part != "fpn" or has_fpn(model)]
 
 
 def has_fpn(model: ModelConfig) -> bool:
     """Tell whether a feature pyramid stands between the backbone and the heads."""
-    return model.backbone not in SINGLE_LEVEL
+    return backbone_facts(model.backbone).has_levels
 
 
 def has_masks(model: ModelConfig) -> bool:
     """Tell whether a detector learns and predicts masks."""
-    return "mask_head" in DETECTOR_PARTS[model.detector]
+    return "masks" in detector_facts(model.detector).learns
 
 
 def has_keypoints(model: ModelConfig) -> bool:
     """Tell whether a detector learns and predicts keypoints."""
-    return "keypoint_head" in DETECTOR_PARTS[model.detector]
+    return "keypoints" in detector_facts(model.detector).learns
+
+
+def reported(model: ModelConfig) -> tuple[str, int] | None:
+    """Return the option that limits the detections of an image, and its value; None: none does."""
+    section = detector_facts(model.detector).limits
+    if section is None:
+        return None
+    return f"model.{section}.detections_per_image", getattr(model, section).detections_per_image
 
 
 def has_cascade(model: ModelConfig) -> bool:
     """Tell whether the box head of a detector is a cascade of three."""
-    return model.detector in CASCADES
+    return detector_facts(model.detector).is_cascade
 
 
 def is_class_agnostic(model: ModelConfig) -> bool:
@@ -112,7 +92,7 @@ def proposal_limits(rpn: RpnConfig, detector: str) -> RpnConfig:
     """Return the options of region proposals with all numbers of proposals filled in."""
     after_nms = rpn.train_proposals
     if after_nms is None:
-        after_nms = 2000 if detector in CASCADES else 1000
+        after_nms = 2000 if detector_facts(detector).is_cascade else 1000
     return dataclasses.replace(
         rpn,
         train_proposals=after_nms,
@@ -137,15 +117,13 @@ def parts_with_batch_norm(model: ModelConfig) -> list[str]:
     """Return the parts of a detector that have BN layers (the RPN head never has)."""
     if model.norm != "bn":
         return []
-    parts = [] if model.backbone in LAYER_NORM_BACKBONES else ["backbone"]
+    parts = ["backbone"] if "norm" in backbone_facts(model.backbone).heeds else []
     if model.norm_scope != "all":
         return parts
-    with_convolutions = model.box_head == "4conv1fc"
-    parts += ["fpn", *(["box_head"] if with_convolutions else [])]
-    return [
-        *parts,
-        *(head for head in ("mask_head", "keypoint_head") if head in model_parts(model)),
-    ]
+    own = detector_facts(model.detector).normalized
+    if model.box_head != "4conv1fc":  # which alone has convolutions
+        own = tuple(part for part in own if part != "box_head")
+    return [*parts, *(part for part in own if part in model_parts(model))]
 
 
 def has_batch_norm(model: ModelConfig) -> bool:

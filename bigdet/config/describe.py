@@ -17,6 +17,7 @@ from typing import Any, Literal, Union
 from omegaconf import MISSING
 
 from bigdet.config.load import ConfigError
+from bigdet.config.model_schema import CHOICES
 from bigdet.config.schema import RunConfig
 
 WIDTH = 100  # of the text, characters
@@ -49,7 +50,10 @@ def list_options(section: type = RunConfig, prefix: str = "") -> Iterator[Option
         key, hint = prefix + field.name, hints[field.name]
         inner, is_optional = _section_in(hint)
         if inner is None:
-            yield Option(key, _kind(hint), _default(field), texts[field.name])
+            kind = _kind(hint)
+            if choices := field.metadata.get(CHOICES):
+                kind = kind.replace("str", " | ".join(choices))
+            yield Option(key, kind, _default(field), texts[field.name])
             continue
         if typing.get_origin(hint) is dict:
             key = f"{key}.{ANY_NAME}"

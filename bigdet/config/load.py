@@ -20,6 +20,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from bigdet.config.earlier import fill_in_former
+from bigdet.config.families import BACKBONES, DETECTORS
+from bigdet.config.own import refuse_unknown
 from bigdet.config.schema import RunConfig
 from bigdet.config.shipped import find_config, nearest_shipped
 
@@ -170,7 +172,23 @@ def _merge(base: DictConfig, values: DictConfig, source: str) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {explain(error)}") from error
     assert isinstance(merged, DictConfig)
+    _check_names(values, source)
     return merged
+
+
+def _check_names(values: DictConfig, source: str) -> None:
+    """Refuse names of backbones and detectors that are neither bigdet's nor a user's own."""
+    for key, value in _leaf_items(OmegaConf.to_container(values)):
+        kind = ".".join(key.split(".")[-2:])
+        names: dict[str, Collection[str]] = {
+            "model.backbone": BACKBONES, "model.detector": DETECTORS,
+        }  # fmt: skip
+        known = names.get(kind)
+        if known is not None and value is not None:
+            try:
+                refuse_unknown(key, str(value), known)
+            except ValueError as error:
+                raise ConfigError(f"{source}: {error}") from error
 
 
 _CHOICES = ("detector", "backbone", "norm", "kind", "optimizer", "schedule", "order", "box_loss")

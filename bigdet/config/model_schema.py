@@ -7,20 +7,15 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-Detector = Literal[
-    "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn", "retinanet",
-]  # fmt: skip
-Backbone = Literal[
-    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
-    "resnext50_32x4d", "resnext50_32x8d", "resnext101_32x4d", "resnext101_32x8d",
-    "resnext152_32x8d",
-    "swin_t", "swin_s", "swin_b", "swin_l", "swinv2_t", "swinv2_s", "swinv2_b",
-    "convnext_t", "convnext_s", "convnext_b", "vit_s", "vit_b", "vgg16",
-]  # fmt: skip
+from bigdet.config.families import BACKBONES, DETECTORS
+from bigdet.config.own import FORM
+
 BoxHead = Literal["2fc", "4conv1fc"]
 BoxLoss = Literal["l1", "smooth_l1", "giou"]
 Norm = Literal["bn", "gn", "none"]
 NormScope = Literal["backbone", "all"]
+CHOICES = "choices"
+"""In the metadata of an option that is a text: what it may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +146,10 @@ class KeypointConfig:
 class ModelConfig:
     """The detector."""
 
-    detector: Detector = MISSING
-    """Which detector."""
-    backbone: Backbone = MISSING
-    """Which backbone."""
+    detector: str = field(default=MISSING, metadata={CHOICES: (*DETECTORS, FORM)})
+    """Which detector: one of these, or a function of your own."""
+    backbone: str = field(default=MISSING, metadata={CHOICES: (*BACKBONES, FORM)})
+    """Which backbone: one of these, or a function of your own."""
     box_head: BoxHead = "2fc"
     """Two fully connected layers, or four 3x3 convolutions and one."""
     norm: Norm = "bn"

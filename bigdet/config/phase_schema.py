@@ -7,13 +7,14 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from bigdet.config.model_schema import Detector
+from bigdet.config.families import DETECTORS
+from bigdet.config.model_schema import CHOICES
+from bigdet.config.own import FORM
 
 NormMode = Literal["live", "sync", "affine", "fixed"]
 Pixels = Literal["rgb", "bgr", "bgr_255"]
-Part = Literal[
-    "backbone", "fpn", "rpn", "box_head", "mask_head", "keypoint_head", "retina_head",
-]  # fmt: skip
+PARTS = tuple(dict.fromkeys(part for facts in DETECTORS.values() for part in facts.parts))
+"""Parts of bigdet's detectors; a user's own may have others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class StartFromConfig:
     timm's name); ``previous`` (the phase before); the path of a run or a ``model.safetensors``; or
     the file of a backbone that others wrote: ``.safetensors``, ``.pth``, ``.pkl`` (README). None:
     ``random`` in the first phase, ``previous`` in the others."""
-    parts: list[Part] | None = None
+    parts: list[str] | None = field(default=None, metadata={CHOICES: PARTS})
     """The parts that are loaded, the others start anew. None: all parts of the model (``timm``
     and files of others: the backbone; of ``vgg16`` they also have fc6 and fc7 for ``box_head``)."""
     pixels: Pixels | None = None
@@ -115,7 +116,7 @@ class StartFromConfig:
 class PhaseModelConfig:
     """What a phase changes in the model; the other phases do not see it."""
 
-    detector: Detector | None = None
+    detector: str | None = field(default=None, metadata={CHOICES: (*DETECTORS, FORM)})
     """Another detector of the R-CNN family. A cascade after a plain detector (late cascade) starts
     with copies of its box head in all stages. None: ``model.detector``."""
 

@@ -143,6 +143,8 @@ class LogConfig:
     phase, detections at each evaluation."""
     wandb: WandbConfig | None = None
     """Show the same on Weights & Biases. None: no."""
+    boards: list[str] = field(default_factory=list)
+    """Boards of your own that show the same, each ``package.module:Class``."""
     stall_seconds: float | None = 1200.0
     """A rank without progress for so long writes its stacks and ends the run; longer than the
     longest step, save or computing of AP. None: never."""

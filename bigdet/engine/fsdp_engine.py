@@ -106,6 +106,9 @@ class FsdpEngine:
 
     def _step(self, scale: float) -> float:
         """Step the optimizer unless a gradient is not finite; return the norm, inf if skipped."""
+        for parameter in self._trained.values():
+            if parameter.grad is None:  # no loss depends on it: 0, as DeepSpeed has it
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [_shard(p.grad) for p in self._trained.values() if p.grad is not None]
         # In fp64, as in DeepSpeed: a sum of 10 million squares in fp32 is off by 4e-4.
         squares = [torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in gradients]

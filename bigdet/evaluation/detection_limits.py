@@ -10,6 +10,7 @@ import logging
 
 import numpy as np
 
+from bigdet.config.derived import reported
 from bigdet.config.schema import MAX_DETECTIONS, RunConfig
 from bigdet.data.format.remote import is_remote
 from bigdet.data.format.shard_set import ShardSet
@@ -45,13 +46,12 @@ def warn_at_start(config: RunConfig, shards: ShardSet) -> None:
 
 def warn_of_few(config: RunConfig) -> None:
     """Warn where more detections would be counted than the model gives."""
-    limit, model = config.evaluation.max_detections, config.model
-    key = "retina" if model.detector == "retinanet" else "roi"
-    given = getattr(model, key).detections_per_image
+    limit = config.evaluation.max_detections
+    key, given = reported(config.model) or ("", limit)
     if given < limit and limit > MAX_DETECTIONS:
         logger.warning(
             "evaluation.max_detections is %d, but the model gives %d detections an image: raise "
-            "model.%s.detections_per_image too", limit, given, key,
+            "%s too", limit, given, key,
         )  # fmt: skip
 
 

@@ -29,8 +29,6 @@ from bigdet.ops.nms import spread_nms
 from bigdet.ops.pooling import pyramid_levels
 from bigdet.structures import Batch, Targets
 
-EXPORTABLE = ("faster_rcnn", "mask_rcnn", "retinanet")
-
 
 class FixedDetector(nn.Module):
     """A Faster or Mask R-CNN or a RetinaNet whose outputs have fixed shapes."""

@@ -19,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.export.fixed import EXPORTABLE, FixedDetector, plain_batch
+from bigdet.config.derived import has_masks
+from bigdet.config.families import DETECTORS, detector_facts
+from bigdet.export.fixed import FixedDetector, plain_batch
 from bigdet.models.detector import CANVAS_MULTIPLE, Detector
 from bigdet.ops.resize import resize_image, test_size
 from bigdet.structures import Batch
@@ -82,8 +84,9 @@ or to the last one of an image that is full, may be missing."""
 def check_exportable(detector: Detector, out: Path, size: tuple[int, int], num_images: int) -> None:
     """Raise ``ValueError`` where a detector, a file or a size cannot be had."""
     kind = detector.config.detector
-    if kind not in EXPORTABLE:
-        raise ValueError(f"found a {kind}, expected one of {', '.join(EXPORTABLE)} to export.")
+    if not detector_facts(kind).is_exportable:
+        known = [name for name, facts in DETECTORS.items() if facts.is_exportable]
+        raise ValueError(f"found a {kind}, expected one of {', '.join(known)} to export.")
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}.")
     if any(side < 2 * CANVAS_MULTIPLE or side % CANVAS_MULTIPLE for side in size):
@@ -130,7 +133,7 @@ def write_exported(
             torch.export.save(program, written, extra_files={METADATA: json.dumps(facts)})
             out.write_bytes(written.getbuffer())
             return
-        names = OUTPUTS if "mask_rcnn" in detector.config.detector else OUTPUTS[:-1]
+        names = OUTPUTS if has_masks(detector.config) else OUTPUTS[:-1]
         chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
         levels = [logger.level for logger in chatter]
         for logger in chatter:

@@ -15,7 +15,24 @@ from numpy.typing import NDArray
 
 
 class Board(Protocol):
-    """What watches a run; exists on rank 0 alone."""
+    """What watches a run; exists on rank 0 alone.
+
+    One of your own is a class (or a function that returns a board) with these three methods, which
+    ``log.boards=[my_package.boards:File]`` names. It is called once at each start of the run, by
+    name with ``folder`` (for its files, in the run folder, made for it), ``first_step`` (what an
+    earlier process showed from this step on is to be forgotten) and ``options`` (of the config, by
+    full key). What it raises ends the run.
+
+        class File:
+            def __init__(self, folder, first_step, options):
+                self.file = open(folder / "log.txt", "a")
+            def add_scalars(self, values, step):
+                print(step, dict(values), file=self.file, flush=True)
+            def add_picture(self, name, picture, step):
+                pass
+            def close(self):
+                self.file.close()
+    """
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Show numbers.

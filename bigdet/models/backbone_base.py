@@ -1,4 +1,41 @@
-"""What a backbone is: images in, features of four strides out, stages that can be frozen."""
+"""What a backbone is: images in, features of four strides out, stages that can be frozen.
+
+One of your own is named as ``model.backbone=my_package.nets:Plain``, without a change in
+bigdet, here in ten lines:
+
+  # my_package/nets.py
+  from itertools import accumulate, pairwise
+  from torch import nn
+  from bigdet.models.backbone_base import Backbone
+  from bigdet.models.norms import conv_norm
+
+  class Plain(Backbone):
+      def __init__(self, norm):
+          super().__init__()
+          self.channels = [32, 64, 128, 256]
+          pairs = pairwise([3, 32, *self.channels])
+          stack = [nn.Sequential(nn.MaxPool2d(2), conv_norm(*w, 3, norm, relu=True)) for w in pairs]
+          self.blocks = nn.ModuleList(stack)
+      stages = property(lambda self: [[block] for block in self.blocks])
+      def forward(self, images):
+          return list(accumulate(self.blocks, lambda x, f: self.run(f, x), initial=images))[2:]
+
+The class, or a function that returns such a backbone, is called with the options of ``model`` that
+are among its parameters: ``norm`` (``bn``, ``gn`` or ``none``: what its layers of
+``norms.make_norm`` and ``norms.conv_norm`` are), ``drop_path`` and ``stride_in_1x1``. Those that it
+does not take are refused in the config. It must
+
+- subclass `Backbone`: ``channels`` of C2 to C5, ``stages`` of five lists (freezing and sharding
+  go by them; one may be empty), ``forward`` for images whose sides 32 divides;
+- use no batch normalization of torch, which knows no ``norm_mode``;
+- draw its first weights from torch's generator alone, so that all ranks begin with the same;
+- call its layers instead of reading their weights, since under FSDP and ZeRO-3 these are there
+  during a call only, and run its blocks through ``self.run`` for activation checkpointing.
+
+``models/backbones.py`` checks what can be seen of it when it is built. Weights that ``timm`` names
+are for bigdet's own backbones; one of yours starts from random weights, a run, or a file with its
+own names.
+"""
 
 from __future__ import annotations
 

@@ -1,86 +1,108 @@
-"""The table of backbones: maps from images to features C2 to C5.
+"""Backbones by name: maps from images to features C2 to C5.
 
 Modules and parameter names are timm's, without the classifier; forward passes are ours. Each family
-has a file of its own; a new backbone is an entry here and a name in ``config/model_schema.py``.
+has a file of its own, and each backbone a row in ``config/families.py``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from typing import Any
 
-from timm.models.resnet import BasicBlock, Bottleneck
+import torch
 from torch import nn
 
-from bigdet.models.backbone_base import Backbone
-from bigdet.models.convnext import ConvNeXt
+from bigdet.config.families import backbone_facts
+from bigdet.config.own import import_callable, type_name
+from bigdet.models.backbone_base import STRIDES, Backbone
 from bigdet.models.norms import BatchNorm2d, Kind
-from bigdet.models.resnet import ResNet
-from bigdet.models.swin import Swin, SwinV2
-from bigdet.models.vgg import VGG
-from bigdet.models.vit import ViT
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone", "freeze_stages"]
+__all__ = ["Backbone", "build_backbone", "freeze_stages"]
+
+NUM_STAGES = 5
 
 
-def _resnet(block: type[nn.Module], layers: list[int], **widths: int) -> Callable[..., Backbone]:
-    return lambda norm, drop_path: ResNet(block, layers, norm, **widths)
-
-
-def _swin(embed_dim: int, depths: list[int], num_heads: list[int]) -> Callable[..., Backbone]:
-    return lambda norm, drop_path: Swin(embed_dim, depths, num_heads, drop_path)
-
-
-def _swin_v2(embed_dim: int, depths: list[int], num_heads: list[int]) -> Callable[..., Backbone]:
-    return lambda norm, drop_path: SwinV2(embed_dim, depths, num_heads, drop_path)
-
-
-def _convnext(depths: list[int], widths: list[int]) -> Callable[..., Backbone]:
-    return lambda norm, drop_path: ConvNeXt(depths, widths, drop_path)
-
-
-def _vit(width: int, depth: int, num_heads: int) -> Callable[..., Backbone]:
-    return lambda norm, drop_path: ViT(width, depth, num_heads, drop_path)
-
-
-BACKBONES: dict[str, Callable[..., Backbone]] = {
-    "resnet10": _resnet(BasicBlock, [1, 1, 1, 1]),
-    "resnet18": _resnet(BasicBlock, [2, 2, 2, 2]),
-    "resnet34": _resnet(BasicBlock, [3, 4, 6, 3]),
-    "resnet50": _resnet(Bottleneck, [3, 4, 6, 3]),
-    "resnet101": _resnet(Bottleneck, [3, 4, 23, 3]),
-    "resnet152": _resnet(Bottleneck, [3, 8, 36, 3]),
-    "resnext50_32x4d": _resnet(Bottleneck, [3, 4, 6, 3], cardinality=32, base_width=4),
-    "resnext50_32x8d": _resnet(Bottleneck, [3, 4, 6, 3], cardinality=32, base_width=8),
-    "resnext101_32x4d": _resnet(Bottleneck, [3, 4, 23, 3], cardinality=32, base_width=4),
-    "resnext101_32x8d": _resnet(Bottleneck, [3, 4, 23, 3], cardinality=32, base_width=8),
-    "resnext152_32x8d": _resnet(Bottleneck, [3, 8, 36, 3], cardinality=32, base_width=8),
-    "swin_t": _swin(96, [2, 2, 6, 2], [3, 6, 12, 24]),
-    "swin_s": _swin(96, [2, 2, 18, 2], [3, 6, 12, 24]),
-    "swin_b": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32]),
-    "swin_l": _swin(192, [2, 2, 18, 2], [6, 12, 24, 48]),
-    "swinv2_t": _swin_v2(96, [2, 2, 6, 2], [3, 6, 12, 24]),
-    "swinv2_s": _swin_v2(96, [2, 2, 18, 2], [3, 6, 12, 24]),
-    "swinv2_b": _swin_v2(128, [2, 2, 18, 2], [4, 8, 16, 32]),
-    "convnext_t": _convnext([3, 3, 9, 3], [96, 192, 384, 768]),
-    "convnext_s": _convnext([3, 3, 27, 3], [96, 192, 384, 768]),
-    "convnext_b": _convnext([3, 3, 27, 3], [128, 256, 512, 1024]),
-    "vit_s": _vit(384, 12, 6),
-    "vit_b": _vit(768, 12, 12),
-    "vgg16": lambda norm, drop_path: VGG(),
-}
-
-
-def build_backbone(name: str, norm: Kind, drop_path: float) -> Backbone:
+def build_backbone(
+    name: str, norm: Kind, drop_path: float, stride_in_1x1: bool = False
+) -> Backbone:
     """Build a backbone with random weights.
 
     Args:
-        name: one of `BACKBONES`.
-        norm: normalization of a ResNet; the others have their LayerNorms whatever it says.
+        name: ``model.backbone``.
+        norm: normalization of a ResNet; others have their LayerNorms whatever it says.
         drop_path: highest rate of stochastic depth of a backbone with LayerNorm, in [0, 1); it
             grows linearly from 0 at the first block. A ResNet has none.
+        stride_in_1x1: of a ResNet of bottlenecks.
+
+    Raises:
+        ValueError: a user's own is not what ``backbone_base.Backbone`` asks for.
     """
-    return BACKBONES[name](norm, drop_path)
+    facts = backbone_facts(name)
+    options = {"norm": norm, "drop_path": drop_path, "stride_in_1x1": stride_in_1x1}
+    heeded = {option: options[option] for option in facts.heeds}
+    backbone = import_callable("model.backbone", facts.build)(**facts.sizes, **heeded)
+    if facts.is_own:
+        _check_own(name, backbone, heeded)
+    assert isinstance(backbone, Backbone)
+    return backbone
+
+
+def _check_own(name: str, backbone: Any, heeded: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where a user's backbone breaks the contract of ``Backbone``."""
+    where = f"model.backbone: {name}"
+    if not isinstance(backbone, Backbone):
+        raise ValueError(
+            f"{where} returned {type_name(backbone)}, expected a Backbone, a subclass of that of "
+            f"bigdet.models.backbone_base."
+        )
+    channels = getattr(backbone, "channels", None)
+    is_list = isinstance(channels, list) and all(isinstance(each, int) for each in channels)
+    if not (is_list and len(channels or []) == len(STRIDES)):
+        raise ValueError(f"{where}: channels is {channels}, expected four numbers, of C2 to C5.")
+    if list(backbone.strides) != STRIDES:
+        raise ValueError(f"{where}: strides are {backbone.strides}, expected {STRIDES}.")
+    if len(backbone.stages) != NUM_STAGES:
+        raise ValueError(
+            f"{where}: stages has {len(backbone.stages)} lists of modules, expected {NUM_STAGES}: "
+            f"the stem and the four stages; a list may be empty."
+        )
+    modules = list(backbone.modules())
+    if foreign := [each for each in modules if isinstance(each, nn.modules.batchnorm._BatchNorm)]:
+        raise ValueError(
+            f"{where} has {type(foreign[0]).__name__} of torch, which knows no norm_mode. Expected "
+            f"make_norm(norm, channels) of bigdet.models.norms."
+        )
+    has_batch_norm = any(isinstance(each, BatchNorm2d) for each in modules)
+    if has_batch_norm != (heeded.get("norm") == "bn"):
+        raise ValueError(
+            f"{where} {'has' if has_batch_norm else 'has no'} batch normalization, where it is "
+            f"called with {heeded or 'no option'}. Expected a parameter norm, which says of what "
+            f"kind the layers of make_norm are; without it, neither."
+        )
+    _check_features(where, backbone)
+
+
+def _check_features(where: str, backbone: Backbone) -> None:
+    """Raise ``ValueError`` unless a small image gives C2 to C5 as a user's backbone says."""
+    device = next(backbone.parameters()).device
+    if device.type == "meta":
+        return
+    height, width = 64, 96
+    expected = [
+        (1, channels, height // stride, width // stride)
+        for channels, stride in zip(backbone.channels, STRIDES, strict=True)
+    ]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        backbone.eval()
+        features = backbone(torch.zeros(1, 3, height, width, device=device))
+        backbone.train()
+    is_list = isinstance(features, list) and all(torch.is_tensor(each) for each in features)
+    found = [tuple(each.shape) for each in features] if is_list else type_name(features)
+    if found != expected:
+        raise ValueError(
+            f"{where}: an image of (1, 3, {height}, {width}) gives {found}, expected a list of C2 "
+            f"to C5, {expected}."
+        )
 
 
 def freeze_stages(backbone: Backbone, num_stages: int) -> None:

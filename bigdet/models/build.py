@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,10 +13,13 @@ from bigdet.config.derived import (
     has_keypoints,
     has_masks,
     is_class_agnostic,
+    model_parts,
 )
+from bigdet.config.families import DETECTORS, detector_facts
 from bigdet.config.model_schema import ModelConfig
+from bigdet.config.own import import_callable, type_name
 from bigdet.models.backbones import Backbone, build_backbone
-from bigdet.models.conventions import Conventions
+from bigdet.models.conventions import OWN, Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.heads.cascade import CascadeHead
@@ -27,8 +30,12 @@ from bigdet.models.heads.rpn import RegionProposals
 from bigdet.models.necks.fpn import FPN, RetinaFPN
 from bigdet.models.norms import Kind
 from bigdet.models.rcnn import RCNN
-from bigdet.models.resnet import ResNet
 from bigdet.models.retinanet import RetinaNet
+
+TO_WRITE = (
+    "losses", "features", "find", "maps", "has_maps", "test_settings", "use_test_settings",
+)  # fmt: skip
+"""What each detector defines itself."""
 
 
 def head_norm(config: ModelConfig) -> Kind:
@@ -46,25 +53,52 @@ def build_detector(
         config: the model section.
         num_classes: K, without background.
         conventions: None for bigdet's own.
+
+    Raises:
+        ValueError: a user's own backbone or detector is not what is asked for.
     """
-    build = DETECTORS[config.detector]
-    detector = build(config, num_classes, conventions or Conventions())
+    facts = detector_facts(config.detector)
+    backbone = build_backbone(config.backbone, config.norm, config.drop_path, config.stride_in_1x1)
+    build = import_callable("model.detector", facts.build)
+    chosen = () if conventions is None else (conventions,)
+    detector = build(config, num_classes, backbone, *chosen)
+    if config.detector not in DETECTORS:
+        _check_own(config, detector)
+    assert isinstance(detector, Detector)
     detector.config = config
     detector.num_classes = num_classes
     return detector.to(memory_format=torch.channels_last)
 
 
-def _backbone(config: ModelConfig) -> Backbone:
-    backbone = build_backbone(config.backbone, config.norm, config.drop_path)
-    if config.stride_in_1x1:
-        assert isinstance(backbone, ResNet), "check_config refuses others"
-        backbone.put_stride_in_1x1()
-    return backbone
+def _check_own(config: ModelConfig, detector: Any) -> None:
+    """Raise ``ValueError`` where a user's detector breaks the contract of ``Detector``."""
+    where = f"model.detector: {config.detector}"
+    if not isinstance(detector, Detector):
+        raise ValueError(
+            f"{where} returned {type_name(detector)}, expected a Detector, a subclass of that of "
+            f"bigdet.models.detector."
+        )
+    if lacking := [n for n in TO_WRITE if getattr(type(detector), n) is getattr(Detector, n)]:
+        raise ValueError(
+            f"{where}: {type(detector).__name__} does not define {', '.join(lacking)}, expected "
+            f"all of {', '.join(TO_WRITE)}."
+        )
+    parts = [name for name, _ in detector.named_children()]
+    if sorted(parts) != sorted(model_parts(config)):
+        raise ValueError(
+            f"{where} has the parts {', '.join(parts)}, but its describe_detector says "
+            f"{', '.join(model_parts(config))}."
+        )
 
 
-def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
+def build_rcnn(
+    config: ModelConfig,
+    num_classes: int,
+    backbone: Backbone,
+    conventions: Conventions = OWN,
+) -> Detector:
+    """Build a detector that looks twice; see `build_detector`."""
     norm = head_norm(config)
-    backbone = _backbone(config)
     mask_head = keypoint_head = None
     fpn, width = None, backbone.channels[-1]
     if has_fpn(config):
@@ -92,20 +126,14 @@ def _rcnn(config: ModelConfig, num_classes: int, conventions: Conventions) -> De
     return RCNN(backbone, fpn, rpn, box_head, mask_head, keypoint_head)
 
 
-def _retinanet(config: ModelConfig, num_classes: int, conventions: Conventions) -> Detector:
+def build_retinanet(
+    config: ModelConfig,
+    num_classes: int,
+    backbone: Backbone,
+    conventions: Conventions = OWN,
+) -> Detector:
+    """Build a RetinaNet; see `build_detector`."""
     norm = head_norm(config)
-    backbone = _backbone(config)
     fpn = RetinaFPN(backbone.channels[1:], config.width, norm, conventions.p6_source)
     head = RetinaHead(config.retina, norm, config.width, num_classes, conventions)
     return RetinaNet(backbone, fpn, head)
-
-
-DETECTORS: dict[str, Callable[[ModelConfig, int, Conventions], Detector]] = {
-    "faster_rcnn": _rcnn,
-    "mask_rcnn": _rcnn,
-    "cascade_rcnn": _rcnn,
-    "cascade_mask_rcnn": _rcnn,
-    "keypoint_rcnn": _rcnn,
-    "retinanet": _retinanet,
-}
-"""How each detector is built: config, classes and conventions to the detector."""

@@ -37,6 +37,9 @@ class Conventions:
     p6_source: Literal["c5", "p5"] = "c5"
 
 
+OWN = Conventions()
+"""bigdet's."""
+
 TORCHVISION = Conventions(
     roi_align_aligned=False,
     anchors_rounded=True,

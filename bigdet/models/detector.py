@@ -1,4 +1,22 @@
-"""What every detector does: a batch in, losses or detections out; images in, detections out."""
+"""What every detector does: a batch in, losses or detections out; images in, detections out.
+
+One of your own is named as ``model.detector=my_package.nets:build``, without a change in bigdet:
+
+    # my_package/nets.py
+    @describe_detector(parts=("backbone", "fpn", "retina_head"), options=("width", "retina"))
+    def build(config, num_classes, backbone):
+        fpn = RetinaFPN(backbone.channels[1:], config.width, "none")
+        return MyDetector(backbone, fpn, MyHead(config.retina, num_classes))
+
+``config.families.describe_detector`` says what the rules of the config have to know without
+building it: the names of its parts, the options of ``model`` that it heeds (others are refused),
+which parts have norms with ``norm_scope: all``, and whether it learns masks or keypoints. The
+function gets the model section, the number of classes and the backbone. It returns a `Detector`
+that defines ``losses``, ``features``, ``find``, ``maps``, ``has_maps``, ``test_settings`` and
+``use_test_settings``, and whose modules are the described parts; `Detector.pixels` gives it the
+normalized images of a batch. ``models/retinanet.py`` is an
+example to begin with; ``models/build.py`` checks what can be seen of it when it is built.
+"""
 
 from __future__ import annotations
 
@@ -85,11 +103,11 @@ class Detector(nn.Module):
             with torch.no_grad(), eager:
                 return self._detect(batch)
         torch.manual_seed(batch.seed)  # all randomness of the model comes after this line
-        losses = self._losses(batch)
+        losses = self.losses(batch)
         count_lane(self)
         return losses
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""
         raise NotImplementedError
 
@@ -170,7 +188,7 @@ class Detector(nn.Module):
         """Take thresholds and limits of the detections from a config."""
         raise NotImplementedError
 
-    def _pixels(self, batch: Batch) -> Tensor:
+    def pixels(self, batch: Batch) -> Tensor:
         """Give the normalized images ``(B, 3, H, W)``; everything outside an image is 0."""
         mean, deviation = self.get_buffer("pixel_mean"), self.get_buffer("pixel_deviation")
         height, width = batch.images.shape[-2:]

@@ -16,6 +16,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from bigdet.config.families import PUBLISHED
 from bigdet.config.phase_schema import Pixels
 from bigdet.models import weight_files
 from bigdet.models.backbones import Backbone
@@ -28,31 +29,6 @@ from bigdet.models.vit import ViT
 from bigdet.models.weights import FORMAT, LoadedPart, load_parts, part_of
 
 logger = logging.getLogger(__name__)
-
-PUBLISHED = {
-    "resnet18": "resnet18.tv_in1k",
-    "resnet34": "resnet34.tv_in1k",
-    "resnet50": "resnet50.tv_in1k",
-    "resnet101": "resnet101.tv_in1k",
-    "resnet152": "resnet152.tv_in1k",
-    "resnext50_32x4d": "resnext50_32x4d.tv_in1k",
-    "resnext101_32x4d": "resnext101_32x4d.gluon_in1k",
-    "resnext101_32x8d": "resnext101_32x8d.tv_in1k",
-    "vgg16": "vgg16.tv_in1k",
-    "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
-    "swin_s": "swin_small_patch4_window7_224.ms_in1k",
-    "swin_b": "swin_base_patch4_window7_224.ms_in1k",
-    "swin_l": "swin_large_patch4_window7_224.ms_in22k_ft_in1k",
-    "swinv2_t": "swinv2_tiny_window8_256.ms_in1k",
-    "swinv2_s": "swinv2_small_window8_256.ms_in1k",
-    "swinv2_b": "swinv2_base_window8_256.ms_in1k",
-    "convnext_t": "convnext_tiny.fb_in1k",
-    "convnext_s": "convnext_small.fb_in1k",
-    "convnext_b": "convnext_base.fb_in1k",
-    "vit_s": "deit_small_patch16_224.fb_in1k",
-    "vit_b": "deit_base_patch16_224.fb_in1k",
-}
-"""timm's names of ImageNet weights, of the plain recipes that detection papers start from."""
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """Regular expressions on names, and what stands for what they match."""

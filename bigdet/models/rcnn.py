@@ -63,7 +63,7 @@ class RCNN(Detector):
 
     def _features(self, batch: Batch) -> list[Tensor]:
         """Give the pyramid P2 to P6, or without an FPN what the backbone gives."""
-        features: list[Tensor] = self.backbone(self._pixels(batch))
+        features: list[Tensor] = self.backbone(self.pixels(batch))
         return features if self.fpn is None else self.fpn(features)
 
     def _table(self, features: list[Tensor]) -> FeatureTable:
@@ -81,7 +81,8 @@ class RCNN(Detector):
         images = torch.arange(num_images, device=boxes.device).repeat_interleave(num_slots)
         return self._pool(table, boxes.flatten(0, 1), images, BOX_POOLED_SIZE)
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the losses of a batch, means over the lane."""
         features = self._features(batch)
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions = self.rpn(features, self.strides, canvas_size)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
@@ -18,17 +19,18 @@ class ResNet(Backbone):
 
     def __init__(
         self,
-        block: type[nn.Module],
         layers: list[int],
         norm: Kind,
         *,
+        is_bottleneck: bool = True,
+        stride_in_1x1: bool = False,
         cardinality: int = 1,
         base_width: int = 64,
     ) -> None:
         """Build timm's; convolutions MSRA, scale 1 and shift 0 (the last norms of blocks too)."""
         super().__init__()
         timm_model = TimmResNet(
-            block,
+            Bottleneck if is_bottleneck else BasicBlock,
             layers,
             num_classes=0,
             cardinality=cardinality,
@@ -47,8 +49,10 @@ class ResNet(Backbone):
         self.channels = [info["num_chs"] for info in timm_model.feature_info[1:]]
         if norm == "none":
             _add_biases(self)
+        if stride_in_1x1:
+            self._put_stride_in_1x1()
 
-    def put_stride_in_1x1(self) -> None:
+    def _put_stride_in_1x1(self) -> None:
         """Let the first convolutions of bottlenecks make the steps, as in Caffe's ResNets."""
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:

@@ -32,12 +32,13 @@ class RetinaNet(Detector):
         self.retina_head.config = config.retina
 
     def _predictions(self, batch: Batch) -> RetinaPredictions:
-        features = self.fpn(self.backbone(self._pixels(batch))[1:])  # C3 to C5 to P3 to P7
+        features = self.fpn(self.backbone(self.pixels(batch))[1:])  # C3 to C5 to P3 to P7
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions: RetinaPredictions = self.retina_head(features, self.strides, canvas_size)
         return predictions
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the losses of a batch, means over the lane."""
         predictions = self._predictions(batch)
         objects = pad_objects(batch.targets, predictions.anchors.dtype)
         return self.retina_head.losses(predictions, objects, batch.weights)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes, num_steps
+from bigdet.config.derived import num_lanes, num_steps, reported
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.shard_set import ShardSet
@@ -95,12 +95,10 @@ class Run:
             for warning in warnings:
                 logger.warning("%s set: %s", what, warning)
         if self.val_set.manifest.federated:
-            model = self.config.model
-            head = "retina" if model.detector == "retinanet" else "roi"
+            key, given = reported(self.config.model) or ("what the model gives", "not known")
             logger.info(
                 "validation is scored by LVIS's rule, which counts %d detections of an image; "
-                "model.%s.detections_per_image is %d",
-                LVIS_DETECTIONS, head, getattr(model, head).detections_per_image,
+                "%s is %s", LVIS_DETECTIONS, key, given,
             )  # fmt: skip
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"

@@ -110,8 +110,11 @@ def check_same_everywhere(config: RunConfig, train_set: ShardSet, val_set: Shard
     Raises:
         SharedError: with what differs, and who has what.
     """
+    models = [phase_model(config, name) for name in config.phases]
+    names = [name for model in models for name in (model.backbone, model.detector)]
     hosts.check_same(
         {
+            **hosts.own_code(names),
             "config": hosts.text_hash(dump_config(config)),
             f"training shards {train_set.address}": train_set.index_hash()[: hosts.SHOWN_HASH],
             f"validation shards {val_set.address}": val_set.index_hash()[: hosts.SHOWN_HASH],
@@ -355,8 +358,8 @@ def begin(
         return state, None
     if saved is None:
         run_dir.metrics.unlink(missing_ok=True)
-        shutil.rmtree(run_dir.tensorboard, ignore_errors=True)
-        shutil.rmtree(run_dir.wandb, ignore_errors=True)
+        for shown in (run_dir.tensorboard, run_dir.wandb, run_dir.boards):
+            shutil.rmtree(shown, ignore_errors=True)
         run_dir.environment.unlink(missing_ok=True)
     here = (names.index(state.phase), state.step)
 

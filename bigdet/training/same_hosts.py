@@ -12,12 +12,14 @@ import importlib.metadata
 import os
 import platform
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from bigdet import distributed
+from bigdet.config.own import is_own
 
 SHOWN_HASH = 12
 """Digits of a hash that messages show."""
@@ -52,6 +54,19 @@ def code_hash() -> str:
         digest.update(str(path.relative_to(root)).encode() + b"\0")
         digest.update(path.read_bytes())
     return digest.hexdigest()[:SHOWN_HASH]
+
+
+def own_code(names: Iterable[str]) -> dict[str, str]:
+    """Return a hash of each module that holds something of a user's own, by what it is.
+
+    Args:
+        names: of backbones and detectors, bigdet's too; what is own has been imported.
+    """
+    files = {name.partition(":")[0] for name in names if is_own(name)}
+    return {
+        f"code of {module}": text_hash(Path(str(sys.modules[module].__file__)).read_text("utf-8"))
+        for module in sorted(files)
+    }
 
 
 def text_hash(text: str) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from bigdet import distributed
 from bigdet.config.load import flat_options
+from bigdet.config.own import import_callable, parameters_of, type_name
 from bigdet.config.schema import RunConfig
 from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.shard_set import ShardSet
@@ -45,9 +46,31 @@ def open_boards(config: RunConfig, run_dir: RunDir, first_step: int) -> list[Boa
         boards.append(
             WeightsAndBiases(run_dir.wandb, wandb.project, name, wandb.entity, wandb.mode, options)
         )
+    boards += [_own_board(name, config, run_dir, first_step) for name in config.log.boards]
     if config.log.tensorboard:
         boards.append(TensorBoard(run_dir.tensorboard, first_step))
     return boards
+
+
+def _own_board(name: str, config: RunConfig, run_dir: RunDir, first_step: int) -> Board:
+    """Make a board of the user's, see ``Board``."""
+    key, given = "log.boards", ("folder", "first_step", "options")
+    make = import_callable(key, name)
+    parameters = parameters_of(key, name, make)
+    if sorted(parameters) != sorted(given):
+        raise ValueError(
+            f"{key}: {name} takes ({', '.join(parameters)}), expected ({', '.join(given)})."
+        )
+    folder = run_dir.board(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    board: Board = make(folder=folder, first_step=first_step, options=flat_options(config))
+    methods = ("add_scalars", "add_picture", "close")
+    if lacking := [each for each in methods if not callable(getattr(board, each, None))]:
+        raise ValueError(
+            f"{key}: {name} returned {type_name(board)} without {', '.join(lacking)}, expected the "
+            f"methods {', '.join(methods)}."
+        )
+    return board
 
 
 def note_start(file: Path) -> None:

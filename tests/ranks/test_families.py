@@ -1,4 +1,4 @@
-"""Every backbone family trains and predicts on two ranks at ZeRO 2, whatever they see."""
+"""Every backbone family, and one of a user's, trains and predicts on two ranks at ZeRO 2."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from bigdet.training import optim
 from tests.spawn import run_ranks
 from tests.unit.models.scenes import make_scene
 
-FAMILIES = ["resnet10", "swin_t", "swinv2_t", "convnext_t", "vit_s"]
+FAMILIES = ["resnet10", "swin_t", "swinv2_t", "convnext_t", "vit_s", "tests.own_nets:Plain"]
 PHASE = PhaseConfig(steps=10, images_per_gpu=2, images_per_step=4, lr=0.001, warmup_steps=0)
 MANY = [(x, y, x + 8, y + 9) for x in range(0, 54, 3) for y in range(0, 51, 3)]
 CROWDS = [(4, 4, 30, 28), (10, 10, 60, 60)]

@@ -1,6 +1,5 @@
 import re
 from functools import partial
-from typing import get_args
 
 import pytest
 import timm
@@ -12,9 +11,7 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
-from bigdet.config import model_schema
-from bigdet.config.derived import LAYER_NORM_BACKBONES
-from bigdet.models.backbones import BACKBONES, build_backbone, freeze_stages
+from bigdet.models.backbones import build_backbone, freeze_stages
 from bigdet.models.norms import BatchNorm2d, batch_norms, set_norm_mode
 
 
@@ -28,12 +25,6 @@ def randomized(backbone):
         if parameter.ndim == 1:
             nn.init.uniform_(parameter, 0.2, 1.0)
     return backbone
-
-
-def test_every_backbone_of_the_schema_is_in_the_table():
-    assert set(BACKBONES) == set(get_args(model_schema.Backbone))
-    convolutional = {name for name in BACKBONES if name.startswith(("res", "vgg"))}
-    assert set(LAYER_NORM_BACKBONES) == set(BACKBONES) - convolutional
 
 
 @pytest.mark.parametrize(

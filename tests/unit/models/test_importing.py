@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import _utils as torchvision_utils
 
+from bigdet.config.families import PUBLISHED
 from bigdet.config.model_schema import ModelConfig
-from bigdet.models import importing
 from bigdet.models.backbones import build_backbone
 from bigdet.models.build import build_detector
 from bigdet.models.importing import (
@@ -284,7 +284,7 @@ def test_batch_norm_weights_do_not_fit_a_backbone_with_group_norm():
 
 
 def test_every_published_name_is_one_of_timms():
-    for backbone, name in importing.PUBLISHED.items():
+    for backbone, name in PUBLISHED.items():
         assert timm_name("timm", backbone) == name
         assert timm_name(f"timm:{name}", "swin_t") == name
 

@@ -57,7 +57,8 @@ def convert_coco(
         out: folder or address for the shards.
         keypoints: a file like ``person_keypoints_train2017.json``, whose keypoints go to the
             annotations of the same image and id.
-        categories: classes in the order of the labels, see ``in_order``; None takes those of the
+        categories: the classes in the order of the labels, found by name (on the command line a
+            JSON list, annotation file or manifest.json of them); None takes those of the
             annotations by rising id.
         making: how; None is as the defaults say.
         progress: called now and then with the number of images done and in all.
@@ -89,7 +90,16 @@ def convert_objects365(
     """Write Objects365 (v1 or v2) as shards: COCO's form, but files lie elsewhere than named.
 
     ``images/v1/patch8/x.jpg`` may be ``patch8/x.jpg`` or ``x.jpg`` in the folder of the images.
-    The other arguments, results and errors are those of ``convert_coco``.
+
+    Args:
+        images: folder of the patches.
+        annotations: a file like ``zhiyuan_objv2_train.json``.
+        out: as of ``convert_coco``, like results and errors.
+        categories: the classes in the order of the labels, found by name (on the command line a
+            JSON list, annotation file or manifest.json of them); None takes those of the
+            annotations by rising id.
+        making: the same.
+        progress: the same.
     """
     refuse_others(open_storage(out))  # before a file of 450 MB is read
     check_folder(images)

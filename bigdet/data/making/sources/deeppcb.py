@@ -11,18 +11,14 @@ clipped or left out, counted and listed as there.
 
 from __future__ import annotations
 
-import json
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bigdet.data.format.manifest import Manifest, ShardError
-from bigdet.data.making.conversion import Making, Progress, convert, no_progress, refuse_others
-from bigdet.data.making.sources.coco import CocoSource
-from bigdet.data.making.sources.coco_file import load_coco
+from bigdet.data.making.conversion import Making, Progress, no_progress, refuse_others
 from bigdet.data.making.sources.image_files import check_folder, safe_path
 from bigdet.data.making.sources.image_headers import read_header
+from bigdet.data.making.sources.records import convert_records
 from bigdet.data.making.storage import open_storage
 from bigdet.pictures.pixels import Exif, turned_size
 
@@ -41,7 +37,7 @@ def convert_deeppcb(
     """Write one split as shards; image ids are places in its list, from 1.
 
     Args:
-        root: the folder ``PCBData``, which holds the lists and what they name.
+        root: the folder PCBData, which holds the lists and what they name.
         split: a list in it without ``.txt``: ``trainval`` or ``test``.
         out: folder or address for the shards.
         making: how; None is as the defaults say.
@@ -55,13 +51,11 @@ def convert_deeppcb(
     """
     refuse_others(open_storage(out))
     check_folder(root)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{split}.json"
-        making = making or Making()
-        path.write_text(json.dumps(read_split(root, split, making.exif)), encoding="utf-8")
-        source = CocoSource("deeppcb", root, load_coco(path), making.exif)
-        source.info = replace(source.info, options={"root": str(root), "split": split})
-        return convert(source, out, making, progress)
+    making = making or Making()
+    return convert_records(
+        "deeppcb", root, read_split(root, split, making.exif), out,
+        options={"root": str(root), "split": split}, making=making, progress=progress,
+    )  # fmt: skip
 
 
 def read_split(root: Path, split: str, exif: Exif = "shown") -> dict[str, list[dict[str, Any]]]:

@@ -84,7 +84,8 @@ def convert_voc(
         root: the folder with Annotations, ImageSets and JPEGImages.
         split: a file in ``ImageSets/Main`` without ``.txt``.
         out: folder or address for the shards.
-        categories: in the order of the labels; None takes the names in all XML files of the
+        categories: the classes in the order of the labels (on the command line a JSON list of
+            them); None takes the names in all XML files of the
             folder, of whatever split, in alphabetical order with ids from 1.
         making: how; None is as the defaults say.
         progress: called now and then with the number of images done and in all.

@@ -1,0 +1,289 @@
+"""What each backbone and each detector is, one row each: bigdet's own and, by one door, a user's.
+
+Rules, derived values, construction, published weights, export and documents read it here. It knows
+nothing of torch: ``build`` names what is called to build it, and is imported when it is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from bigdet.config.own import import_callable, parameters_of, refuse_unknown
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+LACKS = {
+    "norm": "has LayerNorm",
+    "drop_path": "has no drop path",
+    "stride_in_1x1": "has no blocks with 1x1 convolutions",
+}
+"""Options of ``model`` that are for some backbones, and why others do not heed them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneFacts:
+    """What a backbone is.
+
+    Attributes:
+        build: what builds it, ``module:attribute``; is called with ``sizes`` and with the options
+            that it heeds, all by name.
+        sizes: its depths and widths.
+        heeds: the options of ``model`` that it takes, of `LACKS`.
+        has_levels: it gives four levels, C2 to C5, of which a pyramid is made; else one map, and
+            the model has no FPN.
+        published: timm's name of its ImageNet weights, of the plain recipe that detection papers
+            start from.
+        is_own: a user's.
+    """
+
+    build: str
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    heeds: tuple[str, ...] = ()
+    has_levels: bool = True
+    published: str | None = None
+    is_own: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorFacts:
+    """What a detector is.
+
+    Attributes:
+        parts: its parts, in the order in which data flows through them; the first is ``backbone``,
+            and ``fpn`` is left out of a model whose backbone has one level.
+        options: the options of ``model`` that it heeds, of `DETECTOR_OPTIONS`.
+        normalized: parts that ``norm_scope: all`` gives norms to, beside the backbone.
+        learns: what it learns and predicts of objects, beside boxes.
+        is_exportable: ``bigdet export`` knows it.
+        build: what builds it, ``module:attribute``; a user's own is what the config names.
+    """
+
+    parts: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    normalized: tuple[str, ...] = ()
+    learns: tuple[Literal["masks", "keypoints"], ...] = ()
+    is_exportable: bool = False
+    build: str = ""
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether its box head is three."""
+        return "cascade" in self.options
+
+    @property
+    def limits(self) -> Literal["roi", "retina"] | None:
+        """The section of ``model`` that limits what is reported; None: no option does."""
+        if "roi" in self.options:
+            return "roi"
+        return "retina" if "retina" in self.options else None
+
+
+def _resnet(
+    layers: list[int], published: str | None = None, *, is_bottleneck: bool = True, **widths: int
+) -> BackboneFacts:
+    return BackboneFacts(
+        build="bigdet.models.resnet:ResNet",
+        sizes={"layers": layers, "is_bottleneck": is_bottleneck, **widths},
+        heeds=("norm", "stride_in_1x1") if is_bottleneck else ("norm",),
+        published=published,
+    )
+
+
+def _transformer(build: str, published: str, **sizes: Any) -> BackboneFacts:
+    """Give the facts of a backbone with LayerNorm and drop path."""
+    return BackboneFacts(
+        build=f"bigdet.models.{build}", sizes=sizes, heeds=("drop_path",), published=published
+    )
+
+
+def _swin(
+    embed_dim: int, depths: list[int], num_heads: list[int], published: str, kind: str = "Swin"
+) -> BackboneFacts:
+    return _transformer(
+        f"swin:{kind}", published, embed_dim=embed_dim, depths=depths, num_heads=num_heads
+    )
+
+
+_swin_v2 = functools.partial(_swin, kind="SwinV2")
+
+
+def _convnext(depths: list[int], widths: list[int], published: str) -> BackboneFacts:
+    return _transformer("convnext:ConvNeXt", published, depths=depths, widths=widths)
+
+
+def _vit(width: int, depth: int, num_heads: int, published: str) -> BackboneFacts:
+    return _transformer("vit:ViT", published, width=width, depth=depth, num_heads=num_heads)
+
+
+_THREE_SIX_TWELVE = [3, 6, 12, 24]  # attention heads of the stages of Swin-T and Swin-S
+
+BACKBONES: dict[str, BackboneFacts] = {
+    "resnet10": _resnet([1, 1, 1, 1], is_bottleneck=False),
+    "resnet18": _resnet([2, 2, 2, 2], "resnet18.tv_in1k", is_bottleneck=False),
+    "resnet34": _resnet([3, 4, 6, 3], "resnet34.tv_in1k", is_bottleneck=False),
+    "resnet50": _resnet([3, 4, 6, 3], "resnet50.tv_in1k"),
+    "resnet101": _resnet([3, 4, 23, 3], "resnet101.tv_in1k"),
+    "resnet152": _resnet([3, 8, 36, 3], "resnet152.tv_in1k"),
+    "resnext50_32x4d": _resnet(
+        [3, 4, 6, 3], "resnext50_32x4d.tv_in1k", cardinality=32, base_width=4
+    ),
+    "resnext50_32x8d": _resnet([3, 4, 6, 3], cardinality=32, base_width=8),
+    "resnext101_32x4d": _resnet(
+        [3, 4, 23, 3], "resnext101_32x4d.gluon_in1k", cardinality=32, base_width=4
+    ),
+    "resnext101_32x8d": _resnet(
+        [3, 4, 23, 3], "resnext101_32x8d.tv_in1k", cardinality=32, base_width=8
+    ),
+    "resnext152_32x8d": _resnet([3, 8, 36, 3], cardinality=32, base_width=8),
+    "swin_t": _swin(96, [2, 2, 6, 2], _THREE_SIX_TWELVE, "swin_tiny_patch4_window7_224.ms_in1k"),
+    "swin_s": _swin(96, [2, 2, 18, 2], _THREE_SIX_TWELVE, "swin_small_patch4_window7_224.ms_in1k"),
+    "swin_b": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32], "swin_base_patch4_window7_224.ms_in1k"),
+    "swin_l": _swin(
+        192, [2, 2, 18, 2], [6, 12, 24, 48], "swin_large_patch4_window7_224.ms_in22k_ft_in1k"
+    ),
+    "swinv2_t": _swin_v2(96, [2, 2, 6, 2], _THREE_SIX_TWELVE, "swinv2_tiny_window8_256.ms_in1k"),
+    "swinv2_s": _swin_v2(96, [2, 2, 18, 2], _THREE_SIX_TWELVE, "swinv2_small_window8_256.ms_in1k"),
+    "swinv2_b": _swin_v2(128, [2, 2, 18, 2], [4, 8, 16, 32], "swinv2_base_window8_256.ms_in1k"),
+    "convnext_t": _convnext([3, 3, 9, 3], [96, 192, 384, 768], "convnext_tiny.fb_in1k"),
+    "convnext_s": _convnext([3, 3, 27, 3], [96, 192, 384, 768], "convnext_small.fb_in1k"),
+    "convnext_b": _convnext([3, 3, 27, 3], [128, 256, 512, 1024], "convnext_base.fb_in1k"),
+    "vit_s": _vit(384, 12, 6, "deit_small_patch16_224.fb_in1k"),
+    "vit_b": _vit(768, 12, 12, "deit_base_patch16_224.fb_in1k"),
+    "vgg16": BackboneFacts(
+        build="bigdet.models.vgg:VGG", has_levels=False, published="vgg16.tv_in1k"
+    ),
+}
+
+DETECTOR_OPTIONS = {
+    "width": "{} does not heed it",
+    "box_head": "{} has no box head",
+    "fc_width": "{} has no box head",
+    "rpn": "{} has no proposals",
+    "roi": "{} has no box head on proposals",
+    "cascade": "{} is no cascade",
+    "keypoint": "{} has no keypoint head",
+    "retina": "is for retinanet, but model.detector is {}",
+}
+"""Options of ``model`` that are for some detectors, and why others do not heed them."""
+
+PUBLISHED = {name: row.published for name, row in BACKBONES.items() if row.published is not None}
+"""timm's names of the weights of backbones."""
+
+
+_TWICE = ("width", "box_head", "fc_width", "rpn", "roi")
+"""Options of all detectors that look twice."""
+
+
+def _rcnn(heads: tuple[str, ...] = (), options: tuple[str, ...] = (), **more: Any) -> DetectorFacts:
+    return DetectorFacts(
+        parts=("backbone", "fpn", "rpn", "box_head", *heads),
+        options=(*_TWICE, *options),
+        normalized=("fpn", "box_head", *heads),
+        build="bigdet.models.build:build_rcnn",
+        **more,
+    )
+
+
+_with_masks = functools.partial(_rcnn, ("mask_head",), learns=("masks",))
+
+DETECTORS: dict[str, DetectorFacts] = {
+    "faster_rcnn": _rcnn(is_exportable=True),
+    "mask_rcnn": _with_masks(is_exportable=True),
+    "cascade_rcnn": _rcnn(options=("cascade",)),
+    "cascade_mask_rcnn": _with_masks(options=("cascade",)),
+    "keypoint_rcnn": _rcnn(("keypoint_head",), ("keypoint",), learns=("keypoints",)),
+    "retinanet": DetectorFacts(
+        parts=("backbone", "fpn", "retina_head"),
+        options=("width", "retina"),
+        normalized=("fpn", "retina_head"),
+        is_exportable=True,
+        build="bigdet.models.build:build_retinanet",
+    ),
+}
+
+
+def backbone_facts(name: str) -> BackboneFacts:
+    """Return what a backbone is: ``model.backbone``.
+
+    A user's own takes those of `LACKS` that its function has as parameters.
+
+    Raises:
+        ValueError: there is none of this name, or it cannot be imported, or takes something else.
+    """
+    refuse_unknown("model.backbone", name, BACKBONES)
+    return BACKBONES[name] if name in BACKBONES else _own_backbone(name)
+
+
+@functools.cache
+def _own_backbone(name: str) -> BackboneFacts:
+    key = "model.backbone"
+    parameters = parameters_of(key, name, import_callable(key, name))
+    needed = [n for n, each in parameters.items() if n in LACKS or each.default is each.empty]
+    if others := [each for each in needed if each not in LACKS]:
+        raise ValueError(
+            f"{key}: {name} must be given {', '.join(others)}, expected parameters of the names "
+            f"{', '.join(LACKS)}, those of the options that it heeds, or with defaults."
+        )
+    return BackboneFacts(build=name, heeds=tuple(needed), is_own=True)
+
+
+def detector_facts(name: str) -> DetectorFacts:
+    """Return what a detector is: ``model.detector``.
+
+    Raises:
+        ValueError: there is none of this name, or it cannot be imported, or does not say.
+    """
+    refuse_unknown("model.detector", name, DETECTORS)
+    return DETECTORS[name] if name in DETECTORS else _own_detector(name)
+
+
+@functools.cache
+def _own_detector(name: str) -> DetectorFacts:
+    key = "model.detector"
+    function = import_callable(key, name)
+    facts = getattr(function, "facts", None)
+    if not isinstance(facts, DetectorFacts):
+        raise ValueError(
+            f"{key}: {name} does not say what it is. Write @describe_detector(parts=(...), "
+            f"options=(...)) of bigdet.config.families above it."
+        )
+    expected = ("config", "num_classes", "backbone")
+    if tuple(parameters_of(key, name, function))[:3] != expected:
+        raise ValueError(
+            f"{key}: {name} takes ({', '.join(parameters_of(key, name, function))}), expected "
+            f"({', '.join(expected)})."
+        )
+    return dataclasses.replace(facts, build=name)
+
+
+def describe_detector(
+    *,
+    parts: tuple[str, ...],
+    options: tuple[str, ...] = (),
+    normalized: tuple[str, ...] = (),
+    learns: tuple[Literal["masks", "keypoints"], ...] = (),
+) -> Callable[[Function], Function]:
+    """Say what the detector is that a user's function builds; see ``DetectorFacts``.
+
+    The contract of the function is that of ``models/detector.py``, ``Detector``.
+    """
+    for what, found, known in (
+        ("options", options, tuple(DETECTOR_OPTIONS)),
+        ("normalized", normalized, parts),
+        ("learns", learns, ("masks", "keypoints")),
+    ):
+        if others := [each for each in found if each not in known]:
+            raise ValueError(f"{what}: found {', '.join(others)}, expected of {', '.join(known)}.")
+    if "backbone" not in parts[:1]:
+        raise ValueError(f"parts: found {parts}, expected backbone first.")
+    facts = DetectorFacts(parts=parts, options=options, normalized=normalized, learns=learns)
+
+    def note(function: Function) -> Function:
+        function.facts = facts  # type: ignore[attr-defined]
+        return function
+
+    return note

@@ -1,0 +1,85 @@
+"""Records in COCO's form, made by whatever code, to shards: the way in for a format of your own.
+
+A source of ``bigdet shards`` is a function. A user's own is named where bigdet's are:
+
+    bigdet shards my_package.readers:convert --root DIR --out DIR
+
+    # my_package/readers.py
+    from pathlib import Path
+    from bigdet.data.making.sources.records import convert_records
+
+    def convert(root: Path, *, out, making, progress):
+        '''Write my data as shards.
+
+Args:
+            root: the folder of the images.
+        '''
+        images = [{"id": 1, "file_name": "1.jpg", "height": 480, "width": 640}]
+        annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40]}]
+        categories = [{"id": 1, "name": "bolt"}]
+        records = {"images": images, "annotations": annotations, "categories": categories}
+        return convert_records("mine", root, records, out, making=making, progress=progress)
+
+It gets by name ``out`` (folder or address for the shards), ``making`` (what ``--processes``,
+``--part``, ``--long-side`` and the like say) and ``progress`` (to be called with the images done
+and in all), which it hands on. Its other parameters become options of the command, of type
+``Path``, ``str``, ``int`` or ``float``. It returns the manifest of the new set, None if only a part
+was made. What is wrong with the data it raises as ``ValueError``. A source that does not fit
+in memory as records calls ``conversion.convert`` with a ``conversion.Source`` instead.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bigdet.data.format.manifest import Manifest
+from bigdet.data.making.conversion import Making, Progress, convert, no_progress, refuse_others
+from bigdet.data.making.sources.coco import CocoSource
+from bigdet.data.making.sources.coco_file import load_coco
+from bigdet.data.making.sources.image_files import check_folder
+from bigdet.data.making.storage import open_storage
+
+
+def convert_records(
+    name: str,
+    images: Path,
+    records: Mapping[str, Any],
+    out: str | Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    making: Making | None = None,
+    progress: Progress = no_progress,
+) -> Manifest | None:
+    """Write records in COCO's form as shards; what is wrong with one of them is noted, as there.
+
+    Args:
+        name: of the source, for the manifest.
+        images: folder that the file names are relative to.
+        records: ``images`` (id, file_name, height, width), ``annotations`` (id, image_id,
+            category_id, bbox as x, y, width, height in pixels, maybe segmentation, ...) and
+            ``categories`` (id, name); all that JSON can hold.
+        out: folder or address for the shards.
+        options: for the manifest.
+        making: how; None is as the defaults say.
+        progress: called now and then with the number of images done and in all.
+
+    Returns:
+        The manifest of the new set; None if only a part was made.
+
+    Raises:
+        ShardError: the records contradict themselves, or nothing in them can be used.
+    """
+    refuse_others(open_storage(out))
+    check_folder(images)
+    making = making or Making()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.json"
+        path.write_text(json.dumps(records), encoding="utf-8")
+        source = CocoSource(name, images, load_coco(path), making.exif)
+        source.info = replace(source.info, options=dict(options or {}))
+        return convert(source, out, making, progress)
