@@ -39,11 +39,11 @@ from bigdet.evaluation.split import predict_split
 from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.host import errors
+from bigdet.host.files import check_file
 from bigdet.host.strict_json import to_json
 from bigdet.logs.log import setup_logging
 from bigdet.models.detector import Detector
 from bigdet.models.weights import find_weights, load_detector
-from bigdet.run_dir import check_file
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 

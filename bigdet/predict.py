@@ -30,13 +30,13 @@ from bigdet.data.format.shard_set import UnavailableShardError
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.split import coco_results, finite_detections
 from bigdet.host import errors
+from bigdet.host.files import check_folder
 from bigdet.host.strict_json import to_json
 from bigdet.logs.log import setup_logging
 from bigdet.models.detector import Detector, canvas_size
 from bigdet.models.weights import load_detector
 from bigdet.ops.resize import test_size
 from bigdet.pictures.drawing import draw_detections
-from bigdet.run_dir import check_folder
 from bigdet.structures import Detections
 
 logger = logging.getLogger("bigdet.predict")  # __name__ is __main__ here

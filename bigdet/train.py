@@ -29,8 +29,9 @@ from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
 from bigdet.evaluation.detection_limits import warn_at_start
 from bigdet.host import errors, locks
+from bigdet.host.files import check_folder, write_text
 from bigdet.logs.log import setup_logging
-from bigdet.run_dir import RunDir, check_folder, write_text
+from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase

@@ -30,7 +30,8 @@ from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.mix import open_train_set
 from bigdet.data.ordering.groups import lanes_of_rank
 from bigdet.data.streams.stream import TrainStream, open_train_stream
-from bigdet.run_dir import RunDir, check_folder
+from bigdet.host.files import check_folder
+from bigdet.run_dir import RunDir
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bigdet.config.schema import MAX_DETECTIONS
+from bigdet.host.files import write_text
 from bigdet.reporting.albums import read_albums
 from bigdet.reporting.analysis_figures import WIDE, analysis_figures
 from bigdet.reporting.compare import difference_table, equal_ap_sentences, equal_ap_table
@@ -14,7 +15,6 @@ from bigdet.reporting.figures import cost_figures, curve_figures, training_figur
 from bigdet.reporting.page import cards_html, pager_html, paragraph_html, table_html, write_page
 from bigdet.reporting.runs import Groups
 from bigdet.reporting.table import KINDS, Outcome, Table, outcome_table
-from bigdet.run_dir import write_text
 
 RESULTS = (
     "AP in percent: of the last evaluation, the mean over seeds and behind +- their standard "

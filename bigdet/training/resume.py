@@ -32,8 +32,9 @@ from bigdet.data.streams.stream import TrainStream, open_train_stream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.evaluation.coco_metrics import evaluation_kinds
+from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
-from bigdet.run_dir import RunDir, write_text
+from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training import same_hosts as hosts
 from bigdet.training.forks import (

@@ -28,9 +28,9 @@ from bigdet.data.format.shard_set import (
     FLAG_PROGRESSIVE,
     INDEX_DTYPE,
     TURN_BIT,
-    file_sha256,
     sample_key,
 )
+from bigdet.host.files import file_sha256
 
 TAR_BLOCK = 512  # bytes: of a header, and the unit to which payloads are padded
 MAX_U2 = 2**16 - 1  # the index holds sides and numbers of boxes in 16 bits
