@@ -91,13 +91,13 @@ def main(arguments: Sequence[str]) -> int:
         shards.check_random_reads()
         warn_of_few(config)
     warn_of_nothing(shards)
-    detector.use_test_settings(config.model)
+    detector.use_eval_settings(config.model)
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
-        detector.test_size = plan_of(resize)
+        detector.eval_size = plan_of(resize)
     device = distributed.device()
     tta = config.evaluation.tta or (TtaConfig() if options.tta else None)
-    short, long = detector.test_size
+    short, long = detector.eval_size
     logger.info(
         "%s on %d images of %s: %s, %d ranks on %s",
         find_weights(options.model), len(shards), shards.address,
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
     results = predict_split(
         detector if tta is None else AugmentedDetector(detector, tta, shards.categories),
         shards,
-        detector.test_size if tta is None else None,
+        detector.eval_size if tta is None else None,
         config.evaluation.images_per_gpu,
         config.data.workers,
         device,

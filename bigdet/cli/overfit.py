@@ -34,7 +34,7 @@ from bigdet.evaluation.split import predict_split
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import update_running_statistics
-from bigdet.ops.resize import test_size
+from bigdet.ops.sizes import eval_size
 from bigdet.training import optim
 
 NUM_IMAGES = 16
@@ -107,7 +107,7 @@ def pick(shards: ShardSet, config: RunConfig, folder: Path) -> ShardSet:
 
 
 def _is_fit(record: dict[str, Any], plan: tuple[int, int], needs_keypoints: bool) -> bool:
-    height, width = test_size(record["height"], record["width"], *plan)
+    height, width = eval_size(record["height"], record["width"], *plan)
     scales = (width / record["width"], height / record["height"])
     return bool(record["annotations"]) and all(
         not annotation["iscrowd"]

@@ -36,8 +36,8 @@ from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
 from bigdet.config.rules import user_wrote
 from bigdet.config.schema import MAX_DETECTIONS, EngineConfig, Metric, RunConfig
+from bigdet.ops.sizes import CANVAS_MULTIPLE
 
-_STRIDE = 32
 _BACKBONE_STAGES = 5
 _RESIZE_KINDS = {
     "cap": ("short_side", "stitcher"),
@@ -297,7 +297,8 @@ def _check_resize(key: str, resize: ResizeConfig) -> None:
         if resize.kind not in kinds:
             _unused(key, resize, name, f"is for kind: {' or '.join(kinds)}")
     if is_square(resize):
-        _require(resize.size % _STRIDE == 0, f"{key}.size", resize.size, f"a multiple of {_STRIDE}")
+        is_multiple = resize.size % CANVAS_MULTIPLE == 0
+        _require(is_multiple, f"{key}.size", resize.size, f"a multiple of {CANVAS_MULTIPLE}")
     for name in ("scale_range", "jitter_range", "size_range"):
         found = getattr(resize, name)
         if found is not None:

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from bigdet import distributed
 from bigdet.config.schema import Precision
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import EvalStream
+from bigdet.engine.precision import autocast
 from bigdet.evaluation.coco_metrics import category_ids
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.saved import SavedResults
@@ -34,7 +34,6 @@ from bigdet.structures import Batch, Detections
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10.0
-HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()
@@ -117,13 +116,6 @@ def predict_split(
         seen = results.image_ids()
         assert seen == sorted(shards.index["image_id"].tolist()), "images left out or seen twice"
     return results
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Return a context in which a module with fp32 weights runs in the precision of a run."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, HALF_TYPES[precision])
 
 
 def coco_results(

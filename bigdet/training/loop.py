@@ -18,7 +18,7 @@ from bigdet.config.derived import num_lanes, num_steps
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.streams.stream import TrainStream, list_damages
+from bigdet.data.streams.stream import TrainStream, too_damaged
 from bigdet.engine.base import Engine, EngineState, StepResult
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
@@ -287,13 +287,11 @@ class PhaseTrainer:
         """Stop on all ranks when too many training samples had to be replaced."""
         total, train = sum(self.state.damaged.values()), self.config.data.train
         if total > train.max_damaged:
-            messages = {row: damage.message for row, damage in self.stream.damages.items()}
-            listed = dict(ChainMap(*distributed.all_gather_objects(messages)))
+            found = {row: damage.message for row, damage in self.stream.damages.items()}
+            listed = dict(ChainMap(*distributed.all_gather_objects(found)))
+            messages = (listed[row] for row in sorted(listed))
             raise distributed.SharedError(
-                f"{train.shards}: {total} damaged samples had to be replaced "
-                f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
-                f"Repair the shards or raise the limit; `bigdet check-shards` lists all that is "
-                f"damaged. The first ones:{list_damages(listed[row] for row in sorted(listed))}"
+                too_damaged(train.shards, self.state.damaged, train.max_damaged, messages)
             )
 
     def _evaluate(self) -> bool:
@@ -307,7 +305,7 @@ class PhaseTrainer:
         self.micro_batches = []
         if not run.scorer.finish(run.must_stop):  # the evaluation before
             return False
-        size_cap = measuring.test_size(self.config, self.name)
+        size_cap = measuring.eval_size(self.config, self.name)
         started = time.perf_counter()
         if not self._measure_norms():
             return False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import imported_cost, plan_of, test_resize
+from bigdet.config.derived import eval_resize, imported_cost, plan_of
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.mix import class_ids
 from bigdet.data.format.shard_set import ShardSet
@@ -19,10 +19,9 @@ from bigdet.models.detector import Detector
 from bigdet.training.state import RunState
 
 
-def test_size(config: RunConfig, phase: str) -> tuple[int, int]:
-    """Return the short side and the longest long side, pixels, at which a phase is tested."""
-    resize = test_resize(config, phase)
-    return plan_of(resize)
+def eval_size(config: RunConfig, phase: str) -> tuple[int, int]:
+    """Return the short side and the longest long side, pixels, at which a phase is evaluated."""
+    return plan_of(eval_resize(config, phase))
 
 
 def predict(

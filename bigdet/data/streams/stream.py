@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -238,16 +238,27 @@ class TrainStream:
             logger.warning("damaged sample replaced by another one: %s", damage.message)
         if len(self.damages) > self._max_damaged:
             messages = (damage.message for damage in self.damages.values())
-            raise ShardError(
-                f"{self._groups.shards.address}: {len(self.damages)} damaged training samples, "
-                f"data.train.max_damaged allows {self._max_damaged}. Repair the shards or raise "
-                f"the limit. The first ones:{list_damages(messages)}"
-            )
+            address = self._groups.shards.address
+            raise ShardError(too_damaged(address, self.damaged, self._max_damaged, messages))
 
 
-def list_damages(messages: Iterable[str]) -> str:
-    """Return the lines of an error that name the first damaged samples."""
-    return "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
+def too_damaged(
+    address: str, num_damaged: Mapping[str, int], limit: int, messages: Iterable[str]
+) -> str:
+    """Return the error of a training set with too many damaged samples.
+
+    Args:
+        address: of the set.
+        num_damaged: samples by kind of damage.
+        limit: ``data.train.max_damaged``.
+        messages: one for each sample; the first ones are listed.
+    """
+    listed = "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
+    return (
+        f"{address}: {sum(num_damaged.values())} damaged training samples had to be replaced "
+        f"({num_damaged}), data.train.max_damaged allows {limit}. Repair the shards or raise the "
+        f"limit; `bigdet check-shards` lists all that is damaged. The first ones:{listed}"
+    )
 
 
 def open_train_stream(

@@ -143,7 +143,7 @@ class BoxHead(Checkpointed):
         deltas = self.regressor(hidden).unflatten(1, (-1, 4))
         return at_least_fp32(self.classifier(hidden)), at_least_fp32(deltas)
 
-    def use_test_settings(self, config: RoiConfig) -> None:
+    def use_eval_settings(self, config: RoiConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
         self.config = config
 
@@ -165,7 +165,7 @@ class BoxHead(Checkpointed):
             image_sizes: ``(B, 2)`` height, width.
         """
         regions = self.sample(proposals, objects, weights)
-        with valid_rows(regions.is_valid.flatten()):
+        with valid_rows(self, regions.is_valid.flatten()):
             logits, deltas = self(pool(regions.boxes))
         return self.losses(logits, deltas, regions), regions
 
