@@ -23,7 +23,7 @@ from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_mod
 from bigdet.config.load import load_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
@@ -127,7 +127,7 @@ def run_phase(run: Run) -> bool:
         run.restored = None  # all of the phase is done, but perhaps for the numbers of its end
         return True
     with distributed.together():
-        stream = open_train_stream(
+        stream = TrainStream(
             run.train_set,
             config.data,
             phase,

@@ -37,7 +37,7 @@ from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
 from bigdet.data.examples.decode import decode_image
 from bigdet.data.format.shard_set import Sample, ShardSet
-from bigdet.data.streams.stream import TrainStream, open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.ops.resize import resize_image
 from bigdet.ops.sizes import eval_size
 
@@ -58,7 +58,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
     def open_stream(workers: int) -> TrainStream:
         data = dataclasses.replace(config.data, workers=workers)
-        return open_train_stream(
+        return TrainStream(
             ShardSet(data.train.shards), data, phase, name=name, with_masks=with_masks,
             with_keypoints=with_keypoints, seed=config.seed, rank=0, world_size=1,
         )  # fmt: skip

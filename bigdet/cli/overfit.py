@@ -27,7 +27,7 @@ from bigdet.config.load import parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
-from bigdet.data.streams.stream import open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections, metrics_table
 from bigdet.evaluation.split import predict_split
@@ -125,7 +125,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = build_detector(model, shards.num_classes).to(device).train()
     optimizer = optim.build_optimizer(detector, phase)
-    stream = open_train_stream(
+    stream = TrainStream(
         shards, config.data, phase, name=NAME, with_masks=has_masks(model),
         with_keypoints=has_keypoints(model), seed=config.seed, rank=0, world_size=1,
     )  # fmt: skip

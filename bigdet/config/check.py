@@ -27,7 +27,7 @@ from bigdet.config.derived import (
     phase_source,
     start_parts,
 )
-from bigdet.config.load import ConfigError, written_keys
+from bigdet.config.load import ConfigError
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 from bigdet.config.rules import not_negative as _not_negative
@@ -62,7 +62,7 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: with the full key, what was found and what to write instead.
     """
-    with user_wrote(written_keys(config)):
+    with user_wrote(config.written):
         _check_all(config)
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,11 @@ class Run:
         train_set: the images to learn from.
         val_set: the images to measure on.
         metrics: rank 0's log for machines, None on the other ranks.
-        saver: writes the checkpoints.
-        scorer: measures evaluations beside training.
         state: where the run is; changed in place.
         watchdog: ends a run that stands still.
         restored: engine state to go on from inside the current phase; taken once.
+        saver: writes the checkpoints.
+        scorer: measures evaluations beside training.
     """
 
     config: RunConfig
@@ -65,6 +65,8 @@ class Run:
     state: RunState
     watchdog: Watchdog
     restored: EngineState | None = None
+    saver: saving.Saver = field(init=False)
+    scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
         """Begin with nothing under way."""

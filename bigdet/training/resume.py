@@ -28,7 +28,7 @@ from bigdet.config.schema import RunConfig
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.mix import class_ids, warn_of_absent
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
-from bigdet.data.streams.stream import TrainStream, open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.evaluation.coco_metrics import evaluation_kinds
@@ -323,7 +323,7 @@ def _any_stream(
     config: RunConfig, train_set: ShardSet, name: str, phase: PhaseConfig
 ) -> TrainStream:
     """Return the stream of a phase as one rank alone would see it, for its order."""
-    return open_train_stream(
+    return TrainStream(
         train_set, config.data, phase,
         name=name, with_masks=False, seed=config.seed, rank=0, world_size=1,
     )  # fmt: skip
