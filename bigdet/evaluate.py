@@ -35,7 +35,7 @@ from bigdet.evaluation.detection_limits import warn_of_few
 from bigdet.evaluation.detections import RESULT_KEYS, Result, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
-from bigdet.evaluation.split import predict_split
+from bigdet.evaluation.split import passes_of, predict_split
 from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.host import errors
@@ -113,11 +113,8 @@ def main(arguments: Sequence[str]) -> int:
     results = predict_split(
         detector if tta is None else AugmentedDetector(detector, tta, shards.categories),
         shards,
-        detector.eval_size if tta is None else None,
-        config.evaluation.images_per_gpu,
-        config.data.workers,
+        passes_of(config, detector.eval_size if tta is None else None),
         device,
-        precision=config.engine.precision,
         ids=class_ids(shards, classes),
     )
     assert results is not None, "nobody asks it to stop"

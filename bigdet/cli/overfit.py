@@ -30,7 +30,7 @@ from bigdet.data.making.shard_writer import ShardWriter
 from bigdet.data.streams.stream import TrainStream
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections, metrics_table
-from bigdet.evaluation.split import predict_split
+from bigdet.evaluation.split import Passes, predict_split
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import update_running_statistics
@@ -168,7 +168,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the detector on the images that it learns."""
     size_cap = plan_of(config.phases[NAME].resize)
-    results = predict_split(detector, shards, size_cap, 4, 0, device)
+    results = predict_split(detector, shards, Passes(size_cap, images_per_gpu=4), device)
     assert results is not None
     kinds = evaluation_kinds(shards, has_masks(config.model), has_keypoints(config.model))
     return evaluate_detections(shards, results, kinds)

@@ -11,7 +11,7 @@ from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
 from bigdet.config.schema import TtaConfig
 from bigdet.data.format.manifest import Category
 from bigdet.evaluation import tta
-from bigdet.evaluation.split import predict_split
+from bigdet.evaluation.split import Passes, predict_split
 from bigdet.evaluation.tta import AugmentedDetector, View, mirror, vote
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
@@ -194,7 +194,7 @@ def test_a_split_is_seen_at_its_own_size(make_shards) -> None:
     detector = build_detector(CONFIG, 2)
     shards = make_shards([[], [], []])
     wrapped = AugmentedDetector(detector, replace(ONE, flip=True), shards.categories)
-    results = predict_split(wrapped, shards, None, 2, 0, torch.device("cpu"))
+    results = predict_split(wrapped, shards, Passes(None, 2), torch.device("cpu"))
     assert detector.training  # as it was
     assert len({result["image_id"] for result in results}) == 3
     assert all("segmentation" in result for result in results)
