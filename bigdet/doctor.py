@@ -27,8 +27,9 @@ from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.mix import open_sets
 from bigdet.data.streams.loader import PREFETCHED_GROUPS
 from bigdet.host import locks
+from bigdet.host.files import check_folder
 from bigdet.host.limits import host_memory
-from bigdet.run_dir import RunDir, check_folder
+from bigdet.run_dir import RunDir
 from bigdet.training import resume
 from bigdet.training import same_hosts as hosts
 from bigdet.training.sizes import FP32_BYTES, ModelSizes, checkpoint_bytes, model_sizes

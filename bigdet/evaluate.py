@@ -36,15 +36,15 @@ from bigdet.evaluation.detection_limits import warn_of_few
 from bigdet.evaluation.detections import CHUNK, RESULT_KEYS, Kind, Result, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import Metrics, analysis_table, evaluate_detections, metrics_table
-from bigdet.evaluation.split import predict_split
+from bigdet.evaluation.split import passes_of, predict_split
 from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.host import errors
+from bigdet.host.files import check_file
 from bigdet.host.strict_json import to_json
 from bigdet.logs.log import setup_logging
 from bigdet.models.detector import Detector
 from bigdet.models.weights import find_weights, load_detector
-from bigdet.run_dir import check_file
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 
@@ -92,13 +92,13 @@ def main(arguments: Sequence[str]) -> int:
         shards.check_random_reads()
         warn_of_few(config)
     warn_of_nothing(shards)
-    detector.use_test_settings(config.model)
+    detector.use_eval_settings(config.model)
     if config.evaluation.resize is not None:
         resize = config.evaluation.resize
-        detector.test_size = plan_of(resize)
+        detector.eval_size = plan_of(resize)
     device = distributed.device()
     tta = config.evaluation.tta or (TtaConfig() if options.tta else None)
-    short, long = detector.test_size
+    short, long = detector.eval_size
     logger.info(
         "%s on %d images of %s: %s, %d ranks on %s",
         find_weights(options.model), len(shards), shards.address,
@@ -114,11 +114,8 @@ def main(arguments: Sequence[str]) -> int:
     results = predict_split(
         detector if tta is None else AugmentedDetector(detector, tta, shards.categories),
         shards,
-        detector.test_size if tta is None else None,
-        config.evaluation.images_per_gpu,
-        config.data.workers,
+        passes_of(config, detector.eval_size if tta is None else None),
         device,
-        precision=config.engine.precision,
         ids=class_ids(shards, classes),
     )
     assert results is not None, "nobody asks it to stop"

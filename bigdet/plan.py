@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.step_seconds is None:
         words = [options.config, *options.overrides, "--phase", phase]
         logger.info("measuring %d steps on this device", MEASURED_STEPS)
-        measured = run_trial(words)
+        measured = run_trial(_measuring(words))
         if measured is None:
             raise ValueError(
                 f"the steps ran out of memory on this device: lower phases.{phase}.images_per_gpu "
@@ -163,6 +163,11 @@ def _cluster(options: argparse.Namespace) -> tuple[int, Cluster]:
     return parse_cluster(options.gpus or GPUS, options.link or LINK, latency)
 
 
+def _measuring(words: Sequence[str]) -> list[str]:
+    """Return this command, with other words, that only measures."""
+    return [sys.executable, "-m", "bigdet.plan", *words, "--measure"]
+
+
 def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
     """Read ``8x16`` and ``nvlink,400gb``.
 
@@ -203,10 +208,10 @@ def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> N
 
     def take(setting: Setting) -> Measured | None:
         words = overrides(phase, settings, setting)
-        return run_trial([
+        return run_trial(_measuring([
             options.config, *options.overrides, *words,
             "--phase", phase, "--memory-gib", str(options.memory_gib),
-        ])  # fmt: skip
+        ]))  # fmt: skip
 
     logger.info("phase %s: measuring settings (size x images per GPU) on this device", phase)
     search = Search(sizes, batches, options.memory_gib, take, shift_gib)

@@ -30,13 +30,13 @@ from bigdet.data.format.shard_set import UnavailableShardError
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.split import coco_results, finite_detections
 from bigdet.host import errors
+from bigdet.host.files import check_folder
 from bigdet.host.strict_json import to_json
 from bigdet.logs.log import setup_logging
-from bigdet.models.detector import Detector, canvas_size
+from bigdet.models.detector import Detector
 from bigdet.models.weights import load_detector
-from bigdet.ops.resize import test_size
+from bigdet.ops.sizes import canvas_size, eval_size
 from bigdet.pictures.drawing import draw_detections
-from bigdet.run_dir import check_folder
 from bigdet.structures import Detections
 
 logger = logging.getLogger("bigdet.predict")  # __name__ is __main__ here
@@ -86,7 +86,7 @@ def detect_all(
     """
     results: list[Result] = []
     num_done = 0
-    batches = plan_batches(inputs, detector.test_size, options.batch)
+    batches = plan_batches(inputs, detector.eval_size, options.batch)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         drawing: list[Future[None]] = []
         for batch, readings in read_ahead(pool, batches):
@@ -142,7 +142,7 @@ def plan_batches(
     """
     by_canvas: dict[tuple[int, int], list[Input]] = {}
     for one in inputs:
-        canvas = canvas_size([test_size(*one.size, *short_and_long)])
+        canvas = canvas_size([eval_size(*one.size, *short_and_long)])
         by_canvas.setdefault(canvas, []).append(one)
     return [
         group[first : first + limit]

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.cli.running import run_command
+from bigdet.host.files import check_folder
 from bigdet.logs.log import setup_logging
 from bigdet.reporting.runs import group_runs, read_runs
 from bigdet.reporting.writing import write_report
-from bigdet.run_dir import check_folder
 
 logger = logging.getLogger("bigdet.report")  # __name__ is __main__ here
 

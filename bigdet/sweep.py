@@ -29,11 +29,12 @@ from bigdet.config.schema import RunConfig
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
 from bigdet.host import locks
 from bigdet.host.errors import explain_exit
+from bigdet.host.files import check_folder, write_text
 from bigdet.logs.log import setup_logging
 from bigdet.reporting.runs import Run, check_same_data, read_run, short_names
 from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_outcome
 from bigdet.reporting.writing import write_report
-from bigdet.run_dir import RunDir, check_folder, write_text
+from bigdet.run_dir import RunDir
 from bigdet.training.forks import CHANGEABLE, changeable_options, changed_options, check_fork
 
 logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command

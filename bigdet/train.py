@@ -23,14 +23,15 @@ from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_mod
 from bigdet.config.load import load_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
 from bigdet.evaluation.detection_limits import warn_at_start
 from bigdet.host import errors, locks
+from bigdet.host.files import check_folder, write_text
 from bigdet.logs.log import setup_logging
-from bigdet.run_dir import RunDir, check_folder, write_text
+from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
@@ -126,7 +127,7 @@ def run_phase(run: Run) -> bool:
         run.restored = None  # all of the phase is done, but perhaps for the numbers of its end
         return True
     with distributed.together():
-        stream = open_train_stream(
+        stream = TrainStream(
             run.train_set,
             config.data,
             phase,

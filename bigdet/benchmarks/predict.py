@@ -10,7 +10,7 @@ bigdet's images per second over torchvision's in the same precision.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.derived import phase_model, plan_of, test_resize
+from bigdet.config.derived import eval_resize, phase_model, plan_of
 from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
+from bigdet.engine.precision import autocast
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
 from bigdet.models.norms import batch_norms, set_norm_mode
@@ -40,11 +41,11 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     phase = arguments.phase or list(config.phases)[-1]
     check_phase(config, phase)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = plan_of(test_resize(config, phase))
+    size = plan_of(eval_resize(config, phase))
     torch.manual_seed(config.seed)
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(arguments.images)]
     detector = build_detector(phase_model(config, phase), NUM_CLASSES).to(device)
-    detector.test_size = size
+    detector.eval_size = size
     twins(detector)  # raises where torchvision has no such detector
     settle(detector, images[0])
     twin = torchvision_twin(detector)
@@ -62,12 +63,10 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
             found = twin([image.to(device).float() / 255 for image in images])
         return sum(len(one["boxes"]) for one in found)
 
-    def bf16() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16)
-
+    fp32, bf16 = (functools.partial(autocast, device, name) for name in ("fp32", "bf16"))
     takers = {
-        "bigdet_fp32": (ours, contextlib.nullcontext),
-        "torchvision_fp32": (theirs, contextlib.nullcontext),
+        "bigdet_fp32": (ours, fp32),
+        "torchvision_fp32": (theirs, fp32),
         "bigdet_bf16": (ours, bf16),
     }
     if device.type == "cuda":

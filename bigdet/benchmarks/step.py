@@ -46,6 +46,7 @@ from bigdet.config.derived import has_fpn, has_masks, model_parts, proposal_limi
 from bigdet.config.load import check_phase
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.schema import RunConfig
+from bigdet.engine.precision import autocast
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector, head_norm
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
@@ -90,10 +91,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     batch = batch.to(device)
     images, targets = as_torchvision(batch)
 
-    def bf16() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16)
-
-    fp32 = contextlib.nullcontext
+    fp32, bf16 = (functools.partial(autocast, device, name) for name in ("fp32", "bf16"))
     ours = functools.partial(detector, batch)
     takers = {"bigdet_fp32": Taker(detector, ours, fp32, device)}
     for name, peer in peers.items():

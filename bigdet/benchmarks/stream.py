@@ -37,8 +37,9 @@ from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
 from bigdet.data.examples.decode import decode_image
 from bigdet.data.format.shard_set import Sample, ShardSet
-from bigdet.data.streams.stream import TrainStream, open_train_stream
-from bigdet.ops.resize import resize_image, test_size
+from bigdet.data.streams.stream import TrainStream
+from bigdet.ops.resize import resize_image
+from bigdet.ops.sizes import eval_size
 
 Plan = tuple[int, int]
 
@@ -57,7 +58,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
     def open_stream(workers: int) -> TrainStream:
         data = dataclasses.replace(config.data, workers=workers)
-        return open_train_stream(
+        return TrainStream(
             ShardSet(data.train.shards), data, phase, name=name, with_masks=with_masks,
             with_keypoints=with_keypoints, seed=config.seed, rank=0, world_size=1,
         )  # fmt: skip
@@ -131,7 +132,7 @@ def _rate(images: Iterator[object]) -> float:
 
 def _decode_and_resize(file: bytes, plan: Plan) -> torch.Tensor:
     image = decode_image(file)
-    return resize_image(image, test_size(image.shape[1], image.shape[2], *plan))
+    return resize_image(image, eval_size(image.shape[1], image.shape[2], *plan))
 
 
 def _stream_rate(stream: TrainStream, num_groups: int) -> float:
@@ -183,7 +184,7 @@ def _webdataset(folder: str, plan: Plan) -> Iterator[torch.Tensor]:
 
     def resize(sample: dict[str, Any]) -> torch.Tensor:
         image: Image.Image = next(sample[key] for key in ("jpg", "png", "webp") if key in sample)
-        height, width = test_size(image.height, image.width, *plan)
+        height, width = eval_size(image.height, image.width, *plan)
         image = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
         pixels: torch.Tensor = v2.functional.pil_to_tensor(image)
         return pixels

@@ -27,6 +27,7 @@ from bigdet.config.derived import phase_model
 from bigdet.config.load import check_phase, load_config
 from bigdet.data.format.manifest import Category
 from bigdet.data.making.sources.categories import load_categories
+from bigdet.host.files import check_file
 from bigdet.logs.log import setup_logging
 from bigdet.models.build import build_detector
 from bigdet.models.classes import carry_classes
@@ -45,7 +46,6 @@ from bigdet.models.weights import (
     save_detector_weights,
     weights_metadata,
 )
-from bigdet.run_dir import check_file
 
 
 def main(argv: Sequence[str]) -> int:

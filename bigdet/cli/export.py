@@ -24,9 +24,9 @@ from bigdet.export.writing import (
     on_canvas,
     write_exported,
 )
+from bigdet.host.files import check_file
 from bigdet.models.weights import load_detector
 from bigdet.pictures.files import to_pixels
-from bigdet.run_dir import check_file
 
 
 def main(argv: Sequence[str]) -> int:

@@ -28,14 +28,14 @@ from bigdet.config.load import parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
-from bigdet.data.streams.stream import open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections, metrics_table
-from bigdet.evaluation.split import predict_split
+from bigdet.evaluation.split import Passes, predict_split
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import update_running_statistics
-from bigdet.ops.resize import test_size
+from bigdet.ops.sizes import eval_size
 from bigdet.training import optim
 
 NUM_IMAGES = 16
@@ -112,7 +112,7 @@ def pick(shards: ShardSet, config: RunConfig, folder: Path) -> ShardSet:
 
 
 def _is_fit(record: dict[str, Any], plan: tuple[int, int], needs_keypoints: bool) -> bool:
-    height, width = test_size(record["height"], record["width"], *plan)
+    height, width = eval_size(record["height"], record["width"], *plan)
     scales = (width / record["width"], height / record["height"])
     return bool(record["annotations"]) and all(
         not annotation["iscrowd"]
@@ -130,7 +130,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = build_detector(model, shards.num_classes).to(device).train()
     optimizer = optim.build_optimizer(detector, phase)
-    stream = open_train_stream(
+    stream = TrainStream(
         shards, config.data, phase, name=NAME, with_masks=has_masks(model),
         with_keypoints=has_keypoints(model), seed=config.seed, rank=0, world_size=1,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the detector on the images that it learns."""
     size_cap = plan_of(config.phases[NAME].resize)
-    results = predict_split(detector, shards, size_cap, 4, 0, device)
+    results = predict_split(detector, shards, Passes(size_cap, images_per_gpu=4), device)
     assert results is not None
     kinds = evaluation_kinds(shards, has_masks(config.model), has_keypoints(config.model))
     return evaluate_detections(shards, results, kinds)

@@ -29,8 +29,9 @@ from bigdet.config.load import check_phase, load_config
 from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.mix import open_train_set
 from bigdet.data.ordering.groups import lanes_of_rank
-from bigdet.data.streams.stream import TrainStream, open_train_stream
-from bigdet.run_dir import RunDir, check_folder
+from bigdet.data.streams.stream import TrainStream
+from bigdet.host.files import check_folder
+from bigdet.run_dir import RunDir
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     shards = open_train_set(config.data)
     ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]
     # One stream makes the groups of all ranks: they do not depend on who asks.
-    stream = open_train_stream(
+    stream = TrainStream(
         shards,
         config.data,
         phase,

@@ -26,7 +26,7 @@ from bigdet.config.derived import (
     phase_source,
     start_parts,
 )
-from bigdet.config.load import ConfigError, written_keys
+from bigdet.config.load import ConfigError
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.own import import_callable
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
@@ -36,8 +36,8 @@ from bigdet.config.rules import require as _require
 from bigdet.config.rules import unused as _unused
 from bigdet.config.rules import user_wrote
 from bigdet.config.schema import MAX_DETECTIONS, EngineConfig, Metric, RunConfig
+from bigdet.ops.sizes import CANVAS_MULTIPLE
 
-_STRIDE = 32
 _BACKBONE_STAGES = 5
 _RESIZE_KINDS = {
     "cap": ("short_side", "stitcher"),
@@ -62,7 +62,7 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: with the full key, what was found and what to write instead.
     """
-    with user_wrote(written_keys(config)):
+    with user_wrote(config.written):
         _check_all(config)
 
 
@@ -255,7 +255,8 @@ def _check_resize(key: str, resize: ResizeConfig) -> None:
         if resize.kind not in kinds:
             _unused(key, resize, name, f"is for kind: {' or '.join(kinds)}")
     if is_square(resize):
-        _require(resize.size % _STRIDE == 0, f"{key}.size", resize.size, f"a multiple of {_STRIDE}")
+        is_multiple = resize.size % CANVAS_MULTIPLE == 0
+        _require(is_multiple, f"{key}.size", resize.size, f"a multiple of {CANVAS_MULTIPLE}")
     for name in ("scale_range", "jitter_range", "size_range"):
         found = getattr(resize, name)
         if found is not None:

@@ -267,6 +267,6 @@ def num_lanes(phase: PhaseConfig) -> int:
     return phase.images_per_step // phase.images_per_gpu
 
 
-def test_resize(config: RunConfig, name: str) -> ResizeConfig:
-    """Return how the model of a phase sees the images that it is tested on."""
+def eval_resize(config: RunConfig, name: str) -> ResizeConfig:
+    """Return how the model of a phase sees the images that it is evaluated on."""
     return config.evaluation.resize or config.phases[name].resize

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import os
-import weakref
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Returns:
         The config, every required option present and every value of its type. The rules that tie
-        options together are ``config/check.py``'s; `written_keys` tells them what the experiment
+        options together are ``config/check.py``'s; its ``written`` tells them what the experiment
         and the overrides repeat. Fragments serve several experiments and may repeat defaults, and
         the config of a run folder lists every option.
 
@@ -297,23 +296,8 @@ def _complete(merged: DictConfig, source: str, written: Collection[str]) -> RunC
     assert isinstance(config, RunConfig)
     output, resume = os.path.expanduser(config.output), os.path.expanduser(config.resume)
     config = dataclasses.replace(config, output=output, resume=resume)  # in a file no shell did
-    key = id(config)
-    _written[key] = frozenset(written)
-    weakref.finalize(config, _written.pop, key)
+    object.__setattr__(config, "written", frozenset(written))
     return config
-
-
-_written: dict[int, frozenset[str]] = {}
-"""By the ``id`` of a config that was read: it has fields for options alone."""
-
-
-def written_keys(config: RunConfig) -> frozenset[str]:
-    """Return the full keys that a user set to the value that they had anyway.
-
-    Where nothing heeds such an option, it is refused like one that was changed. A config that was
-    made or changed in code has none.
-    """
-    return _written.get(id(config), frozenset())
 
 
 def _leaf_items(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

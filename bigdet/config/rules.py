@@ -18,7 +18,7 @@ def user_wrote(keys: Collection[str]) -> Iterator[None]:
     """Let `unused` refuse these options even where they have their default, inside the block.
 
     Args:
-        keys: in full, as ``load.written_keys`` gives them.
+        keys: in full, ``written`` of the config.
     """
     global _written
     before, _written = _written, keys

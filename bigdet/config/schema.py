@@ -8,7 +8,7 @@ and the docstring below the option says which.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from omegaconf import MISSING
 
@@ -154,6 +154,9 @@ class LogConfig:
 class RunConfig:
     """One run."""
 
+    written: ClassVar[frozenset[str]] = frozenset()
+    """No option: full keys that a user set to the value that they had anyway. Where nothing heeds
+    such an option, it is refused like one that was changed. A config changed in code has none."""
     output: str = MISSING
     """The run folder."""
     seed: int = 0

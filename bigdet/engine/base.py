@@ -17,6 +17,10 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet import distributed
 
+BUCKET_ELEMENTS = 50_000_000
+"""Numbers that ZeRO's stages 0 to 2 send in one call. DeepSpeed's own 500 million would be a buffer
+of 2 GB, whatever the model; overlapped communication has two of them."""
+
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 """Called by an engine once the parameters are where and how it wants them."""
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from bigdet import distributed
 from bigdet.engine.base import EngineState
+from bigdet.host.files import file_sha256, put_in_place, sync, write_text
 from bigdet.host.reading import patiently, why_unread
 from bigdet.host.strict_json import to_json
 from bigdet.ops.finite import describe_not_finite
-from bigdet.run_dir import sync as _sync
 
 logger = logging.getLogger(__name__)
 
@@ -182,16 +182,15 @@ def adopt(folder: Path, checkpoints: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, partial)
     (partial / ADOPTED_FILE).write_text(f"{folder}\n", encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
-    partial.rename(checkpoints / folder.name)
-    _sync(checkpoints)
-    _write_name(checkpoints / "latest", folder.name)
+    for path in partial.iterdir():
+        sync(path)
+    put_in_place(partial, checkpoints / folder.name)
+    write_text(checkpoints / "latest", f"{folder.name}\n")
 
 
 def mark_best(folder: Path) -> None:
     """Let ``best`` name a checkpoint (rank 0 only)."""
-    _write_name(folder.parent / "best", folder.name)
+    write_text(folder.parent / "best", f"{folder.name}\n")
 
 
 def clean(
@@ -248,17 +247,16 @@ def _write(folder: Path, state: EngineState, metadata: dict[str, str], run: dict
         content = json.loads(to_json(content))
         content["sha256"] = _hash_of_json(content)
         (partial / STATE_FILE).write_text(to_json(content, indent=1), encoding="utf-8")
-        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
-            _sync(partial / name)
+        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+            sync(partial / name)
     except BaseException:
         _delete(partial)  # on a full disk its bytes are missed
         raise
     if folder.exists():
         _delete(_replaced(folder))
         folder.rename(_replaced(folder))  # a folder cannot be renamed over another one
-    partial.rename(folder)
-    _sync(checkpoints)
-    _write_name(checkpoints / "latest", folder.name)
+    put_in_place(partial, folder)
+    write_text(checkpoints / "latest", f"{folder.name}\n")
     _delete(_replaced(folder))
 
 
@@ -297,16 +295,8 @@ def _numbers(checkpoints: Path) -> dict[str, int]:
 
 def _hash_of_file(path: Path) -> str:
     """SHA-256 of a file, as hex digits; ``OSError`` where the system does not let it be read."""
-
-    def read() -> str:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-        return digest.hexdigest()
-
     try:
-        return patiently(read, str(path))
+        return patiently(lambda: file_sha256(path), str(path))
     except OSError as error:
         raise OSError(f"{path}: {why_unread(error)}") from error
 
@@ -319,15 +309,6 @@ def _hash_of_json(content: dict[str, Any]) -> str:
 def _read_name(path: Path) -> str:
     """The name that ``latest`` or ``best`` holds; empty if there is none."""
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-
-
-def _write_name(path: Path, name: str) -> None:
-    """Replace a file that holds a name, at once."""
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    partial.write_text(name + "\n", encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
 
 
 def _delete(path: Path) -> None:

@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from bigdet import distributed
 from bigdet.config.schema import EngineConfig
 from bigdet.engine.base import (
+    BUCKET_ELEMENTS,
     EngineState,
     MakeOptimizer,
     StepResult,
@@ -38,10 +39,6 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from bigdet.engine.zero_state import FlatState, PlainState, ShardedState, ZeroState, let_go_of
-
-# Elements reduced at once. DeepSpeed's own 500 million would be a buffer of 2 GB, whatever the
-# model; overlapped communication has two of them.
-BUCKET_ELEMENTS = 50_000_000
 
 # At stage 3 smaller parameters stay whole on every rank: norms and biases, together less than 1%
 # of a detector. DeepSpeed's own 100,000 would leave half of a ResNet's convolutions whole.

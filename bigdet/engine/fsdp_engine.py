@@ -13,11 +13,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bigdet import distributed
 from bigdet.config.schema import EngineConfig
@@ -144,15 +143,11 @@ class FsdpEngine:
     def _gather(self, value: Tensor) -> Tensor:
         """Put the shards of a tensor together on the CPU of rank 0; others get an empty one."""
         is_main = distributed.is_main()
-        if not isinstance(value, DTensor):
-            return to_save(value) if is_main else torch.empty(0)
-        rows = _rows_per_rank(value.shape)
-        shard = _shard(value)
-        sent = torch.zeros(rows, *value.shape[1:], dtype=value.dtype, device=self._device)
-        sent[: len(shard)] = shard
-        parts = [torch.empty_like(sent) for _ in range(distributed.world_size())]
-        dist.gather(sent, parts if is_main else None)
-        return to_save(torch.cat(parts)[: value.shape[0]]) if is_main else torch.empty(0)
+        if isinstance(value, DTensor):
+            shards = value.to(self._device)
+            assert isinstance(shards, DTensor)
+            value = shards.full_tensor()
+        return to_save(value) if is_main else torch.empty(0)
 
     def load_state(self, state: EngineState) -> None:
         """Go on from the state that rank 0 has. Collective.
@@ -180,17 +175,14 @@ class FsdpEngine:
     @torch.no_grad()
     def _scatter(self, source: Tensor | None, value: Tensor) -> None:
         """Fill a tensor, or its shards, from the whole one that rank 0 has."""
-        device = self._device if isinstance(value, DTensor) else value.device
         if source is None:
             source = torch.empty(value.shape, dtype=value.dtype)
-        whole = distributed.broadcast_tensor(source.to(device, value.dtype))
         if isinstance(value, DTensor):
-            rows = _rows_per_rank(value.shape)
-            first = min(rows * distributed.rank(), len(whole))
-            shard = _shard(value)
-            shard.copy_(whole[first : first + rows])
+            whole = source.to(self._device, value.dtype)
+            shards = distribute_tensor(whole, value.device_mesh, value.placements)
+            _shard(value).copy_(_shard(shards))
         else:
-            value.copy_(whole)
+            value.copy_(distributed.broadcast_tensor(source.to(value.device, value.dtype)))
 
     def close(self) -> None:
         """Let go of all memory but the module's own."""
@@ -204,8 +196,3 @@ def _shard(value: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor."""
     assert isinstance(value, DTensor), type(value)
     return value.to_local()
-
-
-def _rows_per_rank(shape: Sequence[int]) -> int:
-    """Rows of the first ranks' shards; the last ones may have fewer or none."""
-    return -(-shape[0] // distributed.world_size())

@@ -15,10 +15,16 @@ from torch import Tensor, nn
 from bigdet import distributed
 from bigdet.config.schema import Precision
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_SCALE = 2.0**16
 GROWTH_STEPS = 2000
 """Both as in torch's GradScaler."""
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return a context in which a module with fp32 weights runs in the precision of a run."""
+    dtype = _HALF_TYPES.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class TotalLoss(nn.Module):
@@ -34,8 +40,7 @@ class TotalLoss(nn.Module):
         super().__init__()
         assert any(p.requires_grad for p in module.parameters()), "no parameter is trained"
         self.module = module
-        self._dtype = DTYPES.get(precision)
-        self._device_type = device.type
+        self._precision, self._device = precision, device
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the module on a batch.
@@ -43,7 +48,7 @@ class TotalLoss(nn.Module):
         Returns:
             The sum of the losses, for the backward pass, and all losses with it, detached.
         """
-        with torch.autocast(self._device_type, self._dtype, enabled=self._dtype is not None):
+        with autocast(self._device, self._precision):
             losses: dict[str, Tensor] = self.module(batch)
         total = torch.stack(list(losses.values())).sum()
         seen = {"total": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}

@@ -16,7 +16,7 @@ import orjson
 
 from bigdet import distributed
 from bigdet.evaluation.detections import Result
-from bigdet.run_dir import put_in_place
+from bigdet.host.files import put_in_place
 
 
 class SavedResults:

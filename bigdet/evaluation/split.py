@@ -11,8 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,10 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from bigdet import distributed
-from bigdet.config.schema import Precision
+from bigdet.config.schema import Precision, RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import EvalStream
+from bigdet.engine.precision import autocast
 from bigdet.evaluation.coco_metrics import category_ids
 from bigdet.evaluation.detections import Result
 from bigdet.evaluation.saved import SavedResults
@@ -34,19 +34,39 @@ from bigdet.structures import Batch, Detections
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10.0
-HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a module sees images.
+
+    Attributes:
+        size_cap: short side and longest long side at which images are seen, pixels; None for
+            modules that resize images themselves.
+        images_per_gpu: images in one forward pass of one rank.
+        workers: loader processes per rank.
+        precision: of activations and matrix products; weights are as they are.
+    """
+
+    size_cap: tuple[int, int] | None
+    images_per_gpu: int
+    workers: int = 0
+    precision: Precision = "fp32"
+
+
+def passes_of(config: RunConfig, size_cap: tuple[int, int] | None) -> Passes:
+    """Return how the images of an evaluation are seen."""
+    images_per_gpu, precision = config.evaluation.images_per_gpu, config.engine.precision
+    return Passes(size_cap, images_per_gpu, config.data.workers, precision)
 
 
 @torch.no_grad()
 def predict_split(
     module: nn.Module,
     shards: ShardSet,
-    size_cap: tuple[int, int] | None,
-    images_per_gpu: int,
-    workers: int,
+    passes: Passes,
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
-    precision: Precision = "fp32",
     folder: Path | None = None,
     ids: Sequence[int | None] | None = None,
 ) -> SavedResults | None:
@@ -55,13 +75,9 @@ def predict_split(
     Args:
         module: the detector; in evaluation mode meanwhile, then as it was.
         shards: the validation set.
-        size_cap: short side and longest long side at which images are seen, pixels; None for
-            modules that resize images themselves.
-        images_per_gpu: images in one forward pass of one rank.
-        workers: loader processes per rank.
+        passes: how the module sees the images.
         device: of the module.
         must_stop: asked on all ranks after every batch (a collective); the same answer on all.
-        precision: of activations and matrix products; weights are as they are.
         folder: where detections wait on disk, None for the system's place for temporary files.
             Nothing is left there, whatever happens.
         ids: the set's category id of each label of the module; detections of a label that has None
@@ -77,11 +93,11 @@ def predict_split(
     """
     batches = EvalStream(
         shards,
-        size_cap=size_cap,
-        images_per_gpu=images_per_gpu,
+        size_cap=passes.size_cap,
+        images_per_gpu=passes.images_per_gpu,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        workers=workers,
+        workers=passes.workers,
     )
     results = SavedResults(folder)
     collected = _Collected(category_ids(shards) if ids is None else ids, len(shards), results)
@@ -96,7 +112,7 @@ def predict_split(
             # Before the forward pass: where weights are sharded, that is a collective too.
             if distributed.any_rank(problem is not None):
                 break
-            with autocast(device, precision):
+            with autocast(device, passes.precision):
                 found = module(batch.to(device))
             try:
                 collected.add(batch, found)
@@ -117,13 +133,6 @@ def predict_split(
         seen = results.image_ids()
         assert seen == sorted(shards.index["image_id"].tolist()), "images left out or seen twice"
     return results
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Return a context in which a module with fp32 weights runs in the precision of a run."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, HALF_TYPES[precision])
 
 
 def coco_results(

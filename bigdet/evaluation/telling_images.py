@@ -23,9 +23,10 @@ from bigdet.evaluation.detections import DetectionTable, Kind, Result, read_dete
 from bigdet.evaluation.error_types import find_cover, match_all
 from bigdet.evaluation.ground_truth import GroundTruth, read_ground_truth
 from bigdet.evaluation.matching import NOTHING
+from bigdet.host.files import write_text
 from bigdet.host.strict_json import to_json
 from bigdet.pictures.drawing import SURE_LOGIT, draw
-from bigdet.run_dir import RunDir, write_text
+from bigdet.run_dir import RunDir
 
 MIN_SCORE = 0.5  # of detections that are drawn and judged
 PIXEL_CENTER = 0.5  # COCO's keypoints count from the center of the first pixel

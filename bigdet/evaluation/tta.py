@@ -48,7 +48,7 @@ class AugmentedDetector(nn.Module):
             config: the views.
             categories: say which keypoints a mirror exchanges.
             plain_size: short side and longest long side, pixels, of the evaluation without
-                augmentation. None: the detector's ``test_size``.
+                augmentation. None: the detector's ``eval_size``.
         """
         super().__init__()
         self.mirrored: list[int] = []
@@ -56,7 +56,7 @@ class AugmentedDetector(nn.Module):
             self.mirrored = keypoint_order(categories).tolist()
         self.detector = detector
         self.config = config
-        self.plain_size = plain_size or detector.test_size
+        self.plain_size = plain_size or detector.eval_size
         self.training = detector.training
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class AugmentedDetector(nn.Module):
             batch: images as large as they are.
         """
         detector, sizes = self.detector, batch.image_sizes
-        settings, num_classes = detector.test_settings, detector.num_classes
+        settings, num_classes = detector.eval_settings, detector.num_classes
         seen = []
         is_pooled = self.config.pool == "candidates"
         for view in self._views(batch):

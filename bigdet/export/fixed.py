@@ -119,7 +119,7 @@ class FixedDetector(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Cut boxes at their images, drop near duplicates, keep the best D of each image."""
         num_images, num_classes = len(boxes), self.detector.num_classes
-        settings = self.detector.test_settings
+        settings = self.detector.eval_settings
         boxes = clip_boxes(boxes, image_sizes)
         is_usable = boxes.isfinite().all(-1) & (boxes[..., 2:] - boxes[..., :2] >= MIN_SIDE).all(-1)
         boxes = torch.where(is_usable[..., None], boxes, 0.0)

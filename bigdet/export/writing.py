@@ -22,8 +22,9 @@ from torch import Tensor
 from bigdet.config.derived import has_masks
 from bigdet.config.families import DETECTORS, detector_facts
 from bigdet.export.fixed import FixedDetector, plain_batch
-from bigdet.models.detector import CANVAS_MULTIPLE, Detector
-from bigdet.ops.resize import resize_image, test_size
+from bigdet.models.detector import Detector
+from bigdet.ops.resize import resize_image
+from bigdet.ops.sizes import CANVAS_MULTIPLE, eval_size
 from bigdet.structures import Batch
 
 SUFFIXES = (".onnx", ".pt2")
@@ -123,7 +124,7 @@ def write_exported(
     sizes = torch.tensor([size] * num_images)
     facts = {
         "categories": json.dumps(detector.categories),
-        "test_size": json.dumps(detector.test_size),
+        "test_size": json.dumps(detector.eval_size),
     }
     with warnings.catch_warnings():  # torchvision's and the exporter's words to each other
         warnings.simplefilter("ignore")
@@ -183,7 +184,7 @@ def on_canvas(detector: Detector, image: Tensor, size: tuple[int, int], num_imag
         size: height, width of the canvas.
         num_images: so many copies of it.
     """
-    height, width = test_size(image.shape[1], image.shape[2], *detector.test_size)
+    height, width = eval_size(image.shape[1], image.shape[2], *detector.eval_size)
     scale = min(1.0, size[0] / height, size[1] / width)
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
     canvas = torch.zeros(num_images, 3, *size, dtype=torch.uint8)
@@ -194,7 +195,7 @@ def on_canvas(detector: Detector, image: Tensor, size: tuple[int, int], num_imag
 def compare(detector: Detector, exported: Exported, batch: Batch) -> Differences:
     """Compare what both find on the images of a batch; each detection is met by its nearest."""
     outputs = exported(batch.images, batch.image_sizes)
-    settings = detector.test_settings
+    settings = detector.eval_settings
     total = Differences()
     with torch.no_grad():
         images = detector(batch)

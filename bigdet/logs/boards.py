@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.host.files import write_text
+
 
 class Board(Protocol):
     """What watches a run; exists on rank 0 alone.
@@ -120,10 +122,7 @@ class WeightsAndBiases:
             ) from error
         id_file = folder / "id"
         if not id_file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / "id.tmp"  # an empty id would be another run at each start
-            temporary.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-            temporary.replace(id_file)
+            write_text(id_file, uuid.uuid4().hex[:12])
         self._wandb: Any = wandb
         self._run: Any = wandb.init(
             project=project,

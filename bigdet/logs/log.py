@@ -14,9 +14,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from bigdet.host.files import write_text
 from bigdet.host.strict_json import to_json
 from bigdet.logs.boards import Board
-from bigdet.run_dir import write_text
 
 logger = logging.getLogger(__name__)
 

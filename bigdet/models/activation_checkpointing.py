@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bigdet.models.norms import current_rows, valid_rows
+from bigdet.models.norms import BatchNorm2d, valid_rows
 
 
 class Checkpointed(nn.Module):
@@ -31,10 +31,13 @@ class Checkpointed(nn.Module):
         """Call a block; with checkpointing, keep nothing of what it computes for backward."""
         if not (self.is_checkpointed and self.training and torch.is_grad_enabled()):
             return block(*inputs)
-        rows = current_rows()
+        norms = (layer for layer in self.modules() if isinstance(layer, BatchNorm2d))
+        rows = next((layer.rows for layer in norms), None)
+        if rows is None:
+            return checkpoint(block, *inputs, use_reentrant=False)
 
         def run_in_context(*given: Any) -> Any:
-            with valid_rows(rows):  # also when it runs again
+            with valid_rows(self, rows):  # also when it runs again
                 return block(*given)
 
         return checkpoint(run_in_context, *inputs, use_reentrant=False)

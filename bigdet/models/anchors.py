@@ -44,6 +44,18 @@ def shape_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool
     return torch.stack(by_size, dim=1).flatten(0, 1)
 
 
+def pyramid_anchors(
+    features: Sequence[Tensor],
+    strides: Sequence[int],
+    canvas_size: tuple[int, int],
+    cells: Tensor,
+    from_canvas: bool,
+) -> Tensor:
+    """Give the anchors of a pyramid's features, ``(A, 4)``; the rest as in the functions below."""
+    sizes = [(level.shape[2], level.shape[3]) for level in features]
+    return grid_anchors(sizes, grid_spacings(sizes, strides, canvas_size, from_canvas), cells)
+
+
 def grid_spacings(
     feature_sizes: Sequence[tuple[int, int]],
     strides: Sequence[int],

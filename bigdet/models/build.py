@@ -12,7 +12,6 @@ from bigdet.config.derived import (
     has_fpn,
     has_keypoints,
     has_masks,
-    is_class_agnostic,
     model_parts,
 )
 from bigdet.config.families import DETECTORS, detector_facts
@@ -105,19 +104,7 @@ def build_rcnn(
         fpn, width = FPN(backbone.channels, config.width, norm), config.width
     rpn = RegionProposals(config.rpn, width, conventions, has_fpn(config), config.detector)
     box_head: BoxHead | CascadeHead
-    make_head = partial(
-        BoxHead,
-        config.box_head,
-        norm,
-        width,
-        config.fc_width,
-        num_classes,
-        config.roi,
-        conventions,
-        is_class_agnostic=is_class_agnostic(config),
-        # Paper 1 gives MSRA weights to all layers of VGG, which has no normalization.
-        is_msra=not has_fpn(config),
-    )
+    make_head = partial(BoxHead, config, norm, width, num_classes, conventions)
     box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
     if has_masks(config):
         mask_head = MaskHead(norm, width, num_classes)

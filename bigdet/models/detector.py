@@ -30,18 +30,18 @@ from torch import Tensor, nn
 
 from bigdet.config.model_schema import ModelConfig
 from bigdet.models.backbones import Backbone
-from bigdet.models.heads.detections import FlatDetections, TestSettings
+from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
-from bigdet.ops.resize import resize_image, test_size
+from bigdet.ops.resize import resize_image
+from bigdet.ops.sizes import canvas_size, eval_size
 from bigdet.pictures.files import Picture, list_pixels
 from bigdet.structures import Batch, Detections, Targets
 
 # RGB, 0..255, of ImageNet: what the published backbones were trained with.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_DEVIATION = (58.395, 57.12, 57.375)
-CANVAS_MULTIPLE = 32  # the coarsest backbone stride
 
 
 class Detector(nn.Module):
@@ -53,7 +53,7 @@ class Detector(nn.Module):
         num_classes: K.
         dense_parts: those that see whole canvases, and nothing whose number varies.
         categories: what the labels ``0..K-1`` mean: id, name and more of each.
-        test_size: short side and longest long side, pixels, to which ``predict`` resizes.
+        eval_size: short side and longest long side, pixels, to which ``predict`` resizes.
     """
 
     config: ModelConfig
@@ -67,7 +67,7 @@ class Detector(nn.Module):
         self.backbone = backbone
         self._is_compiled = False
         self.categories: list[dict[str, Any]] = []
-        self.test_size = (800, 1333)
+        self.eval_size = (800, 1333)
         mean, deviation = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_DEVIATION)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_deviation", deviation.view(3, 1, 1), persistent=False)
@@ -168,7 +168,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     @property
-    def test_settings(self) -> TestSettings:
+    def eval_settings(self) -> EvalSettings:
         """Thresholds and limits of the detections."""
         raise NotImplementedError
 
@@ -184,7 +184,7 @@ class Detector(nn.Module):
                 part.compile(dynamic=False, **options)
         self._is_compiled = True
 
-    def use_test_settings(self, config: ModelConfig) -> None:
+    def use_eval_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
         raise NotImplementedError
 
@@ -215,7 +215,7 @@ class Detector(nn.Module):
         pixels = list_pixels(images)
         if not pixels:
             return []
-        batch = collate_images(pixels, self.test_size).to(self.get_buffer("pixel_mean").device)
+        batch = collate_images(pixels, self.eval_size).to(self.get_buffer("pixel_mean").device)
         with evaluating(self):
             found = self(batch)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
@@ -269,15 +269,6 @@ def scale_detections(
     return replace(found, boxes=boxes, keypoints=keypoints)
 
 
-def canvas_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return height and width of the canvas that holds images of these sizes, pixels."""
-    height, width = (
-        -(-max(size[axis] for size in sizes) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
-        for axis in (0, 1)
-    )
-    return height, width
-
-
 def collate_images(images: Sequence[Tensor], short_and_long: tuple[int, int]) -> Batch:
     """Resize images and put them on one canvas, without targets.
 
@@ -285,7 +276,7 @@ def collate_images(images: Sequence[Tensor], short_and_long: tuple[int, int]) ->
         images: ``(3, h, w)`` uint8 each.
         short_and_long: short side and longest long side to reach, pixels.
     """
-    sizes = [test_size(image.shape[1], image.shape[2], *short_and_long) for image in images]
+    sizes = [eval_size(image.shape[1], image.shape[2], *short_and_long) for image in images]
     canvas = torch.zeros(len(images), 3, *canvas_size(sizes), dtype=torch.uint8)
     canvas = canvas.to(memory_format=torch.channels_last)
     for place, image, size in zip(canvas, images, sizes, strict=True):

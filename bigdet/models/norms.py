@@ -47,30 +47,6 @@ MOMENTUM = 0.1
 GROUPS = 32
 """Of group normalization, as in its paper and in Detectron."""
 
-_rows: Tensor | None = None
-
-
-@contextmanager
-def valid_rows(rows: Tensor | None) -> Iterator[None]:
-    """Let only some rows of a batch count in the statistics of the forward passes inside.
-
-    Heads run on a number of slots, some of which hold no region.
-
-    Args:
-        rows: ``(N,)`` bool, which of the N rows count. None: all.
-    """
-    global _rows
-    before, _rows = _rows, rows
-    try:
-        yield
-    finally:
-        _rows = before
-
-
-def current_rows() -> Tensor | None:
-    """Return what `valid_rows` was given: a pass that is repeated later needs it again."""
-    return _rows
-
 
 class BatchNorm2d(nn.Module):
     """Batch normalization over all positions of a micro-batch, with a mode.
@@ -89,6 +65,7 @@ class BatchNorm2d(nn.Module):
     var_sum: Tensor
     is_filled: Tensor
     num_filled: Tensor
+    rows: Tensor | None = None  # which count, see `valid_rows`
 
     def __init__(
         self,
@@ -117,8 +94,8 @@ class BatchNorm2d(nn.Module):
         """Normalize ``(B, C, H, W)`` as the mode says; dtype and memory format stay."""
         if self.mode in ("live", "sync") and self.training:
             is_joint = self.mode == "sync" and distributed.world_size() > 1
-            if _rows is not None or (is_joint and not x.is_cuda):
-                return self._normalize_with_rows(x, _rows, is_joint)
+            if self.rows is not None or (is_joint and not x.is_cuda):
+                return self._normalize_with_rows(x, self.rows, is_joint)
             return self._normalize_with_batch(x, is_joint)
         if self.mode == "fixed" and x.requires_grad and torch.is_grad_enabled():
             normalized: Tensor = _FixedNorm.apply(
@@ -257,6 +234,27 @@ def conv_norm(
 def batch_norms(module: nn.Module) -> list[BatchNorm2d]:
     """List the batch normalization layers of a model, in its order."""
     return [layer for layer in module.modules() if isinstance(layer, BatchNorm2d)]
+
+
+@contextmanager
+def valid_rows(module: nn.Module, rows: Tensor | None) -> Iterator[None]:
+    """Let only some rows of a batch count in the statistics of a module's forward passes inside.
+
+    Heads run on a number of slots, some of which hold no region.
+
+    Args:
+        module: whose batch normalization layers it is for.
+        rows: ``(N,)`` bool, which of the N rows count. None: all.
+    """
+    layers = batch_norms(module)
+    before = [layer.rows for layer in layers]
+    try:
+        for layer in layers:
+            layer.rows = rows
+        yield
+    finally:
+        for layer, its_rows in zip(layers, before, strict=True):
+            layer.rows = its_rows
 
 
 def set_norm_mode(module: nn.Module, mode: Mode) -> None:

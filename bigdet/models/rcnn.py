@@ -14,7 +14,7 @@ from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
 from bigdet.models.heads.box import BoxHead, Pool
 from bigdet.models.heads.cascade import CascadeHead
-from bigdet.models.heads.detections import FlatDetections, TestSettings
+from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import POOLED_SIZE as KEYPOINT_POOLED_SIZE
 from bigdet.models.heads.keypoint import KeypointHead, select_with_keypoints
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
@@ -57,9 +57,9 @@ class RCNN(Detector):
         if fpn is not None:
             self.strides.append(2 * backbone.strides[-1])
 
-    def use_test_settings(self, config: ModelConfig) -> None:
+    def use_eval_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
-        self.box_head.use_test_settings(config.roi)
+        self.box_head.use_eval_settings(config.roi)
 
     def _features(self, batch: Batch) -> list[Tensor]:
         """Give the pyramid P2 to P6, or without an FPN what the backbone gives."""
@@ -108,7 +108,7 @@ class RCNN(Detector):
                 )
             positives = select_positives(regions, masks, self.mask_head.num_classes)
             pooled = self._pool(table, positives.boxes, positives.images, MASK_POOLED_SIZE)
-            with valid_rows(positives.is_valid):
+            with valid_rows(self.mask_head, positives.is_valid):
                 mask_logits = self.mask_head(pooled, positives.labels)
             losses |= self.mask_head.losses(mask_logits, positives, masks)
 
@@ -121,7 +121,7 @@ class RCNN(Detector):
                 )
             chosen = select_with_keypoints(regions, keypoints, self.keypoint_head.num_classes)
             pooled = self._pool(table, chosen.boxes, chosen.images, KEYPOINT_POOLED_SIZE)
-            with valid_rows(chosen.is_valid):
+            with valid_rows(self.keypoint_head, chosen.is_valid):
                 heat_maps = self.keypoint_head(pooled)
             losses |= self.keypoint_head.losses(heat_maps, chosen, keypoints)
         return losses
@@ -178,7 +178,7 @@ class RCNN(Detector):
         return self.mask_head is not None or self.keypoint_head is not None
 
     @property
-    def test_settings(self) -> TestSettings:
+    def eval_settings(self) -> EvalSettings:
         """Thresholds and limits of the detections."""
         head = self.box_head
         last = head.stages[-1] if isinstance(head, CascadeHead) else head

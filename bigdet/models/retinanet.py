@@ -8,7 +8,7 @@ from bigdet.config.model_schema import ModelConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.backbones import Backbone
 from bigdet.models.detector import Detector
-from bigdet.models.heads.detections import FlatDetections, TestSettings
+from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.retina import RetinaHead, RetinaPredictions
 from bigdet.models.necks.fpn import RetinaFPN
 from bigdet.structures import Batch
@@ -27,7 +27,7 @@ class RetinaNet(Detector):
         coarsest = backbone.strides[-1]
         self.strides = [*backbone.strides[1:], 2 * coarsest, 4 * coarsest]
 
-    def use_test_settings(self, config: ModelConfig) -> None:
+    def use_eval_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
         self.retina_head.config = config.retina
 
@@ -65,6 +65,6 @@ class RetinaNet(Detector):
         return False
 
     @property
-    def test_settings(self) -> TestSettings:
+    def eval_settings(self) -> EvalSettings:
         """Thresholds and limits of the detections."""
         return self.retina_head.config

@@ -109,8 +109,8 @@ def _pixels(detector: Detector) -> dict[str, Any]:
         # As the buffers have them: rounded to fp32.
         "image_mean": (mean.double().flatten() / 255).tolist(),
         "image_std": (deviation.double().flatten() / 255).tolist(),
-        "min_size": detector.test_size[0],
-        "max_size": detector.test_size[1],
+        "min_size": detector.eval_size[0],
+        "max_size": detector.eval_size[1],
         "_skip_resize": True,  # in training
     }
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bigdet.config.derived import phase_model, plan_of, test_resize
+from bigdet.config.derived import eval_resize, phase_model, plan_of
 from bigdet.config.load import dump_config, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
@@ -88,7 +88,7 @@ def load_detector(path: str | Path) -> Detector:
 
     Returns:
         The detector on the CPU, in evaluation mode, batch normalization fixed, with its
-        ``categories`` (in the order of the labels) and its ``test_size`` (short side and longest
+        ``categories`` (in the order of the labels) and its ``eval_size`` (short side and longest
         long side, pixels) as the run evaluated it.
     """
     file = find_weights(Path(path))
@@ -111,7 +111,7 @@ def load_detector(path: str | Path) -> Detector:
     detector = build_detector(phase_model(config, phase), len(categories))
     load_parts(detector, tensors, sorted({part_of(name) for name in tensors}), str(file))
     set_norm_mode(detector, "fixed")
-    detector.test_size = plan_of(test_resize(config, phase))
+    detector.eval_size = plan_of(eval_resize(config, phase))
     detector.categories = categories
     return detector.eval()
 

@@ -1,4 +1,4 @@
-"""Sizes at which images are seen, and the one way in which uint8 images are resized."""
+"""The one way in which uint8 images are resized."""
 
 from __future__ import annotations
 
@@ -6,17 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-
-
-def test_size(height: int, width: int, size: int, cap: int) -> tuple[int, int]:
-    """Return the ``(height, width)`` whose short side is ``size`` and long side at most ``cap``.
-
-    The aspect ratio stays but for rounding down, as torchvision's detectors do: 480x640 at
-    (800, 1333) becomes 800x1066. In whole numbers: a float scale makes 799 of some short sides.
-    """
-    short, long = min(height, width), max(height, width)
-    target, of = (size, short) if long * size <= cap * short else (cap, long)
-    return max(1, height * target // of), max(1, width * target // of)
 
 
 def resize_image(

@@ -81,7 +81,7 @@ def is_zeroed(data: bytes) -> bool:
     if _ZEROS not in data:
         return False
     is_sequential, is_flat = False, True
-    for marker, start, stop in _segments(data):
+    for marker, start, stop in jpeg_segments(data):
         if marker == _SCAN:
             compressed = data[stop:].partition(_END_OF_IMAGE)[0]  # some files are padded with zeros
             return is_sequential and not is_flat and _ZEROS in compressed
@@ -100,7 +100,7 @@ def loses_pixels(problem: str, data: bytes) -> bool:
     """
     if "Corrupt JPEG data" not in problem and "Premature end" not in problem:
         return False  # not damage, but a kind of file: rare subsamplings, odd markers
-    scan = next((stop for marker, _, stop in _segments(data) if marker == _SCAN), 0)
+    scan = next((stop for marker, _, stop in jpeg_segments(data) if marker == _SCAN), 0)
     end = data.rfind(_END_OF_IMAGE, scan) % (len(data) + 1)  # no end marker: the last byte
     is_between = not problem.endswith("0xd9") and (
         data.count(_START_OF_SCAN) > 1 or _RESTART.search(problem) is not None
@@ -109,7 +109,7 @@ def loses_pixels(problem: str, data: bytes) -> bool:
     return not is_stray or _ZEROS in data[scan:end]
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield marker, start and stop of each segment's content up to the first scan's header."""
     place, marker = 2, 0
     while place + 4 <= len(data) and marker != _SCAN:

@@ -36,12 +36,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bigdet.engine.base import BUCKET_ELEMENTS
 from bigdet.training.sizes import FP32_BYTES, ModelSizes
 
 KINDS = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 _FORWARD_PART = 1 / 3
-_BUCKET_NUMBERS = 50_000_000
-"""Numbers sent in one call by stages 0 to 2 (``engine/deepspeed_engine.py``)."""
 _UNITS = 20
 """Calls in which stage 3 and FSDP2 gather a detector: stages of the backbone and heads."""
 _ACHIEVED = 0.8
@@ -151,7 +150,7 @@ def _waiting(kind: str, gpus: int, cluster: Cluster, work: Work) -> float:
         scatter = cluster.seconds(gradients, gpus, _UNITS)
         once = exposed(gather, forward, _UNITS) + exposed(gather + scatter, backward, _UNITS)
         return work.micro_batches * once
-    calls = math.ceil(trained / _BUCKET_NUMBERS)
+    calls = math.ceil(trained / BUCKET_ELEMENTS)
     if kind == "ZeRO-0":
         return exposed(cluster.seconds(gradients, gpus, calls, passes=2), backward, calls)
     scatter = exposed(cluster.seconds(gradients, gpus, calls), backward, calls)

@@ -1,7 +1,7 @@
 """A few real steps on this device, in a process of their own: their seconds and peak memory.
 
-The process is ``python -m bigdet.plan ... --measure``, so that its memory is that of the steps
-alone, and running out of memory ends nothing but the trial.
+The process is the command's own with ``--measure``, so that its memory is that of the steps alone,
+and running out of memory ends nothing but the trial.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bigdet import distributed
 from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.schema import EngineConfig, RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.build import build_engine
 from bigdet.host import errors
 from bigdet.host.limits import host_memory
@@ -61,11 +61,11 @@ class Measured:
     images_per_pass: int
 
 
-def run_trial(words: Sequence[str]) -> Measured | None:
+def run_trial(command: Sequence[str]) -> Measured | None:
     """Measure steps in a process of its own.
 
     Args:
-        words: of the command line of ``bigdet.plan``: config, options to change, phase.
+        command: calls `write_trial`.
 
     Returns:
         What was measured; None when the memory was full.
@@ -73,7 +73,6 @@ def run_trial(words: Sequence[str]) -> Measured | None:
     Raises:
         ValueError: the steps failed in another way, with what the process has told.
     """
-    command = [sys.executable, "-m", "bigdet.plan", *words, "--measure"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:  # Linux ends whoever takes the last memory of the host
         return None
@@ -118,7 +117,7 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
     settings = config.phases[phase]
     train_set, _ = open_sets(config.data)
     model = phase_model(config, phase)
-    stream = open_train_stream(
+    stream = TrainStream(
         train_set, config.data, dataclasses.replace(settings, images_per_step=None),
         name=phase, with_masks=has_masks(model), with_keypoints=has_keypoints(model),
         seed=config.seed, rank=0, world_size=1,

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bigdet.reporting.figures import Choice, Figure, Layout, Trace
+from bigdet.evaluation.coco_metrics import KIND_NAMES
+from bigdet.evaluation.detections import Kind
+from bigdet.reporting.figures import Choice, Figure, Layout, Trace, axes
 from bigdet.reporting.runs import Groups
 from bigdet.reporting.seeds import Analysis, deviations, mean_analysis
-from bigdet.reporting.table import KINDS
 
 MAX_CONFUSED = 30
 """Classes in a confusion table; of more, those most often taken for others are shown."""
@@ -57,10 +58,10 @@ WIDE = ("classes", "confusion")
 """Ends of the keys of figures that need room: they have a line for each class."""
 
 
-def analysis_figures(groups: Groups) -> dict[str, list[Figure]]:
+def analysis_figures(groups: Groups) -> dict[Kind, list[Figure]]:
     """Return the figures by kind; no kind for runs whose evaluations have no analysis."""
-    found = {}
-    for kind in KINDS:
+    found: dict[Kind, list[Figure]] = {}
+    for kind in KIND_NAMES:
         measured = []
         for number, (name, runs) in enumerate(groups.items()):
             analyses = [run.evaluation.get("analysis", {}).get(kind) for run in runs]
@@ -85,7 +86,7 @@ def _by_iou(kind: str, measured: Sequence[Measured]) -> Figure:
         for one in measured
     ]  # fmt: skip
     overlap = "OKS" if kind == "keypoints" else "IoU"
-    layout = _axes(f"{overlap} from which a detection is right", "AP (%)")
+    layout = axes(f"{overlap} from which a detection is right", "AP (%)")
     layout["xaxis"] |= {"tick0": 0.5, "dtick": 0.1}
     layout["yaxis"] |= {"rangemode": "tozero"}
     return _figure(kind, "iou", "AP by overlap", "", traces, layout)
@@ -106,7 +107,7 @@ def _by_size(kind: str, measured: Sequence[Measured]) -> Figure:
         )
         for one in measured
     ]  # fmt: skip
-    layout = _axes("size, and how many objects there are", "AP (%)")
+    layout = axes("size, and how many objects there are", "AP (%)")
     layout["xaxis"] |= {
         "tickvals": list(sizes),
         "ticktext": [f"{name}<br>{each['objects']:,.0f}" for name, each in sizes.items()],
@@ -128,7 +129,7 @@ def _errors(kind: str, measured: Sequence[Measured]) -> Figure:
         )
         for one in measured
     ]  # fmt: skip
-    layout = _axes("AP50 points", "")
+    layout = axes("AP50 points", "")
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
     return _figure(kind, "errors", "What errors cost", note, traces, layout)
 
@@ -164,7 +165,7 @@ def _calibration(kind: str, measured: Sequence[Measured]) -> Figure:
             {"type": "scatter", "role": "guide", "mode": "lines", "name": "calibrated",
              "x": [0, 1], "y": [0, 100], "hoverinfo": "skip"}
         )  # fmt: skip
-    layout = _axes("score", "right (%)")
+    layout = axes("score", "right (%)")
     layout["yaxis"] |= {"rangemode": "tozero"}
     return _figure(kind, "calibration", "Calibration of scores", note, traces, layout)
 
@@ -187,7 +188,7 @@ def _per_class(kind: str, measured: Sequence[Measured]) -> Figure:
         )
         for one in measured
     ]  # fmt: skip
-    layout = _axes("AP (%)", "")
+    layout = axes("AP (%)", "")
     layout["yaxis"] |= {"type": "category", "dtick": 1, "range": [-0.5, len(classes) - 0.5],
                         # room between the names and dots at 0
                         "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}  # fmt: skip
@@ -221,7 +222,7 @@ def _confusion(kind: str, measured: Sequence[Measured]) -> Figure:
         }  # fmt: skip
         if len(classes) <= MAX_WRITTEN:
             trace["texttemplate"] = "%{z:.0f}"
-        layout = _axes("detected", "true")
+        layout = axes("detected", "true")
         for axis in ("xaxis", "yaxis"):
             layout[axis] |= {"type": "category", "showgrid": False}
         layout["yaxis"] |= {"dtick": 1, "autorange": "reversed"}
@@ -264,10 +265,6 @@ def _figure(
 ) -> Figure:
     choices = [Choice("", traces, layout)] if traces else []
     return Figure(f"{kind}-{key}", title, note, choices, height)
-
-
-def _axes(x: str, y: str) -> Layout:
-    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 
 def _percent(number: float | None) -> float | None:

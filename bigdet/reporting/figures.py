@@ -100,7 +100,7 @@ def curve_figures(groups: Groups) -> list[Figure]:
                 for trace in _ap_traces(number, name, curve, place)
             ]
             if traces:
-                layout = _axes(title, "AP (%)")
+                layout = axes(title, "AP (%)")
                 layout["xaxis"]["rangemode"] = layout["yaxis"]["rangemode"] = "tozero"
                 choices.append(Choice(label, traces, layout))
         if choices:
@@ -207,7 +207,7 @@ def _training_figure(
                 "hovertemplate": "%{y:.4~g} at %{x:,}, %{text}<extra>%{fullData.name}</extra>",
             }
             traces.append(trace)
-    layout = _axes(AXES["steps"], unit) | _phase_ends(groups)
+    layout = axes(AXES["steps"], unit) | _phase_ends(groups)
     choices = [Choice("", traces, layout)] if traces else []
     return Figure(key.replace("/", "-"), title, "", choices)
 
@@ -258,7 +258,7 @@ def cost_figures(groups: Groups) -> list[Figure]:
          "showlegend": True}
         for name, seconds in parts.items()
     ]  # fmt: skip
-    layout = _axes(f"{device}-{word}", "") | {"barmode": "stack"}
+    layout = axes(f"{device}-{word}", "") | {"barmode": "stack"}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
     layout["legend"] = {
         "orientation": "h",
@@ -278,7 +278,8 @@ def _line(number: int, name: str, x: Sequence[float], y: Sequence[float]) -> Tra
             "x": list(x), "y": list(y)}  # fmt: skip
 
 
-def _axes(x: str, y: str) -> Layout:
+def axes(x: str, y: str) -> Layout:
+    """Return a layout whose axes have these titles."""
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 

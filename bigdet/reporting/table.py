@@ -10,8 +10,6 @@ from typing import Any
 
 from bigdet.run_dir import RunDir
 
-KINDS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
-"""What is detected, by its name in ``metrics.jsonl``, and what people call it."""
 MEASURES = {
     "bbox/AP": "box AP",
     "bbox/AP50": "box AP50",

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bigdet.config.schema import MAX_DETECTIONS
+from bigdet.evaluation.coco_metrics import KIND_NAMES
+from bigdet.host.files import write_text
 from bigdet.reporting.albums import read_albums
 from bigdet.reporting.analysis_figures import WIDE, analysis_figures
 from bigdet.reporting.budgets import NEAR, budget_sentences, budget_table
@@ -14,8 +16,7 @@ from bigdet.reporting.facts import cost_table, environment_table, option_table, 
 from bigdet.reporting.figures import cost_figures, curve_figures, training_figures
 from bigdet.reporting.page import cards_html, pager_html, paragraph_html, table_html, write_page
 from bigdet.reporting.runs import Groups
-from bigdet.reporting.table import KINDS, Outcome, Table, outcome_table
-from bigdet.run_dir import write_text
+from bigdet.reporting.table import Outcome, Table, outcome_table
 
 RESULTS = (
     "AP in percent: of the last evaluation, the mean over seeds and behind +- their standard "
@@ -123,7 +124,7 @@ def _page(
         "Ground truth and detections": pager_html(albums)
         + (paragraph_html(PICTURES, is_note=True) if albums else ""),
         **{
-            f"What keeps {KINDS[kind]} AP down": paragraph_html(_analysis_note(groups), True)
+            f"What keeps {KIND_NAMES[kind]} AP down": paragraph_html(_analysis_note(groups), True)
             + cards_html([each for each in figures if not each.key.endswith(WIDE)])
             + cards_html([each for each in figures if each.key.endswith(WIDE)], wide=True)
             for kind, figures in analysis.items()

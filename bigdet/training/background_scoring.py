@@ -33,9 +33,10 @@ from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import Metrics, evaluate_detections, limit_note
 from bigdet.evaluation.waiting import work_on_main
 from bigdet.host import errors
+from bigdet.host.files import write_text
 from bigdet.host.strict_json import to_json
 from bigdet.logs.log import MetricsWriter
-from bigdet.run_dir import RunDir, write_text
+from bigdet.run_dir import RunDir
 from bigdet.training import measuring
 from bigdet.training.state import RunState, Unscored
 

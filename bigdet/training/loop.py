@@ -6,7 +6,7 @@ import logging
 import time
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from bigdet.config.derived import num_lanes, num_steps, reported
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.streams.stream import TrainStream, list_damages
+from bigdet.data.streams.stream import TrainStream, too_damaged
 from bigdet.engine.base import Engine, EngineState, StepResult
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
@@ -50,11 +50,11 @@ class Run:
         train_set: the images to learn from.
         val_set: the images to measure on.
         metrics: rank 0's log for machines, None on the other ranks.
-        saver: writes the checkpoints.
-        scorer: measures evaluations beside training.
         state: where the run is; changed in place.
         watchdog: ends a run that stands still.
         restored: engine state to go on from inside the current phase; taken once.
+        saver: writes the checkpoints.
+        scorer: measures evaluations beside training.
     """
 
     config: RunConfig
@@ -65,6 +65,8 @@ class Run:
     state: RunState
     watchdog: Watchdog
     restored: EngineState | None = None
+    saver: saving.Saver = field(init=False)
+    scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
         """Begin with nothing under way."""
@@ -288,13 +290,11 @@ class PhaseTrainer:
         """Stop on all ranks when too many training samples had to be replaced."""
         total, train = sum(self.state.damaged.values()), self.config.data.train
         if total > train.max_damaged:
-            messages = {row: damage.message for row, damage in self.stream.damages.items()}
-            listed = dict(ChainMap(*distributed.all_gather_objects(messages)))
+            found = {row: damage.message for row, damage in self.stream.damages.items()}
+            listed = dict(ChainMap(*distributed.all_gather_objects(found)))
+            messages = (listed[row] for row in sorted(listed))
             raise distributed.SharedError(
-                f"{train.shards}: {total} damaged samples had to be replaced "
-                f"({self.state.damaged}), more than data.train.max_damaged, {train.max_damaged}. "
-                f"Repair the shards or raise the limit; `bigdet check-shards` lists all that is "
-                f"damaged. The first ones:{list_damages(listed[row] for row in sorted(listed))}"
+                too_damaged(train.shards, self.state.damaged, train.max_damaged, messages)
             )
 
     def _evaluate(self) -> bool:
@@ -308,7 +308,7 @@ class PhaseTrainer:
         self.micro_batches = []
         if not run.scorer.finish(run.must_stop):  # the evaluation before
             return False
-        size_cap = measuring.test_size(self.config, self.name)
+        size_cap = measuring.eval_size(self.config, self.name)
         started, cpu_started = time.perf_counter(), time.process_time()
         if not self._measure_norms():
             return False

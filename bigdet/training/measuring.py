@@ -7,22 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import imported_cost, plan_of, test_resize
+from bigdet.config.derived import eval_resize, imported_cost, plan_of
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.mix import class_ids
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.coco_metrics import KIND_NAMES
 from bigdet.evaluation.saved import SavedResults
-from bigdet.evaluation.split import predict_split
+from bigdet.evaluation.split import passes_of, predict_split
 from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.models.detector import Detector
 from bigdet.training.state import RunState
 
 
-def test_size(config: RunConfig, phase: str) -> tuple[int, int]:
-    """Return the short side and the longest long side, pixels, at which a phase is tested."""
-    resize = test_resize(config, phase)
-    return plan_of(resize)
+def eval_size(config: RunConfig, phase: str) -> tuple[int, int]:
+    """Return the short side and the longest long side, pixels, at which a phase is evaluated."""
+    return plan_of(eval_resize(config, phase))
 
 
 def predict(
@@ -52,12 +51,9 @@ def predict(
     return predict_split(
         detector if tta is None else AugmentedDetector(detector, tta, val_set.categories, size_cap),
         val_set,
-        size_cap if tta is None else None,
-        config.evaluation.images_per_gpu,
-        config.data.workers,
+        passes_of(config, size_cap if tta is None else None),
         distributed.device(),
         must_stop,
-        config.engine.precision,
         folder,
         class_ids(val_set, classes),
     )

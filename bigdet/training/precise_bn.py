@@ -16,7 +16,7 @@ import torch
 from bigdet import distributed
 from bigdet.config.schema import Precision
 from bigdet.data.streams.stream import TrainStream
-from bigdet.evaluation.split import autocast
+from bigdet.engine.precision import autocast
 from bigdet.models import norms
 from bigdet.models.detector import Detector
 from bigdet.training.prefetch import prefetch

@@ -28,12 +28,13 @@ from bigdet.config.schema import RunConfig
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.mix import class_ids, warn_of_absent
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
-from bigdet.data.streams.stream import TrainStream, open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.evaluation.coco_metrics import evaluation_kinds
+from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
-from bigdet.run_dir import RunDir, write_text
+from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training import same_hosts as hosts
 from bigdet.training.forks import (
@@ -325,7 +326,7 @@ def _any_stream(
     config: RunConfig, train_set: ShardSet, name: str, phase: PhaseConfig
 ) -> TrainStream:
     """Return the stream of a phase as one rank alone would see it, for its order."""
-    return open_train_stream(
+    return TrainStream(
         train_set, config.data, phase,
         name=name, with_masks=False, seed=config.seed, rank=0, world_size=1,
     )  # fmt: skip

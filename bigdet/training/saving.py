@@ -19,9 +19,10 @@ from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine, EngineState
 from bigdet.host import errors
+from bigdet.host.files import put_in_place
 from bigdet.models.weights import weights_metadata
 from bigdet.ops.finite import describe_not_finite
-from bigdet.run_dir import RunDir, put_in_place
+from bigdet.run_dir import RunDir
 from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,11 @@ from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.telling_images import draw_results, read_pixels, results_of
+from bigdet.host.files import write_text
 from bigdet.host.strict_json import to_json
 from bigdet.logs.boards import Board, TensorBoard, WeightsAndBiases
 from bigdet.logs.log import MetricsWriter
-from bigdet.run_dir import RunDir, write_text
+from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
 from bigdet.training import same_hosts as hosts
 from bigdet.training.state import RunState

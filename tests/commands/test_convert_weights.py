@@ -38,7 +38,7 @@ def test_weights_go_to_torchvision_and_back_with_the_same_detections(tmp_path):
     twin = torchvision_twin(detector)
     twin.load_state_dict(state)
     image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)
-    detector.test_size = (96, 128)
+    detector.eval_size = (96, 128)
     twin.transform.min_size, twin.transform.max_size = (96,), 128
     (ours,) = detector.predict([image])
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_weights_go_to_torchvision_and_back_with_the_same_detections(tmp_path):
     assert ended.returncode == 0, ended.stderr
     back = load_detector(out)
     assert [(one["id"], one["name"]) for one in back.categories] == [(3, "disc"), (7, "box")]
-    assert back.test_size == load_detector(run).test_size
+    assert back.eval_size == load_detector(run).eval_size
     for name, value in back.state_dict().items():
         assert torch.equal(value, weights[name]), name
 
@@ -135,7 +135,7 @@ def random_float_state(shapes):
 
 def predictions_of(path):
     detector = load_detector(path)
-    detector.test_size = (96, 128)
+    detector.eval_size = (96, 128)
     image = torch.randint(
         0, 256, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )

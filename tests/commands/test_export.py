@@ -41,7 +41,7 @@ def make_detector(kind, *words):
     detector = build_detector(phase_model(config, "finetune"), len(CATEGORIES))
     if not kind.startswith("cascade"):
         settle(detector, noise(96, 128))
-    detector.test_size, detector.categories = (96, 128), CATEGORIES
+    detector.eval_size, detector.categories = (96, 128), CATEGORIES
     return detector, config
 
 
@@ -66,7 +66,7 @@ def test_fixed_shapes_give_what_the_detector_gives(kind, words):
     assert found.detections > 20
     assert found.is_within(Differences(box=1e-3, score=1e-5, mask=1e-4)), found
     boxes, scores, labels, is_valid, *masks = run(batch.images, batch.image_sizes)
-    most = detector.test_settings.detections_per_image
+    most = detector.eval_settings.detections_per_image
     assert (boxes.shape, scores.shape, labels.shape) == ((2, most, 4), (2, most), (2, most))
     assert (scores[~is_valid] == 0).all()
     assert (np.diff(scores) <= 0).all()
@@ -119,7 +119,7 @@ def test_nms_on_a_square_of_groups_is_nms_by_groups():
 
 def test_image_is_made_smaller_until_it_fits_the_canvas():
     detector, _ = make_detector("retinanet")
-    detector.test_size = (200, 400)
+    detector.eval_size = (200, 400)
     # 100x150 at (200, 400) would be 200x300; 128 / 300 of that is 85x128.
     batch = on_canvas(detector, noise(100, 150), SIZE, 1)
     assert batch.image_sizes.tolist() == [[85, 128]]

@@ -10,7 +10,7 @@ from bigdet import distributed
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
-from bigdet.evaluation.split import predict_split
+from bigdet.evaluation.split import Passes, predict_split
 from tests.spawn import run_ranks
 from tests.unit.evaluation.oracle import Oracle
 
@@ -33,7 +33,7 @@ def seven_images(tmp_path):
 def on_one_rank(folder):
     shards = ShardSet(folder)
     oracle = Oracle(shards)
-    return list(predict_split(oracle, shards, (60, 100), 2, 0, CPU)), oracle.passes
+    return list(predict_split(oracle, shards, Passes((60, 100), 2), CPU)), oracle.passes
 
 
 def shared_message(folder):

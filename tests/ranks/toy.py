@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bigdet import distributed
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import EngineConfig
-from bigdet.engine.precision import DTYPES
+from bigdet.engine.precision import autocast
 from bigdet.models import norms
 from bigdet.training.optim import build_optimizer
 
@@ -133,7 +133,7 @@ def train_plainly(
     for step in range(1, STEPS + 1):
         for group in torch_optimizer.param_groups:
             group["lr"] = lr_at(step, phase.lr)
-        with torch.autocast("cpu", DTYPES.get(precision), precision in DTYPES):
+        with autocast(torch.device("cpu"), precision):
             totals = [sum(module(make_batch(step, lanes)).values()) for lanes in groups]
         total = torch.stack(totals).mean()
         total.backward()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bigdet.evaluation.saved import SavedResults
-from bigdet.run_dir import check_file, check_folder, write_text
+from bigdet.host.files import check_file, check_folder, write_text
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path: Path):

@@ -22,10 +22,8 @@ from torch import Tensor
 from bigdet.config.derived import is_square, plan_of
 from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.examples.objects import Objects
+from bigdet.ops.sizes import canvas_size
 from bigdet.structures import Batch, Masks, Targets
-
-CANVAS_MULTIPLE = 32
-"""Height and width of a canvas are multiples of the stride of the deepest pyramid level in use."""
 
 Allocate = Callable[[int], Tensor]
 """Gives so many bytes of memory, ``(bytes,)`` uint8."""
@@ -72,12 +70,6 @@ class PackedGroup(NamedTuple):
 _HEAD = 6  # integers before the first array
 
 
-def canvas_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the smallest canvas, height and width, that holds images of these sizes."""
-    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
-    return _round_up(height), _round_up(width)
-
-
 def training_canvas(
     resize: ResizeConfig, sizes: Sequence[tuple[int, int]]
 ) -> tuple[int, int] | None:
@@ -95,10 +87,6 @@ def training_canvas(
     num_portrait = sum(height > width for height, width in sizes)
     num_landscape = sum(width > height for height, width in sizes)
     return (long, short) if num_portrait > num_landscape else (short, long)
-
-
-def _round_up(pixels: int) -> int:
-    return -(-pixels // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
 
 
 def fresh_memory(num_bytes: int) -> Tensor:

@@ -47,18 +47,20 @@ class Objects:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is worked out of objects beside boxes and labels.
+    """What is worked out of a sample beside its image, boxes and labels.
 
     Attributes:
         masks: the bitmaps.
         keypoint_order: which keypoint each one is after a flip, ``(K,)`` int64; None for no
             keypoints.
         tight_boxes: where a crop cuts a box, it shrinks to what is left of the mask.
+        scaled_decoding: JPEGs may be decoded at a fraction of their size.
     """
 
     masks: bool = False
     keypoint_order: NDArray[np.int64] | None = None
     tight_boxes: bool = False
+    scaled_decoding: bool = False
 
 
 def keypoint_order(categories: Sequence[Category]) -> NDArray[np.int64]:

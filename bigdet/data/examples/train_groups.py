@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.derived import is_square
-from bigdet.config.phase_schema import AugmentConfig, ResizeConfig
+from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
 from bigdet.data.examples.collate import (
     Allocate,
     PackedGroup,
@@ -34,25 +34,33 @@ REPLACEMENT_TRIES = 100
 
 
 class TrainGroups:
-    """Makes any group of a phase from nothing but its step and lane.
-
-    Args: see ``TrainStream``.
-    """
+    """Makes any group of a phase from nothing but its step and lane."""
 
     def __init__(
-        self, shards: ShardSet, rows: NDArray[np.int32], order: Order, resize: ResizeConfig,
-        flip: float, augment: AugmentConfig, scaled_decoding: bool, wanted: Wanted, phase: str,
-        seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        shards: ShardSet,
+        rows: NDArray[np.int32],
+        order: Order,
+        phase: PhaseConfig,
+        wanted: Wanted,
+        key: tuple[int, str],
+    ) -> None:
+        """Take what groups are made of.
+
+        Args:
+            shards: the training set.
+            rows: of the samples in it that are trained on.
+            order: of these.
+            phase: how their images are seen.
+            wanted: what is worked out beside boxes and labels.
+            key: seed of the run and name of the phase, for random words.
+        """
         self.shards = shards
         self.rows = rows
         self.order = order
-        self._resize = resize
-        self._flip = flip
-        self._augment = augment
-        self._scaled_decoding = scaled_decoding
+        self._phase = phase
         self._wanted = wanted
-        self._key = (seed, phase)
+        self._key = key
 
     def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:
         """Return the group of (step, lane), in memory that ``allocate`` gives."""
@@ -61,7 +69,7 @@ class TrainGroups:
         if upcoming is not None:
             self.shards.expect(self.rows[upcoming])
         group = self.order.group(step, lane)
-        resize = resize_of_step(self._resize, *self._key, step)
+        resize = resize_of_step(self._phase.resize, *self._key, step)
         index = self.shards.index[self.rows[group.samples]]
         sizes = list(zip(index["height"].tolist(), index["width"].tolist(), strict=True))
         canvas = training_canvas(resize, sizes)
@@ -73,7 +81,7 @@ class TrainGroups:
             for sample, copy, weight in zip(group.samples, group.copies, group.weights, strict=True)
         )
         square = canvas if is_square(resize) else None
-        examples = make_examples(scenes, self._augment, square, self._wanted)
+        examples = make_examples(scenes, self._phase.augment, square, self._wanted)
         seed = seed_of("model", *self._key, step, lane)
         return pack(examples, canvas=canvas, seed=seed, notes=damages, allocate=allocate)
 
@@ -106,8 +114,8 @@ class TrainGroups:
         copy_key = (copy,) if copy else ()  # a sample that comes again in a pass looks different
         key = (*self._key, pass_number, row, *copy_key)
         resize = resize_of_image(resize, *key)
-        view = draw_view(record, resize, self._flip, Words("augmentation", *key), canvas)
-        may_shrink = self._scaled_decoding and view.window is None
+        view = draw_view(record, resize, self._phase.flip, Words("augmentation", *key), canvas)
+        may_shrink = self._wanted.scaled_decoding and view.window is None
         least_size = view.scaled_size if may_shrink else None
         image = decode_sample(self.shards, row, sample, least_size)
         try:

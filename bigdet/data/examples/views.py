@@ -22,7 +22,8 @@ from bigdet.config.derived import plan_of
 from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.examples.decode import decoded_extent
 from bigdet.ops.random import Words
-from bigdet.ops.resize import resize_image, test_size
+from bigdet.ops.resize import resize_image
+from bigdet.ops.sizes import eval_size
 
 CROP_TRIES = 10
 """Crops that are drawn before one is centered on a box."""
@@ -156,7 +157,7 @@ def whole_view(original_size: Size, plan: Size, canvas: Size | None = None) -> V
         plan: short side and longest long side, pixels.
         canvas: height and width into which it must fit; None for no such limit.
     """
-    scaled = test_size(*original_size, *plan)
+    scaled = eval_size(*original_size, *plan)
     if canvas is not None and (scaled[0] > canvas[0] or scaled[1] > canvas[1]):
         height, width = original_size
         if height * canvas[1] >= width * canvas[0]:
@@ -230,7 +231,7 @@ def draw_view(
     if resize.variant == "paper":
         scaled = (long_side, long_side)
     else:
-        scaled = test_size(*original_size, long_side, long_side)
+        scaled = eval_size(*original_size, long_side, long_side)
     whole = View(original_size, scaled, (0, 0), scaled, is_flipped)
     size = (min(scaled[0], resize.size), min(scaled[1], resize.size))
     if resize.kind == "jitter":

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from bigdet.host.files import put_in_place
+
 logger = logging.getLogger(__name__)
 
 _PART, _LOCK = ".part", ".lock"
@@ -117,9 +119,7 @@ def write_whole(path: Path, fill: Fill) -> None:
     try:
         with open(part, "r+b" if part.exists() else "wb") as file:
             fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, path)
+        put_in_place(part, path)
     finally:
         part.unlink(missing_ok=True)
 

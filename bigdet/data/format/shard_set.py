@@ -33,6 +33,7 @@ from bigdet.data.format.orientation import as_seen
 from bigdet.data.format.remote import UnreachableError, file_address, is_remote, shown
 from bigdet.data.format.tars import check_random_reads, local_copy, open_tars
 from bigdet.data.format.web_pages import found_page
+from bigdet.host.files import file_sha256
 from bigdet.host.reading import patiently, why_unread
 
 INDEX_DTYPE = np.dtype(
@@ -351,12 +352,3 @@ def size_problem(folder: Path, shard: Shard) -> str | None:
         return MISSING
     size = path.stat().st_size
     return None if size == shard.bytes else f"{size} bytes, {MANIFEST_NAME} says {shard.bytes}"
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

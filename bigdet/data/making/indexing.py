@@ -32,7 +32,6 @@ from bigdet.data.format.shard_set import (
     SKIPPED_NAME,
     STRING_IDS,
     drop_empty_outlines,
-    file_sha256,
 )
 from bigdet.data.making.annotations import IGNORE_FLAGS, are_relative
 from bigdet.data.making.conversion import PLAN_NAME, Progress, no_progress
@@ -51,6 +50,7 @@ from bigdet.data.making.shard_tar import (
 from bigdet.data.making.shard_writer import SetInfo, index_bytes, manifest_text, summarize
 from bigdet.data.making.sources.image_headers import read_header
 from bigdet.data.making.storage import LocalStorage
+from bigdet.host.files import file_sha256
 from bigdet.host.reading import patiently, why_unread
 from bigdet.pictures.pixels import Exif, turned_size
 

@@ -74,9 +74,10 @@ def reencode(
     # Here, as images that keep their bytes are converted without torch.
     import torch
 
-    from bigdet.ops.resize import resize_image, test_size
+    from bigdet.ops.resize import resize_image
+    from bigdet.ops.sizes import eval_size
 
-    size = test_size(height, width, how.long_side, how.long_side)
+    size = eval_size(height, width, how.long_side, how.long_side)
     smaller = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), size)
     resized = smaller.permute(1, 2, 0).contiguous().numpy()  # (h, w, 3)
     data: bytes = simplejpeg.encode_jpeg(resized, quality=how.quality, colorsubsampling="444")

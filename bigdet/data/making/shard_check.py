@@ -20,12 +20,12 @@ from bigdet.data.format.shard_set import (
     Sample,
     ShardSet,
     UnavailableShardError,
-    file_sha256,
     size_problem,
 )
 from bigdet.data.making.conversion import Progress, no_progress
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
 from bigdet.data.making.shard_tar import annotation_flags, count_boxes, image_flags, turn_flags
+from bigdet.host.files import file_sha256
 from bigdet.host.reading import patiently, why_unread
 
 ANY_SIZE = 1e9  # GiB; of a cache whose shards' sizes are not known yet

@@ -28,9 +28,10 @@ from bigdet.data.format.shard_set import (
     FLAG_PROGRESSIVE,
     INDEX_DTYPE,
     TURN_BIT,
-    file_sha256,
     sample_key,
 )
+from bigdet.host.files import file_sha256
+from bigdet.pictures.jpeg import is_jpeg, jpeg_segments
 
 TAR_BLOCK = 512  # bytes: of a header, and the unit to which payloads are padded
 MAX_U2 = 2**16 - 1  # the index holds sides and numbers of boxes in 16 bits
@@ -168,7 +169,7 @@ def stored_bytes(image_bytes: int, annotation_bytes: int) -> int:
 
 def image_suffix(image: bytes) -> str | None:
     """Return the extension of an encoded image by its first bytes; None if it cannot be used."""
-    if image.startswith(b"\xff\xd8\xff"):
+    if is_jpeg(image):
         return "jpg"
     if image.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
@@ -179,16 +180,9 @@ def image_flags(image: bytes) -> int:
     """Return the index flags of an encoded image."""
     if image_suffix(image) != "jpg":
         return FLAG_NOT_JPEG
-    place = 2
-    while place + 4 <= len(image):
-        marker = image[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
-            return FLAG_PROGRESSIVE if marker & 3 == 2 else 0
-        if marker == 0xFF:  # markers may be preceded by any number of these
-            place += 1
-        else:
-            place += 2 + int.from_bytes(image[place + 2 : place + 4], "big")
-    return 0
+    markers = (marker for marker, *_ in jpeg_segments(image))
+    frames = (each for each in markers if 0xC0 <= each <= 0xCF and each not in (0xC4, 0xC8, 0xCC))
+    return FLAG_PROGRESSIVE if next(frames, 0) & 3 == 2 else 0
 
 
 def turn_flags(orientation: int) -> int:

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -37,6 +36,7 @@ from bigdet.data.format.manifest import (
 from bigdet.data.format.shard_set import INDEX_DTYPE, INDEX_NAME
 from bigdet.data.making.shard_tar import FinishedShard, ShardTar, record_text, stored_bytes
 from bigdet.host import locks
+from bigdet.host.files import put_in_place
 from bigdet.host.strict_json import to_json
 
 UNFINISHED = ".unfinished"
@@ -154,9 +154,7 @@ class ShardWriter:
         (unfinished / MANIFEST_NAME).write_text(manifest_text(manifest))
         names = [shard.file for shard in manifest.shards]
         for name in [*names, INDEX_NAME, MANIFEST_NAME]:
-            flush_to_disk(unfinished / name)
-            os.rename(unfinished / name, self.folder / name)
-            flush_to_disk(self.folder)
+            put_in_place(unfinished / name, self.folder / name)
         self.manifest = manifest
 
 
@@ -264,12 +262,3 @@ def make_folders(folder: Path) -> list[Path]:
         missing.append(path)
     folder.mkdir(parents=True, exist_ok=True)
     return missing
-
-
-def flush_to_disk(path: Path) -> None:
-    """Make sure that a file or folder survives a power cut."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

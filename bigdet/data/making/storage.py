@@ -7,7 +7,6 @@ stores show an upload when it has ended. Reading of shards is in ``shards.py``.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ from typing import Any, Protocol
 import fsspec
 
 from bigdet.data.format.manifest import ShardError
-from bigdet.data.making.shard_writer import LOCK_NAME, UNFINISHED, flush_to_disk, make_folders
+from bigdet.data.making.shard_writer import LOCK_NAME, UNFINISHED, make_folders
 from bigdet.host import locks
+from bigdet.host.files import put_in_place
 
 
 class Storage(Protocol):
@@ -96,9 +96,7 @@ class LocalStorage:
 
     def take(self, path: Path, name: str) -> None:
         """Move a complete file from ``scratch`` to its place."""
-        flush_to_disk(path)
-        os.rename(path, self.folder / name)
-        flush_to_disk((self.folder / name).parent)
+        put_in_place(path, self.folder / name)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

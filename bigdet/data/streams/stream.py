@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.data_schema import DataConfig, TrainSplitConfig
+from bigdet.config.data_schema import DataConfig
 from bigdet.config.derived import largest_plan
-from bigdet.config.phase_schema import AugmentConfig, PhaseConfig, ResizeConfig
+from bigdet.config.phase_schema import PhaseConfig
 from bigdet.data.examples.collate import (
     Allocate,
     Example,
@@ -62,53 +62,46 @@ class TrainStream:
     def __init__(
         self,
         shards: ShardSet,
+        data: DataConfig,
+        phase: PhaseConfig,
         *,
-        split: TrainSplitConfig,
-        resize: ResizeConfig,
-        flip: float,
+        name: str,
         with_masks: bool,
         with_keypoints: bool = False,
-        augment: AugmentConfig | None = None,
-        phase: str,
         seed: int,
-        images_per_gpu: int,
-        images_per_step: int,
         rank: int,
         world_size: int,
-        workers: int,
         first_step: int = 0,
     ) -> None:
         """Work out the order; nothing is read and no process started before iteration.
 
         Args:
             shards: the training set.
-            split: which images in which order, and how many damaged ones may be replaced before
-                iteration raises. Its folders are not looked at.
-            resize: of the phase.
-            flip: probability of a horizontal flip.
+            data: which of its images in which order, how many damaged ones may be replaced before
+                iteration raises, and the loader processes, 0 of which read in this process. Its
+                folders are not looked at.
+            phase: how the images are seen, and how many of them a batch and a step have.
+            name: of the phase; another name is another order.
             with_masks: give the targets' masks.
             with_keypoints: give the targets' keypoints.
-            augment: of the phase; None for none.
-            phase: name of the phase; another name is another order.
             seed: of the run.
-            images_per_gpu: images of a batch.
-            images_per_step: images of a step, over all ranks.
             rank: this process.
             world_size: number of ranks.
-            workers: loader processes; 0 reads in this process.
             first_step: finished steps of this phase; iteration starts with the next one.
         """
+        images_per_gpu = phase.images_per_gpu
+        images_per_step = phase.images_per_step or world_size * images_per_gpu
         if images_per_step % images_per_gpu:
             raise ValueError(
-                f"phases.{phase}.images_per_step: {images_per_step} is no multiple of "
+                f"phases.{name}.images_per_step: {images_per_step} is no multiple of "
                 f"images_per_gpu, {images_per_gpu}. Change one of them."
             )
-        selection = select(shards, split)
+        selection = select(shards, data.train)
         rows = selection.rows
         order = Order(
             aspect_ratios(shards.index, rows),
             seed=seed,
-            phase=phase,
+            phase=name,
             images_per_gpu=images_per_gpu,
             num_lanes=images_per_step // images_per_gpu,
             repeats=selection.repeats,
@@ -116,33 +109,32 @@ class TrainStream:
         )
         if order.num_entries < images_per_step:
             raise ValueError(
-                f"phase {phase}: the training set has {order.num_entries} samples to offer, one "
+                f"phase {name}: the training set has {order.num_entries} samples to offer, one "
                 f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu})."
-                f"{left_out(shards, split)} Lower phases.{phase}.images_per_step or "
+                f"{left_out(shards, data.train)} Lower phases.{name}.images_per_step or "
                 f"images_per_gpu, use fewer ranks, or more data."
             )
         wanted = Wanted(
             masks=with_masks,
             keypoint_order=keypoint_order(shards.categories) if with_keypoints else None,
-            tight_boxes=resize.kind == "jitter",
+            tight_boxes=phase.resize.kind == "jitter",
+            scaled_decoding=data.train.scaled_decoding,
         )
-        self._groups = TrainGroups(
-            shards, rows, order, resize, flip, augment or AugmentConfig(), split.scaled_decoding,
-            wanted, phase, seed,
-        )  # fmt: skip
+        self._groups = TrainGroups(shards, rows, order, phase, wanted, (seed, name))
         self.lanes = lanes_of_rank(order.num_lanes, rank, world_size)
         self.damaged: dict[str, int] = {}
         self.dropped_boxes = 0
         self.damages: dict[int, Damage] = {}
-        self._max_damaged = split.max_damaged
-        self._workers = workers
-        self._group_bytes = group_bytes(images_per_gpu, largest_plan(resize), with_masks=with_masks)
+        self._max_damaged = data.train.max_damaged
+        self._workers = data.workers
+        largest = largest_plan(phase.resize)
+        self._group_bytes = group_bytes(images_per_gpu, largest, with_masks=with_masks)
         self._first_step = first_step
         self._loader: Loader[tuple[int, int]] | None = None
         self._state = {
             "order": order.name,
             "seed": seed,
-            "phase": phase,
+            "phase": name,
             "lanes": order.num_lanes,
             "images_per_gpu": images_per_gpu,
             **selection.state,
@@ -238,48 +230,26 @@ class TrainStream:
             logger.warning("damaged sample replaced by another one: %s", damage.message)
         if len(self.damages) > self._max_damaged:
             messages = (damage.message for damage in self.damages.values())
-            raise ShardError(
-                f"{self._groups.shards.address}: {len(self.damages)} damaged training samples, "
-                f"data.train.max_damaged allows {self._max_damaged}. Repair the shards or raise "
-                f"the limit. The first ones:{list_damages(messages)}"
-            )
+            address = self._groups.shards.address
+            raise ShardError(too_damaged(address, self.damaged, self._max_damaged, messages))
 
 
-def list_damages(messages: Iterable[str]) -> str:
-    """Return the lines of an error that name the first damaged samples."""
-    return "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
+def too_damaged(
+    address: str, num_damaged: Mapping[str, int], limit: int, messages: Iterable[str]
+) -> str:
+    """Return the error of a training set with too many damaged samples.
 
-
-def open_train_stream(
-    shards: ShardSet,
-    data: DataConfig,
-    phase: PhaseConfig,
-    *,
-    name: str,
-    with_masks: bool,
-    with_keypoints: bool = False,
-    seed: int,
-    rank: int,
-    world_size: int,
-    first_step: int = 0,
-) -> TrainStream:
-    """Return the stream of a phase, ``name``, as its config says; the rest as ``TrainStream``."""
-    return TrainStream(
-        shards,
-        split=data.train,
-        resize=phase.resize,
-        flip=phase.flip,
-        with_masks=with_masks,
-        with_keypoints=with_keypoints,
-        augment=phase.augment,
-        phase=name,
-        seed=seed,
-        images_per_gpu=phase.images_per_gpu,
-        images_per_step=phase.images_per_step or world_size * phase.images_per_gpu,
-        rank=rank,
-        world_size=world_size,
-        workers=data.workers,
-        first_step=first_step,
+    Args:
+        address: of the set.
+        num_damaged: samples by kind of damage.
+        limit: ``data.train.max_damaged``.
+        messages: one for each sample; the first ones are listed.
+    """
+    listed = "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
+    return (
+        f"{address}: {sum(num_damaged.values())} damaged training samples had to be replaced "
+        f"({num_damaged}), data.train.max_damaged allows {limit}. Repair the shards or raise the "
+        f"limit; `bigdet check-shards` lists all that is damaged. The first ones:{listed}"
     )
 
 

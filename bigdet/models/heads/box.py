@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.model_schema import BoxHead as Kind
-from bigdet.config.model_schema import RoiConfig
+from bigdet.config.derived import has_fpn, is_class_agnostic
+from bigdet.config.model_schema import ModelConfig, RoiConfig
 from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.assign import (
     IGNORED,
@@ -79,44 +79,38 @@ class BoxHead(Checkpointed):
 
     def __init__(
         self,
-        kind: Kind,
+        model: ModelConfig,
         norm: Norm,
         width: int,
-        fc_width: int,
         num_classes: int,
-        config: RoiConfig,
         conventions: Conventions,
         *,
-        is_class_agnostic: bool = False,
-        is_msra: bool = False,
         delta_weights: tuple[float, float] = DELTA_WEIGHTS,
         positive_iou: float | None = None,
     ) -> None:
         """Build for pooled features of ``width`` channels.
 
-        Convolutions MSRA, fully connected layers Xavier or MSRA, classes N(0, 0.01), deltas
-        N(0, 0.001).
+        Convolutions MSRA, fully connected layers Xavier, classes N(0, 0.01), deltas N(0, 0.001).
+        Without a pyramid the fully connected layers begin as MSRA's too (Kaiming normal, fan-in):
+        paper 1 gives such weights to all layers of VGG, which has no normalization.
 
         Args:
-            kind: which layers.
+            model: says which layers, how wide they are, and how regions are trained and found.
             norm: of the convolutions.
             width: channels of the convolutions.
-            fc_width: channels of the fully connected layers.
             num_classes: K.
-            config: of training and detections.
             conventions: where frameworks differ.
-            is_class_agnostic: one set of deltas for all classes.
-            is_msra: the fully connected layers begin as MSRA's (Kaiming normal, fan-in).
             delta_weights: of shifts and scales.
             positive_iou: a region on an object overlaps it by at least this. None: the config's.
         """
         super().__init__()
-        self.config = config
+        self.config = config = model.roi
         self.conventions = conventions
         self.num_classes = num_classes
         self.delta_weights = delta_weights
         self.positive_iou = config.positive_iou if positive_iou is None else positive_iou
-        num_convs, num_fcs = NUM_LAYERS[kind]
+        num_convs, num_fcs = NUM_LAYERS[model.box_head]
+        fc_width = model.fc_width
         self.convs = nn.Sequential(
             *[conv_norm(width, width, 3, norm, relu=True) for _ in range(num_convs)]
         )
@@ -124,9 +118,9 @@ class BoxHead(Checkpointed):
         fcs = [nn.Linear(size, fc_width) for size in inputs]
         self.fcs = nn.ModuleList(fcs)
         self.classifier = nn.Linear(fc_width, num_classes + 1)
-        self.regressor = nn.Linear(fc_width, 4 if is_class_agnostic else 4 * num_classes)
+        self.regressor = nn.Linear(fc_width, 4 if is_class_agnostic(model) else 4 * num_classes)
         for layer in fcs:
-            if is_msra:
+            if not has_fpn(model):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
             else:
                 nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's XavierFill, fan-in
@@ -143,7 +137,7 @@ class BoxHead(Checkpointed):
         deltas = self.regressor(hidden).unflatten(1, (-1, 4))
         return at_least_fp32(self.classifier(hidden)), at_least_fp32(deltas)
 
-    def use_test_settings(self, config: RoiConfig) -> None:
+    def use_eval_settings(self, config: RoiConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
         self.config = config
 
@@ -165,7 +159,7 @@ class BoxHead(Checkpointed):
             image_sizes: ``(B, 2)`` height, width.
         """
         regions = self.sample(proposals, objects, weights)
-        with valid_rows(regions.is_valid.flatten()):
+        with valid_rows(self, regions.is_valid.flatten()):
             logits, deltas = self(pool(regions.boxes))
         return self.losses(logits, deltas, regions), regions
 

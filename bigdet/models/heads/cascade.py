@@ -51,10 +51,10 @@ class CascadeHead(nn.Module):
             for weights, iou in zip(DELTA_WEIGHTS, POSITIVE_IOU, strict=True)
         )
 
-    def use_test_settings(self, config: RoiConfig) -> None:
+    def use_eval_settings(self, config: RoiConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
         for stage in self._stages():
-            stage.use_test_settings(config)
+            stage.use_eval_settings(config)
 
     def _stages(self) -> list[BoxHead]:
         return [stage for stage in self.stages if isinstance(stage, BoxHead)]
@@ -85,7 +85,7 @@ class CascadeHead(nn.Module):
             pooled = pool(regions.boxes)
             if self.gradients == "detectron2":
                 pooled = _ScaledGradient.apply(pooled, 1 / NUM_STAGES)
-            with valid_rows(regions.is_valid.flatten()):
+            with valid_rows(stage, regions.is_valid.flatten()):
                 logits, deltas = stage(pooled)
             factor = LOSS_WEIGHTS[number] if self.gradients == "mmdet" else 1.0
             for name, loss in stage.losses(logits, deltas, regions).items():

@@ -34,7 +34,7 @@ class FlatDetections:
     labels: Tensor
 
 
-class TestSettings(Protocol):
+class EvalSettings(Protocol):
     """The options that every detector has for its detections."""
 
     @property
@@ -69,7 +69,7 @@ def usable(candidates: FlatDetections, image_sizes: Tensor) -> FlatDetections:
 
 @torch.no_grad()
 def best_detections(
-    candidates: FlatDetections, image_sizes: Tensor, num_classes: int, config: TestSettings
+    candidates: FlatDetections, image_sizes: Tensor, num_classes: int, config: EvalSettings
 ) -> FlatDetections:
     """Cut boxes at their images, drop near duplicates within a class, keep the best of each image.
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import register_dataclass
 
 from bigdet.config.model_schema import RetinaConfig
 from bigdet.models.activation_checkpointing import Checkpointed
-from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors
+from bigdet.models.anchors import pyramid_anchors, shape_anchors
 from bigdet.models.assign import NEGATIVE, POSITIVE, Objects, label_anchors, match
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.detections import FlatDetections, best_detections
@@ -111,11 +111,10 @@ class RetinaHead(Checkpointed):
             moves = self.regressor(self.run(self.box_convs, level)).permute(0, 2, 3, 1)
             deltas.append(moves.reshape(len(level), -1, 4))
         all_deltas = at_least_fp32(torch.cat(deltas, dim=1))
-        sizes = [(level.shape[2], level.shape[3]) for level in features]
-        from_canvas = self.conventions.anchor_strides_from_canvas
-        spacings = grid_spacings(sizes, strides, canvas_size, from_canvas)
         cells = self.get_buffer("cells").to(all_deltas.dtype)
-        return RetinaPredictions(logits, all_deltas, grid_anchors(sizes, spacings, cells))
+        from_canvas = self.conventions.anchor_strides_from_canvas
+        anchors = pyramid_anchors(features, strides, canvas_size, cells, from_canvas)
+        return RetinaPredictions(logits, all_deltas, anchors)
 
     def losses(
         self, predictions: RetinaPredictions, objects: Objects, weights: Tensor

@@ -15,7 +15,7 @@ from torch.utils._pytree import register_dataclass
 
 from bigdet.config.derived import proposal_limits
 from bigdet.config.model_schema import RpnConfig
-from bigdet.models.anchors import grid_anchors, grid_spacings, shape_anchors, within_border
+from bigdet.models.anchors import pyramid_anchors, shape_anchors, within_border
 from bigdet.models.assign import IGNORED, Objects, Sample, draw_sample, label_anchors, match
 from bigdet.models.conventions import Conventions
 from bigdet.models.losses import at_least_fp32, binary_losses, delta_losses, masked_mean
@@ -118,15 +118,12 @@ class RegionProposals(nn.Module):
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).flatten(1))
         all_logits = at_least_fp32(torch.cat(logits, dim=1))
-        sizes = [(level.shape[2], level.shape[3]) for level in features]
-        spacings = grid_spacings(
-            sizes, strides, canvas_size, self.conventions.anchor_strides_from_canvas
-        )
         cells = self.get_buffer("cells").to(all_logits.dtype)
+        from_canvas = self.conventions.anchor_strides_from_canvas
         return AnchorPredictions(
             logits=all_logits,
             deltas=at_least_fp32(torch.cat(deltas, dim=1)).view(*all_logits.shape, 4),
-            anchors=grid_anchors(sizes, spacings, cells),
+            anchors=pyramid_anchors(features, strides, canvas_size, cells, from_canvas),
             counts=[level.shape[1] for level in logits],
         )
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.data.examples.collate import Example, canvas_size, num_dropped, pack, unpack
+from bigdet.data.examples.collate import Example, num_dropped, pack, unpack
 from bigdet.data.examples.objects import Objects, no_objects
+from bigdet.ops.sizes import canvas_size
 
 
 def objects(*boxes, masks=None, num_dropped=0):

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigdet.config.data_schema import TrainSplitConfig
-from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.examples.decode import decode_image
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_check import check_shards
 from bigdet.data.streams.stream import TrainStream
+from tests.unit.data import streams
 from tests.unit.data.small_shards import forget_hashes, noise_jpeg, write_set
 
 NUM_SHARDS, PER_SHARD = 3, 8
@@ -31,15 +30,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def open_stream(shards: ShardSet, **options) -> TrainStream:
-    split = TrainSplitConfig(
-        shards="", keep_empty=True, max_damaged=options.pop("max_damaged", ROWS)
-    )
-    settings = {
-        "split": split, "resize": ResizeConfig(kind="direct", size=32),
-        "flip": 0.5, "with_masks": False, "phase": "train", "seed": 0, "images_per_gpu": 2,
-        "images_per_step": 4, "rank": 0, "world_size": 1, "workers": 0,
-    }  # fmt: skip
-    return TrainStream(shards, **{**settings, **options})
+    settings = {"max_damaged": ROWS, "images_per_step": 4}
+    return streams.open_stream(shards, **settings | options)
 
 
 def damage_of_a_pass(shards: ShardSet) -> tuple[dict[str, int], set[int]]:

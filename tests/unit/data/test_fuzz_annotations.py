@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.making import storage
 from bigdet.data.making.shard_check import check_shards
 from bigdet.data.making.sources.coco import convert_coco
+from bigdet.host import files
 from tests.unit.data.coco_trial import CATEGORIES, HEIGHT, WIDTH, Trial, box_of, image_of
 
 SETTINGS = settings(
@@ -84,7 +84,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("1.jpg", "2.jpg", "3.jpg"):
         trial.picture(name)
     with pytest.MonkeyPatch.context() as patch:  # waiting for the disk would take most of the time
-        patch.setattr(storage, "flush_to_disk", lambda path: None)
+        patch.setattr(files, "sync", lambda path: None)
         yield trial.images
 
 

@@ -18,9 +18,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from bigdet.config.data_schema import CacheConfig, TrainSplitConfig
+from bigdet.config.data_schema import CacheConfig
 from bigdet.config.load import ConfigError
-from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.format import remote, tars
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.remote import file_address, shown
@@ -29,6 +28,7 @@ from bigdet.data.making.shard_check import check_shards
 from bigdet.data.streams.stream import EvalStream, TrainStream
 from tests.unit.data.shard_server import FAULTS, ShardServer
 from tests.unit.data.small_shards import write_set
+from tests.unit.data.streams import open_stream
 
 NUM_SHARDS, PER_SHARD = 20, 4
 FORK = multiprocessing.get_context("fork")
@@ -98,12 +98,7 @@ def test_the_stream_of_a_remote_set_is_that_of_the_local_one(local, cache):
 
 
 def train_stream(shards: ShardSet, workers: int, **options) -> TrainStream:
-    split = TrainSplitConfig(keep_empty=True, max_damaged=1000, **options)
-    return TrainStream(
-        shards, split=split, resize=ResizeConfig(kind="direct", size=32), flip=0.5,
-        with_masks=False, phase="train", seed=0, images_per_gpu=2, images_per_step=2,
-        rank=0, world_size=1, workers=workers,
-    )  # fmt: skip
+    return open_stream(shards, max_damaged=1000, workers=workers, **options)
 
 
 @pytest.mark.parametrize(("workers", "room"), [(0, 3.0), (2, 5.0)])

@@ -6,13 +6,12 @@ from itertools import islice
 
 import pytest
 
-from bigdet.config.data_schema import CacheConfig, TrainSplitConfig
-from bigdet.config.phase_schema import ResizeConfig
+from bigdet.config.data_schema import CacheConfig
 from bigdet.data.format.shard_set import ShardSet, UnavailableShardError
 from bigdet.data.making.shard_check import check_shards
 from bigdet.data.making.storage import RemoteStorage
-from bigdet.data.streams.stream import TrainStream
 from tests.unit.data.small_shards import write_set
+from tests.unit.data.streams import open_stream
 
 WHAT = "s3:// is tried with moto[server] and s3fs alone, which are not installed"
 
@@ -39,11 +38,7 @@ def bucket(monkeypatch):
 
 
 def ids_of(shards: ShardSet, workers: int) -> list[list[int]]:
-    stream = TrainStream(
-        shards, split=TrainSplitConfig(keep_empty=True, order="windowed", window=16),
-        resize=ResizeConfig(kind="direct", size=32), flip=0.5, with_masks=False, phase="train",
-        seed=0, images_per_gpu=2, images_per_step=2, rank=0, world_size=1, workers=workers,
-    )  # fmt: skip
+    stream = open_stream(shards, order="windowed", window=16, workers=workers)
     ids = [batch.image_ids.tolist() for batch in islice(stream, 16)]
     stream.close()
     return ids

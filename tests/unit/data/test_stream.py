@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -24,8 +23,9 @@ from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.mix import MixedSet
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.sources.coco import convert_coco
-from bigdet.data.streams.stream import EvalStream, TrainStream, open_train_stream
+from bigdet.data.streams.stream import EvalStream, TrainStream
 from bigdet.ops.random import Words
+from tests.unit.data import streams
 
 DIRECT = ResizeConfig(kind="direct", size=96)
 SHORT_SIDE = ResizeConfig(kind="short_side", size=100, cap=150)
@@ -49,16 +49,9 @@ MASK_TENSORS = ["bits", "offsets", "origins", "sizes"]
 
 def open_stream(shards, **options) -> TrainStream:
     """16 images in 2 steps of 4 lanes x 3 images, so 8 masked slots."""
-    split = {"shards": "unused", "keep_empty": True, "max_damaged": 0}
-    for field in dataclasses.fields(TrainSplitConfig):
-        if field.name in options:
-            split[field.name] = options.pop(field.name)
-    settings = {
-        "split": TrainSplitConfig(**split), "resize": DIRECT, "flip": 0.5, "with_masks": True,
-        "phase": "train", "seed": 0, "images_per_gpu": 3, "images_per_step": 12, "rank": 0,
-        "world_size": 1, "workers": 0,
-    }  # fmt: skip
-    return TrainStream(shards, **{**settings, **options})
+    settings = {"max_damaged": 0, "resize": DIRECT, "with_masks": True, "images_per_gpu": 3,
+                "images_per_step": 12}  # fmt: skip
+    return streams.open_stream(shards, **settings | options)
 
 
 def take(stream, num_steps):
@@ -379,7 +372,7 @@ def test_the_config_says_what_the_stream_is(shards, shapes_shards):
     data = DataConfig(train=TrainSplitConfig(shards=str(shapes_shards / "train")), workers=0)
     phase = PhaseConfig(steps=1, images_per_gpu=2, lr=1.0, resize=DIRECT)
     options = {"name": "train", "with_masks": False, "seed": 0, "rank": 1, "world_size": 3}
-    stream = open_train_stream(shards, data, phase, **options)
+    stream = TrainStream(shards, data, phase, **options)
     assert stream.state()["lanes"] == 3  # one batch per rank
     assert list(stream.lanes) == [1]
     assert next(iter(stream)).targets.masks is None

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.data_schema import TrainSplitConfig
 from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.examples.collate import Allocate, Example, PackedGroup, pack
 from bigdet.data.examples.objects import no_objects
 from bigdet.data.format.manifest import MANIFEST_NAME
 from bigdet.data.format.shard_set import INDEX_DTYPE, INDEX_NAME, ShardSet
 from bigdet.data.streams.loader import Loader
-from bigdet.data.streams.stream import TrainStream
+from tests.unit.data.streams import open_stream
+
+DIRECT = ResizeConfig(kind="direct", size=448)
 
 
 def memory(process: int | str, kind: str) -> float:
@@ -67,12 +68,9 @@ def memory_over_passes(folder: str, order: str) -> dict[str, Any]:
     bare_mb = memory(process.pid, "Private_"), memory(process.pid, "Rss:")
     bare.close()
 
-    stream = TrainStream(
-        ShardSet(folder),
-        split=TrainSplitConfig(shards="unused", keep_empty=True, order=order),
-        resize=ResizeConfig(kind="direct", size=448), flip=0.5, with_masks=True, phase="train",
-        seed=0, images_per_gpu=4, images_per_step=4, rank=0, world_size=1, workers=1,
-    )  # fmt: skip
+    stream = open_stream(
+        ShardSet(folder), order=order, resize=DIRECT, with_masks=True, images_per_gpu=4, workers=1
+    )
     batches, after = iter(stream), []
     for _ in range(3):
         for _ in islice(batches, 4 * stream.steps_per_pass):  # four passes at a time
@@ -121,10 +119,9 @@ def open_and_measure(folder: str, order: str, workers: int) -> dict[str, float]:
     """Open a set, start a stream's order in loader processes; seconds, and MB of all together."""
     start = time.perf_counter()
     shards = ShardSet(folder)
-    stream = TrainStream(
-        shards, split=TrainSplitConfig(shards=folder, order=order),
-        resize=ResizeConfig(kind="direct", size=448), flip=0.5, with_masks=True, phase="train",
-        seed=0, images_per_gpu=2, images_per_step=16, rank=0, world_size=1, workers=workers,
+    stream = open_stream(
+        shards, keep_empty=False, order=order, resize=DIRECT, with_masks=True, images_per_step=16,
+        workers=workers,
     )  # fmt: skip
 
     def read(key: tuple[int, int], allocate: Allocate) -> PackedGroup:

@@ -9,24 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bigdet.config.data_schema import TrainSplitConfig
 from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
-from bigdet.data.streams.stream import TrainStream
-
-SPLIT_OPTIONS = ("keep_empty", "max_damaged", "scaled_decoding")
-
-
-def open_stream(shards, **options) -> TrainStream:
-    split = {"shards": "unused", "keep_empty": True, "max_damaged": 0}
-    split |= {name: options.pop(name) for name in SPLIT_OPTIONS if name in options}
-    settings = {
-        "split": TrainSplitConfig(**split), "flip": 0.5, "with_masks": False, "phase": "train",
-        "seed": 0, "rank": 0, "world_size": 1, "workers": 0,
-    }  # fmt: skip
-    return TrainStream(shards, **{**settings, **options})
+from tests.unit.data.streams import open_stream
 
 
 @pytest.fixture

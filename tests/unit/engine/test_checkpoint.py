@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,10 @@ def test_death_at_any_point_of_a_save_leaves_a_usable_latest(
 
         return call
 
-    monkeypatch.setattr(checkpoint, "_sync", deadly(checkpoint._sync))
+    monkeypatch.setattr(os, "fsync", deadly(os.fsync))
     monkeypatch.setattr(checkpoint, "_delete", deadly(checkpoint._delete))
     monkeypatch.setattr(Path, "rename", deadly(Path.rename))
-    monkeypatch.setattr(Path, "replace", deadly(Path.replace))
+    monkeypatch.setattr(os, "replace", deadly(os.replace))
     num_deaths, is_dead = 0, True
     while is_dead:
         folder = tmp_path / str(num_deaths)

@@ -11,7 +11,7 @@ from bigdet.data.making.sources.coco import convert_coco
 from bigdet.evaluation import split as predict
 from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
-from bigdet.evaluation.split import coco_results, predict_split
+from bigdet.evaluation.split import Passes, coco_results, predict_split
 from bigdet.ops.masks import paste_mask
 from bigdet.structures import Detections
 from tests.unit.data.turned import BOX, red_box, turned_file, write_coco
@@ -39,7 +39,7 @@ FIVE_IMAGES = [
 def test_detections_on_resized_images_come_back_in_original_pixels_and_category_ids(make_shards):
     shards = make_shards(FIVE_IMAGES)
     oracle = Oracle(shards).train()
-    results = list(predict_split(oracle, shards, (64, 107), 2, 0, CPU))
+    results = list(predict_split(oracle, shards, Passes((64, 107), 2), CPU))
     assert [result["image_id"] for result in results] == [7, 7, 9, 10, 11]
     assert [result["category_id"] for result in results] == [17, 3, 3, 17, 17]
     assert results[1]["bbox"] == pytest.approx([50, 60, 30, 20])
@@ -54,27 +54,27 @@ def test_detections_on_resized_images_come_back_in_original_pixels_and_category_
 def test_labels_get_the_ids_of_their_names_and_those_without_are_left_out(make_shards):
     shards = make_shards(FIVE_IMAGES)
     ids = [None, 17]  # the model calls cars 1, and its class 0 is not in the set
-    results = list(predict_split(Oracle(shards), shards, (64, 107), 2, 0, CPU, ids=ids))
+    results = list(predict_split(Oracle(shards), shards, Passes((64, 107), 2), CPU, ids=ids))
     assert [(each["image_id"], each["category_id"]) for each in results] == [(7, 17), (9, 17)]
     assert results[0]["bbox"] == pytest.approx([50, 60, 30, 20])
 
 
 def test_boxes_are_cut_at_the_border_of_the_image(make_shards):
     shards = make_shards([[truth(0, [80, 90, 40, 30])]])
-    (result,) = predict_split(Oracle(shards), shards, (100, 100), 1, 0, CPU)
+    (result,) = predict_split(Oracle(shards), shards, Passes((100, 100), 1), CPU)
     assert result["bbox"] == pytest.approx([80, 90, 20, 10])
     assert coco_mask.toBbox(result["segmentation"]).tolist() == [80, 90, 20, 10]
 
 
 def test_split_without_any_detection_gives_no_results(make_shards):
     shards = make_shards([[], []])
-    assert list(predict_split(Oracle(shards), shards, (100, 100), 1, 0, CPU)) == []
+    assert list(predict_split(Oracle(shards), shards, Passes((100, 100), 1), CPU)) == []
 
 
 def test_a_request_to_stop_ends_the_evaluation_without_a_result(make_shards):
     shards = make_shards(FIVE_IMAGES)
     oracle, answers = Oracle(shards), iter([False, True])
-    assert predict_split(oracle, shards, (100, 100), 1, 0, CPU, lambda: next(answers)) is None
+    assert predict_split(oracle, shards, Passes((100, 100), 1), CPU, lambda: next(answers)) is None
     assert oracle.passes == 2
     assert oracle.training
 
@@ -86,7 +86,7 @@ def test_damaged_image_is_an_error_that_names_it(make_shards):
         file.write(b"damage")
     oracle = Oracle(shards).train()
     with pytest.raises(ValueError, match=f"{shards.path(3)}.*{shards.key(3)}"):
-        predict_split(oracle, shards, (100, 100), 1, 0, CPU)
+        predict_split(oracle, shards, Passes((100, 100), 1), CPU)
     assert oracle.training
 
 
@@ -94,7 +94,7 @@ def test_progress_is_told_with_the_time_left(make_shards, monkeypatch, caplog):
     monkeypatch.setattr(predict, "PROGRESS_SECONDS", 0.0)
     shards = make_shards(FIVE_IMAGES)
     with caplog.at_level(logging.INFO, "bigdet"):
-        predict_split(Oracle(shards), shards, (100, 100), 2, 0, CPU)
+        predict_split(Oracle(shards), shards, Passes((100, 100), 2), CPU)
     assert [record.message.split(",")[0] for record in caplog.records] == [
         "evaluation: 2 of 5 images",
         "evaluation: 4 of 5 images",
@@ -139,10 +139,10 @@ def test_module_runs_in_the_precision_of_the_run_with_single_precision_weights(m
 
     shards = make_shards(FIVE_IMAGES)
     module = Multiplying(shards)
-    predict_split(module, shards, (100, 100), 2, 0, CPU, precision="bf16")
+    predict_split(module, shards, Passes((100, 100), 2, precision="bf16"), CPU)
     assert module.seen == {(torch.bfloat16, torch.float32)}
     module.seen.clear()
-    predict_split(module, shards, (100, 100), 2, 0, CPU)
+    predict_split(module, shards, Passes((100, 100), 2), CPU)
     assert module.seen == {(torch.float32, torch.float32)}
 
 
@@ -165,7 +165,7 @@ def test_detections_of_a_diverged_model_are_left_out_and_counted(make_shards, ca
             return found
 
     shards = make_shards(FIVE_IMAGES)
-    results = list(predict_split(Diverged(shards), shards, (100, 100), 2, 0, CPU))
+    results = list(predict_split(Diverged(shards), shards, Passes((100, 100), 2), CPU))
     assert [result["category_id"] for result in results] == [3, 3, 17, 17]  # the first is gone
     assert "1 detections of this rank were not finite" in caplog.text
 
@@ -197,11 +197,11 @@ def test_a_pass_that_fails_leaves_the_module_as_it_was(make_shards, tmp_path):
     shards = make_shards(FIVE_IMAGES)
     oracle = FailingOracle(shards).train()
     with pytest.raises(RuntimeError, match="out of memory"):
-        predict_split(oracle, shards, (100, 100), 1, 0, CPU)
+        predict_split(oracle, shards, Passes((100, 100), 1), CPU)
     assert oracle.training
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):  # there is no such folder for what is found
-        predict_split(oracle, shards, (100, 100), 1, 0, CPU, folder=tmp_path / "file")
+        predict_split(oracle, shards, Passes((100, 100), 1), CPU, folder=tmp_path / "file")
     assert oracle.training
 
 
@@ -237,7 +237,7 @@ def test_results_on_turned_images_are_of_the_images_as_annotated(tmp_path):
     file = write_coco(tmp_path, files, size=(96, 64))
     convert_coco(tmp_path / "images", file, tmp_path / "out")
     shards = ShardSet(tmp_path / "out")
-    results = list(predict_split(RedFinder(), shards, (64, 96), 2, 0, CPU))
+    results = list(predict_split(RedFinder(), shards, Passes((64, 96), 2), CPU))
     assert [result["bbox"] for result in results] == [BOX] * 4
     assert [coco_mask.toBbox(result["segmentation"]).tolist() for result in results] == [BOX] * 4
     assert [result["segmentation"]["size"] for result in results] == [[96, 64]] * 4

@@ -11,7 +11,7 @@ from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
 from bigdet.config.schema import TtaConfig
 from bigdet.data.format.manifest import Category
 from bigdet.evaluation import tta
-from bigdet.evaluation.split import predict_split
+from bigdet.evaluation.split import Passes, predict_split
 from bigdet.evaluation.tta import AugmentedDetector, View, mirror, vote
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
@@ -71,7 +71,7 @@ class Bright(Detector):
         return {"masks": torch.stack(halves)[:, None].expand(-1, 2, -1)}
 
     has_maps = True
-    test_settings = RoiConfig()
+    eval_settings = RoiConfig()
 
 
 def two_images() -> Batch:
@@ -152,7 +152,7 @@ def test_mirrored_images_stay_in_their_corner() -> None:
 def test_one_view_and_twice_the_same_view_are_the_detector_itself() -> None:
     torch.manual_seed(0)
     detector = build_detector(CONFIG, 3).eval()
-    detector.test_size = (64, 128)
+    detector.eval_size = (64, 128)
     generator = torch.Generator().manual_seed(1)
     image = torch.randint(0, 256, (3, 128, 96), dtype=torch.uint8, generator=generator)
     expected = detector.predict([image])[0]
@@ -194,7 +194,7 @@ def test_a_split_is_seen_at_its_own_size(make_shards) -> None:
     detector = build_detector(CONFIG, 2)
     shards = make_shards([[], [], []])
     wrapped = AugmentedDetector(detector, replace(ONE, flip=True), shards.categories)
-    results = predict_split(wrapped, shards, None, 2, 0, torch.device("cpu"))
+    results = predict_split(wrapped, shards, Passes(None, 2), torch.device("cpu"))
     assert detector.training  # as it was
     assert len({result["image_id"] for result in results}) == 3
     assert all("segmentation" in result for result in results)
@@ -206,7 +206,7 @@ class Doubtful(Bright):
     NMS of one view drops the second. Mirrored views see the first with less score.
     """
 
-    test_settings = RoiConfig(detections_per_image=2)
+    eval_settings = RoiConfig(detections_per_image=2)
 
     def candidates(self, features: Tensor, batch: Batch) -> FlatDetections:
         found = super().find(features, batch)
@@ -221,7 +221,7 @@ class Doubtful(Bright):
 
     def find(self, features: Tensor, batch: Batch) -> FlatDetections:
         found = self.candidates(features, batch)
-        return best_detections(found, batch.image_sizes, self.num_classes, self.test_settings)
+        return best_detections(found, batch.image_sizes, self.num_classes, self.eval_settings)
 
 
 def test_candidates_of_all_views_vote_before_any_is_dropped() -> None:

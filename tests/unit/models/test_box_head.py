@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdet.config.model_schema import RoiConfig
+from bigdet.config.model_schema import ModelConfig, RoiConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.box import BoxHead, Regions
@@ -17,10 +17,15 @@ K = 2
 A, B, C = [0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 11.0, 10.0], [20.0, 20.0, 40.0, 30.0]
 
 
+def box_head(kind: str, width: int, num_classes: int, **config) -> BoxHead:
+    model = ModelConfig(detector="faster_rcnn", backbone="resnet18", box_head=kind, **config)
+    return BoxHead(model, "none", width, num_classes, Conventions())
+
+
 def head_of(kind: str = "2fc", **config) -> BoxHead:
     torch.manual_seed(0)
     roi = RoiConfig(**{"rois_per_image": 8, **config})
-    return BoxHead(kind, "none", 16, 32, K, roi, Conventions())
+    return box_head(kind, 16, K, fc_width=32, roi=roi)
 
 
 def proposals_of(boxes: list[list[list[float]]]) -> Proposals:
@@ -154,7 +159,7 @@ def test_giou_has_finite_gradients_where_no_object_is() -> None:
 
 def test_class_agnostic_deltas_are_one_set_for_all_classes() -> None:
     torch.manual_seed(0)
-    head = BoxHead("2fc", "none", 16, 32, K, RoiConfig(), Conventions(), is_class_agnostic=True)
+    head = box_head("2fc", 16, K, fc_width=32, roi=RoiConfig(class_agnostic=True))
     assert head(torch.zeros(3, 16, 7, 7))[1].shape == (3, 1, 4)
     shift = torch.tensor([[[1.0, 0.0, 0.0, 0.0]]])  # a tenth of the width
     found = head.detect(
@@ -168,7 +173,7 @@ def test_class_agnostic_deltas_are_one_set_for_all_classes() -> None:
 @pytest.mark.parametrize("kind", ["2fc", "4conv1fc"])
 def test_weights_begin_as_the_recipes_say(kind: str) -> None:
     torch.manual_seed(0)
-    head = BoxHead(kind, "none", 64, 512, 80, RoiConfig(), Conventions())
+    head = box_head(kind, 64, 80, fc_width=512)
     expected = {
         "classifier.weight": 0.01,
         "regressor.weight": 0.001,

@@ -54,7 +54,7 @@ def test_a_compiled_detector_computes_the_same_and_compiles_once_for_each_canvas
         shapes = [(60, 70), (120, 50), (33, 90)]
         images = [torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for shape in shapes]
         for detector in (eager, compiled):
-            detector.test_size = (64, 96)
+            detector.eval_size = (64, 96)
         for image in images:  # not compiled: test images have many sizes
             one, other = (detector.predict([image])[0] for detector in (eager, compiled))
             torch.testing.assert_close(other.boxes, one.boxes)

@@ -120,7 +120,7 @@ def test_a_batch_without_what_a_head_learns_is_an_error() -> None:
 
 def test_keypoints_are_moved_to_the_image_as_given() -> None:
     detector = detector_of(replace(CONFIG, detector="keypoint_rcnn"))
-    detector.test_size = (128, 128)
+    detector.eval_size = (128, 128)
     image = scene().images[0]
     small = torch.nn.functional.interpolate(image[None], size=(64, 32))[0]  # seen at 128 x 64
     found = detector.predict([small])[0]
@@ -160,7 +160,7 @@ def test_no_detections_is_an_ordinary_result() -> None:
 
 def test_predict_resizes_and_gives_boxes_in_pixels_of_the_given_images() -> None:
     detector = detector_of()
-    detector.test_size = (64, 96)
+    detector.eval_size = (64, 96)
     image = scene().images[0, :, :, :96]  # 128 x 96, shown at 85 x 64, half the size
     half = detector.predict([image])[0]
     assert detector.training
@@ -178,7 +178,7 @@ def test_predict_resizes_and_gives_boxes_in_pixels_of_the_given_images() -> None
 
 def test_predict_takes_images_of_any_sizes_together() -> None:
     detector = detector_of()
-    detector.test_size = (64, 96)
+    detector.eval_size = (64, 96)
     shapes = [(40, 90), (200, 50), (64, 64)]
     found = detector.predict([torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in shapes])
     for one, (height, width) in zip(found, shapes, strict=True):

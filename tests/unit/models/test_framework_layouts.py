@@ -165,7 +165,7 @@ def test_detectron2s_mask_rcnn_detects_the_same(sampling_ratio: int) -> None:
     rpn = RpnConfig(test_candidates=40, test_proposals=30)
     roi = RoiConfig(sampling_ratio=sampling_ratio)
     detector = loaded(state, "detectron2", "bgr_255", stride_in_1x1=True, rpn=rpn, roi=roi, **R50)
-    detector.test_size = (64, 96)
+    detector.eval_size = (64, 96)
     image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
     found = detector.predict([image])[0]
 

@@ -107,7 +107,7 @@ def test_rows_that_are_not_valid_do_not_count(mode):
     grad = torch.randn(6, 3, 2, 2, dtype=torch.float64)
     grad[~rows] = 0  # what is masked out of a loss
     mine, valid = x.clone().requires_grad_(), x[rows].clone().requires_grad_()
-    with valid_rows(rows):
+    with valid_rows(ours, rows):
         y = ours(mine)
     y.backward(grad)
     theirs.momentum = 1.0
@@ -127,7 +127,7 @@ def test_a_lane_without_valid_rows_is_left_out_of_the_running_statistics():
     norm = BatchNorm2d(1).double()
     values = torch.tensor([1.0, 3.0, 50.0], dtype=torch.float64).view(3, 1, 1, 1)
     for rows in ([False, False, False], [True, True, False], [False, False, False]):
-        with valid_rows(torch.tensor(rows)):
+        with valid_rows(norm, torch.tensor(rows)):
             y = norm(values)
         count_lane(norm)
         if not any(rows):  # statistics of nothing: mean 0, deviation 1
@@ -135,7 +135,7 @@ def test_a_lane_without_valid_rows_is_left_out_of_the_running_statistics():
     update_running_statistics(norm)
     assert norm.running_mean.item() == pytest.approx(0.2, rel=1e-12)  # 0.1 x mean 2
     assert norm.running_var.item() == pytest.approx(0.9 + 0.2, rel=1e-12)  # unbiased 2
-    with valid_rows(torch.tensor([False, False, False])):
+    with valid_rows(norm, torch.tensor([False, False, False])):
         norm(values)
     count_lane(norm)
     update_running_statistics(norm)
@@ -190,7 +190,7 @@ def test_bf16_inputs_are_normalized_in_fp32_and_stay_bf16(mode):
     reference.momentum = 1.0
     # A mean of 100 deviations: sums in bf16 would lose the variance.
     x = (torch.randn(2, 4, 32, 32) + 100).bfloat16().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16), valid_rows(rows):
+    with torch.autocast("cpu", dtype=torch.bfloat16), valid_rows(norm, rows):
         y = norm(x)
     y.sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16
@@ -232,8 +232,9 @@ def test_memory_format_is_kept():
         norm = BatchNorm2d(4)
         set_norm_mode(norm, mode)
         assert norm(x).is_contiguous(memory_format=torch.channels_last)
-    with valid_rows(torch.tensor([True, False])):
-        assert BatchNorm2d(4)(x).is_contiguous(memory_format=torch.channels_last)
+    norm = BatchNorm2d(4)
+    with valid_rows(norm, torch.tensor([True, False])):
+        assert norm(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_state_has_the_names_of_torchs_without_its_counter():

@@ -140,7 +140,7 @@ def test_no_detections_is_an_ordinary_result(threshold: float) -> None:
 def test_test_settings_replace_those_of_the_model() -> None:
     detector = detector_of().eval()
     retina = replace(CONFIG.retina, detections_per_image=7)
-    detector.use_test_settings(replace(CONFIG, retina=retina))
+    detector.use_eval_settings(replace(CONFIG, retina=retina))
     assert [len(one.boxes) for one in detector(scene())] == [7, 7]
 
 

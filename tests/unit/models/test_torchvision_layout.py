@@ -93,7 +93,7 @@ def test_the_twin_detects_the_same_with_bigdets_own_conventions(kind: str) -> No
     if kind == "retinanet":
         torch.nn.init.constant_(detector.retina_head.classifier.bias, -2.5)
         torch.nn.init.normal_(detector.retina_head.classifier.weight, std=0.05)
-    detector.test_size = (96, 128)
+    detector.eval_size = (96, 128)
     images = [
         torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((96, 128), (96, 110))
     ]

@@ -55,7 +55,7 @@ def test_a_saved_detector_comes_back_with_weights_categories_and_size(tmp_path):
     for name, tensor in detector.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert loaded.categories == CATEGORIES
-    assert loaded.test_size == (80, 133)  # the phase's short side, and 1333 / 800 of it
+    assert loaded.eval_size == (80, 133)  # the phase's short side, and 1333 / 800 of it
     assert not loaded.training
     assert {norm.mode for norm in batch_norms(loaded)} == {"fixed"}
 
@@ -70,7 +70,7 @@ def test_a_saved_detector_comes_back_with_weights_categories_and_size(tmp_path):
 def test_size_is_that_of_the_evaluation_else_of_the_phase(tmp_path, phase, evaluation, size):
     config = parse_config(CONFIG + evaluation, "test")
     save(tmp_path / "model.safetensors", make_detector(), config, phase)
-    assert load_detector(tmp_path / "model.safetensors").test_size == size
+    assert load_detector(tmp_path / "model.safetensors").eval_size == size
 
 
 def test_a_run_folder_stands_for_its_final_weights_else_for_its_newest_checkpoint(tmp_path):

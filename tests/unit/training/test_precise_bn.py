@@ -11,7 +11,7 @@ import torch
 from bigdet import distributed
 from bigdet.config.load import load_config
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.streams.stream import TrainStream, open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import batch_norms, count_lane, set_norm_mode, update_running_statistics
@@ -28,7 +28,7 @@ def parts(shards: Path, mode: str, rank: int = 0, ranks: int = 1) -> tuple[Detec
     config = load_config(CONFIGS / "quickstart.yaml", TINY)
     phase = config.phases["pretrain"]
     train_set = ShardSet(shards / "train")
-    stream = open_train_stream(
+    stream = TrainStream(
         train_set, config.data, phase, name="pretrain", with_masks=True, seed=0, rank=rank,
         world_size=ranks, first_step=2,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import timm
 
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.streams.stream import open_train_stream
+from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
 from bigdet.training.resume import (
@@ -279,7 +279,7 @@ def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDi
 def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
     """Config, checkpoint and state of a run in ``pretrain``."""
     config = load_config(CONFIG, overrides)
-    stream = open_train_stream(
+    stream = TrainStream(
         shards, config.data, config.phases["pretrain"],
         name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
     )  # fmt: skip
@@ -319,7 +319,7 @@ def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
     assert "step 6: 8 images per step instead of 4" in line
     assert "lr 0.002 instead of 0.001; pass 3 begins, 2 steps of the one before" in line
     assert state.stream_shift == 4 - 6
-    stream = open_train_stream(
+    stream = TrainStream(
         shards, config.data, config.phases["pretrain"],
         name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
         first_step=state.step + state.stream_shift,
