@@ -29,16 +29,7 @@ from bigdet.data.format.manifest import Category
 from bigdet.data.making.sources.categories import load_categories
 from bigdet.logs.log import setup_logging
 from bigdet.models.build import build_detector
-from bigdet.models.classes import carry_classes
 from bigdet.models.detector import Detector
-from bigdet.models.framework_layouts import (
-    THEIR_SAMPLING_RATIO,
-    from_framework,
-    parts_to_load,
-    with_sampling,
-)
-from bigdet.models.torchvision_layout import from_torchvision, to_torchvision
-from bigdet.models.weight_files import read_tensors_and_classes
 from bigdet.models.weights import (
     load_detector,
     load_parts,
@@ -46,6 +37,15 @@ from bigdet.models.weights import (
     weights_metadata,
 )
 from bigdet.run_dir import check_file
+from bigdet.weights.classes import carry_classes
+from bigdet.weights.framework_layouts import (
+    THEIR_SAMPLING_RATIO,
+    from_framework,
+    parts_to_load,
+    with_sampling,
+)
+from bigdet.weights.tensor_files import read_tensors_and_classes
+from bigdet.weights.torchvision_layout import from_torchvision, to_torchvision
 
 
 def main(argv: Sequence[str]) -> int:

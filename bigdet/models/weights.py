@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +24,6 @@ from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import set_norm_mode
-from bigdet.models.weight_files import read_safetensors
 from bigdet.ops.finite import describe_not_finite
 from bigdet.run_dir import RunDir
 
@@ -114,6 +113,31 @@ def load_detector(path: str | Path) -> Detector:
     detector.test_size = plan_of(test_resize(config, phase))
     detector.categories = categories
     return detector.eval()
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a safetensors file onto the CPU, and its metadata."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return tensors, opened.metadata() or {}
+    except SafetensorError as error:
+        raise _not_safetensors(file, error) from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file alone."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise _not_safetensors(file, error) from error
+
+
+def _not_safetensors(file: Path, error: SafetensorError) -> ValueError:
+    return ValueError(
+        f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
+    )
 
 
 def find_weights(path: Path) -> Path:

@@ -20,14 +20,15 @@ from bigdet.config.derived import (
     stated_cost,
 )
 from bigdet.config.schema import RunConfig
-from bigdet.models import backbones, importing, norms, weights
+from bigdet.models import backbones, norms, weights
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
-from bigdet.training import transfer
+from bigdet.weights import backbone_names
+from bigdet.weights.start import other_options, other_sampling, start_table, to_own_classes
 
 logger = logging.getLogger(__name__)
 
@@ -107,13 +108,13 @@ def _load_start(
             rows, kept = _read_start(detector, config, name, classes, run_dir)
     for tensor in detector.state_dict().values():
         tensor.copy_(distributed.broadcast_tensor(tensor))
-    for line in transfer.start_table(detector, rows, len(classes), kept):
+    for line in start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
     source, parts = phase_source(config, name), start_parts(config, name)
     if "box_head" in parts and not (
-        source == "previous" or is_timm(source) or importing.is_published_file(Path(source))
+        source == "previous" or is_timm(source) or backbone_names.is_published_file(Path(source))
     ):
-        said = transfer.other_sampling(Path(source), config, name) if distributed.is_main() else ""
+        said = other_sampling(Path(source), config, name) if distributed.is_main() else ""
         if said:
             logger.warning("phases.%s.start_from: %s", name, said)
     if source not in ("random", "previous"):
@@ -136,12 +137,14 @@ def _read_start(
         return [], None
     if is_timm(source):
         parts = start_parts(config, name)
-        rows = importing.load_timm_backbone(detector, source, config.model.backbone, parts)
+        rows = backbone_names.load_timm_backbone(detector, source, config.model.backbone, parts)
         return rows, 0
     path = _end_of_previous(config, name, run_dir) if source == "previous" else Path(source)
     start = config.phases[name].start_from
-    if importing.is_published_file(path):
-        rows = importing.load_backbone_file(detector, path, start.parts, start.pixels, start.ema)
+    if backbone_names.is_published_file(path):
+        rows = backbone_names.load_backbone_file(
+            detector, path, start.parts, start.pixels, start.ema
+        )
         return rows, 0
     if start.ema:
         raise ValueError(
@@ -152,11 +155,11 @@ def _read_start(
         tensors = spread_over_stages(tensors)
     kept = None
     if source_classes is not None and source_classes != list(classes):
-        tensors, kept = transfer.to_own_classes(detector, tensors, source_classes, classes)
+        tensors, kept = to_own_classes(detector, tensors, source_classes, classes)
     try:
         return weights.load_parts(detector, tensors, start_parts(config, name), str(path)), kept
     except ValueError as error:
-        raise ValueError(f"{error}{transfer.other_options(path, config, name)}") from error
+        raise ValueError(f"{error}{other_options(path, config, name)}") from error
 
 
 def _end_of_previous(config: RunConfig, name: str, run_dir: RunDir) -> Path:

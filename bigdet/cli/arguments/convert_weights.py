@@ -16,8 +16,8 @@ a run leaves it: predict, evaluate, export and start_from.source take it.
 torchvision: Faster, Mask and Keypoint R-CNN and RetinaNet, on ResNets and ResNeXts, or R-CNNs on
 VGG-16. What to-torchvision writes is a ``state_dict`` of torchvision's model of the same settings,
 with torch.save (.pth) or as safetensors. torchvision pools regions without bigdet's half-pixel
-shift and rounds its anchors: ``bigdet.models.torchvision_model.torchvision_twin(detector)`` is its
-model without either, with the same detections as bigdet's.
+shift and rounds its anchors; ``torchvision_twin(detector)`` of bigdet.benchmarks.torchvision_twin
+is its model without either, with the same detections as bigdet's.
 
 detectron2 (.pkl, .pth) and mmdetection 2 and 3 (.pth): Faster, Mask and Cascade R-CNN and RetinaNet
 on a pyramid, detectron2's Keypoint R-CNN too, on ResNets, ResNeXts (without deformable

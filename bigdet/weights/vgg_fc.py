@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
-from bigdet.models.torchvision_layout import channels_last
 from bigdet.models.weights import LoadedPart, refuse_not_finite
+from bigdet.weights.torchvision_layout import channels_last
 
 _NAMES = (("pre_logits.fc1", "pre_logits.fc2"), ("classifier.0", "classifier.3"))
 """fc6 and fc7 as timm and torchvision call them."""

@@ -17,15 +17,15 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from bigdet.config.phase_schema import Pixels
-from bigdet.models import weight_files
 from bigdet.models.backbones import Backbone
 from bigdet.models.convnext import ConvNeXt
 from bigdet.models.detector import PIXEL_DEVIATION, Detector
 from bigdet.models.resnet import ResNet
 from bigdet.models.swin import Swin, SwinV2
-from bigdet.models.vgg_fc import load_fc_layers
 from bigdet.models.vit import ViT
-from bigdet.models.weights import FORMAT, LoadedPart, load_parts, part_of
+from bigdet.models.weights import FORMAT, LoadedPart, load_parts, part_of, read_metadata
+from bigdet.weights import tensor_files
+from bigdet.weights.vgg_fc import load_fc_layers
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def is_published_file(path: Path) -> bool:
         return False
     if path.suffix != ".safetensors":
         return True
-    return weight_files.read_metadata(path).get("format") != FORMAT
+    return read_metadata(path).get("format") != FORMAT
 
 
 def load_backbone_file(
@@ -159,7 +159,7 @@ def load_backbone_file(
             f"{path}: found no bigdet detector in it. Write start_from.parts: [backbone] to load "
             f"the backbone from it, the rest starting anew."
         )
-    state = weight_files.read_tensors(path, ema)
+    state = tensor_files.read_tensors(path, ema)
     if pixels is not None and pixels != "rgb":
         state = _to_rgb(state, pixels, str(path))
         warn_of_stride(detector, pixels, str(path))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bigdet.models.weight_files import read_tensors, read_tensors_and_classes
+from bigdet.weights.tensor_files import read_tensors, read_tensors_and_classes
 
 ARRAYS = {
     "plain": np.arange(6, dtype=np.float32).reshape(2, 3),

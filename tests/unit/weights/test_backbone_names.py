@@ -11,10 +11,11 @@ from torch import nn
 from torchvision.models import _utils as torchvision_utils
 
 from bigdet.config.model_schema import ModelConfig
-from bigdet.models import importing
 from bigdet.models.backbones import build_backbone
 from bigdet.models.build import build_detector
-from bigdet.models.importing import (
+from bigdet.models.weights import load_parts
+from bigdet.weights import backbone_names
+from bigdet.weights.backbone_names import (
     is_published_file,
     load_backbone_file,
     load_timm_backbone,
@@ -22,7 +23,6 @@ from bigdet.models.importing import (
     timm_name,
     warn_of_stride,
 )
-from bigdet.models.weights import load_parts
 
 DEVIATION = torch.tensor([58.395, 57.12, 57.375])  # RGB
 
@@ -284,7 +284,7 @@ def test_batch_norm_weights_do_not_fit_a_backbone_with_group_norm():
 
 
 def test_every_published_name_is_one_of_timms():
-    for backbone, name in importing.PUBLISHED.items():
+    for backbone, name in backbone_names.PUBLISHED.items():
         assert timm_name("timm", backbone) == name
         assert timm_name(f"timm:{name}", "swin_t") == name
 

@@ -9,11 +9,11 @@ import torch
 
 from bigdet.config.load import load_config
 from bigdet.models.build import build_detector
-from bigdet.models.classes import carry_classes
 from bigdet.models.weights import load_parts, save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase, check_start
-from bigdet.training.transfer import start_table, to_own_classes
+from bigdet.weights.classes import carry_classes
+from bigdet.weights.start import start_table, to_own_classes
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 SOURCE = ["Person", "Wild Bird", "sports car", "boat"]

@@ -6,7 +6,7 @@ anchors that are not rounded and lie at multiples of the stride. Beside the name
 first fully connected layer, which reads a region channel by channel; in detectron2 the order of
 RetinaNet's anchors; in mmdetection how Swin merges patches and the deviations of a cascade's last
 stage; and how images are given to the backbone, which its first convolution makes up for. Backbones
-are left to ``models/importing.py``.
+are left to ``weights/backbone_names.py``.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.heads.box import POOLED_SIZE
 from bigdet.models.heads.cascade import DELTA_WEIGHTS, NUM_STAGES
 from bigdet.models.heads.retina import RetinaHead
-from bigdet.models.importing import Rules, rename, renamed_all, taking_rgb, warn_of_stride
-from bigdet.models.torchvision_layout import channels_last
 from bigdet.models.weights import part_of
+from bigdet.weights.backbone_names import Rules, rename, renamed_all, taking_rgb, warn_of_stride
+from bigdet.weights.torchvision_layout import channels_last
 
 logger = logging.getLogger(__name__)
 

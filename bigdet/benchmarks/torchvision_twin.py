@@ -38,8 +38,8 @@ from bigdet.models.heads.box import BoxHead
 from bigdet.models.norms import make_norm
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet as OwnRetinaNet
-from bigdet.models.torchvision_layout import to_torchvision, twins
 from bigdet.ops.pooling import pyramid_levels
+from bigdet.weights.torchvision_layout import to_torchvision, twins
 
 
 def torchvision_twin(detector: Detector) -> nn.Module:

@@ -3,7 +3,7 @@
 safetensors; torch's files, with ``weights_only``, or where those of mmdetection hold notes of
 training beside the weights, with these notes left out; pickles of Detectron and detectron2, in
 which nothing but arrays, text and plain containers is admitted. What the names mean is left to
-``models/importing.py`` and ``models/framework_layouts.py``.
+``weights/backbone_names.py`` and ``weights/framework_layouts.py``.
 """
 
 from __future__ import annotations
@@ -18,35 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bigdet.models.weight_averages import NESTS, choose_weights
-
-
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a safetensors file onto the CPU, and its metadata."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except SafetensorError as error:
-        raise _not_safetensors(file, error) from error
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file alone."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except SafetensorError as error:
-        raise _not_safetensors(file, error) from error
-
-
-def _not_safetensors(file: Path, error: SafetensorError) -> ValueError:
-    return ValueError(
-        f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
-    )
+from bigdet.models.weights import read_safetensors
+from bigdet.weights.moving_averages import NESTS, choose_weights
 
 
 def read_tensors(file: Path, ema: bool | None = None) -> dict[str, Tensor]:

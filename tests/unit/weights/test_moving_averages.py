@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigdet.config.check import check_config
 from bigdet.config.load import ConfigError, load_config
-from bigdet.models.weight_files import read_tensors
+from bigdet.weights.tensor_files import read_tensors
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 NAMES = ("conv1.weight", "layer1.0.bn1.running_mean")

@@ -12,9 +12,8 @@ from bigdet.config.derived import phase_model
 from bigdet.config.load import flat_options, parse_config
 from bigdet.config.schema import RunConfig
 from bigdet.data.format.mix import name_key
-from bigdet.models.classes import carry_classes, class_rows
-from bigdet.models.weight_files import read_metadata
-from bigdet.models.weights import LoadedPart, find_weights, part_of
+from bigdet.models.weights import LoadedPart, find_weights, part_of, read_metadata
+from bigdet.weights.classes import carry_classes, class_rows
 
 
 def to_own_classes(

@@ -1,0 +1,1 @@
+"""Weights that a detector starts from or is converted from."""
