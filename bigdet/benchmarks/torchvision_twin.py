@@ -1,8 +1,11 @@
 """torchvision's own detector with the weights and settings of one of ours.
 
-It is the oracle of the tests, the rival of the benchmarks, and shows that converted weights say the
-same. Where torchvision has no option for what bigdet does (regions pooled with the half-pixel
-shift, anchors that are not rounded), the twin has a small module of its own.
+The benchmark of inference measures against it, the tests compare numbers with it, and users of
+``bigdet convert-weights to-torchvision`` get from it a model with the same detections, which
+torchvision's own builders cannot make: that is why it is in the package and not in the tests.
+
+Where torchvision has no option for what bigdet does (regions pooled with the half-pixel shift,
+anchors that are not rounded), the twin has a small module of its own.
 """
 
 from __future__ import annotations

@@ -38,14 +38,14 @@ from bigdet.models.weights import (
 )
 from bigdet.run_dir import check_file
 from bigdet.weights.classes import carry_classes
-from bigdet.weights.framework_layouts import (
+from bigdet.weights.tensor_files import read_tensors_and_classes
+from bigdet.weights.torchvision_layout import from_torchvision, to_torchvision
+from bigdet.weights.whole_detectors import (
     THEIR_SAMPLING_RATIO,
     from_framework,
     parts_to_load,
     with_sampling,
 )
-from bigdet.weights.tensor_files import read_tensors_and_classes
-from bigdet.weights.torchvision_layout import from_torchvision, to_torchvision
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from bigdet.config.earlier import fill_in_former
+from bigdet.config.model_schema import ModelConfig
 from bigdet.config.schema import RunConfig
 from bigdet.config.shipped import find_config, nearest_shipped
 
@@ -111,7 +112,7 @@ def dump_config(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def flat_options(config: RunConfig) -> dict[str, Any]:
+def flat_options(config: RunConfig | ModelConfig) -> dict[str, Any]:
     """Return every option by its full key, for comparing two configs."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     return dict(_leaf_items(container))

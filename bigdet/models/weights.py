@@ -162,19 +162,6 @@ def find_weights(path: Path) -> Path:
     )
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a weights file, a checkpoint or a run, onto the CPU."""
-    return read_weights(path)[0]
-
-
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
-    """Read the tensors of a weights file, and the names of its classes where it has them."""
-    tensors, metadata = read_safetensors(find_weights(Path(path)))
-    if "categories" not in metadata:
-        return tensors, None
-    return tensors, [category["name"] for category in json.loads(metadata["categories"])]
-
-
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise ``ValueError`` if weights or running statistics hold NaN or infinities.
 
@@ -193,6 +180,22 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 def part_of(name: str) -> str:
     """Return the part of the detector that a tensor belongs to, the first word of its name."""
     return name.split(".", 1)[0]
+
+
+def describe_misfits(names: Mapping[str, Sequence[str]]) -> str:
+    """List names by what is wrong with them, the first three of each kind; nothing where none is.
+
+    Args:
+        names: by kind.
+
+    Returns:
+        Such as ``2 missing (fpn.bias; rpn.bias), 1 unexpected (head.weight)``.
+    """
+    return ", ".join(
+        f"{len(found)} {kind} ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''})"
+        for kind, found in names.items()
+        if found
+    )
 
 
 def load_parts(
@@ -231,19 +234,17 @@ def load_parts(
         if tensors[name].shape != own[name].shape
     ]
     nowhere = [part for part in parts if not any(part_of(name) == part for name in wanted)]
-    misfits = [
-        f"{len(names)} {kind} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})"
-        for kind, names in (
-            ("missing", sorted(wanted - offered)),
-            ("unexpected", sorted(offered - wanted)),
-            ("of another shape", misshaped),
-            ("no part of the model", nowhere),
-        )
-        if names
-    ]
+    misfits = describe_misfits(
+        {
+            "missing": sorted(wanted - offered),
+            "unexpected": sorted(offered - wanted),
+            "of another shape": misshaped,
+            "no part of the model": nowhere,
+        }
+    )
     if misfits:
         raise ValueError(
-            f"{source}: does not fit the model in {', '.join(parts)}: {', '.join(misfits)}. Make "
+            f"{source}: does not fit the model in {', '.join(parts)}: {misfits}. Make "
             f"model.* that of the weights{advice}."
         )
     values = {name: tensors[name].to(own[name].dtype) for name in own if name in wanted}

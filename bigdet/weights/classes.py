@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bigdet.data.format.mix import name_key
+
 
 def class_rows(name: str, num_rows: int, num_classes: int) -> Tensor | None:
     """Return which rows of a tensor belong to which class.
@@ -74,3 +76,26 @@ def carry_classes(
         ].to(moved)
         carried[name] = moved
     return carried
+
+
+def to_own_classes(
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    source_classes: Sequence[str],
+    classes: Sequence[str],
+) -> tuple[dict[str, Tensor], int]:
+    """Move the weights of classes to a run's labels, by name.
+
+    Args:
+        own: the detector's state; its rows stay where the source does not have a class.
+        tensors: of the source, by the same names.
+        source_classes: names in the order of the source's labels.
+        classes: names in the order of the detector's labels.
+
+    Returns:
+        The tensors to load, and how many classes both have.
+    """
+    place = {name_key(name): label for label, name in enumerate(source_classes)}
+    labels = [place.get(name_key(name)) for name in classes]
+    carried = carry_classes(own, tensors, len(source_classes), labels)
+    return carried, sum(label is not None for label in labels)

@@ -1,94 +1,129 @@
-"""Weights of one list of classes for a detector of another, and the table of what was loaded."""
+"""The door of the package: the weights that a phase starts from, into its detector."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from bigdet.config.derived import phase_model
-from bigdet.config.load import flat_options, parse_config
+from bigdet import distributed
+from bigdet.config.derived import (
+    is_timm,
+    num_steps,
+    phase_before,
+    phase_model,
+    phase_source,
+    start_parts,
+    stated_cost,
+)
 from bigdet.config.schema import RunConfig
-from bigdet.data.format.mix import name_key
-from bigdet.models.weights import LoadedPart, find_weights, part_of, read_metadata
-from bigdet.weights.classes import carry_classes, class_rows
+from bigdet.models.build import build_detector
+from bigdet.models.detector import Detector
+from bigdet.models.weights import FORMAT, LoadedPart, find_weights, part_of, read_metadata
+from bigdet.run_dir import RunDir
+from bigdet.weights.classes import class_rows
+from bigdet.weights.own_runs import load_run, warn_of_sampling
+from bigdet.weights.published_backbones import load_backbone_file, load_timm_backbone
+
+logger = logging.getLogger(__name__)
 
 
-def to_own_classes(
-    detector: nn.Module,
-    tensors: Mapping[str, Tensor],
-    source_classes: Sequence[str],
-    classes: Sequence[str],
-) -> tuple[dict[str, Tensor], int]:
-    """Move the weights of classes to this run's labels, by name.
+def load_start(
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> None:
+    """Fill a detector with the weights that a phase starts from, and log what came from where.
 
-    Args:
-        detector: whose weights stay where the source does not have a class.
-        tensors: of the source, by the names of the detector's state.
-        source_classes: names in the order of the source's labels.
-        classes: names in the order of the detector's labels.
-
-    Returns:
-        The tensors to load, and how many classes both have.
-    """
-    place = {name_key(name): label for label, name in enumerate(source_classes)}
-    labels = [place.get(name_key(name)) for name in classes]
-    carried = carry_classes(detector.state_dict(), tensors, len(source_classes), labels)
-    return carried, sum(label is not None for label in labels)
-
-
-def other_options(path: Path, config: RunConfig, name: str) -> str:
-    """Say in which options of the model the weights of a run differ from a phase.
+    Rank 0 reads and the others get them from it (a collective), so that a phase's weights need
+    not lie on a disk that all hosts see.
 
     Args:
-        path: of the run, checkpoint or file.
-        config: of this run.
+        detector: of the phase, with random weights; the same on all ranks afterwards.
+        config: of the run.
         name: of the phase.
-
-    Returns:
-        A sentence after a blank, or nothing where they do not differ.
+        classes: names of the training set's categories, in the order of the labels.
+        run_dir: where the phase before left its weights.
     """
-    metadata = read_metadata(find_weights(path))
-    if "config" not in metadata:
-        return ""
-    theirs, own = (
-        flat_options(dataclasses.replace(each, model=phase_model(each, phase)))
-        for each, phase in (
-            (parse_config(metadata["config"], str(path)), metadata["phase"]), (config, name)
+    rows: list[LoadedPart] = []
+    kept: int | None = None
+    with distributed.together():
+        if distributed.is_main():
+            rows, kept = _read(detector, config, name, classes, run_dir)
+    for tensor in detector.state_dict().values():
+        tensor.copy_(distributed.broadcast_tensor(tensor))
+    for line in start_table(detector, rows, len(classes), kept):
+        logger.info("phase %s: %s", name, line)
+    start = config.phases[name].start_from
+    if start.source not in (None, "random", "previous"):
+        stated = "not stated (start_from.cost)"
+        if start.cost is not None:
+            costs = stated_cost(start.cost).items()
+            stated = ", ".join(f"{number:,} {key}" for key, number in costs)
+        logger.info("phase %s: cost of the weights from elsewhere: %s", name, stated)
+
+
+def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
+    """Try the weights that a phase to come starts from, so that a misfit is found now (rank 0).
+
+    They are from elsewhere, not from the phase before; timm's are downloaded here.
+
+    Args:
+        config: of the run.
+        name: of the phase.
+        classes: names of the training set's categories, in the order of the labels.
+
+    Raises:
+        ValueError: with the phase, and what does not fit.
+    """
+    source = phase_source(config, name)
+    try:
+        if not is_timm(source):
+            find_weights(Path(source))
+        if distributed.is_main():
+            detector = build_detector(phase_model(config, name), len(classes))
+            _read(detector, config, name, classes, RunDir(Path(config.output)))
+    except ValueError as error:
+        raise ValueError(f"phases.{name}.start_from: {error}") from error
+
+
+def _read(
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> tuple[list[LoadedPart], int | None]:
+    """Load the detector; say what was loaded, and how many classes kept their weights.
+
+    The number is None where the source has the same classes, or does not say which.
+    """
+    source, parts = phase_source(config, name), start_parts(config, name)
+    if source == "random":
+        return [], None
+    if is_timm(source):
+        return load_timm_backbone(detector, source, config.model.backbone, parts), 0
+    if source == "previous":
+        before = phase_before(config, name)
+        path = run_dir.checkpoint(before, num_steps(config.phases[before]))
+    else:
+        path = Path(source)
+    start = config.phases[name].start_from
+    if is_published_file(path):
+        return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0
+    if start.ema:
+        raise ValueError(
+            f"{path}: found no moving average (EMA) of its weights in it. Leave out ema."
         )
-    )  # fmt: skip
-    differing = [
-        f"{key}={value} (here {own.get(key)})"
-        for key, value in theirs.items()
-        if key.startswith("model.") and own.get(key) != value
-    ]
-    return f" They were trained with {', '.join(differing)}." if differing else ""
+    rows, kept = load_run(detector, path, parts, classes)
+    if source != "previous" and "box_head" in parts:
+        warn_of_sampling(detector, path)
+    return rows, kept
 
 
-def other_sampling(path: Path, config: RunConfig, name: str) -> str:
-    """Say that a phase pools regions otherwise than weights of a detector were trained to.
-
-    Args:
-        path: of the run, checkpoint or file.
-        config: of this run.
-        name: of the phase.
-
-    Returns:
-        A sentence, or nothing where it does not, or the file does not say.
-    """
-    metadata = read_metadata(find_weights(path))
-    if "config" not in metadata:
-        return ""
-    theirs = parse_config(metadata["config"], str(path)).model.roi.sampling_ratio
-    own = phase_model(config, name).roi.sampling_ratio
-    if theirs == own:
-        return ""
-    return (
-        f"{path} was trained with model.roi.sampling_ratio: {theirs}, and this run has {own}. "
-        f"Write model.roi.sampling_ratio: {theirs} to pool regions as its heads have learned them."
-    )
+def is_published_file(path: Path) -> bool:
+    """Tell whether a path is a file of weights that bigdet did not write."""
+    if not path.is_file():
+        return False
+    if path.suffix != ".safetensors":
+        return True
+    return read_metadata(path).get("format") != FORMAT
 
 
 def start_table(

@@ -3,7 +3,7 @@
 safetensors; torch's files, with ``weights_only``, or where those of mmdetection hold notes of
 training beside the weights, with these notes left out; pickles of Detectron and detectron2, in
 which nothing but arrays, text and plain containers is admitted. What the names mean is left to
-``weights/backbone_names.py`` and ``weights/framework_layouts.py``.
+``backbone_names.py`` and ``whole_detectors.py``.
 """
 
 from __future__ import annotations
@@ -57,19 +57,13 @@ def read_tensors_and_classes(
         raise ValueError(f"{file}: found no such file. Give the file of the weights.")
     content: Any = _READERS[file.suffix](file)
     classes = _class_names(content)
-    tensors = choose_weights(content, ema, file, _as_tensor)
+    tensors = choose_weights(content, ema, file)
     if not tensors:
         raise ValueError(
             f"{file}: found no named tensors in it, expected them at the top or under one of "
             f"{', '.join(NESTS)}."
         )
     return tensors, classes
-
-
-def _as_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, _Array):
-        return torch.from_numpy(value.values)
-    return value if isinstance(value, Tensor) else None
 
 
 def _class_names(content: Any) -> list[str] | None:
@@ -169,10 +163,18 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 }
 
 
+def _with_tensors(content: Any) -> Any:
+    """Put tensors in the places of arrays, in dicts of dicts."""
+    if isinstance(content, Mapping):
+        return {key: _with_tensors(value) for key, value in content.items()}
+    return torch.from_numpy(content.values) if isinstance(content, _Array) else content
+
+
 def _read_pickle(file: Path) -> Any:
     try:
         with file.open("rb") as opened:
-            return _ArraysOnly(opened, encoding="latin1").load()  # Detectron wrote under Python 2
+            content = _ArraysOnly(opened, encoding="latin1").load()  # Detectron's are Python 2's
+            return _with_tensors(content)
     except PermissionError:
         raise
     except Exception as error:  # a damaged pickle can raise anything

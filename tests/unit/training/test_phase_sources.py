@@ -19,7 +19,7 @@ from bigdet.models.vgg import VGG
 from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
-from bigdet.weights.framework_layouts import with_sampling
+from bigdet.weights.whole_detectors import with_sampling
 
 CONFIG = """
 output: runs/x

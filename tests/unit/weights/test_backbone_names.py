@@ -14,15 +14,15 @@ from bigdet.config.model_schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.build import build_detector
 from bigdet.models.weights import load_parts
-from bigdet.weights import backbone_names
-from bigdet.weights.backbone_names import (
-    is_published_file,
+from bigdet.weights.backbone_names import rename
+from bigdet.weights.pixel_order import warn_of_stride
+from bigdet.weights.published_backbones import (
+    PUBLISHED,
     load_backbone_file,
     load_timm_backbone,
-    rename,
     timm_name,
-    warn_of_stride,
 )
+from bigdet.weights.start import is_published_file
 
 DEVIATION = torch.tensor([58.395, 57.12, 57.375])  # RGB
 
@@ -284,7 +284,7 @@ def test_batch_norm_weights_do_not_fit_a_backbone_with_group_norm():
 
 
 def test_every_published_name_is_one_of_timms():
-    for backbone, name in backbone_names.PUBLISHED.items():
+    for backbone, name in PUBLISHED.items():
         assert timm_name("timm", backbone) == name
         assert timm_name(f"timm:{name}", "swin_t") == name
 

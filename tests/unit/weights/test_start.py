@@ -11,9 +11,9 @@ from bigdet.config.load import load_config
 from bigdet.models.build import build_detector
 from bigdet.models.weights import load_parts, save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
-from bigdet.training.phases import build_for_phase, check_start
-from bigdet.weights.classes import carry_classes
-from bigdet.weights.start import start_table, to_own_classes
+from bigdet.training.phases import build_for_phase
+from bigdet.weights.classes import carry_classes, to_own_classes
+from bigdet.weights.start import check_start, start_table
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 SOURCE = ["Person", "Wild Bird", "sports car", "boat"]
@@ -33,7 +33,7 @@ def detector(classes, seed):
 def test_shared_classes_predict_what_they_did_and_new_ones_stay_as_they_were():
     source, own = detector(SOURCE, 1), detector(OWN, 2)
     fresh = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    tensors, kept = to_own_classes(own, source.state_dict(), SOURCE, OWN)
+    tensors, kept = to_own_classes(own.state_dict(), source.state_dict(), SOURCE, OWN)
     assert kept == 2
     load_parts(own, tensors, ["backbone", "fpn", "rpn", "box_head", "mask_head"], "source")
     pooled = torch.randn(5, 32, 7, 7)
@@ -66,7 +66,7 @@ def test_weights_that_are_the_same_for_all_classes_are_left_alone():
 
 def test_the_table_says_where_every_part_came_from():
     source, own = detector(SOURCE, 1), detector(OWN, 2)
-    tensors, kept = to_own_classes(own, source.state_dict(), SOURCE, OWN)
+    tensors, kept = to_own_classes(own.state_dict(), source.state_dict(), SOURCE, OWN)
     rows = load_parts(own, tensors, ["backbone", "box_head"], "runs/x")
     lines = [line.split() for line in start_table(own, rows, len(OWN), kept)]
     assert lines[0] == ["part", "tensors", "parameters", "classes", "kept", "from"]

@@ -14,7 +14,7 @@ from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, R
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.weights import load_parts
-from bigdet.weights.framework_layouts import from_framework, parts_to_load
+from bigdet.weights.whole_detectors import from_framework, parts_to_load
 from tests.unit.weights import published_layouts as published
 from tests.unit.weights.detectron2_formulas import (
     clipped,

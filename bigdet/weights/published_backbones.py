@@ -1,0 +1,143 @@
+"""Backbones that others trained, by timm's name or from a file, into the detector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from bigdet.config.phase_schema import Pixels
+from bigdet.models.detector import Detector
+from bigdet.models.weights import LoadedPart, load_parts
+from bigdet.weights.backbone_names import rename
+from bigdet.weights.pixel_order import to_rgb, warn_of_stride
+from bigdet.weights.tensor_files import read_tensors
+from bigdet.weights.vgg_fc import load_fc_layers
+
+PUBLISHED = {
+    "resnet18": "resnet18.tv_in1k",
+    "resnet34": "resnet34.tv_in1k",
+    "resnet50": "resnet50.tv_in1k",
+    "resnet101": "resnet101.tv_in1k",
+    "resnet152": "resnet152.tv_in1k",
+    "resnext50_32x4d": "resnext50_32x4d.tv_in1k",
+    "resnext101_32x4d": "resnext101_32x4d.gluon_in1k",
+    "resnext101_32x8d": "resnext101_32x8d.tv_in1k",
+    "vgg16": "vgg16.tv_in1k",
+    "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_s": "swin_small_patch4_window7_224.ms_in1k",
+    "swin_b": "swin_base_patch4_window7_224.ms_in1k",
+    "swin_l": "swin_large_patch4_window7_224.ms_in22k_ft_in1k",
+    "swinv2_t": "swinv2_tiny_window8_256.ms_in1k",
+    "swinv2_s": "swinv2_small_window8_256.ms_in1k",
+    "swinv2_b": "swinv2_base_window8_256.ms_in1k",
+    "convnext_t": "convnext_tiny.fb_in1k",
+    "convnext_s": "convnext_small.fb_in1k",
+    "convnext_b": "convnext_base.fb_in1k",
+    "vit_s": "deit_small_patch16_224.fb_in1k",
+    "vit_b": "deit_base_patch16_224.fb_in1k",
+}
+"""timm's names of ImageNet weights, of the plain recipes that detection papers start from."""
+
+_OWN = re.compile(r"(norm\d|pyramid)\.")
+"""Layers that only detectors have; they start anew where a file has none."""
+
+
+def timm_name(source: str, backbone: str) -> str:
+    """Return timm's name of the weights that ``timm`` or ``timm:NAME`` stands for.
+
+    Raises:
+        ValueError: timm has no such weights.
+    """
+    if source == "timm":
+        if backbone not in PUBLISHED:
+            raise ValueError(
+                f"timm has no weights for model.backbone {backbone}, only for "
+                f"{', '.join(PUBLISHED)}. Choose one of them, or start from random."
+            )
+        return PUBLISHED[backbone]
+    name = source.removeprefix("timm:")
+    if not (timm.is_model(name) and timm.is_model_pretrained(name)):
+        known = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
+        raise ValueError(
+            f"timm has no weights {name}. Expected one of "
+            f"timm.list_models(pretrained=True), such as {', '.join((known or ['resnet50'])[:4])}."
+        )
+    return name
+
+
+def load_timm_backbone(
+    detector: Detector, source: str, backbone: str, parts: Sequence[str] = ("backbone",)
+) -> list[LoadedPart]:
+    """Load published weights into the detector's backbone.
+
+    timm downloads them into the Hugging Face cache of this machine, once.
+
+    Args:
+        detector: a detector whose backbone is ``backbone``.
+        source: ``timm`` or ``timm:NAME``.
+        backbone: ``model.backbone`` of the config.
+        parts: with ``box_head`` VGG's fc6 and fc7 too.
+    """
+    name = timm_name(source, backbone)
+    try:
+        timm_model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"timm could not download {name} ({error}). Without a network "
+            f'here, fetch it on another machine with python -c "import timm; timm.create_model('
+            f"'{name}', pretrained=True)\", copy its Hugging Face cache folder "
+            f"(~/.cache/huggingface) to this one, and point HF_HOME at it."
+        ) from error
+    mean, deviation = timm_model.pretrained_cfg["mean"], timm_model.pretrained_cfg["std"]
+    if (tuple(mean), tuple(deviation)) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        raise ValueError(
+            f"{name} was trained with pixel mean {mean} and deviation "
+            f"{deviation}, but the detector uses {IMAGENET_DEFAULT_MEAN} and "
+            f"{IMAGENET_DEFAULT_STD}. Choose other weights."
+        )
+    return _load(detector, timm_model.state_dict(), name, parts)
+
+
+def load_backbone_file(
+    detector: Detector,
+    path: Path,
+    parts: Sequence[str] | None,
+    pixels: Pixels | None,
+    ema: bool | None = None,
+) -> list[LoadedPart]:
+    """Load the backbone's weights from a file that others wrote.
+
+    Args:
+        detector: to fill.
+        path: of the file.
+        parts: ``start_from.parts``; with ``box_head`` VGG's fc6 and fc7 too.
+        pixels: ``start_from.pixels``, how images were given to the network that a pickle holds.
+        ema: ``start_from.ema``, whether to take the moving average of the weights.
+    """
+    if parts is None and path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path}: found no bigdet detector in it. Write start_from.parts: [backbone] to load "
+            f"the backbone from it, the rest starting anew."
+        )
+    state = read_tensors(path, ema)
+    if pixels is not None and pixels != "rgb":
+        state = to_rgb(state, pixels, str(path))
+        warn_of_stride(detector, pixels, str(path))
+    return _load(detector, state, str(path), parts or ())
+
+
+def _load(
+    detector: Detector, state: Mapping[str, Tensor], source: str, parts: Sequence[str]
+) -> list[LoadedPart]:
+    tensors = {f"backbone.{k}": v for k, v in rename(state, detector.backbone).items()}
+    own = detector.state_dict()
+    for name in own:
+        if _OWN.match(name.removeprefix("backbone.")) and name not in tensors:
+            tensors[name] = own[name]
+    rows = load_parts(detector, tensors, ["backbone"], source)
+    return [*rows, load_fc_layers(detector, state, source)] if "box_head" in parts else rows
