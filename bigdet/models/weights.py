@@ -8,7 +8,8 @@ the first word of a name is its part (``backbone``, ``fpn``, ``rpn``, ``box_head
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,27 +118,26 @@ def load_detector(path: str | Path) -> Detector:
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a safetensors file onto the CPU, and its metadata."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except SafetensorError as error:
-        raise _not_safetensors(file, error) from error
+    with _opened(file) as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, opened.metadata() or {}
 
 
 def read_metadata(file: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file alone."""
+    with _opened(file) as opened:
+        return opened.metadata() or {}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
+            yield opened
     except SafetensorError as error:
-        raise _not_safetensors(file, error) from error
-
-
-def _not_safetensors(file: Path, error: SafetensorError) -> ValueError:
-    return ValueError(
-        f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
-    )
+        raise ValueError(
+            f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
+        ) from error
 
 
 def find_weights(path: Path) -> Path:
@@ -163,12 +163,7 @@ def find_weights(path: Path) -> Path:
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise ``ValueError`` if weights or running statistics hold NaN or infinities.
-
-    Args:
-        tensors: by name.
-        source: where they come from.
-    """
+    """Raise ``ValueError`` if weights or running statistics hold NaN or infinities."""
     if found := describe_not_finite(tensors):
         raise ValueError(
             f"{source}: {found}. Such weights detect nothing and cannot be trained: the run that "
@@ -185,11 +180,7 @@ def part_of(name: str) -> str:
 def describe_misfits(names: Mapping[str, Sequence[str]]) -> str:
     """List names by what is wrong with them, the first three of each kind; nothing where none is.
 
-    Args:
-        names: by kind.
-
-    Returns:
-        Such as ``2 missing (fpn.bias; rpn.bias), 1 unexpected (head.weight)``.
+    Such as ``2 missing (fpn.bias; rpn.bias), 1 unexpected (head.weight)``.
     """
     return ", ".join(
         f"{len(found)} {kind} ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''})"

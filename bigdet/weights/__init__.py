@@ -11,7 +11,7 @@ The way of weights into a run, in the order in which it is read:
    weights, ``moving_averages.py`` chooses one).
 3. ``backbone_names.py`` gives the tensors of others our names, with the rules of the framework that
    wrote them: ``torchvision_layout.py``, ``detectron_layout.py``, ``mmdetection_layout.py``.
-   ``pixel_order.py`` makes up for images in another order; ``vgg_fc.py`` brings VGG's fc6 and fc7.
+   ``pixel_order.py`` makes up for images in another order.
 4. ``models/weights.py`` copies tensors into the detector, part by part, if all of them fit.
 
 ``bigdet convert-weights`` uses the same layouts for whole detectors, by ``whole_detectors.py`` and

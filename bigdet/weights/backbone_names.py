@@ -37,12 +37,8 @@ _TIMM_VIT: Rules = [(r"^pos_embed$", "patch_embed.pos_embed")]
 def rename(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
     """Name the tensors of a published network as those of a backbone.
 
-    The classifier is dropped. What is not understood keeps its name, for the message of
-    ``load_parts``.
-
-    Args:
-        state: of a classifier, or of a detector that has the backbone as ``backbone``.
-        backbone: which they are for.
+    The state is a classifier's, which is dropped, or a detector's that has the backbone as
+    ``backbone``. What is not understood keeps its name, for the message of ``load_parts``.
     """
     for prefix in ("module.", "backbone.bottom_up.", "backbone."):
         if any(name.startswith(prefix) for name in state):

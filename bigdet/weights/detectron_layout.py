@@ -89,42 +89,38 @@ def _heads(first_level: int) -> Rules:
             lambda m: f"fpn.{m[1]}s.{int(m[2]) - first_level}.{m[3] or 'conv.'}",
         ),
         (r"^backbone\.top_block\.", "fpn."),
-        (r"^proposal_generator\.rpn_head\.conv\.(weight|bias)$", r"rpn.conv.conv.\1"),
-        (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.objectness."),
-        (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.deltas."),
-        (
-            r"^roi_heads\.box_head\.(?:(\d)\.)?conv(\d)\.(norm\.)?",
-            lambda m: f"{box_head(m[1])}.convs.{int(m[2]) - 1}.{m[3] or 'conv.'}",
-        ),
-        (
-            r"^roi_heads\.box_head\.(?:(\d)\.)?fc(\d)\.",
-            lambda m: f"{box_head(m[1])}.fcs.{int(m[2]) - 1}.",
-        ),
-        (
-            r"^roi_heads\.box_predictor\.(?:(\d)\.)?cls_score\.",
-            lambda m: f"{box_head(m[1])}.classifier.",
-        ),
-        (
-            r"^roi_heads\.box_predictor\.(?:(\d)\.)?bbox_pred\.",
-            lambda m: f"{box_head(m[1])}.regressor.",
-        ),
-        (
-            r"^roi_heads\.mask_head\.mask_fcn(\d)\.(norm\.)?",
-            lambda m: f"mask_head.convs.{int(m[1]) - 1}.{m[2] or 'conv.'}",
-        ),
-        (r"^roi_heads\.mask_head\.(deconv|predictor)\.", r"mask_head.\1."),
-        (
-            r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.",
-            lambda m: f"keypoint_head.convs.{int(m[1]) - 1}.conv.",
-        ),
-        (r"^roi_heads\.keypoint_head\.score_lowres\.", "keypoint_head.deconv."),
-        (
-            r"^head\.(cls|bbox)_subnet\.([0246])\.",  # an activation stands between two
-            lambda m: f"retina_head.{BRANCHES[m[1]]}_convs.{int(m[2]) // 2}.conv.",
-        ),
-        (r"^head\.cls_score\.", "retina_head.classifier."),
-        (r"^head\.bbox_pred\.", "retina_head.regressor."),
+        *_HEADS,
     ]
+
+
+_STAGE = r"(?:(\d)\.)?"  # of a cascade
+_HEADS: Rules = [
+    (r"^proposal_generator\.rpn_head\.conv\.(weight|bias)$", r"rpn.conv.conv.\1"),
+    (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.objectness."),
+    (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.deltas."),
+    (
+        rf"^roi_heads\.box_head\.{_STAGE}conv(\d)\.(norm\.)?",
+        lambda m: f"{box_head(m[1])}.convs.{int(m[2]) - 1}.{m[3] or 'conv.'}",
+    ),
+    (
+        rf"^roi_heads\.box_head\.{_STAGE}fc(\d)\.",
+        lambda m: f"{box_head(m[1])}.fcs.{int(m[2]) - 1}.",
+    ),
+    (rf"^roi_heads\.box_predictor\.{_STAGE}cls_score\.", lambda m: f"{box_head(m[1])}.classifier."),
+    (rf"^roi_heads\.box_predictor\.{_STAGE}bbox_pred\.", lambda m: f"{box_head(m[1])}.regressor."),
+    (
+        r"^roi_heads\.(mask|keypoint)_head\.(?:mask_|conv_)fcn(\d)\.(norm\.)?",
+        lambda m: f"{m[1]}_head.convs.{int(m[2]) - 1}.{m[3] or 'conv.'}",
+    ),
+    (r"^roi_heads\.mask_head\.(deconv|predictor)\.", r"mask_head.\1."),
+    (r"^roi_heads\.keypoint_head\.score_lowres\.", "keypoint_head.deconv."),
+    (
+        r"^head\.(cls|bbox)_subnet\.([0246])\.",  # an activation stands between two
+        lambda m: f"retina_head.{BRANCHES[m[1]]}_convs.{int(m[2]) // 2}.conv.",
+    ),
+    (r"^head\.cls_score\.", "retina_head.classifier."),
+    (r"^head\.bbox_pred\.", "retina_head.regressor."),
+]
 
 
 def _by_ratio(value: Tensor, detector: Detector) -> Tensor:

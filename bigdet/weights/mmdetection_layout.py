@@ -33,7 +33,9 @@ _LAST_REGRESSOR = [
     f"roi_head.bbox_head.{NUM_STAGES - 1}.fc_reg.{one}" for one in ("weight", "bias")
 ]
 _LAST_DEVIATIONS = (0.033, 0.033, 0.067, 0.067)  # of x, y, width, height; ours are 1/30 and 1/15
-_CONV_MODULE = r"(conv|bn|gn)\."
+_STAGE = r"(?:(\d)\.)?"  # of a cascade
+_MASK_HEAD = rf"^roi_head\.mask_head\.(?:{NUM_STAGES - 1}\.)?"  # of a cascade the last stage's
+_LAYER = r"(conv|bn|gn)\."
 
 
 def _layer(kind: str) -> str:
@@ -42,29 +44,22 @@ def _layer(kind: str) -> str:
 
 _HEADS: Rules = [
     (
-        rf"^neck\.lateral_convs\.(\d)\.{_CONV_MODULE}",
-        lambda m: f"fpn.laterals.{m[1]}.{_layer(m[2])}",
+        rf"^neck\.(lateral|fpn)_convs\.(\d)\.{_LAYER}",
+        lambda m: f"fpn.{_PYRAMID[m[1]]}.{m[2]}.{_layer(m[3])}",
     ),
-    (rf"^neck\.fpn_convs\.(\d)\.{_CONV_MODULE}", lambda m: f"fpn.outputs.{m[1]}.{_layer(m[2])}"),
     (r"^rpn_head\.rpn_conv\.(weight|bias)$", r"rpn.conv.conv.\1"),
     (r"^rpn_head\.rpn_cls\.", "rpn.objectness."),
     (r"^rpn_head\.rpn_reg\.", "rpn.deltas."),
     (
-        rf"^roi_head\.bbox_head\.(?:(\d)\.)?shared_convs\.(\d)\.{_CONV_MODULE}",
+        rf"^roi_head\.bbox_head\.{_STAGE}shared_convs\.(\d)\.{_LAYER}",
         lambda m: f"{box_head(m[1])}.convs.{m[2]}.{_layer(m[3])}",
     ),
-    (
-        r"^roi_head\.bbox_head\.(?:(\d)\.)?shared_fcs\.",
-        lambda m: f"{box_head(m[1])}.fcs.",
-    ),
-    (r"^roi_head\.bbox_head\.(?:(\d)\.)?fc_cls\.", lambda m: f"{box_head(m[1])}.classifier."),
-    (r"^roi_head\.bbox_head\.(?:(\d)\.)?fc_reg\.", lambda m: f"{box_head(m[1])}.regressor."),
-    (
-        rf"^roi_head\.mask_head\.(?:{NUM_STAGES - 1}\.)?convs\.(\d)\.{_CONV_MODULE}",
-        lambda m: f"mask_head.convs.{m[1]}.{_layer(m[2])}",
-    ),
-    (rf"^roi_head\.mask_head\.(?:{NUM_STAGES - 1}\.)?upsample\.", "mask_head.deconv."),
-    (rf"^roi_head\.mask_head\.(?:{NUM_STAGES - 1}\.)?conv_logits\.", "mask_head.predictor."),
+    (rf"^roi_head\.bbox_head\.{_STAGE}shared_fcs\.", lambda m: f"{box_head(m[1])}.fcs."),
+    (rf"^roi_head\.bbox_head\.{_STAGE}fc_cls\.", lambda m: f"{box_head(m[1])}.classifier."),
+    (rf"^roi_head\.bbox_head\.{_STAGE}fc_reg\.", lambda m: f"{box_head(m[1])}.regressor."),
+    (rf"{_MASK_HEAD}convs\.(\d)\.{_LAYER}", lambda m: f"mask_head.convs.{m[1]}.{_layer(m[2])}"),
+    (rf"{_MASK_HEAD}upsample\.", "mask_head.deconv."),
+    (rf"{_MASK_HEAD}conv_logits\.", "mask_head.predictor."),
     (
         r"^bbox_head\.(cls|reg)_convs\.(\d)\.conv\.",
         lambda m: f"retina_head.{BRANCHES[m[1]]}_convs.{m[2]}.conv.",
@@ -72,8 +67,11 @@ _HEADS: Rules = [
     (r"^bbox_head\.retina_cls\.", "retina_head.classifier."),
     (r"^bbox_head\.retina_reg\.", "retina_head.regressor."),
 ]
-_RETINANET_TOP: Rules = [(r"^fpn\.outputs\.3\.conv\.", "fpn.p6."),
-                           (r"^fpn\.outputs\.4\.conv\.", "fpn.p7.")]  # fmt: skip
+_PYRAMID = {"lateral": "laterals", "fpn": "outputs"}
+_RETINANET_TOP: Rules = [
+    (r"^fpn\.outputs\.3\.conv\.", "fpn.p6."),
+    (r"^fpn\.outputs\.4\.conv\.", "fpn.p7."),
+]
 
 
 def swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

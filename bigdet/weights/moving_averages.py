@@ -55,13 +55,13 @@ def choose_weights(content: Any, ema: bool | None, file: Path) -> dict[str, Tens
     Raises:
         ValueError: the file does not have those that are asked for.
     """
-    usual, averages = _find_sets(content)
-    if not usual.tensors and not averages:
+    plain, average = _find_sets(content)
+    if plain is None and average is None:
         return {}
-    plain, average = usual if usual.tensors else None, averages[0] if averages else None
+    usual = plain or average
     if plain and average and _is_of_mmengine(content):
         plain, average = average, plain  # the average is where others have the plain weights
-    chosen = (usual if usual.tensors else average) if ema is None else average if ema else plain
+    chosen = usual if ema is None else average if ema else plain
     if chosen is None:
         has, lacks = ("plain", "no moving average (EMA)") if ema else ("averaged (EMA)", "no plain")
         raise ValueError(
@@ -97,8 +97,8 @@ def _is_of_mmengine(content: Any) -> bool:
     return isinstance(meta, Mapping) and "mmengine_version" in meta and "ema_state_dict" in content
 
 
-def _find_sets(content: Any) -> tuple[Weights, list[Weights]]:
-    """Find the weights in the usual place, and all averages."""
+def _find_sets(content: Any) -> tuple[Weights | None, Weights | None]:
+    """Find the weights in the usual place, and the first average."""
     averages: list[Weights] = []
     keys: list[str] = []
     while isinstance(content, Mapping):
@@ -114,7 +114,8 @@ def _find_sets(content: Any) -> tuple[Weights, list[Weights]]:
     plain, averaged, prefix = _split(_named_tensors(content))
     if averaged:
         averages.append(Weights(".".join([*keys, f"{prefix}..."]), averaged))
-    return Weights(".".join(keys), plain), averages
+    usual = Weights(".".join(keys), plain) if plain else None
+    return usual, averages[0] if averages else None
 
 
 def _named_tensors(content: Any) -> dict[str, Tensor]:

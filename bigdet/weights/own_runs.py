@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bigdet.config.derived import has_cascade, phase_model
 from bigdet.config.load import flat_options, parse_config
+from bigdet.config.model_schema import ModelConfig
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.models.weights import (
@@ -18,7 +19,7 @@ from bigdet.models.weights import (
     read_metadata,
     read_safetensors,
 )
-from bigdet.weights.classes import to_own_classes
+from bigdet.weights.classes import carry_classes
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,8 @@ def load_run(
 ) -> tuple[list[LoadedPart], int | None]:
     """Load parts of a detector from one that bigdet trained, the rows of classes by their names.
 
-    Args:
-        detector: to fill.
-        path: of the run, checkpoint or file.
-        parts: to load.
-        classes: names in the order of the detector's labels.
+    The path is a run's, a checkpoint's or a file's; ``classes`` are in the order of the detector's
+    labels.
 
     Returns:
         A row per part, and how many classes kept their weights: None where both have the same
@@ -44,43 +42,40 @@ def load_run(
     kept = None
     theirs = [category["name"] for category in json.loads(metadata.get("categories", "[]"))]
     if theirs and theirs != list(classes):
-        tensors, kept = to_own_classes(detector.state_dict(), tensors, theirs, classes)
+        tensors, kept = carry_classes(detector.state_dict(), tensors, theirs, classes)
     try:
         return load_parts(detector, tensors, parts, str(path)), kept
     except ValueError as error:
         raise ValueError(f"{error}{_other_options(detector, metadata, path)}") from error
 
 
-def _other_options(detector: Detector, metadata: Mapping[str, str], path: Path) -> str:
-    """Say, in a sentence after a blank, which options of the model were others in training."""
-    if "config" not in metadata:
-        return ""
-    trained = parse_config(metadata["config"], str(path))
-    theirs = flat_options(phase_model(trained, metadata["phase"]))
-    own = flat_options(detector.config)
-    differing = [
-        f"model.{key}={value} (here {own.get(key)})"
-        for key, value in theirs.items()
-        if own.get(key) != value
-    ]
-    return f" They were trained with {', '.join(differing)}." if differing else ""
-
-
 def warn_of_sampling(detector: Detector, path: Path) -> None:
-    """Say so where a detector pools regions otherwise than its weights were trained to.
-
-    Args:
-        detector: with a box head out of the file.
-        path: of the run, checkpoint or file.
-    """
-    metadata = read_metadata(find_weights(path))
-    if "config" not in metadata:
-        return
-    theirs = parse_config(metadata["config"], str(path)).model.roi.sampling_ratio
+    """Say so where a detector pools regions otherwise than its weights were trained to."""
+    trained = _trained_model(read_metadata(find_weights(path)), path)
     own = detector.config.roi.sampling_ratio
-    if theirs != own:
+    if trained is not None and trained.roi.sampling_ratio != own:
+        theirs = trained.roi.sampling_ratio
         logger.warning(
             "%s was trained with model.roi.sampling_ratio: %s, and this run has %s. Write "
             "model.roi.sampling_ratio: %s to pool regions as its heads have learned them.",
             path, theirs, own, theirs,
         )  # fmt: skip
+
+
+def _other_options(detector: Detector, metadata: Mapping[str, str], path: Path) -> str:
+    """Say, in a sentence after a blank, which options of the model were others in training."""
+    if (trained := _trained_model(metadata, path)) is None:
+        return ""
+    own = flat_options(detector.config)
+    differing = [
+        f"model.{key}={value} (here {own.get(key)})"
+        for key, value in flat_options(trained).items()
+        if own.get(key) != value
+    ]
+    return f" They were trained with {', '.join(differing)}." if differing else ""
+
+
+def _trained_model(metadata: Mapping[str, str], path: Path) -> ModelConfig | None:
+    if "config" not in metadata:
+        return None
+    return phase_model(parse_config(metadata["config"], str(path)), metadata["phase"])

@@ -62,20 +62,19 @@ def warn_of_stride(detector: Detector, pixels: Pixels, source: str) -> None:
 def checked_pixels(tensors: Mapping[str, Tensor], pixels: Pixels | None, source: str) -> Pixels:
     """Give how images were given to the network, by what was said and by what the file says."""
     stated = _stated_pixels(tensors, source)
-    if pixels is None and stated is None:
+    chosen = pixels or stated
+    if chosen is None:
         raise ValueError(
             f"{source}: does not say how images were given to the network. Say it with --pixels: "
             f"bgr_255 (detectron2's R-50 and R-101, mmdetection's 'caffe' models: reversed, and "
             f"not divided by the deviation), bgr (detectron2's and mmdetection's X-101-32x8d, "
             f"X-152-32x8d: reversed), or rgb (mmdetection's others, detectron2's from torchvision)."
         )
-    if stated is not None and pixels not in (None, stated):
+    if stated not in (None, chosen):
         raise ValueError(
             f"{source}: --pixels is {pixels}, but its pixel_mean and pixel_std are those of "
             f"{stated}. Leave --pixels out."
         )
-    chosen = stated if pixels is None else pixels
-    assert chosen is not None
     return chosen
 
 

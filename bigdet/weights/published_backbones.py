@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigdet.config.phase_schema import Pixels
 from bigdet.models.detector import Detector
-from bigdet.models.weights import LoadedPart, load_parts
+from bigdet.models.heads.box import BoxHead
+from bigdet.models.weights import LoadedPart, load_parts, refuse_not_finite
 from bigdet.weights.backbone_names import rename
 from bigdet.weights.pixel_order import to_rgb, warn_of_stride
 from bigdet.weights.tensor_files import read_tensors
-from bigdet.weights.vgg_fc import load_fc_layers
+from bigdet.weights.torchvision_layout import channels_last
 
 PUBLISHED = {
     "resnet18": "resnet18.tv_in1k",
@@ -43,6 +45,8 @@ PUBLISHED = {
 }
 """timm's names of ImageNet weights, of the plain recipes that detection papers start from."""
 
+_FC_LAYERS = (("pre_logits.fc1", "pre_logits.fc2"), ("classifier.0", "classifier.3"))
+"""fc6 and fc7 as timm and torchvision call them."""
 _OWN = re.compile(r"(norm\d|pyramid)\.")
 """Layers that only detectors have; they start anew where a file has none."""
 
@@ -75,13 +79,8 @@ def load_timm_backbone(
 ) -> list[LoadedPart]:
     """Load published weights into the detector's backbone.
 
-    timm downloads them into the Hugging Face cache of this machine, once.
-
-    Args:
-        detector: a detector whose backbone is ``backbone``.
-        source: ``timm`` or ``timm:NAME``.
-        backbone: ``model.backbone`` of the config.
-        parts: with ``box_head`` VGG's fc6 and fc7 too.
+    timm downloads them into the Hugging Face cache of this machine, once. The source is ``timm`` or
+    ``timm:NAME``; with ``box_head`` among the parts VGG's fc6 and fc7 are loaded too.
     """
     name = timm_name(source, backbone)
     try:
@@ -124,7 +123,7 @@ def load_backbone_file(
             f"{path}: found no bigdet detector in it. Write start_from.parts: [backbone] to load "
             f"the backbone from it, the rest starting anew."
         )
-    state = read_tensors(path, ema)
+    state, _ = read_tensors(path, ema)
     if pixels is not None and pixels != "rgb":
         state = to_rgb(state, pixels, str(path))
         warn_of_stride(detector, pixels, str(path))
@@ -140,4 +139,37 @@ def _load(
         if _OWN.match(name.removeprefix("backbone.")) and name not in tensors:
             tensors[name] = own[name]
     rows = load_parts(detector, tensors, ["backbone"], source)
-    return [*rows, load_fc_layers(detector, state, source)] if "box_head" in parts else rows
+    return [*rows, _load_fc_layers(detector, state, source)] if "box_head" in parts else rows
+
+
+def _load_fc_layers(detector: Detector, state: Mapping[str, Tensor], source: str) -> LoadedPart:
+    """Copy fc6 and fc7 into the box head; its layers of classes and boxes stay as they are.
+
+    The state is a classifier's, by timm's or torchvision's names.
+    """
+    advice = "Or leave box_head out of start_from.parts."
+    names = next((pair for pair in _FC_LAYERS if f"{pair[0]}.weight" in state), None)
+    if names is None:
+        raise ValueError(f"{source}: found no fc6 and fc7 of VGG-16 in it. {advice}")
+    head = detector.box_head
+    layers: list[nn.Linear] = []
+    if isinstance(head, BoxHead) and not len(head.convs):
+        layers = [layer for layer in head.fcs if isinstance(layer, nn.Linear)]
+    weights = [state[f"{name}.weight"].flatten(1) for name in names]
+    shapes, own = ([tuple(each.shape) for each in found]
+                   for found in (weights, [layer.weight for layer in layers]))  # fmt: skip
+    if shapes != own:
+        raise ValueError(
+            f"{source}: fc6 and fc7 have weights of {shapes}, the box head of {own}. Set "
+            f"model.box_head: 2fc and model.fc_width: {len(weights[0])}. {advice}"
+        )
+    weights[0] = channels_last(weights[0])
+    biases = [state[f"{name}.bias"] for name in names]
+    refuse_not_finite({f"{name}.{kind}": state[f"{name}.{kind}"]
+                       for name in names for kind in ("weight", "bias")}, source)  # fmt: skip
+    with torch.no_grad():
+        for layer, weight, bias in zip(layers, weights, biases, strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+    count = sum(tensor.numel() for tensor in (*weights, *biases))
+    return LoadedPart("box_head", f"{source} (fc6, fc7)", 4, count)

@@ -68,11 +68,6 @@ def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
 
     They are from elsewhere, not from the phase before; timm's are downloaded here.
 
-    Args:
-        config: of the run.
-        name: of the phase.
-        classes: names of the training set's categories, in the order of the labels.
-
     Raises:
         ValueError: with the phase, and what does not fit.
     """
@@ -131,11 +126,8 @@ def start_table(
 ) -> list[str]:
     """Return the lines of a table: each part of a detector, where it came from, how large it is.
 
-    Args:
-        detector: with its weights in place.
-        rows: what was loaded; the other parts are random.
-        num_classes: K.
-        kept: classes that kept the weights of the source; None where it has the same ones.
+    The parts of which there is no row are random. ``kept`` is how many of the K classes kept the
+    weights of the source, None where it has the same ones.
     """
     sources = {row.part: row.source for row in rows}
     state, parameters = detector.state_dict(), dict(detector.named_parameters())

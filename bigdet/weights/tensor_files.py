@@ -24,30 +24,18 @@ from bigdet.models.weights import read_safetensors
 from bigdet.weights.moving_averages import NESTS, choose_weights
 
 
-def read_tensors(file: Path, ema: bool | None = None) -> dict[str, Tensor]:
+def read_tensors(file: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], list[str] | None]:
     """Read the named tensors of a file in any of the formats, onto the CPU.
 
     Args:
         file: to read.
         ema: which weights of a file that has plain ones and their moving average; None: the usual.
 
+    Returns:
+        The tensors, and the names of the classes where mmdetection wrote them.
+
     Raises:
         ValueError: the file is cut, of another format, holds code, or not what ``ema`` asks for.
-    """
-    return read_tensors_and_classes(file, ema)[0]
-
-
-def read_tensors_and_classes(
-    file: Path, ema: bool | None = None
-) -> tuple[dict[str, Tensor], list[str] | None]:
-    """Read the named tensors of a file, and the names of the classes where mmdetection wrote them.
-
-    Args:
-        file: to read.
-        ema: as for `read_tensors`.
-
-    Raises:
-        ValueError: as `read_tensors`.
     """
     if file.suffix not in _READERS:
         raise ValueError(
@@ -56,14 +44,13 @@ def read_tensors_and_classes(
     if not file.is_file():
         raise ValueError(f"{file}: found no such file. Give the file of the weights.")
     content: Any = _READERS[file.suffix](file)
-    classes = _class_names(content)
     tensors = choose_weights(content, ema, file)
     if not tensors:
         raise ValueError(
             f"{file}: found no named tensors in it, expected them at the top or under one of "
             f"{', '.join(NESTS)}."
         )
-    return tensors, classes
+    return tensors, _class_names(content)
 
 
 def _class_names(content: Any) -> list[str] | None:

@@ -72,18 +72,20 @@ FCS = {"2fc": ("roi_heads.box_head.fc6", "roi_heads.box_head.fc7"),
 PLACES = {"conv": "0", "norm": "1"}  # of the layers of a `conv_norm` in torchvision's sequence
 COUNTER = "num_batches_tracked"  # torch's batch normalization has one
 
+_STAGES: Rules = [
+    (r"^features\.([1357])\.", lambda m: f"layers.{int(m[1]) // 2}.blocks."),
+    (r"^features\.([246])\.", lambda m: f"layers.{int(m[1]) // 2}.downsample."),
+]
 _SWIN: Rules = [
     (r"^features\.0\.0\.", "patch_embed.proj."),
     (r"^features\.0\.2\.", "patch_embed.norm."),
-    (r"^features\.([1357])\.", lambda m: f"layers.{int(m[1]) // 2}.blocks."),
-    (r"^features\.([246])\.", lambda m: f"layers.{int(m[1]) // 2}.downsample."),
+    *_STAGES,
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
 ]
 CONVNEXT: Rules = [
     (r"^features\.0\.", "stem."),
-    (r"^features\.([1357])\.", lambda m: f"layers.{int(m[1]) // 2}.blocks."),
-    (r"^features\.([246])\.", lambda m: f"layers.{int(m[1]) // 2}.downsample."),
+    *_STAGES,
     (r"\.block\.0\.", ".conv_dw."),
     (r"\.block\.2\.", ".norm."),
     (r"\.block\.3\.", ".mlp.fc1."),
@@ -153,9 +155,7 @@ def twins(detector: Detector) -> list[Twin]:
 def to_torchvision(detector: Detector, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give tensors of a detector by torchvision's names; what it has beside them is 0.
 
-    Args:
-        detector: says which tensors there are and how they are laid out.
-        tensors: by our names, weights or gradients; others than the detector's are an error.
+    The tensors are weights or gradients by our names; others than the detector's are an error.
     """
     found = {twin.theirs: twin.there(tensors[twin.ours]) for twin in twins(detector)
              if twin.ours in tensors}  # fmt: skip
@@ -173,10 +173,7 @@ def from_torchvision(
 ) -> dict[str, Tensor]:
     """Give the weights of torchvision's detector by our names.
 
-    Args:
-        detector: of the same settings.
-        tensors: torchvision's ``state_dict``.
-        source: where they come from, for messages.
+    The tensors are the ``state_dict`` of torchvision's detector of the same settings.
 
     Raises:
         ValueError: a tensor is missing, or of no use, of another shape or not finite.

@@ -104,7 +104,7 @@ def test_a_cut_file_is_one_clear_error(tmp_path):
     save(path, make_detector())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        read_safetensors(path)[0]
+        read_safetensors(path)
 
 
 def test_weights_without_our_metadata_are_one_clear_error(tmp_path):
