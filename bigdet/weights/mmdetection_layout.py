@@ -36,28 +36,24 @@ _LAST_DEVIATIONS = (0.033, 0.033, 0.067, 0.067)  # of x, y, width, height; ours 
 _STAGE = r"(?:(\d)\.)?"  # of a cascade
 _MASK_HEAD = rf"^roi_head\.mask_head\.(?:{NUM_STAGES - 1}\.)?"  # of a cascade the last stage's
 _LAYER = r"(conv|bn|gn)\."
-
-
-def _layer(kind: str) -> str:
-    return "conv." if kind == "conv" else "norm."
-
-
+_LAYERS = {"conv": "conv", "bn": "norm", "gn": "norm"}
+_PYRAMID = {"lateral": "laterals", "fpn": "outputs"}
 _HEADS: Rules = [
     (
         rf"^neck\.(lateral|fpn)_convs\.(\d)\.{_LAYER}",
-        lambda m: f"fpn.{_PYRAMID[m[1]]}.{m[2]}.{_layer(m[3])}",
+        lambda m: f"fpn.{_PYRAMID[m[1]]}.{m[2]}.{_LAYERS[m[3]]}.",
     ),
     (r"^rpn_head\.rpn_conv\.(weight|bias)$", r"rpn.conv.conv.\1"),
     (r"^rpn_head\.rpn_cls\.", "rpn.objectness."),
     (r"^rpn_head\.rpn_reg\.", "rpn.deltas."),
     (
         rf"^roi_head\.bbox_head\.{_STAGE}shared_convs\.(\d)\.{_LAYER}",
-        lambda m: f"{box_head(m[1])}.convs.{m[2]}.{_layer(m[3])}",
+        lambda m: f"{box_head(m[1])}.convs.{m[2]}.{_LAYERS[m[3]]}.",
     ),
     (rf"^roi_head\.bbox_head\.{_STAGE}shared_fcs\.", lambda m: f"{box_head(m[1])}.fcs."),
     (rf"^roi_head\.bbox_head\.{_STAGE}fc_cls\.", lambda m: f"{box_head(m[1])}.classifier."),
     (rf"^roi_head\.bbox_head\.{_STAGE}fc_reg\.", lambda m: f"{box_head(m[1])}.regressor."),
-    (rf"{_MASK_HEAD}convs\.(\d)\.{_LAYER}", lambda m: f"mask_head.convs.{m[1]}.{_layer(m[2])}"),
+    (rf"{_MASK_HEAD}convs\.(\d)\.{_LAYER}", lambda m: f"mask_head.convs.{m[1]}.{_LAYERS[m[2]]}."),
     (rf"{_MASK_HEAD}upsample\.", "mask_head.deconv."),
     (rf"{_MASK_HEAD}conv_logits\.", "mask_head.predictor."),
     (
@@ -67,7 +63,6 @@ _HEADS: Rules = [
     (r"^bbox_head\.retina_cls\.", "retina_head.classifier."),
     (r"^bbox_head\.retina_reg\.", "retina_head.regressor."),
 ]
-_PYRAMID = {"lateral": "laterals", "fpn": "outputs"}
 _RETINANET_TOP: Rules = [
     (r"^fpn\.outputs\.3\.conv\.", "fpn.p6."),
     (r"^fpn\.outputs\.4\.conv\.", "fpn.p7."),
