@@ -1,8 +1,8 @@
 """torchvision's own detector with the weights and settings of one of ours.
 
-The benchmark of inference measures against it, the tests compare numbers with it, and users of
-``bigdet convert-weights to-torchvision`` get from it a model with the same detections, which
-torchvision's own builders cannot make: that is why it is in the package and not in the tests.
+It is in the package, and not in the tests, which compare numbers with it, for ``bigdet benchmark
+predict``, which measures speed against it; ``bigdet convert-weights to-torchvision`` writes weights
+that fit it too, and with them it detects what ours does.
 
 Where torchvision has no option for what bigdet does (regions pooled with the half-pixel shift,
 anchors that are not rounded), the twin has a small module of its own.

@@ -19,7 +19,6 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from bigdet.config.earlier import fill_in_former
-from bigdet.config.model_schema import ModelConfig
 from bigdet.config.schema import RunConfig
 from bigdet.config.shipped import find_config, nearest_shipped
 
@@ -112,8 +111,8 @@ def dump_config(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def flat_options(config: RunConfig | ModelConfig) -> dict[str, Any]:
-    """Return every option by its full key, for comparing two configs."""
+def flat_options(config: Any) -> dict[str, Any]:
+    """Return every option of a config, or of a section, by its key in it, to compare two."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     return dict(_leaf_items(container))
 
