@@ -1,8 +1,7 @@
 """torchvision's own detector with the weights and settings of one of ours.
 
-It is in the package, and not in the tests, which compare numbers with it, for ``bigdet benchmark
-predict``, which measures speed against it; ``bigdet convert-weights to-torchvision`` writes weights
-that fit it too, and with them it detects what ours does.
+``bigdet benchmark predict`` measures its speed beside ours, so it is in the package; the tests
+compare numbers with it. It takes the weights that ``bigdet convert-weights to-torchvision`` writes.
 
 Where torchvision has no option for what bigdet does (regions pooled with the half-pixel shift,
 anchors that are not rounded), the twin has a small module of its own.
