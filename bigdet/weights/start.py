@@ -56,11 +56,12 @@ def load_start(
         logger.info("phase %s: %s", name, line)
     start = config.phases[name].start_from
     if start.source not in (None, "random", "previous"):
-        stated = "not stated (start_from.cost)"
-        if start.cost is not None:
-            costs = stated_cost(start.cost).items()
-            stated = ", ".join(f"{number:,} {key}" for key, number in costs)
-        logger.info("phase %s: cost of the weights from elsewhere: %s", name, stated)
+        costs = stated_cost(start.cost) if start.cost is not None else {}
+        stated = ", ".join(f"{number:,} {key}" for key, number in costs.items())
+        logger.info(
+            "phase %s: cost of the weights from elsewhere: %s",
+            name, stated or "not stated (start_from.cost)",
+        )  # fmt: skip
 
 
 def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
@@ -94,11 +95,10 @@ def _read(
         return [], None
     if is_timm(source):
         return load_timm_backbone(detector, source, config.model.backbone, parts), 0
+    path = Path(source)
     if source == "previous":
         before = phase_before(config, name)
         path = run_dir.checkpoint(before, num_steps(config.phases[before]))
-    else:
-        path = Path(source)
     start = config.phases[name].start_from
     if is_published_file(path):
         return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0
@@ -114,10 +114,8 @@ def _read(
 
 def is_published_file(path: Path) -> bool:
     """Tell whether a path is a file of weights that bigdet did not write."""
-    if not path.is_file():
-        return False
-    if path.suffix != ".safetensors":
-        return True
+    if not path.is_file() or path.suffix != ".safetensors":
+        return path.is_file()
     return read_metadata(path).get("format") != FORMAT
 
 
