@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigdet.benchmarks.torchvision_twin import torchvision_twin
 from bigdet.config.derived import eval_resize, phase_model, plan_of
 from bigdet.config.load import check_phase
 from bigdet.config.schema import RunConfig
@@ -26,9 +27,8 @@ from bigdet.engine.precision import autocast
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images
 from bigdet.models.norms import batch_norms, set_norm_mode
-from bigdet.models.torchvision_layout import twins
-from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.ops.masks import paste_mask
+from bigdet.weights.torchvision_layout import twins
 
 NUM_CLASSES = 80
 LOGIT_SPREAD = {"box_head": 0.7, "retina_head": 0.45}

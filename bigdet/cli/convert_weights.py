@@ -30,21 +30,21 @@ from bigdet.data.making.sources.categories import load_categories
 from bigdet.host.files import check_file
 from bigdet.logs.log import setup_logging
 from bigdet.models.build import build_detector
-from bigdet.models.classes import carry_classes
 from bigdet.models.detector import Detector
-from bigdet.models.framework_layouts import (
-    THEIR_SAMPLING_RATIO,
-    from_framework,
-    parts_to_load,
-    with_sampling,
-)
-from bigdet.models.torchvision_layout import from_torchvision, to_torchvision
-from bigdet.models.weight_files import read_tensors_and_classes
 from bigdet.models.weights import (
     load_detector,
     load_parts,
     save_detector_weights,
     weights_metadata,
+)
+from bigdet.weights.classes import carry_classes
+from bigdet.weights.tensor_files import read_tensors
+from bigdet.weights.torchvision_layout import from_torchvision, to_torchvision
+from bigdet.weights.whole_detectors import (
+    THEIR_SAMPLING_RATIO,
+    from_framework,
+    parts_to_load,
+    with_sampling,
 )
 
 
@@ -75,7 +75,7 @@ def restore(options: argparse.Namespace) -> int:
     categories = load_categories(options.categories)
     detector = build_detector(phase_model(config, phase), len(categories))
     if options.source == "torchvision":
-        state = read_tensors_and_classes(options.weights, options.ema)[0]
+        state = read_tensors(options.weights, options.ema)[0]
         detector.load_state_dict(from_torchvision(detector, state, str(options.weights)))
     else:
         parts = load_framework(detector, options, categories)
@@ -100,7 +100,7 @@ def load_framework(
         The parts of the detector that they have.
     """
     source = str(options.weights)
-    tensors, names = read_tensors_and_classes(options.weights, options.ema)
+    tensors, names = read_tensors(options.weights, options.ema)
     if names is None and options.source == "detectron2":
         names = [category.name for category in sorted(categories, key=lambda one: one.id)]
     tensors = from_framework(detector, tensors, options.source, options.pixels, source)
@@ -112,8 +112,7 @@ def load_framework(
                 f"{len(own)} of {options.categories} ({', '.join(own[:3])}, ...). Give the "
                 f"categories that it was trained on."
             )
-        places = [names.index(name) for name in own]
-        tensors = carry_classes(detector.state_dict(), tensors, len(names), places)
+        tensors, _ = carry_classes(detector.state_dict(), tensors, names, own)
     advice = " (model.box_head=2fc or 4conv1fc, model.backbone, ...), and --categories its classes"
     parts = parts_to_load(detector, tensors)
     load_parts(detector, tensors, parts, source, advice=advice)

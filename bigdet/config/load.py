@@ -115,8 +115,8 @@ def dump_config(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def flat_options(config: RunConfig) -> dict[str, Any]:
-    """Return every option by its full key, for comparing two configs."""
+def flat_options(config: Any) -> dict[str, Any]:
+    """Return every option of a config, or of a section, by its key in it, to compare two."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     return dict(_leaf_items(container))
 

@@ -8,13 +8,14 @@ the first word of a name is its part (``backbone``, ``fpn``, ``rpn``, ``box_head
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ from bigdet.config.schema import RunConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import set_norm_mode
-from bigdet.models.weight_files import read_safetensors
 from bigdet.ops.finite import describe_not_finite
 from bigdet.run_dir import RunDir
 
@@ -116,6 +116,30 @@ def load_detector(path: str | Path) -> Detector:
     return detector.eval()
 
 
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a safetensors file onto the CPU, and its metadata."""
+    with _opened(file) as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, opened.metadata() or {}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file alone."""
+    with _opened(file) as opened:
+        return opened.metadata() or {}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
+        ) from error
+
+
 def find_weights(path: Path) -> Path:
     """Return the weights file that a path stands for: the file, or that of a checkpoint or run."""
     if path.is_file():
@@ -138,26 +162,8 @@ def find_weights(path: Path) -> Path:
     )
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a weights file, a checkpoint or a run, onto the CPU."""
-    return read_weights(path)[0]
-
-
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
-    """Read the tensors of a weights file, and the names of its classes where it has them."""
-    tensors, metadata = read_safetensors(find_weights(Path(path)))
-    if "categories" not in metadata:
-        return tensors, None
-    return tensors, [category["name"] for category in json.loads(metadata["categories"])]
-
-
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise ``ValueError`` if weights or running statistics hold NaN or infinities.
-
-    Args:
-        tensors: by name.
-        source: where they come from.
-    """
+    """Raise ``ValueError`` if weights or running statistics hold NaN or infinities."""
     if found := describe_not_finite(tensors):
         raise ValueError(
             f"{source}: {found}. Such weights detect nothing and cannot be trained: the run that "
@@ -169,6 +175,18 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 def part_of(name: str) -> str:
     """Return the part of the detector that a tensor belongs to, the first word of its name."""
     return name.split(".", 1)[0]
+
+
+def describe_misfits(names: Mapping[str, Sequence[str]]) -> str:
+    """List names by what is wrong with them, the first three of each kind; nothing where none is.
+
+    Such as ``2 missing (fpn.bias; rpn.bias), 1 unexpected (head.weight)``.
+    """
+    return ", ".join(
+        f"{len(found)} {kind} ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''})"
+        for kind, found in names.items()
+        if found
+    )
 
 
 def load_parts(
@@ -207,19 +225,17 @@ def load_parts(
         if tensors[name].shape != own[name].shape
     ]
     nowhere = [part for part in parts if not any(part_of(name) == part for name in wanted)]
-    misfits = [
-        f"{len(names)} {kind} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})"
-        for kind, names in (
-            ("missing", sorted(wanted - offered)),
-            ("unexpected", sorted(offered - wanted)),
-            ("of another shape", misshaped),
-            ("no part of the model", nowhere),
-        )
-        if names
-    ]
+    misfits = describe_misfits(
+        {
+            "missing": sorted(wanted - offered),
+            "unexpected": sorted(offered - wanted),
+            "of another shape": misshaped,
+            "no part of the model": nowhere,
+        }
+    )
     if misfits:
         raise ValueError(
-            f"{source}: does not fit the model in {', '.join(parts)}: {', '.join(misfits)}. Make "
+            f"{source}: does not fit the model in {', '.join(parts)}: {misfits}. Make "
             f"model.* that of the weights{advice}."
         )
     values = {name: tensors[name].to(own[name].dtype) for name in own if name in wanted}

@@ -46,10 +46,10 @@ from bigdet.training.forks import (
     is_same_request,
     own_checkpoint,
 )
-from bigdet.training.phases import check_start
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.showing import note_start, open_boards
 from bigdet.training.state import RunState
+from bigdet.weights.start import check_start
 
 logger = logging.getLogger(__name__)
 

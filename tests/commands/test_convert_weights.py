@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bigdet.benchmarks.torchvision_twin import torchvision_twin
 from bigdet.cli import convert_weights
 from bigdet.models.backbones import build_backbone
-from bigdet.models.torchvision_layout import to_torchvision
-from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.models.weights import load_detector, save_detector_weights
+from bigdet.weights.torchvision_layout import to_torchvision
 from tests.commands.tiny_detector import ROOT, save_detector
-from tests.unit.models import published_layouts as published
+from tests.unit.weights import published_layouts as published
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 

@@ -12,7 +12,7 @@ LEVELS = {
     "ops": 1, "logs": 1,
     "config": 2, "pictures": 2,
     "data": 3, "models": 3, "engine": 3,
-    "evaluation": 4,
+    "evaluation": 4, "weights": 4,
     "training": 5, "reporting": 5, "export": 5,
     "doctor": 6, "planning": 6, "benchmarks": 6,
     "cli": 7,

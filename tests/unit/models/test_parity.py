@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import roi_heads
 from torchvision.ops import roi_align
 
+from bigdet.benchmarks.torchvision_twin import torchvision_twin
 from bigdet.config.model_schema import (
     KeypointConfig,
     ModelConfig,
@@ -24,9 +25,8 @@ from bigdet.config.model_schema import (
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION
 from bigdet.models.detector import Detector
-from bigdet.models.torchvision_layout import to_torchvision
-from bigdet.models.torchvision_model import torchvision_twin
 from bigdet.structures import Batch
+from bigdet.weights.torchvision_layout import to_torchvision
 from tests.unit.models.scenes import make_scene
 
 NUM_CLASSES = 3

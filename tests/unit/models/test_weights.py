@@ -9,7 +9,7 @@ from bigdet.models.weights import (
     find_weights,
     load_detector,
     load_parts,
-    read_tensors,
+    read_safetensors,
     save_detector_weights,
     weights_metadata,
 )
@@ -104,7 +104,7 @@ def test_a_cut_file_is_one_clear_error(tmp_path):
     save(path, make_detector())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        read_tensors(path)
+        read_safetensors(path)
 
 
 def test_weights_without_our_metadata_are_one_clear_error(tmp_path):
@@ -174,10 +174,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, name, value):
     other = make_detector(seed=1)
     before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
     with pytest.raises(ValueError, match="not finite"):
-        load_parts(other, read_tensors(path), PARTS, "a file")
+        load_parts(other, read_safetensors(path)[0], PARTS, "a file")
     for key, tensor in other.state_dict().items():
         assert torch.equal(tensor, before[key]), key
-    load_parts(other, read_tensors(path), ["fpn", "rpn"], "a file")  # which are finite
+    load_parts(other, read_safetensors(path)[0], ["fpn", "rpn"], "a file")  # which are finite
 
 
 def test_numbers_too_large_for_the_model_are_refused():

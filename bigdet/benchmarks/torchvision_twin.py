@@ -1,8 +1,10 @@
 """torchvision's own detector with the weights and settings of one of ours.
 
-It is the oracle of the tests, the rival of the benchmarks, and shows that converted weights say the
-same. Where torchvision has no option for what bigdet does (regions pooled with the half-pixel
-shift, anchors that are not rounded), the twin has a small module of its own.
+``bigdet benchmark predict`` measures its speed beside ours, so it is in the package; the tests
+compare numbers with it. It takes the weights that ``bigdet convert-weights to-torchvision`` writes.
+
+Where torchvision has no option for what bigdet does (regions pooled with the half-pixel shift,
+anchors that are not rounded), the twin has a small module of its own.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from bigdet.models.heads.box import BoxHead
 from bigdet.models.norms import make_norm
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet as OwnRetinaNet
-from bigdet.models.torchvision_layout import to_torchvision, twins
 from bigdet.ops.pooling import pyramid_levels
+from bigdet.weights.torchvision_layout import to_torchvision, twins
 
 
 def torchvision_twin(detector: Detector) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigdet.config.check import check_config
 from bigdet.config.load import ConfigError, load_config
-from bigdet.models.weight_files import read_tensors
+from bigdet.weights.tensor_files import read_tensors
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 NAMES = ("conv1.weight", "layer1.0.bn1.running_mean")
@@ -62,12 +62,12 @@ def test_the_plain_weights_are_taken_unless_the_average_is_asked_for(
     file = tmp_path / "weights.pth"
     torch.save(FILES[name], file)
     with caplog.at_level(logging.INFO, "bigdet"):
-        assert values(read_tensors(file)) == dict.fromkeys(NAMES, 1.0)
+        assert values(read_tensors(file)[0]) == dict.fromkeys(NAMES, 1.0)
         assert "moving average" in caplog.messages[-1]
         assert "taken are the plain ones" in caplog.messages[-1]
-        assert values(read_tensors(file, ema=True)) == dict.fromkeys(NAMES, 2.0)
+        assert values(read_tensors(file, ema=True)[0]) == dict.fromkeys(NAMES, 2.0)
         assert "taken are the moving average" in caplog.messages[-1]
-        assert values(read_tensors(file, ema=False)) == dict.fromkeys(NAMES, 1.0)
+        assert values(read_tensors(file, ema=False)[0]) == dict.fromkeys(NAMES, 1.0)
 
 
 def test_mmengine_has_the_average_in_the_usual_place(tmp_path: Path) -> None:
@@ -80,16 +80,16 @@ def test_mmengine_has_the_average_in_the_usual_place(tmp_path: Path) -> None:
     }
     file = tmp_path / "weights.pth"
     torch.save(content, file)
-    assert values(read_tensors(file)) == dict.fromkeys(NAMES, 2.0)
-    assert values(read_tensors(file, ema=True)) == dict.fromkeys(NAMES, 2.0)
-    assert values(read_tensors(file, ema=False)) == dict.fromkeys(NAMES, 1.0)
+    assert values(read_tensors(file)[0]) == dict.fromkeys(NAMES, 2.0)
+    assert values(read_tensors(file, ema=True)[0]) == dict.fromkeys(NAMES, 2.0)
+    assert values(read_tensors(file, ema=False)[0]) == dict.fromkeys(NAMES, 1.0)
 
 
 def test_safetensors_with_both(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({**PLAIN, **weights(2.0, "ema_model.")}, file)
-    assert values(read_tensors(file)) == dict.fromkeys(NAMES, 1.0)
-    assert values(read_tensors(file, ema=True)) == dict.fromkeys(NAMES, 2.0)
+    assert values(read_tensors(file)[0]) == dict.fromkeys(NAMES, 1.0)
+    assert values(read_tensors(file, ema=True)[0]) == dict.fromkeys(NAMES, 2.0)
 
 
 def test_an_average_of_parameters_alone_has_the_statistics_of_the_plain_weights(
@@ -97,15 +97,15 @@ def test_an_average_of_parameters_alone_has_the_statistics_of_the_plain_weights(
 ) -> None:
     file = tmp_path / "weights.pth"
     torch.save({"model": PLAIN, "ema": {"shadow": {NAMES[0]: torch.full((2,), 2.0)}}}, file)
-    assert values(read_tensors(file, ema=True)) == {NAMES[0]: 2.0, NAMES[1]: 1.0}
+    assert values(read_tensors(file, ema=True)[0]) == {NAMES[0]: 2.0, NAMES[1]: 1.0}
 
 
 def test_a_file_with_one_set_has_no_choice(tmp_path: Path) -> None:
     plain, average = tmp_path / "plain.pth", tmp_path / "average.pth"
     torch.save({"state_dict": PLAIN, "ema": {"decay": 0.99}, "model_ema": None}, plain)
     torch.save({"model": None, "ema": weights(2.0)}, average)
-    assert values(read_tensors(plain)) == dict.fromkeys(NAMES, 1.0)
-    assert values(read_tensors(average)) == dict.fromkeys(NAMES, 2.0)
+    assert values(read_tensors(plain)[0]) == dict.fromkeys(NAMES, 1.0)
+    assert values(read_tensors(average)[0]) == dict.fromkeys(NAMES, 2.0)
     with pytest.raises(ValueError, match=r"plain\.pth: found no moving average \(EMA\)"):
         read_tensors(plain, ema=True)
     with pytest.raises(ValueError, match=r"average\.pth: found no plain weights"):

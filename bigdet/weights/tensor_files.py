@@ -3,7 +3,7 @@
 safetensors; torch's files, with ``weights_only``, or where those of mmdetection hold notes of
 training beside the weights, with these notes left out; pickles of Detectron and detectron2, in
 which nothing but arrays, text and plain containers is admitted. What the names mean is left to
-``models/importing.py`` and ``models/framework_layouts.py``.
+``backbone_names.py`` and ``whole_detectors.py``.
 """
 
 from __future__ import annotations
@@ -18,61 +18,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bigdet.models.weight_averages import NESTS, choose_weights
+from bigdet.models.weights import read_safetensors
+from bigdet.weights.moving_averages import NESTS, choose_weights
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a safetensors file onto the CPU, and its metadata."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except SafetensorError as error:
-        raise _not_safetensors(file, error) from error
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file alone."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except SafetensorError as error:
-        raise _not_safetensors(file, error) from error
-
-
-def _not_safetensors(file: Path, error: SafetensorError) -> ValueError:
-    return ValueError(
-        f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
-    )
-
-
-def read_tensors(file: Path, ema: bool | None = None) -> dict[str, Tensor]:
+def read_tensors(file: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], list[str] | None]:
     """Read the named tensors of a file in any of the formats, onto the CPU.
 
     Args:
         file: to read.
         ema: which weights of a file that has plain ones and their moving average; None: the usual.
 
+    Returns:
+        The tensors, and the names of the classes where mmdetection wrote them.
+
     Raises:
         ValueError: the file is cut, of another format, holds code, or not what ``ema`` asks for.
-    """
-    return read_tensors_and_classes(file, ema)[0]
-
-
-def read_tensors_and_classes(
-    file: Path, ema: bool | None = None
-) -> tuple[dict[str, Tensor], list[str] | None]:
-    """Read the named tensors of a file, and the names of the classes where mmdetection wrote them.
-
-    Args:
-        file: to read.
-        ema: as for `read_tensors`.
-
-    Raises:
-        ValueError: as `read_tensors`.
     """
     if file.suffix not in _READERS:
         raise ValueError(
@@ -81,20 +44,13 @@ def read_tensors_and_classes(
     if not file.is_file():
         raise ValueError(f"{file}: found no such file. Give the file of the weights.")
     content: Any = _READERS[file.suffix](file)
-    classes = _class_names(content)
-    tensors = choose_weights(content, ema, file, _as_tensor)
+    tensors = choose_weights(content, ema, file)
     if not tensors:
         raise ValueError(
             f"{file}: found no named tensors in it, expected them at the top or under one of "
             f"{', '.join(NESTS)}."
         )
-    return tensors, classes
-
-
-def _as_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, _Array):
-        return torch.from_numpy(value.values)
-    return value if isinstance(value, Tensor) else None
+    return tensors, _class_names(content)
 
 
 def _class_names(content: Any) -> list[str] | None:
@@ -194,10 +150,18 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 }
 
 
+def _with_tensors(content: Any) -> Any:
+    """Put tensors in the places of arrays, in dicts of dicts."""
+    if isinstance(content, Mapping):
+        return {key: _with_tensors(value) for key, value in content.items()}
+    return torch.from_numpy(content.values) if isinstance(content, _Array) else content
+
+
 def _read_pickle(file: Path) -> Any:
     try:
         with file.open("rb") as opened:
-            return _ArraysOnly(opened, encoding="latin1").load()  # Detectron wrote under Python 2
+            content = _ArraysOnly(opened, encoding="latin1").load()  # Detectron's are Python 2's
+            return _with_tensors(content)
     except PermissionError:
         raise
     except Exception as error:  # a damaged pickle can raise anything

@@ -4,7 +4,7 @@ torchvision's detectors are those of ``torchvision.models.detection`` over one o
 pyramid, or over VGG's convolutions. Beside the names three things differ: torchvision has the
 background first where bigdet has it last, it has box deltas and masks of a background where bigdet
 has none (zeros go there, and nothing reads them), and its first fully connected layer reads a
-region channel by channel.
+region channel by channel. Of its other backbones (Swin, ConvNeXt, ViT) there are the names alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from bigdet.config.derived import has_cascade, has_keypoints, is_class_agnostic,
 from bigdet.models.build import head_norm
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE
-from bigdet.models.weights import refuse_not_finite
+from bigdet.models.weights import describe_misfits, refuse_not_finite
+from bigdet.weights.renaming import Rules, renamed_all
 
 Change = Callable[[Tensor], Tensor]
 
@@ -71,6 +72,50 @@ FCS = {"2fc": ("roi_heads.box_head.fc6", "roi_heads.box_head.fc7"),
 PLACES = {"conv": "0", "norm": "1"}  # of the layers of a `conv_norm` in torchvision's sequence
 COUNTER = "num_batches_tracked"  # torch's batch normalization has one
 
+_STAGES: Rules = [
+    (r"^features\.([1357])\.", lambda m: f"layers.{int(m[1]) // 2}.blocks."),
+    (r"^features\.([246])\.", lambda m: f"layers.{int(m[1]) // 2}.downsample."),
+]
+_SWIN: Rules = [
+    (r"^features\.0\.0\.", "patch_embed.proj."),
+    (r"^features\.0\.2\.", "patch_embed.norm."),
+    *_STAGES,
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+]
+CONVNEXT: Rules = [
+    (r"^features\.0\.", "stem."),
+    *_STAGES,
+    (r"\.block\.0\.", ".conv_dw."),
+    (r"\.block\.2\.", ".norm."),
+    (r"\.block\.3\.", ".mlp.fc1."),
+    (r"\.block\.5\.", ".mlp.fc2."),
+    (r"\.layer_scale$", ".gamma"),
+]
+VIT: Rules = [
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "patch_embed.pos_embed"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(linear_1|0)\.", ".mlp.fc1."),
+    (r"\.mlp\.(linear_2|3)\.", ".mlp.fc2."),
+]
+
+
+def swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name a Swin or SwinV2 of torchvision as timm does."""
+    named = renamed_all(state, _SWIN)
+    for name in [name for name in named if name.endswith("attn.qkv.bias")]:
+        if name.replace("qkv.bias", "logit_scale") in named:  # SwinV2: keys have no bias
+            query, _, value = named.pop(name).chunk(3)
+            named[name.replace("qkv.bias", "q_bias")] = query
+            named[name.replace("qkv.bias", "v_bias")] = value
+    return named
+
 
 def twins(detector: Detector) -> list[Twin]:
     """Give the place in torchvision's detector of every parameter and buffer of ours.
@@ -110,9 +155,7 @@ def twins(detector: Detector) -> list[Twin]:
 def to_torchvision(detector: Detector, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give tensors of a detector by torchvision's names; what it has beside them is 0.
 
-    Args:
-        detector: says which tensors there are and how they are laid out.
-        tensors: by our names, weights or gradients; others than the detector's are an error.
+    The tensors are weights or gradients by our names; others than the detector's are an error.
     """
     found = {twin.theirs: twin.there(tensors[twin.ours]) for twin in twins(detector)
              if twin.ours in tensors}  # fmt: skip
@@ -130,10 +173,7 @@ def from_torchvision(
 ) -> dict[str, Tensor]:
     """Give the weights of torchvision's detector by our names.
 
-    Args:
-        detector: of the same settings.
-        tensors: torchvision's ``state_dict``.
-        source: where they come from, for messages.
+    The tensors are the ``state_dict`` of torchvision's detector of the same settings.
 
     Raises:
         ValueError: a tensor is missing, or of no use, of another shape or not finite.
@@ -142,26 +182,23 @@ def from_torchvision(
     own = detector.state_dict()
     theirs = {twin.theirs for twin in pairs}
     offered = {name for name in tensors if not name.endswith(COUNTER)}
-    problems = {
-        "missing": sorted(theirs - offered),
-        "unexpected": sorted(offered - theirs),
-        "of another shape": [
-            f"{twin.theirs}: {tuple(tensors[twin.theirs].shape)} for "
-            f"{tuple(twin.there(own[twin.ours]).shape)}"
-            for twin in pairs
-            if twin.theirs in offered
-            and tensors[twin.theirs].shape != twin.there(own[twin.ours]).shape
-        ],
-    }
-    listed = [
-        f"{len(names)} {kind} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})"
-        for kind, names in problems.items()
-        if names
-    ]
-    if listed:
+    misfits = describe_misfits(
+        {
+            "missing": sorted(theirs - offered),
+            "unexpected": sorted(offered - theirs),
+            "of another shape": [
+                f"{twin.theirs}: {tuple(tensors[twin.theirs].shape)} for "
+                f"{tuple(twin.there(own[twin.ours]).shape)}"
+                for twin in pairs
+                if twin.theirs in offered
+                and tensors[twin.theirs].shape != twin.there(own[twin.ours]).shape
+            ],
+        }
+    )
+    if misfits:
         raise ValueError(
             f"{source}: does not fit the {detector.config.detector} of the config: "
-            f"{', '.join(listed)}. Make model.* and the categories those of the weights."
+            f"{misfits}. Make model.* and the categories those of the weights."
         )
     refuse_not_finite({twin.theirs: tensors[twin.theirs] for twin in pairs}, source)
     return {twin.ours: twin.back(tensors[twin.theirs]) for twin in pairs}

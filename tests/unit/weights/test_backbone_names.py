@@ -10,19 +10,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import _utils as torchvision_utils
 
-from bigdet.config.families import PUBLISHED
 from bigdet.config.model_schema import ModelConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.build import build_detector
-from bigdet.models.importing import (
-    is_published_file,
+from bigdet.models.weights import load_parts
+from bigdet.weights.backbone_names import rename
+from bigdet.weights.pixel_order import warn_of_stride
+from bigdet.weights.published_backbones import (
+    PUBLISHED,
     load_backbone_file,
     load_timm_backbone,
-    rename,
     timm_name,
-    warn_of_stride,
 )
-from bigdet.models.weights import load_parts
+from bigdet.weights.start import is_published_file
 
 DEVIATION = torch.tensor([58.395, 57.12, 57.375])  # RGB
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bigdet.models.weight_files import read_tensors, read_tensors_and_classes
+from bigdet.weights.tensor_files import read_tensors
 
 ARRAYS = {
     "plain": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -32,7 +32,7 @@ def test_a_pickle_of_arrays_gives_their_values(tmp_path, protocol, nest):
     content = arrays if nest is None else {nest: arrays, "__author__": "x", "n": np.int64(3)}
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(content, protocol=protocol))
-    tensors = read_tensors(path)
+    tensors = read_tensors(path)[0]
     assert set(tensors) == set(ARRAYS)
     for name, array in ARRAYS.items():
         assert tensors[name].tolist() == array.tolist(), name
@@ -49,7 +49,7 @@ def test_a_pickle_of_python_2_gives_its_values(tmp_path):
         b"S'\\x00\\x00\\xc0?\\x00\\x00\\x00\\xc0'\np15\ntp16\nbs."
     )
     (tmp_path / "a.pkl").write_bytes(content)
-    assert read_tensors(tmp_path / "a.pkl")["conv1_w"].tolist() == [1.5, -2.0]
+    assert read_tensors(tmp_path / "a.pkl")[0]["conv1_w"].tolist() == [1.5, -2.0]
 
 
 class Code:
@@ -105,7 +105,7 @@ def test_torch_files_of_both_kinds_and_safetensors_are_read(tmp_path):
     torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     save_file(tensors, tmp_path / "a.safetensors")
     for name in ("zip.pth", "old.pt", "a.safetensors"):
-        read = read_tensors(tmp_path / name)
+        read = read_tensors(tmp_path / name)[0]
         assert set(read) == {"a", "b"}
         assert all(torch.equal(read[key], tensors[key]) for key in read)
 
@@ -160,7 +160,7 @@ def test_mmdetections_notes_are_left_out(tmp_path, notes, key, is_zip):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
     del sys.modules["mmengine"]
-    tensors, names = read_tensors_and_classes(path)
+    tensors, names = read_tensors(path)
     assert names == ["cat", "dog"]
     assert tensors.keys() == {"a", "b"}
     assert tensors["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
@@ -190,4 +190,4 @@ def test_a_file_of_classes_that_are_no_names_has_none(tmp_path):
     for number, meta in enumerate(({"CLASSES": [1, 2]}, {"CLASSES": None}, {"CLASSES": ()}, "x")):
         path = tmp_path / f"{number}.pth"
         torch.save({"meta": meta, "state_dict": {"a": torch.ones(2)}}, path)
-        assert read_tensors_and_classes(path)[1] is None
+        assert read_tensors(path)[1] is None

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bigdet.benchmarks.torchvision_twin import torchvision_twin
 from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION, Conventions
 from bigdet.models.detector import Detector
-from bigdet.models.torchvision_layout import from_torchvision, to_torchvision
-from bigdet.models.torchvision_model import torchvision_twin
+from bigdet.weights.torchvision_layout import from_torchvision, to_torchvision
 
 SMALL = {"backbone": "resnet10", "width": 16, "fc_width": 32}
 MODELS = {

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bigdet.data.format.mix import name_key
+
 
 def class_rows(name: str, num_rows: int, num_classes: int) -> Tensor | None:
     """Return which rows of a tensor belong to which class.
@@ -40,37 +42,37 @@ def class_rows(name: str, num_rows: int, num_classes: int) -> Tensor | None:
 def carry_classes(
     own: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-    num_source: int,
-    source_labels: Sequence[int | None],
-) -> dict[str, Tensor]:
-    """Return named tensors with their classes moved to a detector's own labels.
+    source_classes: Sequence[str],
+    classes: Sequence[str],
+) -> tuple[dict[str, Tensor], int]:
+    """Move the classes of named tensors to a detector's own labels, by name.
 
     Args:
-        own: the detector's state; its rows stand for classes that the source does not have.
+        own: the detector's state; its rows stay where the source does not have a class.
         tensors: of the source, by the same names.
-        num_source: classes of the source.
-        source_labels: ``K`` labels that the source has for the detector's classes; None for a class
-            that it does not have.
+        source_classes: names in the order of the source's labels.
+        classes: K names in the order of the detector's labels.
 
     Returns:
-        The tensors, those with class rows in the detector's shape. What has not the rows that its
-        number of classes calls for is left as it is.
+        The tensors, those with class rows in the detector's shape, and how many classes both have.
+        What has not the rows that its number of classes calls for is left as it is.
     """
-    kept = [label for label, source in enumerate(source_labels) if source is not None]
-    taken = [source for source in source_labels if source is not None]
+    place = {name_key(name): label for label, name in enumerate(source_classes)}
+    place |= {name: label for label, name in enumerate(source_classes)}
+    places = [place.get(name, place.get(name_key(name))) for name in classes]
+    kept = [label for label, found in enumerate(places) if found is not None]
+    taken = [found for found in places if found is not None]
     carried = dict(tensors)
     for name, tensor in tensors.items():
         if name not in own or not tensor.ndim or tensor.shape[1:] != own[name].shape[1:]:
             continue
-        rows = class_rows(name, len(own[name]), len(source_labels))
-        source_rows = class_rows(name, len(tensor), num_source)
+        rows = class_rows(name, len(own[name]), len(classes))
+        source_rows = class_rows(name, len(tensor), len(source_classes))
         if rows is None or source_rows is None or rows.shape[1] != source_rows.shape[1]:
             continue
-        background = [len(source_labels)] if len(rows) > len(source_labels) else []
-        source_background = [num_source] if background else []
-        moved = own[name].clone()
-        moved[rows[kept + background].flatten()] = tensor[
-            source_rows[taken + source_background].flatten()
-        ].to(moved)
-        carried[name] = moved
-    return carried
+        has_background = len(rows) > len(classes)
+        to_rows = rows[kept + [len(classes)] * has_background].flatten()
+        from_rows = source_rows[taken + [len(source_classes)] * has_background].flatten()
+        carried[name] = own[name].clone()
+        carried[name][to_rows] = tensor[from_rows].to(own[name])
+    return carried, len(kept)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from bigdet.config.model_schema import ModelConfig
-from bigdet.models import importing
 from bigdet.models.build import build_detector
 from bigdet.models.rcnn import RCNN
 from bigdet.models.vgg import VGG
+from bigdet.weights.published_backbones import load_backbone_file
 
 WIDTH = 32
 
@@ -52,7 +52,7 @@ def by_torchvisions_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load(detector: RCNN, state: dict[str, Tensor], tmp_path, parts: list[str]):
     file = tmp_path / "vgg.pth"
     torch.save(state, file)
-    return importing.load_backbone_file(detector, file, parts, None)
+    return load_backbone_file(detector, file, parts, None)
 
 
 @pytest.mark.parametrize("layout", ["timm", "torchvision"])

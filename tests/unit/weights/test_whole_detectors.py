@@ -13,10 +13,10 @@ from torch import Tensor
 from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
-from bigdet.models.framework_layouts import from_framework, parts_to_load
 from bigdet.models.weights import load_parts
-from tests.unit.models import published_layouts as published
-from tests.unit.models.detectron2_formulas import (
+from bigdet.weights.whole_detectors import from_framework, parts_to_load
+from tests.unit.weights import published_layouts as published
+from tests.unit.weights.detectron2_formulas import (
     clipped,
     decoded,
     detectron2_features,

@@ -9,11 +9,11 @@ import torch
 
 from bigdet.config.load import load_config
 from bigdet.models.build import build_detector
-from bigdet.models.classes import carry_classes
 from bigdet.models.weights import load_parts, save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
-from bigdet.training.phases import build_for_phase, check_start
-from bigdet.training.transfer import start_table, to_own_classes
+from bigdet.training.phases import build_for_phase
+from bigdet.weights.classes import carry_classes
+from bigdet.weights.start import check_start, start_table
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 SOURCE = ["Person", "Wild Bird", "sports car", "boat"]
@@ -33,7 +33,7 @@ def detector(classes, seed):
 def test_shared_classes_predict_what_they_did_and_new_ones_stay_as_they_were():
     source, own = detector(SOURCE, 1), detector(OWN, 2)
     fresh = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    tensors, kept = to_own_classes(own, source.state_dict(), SOURCE, OWN)
+    tensors, kept = carry_classes(own.state_dict(), source.state_dict(), SOURCE, OWN)
     assert kept == 2
     load_parts(own, tensors, ["backbone", "fpn", "rpn", "box_head", "mask_head"], "source")
     pooled = torch.randn(5, 32, 7, 7)
@@ -54,19 +54,29 @@ def test_rows_of_anchor_shapes_are_moved_shape_by_shape():
     # 2 anchor shapes: rows are shape 0 of all classes, then shape 1 of all classes.
     own = {"retina_head.classifier.bias": torch.zeros(2 * 3)}
     source = {"retina_head.classifier.bias": torch.arange(10.0, 18.0)}  # 4 classes
-    carried = carry_classes(own, source, 4, [None, 1, 0])
+    carried, kept = carry_classes(own, source, list("abcd"), ["new", "b", "a"])
+    assert kept == 2
     assert carried["retina_head.classifier.bias"].tolist() == [0, 11, 10, 0, 15, 14]
+
+
+def test_a_class_of_exactly_the_name_is_taken_before_one_of_another_spelling():
+    own = {"mask_head.predictor.bias": torch.zeros(2)}
+    source = {"mask_head.predictor.bias": torch.tensor([5.0, 6.0])}
+    for names in (["dog", "Dog"], ["Dog", "dog"]):
+        carried, kept = carry_classes(own, source, names, ["Dog", "dog"])
+        expected = [6.0, 5.0] if names[0] == "dog" else [5.0, 6.0]
+        assert (carried["mask_head.predictor.bias"].tolist(), kept) == (expected, 2)
 
 
 def test_weights_that_are_the_same_for_all_classes_are_left_alone():
     own = {"box_head.regressor.bias": torch.zeros(4), "fpn.convs.0.bias": torch.zeros(4)}
     source = {name: torch.arange(4.0) for name in own}
-    assert carry_classes(own, source, 4, [None, None, None]) == source
+    assert carry_classes(own, source, list("abcd"), list("xyz")) == (source, 0)
 
 
 def test_the_table_says_where_every_part_came_from():
     source, own = detector(SOURCE, 1), detector(OWN, 2)
-    tensors, kept = to_own_classes(own, source.state_dict(), SOURCE, OWN)
+    tensors, kept = carry_classes(own.state_dict(), source.state_dict(), SOURCE, OWN)
     rows = load_parts(own, tensors, ["backbone", "box_head"], "runs/x")
     lines = [line.split() for line in start_table(own, rows, len(OWN), kept)]
     assert lines[0] == ["part", "tensors", "parameters", "classes", "kept", "from"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 NESTS = ("model", "state_dict", "blobs")
 """Keys under which files keep the tensors beside other things."""
-
-AsTensor = Callable[[Any], Tensor | None]
-"""What a value of a file is as a tensor; None for what is none."""
 
 _EMA = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
 _KEY = re.compile(
@@ -47,9 +44,7 @@ class Weights:
     tensors: dict[str, Tensor]
 
 
-def choose_weights(
-    content: Any, ema: bool | None, file: Path, as_tensor: AsTensor
-) -> dict[str, Tensor]:
+def choose_weights(content: Any, ema: bool | None, file: Path) -> dict[str, Tensor]:
     """Return the weights that are asked for, and say which where there are two sets.
 
     Args:
@@ -57,7 +52,6 @@ def choose_weights(
         ema: True for the moving average, False for the plain weights. None: what the file has in
             the usual place, which are the plain ones but for mmengine's files.
         file: for messages.
-        as_tensor: tells tensors from other values.
 
     Returns:
         Tensors by name; empty where the file has none.
@@ -65,13 +59,13 @@ def choose_weights(
     Raises:
         ValueError: the file does not have those that are asked for.
     """
-    usual, averages = _find_sets(content, as_tensor)
-    if not usual.tensors and not averages:
+    plain, average = _find_sets(content)
+    if plain is None and average is None:
         return {}
-    plain, average = usual if usual.tensors else None, averages[0] if averages else None
+    usual = plain or average
     if plain and average and _is_of_mmengine(content):
         plain, average = average, plain  # the average is where others have the plain weights
-    chosen = (usual if usual.tensors else average) if ema is None else average if ema else plain
+    chosen = usual if ema is None else average if ema else plain
     if chosen is None:
         has, lacks = ("plain", "no moving average (EMA)") if ema else ("averaged (EMA)", "no plain")
         raise ValueError(
@@ -107,13 +101,13 @@ def _is_of_mmengine(content: Any) -> bool:
     return isinstance(meta, Mapping) and "mmengine_version" in meta and "ema_state_dict" in content
 
 
-def _find_sets(content: Any, as_tensor: AsTensor) -> tuple[Weights, list[Weights]]:
-    """Find the weights in the usual place, and all averages."""
+def _find_sets(content: Any) -> tuple[Weights | None, Weights | None]:
+    """Find the weights in the usual place, and the first average."""
     averages: list[Weights] = []
     keys: list[str] = []
     while isinstance(content, Mapping):
         for key, value in content.items():
-            tensors = _tensors_of(value, as_tensor) if _KEY.search(str(key)) else {}
+            tensors = _tensors_of(value) if _KEY.search(str(key)) else {}
             if tensors:
                 averages.append(Weights(".".join([*keys, str(key)]), tensors))
         nest = next((name for name in NESTS if isinstance(content.get(name), Mapping)), None)
@@ -121,26 +115,26 @@ def _find_sets(content: Any, as_tensor: AsTensor) -> tuple[Weights, list[Weights
             break
         keys.append(nest)
         content = content[nest]
-    plain, averaged, prefix = _split(_named_tensors(content, as_tensor))
+    plain, averaged, prefix = _split(_named_tensors(content))
     if averaged:
         averages.append(Weights(".".join([*keys, f"{prefix}..."]), averaged))
-    return Weights(".".join(keys), plain), averages
+    usual = Weights(".".join(keys), plain) if plain else None
+    return usual, averages[0] if averages else None
 
 
-def _named_tensors(content: Any, as_tensor: AsTensor) -> dict[str, Tensor]:
+def _named_tensors(content: Any) -> dict[str, Tensor]:
     values = content.items() if isinstance(content, Mapping) else ()
-    found = ((str(name), as_tensor(value)) for name, value in values)
-    return {name: tensor for name, tensor in found if tensor is not None}
+    return {str(name): value for name, value in values if isinstance(value, Tensor)}
 
 
-def _tensors_of(value: Any, as_tensor: AsTensor) -> dict[str, Tensor]:
+def _tensors_of(value: Any) -> dict[str, Tensor]:
     """Return the named tensors of an average, out of what it is wrapped in."""
     while isinstance(value, Mapping):
         wrapper = next((name for name in _WRAPPERS if isinstance(value.get(name), Mapping)), None)
         if wrapper is None:
             break
         value = value[wrapper]
-    return _clean(_named_tensors(value, as_tensor))
+    return _clean(_named_tensors(value))
 
 
 def _clean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

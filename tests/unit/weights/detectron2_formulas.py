@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from tests.unit.models import published_layouts as published
+from tests.unit.weights import published_layouts as published
 
 
 def run(state: dict[str, Tensor], name: str, x: Tensor, **options: object) -> Tensor:

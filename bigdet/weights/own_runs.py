@@ -1,0 +1,81 @@
+"""The reader of what bigdet wrote: a run, a checkpoint or a ``model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bigdet.config.derived import has_cascade, phase_model
+from bigdet.config.load import flat_options, parse_config
+from bigdet.config.model_schema import ModelConfig
+from bigdet.models.detector import Detector
+from bigdet.models.heads.cascade import spread_over_stages
+from bigdet.models.weights import (
+    LoadedPart,
+    find_weights,
+    load_parts,
+    read_metadata,
+    read_safetensors,
+)
+from bigdet.weights.classes import carry_classes
+
+logger = logging.getLogger(__name__)
+
+
+def load_run(
+    detector: Detector, path: Path, parts: Sequence[str], classes: Sequence[str]
+) -> tuple[list[LoadedPart], int | None]:
+    """Load parts of a detector from one that bigdet trained, the rows of classes by their names.
+
+    The path is a run's, a checkpoint's or a file's; ``classes`` are in the order of the detector's
+    labels.
+
+    Returns:
+        A row per part, and how many classes kept their weights: None where both have the same
+        classes, or the file does not say which.
+    """
+    tensors, metadata = read_safetensors(find_weights(path))
+    if has_cascade(detector.config):
+        tensors = spread_over_stages(tensors)
+    kept = None
+    theirs = [category["name"] for category in json.loads(metadata.get("categories", "[]"))]
+    if theirs and theirs != list(classes):
+        tensors, kept = carry_classes(detector.state_dict(), tensors, theirs, classes)
+    try:
+        return load_parts(detector, tensors, parts, str(path)), kept
+    except ValueError as error:
+        raise ValueError(f"{error}{_other_options(detector, metadata, path)}") from error
+
+
+def warn_of_sampling(detector: Detector, path: Path) -> None:
+    """Say so where a detector pools regions otherwise than its weights were trained to."""
+    trained = _trained_model(read_metadata(find_weights(path)), path)
+    own = detector.config.roi.sampling_ratio
+    if trained is not None and trained.roi.sampling_ratio != own:
+        theirs = trained.roi.sampling_ratio
+        logger.warning(
+            "%s was trained with model.roi.sampling_ratio: %s, and this run has %s. Write "
+            "model.roi.sampling_ratio: %s to pool regions as its heads have learned them.",
+            path, theirs, own, theirs,
+        )  # fmt: skip
+
+
+def _other_options(detector: Detector, metadata: Mapping[str, str], path: Path) -> str:
+    """Say, in a sentence after a blank, which options of the model were others in training."""
+    if (trained := _trained_model(metadata, path)) is None:
+        return ""
+    own = flat_options(detector.config)
+    differing = [
+        f"model.{key}={value} (here {own.get(key)})"
+        for key, value in flat_options(trained).items()
+        if own.get(key) != value
+    ]
+    return f" They were trained with {', '.join(differing)}." if differing else ""
+
+
+def _trained_model(metadata: Mapping[str, str], path: Path) -> ModelConfig | None:
+    if "config" not in metadata:
+        return None
+    return phase_model(parse_config(metadata["config"], str(path)), metadata["phase"])

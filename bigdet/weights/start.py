@@ -1,0 +1,149 @@
+"""The door of the package: the weights that a phase starts from, into its detector."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from bigdet import distributed
+from bigdet.config.derived import (
+    is_timm,
+    num_steps,
+    phase_before,
+    phase_model,
+    phase_source,
+    start_parts,
+    stated_cost,
+)
+from bigdet.config.schema import RunConfig
+from bigdet.models.build import build_detector
+from bigdet.models.detector import Detector
+from bigdet.models.weights import FORMAT, LoadedPart, find_weights, part_of, read_metadata
+from bigdet.run_dir import RunDir
+from bigdet.weights.classes import class_rows
+from bigdet.weights.own_runs import load_run, warn_of_sampling
+from bigdet.weights.published_backbones import load_backbone_file, load_timm_backbone
+
+logger = logging.getLogger(__name__)
+
+
+def load_start(
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> None:
+    """Fill a detector with the weights that a phase starts from, and log what came from where.
+
+    Rank 0 reads and the others get them from it (a collective), so that a phase's weights need
+    not lie on a disk that all hosts see.
+
+    Args:
+        detector: of the phase, with random weights; the same on all ranks afterwards.
+        config: of the run.
+        name: of the phase.
+        classes: names of the training set's categories, in the order of the labels.
+        run_dir: where the phase before left its weights.
+    """
+    rows: list[LoadedPart] = []
+    kept: int | None = None
+    with distributed.together():
+        if distributed.is_main():
+            rows, kept = _read(detector, config, name, classes, run_dir)
+    for tensor in detector.state_dict().values():
+        tensor.copy_(distributed.broadcast_tensor(tensor))
+    for line in start_table(detector, rows, len(classes), kept):
+        logger.info("phase %s: %s", name, line)
+    start = config.phases[name].start_from
+    if start.source not in (None, "random", "previous"):
+        costs = stated_cost(start.cost) if start.cost is not None else {}
+        stated = ", ".join(f"{number:,} {key}" for key, number in costs.items())
+        logger.info(
+            "phase %s: cost of the weights from elsewhere: %s",
+            name, stated or "not stated (start_from.cost)",
+        )  # fmt: skip
+
+
+def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
+    """Try the weights that a phase to come starts from, so that a misfit is found now (rank 0).
+
+    They are from elsewhere, not from the phase before; timm's are downloaded here.
+
+    Raises:
+        ValueError: with the phase, and what does not fit.
+    """
+    source = phase_source(config, name)
+    try:
+        if not is_timm(source):
+            find_weights(Path(source))
+        if distributed.is_main():
+            detector = build_detector(phase_model(config, name), len(classes))
+            _read(detector, config, name, classes, RunDir(Path(config.output)))
+    except ValueError as error:
+        raise ValueError(f"phases.{name}.start_from: {error}") from error
+
+
+def _read(
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> tuple[list[LoadedPart], int | None]:
+    """Load the detector; say what was loaded, and how many classes kept their weights.
+
+    The number is None where the source has the same classes, or does not say which.
+    """
+    source, parts = phase_source(config, name), start_parts(config, name)
+    if source == "random":
+        return [], None
+    if is_timm(source):
+        return load_timm_backbone(detector, source, config.model.backbone, parts), 0
+    path = Path(source)
+    if source == "previous":
+        before = phase_before(config, name)
+        path = run_dir.checkpoint(before, num_steps(config.phases[before]))
+    start = config.phases[name].start_from
+    if is_published_file(path):
+        return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0
+    if start.ema:
+        raise ValueError(
+            f"{path}: found no moving average (EMA) of its weights in it. Leave out ema."
+        )
+    rows, kept = load_run(detector, path, parts, classes)
+    if source != "previous" and "box_head" in parts:
+        warn_of_sampling(detector, path)
+    return rows, kept
+
+
+def is_published_file(path: Path) -> bool:
+    """Tell whether a path is a file of weights that bigdet did not write."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return path.is_file()
+    return read_metadata(path).get("format") != FORMAT
+
+
+def start_table(
+    detector: nn.Module, rows: Sequence[LoadedPart], num_classes: int, kept: int | None
+) -> list[str]:
+    """Return the lines of a table: each part of a detector, where it came from, how large it is.
+
+    The parts of which there is no row are random. ``kept`` is how many of the K classes kept the
+    weights of the source, None where it has the same ones.
+    """
+    sources = {row.part: row.source for row in rows}
+    state, parameters = detector.state_dict(), dict(detector.named_parameters())
+    lines = [("part", "tensors", "parameters", "classes kept", "from")]
+    for part in dict.fromkeys(part_of(name) for name in state):
+        names = [name for name in state if part_of(name) == part]
+        count = sum(parameters[name].numel() for name in names if name in parameters)
+        has_classes = any(
+            state[name].ndim and class_rows(name, len(state[name]), num_classes) is not None
+            for name in names
+        )
+        classes = ""
+        if has_classes and part in sources:
+            classes = "all" if kept is None else f"{kept} of {num_classes}"
+        lines.append((part, f"{len(names)}", f"{count:,}", classes, sources.get(part, "random")))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    return [
+        f"{part:{widths[0]}}  {tensors:>{widths[1]}}  {count:>{widths[2]}}  "
+        f"{classes:>{widths[3]}}  {source}"
+        for part, tensors, count, classes, source in lines
+    ]
