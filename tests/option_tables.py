@@ -3,7 +3,6 @@
 python -m tests.option_tables
 """
 
-import re
 from itertools import groupby
 from pathlib import Path
 
@@ -26,7 +25,7 @@ TITLES = {
 
 def option_tables() -> str:
     """Return one table per subject, a row per option."""
-    options = [option for option in list_options() if option.kind]
+    options = [option for option in list_options() if option.kind or option.default]
     options.sort(key=lambda option: list(TITLES).index(_subject(option)))  # stable
     return "\n".join(
         f"### Options: {TITLES[subject]}\n\n| option | type | default | what it is |\n"
@@ -47,7 +46,7 @@ def _subject(option: Option) -> str:
 
 
 def _row(option: Option) -> str:
-    kind = re.sub(r" \| ", ", ", option.kind)
+    kind = option.kind.replace(" | ", ", ") or "a section"
     text = option.text.replace("``", "`").replace("|", r"\|")
     default = f"`{option.default}`" if option.default else "must be given"
     return f"| `{option.key}` | {kind} | {default} | {text} |\n"
