@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from bigdet.config.load import load_config
-from bigdet.config.sweep import load_sweep
+from bigdet.config.load import load_config, read_yaml
 from tests.commands.test_readme import DESIGN, NAMES
 from tests.documents import ROOT
 from tests.option_tables import with_tables
@@ -53,8 +52,8 @@ def test_lengths_are_those_of_the_phases(row: list[str]):
 
 @pytest.mark.parametrize("row", SWEEPS.values(), ids=lambda row: row[0])
 def test_the_number_of_runs_is_that_of_the_sweep(row: list[str]):
-    runs = load_sweep(ROOT / "configs" / f"{row[0].strip('`')}.yaml")[1]
-    assert int(row[-1]) == len(runs)
+    sweep = read_yaml(ROOT / "configs" / f"{row[0].strip('`')}.yaml")
+    assert int(row[-1]) == len(sweep["runs"]) * len(sweep.get("seeds", [0]))
 
 
 def test_the_options_are_those_of_the_schema():
