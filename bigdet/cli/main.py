@@ -26,10 +26,10 @@ COMMANDS = {
     "show-batch": ("cli.show_batch", "draw or list the batch of any step"),
     "convert-weights": ("cli.convert_weights", "from and to torchvision, detectron2, mmdetection"),
     "export": ("cli.export", "a detector as ONNX or torch.export"),
-    "benchmark": ("cli.benchmark", "measure a part of bigdet beside something else"),
-    "overfit": ("cli.overfit", "let a small detector learn 16 images by heart"),
+    "benchmark": ("cli.benchmark", "measure a part of bigdet and an alternative"),
+    "overfit": ("cli.overfit", "let a small detector memorize 16 images"),
 }
-"""The module that each command runs, and what it is for."""
+"""The module that each command runs, and its purpose."""
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     name, words = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: bigdet COMMAND ...       (bigdet COMMAND --help tells more)\n")
+        print("usage: bigdet COMMAND ...       (bigdet COMMAND --help shows its options)\n")
         for command, (_, purpose) in COMMANDS.items():
             print(f"  {command:{width}}  {purpose}")
         print("\nOn several GPUs: deepspeed --num_gpus 8 -m bigdet.train CONFIG")

@@ -1,4 +1,4 @@
-r"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
+r"""Convert weights of detectors: from and to torchvision, and from detectron2 and mmdetection.
 
     bigdet convert-weights to-torchvision runs/x mask_rcnn.pth
     bigdet convert-weights from-torchvision mask_rcnn.pth runs/x/config.yaml \
@@ -10,22 +10,23 @@ r"""Weights of a detector for torchvision's detection models, and back; detectro
         configs/swin_t_imagenet.yaml model.box_head=2fc --pixels rgb \
         --categories instances_val2017.json --out model.safetensors
 
-The config is that of any run with this model; key=value changes it. The model.safetensors is one as
-a run leaves it: predict, evaluate, export and start_from.source take it.
+The config is that of any run with the same model; key=value changes its options. The result is a
+model.safetensors like that of a finished run: predict, evaluate, export and start_from.source take
+it.
 
-torchvision: Faster, Mask and Keypoint R-CNN and RetinaNet, on ResNets and ResNeXts, or R-CNNs on
-VGG-16. What to-torchvision writes is a ``state_dict`` of torchvision's model of the same settings,
-with torch.save (.pth) or as safetensors. torchvision pools regions without bigdet's half-pixel
-shift and rounds its anchors: ``bigdet.models.torchvision_model.torchvision_twin(detector)`` is its
-model without either, with the same detections as bigdet's.
+torchvision: Faster, Mask and Keypoint R-CNN and RetinaNet on ResNets and ResNeXts, or R-CNNs on
+VGG-16. to-torchvision writes a ``state_dict`` for torchvision's model with the same settings, with
+torch.save (.pth) or as safetensors. torchvision pools regions without bigdet's half-pixel shift and
+rounds its anchors, so the detections of its own model differ a little.
 
 detectron2 (.pkl, .pth) and mmdetection 2 and 3 (.pth): Faster, Mask and Cascade R-CNN and RetinaNet
-on a pyramid, detectron2's Keypoint R-CNN too, on ResNets, ResNeXts (without deformable
-convolutions) and Swin. --pixels says how images were given to the network, which most files do
-not: ``rgb``, ``bgr``, or ``bgr_255`` (not divided by the deviation: R-50 and R-101 of detectron2,
-'caffe' in mmdetection, both with model.stride_in_1x1=true). Classes are moved to the order of
---categories; mmdetection's files name theirs, detectron2 has them by rising id. Nothing in a file
-is run. Of a file that has plain weights and their moving average, --ema takes the latter.
+with a feature pyramid, and detectron2's Keypoint R-CNN, on ResNets, ResNeXts (without deformable
+convolutions) and Swin. --pixels says how images were fed to the network, which most files do not
+record: ``rgb``, ``bgr``, or ``bgr_255`` (not divided by the deviation: R-50 and R-101 of
+detectron2, 'caffe' in mmdetection, both with model.stride_in_1x1=true). Classes are reordered to
+match --categories; mmdetection's files name their classes, detectron2 orders them by ascending id.
+No code in a file is executed. If a file has both plain weights and their moving average, --ema
+takes the average.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from bigdet.config.phase_schema import Pixels
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="bigdet convert-weights",
         description=__doc__,
@@ -68,7 +69,7 @@ def _add_source(parser: argparse.ArgumentParser, source: str) -> None:
     """Add the options of a conversion to bigdet."""
     files = ".pkl or .pth" if source == "detectron2" else ".pth"
     parser.add_argument("weights", type=Path, help=f"{files} or .safetensors")
-    parser.add_argument("config", type=Path, help="of a run with this model")
+    parser.add_argument("config", type=Path, help="config of a run with this model")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
     )
@@ -76,14 +77,14 @@ def _add_source(parser: argparse.ArgumentParser, source: str) -> None:
         "--categories", type=Path, required=True,
         help="manifest.json of a shard set, a COCO annotation file, or a JSON list of {id, name}",
     )  # fmt: skip
-    parser.add_argument("--phase", help="the phase whose model and size it is; default: the last")
+    parser.add_argument("--phase", help="phase whose model and size to use; default: the last")
     parser.add_argument("--out", type=Path, required=True, help="the model.safetensors to write")
     parser.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=None,
-        help="take the moving average (EMA) of the weights, or the plain ones, of a file with both",
+        help="of a file with both, take the moving average (EMA) of the weights, or the plain ones",
     )  # fmt: skip
     parser.set_defaults(source=source, pixels=None)
     if source != "torchvision":
         parser.add_argument(
-            "--pixels", choices=get_args(Pixels), help="how images were given to the network"
+            "--pixels", choices=get_args(Pixels), help="how images were fed to the network"
         )
