@@ -1,4 +1,4 @@
-"""From annotated images to batches. The way of one record, room by room:
+"""From annotated images to batches, and the way of one record through it all.
 
     making      sources/coco.py   reads its entry in the annotation file
                 annotations.py    checks its objects; what is wrong is left out and counted
