@@ -97,8 +97,8 @@ class StartFromConfig:
     the file of a backbone from another codebase: ``.safetensors``, ``.pth``, ``.pkl``. None:
     ``random`` in the first phase, ``previous`` in the others."""
     parts: list[Part] | None = None
-    """The parts to load; the others start from random weights. None: all parts of the model (from
-    ``timm`` and other codebases: the backbone; for ``vgg16`` also fc6 and fc7 of ``box_head``)."""
+    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``
+    and files of others: the backbone; of ``vgg16`` they also have fc6 and fc7 for ``box_head``)."""
     pixels: Pixels | None = None
     """For ``.pkl`` files, which do not record it: how images were fed to the network. ``rgb``: as
     in torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:

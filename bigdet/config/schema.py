@@ -142,7 +142,7 @@ class LogConfig:
     """Write TensorBoard event files too, with pictures: a batch with its targets at the start of a
     phase, detections at each evaluation."""
     wandb: WandbConfig | None = None
-    """Also log to Weights & Biases. None: no."""
+    """Show the same on Weights & Biases. None: no."""
     stall_seconds: float | None = 1200.0
     """A rank without progress for so long writes its stacks and ends the run, seconds. Must exceed
     the longest step, save or scoring. None: never."""
