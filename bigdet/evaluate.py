@@ -1,6 +1,6 @@
 """Measure the AP of a checkpoint on a shard set.
 
-What its command line takes is in ``arguments/evaluate.py``.
+Its command line is in ``cli/arguments/evaluate.py``.
 """
 
 from __future__ import annotations

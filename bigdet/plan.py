@@ -1,6 +1,6 @@
 """Which sizes and batches fit into a GPU, and which way of sharding to take on many.
 
-What its command line takes is in ``arguments/plan.py``.
+Its command line is in ``cli/arguments/plan.py``.
 """
 
 from __future__ import annotations

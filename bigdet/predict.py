@@ -1,6 +1,6 @@
 """Detect objects in pictures: drawn copies and ``detections.json``.
 
-What its command line takes is in ``arguments/predict.py``.
+Its command line is in ``cli/arguments/predict.py``.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     bigdet report runs/table3/*/ --out reports/table3
 
 Writes DIR/report.html, which needs no network, and DIR/report.md. Runs that differ in nothing but
-their seed are one line with mean and standard deviation; the first group is what the others are
-compared with. What weights from elsewhere had cost, where phases.NAME.start_from.cost states it, is
-counted beside the cost of the run itself. All runs must have been measured on the same images. A
-run may still be going on.
+their seed become one line with mean and standard deviation; the first group is the reference for
+the others. The cost of imported weights, where phases.NAME.start_from.cost gives it, is shown next
+to the cost of the run itself. All runs must have been evaluated on the same images. Runs may still
+be in progress.
 """
 
 from __future__ import annotations

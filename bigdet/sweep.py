@@ -1,6 +1,6 @@
 """Run the runs of a sweep one after another, or print them as commands or as Slurm arrays.
 
-What its command line takes is in ``arguments/sweep.py``.
+Its command line is in ``cli/arguments/sweep.py``.
 """
 
 from __future__ import annotations

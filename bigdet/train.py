@@ -1,6 +1,6 @@
 """Train a detector: all phases of a config, from the data to the final weights.
 
-What its command line takes is in ``arguments/train.py``.
+Its command line is in ``cli/arguments/train.py``.
 """
 
 from __future__ import annotations

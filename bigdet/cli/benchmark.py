@@ -1,6 +1,6 @@
-"""Measure one part of bigdet beside something else in the same process; print one JSON object.
+"""Measure one part of bigdet and an alternative in the same process; print one JSON object.
 
-What its command line takes is in ``arguments/benchmark.py``, each part in ``benchmarks/PART.py``.
+Its command line is in ``cli/arguments/benchmark.py``, each part in ``benchmarks/PART.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 bigdet check-shards DIR
 bigdet check-shards https://host/path        (or s3://..., pipe:...; nothing is kept)
 
-Ends with 1 if anything is wrong, one line per problem: shard, key, what.
+Exits with 1 if anything is wrong, with one line per problem: shard, key, what.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("path", help="folder or address of the shard set")
     parser.add_argument(
         "--processes", type=positive, default=num_cpus(),
-        help="that work at a time; default: one per CPU",
+        help="number of processes; default: one per CPU",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     start = time.monotonic()

@@ -1,6 +1,6 @@
 """Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
 
-What its command line takes is in ``arguments/convert_weights.py``.
+Its command line is in ``cli/arguments/convert_weights.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write a detector as ONNX or as a program of torch.export, and check it on real images.
 
-What its command line takes is in ``arguments/export.py``.
+Its command line is in ``cli/arguments/export.py``.
 """
 
 from __future__ import annotations

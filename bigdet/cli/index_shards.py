@@ -1,13 +1,13 @@
-"""Make index and manifest for WebDataset tars that somebody else wrote.
+"""Make index and manifest for WebDataset tars that were made elsewhere.
 
 bigdet index-shards DIR --categories FILE
 
 Each sample of the tars is an image (KEY.jpg, .jpeg, .png or .webp) and a KEY.json with image_id,
-file_name, height, width and annotations: [{id, label, bbox (xywh pixels), area, iscrowd,
-segmentation and keypoints where there are any}], of the image as its EXIF shows it or as it is
-stored: the recorded size tells which, or else --exif. FILE is a JSON list of objects with id and
-name (or an annotation file that has one as "categories"); label is the place in it. What cannot be
-used is told, one line each, and listed in skipped.jsonl.
+file_name, height, width and annotations: [{id, label, bbox (xywh pixels), area, iscrowd, and
+segmentation and keypoints if there are any}]. They refer to the image as its EXIF tag shows it or
+as it is stored: the recorded size decides, otherwise --exif. FILE is a JSON list of objects with id
+and name (or an annotation file that has one as "categories"); label is the position in it. Samples
+that cannot be used are printed, one line each, and listed in skipped.jsonl.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="holds the tars")
-    parser.add_argument("--categories", type=Path, required=True, help="JSON list")
+    parser.add_argument("folder", type=Path, help="folder with the tars")
+    parser.add_argument("--categories", type=Path, required=True, help="JSON list of categories")
     parser.add_argument(
         "--processes", type=positive, default=num_cpus(),
-        help="that work at a time; default: one per CPU",
+        help="number of processes; default: one per CPU",
     )  # fmt: skip
     parser.add_argument(
         "--exif", choices=["shown", "stored"], default="shown",
-        help="what records are of if their size does not tell; default: the image as shown",
+        help="what records refer to where their size cannot decide; default: the image as shown",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder

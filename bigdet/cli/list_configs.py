@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--show", type=Path, metavar="NAME", help="print this one, to begin with")
+    parser.add_argument("--show", type=Path, metavar="NAME", help="print this config")
     arguments = parser.parse_args(argv)
     if arguments.show is not None:
         file = find_config(arguments.show)

@@ -26,10 +26,10 @@ COMMANDS = {
     "show-batch": ("cli.show_batch", "draw or list the batch of any step"),
     "convert-weights": ("cli.convert_weights", "from and to torchvision, detectron2, mmdetection"),
     "export": ("cli.export", "a detector as ONNX or torch.export"),
-    "benchmark": ("cli.benchmark", "measure a part of bigdet beside something else"),
-    "overfit": ("cli.overfit", "let a small detector learn 16 images by heart"),
+    "benchmark": ("cli.benchmark", "measure a part of bigdet and an alternative"),
+    "overfit": ("cli.overfit", "let a small detector memorize 16 images"),
 }
-"""The module that each command runs, and what it is for."""
+"""The module that each command runs, and its purpose."""
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {command:{width}}  {purpose}" for command, (_, purpose) in COMMANDS.items()]
-        head = "usage: bigdet COMMAND ...       (bigdet COMMAND --help explains each)"
+        head = "usage: bigdet COMMAND ...       (bigdet COMMAND --help shows its options)"
         end = "On several GPUs: deepspeed --num_gpus 8 -m bigdet.train CONFIG"
         print("\n".join([head, "", *lines, "", end]))  # at once: a pipe may be closed after a line
     elif name == "--version":

@@ -1,4 +1,4 @@
-"""Make a shard set.
+"""Convert annotated images to a shard set.
 
 bigdet shards coco --images DIR --annotations FILE [--keypoints FILE] --out DIR
 bigdet shards coco --images DIR --annotations FILE --categories FILE --out DIR
@@ -8,7 +8,7 @@ bigdet shards deeppcb --root PCBData --split trainval --out DIR
 bigdet shards my_package.readers:convert --out DIR [options of its own]
 bigdet shards shapes --split train --out DIR [--images 1200] [--seed 0] [--size 128]
 
-After a kill the same command goes on; what comes out is the same, byte for byte. Over 3 machines:
+After a kill, the same command continues, and the result is the same, byte for byte. On 3 machines:
 
 bigdet shards coco ... --out DIR --part 1/3       (2/3 and 3/3 on the others)
 bigdet shards merge --out DIR

@@ -1,6 +1,6 @@
-"""Let a detector learn 16 real images by heart: does all of it, from pixels to AP, work together?
+"""Let a detector memorize 16 real images: does everything work together, from pixels to AP?
 
-What its command line takes is in ``arguments/overfit.py``.
+Its command line is in ``cli/arguments/overfit.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Show what a run is, was or will be fed: the exact batch of any step of a phase.
 
-What its command line takes is in ``arguments/show_batch.py``.
+Its command line is in ``cli/arguments/show_batch.py``.
 """
 
 from __future__ import annotations

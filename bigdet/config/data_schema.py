@@ -15,11 +15,11 @@ class SubsetConfig:
     """Some of the images: a number of them, or those of a list."""
 
     images: int | None = None
-    """So many images, drawn from those that would be trained on."""
+    """This many images, drawn from those that would be trained on."""
     seed: int = 0
-    """Another seed draws others; of one seed, a smaller subset is part of a larger one."""
+    """Seed of the draw. With the same seed, a smaller subset is part of a larger one."""
     ids: str | None = None
-    """File with image ids: a JSON list, or numbers between blanks or line ends."""
+    """File with image ids: a JSON list, or numbers separated by spaces or line ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class TrainSplitConfig:
     """Folder of a shard set (``bigdet shards`` makes one), or its address: ``https://``,
     ``s3://``, ``gs://``, ``hf://``, ..., or a command ``pipe:ssh HOST cat /data/coco/{}``."""
     more_shards: list[str] = field(default_factory=list)
-    """Folders or addresses of further sets to mix in. Categories of the same name are one class;
+    """Folders or addresses of further sets to mix in. Categories with the same name are one class;
     the others are appended to those of ``shards``."""
     weights: list[float] | None = None
     """How often a pass shows each image of each set, ``shards`` first: 1 is exactly once, 0.5 in
@@ -38,28 +38,28 @@ class TrainSplitConfig:
     subset: SubsetConfig | None = None
     """Train on some of the images only. None: all."""
     repeat_threshold: float | None = None
-    """Images with classes that are on less than this part of the images are shown more often
-    (repeat factor sampling; LVIS uses 0.001). Reads all annotations at start. None: off."""
+    """Show images more often if they have a class that is on less than this fraction of the images
+    (repeat factor sampling; LVIS uses 0.001). Reads all annotations at the start. None: off."""
     order: Order = "shuffled"
-    """``shuffled``: over the whole set. ``windowed``: each lane walks through its own shards and
+    """``shuffled``: shuffle the whole set. ``windowed``: each lane reads its own shards and
     shuffles within windows, for remote shards and slow disks."""
     window: int = 1024
     """Images that are shuffled together in ``windowed``."""
     keep_empty: bool = False
     """Train on images without objects too. The papers' code leaves them out."""
     min_keypoints: int = 0
-    """Train only on images whose objects have at least so many labelled keypoints together; 1 for
-    Keypoint R-CNN in Detectron and detectron2. Reads all annotations at start. 0: no such rule."""
+    """Train only on images whose objects together have at least this many labelled keypoints; 1 for
+    Keypoint R-CNN in Detectron and detectron2. Reads all annotations at the start. 0: no limit."""
     max_damaged: int = 100
     """Damaged samples, over all ranks, that may be replaced before the run stops."""
     scaled_decoding: bool = False
-    """Decode JPEGs of at least twice the size at which they are seen at 1/2, 1/4 or 1/8: faster,
-    but other pixels (README). Evaluation always decodes whole."""
+    """Decode JPEGs of at least twice the size needed at 1/2, 1/4 or 1/8: faster, but the pixels
+    differ slightly. Evaluation always decodes in full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValSplitConfig:
-    """The images to measure on; every one of them is used."""
+    """The images to evaluate on; every one of them is used."""
 
     shards: str = MISSING
     """Folder or address of a shard set."""
@@ -67,15 +67,15 @@ class ValSplitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Where shards that lie at an address are kept on this host; local sets do without."""
+    """Where this host keeps copies of remote shards; local sets need none."""
 
     mode: Literal["shards", "ranges"] = "shards"
-    """``shards``: a shard is fetched whole when it is first read from. ``ranges``: in runs of
-    8 MiB, for large shards, small caches and an early first step; not with ``pipe:``."""
+    """``shards``: fetch a shard whole when it is first needed. ``ranges``: fetch runs of 8 MiB, for
+    large shards, small caches and an early first step; not with ``pipe:``."""
     folder: str = "~/.cache/bigdet"
-    """All processes and runs of a host may share it."""
+    """Folder of the cache; all processes and runs of a host may share it."""
     gib: float = 100.0
-    """Room for shards, GiB; those used longest ago make room for others."""
+    """Space for shards, GiB; the least recently used make room for others."""
 
 
 @dataclass(frozen=True, kw_only=True)

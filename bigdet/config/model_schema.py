@@ -33,18 +33,18 @@ class RpnConfig:
     """Proposals per image after NMS in training. None: 1000, or 2000 if the detector is a cascade
     (detectron2, mmdetection; Detectron's 2000 are of a batch of two images)."""
     test_proposals: int = 1000
-    """The same at test time."""
+    """Proposals per image after NMS at test time."""
     train_candidates: int | None = None
     """Proposals per level before NMS in training. None: ``train_proposals`` where that is set, else
     2000."""
     test_candidates: int | None = None
-    """The same at test time. None: ``test_proposals``."""
+    """Proposals per level before NMS at test time. None: ``test_proposals``."""
     low_quality_iou: float = 0.3
     """The anchor that overlaps an object more than all others do is positive too, if it overlaps
     it by at least this. 0.3: mmdetection and paper 2's code; 0: Detectron, detectron2, torchvision
     (always, however small the overlap)."""
     border: int | None = None
-    """Anchors that reach more than so many pixels beyond their image are left out of the loss:
+    """Anchors that reach more than this many pixels beyond their image are left out of the loss:
     0 in Detectron and in mmdetection's cascades. None: all anchors count (detectron2, torchvision,
     mmdetection's other detectors)."""
     box_beta: float = 0.0
@@ -60,11 +60,11 @@ class RoiConfig:
     rois_per_image: int = 512
     """Sampled regions per image in the box loss."""
     positive_fraction: float = 0.25
-    """At most this part of them on objects."""
+    """At most this fraction of them are on objects."""
     positive_iou: float = 0.5
     """A region on an object overlaps it by at least this. A cascade has its own three."""
     crowd_coverage: float | None = None
-    """Regions with more than this part of their area in a crowd are no background examples
+    """Regions with more than this fraction of their area in a crowd are not background examples
     (Detectron has the option, 0.7, and trains without it). None: crowds have no effect."""
     sampling_ratio: int = 2
     """Points a side at which RoIAlign samples each cell of a region (Detectron, torchvision). 0: as
@@ -76,7 +76,7 @@ class RoiConfig:
     box_loss: BoxLoss = "l1"
     """``l1`` and ``smooth_l1`` of the deltas, or ``giou`` of the boxes."""
     box_beta: float = 1.0
-    """Of ``smooth_l1``: where it turns from square to linear. Detectron: 1, torchvision: 1/9."""
+    """For ``smooth_l1``: where it turns from square to linear. Detectron: 1, torchvision: 1/9."""
     box_loss_weight: float = 1.0
     """Factor of the box loss; with ``giou`` 10 is usual."""
     score_threshold: float = 0.05
@@ -98,13 +98,14 @@ class RetinaConfig:
     anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     """Height over width of the anchors, area kept."""
     positive_iou: float = 0.5
-    """An anchor that overlaps an object by at least this, or more than all others do, is its."""
+    """An anchor is positive for an object that it overlaps by at least this, or more than all other
+    anchors do."""
     negative_iou: float = 0.4
-    """An anchor that overlaps no object by this is background; those between count nothing."""
+    """An anchor that overlaps no object by this is background; those in between do not count."""
     focal_alpha: float = 0.25
     """Weight of an anchor's own class in the focal loss; other classes weigh 1 - this."""
     focal_gamma: float = 2.0
-    """How much less well-classified anchors count; 0 is cross entropy."""
+    """How strongly well-classified anchors are down-weighted; 0 is cross entropy."""
     box_beta: float = 0.0
     """Where the smooth L1 loss of boxes turns from square to linear. 0: L1 (torchvision,
     mmdetection); detectron2 has 0.1."""
@@ -137,9 +138,9 @@ class KeypointConfig:
     width: int = 512
     """Channels of its eight convolutions."""
     min_visible: int = 0
-    """Keypoints that a micro-batch needs at least for the head to learn from it: a mean over few
-    is noise. Detectron draws other images where it finds fewer than 20; here the rest of the
-    detector learns from them. 0: no such limit."""
+    """The keypoint head learns only from micro-batches with at least this many keypoints, as a mean
+    over few is noise. Detectron draws other images where it finds fewer than 20; here the rest of
+    the detector still learns from them. 0: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,18 +159,18 @@ class ModelConfig:
     """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
     bn, ``all`` with gn."""
     stride_in_1x1: bool = False
-    """Bottlenecks of a ResNet make their steps in the first 1x1 convolution, as MSRA's (Caffe's)
-    R-50 and R-101 do, and detectors on them: ``STRIDE_IN_1X1`` in detectron2, ``style='caffe'`` in
-    mmdetection. Weights fit either way, but are right for one only."""
+    """Bottlenecks of a ResNet have their stride in the first 1x1 convolution, as in MSRA's
+    (Caffe's) R-50 and R-101 and detectors on them: ``STRIDE_IN_1X1`` in detectron2,
+    ``style='caffe'`` in mmdetection. Weights fit either way, but are right for one only."""
     width: int = 256
     """Channels of the FPN and of the convolutions in the heads. Without an FPN (vgg16) they are
     the backbone's."""
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
     compile: bool = False
-    """torch.compile of backbone, FPN and RPN (or RetinaNet's) head in training. It pays where the
-    canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The first
-    steps take minutes."""
+    """Compile backbone, FPN and RPN (or RetinaNet's) head with torch.compile in training. It pays
+    if the canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The
+    first steps take minutes."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
     rpn: RpnConfig = field(default_factory=RpnConfig)

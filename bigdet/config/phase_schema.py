@@ -44,10 +44,11 @@ class ResizeConfig:
     their canvases and all ranks have equal work, or one for each ``image``, as in Detectron,
     detectron2 and mmdetection."""
     divide_by: int = 2
-    """Of ``stitcher``: what both sides are divided by."""
+    """For ``stitcher``: both sides are divided by this."""
     variant: Literal["released", "paper"] = "released"
-    """Of ``direct`` in training. ``released``, as paper 2's code: the long side becomes ``size``
-    times the factor, the aspect ratio stays. ``paper``, as its text: both sides become that."""
+    """For ``direct`` in training. ``released``, as in paper 2's code: the long side becomes
+    ``size`` times the factor, the aspect ratio stays. ``paper``, as in its text: both sides become
+    that."""
     scale_range: tuple[float, float] = (0.8, 1.2)
     """Range of the random factor of ``direct`` in training; 1 at test time."""
     jitter_range: tuple[float, float] = (0.1, 2.0)
@@ -60,7 +61,7 @@ class ResizeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of training images beside scale, crop and flip: probabilities, 0 is off."""
+    """Random changes of training images besides scale, crop and flip: probabilities, 0 is off."""
 
     color_jitter: float = 0.0
     """Brightness, contrast and saturation of an image change by factors of 0.6 to 1.4."""
@@ -73,7 +74,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StartCostConfig:
-    """What it took to make weights that come from elsewhere, as far as it is known."""
+    """What it cost to train imported weights, as far as it is known."""
 
     preset: Literal["imagenet"] | None = None
     """``imagenet``: 1.28 million images of one object, 100 passes at 224x224 (paper 1)."""
@@ -94,22 +95,22 @@ class StartFromConfig:
     source: str | None = None
     """``random``; ``timm`` (the backbone's published ImageNet weights) or ``timm:NAME`` (others by
     timm's name); ``previous`` (the phase before); the path of a run or a ``model.safetensors``; or
-    the file of a backbone that others wrote: ``.safetensors``, ``.pth``, ``.pkl`` (README). None:
+    the file of a backbone from another codebase: ``.safetensors``, ``.pth``, ``.pkl``. None:
     ``random`` in the first phase, ``previous`` in the others."""
     parts: list[str] | None = field(default=None, metadata={CHOICES: PARTS})
     """The parts that are loaded, the others start anew. None: all parts of the model (``timm``
     and files of others: the backbone; of ``vgg16`` they also have fc6 and fc7 for ``box_head``)."""
     pixels: Pixels | None = None
-    """For ``.pkl`` files, which do not say it: how images were given to the network. ``rgb``:
-    as torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
+    """For ``.pkl`` files, which do not record it: how images were fed to the network. ``rgb``: as
+    in torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
     reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
     ema: bool | None = None
-    """For files that have plain weights and their moving average (EMA): true for the average, false
-    for the plain ones. None: the plain ones; of mmengine's, which puts the average in their place,
-    the average. The log says what a file has and what was taken."""
+    """For files with both plain weights and their moving average (EMA): true for the average, false
+    for the plain ones. None: the plain ones, but the average for files of mmengine, which puts it
+    in their place. The log says what a file has and what was taken."""
     cost: StartCostConfig | None = None
-    """For ``timm`` and paths: what the weights cost, to stand beside the run's own in
-    ``metrics.jsonl`` (``imported/images``, ...). None: not stated."""
+    """For ``timm`` and paths: what the weights cost, reported next to the run's own cost in
+    ``metrics.jsonl`` (``imported/images``, ...). None: unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +127,18 @@ class PhaseConfig:
     """One part of a run with settings of its own."""
 
     steps: int | None = None
-    """Length of the phase in optimizer steps. One of ``steps``, ``passes`` and ``images`` says how
-    long the phase is; the run folder's config has ``steps``."""
+    """Length of the phase in optimizer steps. Exactly one of ``steps``, ``passes`` and ``images``
+    sets the length; the run folder's config has ``steps``."""
     passes: float | None = None
     """Length in passes through the training data."""
     images: int | None = None
-    """Length in training images, so that the steps follow from ``images_per_step``."""
+    """Length in training images; the steps follow from ``images_per_step``."""
     images_per_gpu: int = MISSING
     """Images in one forward pass of one rank (micro-batch). Losses are normalized over these images
-    (by their objects or samples), as in the published codes, and live BN has its statistics of
-    them: another number changes the gradient even where ``images_per_step`` stays."""
+    (by their objects or samples), as in the published codes, and live BN takes its statistics from
+    them: another number changes the gradient even if ``images_per_step`` stays."""
     images_per_step: int | None = None
-    """Images per optimizer step over all ranks; what exceeds ranks x ``images_per_gpu`` is
+    """Images per optimizer step over all ranks; beyond ranks x ``images_per_gpu``, gradients are
     accumulated. None: one micro-batch per rank."""
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     """Size of the images."""
@@ -152,17 +153,17 @@ class PhaseConfig:
     reference_images_per_step: int | None = None
     """Linear scaling rule: the rate used is ``lr`` x images per step / this, up or down. It scales
     nothing else; with a length in ``images`` or ``passes`` the steps follow the batch too. None:
-    ``lr`` as it stands."""
+    ``lr`` as given."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Betas of AdamW."""
     weight_decay: float = 1e-4
     """On weights and biases; not on normalization layers (but see ``decay_norms``), nor on the
     position tables and scales of transformers."""
     decay_norms: bool = False
-    """Decay scale and shift of BN and GN too, as detectors of mmdetection do unless their config
-    says otherwise (its baselines, and paper 2's fine-tuning with affine or SyncBN)."""
+    """Also decay scale and shift of BN and GN, as mmdetection does unless a config says otherwise
+    (its baselines, and paper 2's fine-tuning with affine or SyncBN)."""
     decay_biases: bool = True
     """Decay biases of other layers. False in Detectron."""
     bias_lr_factor: float = 1.0
@@ -171,21 +172,21 @@ class PhaseConfig:
     """After the warm-up: ``constant``; ``step``: times ``decay_factor`` at each of ``drops``; or
     ``cosine``: half a cosine, from the full rate at the end of the warm-up to 0 at the end."""
     drops: list[int | float] | None = None
-    """When the rate drops, in the unit of the phase's length; below 0: so long before its end
+    """When the rate drops, in the unit of the phase's length; negative values count from its end
     (paper 1's last 60k and last 20k steps: -60_000, -20_000). None: at 2/3 and 11/12 of the length
     (8 and 11 of 12 passes)."""
     decay_factor: float = 0.1
-    """Of each drop."""
+    """Factor of each drop."""
     warmup_steps: int = 500
     """Steps of linear warm-up."""
     warmup_factor: float = 0.001
-    """Part of the rate at which the warm-up begins."""
+    """Fraction of the rate at which the warm-up starts."""
     norm_mode: NormMode | None = None
     """For BN only. ``live``: statistics of the batch of each GPU. ``sync``: of the batches of all
     GPUs together, so that losses depend on their number. ``affine``: statistics fixed, scale and
     shift trained. ``fixed``: both fixed. Must be null without BN."""
     freeze_stages: int = 0
-    """So many first stages of the backbone (the stem is the first) are not trained."""
+    """How many first stages of the backbone are not trained; the stem is the first."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
     """Where the weights come from."""
     model: PhaseModelConfig = field(default_factory=PhaseModelConfig)

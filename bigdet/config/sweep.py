@@ -25,7 +25,7 @@ class ForkConfig:
     """The checkpoint of another run at which a run begins."""
 
     run: str = MISSING
-    """Name of the run, which stands above in the list."""
+    """Name of a run earlier in the list."""
     step: int = MISSING
     """Step of the phase."""
     phase: str | None = None
@@ -172,11 +172,11 @@ def _plan(
 
 
 def _above(key: str, group: str, seed: int | None, planned: dict[str, PlannedRun]) -> str:
-    """Return the name of another run of the same seed, which has to stand above."""
+    """Return the name of another run of the same seed, which must be earlier in the list."""
     name = _name(group, seed)
     if name not in planned:
         known = ", ".join(dict.fromkeys(run.group for run in planned.values())) or "none does"
-        raise ConfigError(f"{key}: found {group}, expected a run that stands above this: {known}.")
+        raise ConfigError(f"{key}: found {group}, expected a run earlier in the list: {known}.")
     return name
 
 

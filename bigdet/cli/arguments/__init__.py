@@ -1,1 +1,1 @@
-"""What each command takes, read before anything heavy is imported."""
+"""The arguments of each command, parsed before anything slow is imported."""

@@ -9,12 +9,12 @@
     bigdet evaluate runs/voc --shards data/voc/test --metric voc07
 
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
-model.safetensors. Its own config says how it is evaluated; key=value changes that: evaluation.*
-(size, batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
-data.workers and data.cache.*. --max-detections N is evaluation.max_detections=N.
+model.safetensors. It is evaluated as its own config says. key=value changes evaluation.* (size,
+batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
+data.workers and data.cache.*. --max-detections N is the same as evaluation.max_detections=N.
 
-A file that ends in .json is taken for detections in the COCO results format, of whatever program,
-and scored as it is: boxes, masks and keypoints, whichever its first detection has.
+A file that ends in .json holds detections in COCO results format, written by any program. They are
+scored as they are: as boxes, masks or keypoints, depending on what the first detection has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bigdet.cli.running import positive
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; launchers add --local_rank, which the environment says too."""
+    """Parse the command line; launchers add --local_rank, which is also in the environment."""
     parser = argparse.ArgumentParser(
         prog="bigdet evaluate",
         description=__doc__,
@@ -40,18 +40,25 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
     )
     parser.add_argument("--shards", required=True, help="folder or address of a shard set")
-    parser.add_argument("--tta", action="store_true", help="several views of each image, mirrored")
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation: several sizes, each also mirrored",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument(
-        "--metric", choices=["coco", "voc07", "voc12"], help="instead of the config's"
+        "--metric",
+        choices=["coco", "voc07", "voc12"],
+        help="how AP is defined; default: the config's",
     )
     parser.add_argument(
         "--analysis", action="store_true",
-        help="print what keeps the AP down: sizes, errors, calibration, confusion, classes",
+        help="also print what limits the AP: sizes, errors, calibration, confusion, classes",
     )  # fmt: skip
     parser.add_argument(
         "--max-detections", type=positive, metavar="N",
-        help="of a class on an image that count, of boxes and masks; default: the config's, 100",
+        help="detections per class and image that count, for boxes and masks; default: the "
+        "config's, 100",
     )  # fmt: skip
     parser.add_argument("--detections", type=Path, help="JSON file for all detections")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

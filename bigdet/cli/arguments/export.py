@@ -1,4 +1,4 @@
-"""Write a detector as ONNX or as a program of torch.export, and check it on real images.
+"""Export a detector to ONNX or torch.export, and compare it with the original on real images.
 
     bigdet export runs/mine detector.onnx --size 800 1344 --check photos/
     bigdet export runs/mine detector.pt2 --size 448 448 --batch 8
@@ -6,15 +6,15 @@
 
 Faster and Mask R-CNN and RetinaNet, in fp32, for canvases of one size (multiples of 32) and a fixed
 number of images. Inputs: ``images`` (B, 3, height, width) uint8 RGB, each image in the top left
-corner and the rest 0, and ``image_sizes`` (B, 2) int64, height and width of each. Outputs:
-``boxes`` (B, D, 4) x0, y0, x1, y1 in pixels of the canvas, ``scores`` (B, D) falling, ``labels``
-(B, D), ``is_valid`` (B, D): which of the D slots hold a detection, and of a Mask R-CNN ``masks``
-(B, D, 28, 28), probabilities on a grid over each box. A .onnx has its classes and the size at test
-in its metadata, a .pt2 in its file ``bigdet.json``; a .pt2 needs torchvision to be imported before
-it is loaded.
+corner and the rest 0, and ``image_sizes`` (B, 2) int64, height and width of each image. Outputs:
+``boxes`` (B, D, 4) x0, y0, x1, y1 in pixels of the canvas; ``scores`` (B, D), descending;
+``labels`` (B, D); ``is_valid`` (B, D), which of the D slots hold a detection; and for Mask R-CNN
+``masks`` (B, D, 28, 28), probabilities on a grid over each box. An .onnx file has its classes and
+the test size in its metadata, a .pt2 file in its file ``bigdet.json``. Import torchvision before
+loading a .pt2 file.
 
---check takes files, folders, globs or a shard set: each image is given to the file that was
-written and to the detector, on the same canvas; exit code 1 unless they find the same.
+--check takes files, folders, globs or a shard set. Each image is given to the exported file and to
+the detector, on the same canvas; the exit code is 1 unless both find the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bigdet.cli.running import positive
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="bigdet export",
         description=__doc__,
@@ -37,12 +37,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="the file to write: .onnx or .pt2")
     parser.add_argument(
         "--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"),
-        help="of the canvas, pixels, multiples of 32",
+        help="size of the canvas, pixels, multiples of 32",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1, help="images in one pass (1)")
+    parser.add_argument("--batch", type=int, default=1, help="images per pass; default 1")
     parser.add_argument(
         "--candidates", type=positive, default=2000,
-        help="R-CNNs: pairs of region and class that meet in NMS; a detector takes all (2000)",
+        help="R-CNNs: pairs of region and class that enter NMS; the detector itself takes all; "
+        "default 2000",
     )  # fmt: skip
-    parser.add_argument("--check", nargs="+", metavar="IMAGES", help="images to compare on")
+    parser.add_argument("--check", nargs="+", metavar="IMAGES", help="images to compare the two on")
     return parser.parse_args(arguments)

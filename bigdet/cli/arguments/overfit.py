@@ -1,12 +1,12 @@
-"""Let a detector learn 16 real images by heart: does all of it, from pixels to AP, work together?
+"""Let a detector memorize 16 real images: does everything work together, from pixels to AP?
 
     bigdet overfit mask_rcnn --shards data/coco/train
     bigdet overfit keypoint_rcnn --shards data/people/train model.backbone=resnet10
 
 Takes the first 16 images of a set on which every object has at least 24 pixels at the training size
-(and, for keypoints, at least one of them labelled), trains a small model from random weights on
-them, and measures it on the same 16. Ends with 1 unless every AP50 exceeds --goal. Words after the
-detector change options of its config, which is in this file.
+(and, for keypoints, at least one labelled keypoint), trains a small model on them from random
+weights, and evaluates it on the same 16. Exits with 1 unless every AP50 exceeds --goal. key=value
+after the detector changes options of its config, which is in ``bigdet/cli/overfit.py``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from bigdet.cli.running import positive
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="bigdet overfit",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("detector", help="model.detector, such as mask_rcnn")
+    parser.add_argument("detector", help="value of model.detector, such as mask_rcnn")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
     )
-    parser.add_argument("--shards", required=True, help="shard set to take the images from")
+    parser.add_argument("--shards", required=True, help="shard set that the images are taken from")
     parser.add_argument("--goal", type=float, default=0.8, help="AP50 to exceed; default 0.8")
-    parser.add_argument("--every", type=positive, default=50, help="steps between measurements")
+    parser.add_argument(
+        "--every", type=positive, default=50, help="steps between evaluations; default 50"
+    )
     return parser.parse_intermixed_args(arguments)

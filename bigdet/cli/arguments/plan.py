@@ -1,18 +1,18 @@
-"""Which sizes and batches fit into a GPU, and which way of sharding to take on many.
+"""Find out which sizes and batches fit into a GPU, and which way of sharding to use on many GPUs.
 
     bigdet plan configs/r50_direct.yaml --memory-gib 11
     bigdet plan configs/swin_t_direct.yaml --gpus 8x16 --link nvlink,400gb
 
-``--memory-gib`` (equation 1 of paper 2): real steps of a few sizes and batches are measured on this
-device, each in a process of its own; the settings on the boundary of that memory are written to
-standard output, one line of options each. With ``--gpus``, as the config's engine shards over so
-many. ``--check 384x6`` measures one more and compares it with the prediction (exit code 1 when its
-memory is off by more than 10%). How it is reckoned stands in ``bigdet/planning/memory.py``.
+``--memory-gib`` (equation 1 of paper 2) measures real steps of a few sizes and batches on this
+device, each in its own process, and prints the settings on the boundary of that memory, one line of
+options each. With ``--gpus``, memory is that of the config's engine on so many GPUs. ``--check
+384x6`` measures one more setting and compares it with the prediction (exit code 1 if the memory is
+off by more than 10%). ``bigdet/planning/memory.py`` explains the prediction.
 
-``--gpus`` alone: GPUs of a host x hosts. ``--link``: what joins the GPUs of a host, and the network
-adapter of each GPU (``50gb`` where eight share one of 400). A few real steps are measured on this
-device first; ``--step-seconds`` says what they take where this is not the device that is planned
-for. How it is reckoned stands in ``bigdet/planning/cluster.py``.
+``--gpus`` without ``--memory-gib``: GPUs per host x hosts. ``--link``: what connects the GPUs of a
+host, and the network adapter per GPU (``50gb`` where eight share one of 400). A few real steps are
+measured on this device first; where this is not the device to plan for, ``--step-seconds`` gives
+their duration. ``bigdet/planning/cluster.py`` explains the prediction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRIALS = 6
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="bigdet plan",
         description=__doc__,
@@ -41,18 +41,26 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
     )
     parser.add_argument("--gpus", help=f"GPUs per host x hosts; default {GPUS}")
-    parser.add_argument("--link", help=f"inside, and between hosts per GPU; default {LINK}")
-    parser.add_argument("--latency", type=float, help=f"of a message, s; default {LATENCY}")
-    parser.add_argument("--phase", help="default: the first")
-    parser.add_argument("--step-seconds", type=float, help="of a micro-batch on one GPU")
-    parser.add_argument("--gpu-memory-gib", type=float, help="default: of this device")
-    parser.add_argument("--memory-gib", type=float, help="which sizes and batches fit into this")
-    parser.add_argument("--sizes", help=f"resize.size to choose from; default {SIZES}")
-    parser.add_argument("--batches", help=f"images per GPU to choose from; default {BATCHES}")
-    parser.add_argument("--trials", type=int, help=f"settings to measure; default {TRIALS}")
-    parser.add_argument("--check", help="measure this setting too, such as 384x6, and compare")
     parser.add_argument(
-        "--measure", action="store_true", help="only measure steps here, and write JSON"
+        "--link", help=f"link inside a host, and per GPU between hosts; default {LINK}"
+    )
+    parser.add_argument(
+        "--latency", type=float, help=f"latency of a message, seconds; default {LATENCY}"
+    )
+    parser.add_argument("--phase", help="phase to plan; default: the first")
+    parser.add_argument("--step-seconds", type=float, help="duration of a micro-batch on one GPU")
+    parser.add_argument(
+        "--gpu-memory-gib", type=float, help="memory of a GPU; default: of this device"
+    )
+    parser.add_argument(
+        "--memory-gib", type=float, help="find the sizes and batches that fit into this much"
+    )
+    parser.add_argument("--sizes", help=f"values of resize.size to consider; default {SIZES}")
+    parser.add_argument("--batches", help=f"images per GPU to consider; default {BATCHES}")
+    parser.add_argument("--trials", type=int, help=f"settings to measure; default {TRIALS}")
+    parser.add_argument("--check", help="also measure this setting, such as 384x6, and compare")
+    parser.add_argument(
+        "--measure", action="store_true", help="only measure steps on this device, and print JSON"
     )
     options = parser.parse_intermixed_args(arguments)
     with_memory, without = ("sizes", "batches", "trials", "check"), (

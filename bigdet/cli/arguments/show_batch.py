@@ -1,4 +1,4 @@
-"""Show what a run is, was or will be fed: the exact batch of any step of a phase.
+"""Show what a run is, was or will be trained on: the exact batch of any step of a phase.
 
 bigdet show-batch configs/swin_t_direct.yaml --phase pretrain --step 1000
 bigdet show-batch CONFIG --phase pretrain --step 1000 --world 8 --rank 3 --out pictures
@@ -13,19 +13,21 @@ from pathlib import Path
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="bigdet show-batch",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="YAML file of the experiment, or of a run")
-    parser.add_argument("--phase", required=True, help="its name in the config")
-    parser.add_argument("--step", type=int, required=True, help="of the phase, from 1")
+    parser.add_argument("config", type=Path, help="YAML file of an experiment, or of a run")
+    parser.add_argument("--phase", required=True, help="name of the phase in the config")
+    parser.add_argument("--step", type=int, required=True, help="step of the phase, from 1")
     parser.add_argument("--world", type=int, default=1, help="number of ranks; default 1")
-    parser.add_argument("--rank", type=int, help="only this rank; default all of them")
+    parser.add_argument("--rank", type=int, help="show this rank only; default: all")
     parser.add_argument("--ids", action="store_true", help="print image ids, draw nothing")
-    parser.add_argument("--out", type=Path, help="default OUTPUT/pictures/batch-PHASE-STEP")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the pictures; default OUTPUT/pictures/batch-PHASE-STEP"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
     )

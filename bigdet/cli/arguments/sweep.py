@@ -4,10 +4,11 @@
     bigdet sweep configs/sweeps/figure1.yaml --print
     bigdet sweep configs/sweeps/figure1.yaml --slurm > submit.sh; bash submit.sh --nodes=1
 
-Started again, it skips what is finished and goes on with what is not. SIGTERM and SIGUSR1 stop the
-current run with a checkpoint. It ends with a report on all runs, OUTPUT/report.html, and its tables
-in report.md; where runs are measured on several data sets, one for each, in OUTPUT/report-DATA.
-Exit code 0: all runs are finished; 1: an error, or runs that failed; 75: stopped on request.
+Started again, it skips finished runs and resumes the others. SIGTERM and SIGUSR1 stop the current
+run with a checkpoint. At the end it writes a report on all runs, OUTPUT/report.html, with its
+tables in report.md; if runs are measured on several data sets, one report each, in
+OUTPUT/report-DATA.
+Exit code 0: all runs are finished; 1: an error, or failed runs; 75: stopped on request.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from collections.abc import Sequence
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="bigdet sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sweep", help="YAML file of the sweep")
-    parser.add_argument("--command", help="what starts a run, instead of the sweep's own")
+    parser.add_argument("--command", help="command that starts a run, instead of the sweep's own")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--print", action="store_true", help="print the commands of what is left")
     instead.add_argument(
-        "--slurm", action="store_true", help="print a script that submits what is left as arrays"
+        "--print", action="store_true", help="print the commands of the remaining runs"
+    )
+    instead.add_argument(
+        "--slurm",
+        action="store_true",
+        help="print a script that submits the remaining runs as arrays",
     )
     return parser.parse_args(arguments)

@@ -6,9 +6,10 @@
     bigdet train configs/quickstart.yaml --doctor
     bigdet train --options data.train
 
-Started again, the same command goes on from the newest checkpoint. Exit code 0: done; 1: an error
-that the message explains; 75: stopped on request (SIGTERM, SIGUSR1, or the file OUTPUT/stop), with
-a checkpoint written: start it again. torchrun makes 1 of any code but 0; OUTPUT/stopped tells.
+Started again, the same command resumes from the newest checkpoint. Exit code 0: done; 1: an error,
+explained by a message; 75: stopped on request (SIGTERM, SIGUSR1, or the file OUTPUT/stop) with a
+checkpoint: start it again. torchrun turns every code but 0 into 1; the file OUTPUT/stopped shows
+that a run was stopped on request.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from bigdet.config.describe import describe_options
 
 
 class ShowOptions(argparse.Action):
-    """Writes the options and ends, as --help does."""
+    """Prints the options and exits, as --help does."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, _space: object, value: object, _word: object = None
     ) -> None:
-        """Write those below the key, or all."""
+        """Print those below the key, or all."""
         sys.stdout.write(describe_options(str(value or "")))
         parser.exit()
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; launchers add --local_rank, which the environment says too."""
+    """Parse the command line; launchers add --local_rank, which is also in the environment."""
     parser = argparse.ArgumentParser(
         prog="bigdet train",
         description=__doc__,
@@ -45,17 +46,19 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--doctor",
         action="store_true",
-        help="check hosts, data, memory and collectives, then end",
+        help="check hosts, data, memory and collectives, then exit",
     )
     parser.add_argument(
-        "--log-json", action="store_true", help="console lines as JSON objects, with the numbers"
+        "--log-json",
+        action="store_true",
+        help="write console lines as JSON objects, with the numbers",
     )
     parser.add_argument(
         "--options",
         action=ShowOptions,
         nargs="?",
         metavar="KEY",
-        help="list all options, or those below a key, with type, default and unit, then end",
+        help="list all options, or those below a key, with type, default and unit, then exit",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
