@@ -15,7 +15,7 @@ from torch import nn
 from bigdet.config.families import backbone_facts
 from bigdet.config.own import import_callable, type_name
 from bigdet.models.backbone_base import STRIDES, Backbone
-from bigdet.models.norms import BatchNorm2d, Kind
+from bigdet.models.norms import BatchNorm2d, Kind, batch_norms
 
 __all__ = ["Backbone", "build_backbone", "freeze_stages"]
 
@@ -66,13 +66,8 @@ def _check_own(name: str, backbone: Any, heeded: dict[str, Any]) -> None:
             f"{where}: stages has {len(backbone.stages)} lists of modules, expected {NUM_STAGES}: "
             f"the stem and the four stages; a list may be empty."
         )
-    modules = list(backbone.modules())
-    if foreign := [each for each in modules if isinstance(each, nn.modules.batchnorm._BatchNorm)]:
-        raise ValueError(
-            f"{where} has {type(foreign[0]).__name__} of torch, which knows no norm_mode. Expected "
-            f"make_norm(norm, channels) of bigdet.models.norms."
-        )
-    has_batch_norm = any(isinstance(each, BatchNorm2d) for each in modules)
+    refuse_torch_norms(where, backbone)
+    has_batch_norm = bool(batch_norms(backbone))
     if has_batch_norm != (heeded.get("norm") == "bn"):
         raise ValueError(
             f"{where} {'has' if has_batch_norm else 'has no'} batch normalization, where it is "
@@ -80,6 +75,21 @@ def _check_own(name: str, backbone: Any, heeded: dict[str, Any]) -> None:
             f"kind the layers of make_norm are; without it, neither."
         )
     _check_features(where, backbone)
+
+
+def refuse_torch_norms(where: str, module: nn.Module) -> None:
+    """Raise ``ValueError`` if a user's module has batch normalization of torch.
+
+    Args:
+        where: which module, for the message.
+        module: the same.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{where} has {type(layer).__name__} of torch, which knows no norm_mode. Expected "
+                f"make_norm(norm, channels) of bigdet.models.norms."
+            )
 
 
 def _check_features(where: str, backbone: Backbone) -> None:

@@ -13,11 +13,12 @@ from bigdet.config.derived import (
     has_keypoints,
     has_masks,
     model_parts,
+    parts_with_batch_norm,
 )
 from bigdet.config.families import DETECTORS, detector_facts
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.own import import_callable, type_name
-from bigdet.models.backbones import Backbone, build_backbone
+from bigdet.models.backbones import Backbone, build_backbone, refuse_torch_norms
 from bigdet.models.conventions import OWN, Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
@@ -27,7 +28,7 @@ from bigdet.models.heads.mask import MaskHead
 from bigdet.models.heads.retina import RetinaHead
 from bigdet.models.heads.rpn import RegionProposals
 from bigdet.models.necks.fpn import FPN, RetinaFPN
-from bigdet.models.norms import Kind
+from bigdet.models.norms import Kind, batch_norms
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet
 
@@ -87,6 +88,15 @@ def _check_own(config: ModelConfig, detector: Any) -> None:
         raise ValueError(
             f"{where} has the parts {', '.join(parts)}, but its describe_detector says "
             f"{', '.join(model_parts(config))}."
+        )
+    refuse_torch_norms(where, detector)
+    normalized = [name for name, part in detector.named_children() if batch_norms(part)]
+    if sorted(normalized) != sorted(parts_with_batch_norm(config)):
+        raise ValueError(
+            f"{where} has batch normalization in {', '.join(normalized) or 'no part'}, but by the "
+            f"config and its describe_detector it is in "
+            f"{', '.join(parts_with_batch_norm(config)) or 'no part'}. List parts that follow "
+            f"head_norm(config) as normalized, and give others none."
         )
 
 

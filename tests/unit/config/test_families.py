@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from bigdet.config.model_schema import ModelConfig
 from bigdet.config.own import import_own
 from bigdet.models.build import build_detector
 from bigdet.run_dir import RunDir
+from bigdet.training.same_hosts import own_code
 from bigdet.training.showing import open_boards
 from tests.shipped import CONFIGS
 
@@ -68,6 +70,14 @@ retina = describe_detector(**of_retina)(lambda config, num_classes, backbone:
 empty = describe_detector(**of_retina)(lambda config, num_classes, backbone: None)
 other = describe_detector(parts=("backbone", "neck"), options=("width", "retina"))(retina_like :=
     lambda config, num_classes, backbone: build_retinanet(config, num_classes, backbone))
+def with_more(norm):
+    def build(config, num_classes, backbone):
+        detector = build_retinanet(config, num_classes, backbone)
+        detector.retina_head.more = norm
+        return detector
+    return describe_detector(**of_retina)(build)
+torch_head = with_more(nn.BatchNorm2d(8))
+head_norm = with_more(make_norm("bn", 8))
 short = describe_detector(**of_retina)(lambda config: None)
 """
 
@@ -118,6 +128,8 @@ def test_a_backbone_that_does_not_fit_is_refused(nets: str, name: str, expected:
         ("silent", r"does not say what it is\. Write @describe_detector"),
         ("empty", r"empty returned None, expected a Detector"),
         ("other", r"has the parts backbone, fpn, retina_head, but its .* says backbone, neck"),
+        ("torch_head", r"has BatchNorm2d of torch"),
+        ("head_norm", r"in backbone, retina_head, but .* it is in backbone\. List parts"),
         ("short", r"takes \(config\), expected \(config, num_classes, backbone\)"),
     ],
 )
@@ -261,3 +273,11 @@ def test_documents_list_the_names_of_the_rows() -> None:
         assert found, option
         names = [n for words in re.findall(r"`([a-z0-9_/]+)`", found[1]) for n in spread(words)]
         assert sorted(names) == sorted(rows)
+
+
+def test_hosts_compare_the_code_of_a_users_own(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "their_code.py").write_text("def build(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_own("model.backbone", "their_code:build")
+    digest = hashlib.sha256(b"def build(): pass\n").hexdigest()
+    assert own_code(["resnet10", "their_code:build"]) == {"code of their_code": digest[:12]}
