@@ -142,7 +142,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         source.formatter_class = argparse.RawDescriptionHelpFormatter
         words = f"bigdet shards {name} "
         examples = [f"    {line}" for line in str(__doc__).splitlines() if words in line]
-        source.epilog = "\n".join(["examples:", *examples])
+        if examples:
+            source.epilog = "\n".join(["examples:", *examples])
     return parser
 
 
