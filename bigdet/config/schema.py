@@ -81,8 +81,8 @@ class EvaluationConfig:
     resize: ResizeConfig | None = None
     """Size of the images. None: as in the phase."""
     tta: TtaConfig | None = None
-    """Test-time augmentation in every evaluation; ``bigdet evaluate --tta`` uses it once. It takes
-    two passes per view. None: one view at the size of ``resize``."""
+    """Test-time augmentation in every evaluation; ``--tta`` of ``bigdet evaluate`` uses it once. It
+    takes two passes per view. None: one view at the size of ``resize``."""
     metric: Metric = "coco"
     """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
     all of them (``voc12``), where AP50 is VOC's own number."""
