@@ -27,11 +27,12 @@ READ_ERRORS = (
 )  # fmt: skip
 """What Pillow raises of files that are damaged or no images: its readers differ."""
 
-SUFFIXES = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif", ".gif", ".avif", ".jp2",
     ".mpo", ".pbm", ".pgm", ".ppm",
-}  # fmt: skip
-"""Files of a folder that are taken for pictures; a file given by name may have any."""
+)  # fmt: skip
+"""Files of a folder that are taken for pictures, in any case; a file given by name may have any.
+Where a folder has a picture twice, the first of these wins."""
 
 EXIF_ORIENTATION = 0x0112
 DECIMALS = 6  # of turned coordinates, so that turned back they are what they were

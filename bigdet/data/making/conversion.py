@@ -382,9 +382,14 @@ def _finish(storage: Storage) -> Manifest:
         raise ShardError(
             f"{storage.address}: not one image could be used{skipped}. The first: {first}."
         )
-    if log.getvalue():
-        storage.write(SKIPPED_NAME, log.getvalue().encode())
+    write_summary(storage, manifest, index, log.getvalue())
+    return manifest
+
+
+def write_summary(storage: Storage, manifest: Manifest, index: NDArray[np.void], log: str) -> None:
+    """Write what makes tars a set, the manifest last; ``log`` is that of what was left out."""
+    if log:
+        storage.write(SKIPPED_NAME, log.encode())
     storage.write(INDEX_NAME, index_bytes(index))
     storage.write(MANIFEST_NAME, manifest_text(manifest).encode())
     storage.clear()
-    return manifest

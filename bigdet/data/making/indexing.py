@@ -29,12 +29,11 @@ from bigdet.data.format.shard_set import (
     INDEX_DTYPE,
     INDEX_NAME,
     LABEL_LISTS,
-    SKIPPED_NAME,
     STRING_IDS,
     drop_empty_outlines,
 )
 from bigdet.data.making.annotations import IGNORE_FLAGS, are_relative
-from bigdet.data.making.conversion import PLAN_NAME, Progress, no_progress
+from bigdet.data.making.conversion import PLAN_NAME, Progress, no_progress, write_summary
 from bigdet.data.making.loose_values import truth_value
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
 from bigdet.data.making.shard_tar import (
@@ -47,7 +46,7 @@ from bigdet.data.making.shard_tar import (
     image_suffix,
     turn_flags,
 )
-from bigdet.data.making.shard_writer import SetInfo, index_bytes, manifest_text, summarize
+from bigdet.data.making.shard_writer import SetInfo, summarize
 from bigdet.data.making.sources.image_headers import read_header
 from bigdet.data.making.storage import LocalStorage
 from bigdet.host.files import file_sha256
@@ -140,11 +139,7 @@ def index_shards(
         if manifest is None:
             lines = log.getvalue().splitlines() or ["no pair of an image and a json of one key"]
             raise ShardError(f"{folder}: not one sample can be used; the first: {lines[0]}")
-        if log.getvalue():
-            storage.write(SKIPPED_NAME, log.getvalue().encode())
-        storage.write(INDEX_NAME, index_bytes(index))
-        storage.write(MANIFEST_NAME, manifest_text(manifest).encode())
-        storage.clear()
+        write_summary(storage, manifest, index, log.getvalue())
     return manifest
 
 

@@ -16,9 +16,7 @@ from bigdet.data.making.shard_tar import SampleLog
 from bigdet.data.making.sources.file_names import spelling_key
 from bigdet.data.making.sources.image_files import file_bytes, safe_path
 from bigdet.host.reading import patiently, why_unread
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif", ".gif")
-"""Of images, in any case; the first one wins where an image is there twice."""
+from bigdet.pictures.pixels import SUFFIXES
 
 CLASS_FLAGS = {"-1", "0", "1"}  # of VOC's own lists of a class: absent, difficult, present
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
