@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from bigdet.models.weights import (
     read_safetensors,
 )
 from bigdet.weights.classes import carry_classes
-
-logger = logging.getLogger(__name__)
 
 
 def load_run(
@@ -49,17 +46,17 @@ def load_run(
         raise ValueError(f"{error}{_other_options(detector, metadata, path)}") from error
 
 
-def warn_of_sampling(detector: Detector, path: Path) -> None:
-    """Say so where a detector pools regions otherwise than its weights were trained to."""
+def other_sampling(detector: Detector, path: Path) -> str:
+    """Say that a detector pools regions otherwise than its weights were trained to, if it does."""
     trained = _trained_model(read_metadata(find_weights(path)), path)
     own = detector.config.roi.sampling_ratio
-    if trained is not None and trained.roi.sampling_ratio != own:
-        theirs = trained.roi.sampling_ratio
-        logger.warning(
-            "%s was trained with model.roi.sampling_ratio: %s, and this run has %s. Write "
-            "model.roi.sampling_ratio: %s to pool regions as its heads have learned them.",
-            path, theirs, own, theirs,
-        )  # fmt: skip
+    theirs = own if trained is None else trained.roi.sampling_ratio
+    if theirs == own:
+        return ""
+    return (
+        f"{path} was trained with model.roi.sampling_ratio: {theirs}, and this run has {own}. "
+        f"Write model.roi.sampling_ratio: {theirs} to pool regions as its heads have learned them."
+    )
 
 
 def _other_options(detector: Detector, metadata: Mapping[str, str], path: Path) -> str:

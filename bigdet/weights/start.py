@@ -24,7 +24,7 @@ from bigdet.models.detector import Detector
 from bigdet.models.weights import FORMAT, LoadedPart, find_weights, part_of, read_metadata
 from bigdet.run_dir import RunDir
 from bigdet.weights.classes import class_rows
-from bigdet.weights.own_runs import load_run, warn_of_sampling
+from bigdet.weights.own_runs import load_run, other_sampling
 from bigdet.weights.published_backbones import load_backbone_file, load_timm_backbone
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,16 @@ def load_start(
     """
     rows: list[LoadedPart] = []
     kept: int | None = None
+    warning = ""
     with distributed.together():
         if distributed.is_main():
-            rows, kept = _read(detector, config, name, classes, run_dir)
+            rows, kept, warning = _read(detector, config, name, classes, run_dir)
     for tensor in detector.state_dict().values():
         tensor.copy_(distributed.broadcast_tensor(tensor))
     for line in start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
+    if warning:
+        logger.warning("phases.%s.start_from: %s", name, warning)
     start = config.phases[name].start_from
     if start.source not in (None, "random", "previous"):
         costs = stated_cost(start.cost) if start.cost is not None else {}
@@ -85,31 +88,30 @@ def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
 
 def _read(
     detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
-) -> tuple[list[LoadedPart], int | None]:
-    """Load the detector; say what was loaded, and how many classes kept their weights.
+) -> tuple[list[LoadedPart], int | None, str]:
+    """Load the detector; say what was loaded, how many classes kept their weights, and a warning.
 
     The number is None where the source has the same classes, or does not say which.
     """
     source, parts = phase_source(config, name), start_parts(config, name)
     if source == "random":
-        return [], None
+        return [], None, ""
     if is_timm(source):
-        return load_timm_backbone(detector, source, config.model.backbone, parts), 0
+        return load_timm_backbone(detector, source, config.model.backbone, parts), 0, ""
     path = Path(source)
     if source == "previous":
         before = phase_before(config, name)
         path = run_dir.checkpoint(before, num_steps(config.phases[before]))
     start = config.phases[name].start_from
     if is_published_file(path):
-        return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0
+        return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0, ""
     if start.ema:
         raise ValueError(
             f"{path}: found no moving average (EMA) of its weights in it. Leave out ema."
         )
     rows, kept = load_run(detector, path, parts, classes)
-    if source != "previous" and "box_head" in parts:
-        warn_of_sampling(detector, path)
-    return rows, kept
+    is_warned = source != "previous" and "box_head" in parts
+    return rows, kept, other_sampling(detector, path) if is_warned else ""
 
 
 def is_published_file(path: Path) -> bool:
