@@ -47,7 +47,7 @@ class Points(Detector):
         super().__init__(backbone)
         self.points = nn.Conv2d(backbone.channels[2], num_classes + 4, 1)
 
-    def use_test_settings(self, config):
+    def use_eval_settings(self, config):
         pass
 
     @property
@@ -55,7 +55,7 @@ class Points(Detector):
         return False
 
     @property
-    def test_settings(self):
+    def eval_settings(self):
         return RoiConfig()
 
     def features(self, batch):

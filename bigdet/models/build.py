@@ -33,7 +33,7 @@ from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet
 
 TO_WRITE = (
-    "losses", "features", "find", "maps", "has_maps", "test_settings", "use_test_settings",
+    "losses", "features", "find", "maps", "has_maps", "eval_settings", "use_eval_settings",
 )  # fmt: skip
 """What each detector defines itself."""
 

@@ -12,8 +12,8 @@ One of your own is named as ``model.detector=my_package.nets:build``, without a 
 building it: the names of its parts, the options of ``model`` that it heeds (others are refused),
 which parts have norms with ``norm_scope: all``, and whether it learns masks or keypoints. The
 function gets the model section, the number of classes and the backbone. It returns a `Detector`
-that defines ``losses``, ``features``, ``find``, ``maps``, ``has_maps``, ``test_settings`` and
-``use_test_settings``, and whose modules are the described parts; `Detector.pixels` gives it the
+that defines ``losses``, ``features``, ``find``, ``maps``, ``has_maps``, ``eval_settings`` and
+``use_eval_settings``, and whose modules are the described parts; `Detector.pixels` gives it the
 normalized images of a batch. It may not use batch normalization of torch. ``models/retinanet.py``
 is an example to begin with; ``models/build.py`` checks what can be seen of it when it is built.
 """
