@@ -29,10 +29,10 @@ def cascade_of(
     gradients: str = "detectron2", is_class_agnostic: bool = True, **config: Any
 ) -> CascadeHead:
     torch.manual_seed(0)
-    roi = RoiConfig(**{"rois_per_image": 8, "positive_fraction": 1.0, **config})
-    make_head = partial(
-        BoxHead, "2fc", "none", 4, 8, K, roi, Conventions(), is_class_agnostic=is_class_agnostic
-    )
+    own = {"class_agnostic": is_class_agnostic, "rois_per_image": 8, "positive_fraction": 1.0}
+    roi = RoiConfig(**own | config)
+    model = ModelConfig(detector="cascade_rcnn", backbone="resnet18", fc_width=8, roi=roi)
+    make_head = partial(BoxHead, model, "none", 4, K, Conventions())
     return CascadeHead(make_head, CascadeConfig(gradients=gradients))
 
 
