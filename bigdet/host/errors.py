@@ -109,7 +109,10 @@ def _advised(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error}. Make room where this command writes, or give it another place."
     if isinstance(error, MemoryError):
-        return f"out of memory: {str(error) or 'none is left'}: {memory_hint()}"
+        return (
+            f"out of memory: {str(error) or 'none is left'}: {memory_hint()}. Lower data.workers or "
+            f"--processes, or end other programs."
+        )
     return str(error)
 
 

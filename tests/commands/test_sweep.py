@@ -221,7 +221,7 @@ def test_slurm_arrays_run_every_command_and_forks_wait(tmp_path: Path, shapes_sh
         (
             "run: trunk",
             "run: trank",
-            r"runs\.short: fork\.run: found trank, .*above this: trunk",
+            r"runs\.short: fork\.run: found trank, .*earlier in the list: trunk",
         ),
         ("fork:", "after: trunk, fork:", r"runs\.short: after: a fork waits"),
         ("step: 4", "step: 7", r"runs\.short: fork\.step: found 7, expected 1 to 6"),

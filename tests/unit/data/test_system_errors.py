@@ -97,7 +97,9 @@ def test_advice_fits_the_reason():
     assert "dmesg" in advice("EIO")
     assert "memory" in advice("ENOMEM")
     assert "memory" in reading.why_unread(MemoryError())
-    assert explain(MemoryError("4 GiB")).endswith("or end other programs. 4 GiB")
+    told = explain(MemoryError("4 GiB"))
+    assert told.startswith("out of memory: 4 GiB: ")
+    assert told.endswith(" Lower data.workers or --processes, or end other programs.")
 
 
 def test_a_tar_that_may_not_be_read_is_told_when_the_set_is_opened(shards, monkeypatch):
