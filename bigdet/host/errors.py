@@ -110,8 +110,8 @@ def _advised(error: BaseException) -> str:
         return f"{error}. Make room where this command writes, or give it another place."
     if isinstance(error, MemoryError):
         return (
-            f"out of memory: {str(error) or 'none is left'}: {memory_hint()}. Lower data.workers or "
-            f"--processes, or end other programs."
+            f"out of memory: {str(error) or 'none is left'}: {memory_hint()}. Lower data.workers "
+            f"or --processes, or end other programs."
         )
     return str(error)
 
