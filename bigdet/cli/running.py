@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,10 @@ STOPPED = 75
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+CLOSED_PIPE = 141
+"""Exit code where the reader of the output, such as ``head``, has ended: as shells have SIGPIPE."""
 
 
 def positive(text: str) -> int:
@@ -70,6 +75,8 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
         sys.stderr.write(f"{interrupted}\n")
         code = INTERRUPTED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            os._exit(CLOSED_PIPE)
         ranks = sys.modules.get("bigdet.distributed")  # making shards does without it, and torch
         lost = (ranks and ranks.lost_peer(error)) or explain_killed(error) or explain_full(error)
         is_bug = isinstance(error, RuntimeError) and not (lost or isinstance(error, ValueError))
@@ -83,3 +90,10 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
     sys.stderr.flush()
     # The group is not torn down after a failure: that is a collective and would hang.
     os._exit(code)
+
+
+def _reader_has_gone() -> bool:
+    """Tell whether it is standard output that nothing reads any more, and not another pipe."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # a closed end is told whatever one asks for
+    return bool(poll.poll(0))

@@ -146,3 +146,11 @@ def test_a_command_runs_from_any_folder_with_a_shipped_config(tmp_path: Path):
         "error: data/shapes/train: expected a shard set, but there is no such folder. Give the "
         "folder that `bigdet shards` wrote, or run it again if it did not finish."
     ]
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    command = f"{sys.executable} -m bigdet configs | head -n 1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert ended.stdout.startswith("In ")
+    assert ended.stderr == ""
+    assert ended.returncode in (0, 141)  # all was written before, or not
