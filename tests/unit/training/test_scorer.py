@@ -103,10 +103,10 @@ def test_a_process_that_is_reaped_late_is_waited_for(run: Fixed, late_reaping: N
 def test_a_process_that_dies_and_is_reaped_late_is_no_end_of_an_evaluation(
     run: Fixed, late_reaping: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorer, "evaluate_detections", lambda *_: os._exit(3))
+    monkeypatch.setattr(scorer, "evaluate_detections", lambda *_, **__: os._exit(3))
     beside = run.scorer()
     beside.start(run.results())
-    with pytest.raises(RuntimeError, match=r"pretrain-30\.detections: .* exit code 3\. Started"):
+    with pytest.raises(ValueError, match=r"pretrain-30\.detections: .* exit code 3\. Started"):
         beside.finish(lambda: False)
     assert run.file.exists()
     assert run.state.unscored is not None
@@ -182,7 +182,7 @@ def test_what_was_under_way_at_the_end_of_a_run_is_scored_by_the_next_start(
     run: Fixed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(scorer, "evaluate_detections", lambda *_: time.sleep(100))
+        patch.setattr(scorer, "evaluate_detections", lambda *_, **__: time.sleep(100))
         beside = run.scorer()
         beside.start(run.results())
         beside.collect()  # does not wait
@@ -237,7 +237,7 @@ def test_what_a_user_has_to_mend_ends_the_run_with_a_message(run: Fixed) -> None
 def test_a_process_that_is_killed_ends_the_run_and_leaves_the_detections(
     run: Fixed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorer, "evaluate_detections", lambda *_: time.sleep(100))
+    monkeypatch.setattr(scorer, "evaluate_detections", lambda *_, **__: time.sleep(100))
     beside = run.scorer()
     beside.start(run.results())
     os.kill(beside._process.pid, signal.SIGKILL)
