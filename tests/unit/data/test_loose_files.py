@@ -164,6 +164,24 @@ def test_objects_to_ignore_become_crowd(trial: Trial) -> None:
     }
 
 
+def test_a_negative_size_is_not_recorded(trial: Trial) -> None:
+    shards = trial.convert([image_of(1, height=-1, width=-1)], [])
+    assert (shards.record(0)["height"], shards.record(0)["width"]) == (6, 8)
+
+
+def test_a_file_in_utf_16_is_named(trial: Trial) -> None:
+    trial.file.write_bytes(json.dumps({"images": [image_of(1)]}).encode("utf-16"))
+    with pytest.raises(ShardError, match="it seems to be UTF-16: store it as UTF-8"):
+        convert_coco(trial.images, trial.file, trial.out)
+
+
+def test_the_reason_of_a_file_that_is_no_image_is_the_same_each_time(trial: Trial) -> None:
+    (trial.images / "x.jpg").write_bytes(b"<html>not found</html>")
+    trial.convert([image_of(1), image_of(2, file_name="x.jpg")], [])
+    (line,) = trial.log()
+    assert line["error"] == "not an image that is known: begins with b'<html>not found<'"
+
+
 def test_flags_of_other_tools_make_crowd_too(trial: Trial) -> None:
     boxes = [box_of(1, is_crowd=1), box_of(2, IsGroupOf=True), box_of(3, is_crowd=0, IsGroupOf=0)]
     shards = trial.convert([image_of(1)], boxes)
