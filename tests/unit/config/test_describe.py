@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ def test_every_key_of_a_config_is_listed():
 
 
 def leaves(section, prefix=""):
-    for name, value in vars(section).items():
+    for name in (field.name for field in dataclasses.fields(section)):
+        value = getattr(section, name)
         if name == "phases":
             for phase in value.values():
                 yield from leaves(phase, "phases.NAME.")
