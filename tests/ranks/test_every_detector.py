@@ -25,7 +25,12 @@ from tests.unit.models.scenes import make_scene
 SMALL = {
     "width": 32,
     "fc_width": 32,
-    "rpn": RpnConfig(anchor_sizes=[8, 16, 32, 48, 64], train_proposals=30, test_proposals=20),
+    "rpn": RpnConfig(
+        anchor_sizes=[8, 16, 32, 48, 64],
+        train_proposals=30,
+        test_proposals=20,
+        low_quality_iou=0.0,  # so that one pixel has an anchor
+    ),
     "roi": RoiConfig(rois_per_image=32, score_threshold=0.0),
     "keypoint": KeypointConfig(num_keypoints=3, width=32),
 }

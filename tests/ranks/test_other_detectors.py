@@ -17,6 +17,7 @@ from tests.spawn import run_ranks
 from tests.unit.models.scenes import make_scene
 
 RETINA = RetinaConfig(anchor_sizes=[8, 16, 32, 48, 64], score_threshold=0.0)
+RPN = RpnConfig(anchor_sizes=[16, 32], train_proposals=30, low_quality_iou=0.0)
 VGG = {"backbone": "vgg16", "norm": "none", "fc_width": 16}
 MODELS = {
     "retinanet resnet10": ModelConfig(
@@ -25,12 +26,8 @@ MODELS = {
     "retinanet swin_t": ModelConfig(
         detector="retinanet", backbone="swin_t", width=16, retina=RETINA
     ),
-    "faster_rcnn vgg16": ModelConfig(
-        detector="faster_rcnn", **VGG, rpn=RpnConfig(anchor_sizes=[16, 32], train_proposals=30)
-    ),
-    "mask_rcnn vgg16": ModelConfig(
-        detector="mask_rcnn", **VGG, rpn=RpnConfig(anchor_sizes=[16, 32], train_proposals=30)
-    ),
+    "faster_rcnn vgg16": ModelConfig(detector="faster_rcnn", **VGG, rpn=RPN),
+    "mask_rcnn vgg16": ModelConfig(detector="mask_rcnn", **VGG, rpn=RPN),
 }
 PHASE = PhaseConfig(steps=10, images_per_gpu=1, images_per_step=2, lr=0.01, warmup_steps=0)
 

@@ -1,6 +1,7 @@
 """What a model needs of its data is known before the first step."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ class Shards:
     """As much of a shard set as is asked."""
 
     address = "somewhere"
+    manifest = SimpleNamespace(federated=False)
 
     def __init__(self, flags: int, num_keypoints: int | None = None) -> None:
         names = None if num_keypoints is None else [str(i) for i in range(num_keypoints)]
