@@ -32,6 +32,7 @@ from bigdet.host.limits import host_memory
 from bigdet.run_dir import RunDir
 from bigdet.training import resume
 from bigdet.training import same_hosts as hosts
+from bigdet.training.data_checks import check_data
 from bigdet.training.sizes import FP32_BYTES, ModelSizes, checkpoint_bytes, model_sizes
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def find_facts(config: RunConfig) -> Facts:
         facts.classes = train_set.num_classes
         facts.objects["training objects"] = class_lines(train_set, "learned")
         facts.objects["validation objects"] = class_lines(val_set, "measured")
-        resume.check_data(config, train_set, val_set)
+        check_data(config, train_set, val_set)
         # As a run does, unless it has been told already why it cannot.
         settled = config if facts.problems else resume.settle_config(config, None, None, train_set)
         resume.check_phases(settled, train_set, None)

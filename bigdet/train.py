@@ -33,6 +33,7 @@ from bigdet.host.files import check_folder, write_text
 from bigdet.logs.log import setup_logging
 from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
+from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phases import build_for_phase
 from bigdet.training.watchdog import Watchdog
@@ -65,7 +66,7 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
         check_folder(run_dir.root, "output")
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()), log_json)
         train_set, val_set = open_sets(config.data)
-        resume.check_data(config, train_set, val_set)
+        check_data(config, train_set, val_set)
         warn_at_start(config, val_set)
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)

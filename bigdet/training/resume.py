@@ -13,8 +13,6 @@ from typing import Any
 from bigdet import distributed
 from bigdet.config.check_schedule import check_length
 from bigdet.config.derived import (
-    has_keypoints,
-    has_masks,
     in_steps,
     num_lanes,
     num_steps,
@@ -25,13 +23,10 @@ from bigdet.config.earlier import keep_former
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import RunConfig
-from bigdet.data.format.manifest import ShardError
-from bigdet.data.format.mix import class_ids, warn_of_absent
-from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
+from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
-from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
 from bigdet.run_dir import RunDir
@@ -52,57 +47,6 @@ from bigdet.training.state import RunState
 from bigdet.weights.start import check_start
 
 logger = logging.getLogger(__name__)
-
-
-def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
-    """Check that the two sets and the model go together."""
-    _check_classes(train_set, val_set)
-    measured = config.evaluation
-    evaluation_kinds(val_set, False, False, measured.metric, measured.max_detections)
-    val_set.check_random_reads()
-    if config.data.train.order != "windowed":
-        train_set.check_random_reads()
-    if not len(val_set):
-        raise ConfigError(f"data.val.shards: {val_set.address} has no images.")
-    data_has_masks = (train_set.index["flags"] & FLAG_MASKS).any()
-    for name in config.phases:
-        model = phase_model(config, name)
-        if has_masks(model) and not data_has_masks:
-            raise ConfigError(
-                f"model.detector: {model.detector} needs masks, but {train_set.address} has none. "
-                f"Write another detector, or make shards from annotations with segmentations."
-            )
-        counts = [len(category.keypoints or []) for category in train_set.categories]
-        if has_keypoints(model) and max(counts) != model.keypoint.num_keypoints:
-            raise ConfigError(
-                f"model.keypoint.num_keypoints: found {model.keypoint.num_keypoints}, but the "
-                f"categories of {train_set.address} have {max(counts)}. Write that, or make shards "
-                f"with --keypoints."
-            )
-        if has_keypoints(model) and not (train_set.index["flags"] & FLAG_KEYPOINTS).any():
-            raise ConfigError(
-                f"model.detector: {model.detector} needs keypoints, but no object of "
-                f"{train_set.address} has any. Write another detector, or see in its manifest.json "
-                f"why they were dropped and make the shards again."
-            )
-
-
-def _check_classes(train_set: ShardSet, val_set: ShardSet) -> None:
-    """See that what is learned can be measured: classes of one name mean the same."""
-    names = [category.name for category in train_set.categories]
-    try:
-        warn_of_absent(val_set, names)
-    except ShardError as error:
-        raise ConfigError(f"data.val.shards: {error}") from error
-    points = {category.id: category.keypoints for category in val_set.categories}
-    for category, number in zip(train_set.categories, class_ids(val_set, names), strict=True):
-        found = points.get(number) if number is not None else None
-        if category.keypoints and found and category.keypoints != found:
-            raise ConfigError(
-                f"data.val.shards: {val_set.address}: the keypoints of {category.name} are "
-                f"{', '.join(found)}, expected those of {train_set.address}, in their order: "
-                f"{', '.join(category.keypoints)}. Make both sets with the same ones."
-            )
 
 
 def check_same_everywhere(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bigdet.config.load import ConfigError, load_config
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, Category
-from bigdet.training.resume import check_data
+from bigdet.training.data_checks import check_data
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
