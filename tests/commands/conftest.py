@@ -1,6 +1,7 @@
 """Fixtures of the tests of commands."""
 
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,5 +17,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+        if "deepspeed.utils.groups" in sys.modules:  # keeps its own copy of the group
+            sys.modules["deepspeed.utils.groups"]._WORLD_GROUP = None  # type: ignore[attr-defined]
     for number, handler in handlers.items():
         signal.signal(number, handler)
