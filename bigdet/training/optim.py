@@ -12,10 +12,10 @@ from bigdet.config.derived import drop_points, num_steps
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.models.norms import BatchNorm2d
 
-# Position tables: offsets added to attention scores or features, not weights of a map. And scales:
-# ConvNeXt's of layers, SwinV2's of attention.
+# Position tables, which are added to attention scores or features, and scales: of layers in
+# ConvNeXt, of attention in SwinV2.
 PLAIN = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "gamma", "logit_scale")
-POSITION_NETWORK = ".cpb_mlp."  # SwinV2's, which stands for a position table
+POSITION_NETWORK = ".cpb_mlp."  # SwinV2's, which computes a position table
 
 
 def parameter_groups(
@@ -26,21 +26,21 @@ def parameter_groups(
     decay_biases: bool = True,
     bias_lr_factor: float = 1.0,
 ) -> list[dict[str, object]]:
-    """Split what is trained into at most three groups: by weight decay, and by rate.
+    """Split the trained parameters into at most three groups, by weight decay and by rate.
 
     Position tables and scales of transformers are never decayed. Few groups, because multi-tensor
     updates work within a group.
 
     Args:
-        module: whose parameters are trained where they require gradients.
-        weight_decay: of the weights.
-        decay_norms: decay scale and shift of BN and GN too (LayerNorm's, in transformers, never
-            are in the published codes).
+        module: its parameters with ``requires_grad`` are trained.
+        weight_decay: factor for all parameters that are decayed.
+        decay_norms: decay scale and shift of BN and GN too (published code never decays those of
+            LayerNorm).
         decay_biases: decay the biases of other layers.
-        bias_lr_factor: rate of these biases over that of the weights.
+        bias_lr_factor: rate of these biases divided by that of the weights.
 
     Returns:
-        Groups for a torch optimizer, each with its ``lr_factor``; an empty one is left out.
+        Groups for a torch optimizer, each with its ``lr_factor``, without empty ones.
     """
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
@@ -50,7 +50,7 @@ def parameter_groups(
         of_biases = biases
     for place, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
-        # Of all layers only normalizations have a weight with one dimension.
+        # Only normalization layers have a weight with one dimension.
         is_norm = isinstance(weight, Tensor) and weight.ndim == 1
         is_decayed_norm = decay_norms and isinstance(layer, (BatchNorm2d, nn.GroupNorm))
         for name, parameter in layer.named_parameters(recurse=False):
@@ -72,10 +72,7 @@ def parameter_groups(
 
 
 def build_optimizer(module: nn.Module, phase: PhaseConfig) -> Optimizer:
-    """Make the optimizer of a phase over what is trained in the module.
-
-    Its learning rate is set anew for every step.
-    """
+    """Make the optimizer of a phase; its learning rate is set at every step."""
     groups = parameter_groups(
         module,
         phase.weight_decay,
@@ -89,14 +86,14 @@ def build_optimizer(module: nn.Module, phase: PhaseConfig) -> Optimizer:
 
 
 def scaled_lr(phase: PhaseConfig, images_per_step: int) -> float:
-    """The learning rate after the warm-up, by the linear scaling rule where it is asked for."""
+    """Return the learning rate after the warm-up, by the linear scaling rule if it is enabled."""
     if phase.reference_images_per_step is None:
         return phase.lr
     return phase.lr * images_per_step / phase.reference_images_per_step
 
 
 def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
-    """Say how the learning rate came about: ``lr 0.02 at 16 images per step -> 0.08 at 64``."""
+    """Describe the rate for the log: ``lr 0.02 at 16 images per step -> 0.08 at 64``."""
     if phase.reference_images_per_step is None:
         return f"lr {phase.lr:.3g} as written, whatever the images per step"
     return (
@@ -106,14 +103,14 @@ def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:
-    """Part of ``scaled_lr`` that a step uses.
+    """Return the factor of ``scaled_lr`` at a step.
 
-    Linear warm-up from ``warmup_factor``. After it, for ``step``: times ``decay_factor`` for each
-    drop that so many finished steps have reached; for ``cosine``: (1 + cos(pi t)) / 2, where t goes
-    from 0 at the end of the warm-up to 1 at the end of the phase.
+    Linear warm-up from ``warmup_factor``. Schedule ``step``: times ``decay_factor`` at each drop;
+    ``cosine``: (1 + cos(pi t)) / 2, where t goes from 0 at the end of the warm-up to 1 at the end
+    of the phase.
 
     Args:
-        phase: its length in steps.
+        phase: with its length in steps.
         step: counted from 1.
     """
     finished = step - 1
@@ -130,10 +127,10 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
 
 
 def drop_steps(phase: PhaseConfig) -> list[int]:
-    """Finished steps after which the rate drops; by default 8/12 and 11/12 of the phase."""
+    """Return the finished steps after which the rate drops; by default 8/12 and 11/12."""
     return [round(point) for point in drop_points(phase)]
 
 
 def has_same_past(phase: PhaseConfig, other: PhaseConfig, steps: int) -> bool:
-    """Tell whether two schedules give the first steps the same learning rates."""
+    """Return whether two schedules have the same factors in the first steps."""
     return all(lr_factor(phase, step) == lr_factor(other, step) for step in range(1, steps + 1))

@@ -184,9 +184,9 @@ def trunk_at(step: int) -> Checkpoint:
         (55, "phases.pretrain.drops=[50,58]", None),
         (40, "phases.pretrain.decay_factor=0.5", None),
         (40, "phases.pretrain.steps=51", None),
-        (51, "phases.pretrain.drops=[49]", r"phases\.pretrain\.drops: up to the step 51"),
-        (55, "phases.pretrain.decay_factor=0.5", r"phases\.pretrain\.drops: up to the step 55"),
-        (55, "phases.pretrain.steps=51", r"phases\.pretrain\.steps: found 51, .* 55 steps behind"),
+        (51, "phases.pretrain.drops=[49]", r"phases\.pretrain\.drops: up to step 51"),
+        (55, "phases.pretrain.decay_factor=0.5", r"phases\.pretrain\.drops: up to step 55"),
+        (55, "phases.pretrain.steps=51", r"phases\.pretrain\.steps: found 51, .* step 55"),
         (40, "phases.pretrain.lr=0.5", r"phases\.pretrain\.lr"),
         (40, "resume=auto", "started with other options: phases.pretrain.steps"),
     ],
@@ -246,7 +246,7 @@ def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tm
     new.config.write_text(dump_config(config))
     assert find_checkpoint(config, new) == new.checkpoint("pretrain", 5)  # the same command again
     elsewhere = load_config(CONFIG, [f"resume={new.checkpoint('pretrain', 5)}"])
-    with pytest.raises(ConfigError, match="has checkpoints of its own"):
+    with pytest.raises(ConfigError, match="has its own checkpoints"):
         find_checkpoint(elsewhere, run_dir)
 
 
@@ -317,7 +317,7 @@ def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
         note_changes(config, shards, saved, state)
     (line,) = caplog.messages
     assert "step 6: 8 images per step instead of 4" in line
-    assert "lr 0.002 instead of 0.001; pass 3 begins, 2 steps of the one before" in line
+    assert "lr 0.002 instead of 0.001; pass 3 begins, the last 2 steps of the pass before" in line
     assert state.stream_shift == 4 - 6
     stream = TrainStream(
         shards, config.data, config.phases["pretrain"],
