@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.data.format.manifest import Category, Manifest, ShardError
-from bigdet.data.format.mix import name_key
+from bigdet.data.format.mix import name_key, take_id
 from bigdet.data.format.shard_set import LABEL_LISTS, STRING_IDS
 from bigdet.data.making.annotations import clean_annotation
 from bigdet.data.making.conversion import (
@@ -125,9 +125,7 @@ def in_order(coco: CocoFile, categories: list[Category] | None) -> CocoFile:
     for category in categories:
         found = exact.get(category.name) or folded.get(name_key(category.name))
         if found is None or found in ordered:
-            number = max(used) + 1 if category.id in used else category.id
-            found = replace(category, id=number)
-            used.add(number)
+            found = replace(category, id=take_id(category.id, used))
         ordered.append(found)
     ids = [category.id for category in ordered]
     left_out = coco.annotations["category_id"][~np.isin(coco.annotations["category_id"], ids)]
