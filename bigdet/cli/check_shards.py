@@ -32,9 +32,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("path", help="folder or address of the shard set")
     parser.add_argument(
-        "--processes", type=positive, default=num_cpus(),
+        "--processes",
+        type=positive,
+        default=num_cpus(),
         help="number of processes; default: one per CPU",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     num_problems = 0

@@ -37,13 +37,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="folder with the tars")
     parser.add_argument("--categories", type=Path, required=True, help="JSON list of categories")
     parser.add_argument(
-        "--processes", type=positive, default=num_cpus(),
+        "--processes",
+        type=positive,
+        default=num_cpus(),
         help="number of processes; default: one per CPU",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--exif", choices=["shown", "stored"], default="shown",
+        "--exif",
+        choices=["shown", "stored"],
+        default="shown",
         help="what records refer to where their size cannot decide; default: the image as shown",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder
     categories = load_categories(arguments.categories)

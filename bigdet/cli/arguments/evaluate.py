@@ -52,14 +52,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="how AP is defined; default: the config's",
     )
     parser.add_argument(
-        "--analysis", action="store_true",
+        "--analysis",
+        action="store_true",
         help="also print what limits the AP: sizes, errors, calibration, confusion, classes",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max-detections", type=positive, metavar="N",
+        "--max-detections",
+        type=positive,
+        metavar="N",
         help="detections per class and image that count, for boxes and masks; default: the "
         "config's, 100",
-    )  # fmt: skip
+    )
     parser.add_argument("--detections", type=Path, help="JSON file for all detections")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)

@@ -36,14 +36,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     parser.add_argument("out", type=Path, help="the file to write: .onnx or .pt2")
     parser.add_argument(
-        "--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"),
+        "--size",
+        type=int,
+        nargs=2,
+        required=True,
+        metavar=("HEIGHT", "WIDTH"),
         help="size of the canvas, pixels, multiples of 32",
-    )  # fmt: skip
+    )
     parser.add_argument("--batch", type=int, default=1, help="images per pass; default 1")
     parser.add_argument(
-        "--candidates", type=positive, default=2000,
+        "--candidates",
+        type=positive,
+        default=2000,
         help="R-CNNs: pairs of region and class that enter NMS; the detector itself takes all; "
         "default 2000",
-    )  # fmt: skip
+    )
     parser.add_argument("--check", nargs="+", metavar="IMAGES", help="images to compare the two on")
     return parser.parse_args(arguments)

@@ -63,9 +63,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--measure", action="store_true", help="only measure steps on this device, and print JSON"
     )
     options = parser.parse_intermixed_args(arguments)
-    with_memory, without = ("sizes", "batches", "trials", "check"), (
-        "link", "latency", "step_seconds", "gpu_memory_gib",
-    )  # fmt: skip
+    with_memory, without = (
+        ("sizes", "batches", "trials", "check"),
+        ("link", "latency", "step_seconds", "gpu_memory_gib"),
+    )
     for name in with_memory if options.memory_gib is None else without:
         if getattr(options, name) is not None:
             option, word = (

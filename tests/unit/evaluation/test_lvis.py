@@ -111,9 +111,15 @@ def random_scene(seed, num_images=12):
         for number in range(random.integers(0, 8)):
             box, label = random_box(random), int(random.integers(len(LABELS) - 1))
             annotations.append(
-                {"id": 1 + 10 * image + number, "label": label, "bbox": box, "iscrowd": 0,
-                 "area": box[2] * box[3] * 0.8, "segmentation": run_lengths(box)}
-            )  # fmt: skip
+                {
+                    "id": 1 + 10 * image + number,
+                    "label": label,
+                    "bbox": box,
+                    "iscrowd": 0,
+                    "area": box[2] * box[3] * 0.8,
+                    "segmentation": run_lengths(box),
+                }
+            )
         present = {annotation["label"] for annotation in annotations}
         absent = [label for label in LABELS if label not in present and random.random() < 0.4]
         partial = [label for label in sorted(present) if random.random() < 0.3]
