@@ -36,16 +36,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from bigdet.cli.parsing import add_overrides, command_parser
 from bigdet.config.phase_schema import Pixels
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet convert-weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("convert-weights", __doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     there = directions.add_parser(
         "to-torchvision",
@@ -72,9 +69,7 @@ def _add_source(parser: argparse.ArgumentParser, source: str) -> None:
     files = ".pkl or .pth" if source == "detectron2" else ".pth"
     parser.add_argument("weights", type=Path, help=f"{files} or .safetensors")
     parser.add_argument("config", type=Path, help="config of a run with this model")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--categories",
         type=Path,

@@ -23,22 +23,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.cli.running import positive
+from bigdet.cli.parsing import add_overrides, command_parser, positive
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; launchers add --local_rank, which is also in the environment."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("evaluate", __doc__)
     parser.add_argument(
         "model", type=Path, help="run folder, checkpoint, model.safetensors; or detections.json"
     )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     parser.add_argument("--shards", required=True, help="folder or address of a shard set")
     parser.add_argument(
         "--tta",

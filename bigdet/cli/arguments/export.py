@@ -23,16 +23,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.cli.running import positive
+from bigdet.cli.parsing import command_parser, positive
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("export", __doc__)
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     parser.add_argument("out", type=Path, help="the file to write: .onnx or .pt2")
     parser.add_argument(

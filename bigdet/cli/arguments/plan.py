@@ -21,6 +21,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from bigdet.cli.parsing import add_overrides, command_parser
+
 GPUS = "8x16"
 LINK = "nvlink,400gb"
 LATENCY = 1e-5
@@ -31,15 +33,9 @@ TRIALS = 6
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("plan", __doc__)
     parser.add_argument("config", help="YAML file of the experiment")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     parser.add_argument("--gpus", help=f"GPUs per host x hosts; default {GPUS}")
     parser.add_argument(
         "--link", help=f"link inside a host, and per GPU between hosts; default {LINK}"
