@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from bigdet.data.format.manifest import Category
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.telling_images import (
@@ -18,18 +17,7 @@ from bigdet.evaluation.telling_images import (
     write_pictures,
 )
 from bigdet.run_dir import RunDir
-
-CATEGORIES = [Category(1, "cat"), Category(2, "dog")]
-CAT, DOG = [0, 0, 20, 20], [50, 50, 20, 20]
-
-
-def truth(box, label=0, iscrowd=0):
-    return {"id": 1, "label": label, "bbox": box, "area": box[2] * box[3], "iscrowd": iscrowd}
-
-
-def found(category_id, box, score, image_id=7):
-    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-
+from tests.unit.evaluation.cats_and_dogs import CAT, CATEGORIES, DOG, found, truth
 
 IMAGES = [
     [truth(CAT), truth(DOG, 1)],  # 7: the cat right, the dog with too low a score
