@@ -90,9 +90,12 @@ def test_a_fork_is_the_run_that_it_would_have_been_alone(
     swept: Path, tmp_path: Path, shapes_shards: Path
 ):
     alone = write_sweep(
-        tmp_path, shapes_shards, "phases.pretrain.steps=5", "phases.finetune.steps=2",
+        tmp_path,
+        shapes_shards,
+        "phases.pretrain.steps=5",
+        "phases.finetune.steps=2",
         text=SWEEP[: SWEEP.index("  short")],
-    )  # fmt: skip
+    )
     printed, _ = start(alone).communicate(timeout=300)
     own, expected = (
         load_file(run / "model.safetensors")
@@ -104,8 +107,12 @@ def test_a_fork_is_the_run_that_it_would_have_been_alone(
     # The fork counts what its trunk has seen.
     fork, whole = lines(swept / "runs/short"), lines(tmp_path / "runs/trunk")
     assert [(line["phase"], line["step"]) for line in fork] == [
-        ("pretrain", 5), ("pretrain", 5), ("finetune", 1), ("finetune", 2), ("finetune", 2),
-    ]  # fmt: skip
+        ("pretrain", 5),
+        ("pretrain", 5),
+        ("finetune", 1),
+        ("finetune", 2),
+        ("finetune", 2),
+    ]
     assert fork[-1]["seen/images"] == whole[-1]["seen/images"]
     assert fork[-1]["cost/steps"] == 7
     assert fork[-1]["phase_cost/steps"] == 2
@@ -258,13 +265,16 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize(("what", "failed"), [
-    ("finishes, and the launcher fails", []),
-    ("stops, and the launcher makes 1 of it", None),
-    ("leaves nothing, and the launcher says that all is well", ["trunk", "short"]),
-    ("leaves nothing, and says that it stopped", ["trunk", "short"]),
-    ("ends with an evaluation unscored", ["trunk", "short"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "failed"),
+    [
+        ("finishes, and the launcher fails", []),
+        ("stops, and the launcher makes 1 of it", None),
+        ("leaves nothing, and the launcher says that all is well", ["trunk", "short"]),
+        ("leaves nothing, and says that it stopped", ["trunk", "short"]),
+        ("ends with an evaluation unscored", ["trunk", "short"]),
+    ],
+)
 def test_what_became_of_a_run_is_read_from_its_folder(
     tmp_path, shapes_shards, monkeypatch, what, failed
 ):

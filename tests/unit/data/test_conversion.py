@@ -297,8 +297,9 @@ def test_a_set_that_is_being_made_is_left_alone_and_parts_are_made_at_a_time(tmp
             with pytest.raises(ShardError, match=r"process \d+ on \S+ writes here"), claim(part):
                 pass
         assert {path.name for path in (tmp_path / UNFINISHED).iterdir()} == {
-            "lock-1-of-3", "lock-2-of-3",
-        }  # fmt: skip
+            "lock-1-of-3",
+            "lock-2-of-3",
+        }
     with claim(None):
         with pytest.raises(ShardError, match="writes here"), claim("3/3"):
             pass

@@ -121,9 +121,14 @@ def open_and_measure(folder: str, order: str, workers: int) -> dict[str, float]:
     start = time.perf_counter()
     shards = ShardSet(folder)
     stream = open_stream(
-        shards, keep_empty=False, order=order, resize=DIRECT, with_masks=True, images_per_step=16,
+        shards,
+        keep_empty=False,
+        order=order,
+        resize=DIRECT,
+        with_masks=True,
+        images_per_step=16,
         workers=workers,
-    )  # fmt: skip
+    )
 
     def read(key: tuple[int, int], allocate: Allocate) -> PackedGroup:
         stream.group_ids(*key)

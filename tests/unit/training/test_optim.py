@@ -111,12 +111,20 @@ def test_norms_and_position_tables_are_not_decayed_and_biases_are() -> None:
     decayed, plain = parameter_groups(module, 0.05)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert sorted(names[id(parameter)] for parameter in decayed["params"]) == [
-        "convolution.bias", "convolution.weight", "linear.bias", "linear.weight",
-    ]  # fmt: skip
+        "convolution.bias",
+        "convolution.weight",
+        "linear.bias",
+        "linear.weight",
+    ]
     assert sorted(names[id(parameter)] for parameter in plain["params"]) == [
-        "batch_norm.bias", "batch_norm.weight", "group_norm.bias", "group_norm.weight",
-        "layer_norm.bias", "layer_norm.weight", "relative_position_bias_table",
-    ]  # fmt: skip
+        "batch_norm.bias",
+        "batch_norm.weight",
+        "group_norm.bias",
+        "group_norm.weight",
+        "layer_norm.bias",
+        "layer_norm.weight",
+        "relative_position_bias_table",
+    ]
 
 
 @pytest.mark.parametrize(

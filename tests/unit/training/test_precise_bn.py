@@ -29,9 +29,16 @@ def parts(shards: Path, mode: str, rank: int = 0, ranks: int = 1) -> tuple[Detec
     phase = config.phases["pretrain"]
     train_set = ShardSet(shards / "train")
     stream = TrainStream(
-        train_set, config.data, phase, name="pretrain", with_masks=True, seed=0, rank=rank,
-        world_size=ranks, first_step=2,
-    )  # fmt: skip
+        train_set,
+        config.data,
+        phase,
+        name="pretrain",
+        with_masks=True,
+        seed=0,
+        rank=rank,
+        world_size=ranks,
+        first_step=2,
+    )
     torch.manual_seed(0)
     detector = build_detector(config.model, train_set.num_classes)
     set_norm_mode(detector, mode)
