@@ -48,6 +48,8 @@ class PatchEmbedding(nn.Module):
 class ViT(Backbone):
     """Patches of 16x16 pixels; C2 to C5 come from the last map by (de)convolutions."""
 
+    group_matcher = TimmViT.group_matcher
+
     def __init__(self, width: int, depth: int, num_heads: int, drop_path: float) -> None:
         """Build timm's, initialized as there; the pyramid with MSRA weights."""
         super().__init__()
