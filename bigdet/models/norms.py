@@ -205,7 +205,8 @@ def make_norm(kind: Kind, channels: int) -> nn.Module:
     if kind == "gn":
         return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=1e-5)
     if kind == "ln":
-        return LayerNorm2d(channels, eps=1e-6)
+        norm: nn.Module = LayerNorm2d(channels, eps=1e-6)
+        return norm
     return nn.Identity()
 
 
