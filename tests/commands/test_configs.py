@@ -16,7 +16,7 @@ from bigdet.config.check import check_config
 from bigdet.config.load import dump_config
 from bigdet.config.schema import ModelConfig, PhaseConfig, RunConfig
 from bigdet.data.making.sources.coco import convert_coco
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
 from bigdet.sweep import check_forks
 from bigdet.training.sizes import model_sizes
 from tests.shipped import CONFIG_NAMES, CONFIGS, SWEEP_NAMES, config_of, sweep_of

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bigdet.config.phase_schema import PhaseConfig
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
 from bigdet.models.norms import BatchNorm2d
 from bigdet.training.optim import (
     build_optimizer,

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import _utils as torchvision_utils
 
 from bigdet.config.model_schema import ModelConfig
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
 from bigdet.models.build import build_detector
 from bigdet.models.weights import load_parts
 from bigdet.weights.backbone_names import rename
