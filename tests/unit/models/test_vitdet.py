@@ -17,9 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
+from bigdet.models.backbones.vit import ViT
 from bigdet.models.necks.fpn import SimplePyramid
 from bigdet.models.norms import conv_norm, make_norm
-from bigdet.models.vit import ViT
 
 DEPTH, WIDTH, HEADS = 8, 48, 3  # global blocks: 1, 3, 5, 7
 
