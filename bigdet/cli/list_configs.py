@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.cli.running import run_command
-from bigdet.config.load import read_yaml
+from bigdet.config.layers import read_yaml
 from bigdet.config.shipped import SHIPPED, find_config, list_shipped
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from bigdet.config.derived import drop_points, num_steps
-from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.phase import PhaseConfig, drop_points, num_steps
 from bigdet.models.norms import BatchNorm2d
 
 # Position tables: offsets added to attention scores or features, not weights of a map. And scales:

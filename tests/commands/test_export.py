@@ -9,8 +9,8 @@ import torch
 
 from bigdet.benchmarks.predict import settle
 from bigdet.cli.export import main
-from bigdet.config.derived import phase_model
 from bigdet.config.load import load_config
+from bigdet.config.run import phase_model
 from bigdet.export.fixed import FixedDetector
 from bigdet.export.writing import Differences, compare, load_exported, on_canvas, write_exported
 from bigdet.models.build import build_detector

@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from bigdet.config.phase_schema import Pixels
+from bigdet.config.start import Pixels
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.config.derived import is_square, plan_of
-from bigdet.config.phase_schema import ResizeConfig
+from bigdet.config.resize import ResizeConfig, is_square, plan_of
 from bigdet.data.examples.objects import Objects
 from bigdet.ops.sizes import canvas_size
 from bigdet.structures import Batch, Masks, Targets

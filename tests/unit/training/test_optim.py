@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.phase import PhaseConfig
 from bigdet.models.backbones import build_backbone
 from bigdet.models.norms import BatchNorm2d
 from bigdet.training.optim import (
