@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import find_keypoints

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.detector import Detector

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import has_keypoints, has_masks, phase_model
-from bigdet.config.schema import EngineConfig, RunConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.format.mix import open_sets
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.build import build_engine

@@ -12,7 +12,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from bigdet.config.families import PUBLISHED
-from bigdet.config.phase_schema import Pixels
+from bigdet.config.start import Pixels
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.weights import LoadedPart, load_parts, refuse_not_finite

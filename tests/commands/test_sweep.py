@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigdet import sweep
-from bigdet.config.load import ConfigError
+from bigdet.config.rules import ConfigError
 from bigdet.config.sweep import load_sweep
 from bigdet.host import locks
 from tests.commands.runs import ROOT, TINY

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bigdet import distributed
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.phase import PhaseConfig
 from bigdet.engine.precision import autocast
 from bigdet.models import norms
 from bigdet.training.optim import build_optimizer

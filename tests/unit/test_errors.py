@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from bigdet import distributed
-from bigdet.config.load import ConfigError
+from bigdet.config.rules import ConfigError
 from bigdet.host import errors
 from bigdet.training.watchdog import Watchdog
 

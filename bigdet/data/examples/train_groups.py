@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.derived import is_square
-from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.resize import ResizeConfig, is_square
 from bigdet.data.examples.collate import Allocate, PackedGroup, fresh_memory, pack
 from bigdet.data.examples.objects import Wanted, check_annotations
 from bigdet.data.examples.samples import (

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.config.phase_schema import AugmentConfig
+from bigdet.config.augment import AugmentConfig
 from bigdet.data.examples.objects import (
     Objects,
     Wanted,

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.config.derived import is_square, plan_of
-from bigdet.config.phase_schema import ResizeConfig
+from bigdet.config.resize import ResizeConfig, is_square, plan_of
 from bigdet.data.examples.decode import decoded_extent
 from bigdet.ops.random import Words
 from bigdet.ops.resize import resize_image

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.data_schema import DataConfig
+from bigdet.config.data import DataConfig
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.shard_set import LABEL_LISTS, Sample, ShardSet
 

@@ -28,7 +28,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from bigdet.config.data_schema import CacheConfig
+from bigdet.config.data import CacheConfig
 from bigdet.data.format.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.format.orientation import as_seen
 from bigdet.data.format.remote import UnreachableError, file_address, is_remote, shown

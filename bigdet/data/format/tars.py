@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from bigdet.config.data_schema import CacheConfig
-from bigdet.config.load import ConfigError
+from bigdet.config.data import CacheConfig
+from bigdet.config.rules import ConfigError
 from bigdet.data.format.cache import Cache, locked, name_of, write_whole
 from bigdet.data.format.manifest import Shard
 from bigdet.data.format.remote import (

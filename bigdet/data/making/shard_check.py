@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdet.config.data_schema import CacheConfig
+from bigdet.config.data import CacheConfig
 from bigdet.data.examples.decode import decode_pixels
 from bigdet.data.format.manifest import Manifest, Shard, ShardError
 from bigdet.data.format.record_check import annotation_problems, record_problem

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
+from bigdet.config.data import SubsetConfig, TrainSplitConfig
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.mix import MixedSet
 from bigdet.data.format.shard_set import ShardSet, source_ids

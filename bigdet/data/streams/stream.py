@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.data_schema import DataConfig
-from bigdet.config.derived import largest_plan
-from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.data import DataConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.resize import largest_plan
 from bigdet.data.examples.collate import (
     Allocate,
     PackedGroup,

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.derived import has_fpn, is_class_agnostic
-from bigdet.config.model_schema import ModelConfig, RoiConfig
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig, has_fpn, is_class_agnostic
 from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.assign import (
     IGNORED,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.model_schema import CascadeConfig, RoiConfig
+from bigdet.config.heads import CascadeConfig, RoiConfig
 from bigdet.models.assign import Objects
 from bigdet.models.heads.box import BoxHead, Pool, Regions
 from bigdet.models.heads.detections import FlatDetections, best_detections

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigdet.config.model_schema import KeypointConfig
+from bigdet.config.heads import KeypointConfig
 from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.heads.box import Regions
 from bigdet.models.heads.positives import Positives, take_positives

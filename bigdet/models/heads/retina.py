@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from bigdet.config.model_schema import RetinaConfig
+from bigdet.config.heads import RetinaConfig
 from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.anchors import pyramid_anchors, shape_anchors
 from bigdet.models.assign import NEGATIVE, POSITIVE, Objects, label_anchors, match

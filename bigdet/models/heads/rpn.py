@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from bigdet.config.derived import proposal_limits
-from bigdet.config.model_schema import RpnConfig
+from bigdet.config.rpn import RpnConfig, proposal_limits
 from bigdet.models.anchors import pyramid_anchors, shape_anchors, within_border
 from bigdet.models.assign import IGNORED, Objects, Sample, draw_sample, label_anchors, match
 from bigdet.models.conventions import Conventions

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigdet.config.data_schema import TrainSplitConfig
+from bigdet.config.data import TrainSplitConfig
 from bigdet.data.format.class_counts import ClassCounts, count_classes, counts_of
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.mix import MixedSet

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.data_schema import CacheConfig
+from bigdet.config.data import CacheConfig
 from bigdet.data.format import remote
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet

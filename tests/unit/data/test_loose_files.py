@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
+from bigdet.config.data import SubsetConfig, TrainSplitConfig
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.loose_values import truth_value, whole_number

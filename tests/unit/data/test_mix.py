@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bigdet.config.data_schema import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
+from bigdet.config.data import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.mix import (
     MixedSet,

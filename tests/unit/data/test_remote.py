@@ -18,8 +18,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from bigdet.config.data_schema import CacheConfig
-from bigdet.config.load import ConfigError
+from bigdet.config.data import CacheConfig
+from bigdet.config.rules import ConfigError
 from bigdet.data.format import remote, tars
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.remote import file_address, shown

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.data_schema import DataConfig, SubsetConfig, TrainSplitConfig
-from bigdet.config.phase_schema import AugmentConfig, PhaseConfig, ResizeConfig
+from bigdet.config.augment import AugmentConfig
+from bigdet.config.data import DataConfig, SubsetConfig, TrainSplitConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.resize import ResizeConfig
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.mix import MixedSet
 from bigdet.data.format.shard_set import ShardSet

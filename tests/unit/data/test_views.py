@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.phase_schema import ResizeConfig
+from bigdet.config.resize import ResizeConfig
 from bigdet.data.examples import views as views_module
 from bigdet.data.examples.views import (
     View,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.load import load_config
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
@@ -23,6 +22,7 @@ from bigdet.training import background_scoring as scorer
 from bigdet.training import measuring
 from bigdet.training.background_scoring import Scorer
 from bigdet.training.state import RunState, Unscored
+from tests.shipped import unchecked
 from tests.unit.data.small_shards import record_of, write_set
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -33,7 +33,7 @@ class Fixed:
 
     def __init__(self, folder: Path) -> None:
         words = ["phases.pretrain.steps=40", "model.detector=faster_rcnn"]
-        self.config = load_config(CONFIG, words)
+        self.config = unchecked(CONFIG, words)
         self.run_dir = RunDir(folder / "run")
         self.val_set: ShardSet = write_set(folder / "val", num_shards=1, per_shard=4)
         self.writer = MetricsWriter(self.run_dir.metrics)
