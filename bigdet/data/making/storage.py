@@ -168,11 +168,11 @@ class RemoteStorage:
             yield Path(path)
 
     def check_free(self) -> None:
-        """Nothing: object stores have no locks."""
+        """Do nothing: object stores have no locks."""
 
     @contextlib.contextmanager
     def claim(self, part: str | None) -> Iterator[None]:
-        """Nothing: object stores have no locks."""
+        """Do nothing: object stores have no locks."""
         yield
 
     def clear(self) -> None:
