@@ -241,7 +241,7 @@ def shift(objects: Objects, x: int, y: int) -> Objects:
 
 
 def clip(objects: Objects, size: Size) -> Objects:
-    """Cut off what lies right of or below an area; what has nothing left is dropped and counted.
+    """Cut off what is right of or below an area; what has nothing left is dropped and counted.
 
     Args:
         objects: none of them reaches above or left of the canvas.

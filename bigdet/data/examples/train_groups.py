@@ -21,8 +21,8 @@ from bigdet.data.examples.samples import (
 from bigdet.data.examples.transforms import Scene, make_examples
 from bigdet.data.examples.views import (
     Size,
+    draw_size,
     draw_view,
-    resize_of_image,
     resize_of_step,
     training_canvas,
 )
@@ -117,7 +117,7 @@ class TrainGroups:
         record = sample.record
         copy_key = (copy,) if copy else ()  # a sample that comes again in a pass looks different
         key = (*self._key, shared.pass_number, row, *copy_key)
-        resize, words = resize_of_image(shared.resize, *key), Words("augmentation", *key)
+        resize, words = draw_size(shared.resize, *key), Words("augmentation", *key)
         view = draw_view(record, resize, self._phase.flip, words, shared.canvas)
         may_shrink = self._wanted.scaled_decoding and view.window is None
         least_size = view.scaled_size if may_shrink else None

@@ -172,20 +172,16 @@ def resize_of_step(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
         resize: that of the phase; if it is drawn for each image, it stays as it is.
         key: seed, phase and step.
     """
-    return resize if resize.draw == "image" else _with_drawn_size(resize, key)
+    return resize if resize.draw == "image" else draw_size(resize, *key)
 
 
-def resize_of_image(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
-    """Return the resize of one image, its short side drawn if it varies from image to image.
+def draw_size(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
+    """Return a resize with its short side drawn if it varies.
 
     Args:
-        resize: that of the step.
-        key: seed, phase, pass and row.
+        resize: that of the phase or step.
+        key: seed, phase and step, or, for one image, seed, phase, pass and row.
     """
-    return _with_drawn_size(resize, key)
-
-
-def _with_drawn_size(resize: ResizeConfig, key: Sequence[int | str]) -> ResizeConfig:
     if resize.sizes is None and resize.size_range is None:
         return resize
     words = Words("size", *key)

@@ -79,8 +79,8 @@ class Cache:
                 leftover.unlink(missing_ok=True)
             used, old = 0, []
             for other in self.folder.iterdir():
-                if other.suffix == _PART and _remove_leftover(other):
-                    continue
+                if other.suffix == _PART and _remove_unless_locked(other, other.with_suffix(_LOCK)):
+                    continue  # its writer was killed
                 found = _stat(other) or _stat(other.with_suffix(""))  # a .part may be done by now
                 if found is None:
                     continue
@@ -90,7 +90,7 @@ class Cache:
             for _, other, other_size in sorted(old):
                 if used + size <= self.limit_bytes:
                     break
-                if _remove_unused(other):
+                if _remove_unless_locked(other, other):
                     used -= other_size
             if used + size > self.limit_bytes and not self._is_warned:
                 self._is_warned = True
@@ -147,23 +147,12 @@ def _is_complete(path: Path, size: int) -> bool:
     return found is not None and found.st_size == size
 
 
-def _remove_unused(path: Path) -> bool:
-    """Delete a file unless a process has it open; return whether it is gone."""
-    with open(path, "rb") as file:
+def _remove_unless_locked(path: Path, lock: Path) -> bool:
+    """Delete a file unless a process holds the lock of another; return whether it is gone."""
+    with os.fdopen(os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        path.unlink()
-        return True
-
-
-def _remove_leftover(part: Path) -> bool:
-    """Delete a file whose writer was killed; return whether it is gone."""
-    with open(part.with_suffix(_LOCK), "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        part.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         return True

@@ -6,16 +6,15 @@ to learn.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bigdet.data.format.manifest import Category, Manifest, ShardError
 from bigdet.data.format.mix import MixedSet, name_key
 from bigdet.data.format.remote import is_remote
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.making.shard_tar import ClassCounter
 
 MAX_LISTED = 20
 """With more classes, a message gives the least and the largest count only."""
@@ -23,6 +22,19 @@ MAX_NAMED = 5
 """Classes that a warning names."""
 MAX_READ = 20_000
 """Images of the largest set whose annotations are read to count them, which takes seconds."""
+
+
+class ClassCounter(Counter[tuple[int, bool]]):
+    """How many annotations there are by label, and whether they are crowd."""
+
+    def add(self, annotations: list[dict[str, Any]]) -> None:
+        """Count those of one image."""
+        self.update((entry["label"], bool(entry["iscrowd"])) for entry in annotations)
+
+    def listed(self) -> list[list[int]]:
+        """Return ``[label, instances, crowd]`` of each class with any, by rising label."""
+        labels = sorted({label for label, _ in self})
+        return [[label, self[label, False], self[label, True]] for label in labels]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ on neither the number of processes nor on what was there before. While a set is 
     DIR/.unfinished/000012.json    written after it: its hash and index records, so it is finished
 
 When all tars are finished, ``skipped.jsonl``, ``index.npy`` and at last ``manifest.json`` are
-written from these, and ``.unfinished`` goes.
+written from these, and ``.unfinished`` is removed.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from typing import IO, Any
 import numpy as np
 import orjson
 
+from bigdet.data.format.class_counts import ClassCounter
 from bigdet.data.format.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.format.orientation import ORIENTATION_KEY, as_seen, seen_orientation
-from bigdet.data.format.record_check import annotation_problems, record_problem
 from bigdet.data.format.shard_set import (
     INDEX_DTYPE,
     INDEX_NAME,
@@ -36,9 +36,9 @@ from bigdet.data.making.annotations import IGNORE_FLAGS, are_relative
 from bigdet.data.making.conversion import Progress, no_progress
 from bigdet.data.making.loose_values import truth_value
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
+from bigdet.data.making.record_check import annotation_problems, record_problem
 from bigdet.data.making.shard_tar import (
     MAX_U2,
-    ClassCounter,
     FinishedShard,
     annotation_flags,
     count_boxes,

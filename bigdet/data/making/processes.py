@@ -44,7 +44,7 @@ def run_jobs(
     """Yield the results of jobs as they are done, in any order.
 
     Args:
-        work: a function of a module.
+        work: a function at the top level of a module.
         jobs: its arguments, taken when their turn comes, and pickled.
         processes: how many; with 1 or less, it runs in this one.
         progress: called now and then with the number of images done.
@@ -63,7 +63,7 @@ def run_jobs(
                 while True:
                     for job in remaining:
                         with _without_interrupts():
-                            waiting.add(pool.submit(_run_in_worker, work, job))
+                            waiting.add(pool.submit(work, job, _tick))
                         if len(waiting) >= 2 * processes:
                             break
                     if not waiting:
@@ -133,10 +133,6 @@ def _end_with_caller() -> None:
     assert caller is not None
     caller.join()
     os._exit(1)
-
-
-def _run_in_worker(work: Callable[[Job, Tick], Result], job: Job) -> Result:
-    return work(job, _tick)
 
 
 def _tick() -> None:

@@ -13,7 +13,6 @@ import numpy as np
 from bigdet.config.data_schema import CacheConfig
 from bigdet.data.examples.decode import decode_pixels
 from bigdet.data.format.manifest import Manifest, Shard, ShardError
-from bigdet.data.format.record_check import annotation_problems, record_problem
 from bigdet.data.format.remote import is_remote
 from bigdet.data.format.shard_set import (
     MISSING,
@@ -24,6 +23,7 @@ from bigdet.data.format.shard_set import (
 )
 from bigdet.data.making.conversion import Progress, no_progress
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
+from bigdet.data.making.record_check import annotation_problems, record_problem
 from bigdet.data.making.shard_tar import annotation_flags, count_boxes, image_flags, turn_flags
 from bigdet.host.files import file_sha256
 from bigdet.host.reading import patiently, why_unread

@@ -10,7 +10,6 @@ import io
 import json
 import tarfile
 import zlib
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.data.format.class_counts import ClassCounter
 from bigdet.data.format.manifest import Shard, ShardError
 from bigdet.data.format.orientation import as_stored
 from bigdet.data.format.shard_set import (
@@ -55,19 +55,6 @@ class SampleLog:
     def change(self, reason: str, **details: Any) -> None:
         """Note an annotation that is left out or altered."""
         self.lines.append({"changed": reason, **details})
-
-
-class ClassCounter(Counter[tuple[int, bool]]):
-    """How many annotations there are by label, and whether they are crowd."""
-
-    def add(self, annotations: list[dict[str, Any]]) -> None:
-        """Count those of one image."""
-        self.update((entry["label"], bool(entry["iscrowd"])) for entry in annotations)
-
-    def listed(self) -> list[list[int]]:
-        """Return ``[label, instances, crowd]`` of each class with any, by rising label."""
-        labels = sorted({label for label, _ in self})
-        return [[label, self[label, False], self[label, True]] for label in labels]
 
 
 @dataclass(frozen=True)

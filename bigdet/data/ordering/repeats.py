@@ -48,7 +48,7 @@ class Repeats:
         counts = self._whole.astype(np.int64)
         if self._num_extra:
             # Systematic sampling: points at equal distances on a line on which each sample takes
-            # as much as its fraction; in random order, as no two points hit close neighbors.
+            # as much as its fraction; in random order, because points never hit close neighbors.
             order = permutation("extra", *key, count=len(counts))
             line = np.cumsum(self._parts[order])
             distance = self._total // self._num_extra  # at least _UNIT: no sample is hit twice

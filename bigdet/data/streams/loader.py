@@ -79,12 +79,7 @@ class Loader(Generic[Key]):
     """
 
     def __init__(
-        self,
-        read: Read[Key],
-        keys: Iterable[Key],
-        *,
-        workers: int,
-        group_bytes: int,
+        self, read: Read[Key], keys: Iterable[Key], *, workers: int, group_bytes: int
     ) -> None:
         # One more than are read ahead: the one that is being copied out.
         per_worker = PREFETCHED_GROUPS + 1

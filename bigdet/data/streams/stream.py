@@ -153,11 +153,10 @@ class TrainStream:
         if (workers := self._workers) > (cores := num_cpus()):
             logger.info(f"data.workers: {workers} loader processes for each rank, on {cores} cores")
         order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
+        steps = itertools.count(self._first_step + 1)
+        keys = ((step, lane) for step in steps for lane in self.lanes)
         self._loader = Loader(
-            self._groups.read,
-            _Keys(self._first_step, self.lanes),
-            workers=self._workers,
-            group_bytes=self._group_bytes,
+            self._groups.read, keys, workers=self._workers, group_bytes=self._group_bytes
         )
         for packed in self._loader:
             self._note(packed)
@@ -250,18 +249,6 @@ def too_damaged(
         f"({num_damaged}), data.train.max_damaged allows {limit}. Repair the shards or raise the "
         f"limit; `bigdet check-shards` lists all that is damaged. The first ones:{listed}"
     )
-
-
-class _Keys:
-    """The endless (step, lane) of one rank; each iteration begins at the first step."""
-
-    def __init__(self, first_step: int, lanes: range) -> None:
-        self._first_step = first_step
-        self._lanes = lanes
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        steps = itertools.count(self._first_step + 1)
-        return ((step, lane) for step in steps for lane in self._lanes)
 
 
 class EvalStream:

@@ -60,7 +60,7 @@ def convert_coco(
         categories: the classes in the order of the labels, found by name (on the command line a
             JSON list, annotation file or manifest.json of them); None takes those of the
             annotations by rising id.
-        making: how.
+        making: size of the tars, number of processes and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:
@@ -165,7 +165,7 @@ class CocoSource:
         self.fingerprint = self._fingerprint(coco.digest)
 
     def add_keypoints(self, points: CocoFile) -> None:
-        """Take keypoints for the annotations of the same image and id from another file."""
+        """Add keypoints from another file to the annotations of the same image and id."""
         if self.coco.is_numbered or points.is_numbered:
             numbered = self.coco.path if self.coco.is_numbered else points.path
             raise ShardError(

@@ -40,7 +40,7 @@ def convert_deeppcb(
         root: the folder PCBData, which holds the lists and what they name.
         split: a list in it without ``.txt``: ``trainval`` or ``test``.
         out: folder or address for the shards.
-        making: how.
+        making: size of the tars, number of processes and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:

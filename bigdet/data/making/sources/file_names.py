@@ -115,7 +115,7 @@ def _candidates(name: str) -> list[Candidate]:
 
 
 def _find_in_list(folder: Path, lost: dict[int, list[Candidate]]) -> dict[int, Candidate]:
-    """Return, by place, those in the list of all files except for letters or suffix."""
+    """Return, by place, files that differ from a name in letters or suffix only."""
     wanted = {spelling_key(path) for candidates in lost.values() for path, _ in candidates}
     bare = {
         path: _bare(spelling_key(path)) for candidates in lost.values() for path, _ in candidates

@@ -86,7 +86,9 @@ def read_header(data: bytes) -> Header:
             has_tag = image.format != "PNG" or any(name in data for name in PNG_EXIF)
             tag = exif_tag(image) if has_tag else 1
             return Header(
-                size=turned_size(size, tag) if image.format == "TIFF" else size,  # shown so far
+                size=turned_size(size, tag)
+                if image.format == "TIFF"
+                else size,  # Pillow's is as shown
                 tag=tag,
                 format="JPEG" if is_jpeg else image.format,
                 is_deep=is_deep and image.format in DEEP_FORMATS,

@@ -51,7 +51,7 @@ def convert_records(
     making: Making = DEFAULT_MAKING,
     progress: Progress = no_progress,
 ) -> Manifest | None:
-    """Write records in COCO's form as shards; what is wrong with one of them is noted, as there.
+    """Write records in COCO's form as shards; what is wrong with one of them is noted.
 
     Args:
         name: that of the source, for the manifest.
@@ -61,7 +61,7 @@ def convert_records(
             ``categories`` (id, name); all that JSON can hold.
         out: folder or address for the shards.
         options: those of the manifest: how the set is made.
-        making: how.
+        making: size of the tars, number of processes and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:

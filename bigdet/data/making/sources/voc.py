@@ -87,7 +87,7 @@ def convert_voc(
         categories: the classes in the order of the labels (on the command line a JSON list of
             them); None takes the names in all XML files of the folder, of any split, in
             alphabetical order with ids from 1.
-        making: how.
+        making: size of the tars, number of processes and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:
