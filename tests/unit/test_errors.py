@@ -20,7 +20,7 @@ from bigdet.config.rules import ConfigError
 from bigdet.host import errors
 from bigdet.training.watchdog import Watchdog
 
-END = "BIGDET_TRACEBACK=1 shows the whole way there.)"
+END = "BIGDET_TRACEBACK=1 shows the traceback.)"
 
 
 @pytest.fixture(autouse=True)

@@ -99,7 +99,7 @@ def test_classes_that_a_set_does_not_know_are_told(shapes_shards, other_set, cap
     with caplog.at_level(logging.WARNING):
         open_sets(config(shapes_shards / "train", [folder], shapes_shards / "val"))
     first, second = [record.getMessage() for record in caplog.records]
-    assert "train does not know 1 of the 5 classes" in first
+    assert "train does not have 1 of the 5 classes" in first
     assert first.endswith("hexagon")
     assert second.endswith("triangle")
 

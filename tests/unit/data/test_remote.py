@@ -353,7 +353,7 @@ def test_ranges_fetch_the_runs_that_are_read_and_each_once(local, cache, monkeyp
         expected = [f"bytes={run * 4096}-{run * 4096 + 4095}" for run in runs]
         assert server.ranges["000000.tar"] == expected
         server.has_ranges = False
-        with pytest.raises(UnavailableShardError, match="the server gives no parts of files"):
+        with pytest.raises(UnavailableShardError, match="the server does not send parts of files"):
             shards.read(PER_SHARD)
 
 
