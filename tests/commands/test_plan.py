@@ -85,6 +85,6 @@ def test_plan_measures_and_recommends(tmp_path: Path, shapes_shards: Path):
     assert "32 GPUs, 64 images per step (1 micro-batches of 2 on each):" in done.stderr
     for kind in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"):
         assert re.search(rf"  {kind} +\d+\.\d+ ", done.stderr), kind
-    assert re.search(r"take engine\.kind=(deepspeed engine\.zero_stage=\d|fsdp)", done.stderr)
+    assert re.search(r"use engine\.kind=(deepspeed engine\.zero_stage=\d|fsdp)", done.stderr)
     assert re.search(r"  4096 \S+ +\d", done.stderr)
     assert not (tmp_path / "none").exists()

@@ -136,7 +136,7 @@ def test_a_sweep_ends_in_a_table_and_starts_nothing_again(swept: Path):
     page = (swept / "runs/report.html").read_text()
     assert all(f"</i>{name}</button>" in page for name in ("trunk", "short"))
     printed, _ = start(swept / "sweep.yaml").communicate(timeout=100)
-    assert printed.count("finished already") == 2
+    assert printed.count("already finished") == 2
 
 
 def test_finished_runs_with_other_options_are_refused(swept: Path, shapes_shards: Path):
@@ -173,7 +173,7 @@ def test_a_fork_that_was_another_run_is_refused_before_its_trunk_is_trained(
     file = write_sweep(tmp_path, shapes_shards)
     text = file.read_text().replace("phases.finetune.steps=2]", f"phases.finetune.lr=0.1, {word}]")
     file.write_text(text)
-    with pytest.raises(ConfigError, match=rf"^runs\.short: fork\.run: trunk .*: {said}\. Set"):
+    with pytest.raises(ConfigError, match=rf"^runs\.short: fork\.run: trunk .*: {said}\. Give"):
         sweep.main([str(file), "--print"])
 
 

@@ -97,7 +97,7 @@ def test_a_rank_that_does_not_come_is_named_by_rank_0_alone():
         for rank in (0, 2)
     ]
     told, silent = outputs(came)
-    assert told.startswith("error: only 2 of 3 ranks came within 5 s"), told
+    assert told.startswith("error: only 2 of 3 ranks connected within 5 s"), told
     assert "missing: 1." in told
     assert len(told.splitlines()) == 1
     assert silent == ""
