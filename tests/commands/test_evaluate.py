@@ -97,7 +97,7 @@ def test_command_ends_with_one_message_on_shards_that_are_not_there(run_and_shar
         ("{}", [], "found a dict, expected a list of detections"),
     ],
 )
-def test_what_is_wrong_with_a_file_of_detections_is_told(
+def test_what_is_wrong_with_a_file_of_detections_is_reported(
     run_and_shards, tmp_path, content, words, message
 ):
     (tmp_path / "found.json").write_text(content)
@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_file_of_detections_is_told(
         main([str(tmp_path / "found.json"), "--shards", str(run_and_shards[1].folder), *words])
 
 
-def test_what_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, in_process):
+def test_what_cannot_be_written_is_reported_before_a_model_is_loaded(tmp_path, in_process):
     (tmp_path / "x").write_text("")
     words = ["nowhere", "--shards", "nowhere"]
     for option in ("--out", "--detections"):

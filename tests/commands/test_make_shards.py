@@ -22,7 +22,7 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
 
 
-def test_shapes_are_made_checked_and_their_damage_is_told(tmp_path: Path) -> None:
+def test_shapes_are_made_checked_and_their_damage_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     made = run_tool("tools/make_shards.py", "shapes", "--out", folder, "--images", "12")
     assert (made.returncode, made.stderr) == (0, "")

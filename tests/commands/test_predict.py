@@ -35,7 +35,7 @@ def test_folders_and_globs_give_their_pictures_sorted_and_each_file_is_done_once
     assert [path.name for path in only_text] == ["notes.txt"]
 
 
-def test_each_word_that_stands_for_no_picture_is_told_once(tmp_path, caplog):
+def test_each_word_that_names_no_picture_is_reported_once(tmp_path, caplog):
     words = [f"{tmp_path}/nowhere", f"{tmp_path}", f"{tmp_path}/*.jpg"]
     assert find_files(words) == ([], 3)
     told = [record.getMessage() for record in caplog.records]
@@ -169,7 +169,7 @@ def test_turned_photos_are_seen_alike_as_files_and_in_a_shard_set(tmp_path, in_p
     assert sizes == {(96, 64), (64, 96)}  # the first is turned by 180 degrees
 
 
-def test_nothing_to_do_is_told_before_the_model_is_loaded(tmp_path, in_process):
+def test_nothing_to_do_is_reported_before_the_model_is_loaded(tmp_path, in_process):
     with pytest.raises(ValueError, match="no image to detect objects on: 1 were left out"):
         main(["no-model", str(tmp_path), "--out", str(tmp_path / "out")])
 

@@ -306,7 +306,7 @@ def test_what_became_of_a_run_is_read_from_its_folder(
         ("a '", "No clos"),
     ],
 )
-def test_a_command_that_is_not_there_is_told_before_the_first_run(
+def test_a_command_that_is_not_there_is_reported_before_the_first_run(
     tmp_path, shapes_shards, text, said
 ):
     file = write_sweep(tmp_path, shapes_shards)

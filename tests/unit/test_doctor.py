@@ -44,7 +44,7 @@ def test_what_differs_between_hosts_fails_with_who_has_what():
     }
 
 
-def test_whose_deepspeed_command_is_installed_is_told(tmp_path: Path):
+def test_whose_deepspeed_command_is_installed_is_reported(tmp_path: Path):
     command = tmp_path / "deepspeed"
     assert command_row(command).found.startswith(f"none at {command}; start with torchrun")
     start = "#!/home/bigdet/.venv/bin/python\n"  # a folder of that name says nothing
@@ -80,7 +80,7 @@ def test_what_a_system_does_not_tell_fails_nothing():
     assert [(row.found, row.is_ok) for row in rows] == [("unknown on this system", True)] * 2
 
 
-def test_a_phase_shorter_than_its_warm_up_is_told_though_its_length_is_in_passes(
+def test_a_phase_shorter_than_its_warm_up_is_reported_though_its_length_is_in_passes(
     tmp_path: Path, shapes_shards: Path
 ):
     # 16 images are 2 steps of 8, as many as the warm-up takes.

@@ -220,7 +220,7 @@ def test_parts_at_an_address_are_merged_there(data: Path, whole: dict[str, bytes
     files.rm("/parted", recursive=True)
 
 
-def test_a_full_disk_is_one_message_and_the_rest_goes_on_later(
+def test_a_full_disk_is_one_message_and_the_rest_continues_later(
     data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     limited = ["bash", "-c", 'ulimit -f 700; exec "$@"', "-"]  # KB a file may have

@@ -165,7 +165,7 @@ def test_shards_need_not_be_in_the_order_of_the_rows():
 
 
 @pytest.mark.parametrize("lane", [0, 5])
-def test_what_is_upcoming_is_told_once_per_pool_and_covers_a_window_from_there(lane):
+def test_what_is_upcoming_is_reported_once_per_pool_and_covers_a_window_from_there(lane):
     order = make(3000, 4, 6, size=128)  # lanes of 500: 125 steps, the last pool of 12
     told = {step: order.upcoming(step, lane) for step in range(1, 251)}
     assert [step for step, samples in told.items() if samples is not None] == [

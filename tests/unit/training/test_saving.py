@@ -64,7 +64,7 @@ def names(run_dir: RunDir) -> list[str]:
     return sorted(path.name for path in run_dir.checkpoints.iterdir())
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
+def test_training_continues_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
     saver: Saver, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, running = threading.Event(), []

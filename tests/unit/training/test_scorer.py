@@ -215,7 +215,7 @@ def test_what_was_scored_after_the_checkpoint_counts_for_the_best(run: Fixed) ->
     assert len(run.lines()) == 1
 
 
-def test_detections_that_stayed_elsewhere_are_told(
+def test_detections_that_stayed_elsewhere_are_reported(
     run: Fixed, caplog: pytest.LogCaptureFixture
 ) -> None:
     beside = run.scorer()
@@ -227,7 +227,7 @@ def test_detections_that_stayed_elsewhere_are_told(
     assert "pretrain step 30: its detections are not in this run folder" in caplog.text
 
 
-def test_what_a_user_has_to_mend_ends_the_run_with_a_message(run: Fixed) -> None:
+def test_what_a_user_has_to_fix_ends_the_run_with_a_message(run: Fixed) -> None:
     beside = run.scorer()
     beside.start(run.results(category_id=77))
     with pytest.raises(ValueError, match=r"evaluation at pretrain step 30: .*77"):
