@@ -1,4 +1,4 @@
-"""What is wrong with a launch is told once, by one rank, before the first step."""
+"""What is wrong with a launch is reported once, by one rank, before the first step."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""torchrun with a changing number of hosts: one dies, the other goes on from a checkpoint."""
+"""torchrun with a changing number of hosts: one dies, the other continues from a checkpoint."""
 
 import os
 import signal

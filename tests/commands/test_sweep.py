@@ -1,4 +1,4 @@
-"""The sweep command on a tiny set: forks, stops, goes on, prints, submits; the table at its end."""
+"""The sweep command on a tiny set: forks, stops, continues, prints, submits; its last table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boards: what TensorBoard and Weights & Biases are told."""
+"""Boards: what TensorBoard and Weights & Biases receive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRAY = np.full((4, 6, 3), 90, dtype=np.uint8)
 
 
 class FakeWandb(types.ModuleType):
-    """Stands in for the package, and keeps what it is told."""
+    """Replaces the package, and keeps what it receives."""
 
     def __init__(self):
         super().__init__("wandb")

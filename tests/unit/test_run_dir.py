@@ -1,4 +1,4 @@
-"""What cannot be written to is told before the work."""
+"""What cannot be written to is reported before the work."""
 
 import errno
 import tempfile

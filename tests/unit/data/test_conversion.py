@@ -123,7 +123,7 @@ def test_after_a_kill_finished_shards_stay_and_the_set_becomes_the_same(
     data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    # The third image of the fifth shard takes for ever: a named pipe that nobody writes to.
+    # The third image of the fifth shard takes forever: a named pipe that nothing writes to.
     script = (
         "import sys, time; from bigdet.data.making.sources import coco; read = coco.read_image\n"
         "def slow(path, *rest):\n"

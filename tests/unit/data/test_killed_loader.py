@@ -1,4 +1,4 @@
-"""A loader process that the system kills: told as that, on whatever line training is then."""
+"""A loader process that the system kills: reported as that, wherever training is then."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Several sets as one: rows, labels by name, what is told when categories do not fit."""
+"""Several sets as one: rows, labels by name, what is reported when categories do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shard sets at an address: whatever the network does, the bytes are right, or a message tells."""
+"""Shard sets at an address: whatever the network does, bytes are right, or a message says why."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_a_pass_shows_every_image_once_and_masked_slots_are_real_images(shards):
     ids = torch.cat([batch.image_ids for batch in batches])
     weights = torch.cat([batch.weights for batch in batches])
     assert sorted(ids[weights == 1].tolist()) == sorted(shards.index["image_id"].tolist())
-    assert weights[:12].all()  # masked slots stand in the last step alone
+    assert weights[:12].all()  # masked slots are in the last step only
     assert all(image.any() for batch in batches for image in batch.images)
 
 

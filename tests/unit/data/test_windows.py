@@ -120,7 +120,7 @@ def test_a_lane_reads_few_shards_at_a_time():
 
 
 def test_the_order_is_final():
-    # Written down once: a checkpoint of any version goes on with this order.
+    # Written down once: a checkpoint of any version continues with this order.
     shards = np.array([0] * 9 + [1] * 9 + [2] * 5, np.uint32)
     order = Order(
         np.linspace(0.5, 2, 23),

@@ -113,7 +113,7 @@ def test_files_that_are_no_results_are_reported(tmp_path, text, message):
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_files_read_in_parts_give_what_they_hold(tmp_path, monkeypatch, indent):
-    results = [  # what looks like the end of a detection stands in strings and inner lists too
+    results = [  # strings and inner lists contain what looks like the end of a detection
         {"image_id": n, "note": '}, {"\\', "extra": [{"a": 1}, {"b": [{}, {}]}], "score": n / 7}
         for n in range(50)
     ]

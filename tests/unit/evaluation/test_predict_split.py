@@ -147,7 +147,7 @@ def test_module_runs_in_the_precision_of_the_run_with_single_precision_weights(m
 
 
 def test_keypoints_are_counted_in_cocos_pixels():
-    # COCO's keypoint 0, 0 is the center of the first pixel, which lies at 0.5, 0.5.
+    # COCO's keypoint 0, 0 is the center of the first pixel, which is at 0.5, 0.5.
     found = Detections(
         torch.tensor([[1.0, 2.0, 4.0, 8.0]]),
         torch.tensor([0.5]),

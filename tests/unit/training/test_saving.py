@@ -1,4 +1,4 @@
-"""Saving beside training: what a step waits for, and what becomes of a save that fails."""
+"""Saving during training: what a step waits for, and what happens when a save fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations scored beside training: what comes of them, and that no end of a run loses one."""
+"""Evaluations scored during training: their results, and that no end of a run loses one."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_detections_that_were_cut_short_are_not_scored(run: Fixed, change: str) 
 def test_the_numbers_are_written_down_when_they_are_there(run: Fixed) -> None:
     beside = run.scorer()
     beside.start(run.results())
-    run.state.step, run.state.total_steps = 31, 31  # training goes on
+    run.state.step, run.state.total_steps = 31, 31  # training continues
     assert run.state.unscored.step == 30
     collect(beside)
     expected = evaluate_detections(run.val_set, run.results(), ["bbox"])
