@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     run_dir = RunDir(Path(config.output))
     with contextlib.ExitStack() as at_end:
         with distributed.together():
-            if distributed.is_main():  # before anything in the folder is changed, or its logs
+            if distributed.is_main():  # before anything in the folder changes
                 locks.refuse_held(run_dir.root, run_dir.lock)
                 check_folder(run_dir.root, "output")
                 at_end.enter_context(locks.held(run_dir.root, run_dir.lock))
@@ -82,12 +82,12 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
     run = Run(config, run_dir, train_set, val_set, metrics, state, watchdog)
     if saved is not None:
         run.restored = saved.engine
-        del saved  # weights and optimizer state: gone once they are in place
+        del saved  # so that its tensors are freed once they are in place
     run.log_start(folder)
     try:
         with watchdog:
             code = run_phases(run)
-            if code == STOPPED and distributed.is_main():  # launchers give codes of their own
+            if code == STOPPED and distributed.is_main():  # launchers change exit codes
                 write_text(run_dir.stopped, f"{state.position}\n")
             return code
     finally:
@@ -124,7 +124,7 @@ def run_phase(run: Run) -> bool:
     errors.at(f"{name}: building the stream, the detector and the engine")
     phase, device = config.phases[name], distributed.device()
     if state.step == num_steps(phase) and not state.needs_evaluation:
-        run.restored = None  # all of the phase is done, but perhaps for the numbers of its end
+        run.restored = None  # the phase is complete, but its last evaluation may be unscored
         return True
     with distributed.together():
         stream = TrainStream(

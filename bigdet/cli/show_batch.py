@@ -1,4 +1,4 @@
-"""Show what a run is, was or will be fed: the exact batch of any step of a phase.
+"""Show what a run is, was or will be trained on: the exact batch of any step of a phase.
 
 Its command line is in ``cli/arguments/show_batch.py``.
 """
@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.world < 1:
         raise ValueError(f"--world {arguments.world}: expected a number of ranks, 1 or more.")
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world:
-        raise ValueError(f"--rank {arguments.rank}: --world {arguments.world} has ranks from 0.")
+        raise ValueError(
+            f"--rank {arguments.rank}: expected 0 to {arguments.world - 1}, as of --world."
+        )
     phase = config.phases[arguments.phase]
     shards = open_train_set(config.data)
     ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]

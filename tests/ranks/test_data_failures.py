@@ -1,4 +1,4 @@
-"""Two ranks on damaged or unreachable data: go on and count, or stop together with one message."""
+"""Two ranks on damaged or unreachable data: continue and count, or stop with one message."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_of_many_classes_only_those_without_objects_are_named() -> None:
     ]
 
 
-def test_a_root_class_and_sets_with_nothing_are_told() -> None:
+def test_a_root_class_and_sets_with_nothing_are_reported() -> None:
     categories = [Category(0, "parts"), Category(1, "bolt", "parts"), Category(2, "Bolt", "parts")]
     assert ClassCounts(categories, [0, 2, 2], [0, 0, 0]).warnings("learned") == [
         "1 of 3 classes (parts: a group of other classes) has no object at all",
@@ -124,7 +124,7 @@ def test_labels_of_what_was_looked_for_follow_the_mix(tmp_path: Path) -> None:
     assert record["not_exhaustive_labels"] == [2]
 
 
-def test_boxes_that_leave_their_images_are_told(tmp_path: Path) -> None:
+def test_boxes_that_leave_their_images_are_reported(tmp_path: Path) -> None:
     trial = Trial(tmp_path)
     trial.picture("1.jpg")
     corners = [[1, 2, 7, 5], [5, 1, 8, 6], [1, 1, 2, 2]]  # as x0, y0, x1, y1 in 8 x 6 pixels

@@ -1,4 +1,4 @@
-"""Every kind of damage, counted exactly: what is lost is told, what is not lost is used."""
+"""Every kind of damage, counted exactly: what is lost is reported, what is not lost is used."""
 
 from __future__ import annotations
 

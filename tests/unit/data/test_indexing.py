@@ -146,7 +146,7 @@ def test_a_segmentation_of_nothing_is_no_mask(tmp_path: Path, mask: Any) -> None
     assert read_ground_truth(shards, True, False).has_mask.tolist() == [False, True]
 
 
-def test_members_that_are_not_adjacent_are_told_with_what_to_do(tmp_path: Path) -> None:
+def test_members_that_are_not_adjacent_are_reported_with_what_to_do(tmp_path: Path) -> None:
     (image, text), whole = sample("x", record_of(1)), sample("y", record_of(2))
     write_tar(tmp_path / "a.tar", [image, *whole, text, ("z.jpg", JPEG)])
     assert index_shards(tmp_path, CATEGORIES).images == 1
@@ -159,7 +159,7 @@ def test_members_that_are_not_adjacent_are_told_with_what_to_do(tmp_path: Path) 
     ]
 
 
-def test_suffixes_come_in_any_case_and_beside_others(tmp_path: Path) -> None:
+def test_suffixes_come_in_any_case_and_next_to_others(tmp_path: Path) -> None:
     text = json.dumps(record_of(1)).encode()
     members = [
         ("1.JPEG", JPEG),
@@ -354,7 +354,7 @@ def test_json_that_readers_of_shards_refuse_is_left_out(tmp_path: Path, text: by
     assert list(check_shards(tmp_path)) == []
 
 
-def test_names_with_several_dots_are_told(tmp_path: Path) -> None:
+def test_names_with_several_dots_are_reported(tmp_path: Path) -> None:
     members = [*sample("1", record_of(1)), *sample("a_jpg.rf.12", record_of(2))]
     write_tar(tmp_path / "a.tar", members)
     (reason,) = index_shards(tmp_path, CATEGORIES).skipped
@@ -363,7 +363,7 @@ def test_names_with_several_dots_are_told(tmp_path: Path) -> None:
     )
 
 
-def test_keypoints_in_parts_of_the_image_are_told(tmp_path: Path) -> None:
+def test_keypoints_in_parts_of_the_image_are_reported(tmp_path: Path) -> None:
     categories = [Category(1, "dog", keypoints=["nose"]), Category(2, "cat", keypoints=["nose"])]
     right, relative = {"keypoints": [2, 3, 2]}, {"keypoints": [0.25, 0.5, 2]}
     members = [*sample("1", record_of(1, **right)), *sample("2", record_of(2, **relative))]

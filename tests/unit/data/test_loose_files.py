@@ -91,7 +91,7 @@ def test_image_ids_that_are_text_keep_their_number_if_all_have_one(trial: Trial)
     assert shards.manifest.options["image_ids"] == "strings"
 
 
-def test_ids_that_are_numbers_beside_names_are_kept_as_text(trial: Trial) -> None:
+def test_ids_that_are_numbers_mixed_with_names_are_kept_as_text(trial: Trial) -> None:
     trial.picture("b.jpg")
     images = [image_of("b"), image_of(1)]  # image 1 becomes number 2
     boxes = [box_of(1, image_id="b"), box_of(2, image_id=1)]

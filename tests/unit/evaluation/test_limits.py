@@ -71,7 +71,7 @@ def test_another_limit_than_cocos_is_named_in_the_numbers_and_in_the_table(dense
     assert "counted" not in metrics_table(coco, per_class=True)
 
 
-def test_more_objects_than_are_counted_are_told_after_and_before(dense, results, caplog):
+def test_more_objects_than_are_counted_are_reported_after_and_before(dense, results, caplog):
     expected = "an image has 120 objects of the class cat, of which AP can find"
     config = load_config(CONFIG, ["evaluation.max_detections=110"])
     warn_at_start(config, dense)

@@ -94,7 +94,7 @@ def test_what_changes_the_training_is_named_with_both_values(
         settle_config(config, saved_by(*SIZES), Path("x"), shards)
 
 
-def test_a_run_from_before_some_options_goes_on_as_it_began(shards: ShardSet):
+def test_a_run_from_before_some_options_continues_as_it_began(shards: ShardSet):
     # Its checkpoint has a config without them, which meant an overlap of 0 and 70 % of a crowd.
     saved = saved_by(*SIZES)
     lines = saved.run["config"].splitlines()
@@ -260,7 +260,7 @@ def run_dir(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-def test_auto_goes_on_from_the_latest_and_never_refuses_it(run_dir: RunDir):
+def test_auto_continues_from_the_latest_and_never_refuses_it(run_dir: RunDir):
     newest = run_dir.checkpoint("pretrain", 5)
     assert find_checkpoint(load_config(CONFIG), run_dir) == newest
     assert find_checkpoint(load_config(CONFIG), RunDir(run_dir.root / "new")) is None
@@ -281,7 +281,7 @@ def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tm
         find_checkpoint(elsewhere, run_dir)
 
 
-def test_an_ended_run_goes_on_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
+def test_an_ended_run_continues_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
     config, newest = load_config(CONFIG), run_dir.checkpoint("pretrain", 5)
     run_dir.weights.touch()
     with pytest.raises(ConfigError, match="holds a finished run"):
@@ -327,7 +327,7 @@ def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
 SMALL = ["data.train.keep_empty=true", "phases.pretrain.images_per_gpu=2"]
 
 
-def test_other_ranks_change_the_accumulation_and_are_told(
+def test_other_ranks_change_the_accumulation_and_are_reported(
     shards: ShardSet, caplog: pytest.LogCaptureFixture
 ):
     overrides = [*SMALL, "phases.pretrain.images_per_step=16"]
