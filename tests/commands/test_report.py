@@ -100,7 +100,7 @@ def test_the_markdown_has_the_tables(page: Path):
     text = (page.parent / "report.md").read_text()
     assert "| fast | 2 | 31.0 +- 1.4 | 15.5 +- 0.7 |" in text
     assert "fast reaches odd <name> & @TITLE@'s 15.0 box AP at 0.67 of its GPU-hours." in text
-    for heading in ("Differences", "Cost at equal AP", "What each phase took",
+    for heading in ("Differences", "Cost at equal AP", "Cost of each phase",
                     "Options that differ", "Environment"):  # fmt: skip
         assert f"\n## {heading}\n" in text
 
@@ -111,7 +111,7 @@ def test_mistakes_are_one_message(tmp_path: Path, page: Path):
         report.main([str(run), "--out", str(page)])
     broken = write_run(tmp_path / "broken", [0.1], pictures=1)
     (broken / "pictures/finetune-0.jpg").unlink()
-    with pytest.raises(ValueError, match=r"finetune\.json: does not list pictures that are there"):
+    with pytest.raises(ValueError, match=r"finetune\.json: not a list of existing pictures"):
         report.main([str(broken), "--out", str(tmp_path / "out")])
     (broken / "evaluation/pretrain-10.json").write_text("{")
     with pytest.raises(ValueError, match=r"pretrain-10\.json: not readable as JSON"):
