@@ -332,7 +332,7 @@ class PhaseTrainer:
         num_steps = self.config.evaluation.precise_bn
         if num_steps is None or self.phase.norm_mode not in ("live", "sync"):
             return True
-        stream = self.stream.beside(self.state.step + self.state.stream_shift)
+        stream = self.stream.from_step(self.state.step + self.state.stream_shift)
         precision = self.config.engine.precision
         return measure_statistics(
             self.detector, stream, num_steps, self.device, precision, self.run.must_stop

@@ -184,10 +184,17 @@ def test_rates_are_of_the_interval():
 
 def test_progress_line_says_what_a_person_wants_to_know():
     values = {
-        "phase": "pretrain", "step": 200, "loss/total": 1.5, "loss/mask": 0.5, "loss/rpn_box": 1.0,
-        "lr": 0.01, "images_per_second": 32.0, "time/step_seconds": 0.5, "time/data_seconds": 0.05,
+        "phase": "pretrain",
+        "step": 200,
+        "loss/total": 1.5,
+        "loss/mask": 0.5,
+        "loss/rpn_box": 1.0,
+        "lr": 0.01,
+        "images_per_second": 32.0,
+        "time/step_seconds": 0.5,
+        "time/data_seconds": 0.05,
         "memory_gib": 3.25,
-    }  # fmt: skip
+    }
     assert progress_line(values, 7400) == (
         "pretrain 200/7400  loss 1.500 (mask 0.500 rpn_box 1.000)  lr 1.00e-02  32.0 images/s  "
         "data wait 10%  3.2 GiB  1:00:00 left"
@@ -196,10 +203,16 @@ def test_progress_line_says_what_a_person_wants_to_know():
 
 def test_a_line_without_a_finite_step_shows_dashes():
     values = {
-        "phase": "pretrain", "step": 2, "loss/total": None, "loss/mask": None, "lr": 0.01,
-        "images_per_second": 32.0, "time/step_seconds": 0.5, "time/data_seconds": 0.05,
+        "phase": "pretrain",
+        "step": 2,
+        "loss/total": None,
+        "loss/mask": None,
+        "lr": 0.01,
+        "images_per_second": 32.0,
+        "time/step_seconds": 0.5,
+        "time/data_seconds": 0.05,
         "memory_gib": 3.25,
-    }  # fmt: skip
+    }
     assert progress_line(values, 4).startswith("pretrain 2/4  loss - (mask -)  lr 1.00e-02")
 
 

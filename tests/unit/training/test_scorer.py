@@ -94,8 +94,9 @@ def test_a_process_that_is_reaped_late_is_waited_for(run: Fixed, late_reaping: N
         beside.start(run.results())
     assert beside.finish(lambda: False)
     assert [(line["step"], line["bbox/AP50"]) for line in run.lines()] == [
-        (30, pytest.approx(51 / 101)), (40, pytest.approx(51 / 101)),
-    ]  # fmt: skip
+        (30, pytest.approx(51 / 101)),
+        (40, pytest.approx(51 / 101)),
+    ]
     assert run.state.unscored is None
     assert not run.run_dir.all_detections()
 
@@ -247,10 +248,16 @@ def test_a_process_that_is_killed_ends_the_run_and_leaves_the_detections(
     assert run.state.unscored is not None
 
 
-@pytest.mark.parametrize(("known", "ap", "best"), [
-    (None, "NaN", None), (None, "null", None), (0.25, "NaN", 0.25), (0.25, "0.5", 0.5),
-    (float("nan"), "0.5", 0.5),  # what an older version noted
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("known", "ap", "best"),
+    [
+        (None, "NaN", None),
+        (None, "null", None),
+        (0.25, "NaN", 0.25),
+        (0.25, "0.5", 0.5),
+        (float("nan"), "0.5", 0.5),  # what an older version noted
+    ],
+)
 def test_an_ap_that_is_no_number_is_never_the_best(
     run: Fixed, known: float | None, ap: str, best: float | None
 ) -> None:
