@@ -129,6 +129,12 @@ def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
     )
 
 
+def lr_at(phase: PhaseConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 1, without the factors of groups."""
+    assert phase.images_per_step is not None
+    return scaled_lr(phase, phase.images_per_step) * lr_factor(phase, step)
+
+
 def lr_factor(phase: PhaseConfig, step: int) -> float:
     """Return the factor of ``scaled_lr`` at a step.
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import timm
 
-from bigdet.config.load import dump_config, load_config, parse_config
-from bigdet.config.rules import ConfigError
+from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.checkpoint import Checkpoint
@@ -307,19 +307,19 @@ def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDi
     assert find_checkpoint(config, run_dir) == newest
 
 
+def stream_of(shards: ShardSet, config: RunConfig, **more: int) -> TrainStream:
+    """The stream of ``pretrain`` on one rank."""
+    ranks = {"rank": 0, "world_size": 1}
+    phase = config.phases["pretrain"]
+    return TrainStream(
+        shards, config.data, phase, name="pretrain", with_masks=False, seed=0, **ranks, **more
+    )
+
+
 def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
     """Config, checkpoint and state of a run in ``pretrain``."""
     config = load_config(CONFIG, overrides)
-    stream = TrainStream(
-        shards,
-        config.data,
-        config.phases["pretrain"],
-        name="pretrain",
-        with_masks=False,
-        seed=0,
-        rank=0,
-        world_size=1,
-    )
+    stream = stream_of(shards, config)
     state = RunState("pretrain", step, stream=stream.state(), ranks=ranks)
     return Checkpoint(run={"config": dump_config(config)}), state, stream
 
@@ -356,17 +356,7 @@ def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
     assert "step 6: 8 images per step instead of 4" in line
     assert "lr 0.002 instead of 0.001; pass 3 begins, the last 2 steps of the pass before" in line
     assert state.stream_shift == 4 - 6
-    stream = TrainStream(
-        shards,
-        config.data,
-        config.phases["pretrain"],
-        name="pretrain",
-        with_masks=False,
-        seed=0,
-        rank=0,
-        world_size=1,
-        first_step=state.step + state.stream_shift,
-    )
+    stream = stream_of(shards, config, first_step=state.step + state.stream_shift)
     stream.check_state(state.stream)
     ids = [i for step in (5, 6) for lane in range(4) for i in stream.group_ids(step, lane)]
     assert sorted(ids) == sorted(shards.index["image_id"])
