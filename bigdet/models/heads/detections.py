@@ -1,4 +1,4 @@
-"""Detections of a group of images before they are handed out, and which of them are.
+"""Detections of a group of images, and the choice of those that are reported.
 
 Letters: D detections of all images.
 """
@@ -63,7 +63,7 @@ class SoftNms(Protocol):
 
 
 def _cut(candidates: FlatDetections, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut boxes ``(D, 4)`` at their images; also tell which are left with a size, ``(D,)``."""
+    """Cut boxes ``(D, 4)`` at their images; also return which still have an area, ``(D,)``."""
     boxes = clip_boxes(candidates.boxes, image_sizes[candidates.images])
     return boxes, boxes.isfinite().all(-1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(-1)
 
