@@ -107,6 +107,8 @@ def _by_distance(table: Tensor, size: int) -> Tensor:
 class ViT(Backbone):
     """Patches of 16x16 pixels; C2 to C5 come from the last map by (de)convolutions."""
 
+    group_matcher = TimmViT.group_matcher
+
     def __init__(
         self,
         width: int,

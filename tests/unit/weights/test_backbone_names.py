@@ -213,8 +213,11 @@ def test_detectrons_group_norm_loads():
         "res3_1_branch2b_gn_s": torch.ones(128),
     }
     assert set(rename(state, backbone)) == {
-        "conv1.weight", "bn1.weight", "bn1.bias", "layer2.1.bn2.weight",
-    }  # fmt: skip
+        "conv1.weight",
+        "bn1.weight",
+        "bn1.bias",
+        "layer2.1.bn2.weight",
+    }
 
 
 def write_detectron2(folder, reference):
