@@ -232,12 +232,10 @@ class ShardedState:
 
     def use_parts(self) -> None:
         """Do what DeepSpeed does after a step: renew partitions, gather what stays whole."""
-        self._zero._partition_all_parameters()
+        self._zero.checkpoint_event_prologue()  # partitions all, as before a step
         for number in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(number)
-        whole = self._zero.persistent_parameters
-        if whole:
-            whole[0].all_gather(whole)
+        self._zero.checkpoint_event_epilogue()
 
 
 def let_go_of(wrapped: nn.Module) -> None:
