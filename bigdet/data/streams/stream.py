@@ -235,13 +235,9 @@ class TrainStream:
 def too_damaged(
     address: str, num_damaged: Mapping[str, int], limit: int, messages: Iterable[str]
 ) -> str:
-    """Return the error of a training set with too many damaged samples.
+    """Return the error of a training set with more damaged samples than ``data.train.max_damaged``.
 
-    Args:
-        address: that of the set.
-        num_damaged: samples by kind of damage.
-        limit: ``data.train.max_damaged``.
-        messages: one for each sample; the first ones are listed.
+    ``num_damaged`` counts them by kind; of ``messages``, one for each, the first ones are listed.
     """
     listed = "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
     return (
