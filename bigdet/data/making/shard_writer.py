@@ -83,7 +83,7 @@ class ShardWriter:
         self._tar: ShardTar | None = None
 
     def __enter__(self) -> ShardWriter:
-        self._storage = open_unused(self.folder)
+        self._storage = open_unused(self.folder, resumes=False)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._storage.claim(None))
             self._scratch = stack.enter_context(self._storage.scratch())

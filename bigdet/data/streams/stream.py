@@ -7,6 +7,7 @@ rank gets which group). ``EvalStream`` gives every image once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -293,11 +294,8 @@ class EvalStream:
             workers=self._workers,
             group_bytes=group_bytes(self._rows.shape[1], self._largest(), with_masks=False),
         )
-        try:
-            for packed in loader:
-                yield unpack(packed)
-        finally:
-            loader.close()
+        with contextlib.closing(loader):
+            yield from map(unpack, loader)
 
     def _largest(self) -> tuple[int, int]:
         """Return the short side and the longest long side of the images in batches, pixels."""
