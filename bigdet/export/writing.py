@@ -135,17 +135,13 @@ def write_exported(
             out.write_bytes(written.getbuffer())
             return
         names = OUTPUTS if has_masks(detector.config) else OUTPUTS[:-1]
-        chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-        levels = [logger.level for logger in chatter]
-        for logger in chatter:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             onnx = torch.onnx.export(
                 program, dynamo=True, input_names=INPUTS, output_names=names, verbose=False
             )
         finally:
-            for logger, level in zip(chatter, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(logging.NOTSET)
     assert onnx is not None
     onnx.model.metadata_props.update(facts)
     onnx.save(str(out))

@@ -25,16 +25,15 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import has_keypoints, has_masks, phase_model
 from bigdet.config.schema import EngineConfig, RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.build import build_engine
 from bigdet.host import errors
 from bigdet.host.limits import host_memory
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training.metrics import peak_memory_gib
+from bigdet.training.phase_stream import stream_for_phase
 from bigdet.training.phases import build_for_phase
 
 GIB = 1 << 30
@@ -118,18 +117,8 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
     device = distributed.device()
     settings = config.phases[phase]
     train_set, _ = open_sets(config.data)
-    model = phase_model(config, phase)
-    stream = TrainStream(
-        train_set,
-        config.data,
-        dataclasses.replace(settings, images_per_step=None),
-        name=phase,
-        with_masks=has_masks(model),
-        with_keypoints=has_keypoints(model),
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-    )
+    alone = {phase: dataclasses.replace(settings, images_per_step=None)}
+    stream = stream_for_phase(dataclasses.replace(config, phases=alone), phase, train_set)
     batches = list(islice(stream, WARM_STEPS + MEASURED_STEPS))
     stream.close()  # its processes would slow down the measured steps
     with tempfile.TemporaryDirectory() as folder:
