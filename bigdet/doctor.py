@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from bigdet import distributed
-from bigdet.config.derived import has_masks, largest_plan, phase_model
 from bigdet.config.load import dump_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import has_masks
+from bigdet.config.resize import largest_plan
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.examples.collate import group_bytes
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.mix import open_sets

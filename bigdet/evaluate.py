@@ -23,10 +23,12 @@ from safetensors import safe_open
 
 from bigdet import distributed
 from bigdet.cli.running import run_command
-from bigdet.config.check import check_config, check_max_detections
-from bigdet.config.derived import has_keypoints, has_masks, plan_of
-from bigdet.config.load import ConfigError, parse_config
-from bigdet.config.schema import MAX_DETECTIONS, Metric, RunConfig, TtaConfig
+from bigdet.config.evaluation import MAX_DETECTIONS, Metric, TtaConfig, check_max_detections
+from bigdet.config.load import parse_config
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.resize import plan_of
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.mix import class_ids, warn_of_absent, with_categories
 from bigdet.data.format.shard_set import ShardSet, source_ids
@@ -268,9 +270,7 @@ def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
     file = find_weights(model)
     with safe_open(file, framework="pt") as opened:
         text = (opened.metadata() or {}).get("config", "")
-    config = parse_config(text, str(file), overrides)
-    check_config(config)
-    return config
+    return parse_config(text, str(file), overrides)
 
 
 def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:

@@ -21,10 +21,9 @@ from collections.abc import Sequence
 import torch
 
 from bigdet.cli.running import run_command
-from bigdet.config.check import check_config
 from bigdet.config.load import check_phase, load_config
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.run import RunConfig
 from bigdet.data.format.mix import open_sets
 from bigdet.logs.log import setup_logging
 from bigdet.planning.cluster import (
@@ -59,7 +58,6 @@ def main(arguments: Sequence[str]) -> int:
     """Predict, write the tables and return the exit code."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
-    check_config(config)
     setup_logging(0)
     phase = options.phase or next(iter(config.phases))
     check_phase(config, phase)
@@ -213,7 +211,7 @@ def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> N
     checked = None if options.check is None else read_setting(options.check)
     for size in [*sizes, *([checked.size] if checked else [])]:
         words = overrides(phase, settings, Setting(size, batches[0]))
-        check_config(load_config(options.config, [*options.overrides, *words]))
+        load_config(options.config, [*options.overrides, *words])
     gpus, shift_gib = 1, 0.0
     if options.gpus is not None:
         hosts, cluster = _cluster(options)

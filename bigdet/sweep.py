@@ -23,9 +23,11 @@ from pathlib import Path
 from types import FrameType
 
 from bigdet.cli.running import STOPPED, run_command
-from bigdet.config.derived import comparable, in_steps, place_of
-from bigdet.config.load import ConfigError, flat_options, load_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.compare import comparable, flat_options, place_of
+from bigdet.config.load import read_config
+from bigdet.config.phase import in_steps
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
 from bigdet.host import locks
 from bigdet.host.errors import explain_exit
@@ -294,7 +296,7 @@ def _check_finished(run: PlannedRun) -> None:
     """Refuse a sweep whose finished runs were trained with other options than it now lists."""
     if not _run_dir(run).is_finished:
         return
-    made = flat_options(load_config(_run_dir(run).config))
+    made = flat_options(read_config(_run_dir(run).config))
     changed = [
         f"{key} (was {made.get(key)}, now {value})"
         for key, value in flat_options(run.config).items()

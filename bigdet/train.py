@@ -18,10 +18,9 @@ from pathlib import Path
 
 from bigdet import distributed
 from bigdet.cli.running import STOPPED, run_command
-from bigdet.config.check import check_config
-from bigdet.config.derived import num_steps
 from bigdet.config.load import load_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import num_steps
+from bigdet.config.run import RunConfig
 from bigdet.data.format.mix import open_sets
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
@@ -43,7 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run all phases of a config and return the exit code."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
-    check_config(config)
     distributed.start()
     setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:

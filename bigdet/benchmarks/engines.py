@@ -43,8 +43,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from bigdet import distributed
 from bigdet.benchmarks.memory import peak_memory, start_memory
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import EngineConfig, RunConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.run import RunConfig
 from bigdet.engine.base import state_keys
 from bigdet.engine.build import build_engine
 from bigdet.engine.precision import TotalLoss

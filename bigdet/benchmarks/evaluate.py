@@ -36,7 +36,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bigdet.benchmarks.memory import peak_memory
-from bigdet.config.schema import RunConfig
+from bigdet.config.run import RunConfig
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from bigdet.benchmarks.torchvision_twin import torchvision_twin
-from bigdet.config.derived import eval_resize, phase_model, plan_of
 from bigdet.config.load import check_phase
-from bigdet.config.schema import RunConfig
+from bigdet.config.resize import plan_of
+from bigdet.config.run import RunConfig, eval_resize, phase_model
 from bigdet.engine.precision import autocast
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector, collate_images

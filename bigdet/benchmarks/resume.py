@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bigdet.config.schema import RunConfig
+from bigdet.config.run import RunConfig
 from bigdet.data.format.manifest import MANIFEST_NAME, Manifest
 from bigdet.data.format.shard_set import INDEX_NAME
 from bigdet.data.making.shard_writer import index_bytes, manifest_text

@@ -37,10 +37,10 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from bigdet.benchmarks import engines
 from bigdet.benchmarks.memory import peak_memory, start_memory
 from bigdet.benchmarks.torchvision_twin import mask_options, training_options
-from bigdet.config.derived import has_fpn, has_masks, model_parts, proposal_limits
 from bigdet.config.load import check_phase
-from bigdet.config.model_schema import ModelConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import ModelConfig, has_fpn, has_masks, model_parts
+from bigdet.config.rpn import proposal_limits
+from bigdet.config.run import RunConfig
 from bigdet.engine.precision import autocast
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector

@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from bigdet.config.derived import has_masks, phase_model, plan_of
 from bigdet.config.load import check_phase
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import has_masks
+from bigdet.config.resize import plan_of
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.examples.decode import decode_image
 from bigdet.data.format.shard_set import Sample, ShardSet
 from bigdet.data.streams.stream import TrainStream

@@ -30,8 +30,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from bigdet.config.derived import has_fpn, has_keypoints, has_masks
-from bigdet.config.model_schema import ModelConfig, RpnConfig
+from bigdet.config.model import ModelConfig, has_fpn, has_keypoints, has_masks
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.anchors import grid_anchors, grid_spacings
 from bigdet.models.build import head_norm
 from bigdet.models.conventions import Conventions

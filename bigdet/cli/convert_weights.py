@@ -22,9 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigdet.cli.running import run_command
-from bigdet.config.check import check_config
-from bigdet.config.derived import phase_model
 from bigdet.config.load import check_phase, load_config
+from bigdet.config.run import phase_model
 from bigdet.data.format.manifest import Category
 from bigdet.data.making.sources.categories import load_categories
 from bigdet.host.files import check_file
@@ -69,7 +68,6 @@ def restore(options: argparse.Namespace) -> int:
     """Write another program's weights as a ``model.safetensors``; return the number of tensors."""
     check_out(options.out, (".safetensors",))
     config = load_config(options.config, options.overrides)
-    check_config(config)
     phase = options.phase or list(config.phases)[-1]
     check_phase(config, phase)
     categories = load_categories(options.categories)

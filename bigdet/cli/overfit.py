@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from bigdet.cli.running import run_command
-from bigdet.config.check import check_config
-from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.families import detector_facts
 from bigdet.config.load import parse_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.resize import plan_of
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
@@ -79,7 +79,6 @@ def main(argv: Sequence[str]) -> int:
     used = detector_facts(arguments.detector).options
     options += [word for option, words in SMALL.items() if option in used for word in words]
     config = parse_config(CONFIG, "bigdet overfit", [*options, *arguments.overrides])
-    check_config(config)
     with tempfile.TemporaryDirectory() as folder:
         shards = pick(ShardSet(arguments.shards), config, Path(folder) / "picked")
         return train(shards, config, arguments.goal, arguments.every)

@@ -16,9 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bigdet.cli.running import run_command
-from bigdet.config.check import check_config
-from bigdet.config.derived import in_steps, length_of, num_steps
 from bigdet.config.load import check_phase, load_config
+from bigdet.config.phase import in_steps, length_of, num_steps
 from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.mix import open_train_set
 from bigdet.data.ordering.groups import lanes_of_rank
@@ -32,7 +31,6 @@ def main(argv: Sequence[str]) -> int:
     """Write the pictures or print the ids that the arguments ask for."""
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    check_config(config)
     check_phase(config, arguments.phase)
     if arguments.step < 1:
         raise ValueError(f"--step {arguments.step}: steps are counted from 1.")

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.config.derived import has_masks
 from bigdet.config.families import DETECTORS, detector_facts
+from bigdet.config.model import has_masks
 from bigdet.export.fixed import FixedDetector, plain_batch
 from bigdet.models.detector import Detector
 from bigdet.ops.resize import resize_image

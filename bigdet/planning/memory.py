@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.load import ConfigError
-from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.rules import ConfigError
 from bigdet.planning.trials import Measured
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig, RunConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.run import RunConfig
 from bigdet.data.format.mix import open_sets
 from bigdet.engine.build import build_engine
 from bigdet.host import errors

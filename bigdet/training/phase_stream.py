@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bigdet.config.derived import has_keypoints, has_masks, phase_model
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from bigdet import train
-from bigdet.config.check import check_config
 from bigdet.config.load import dump_config
-from bigdet.config.schema import ModelConfig, PhaseConfig, RunConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.run import RunConfig, check_config
 from bigdet.data.making.sources.coco import convert_coco
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
 from bigdet.sweep import check_forks
 from bigdet.training.sizes import model_sizes
 from tests.shipped import CONFIG_NAMES, CONFIGS, SWEEP_NAMES, config_of, sweep_of

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from bigdet.benchmarks.torchvision_twin import torchvision_twin
 from bigdet.cli import convert_weights
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
 from bigdet.models.weights import load_detector, save_detector_weights
 from bigdet.weights.torchvision_layout import to_torchvision
 from tests.commands.tiny_detector import ROOT, save_detector

@@ -114,7 +114,7 @@ def test_what_cannot_be_written_is_reported_before_a_model_is_loaded(tmp_path, i
 
 
 def test_no_detections_and_the_metric_of_voc(run_and_shards, tmp_path, capsys, caplog):
-    with pytest.raises(ValueError, match="there is no such file of results"):
+    with pytest.raises(ValueError, match="there is no such results file"):
         main([str(tmp_path / "found.json"), "--shards", str(run_and_shards[1].folder)])
     (tmp_path / "found.json").write_text("[]")
     words = ["--shards", str(run_and_shards[1].folder), "--metric", "voc07", "--analysis"]

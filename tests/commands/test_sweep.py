@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigdet import sweep
-from bigdet.config.load import ConfigError
+from bigdet.config.rules import ConfigError
 from bigdet.config.sweep import load_sweep
 from bigdet.host import locks
 from tests.commands.runs import ROOT, TINY
@@ -154,9 +154,7 @@ def test_a_fork_whose_past_would_have_been_another_is_refused_at_once(
     file = write_sweep(tmp_path, shapes_shards)
     file.write_text(file.read_text().replace("phases.pretrain.steps=5", "phases.pretrain.steps=4"))
     # It would drop 1 step before its end, so step 4, where it begins, had a lower rate.
-    with pytest.raises(
-        ConfigError, match=r"runs\.short: phases\.pretrain\.drops: up to the step 4"
-    ):
+    with pytest.raises(ConfigError, match=r"runs\.short: phases\.pretrain\.drops: up to step 4"):
         sweep.main([str(file), "--print"])
 
 

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import nn
 
 from bigdet import distributed
-from bigdet.config.load import ConfigError
+from bigdet.config.rules import ConfigError
 from bigdet.host import errors
 from bigdet.training.watchdog import Watchdog
 
-END = "BIGDET_TRACEBACK=1 shows the whole way there.)"
+END = "BIGDET_TRACEBACK=1 shows the traceback.)"
 
 
 @pytest.fixture(autouse=True)

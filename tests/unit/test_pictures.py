@@ -204,7 +204,7 @@ def test_what_the_system_says_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     failures[:] = [errno.ESTALE]
     assert read_picture(tmp_path / "a.png").shape == (3, 4, 3)  # at the second attempt
     failures[:] = [errno.EACCES]
-    with pytest.raises(ValueError, match=r"^cannot be read \(Permission denied\)\. Let the user"):
+    with pytest.raises(ValueError, match=r"^cannot be read \(Permission denied\)\. Allow the user"):
         read_picture(tmp_path / "a.png")
     failures[:] = [errno.EMFILE] * 2  # the other pictures of a folder would fail too
     with pytest.raises(OSError, match=r"a\.png: cannot be read \(Too many open files\)\. Raise"):

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from bigdet.config.describe import describe_options, list_options
-from bigdet.config.load import ConfigError, load_config
+from bigdet.config.load import load_config
+from bigdet.config.rules import ConfigError
 from bigdet.train import parse_arguments
 
 ROOT = Path(__file__).parents[3]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bigdet.config.check import check_config
-from bigdet.config.derived import proposal_limits
 from bigdet.config.earlier import keep_former
 from bigdet.config.load import dump_config, load_config, parse_config
+from bigdet.config.rpn import proposal_limits
+from bigdet.config.run import check_config
 from tests.shipped import CONFIGS, config_of
 
 NEW = {

@@ -2,16 +2,21 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.load import ConfigError, check_phase, dump_config, load_config, parse_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.load import check_phase, dump_config, load_config, parse_config
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig
 
 EXPERIMENT = """
 include: [data.yaml]
 output: runs/x
 model: {detector: mask_rcnn, backbone: resnet50}
 phases:
-  pretrain: {steps: 1_000, images_per_gpu: 8, lr: 4e-4, resize: {kind: direct, size: 448}}
-  finetune: {steps: 500, images_per_gpu: 2, lr: 1e-4, resize: {kind: short_side, size: 800}}
+  pretrain:
+    {steps: 1_000, images_per_gpu: 8, lr: 4e-4, norm_mode: live, warmup_steps: 0,
+    resize: {kind: direct, size: 448}}
+  finetune:
+    {steps: 500, images_per_gpu: 2, lr: 1e-4, norm_mode: live, warmup_steps: 0,
+    resize: {kind: short_side, size: 800}}
 """
 FRAGMENT = "data: {train: {shards: a}, val: {shards: b}, workers: 3}\n"
 

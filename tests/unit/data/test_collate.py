@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.data.examples.collate import Example, num_dropped, pack, unpack
+from bigdet.data.examples.collate import num_dropped, pack, unpack
 from bigdet.data.examples.objects import Objects, no_objects
+from bigdet.data.examples.transforms import Example
 from bigdet.ops.sizes import canvas_size
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.data_schema import CacheConfig
+from bigdet.config.data import CacheConfig
 from bigdet.data.format import remote
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
@@ -124,8 +124,8 @@ def test_a_redirection_to_a_login_page_is_reported(server: Server, cache):
     with pytest.raises(ShardError) as caught:
         ShardSet(server.address, cache=cache)
     assert (
-        f"{server.address}/manifest.json: there is a web page at {where}, where the server led to, "
-        "instead of the file;" in str(caught.value)
+        f"{server.address}/manifest.json: there is a web page at {where}, where the server "
+        "redirected to, instead of the file;" in str(caught.value)
     )
 
 
@@ -137,7 +137,7 @@ def test_a_page_that_comes_through_a_command_is_reported(server: Server, cache, 
 
 def test_an_answer_that_is_no_manifest_is_reported_with_its_address(server: Server, cache):
     server.planned["manifest.json"] = [(200, {}, b'{"error": "not logged in"}')]
-    with pytest.raises(ShardError, match=rf"^{server.address}: of what was fetched .*KeyError"):
+    with pytest.raises(ShardError, match=rf"^{server.address}: in the files fetched .*KeyError"):
         ShardSet(server.address, cache=cache)
 
 

@@ -108,7 +108,7 @@ def test_samples_that_cannot_be_used_are_left_out_with_one_line_each(tmp_path: P
         ("gif", "the image is not JPEG, PNG or WebP"),
         ("size", "the image is 6 x 8 pixels, its record says (6, 9)"),
         ("mask", "annotation 1: segmentation is neither polygons nor RLE of (6, 8)"),
-        ("points", "annotation 1: has keypoints, its category names none"),
+        ("points", "annotation 1: has keypoints, but its category has none"),
         ("text", lines[11]["skipped"]),
         ("two", "not one image (jpg, jpeg, png, webp) and one json"),
         ("same", "two members end in .jpg"),
@@ -151,7 +151,7 @@ def test_members_that_are_not_adjacent_are_reported_with_what_to_do(tmp_path: Pa
     write_tar(tmp_path / "a.tar", [image, *whole, text, ("z.jpg", JPEG)])
     assert index_shards(tmp_path, CATEGORIES).images == 1
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    apart = "its image and its json are not adjacent in the tar: pack it anew with tar --sort=name"
+    apart = "its image and its json are not adjacent in the tar: pack it again with tar --sort=name"
     assert [(line["key"], line["skipped"]) for line in lines] == [
         ("x", apart),
         ("x", apart),
@@ -228,7 +228,7 @@ def test_what_is_no_set_of_tars_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"not one sample can be used; the first: .*readme"):
         index_shards(tmp_path, CATEGORIES)
     write_tar(tmp_path / "a.tar", sample("x", record_of(7)) + sample("y", record_of(7)))
-    with pytest.raises(ShardError, match="1 image ids that more than one sample has: 7"):
+    with pytest.raises(ShardError, match="1 image ids are used by more than one sample: 7"):
         index_shards(tmp_path, CATEGORIES)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ShardError, match=r"has manifest\.json already"):
@@ -242,7 +242,7 @@ def test_what_is_no_set_of_tars_is_an_error(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ('{"a": 1}', "no list of categories"),
         ('[{"id": "1", "name": "x"}]', "category 0 is .*, expected an object with an integer id"),
-        ('[{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]', "id 1 stands there twice"),
+        ('[{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]', "id 1 occurs twice"),
         ('[{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]', r"the same name \('x': ids 1, 2\)"),
     ],
 )
@@ -289,7 +289,7 @@ def test_fields_that_would_be_misread_leave_a_sample_out(tmp_path: Path) -> None
         "annotation 1 has ignore set, which shards write as iscrowd: 1",
         "has neg_category_ids, which shards have by label, as negative_labels and "
         "not_exhaustive_labels",
-        "its boxes lie within 0 to 1: relative coordinates, expected pixels",
+        "its boxes are within 0 to 1: relative coordinates, expected pixels",
         "negative_labels is [2], expected labels of 2 classes",
         "source_id is 7, expected a string",
     ]

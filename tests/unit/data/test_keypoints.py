@@ -82,7 +82,7 @@ def test_keypoints_that_cannot_be_used_are_counted(trial: Trial) -> None:
 @pytest.mark.parametrize(
     ("person", "message"),
     [
-        ({"id": 2, "name": "person"}, "category 2 is 'person', and not so in"),
+        ({"id": 2, "name": "person"}, "category 2 is 'person', but not in"),
         ({"id": 2, "name": "bicycle"}, "no category has keypoints"),
         ({**PERSON, "keypoints": "nose"}, "keypoints is 'nose', expected a list of names"),
     ],

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bigdet.config.data_schema import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
+from bigdet.config.data import CacheConfig, DataConfig, TrainSplitConfig, ValSplitConfig
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.mix import (
     MixedSet,
@@ -99,7 +99,7 @@ def test_classes_that_a_set_does_not_know_are_reported(shapes_shards, other_set,
     with caplog.at_level(logging.WARNING):
         open_sets(config(shapes_shards / "train", [folder], shapes_shards / "val"))
     first, second = [record.getMessage() for record in caplog.records]
-    assert "train does not know 1 of the 5 classes" in first
+    assert "train does not have 1 of the 5 classes" in first
     assert first.endswith("hexagon")
     assert second.endswith("triangle")
 

@@ -18,8 +18,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from bigdet.config.data_schema import CacheConfig
-from bigdet.config.load import ConfigError
+from bigdet.config.data import CacheConfig
+from bigdet.config.rules import ConfigError
 from bigdet.data.format import remote, tars
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.remote import file_address, shown
@@ -353,7 +353,7 @@ def test_ranges_fetch_the_runs_that_are_read_and_each_once(local, cache, monkeyp
         expected = [f"bytes={run * 4096}-{run * 4096 + 4095}" for run in runs]
         assert server.ranges["000000.tar"] == expected
         server.has_ranges = False
-        with pytest.raises(UnavailableShardError, match="the server gives no parts of files"):
+        with pytest.raises(UnavailableShardError, match="the server does not send parts of files"):
             shards.read(PER_SHARD)
 
 

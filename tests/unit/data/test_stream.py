@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.data_schema import DataConfig, SubsetConfig, TrainSplitConfig
-from bigdet.config.phase_schema import AugmentConfig, PhaseConfig, ResizeConfig
+from bigdet.config.augment import AugmentConfig
+from bigdet.config.data import DataConfig, SubsetConfig, TrainSplitConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.resize import ResizeConfig
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.mix import MixedSet
 from bigdet.data.format.shard_set import ShardSet
@@ -238,7 +240,7 @@ def test_no_global_generator_is_touched(shards):
 
 
 def test_a_set_smaller_than_a_step_is_refused(shards):
-    with pytest.raises(ValueError, match="16 samples to offer, one step needs 20"):
+    with pytest.raises(ValueError, match="16 samples that can be used, one step needs 20"):
         open_stream(shards, images_per_gpu=5, images_per_step=20)
 
 
@@ -453,8 +455,6 @@ def test_a_set_of_empty_images_says_why_they_are_left_out(shards):
     few = ShardSet(shards.folder)
     few.index = np.array(few.index)
     few.index["num_boxes"][3:] = 0
-    message = (
-        "has 3 samples to offer.* 13 of 16 images have no object that is not crowd; data.train"
-    )
-    with pytest.raises(ValueError, match=rf"{message}\.keep_empty=true"):
+    message = r"has 3 samples that can .* 13 of 16 images have no object that is not crowd; data"
+    with pytest.raises(ValueError, match=rf"{message}\.train\.keep_empty=true"):
         open_stream(few, keep_empty=False, images_per_gpu=4, images_per_step=8)

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data.examples.collate import Allocate, Example, PackedGroup, pack
+from bigdet.config.resize import ResizeConfig
+from bigdet.data.examples.collate import Allocate, PackedGroup, pack
 from bigdet.data.examples.objects import no_objects
+from bigdet.data.examples.transforms import Example
 from bigdet.data.format.manifest import MANIFEST_NAME
 from bigdet.data.format.shard_set import INDEX_DTYPE, INDEX_NAME, ShardSet
 from bigdet.data.streams.loader import Loader

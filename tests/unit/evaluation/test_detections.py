@@ -86,7 +86,7 @@ def test_only_what_is_measured_need_be_there(truth):
         (result(bbox=[[1, 2, 3, 4]]), "expected four numbers"),
         (result(image_id=2**70), "which none of the 2 images"),
         (result(segmentation=rle() | {"counts": rle()["counts"][:-1]}), "do not make an image"),
-        ({k: v for k, v in result().items() if k != "score"}, "has no score.*no results file"),
+        ({k: v for k, v in result().items() if k != "score"}, "has no score.*not a results file"),
         ({k: v for k, v in result().items() if k != "bbox"}, "has no bbox"),
         ([1, 2], r"found \[1, 2\], expected an object"),
     ],

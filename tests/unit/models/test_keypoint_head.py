@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdet.config.model_schema import KeypointConfig
+from bigdet.config.heads import KeypointConfig
 from bigdet.models.heads.box import Regions
 from bigdet.models.heads.keypoint import (
     KeypointHead,

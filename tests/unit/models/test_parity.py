@@ -15,13 +15,9 @@ from torchvision.models.detection import roi_heads
 from torchvision.ops import roi_align
 
 from bigdet.benchmarks.torchvision_twin import torchvision_twin
-from bigdet.config.model_schema import (
-    KeypointConfig,
-    ModelConfig,
-    RetinaConfig,
-    RoiConfig,
-    RpnConfig,
-)
+from bigdet.config.heads import KeypointConfig, RetinaConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION
 from bigdet.models.detector import Detector

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchvision.ops import box_iou
 
-from bigdet.config.model_schema import ModelConfig, RpnConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.anchors import grid_anchors
 from bigdet.models.assign import pad_objects
 from bigdet.models.build import build_detector

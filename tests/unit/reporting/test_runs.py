@@ -13,7 +13,7 @@ from tests.fake_runs import write_run
 
 
 def test_a_folder_that_is_no_run_is_reported(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"absent: not a run: it is no folder"):
+    with pytest.raises(ValueError, match=r"absent: not a run: it is not a folder"):
         read_runs([tmp_path / "absent"])
     with pytest.raises(ValueError, match=r"not a run: it has no config\.yaml.*output folder"):
         read_runs([tmp_path])
@@ -29,7 +29,7 @@ def test_a_run_without_metrics_is_reported(tmp_path: Path):
 def test_runs_measured_on_other_data_are_refused(tmp_path: Path):
     first, other = write_run(tmp_path / "a", [0.1]), write_run(tmp_path / "b", [0.1], objects=11)
     with pytest.raises(
-        ValueError, match=r"b: was measured on other data than .*a: objects of each"
+        ValueError, match=r"b: was evaluated on other data than .*a: objects of each"
     ):
         read_runs([first, other])
     file = other / "evaluation/pretrain-10.json"
@@ -47,7 +47,7 @@ def test_runs_measured_on_other_data_are_refused(tmp_path: Path):
 
 
 def test_a_report_names_how_many_detections_ap_counts(tmp_path: Path):
-    note = "AP counts up to 300 detections of a class on an image (evaluation.max_detections)"
+    note = "AP counts up to 300 detections per class and image (evaluation.max_detections)"
     for words in (["evaluation.max_detections=300"], []):
         groups = group_runs(read_runs([write_run(tmp_path / f"run{len(words)}", [0.1], *words)]))
         outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}

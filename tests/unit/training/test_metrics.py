@@ -1,13 +1,15 @@
 import dataclasses
 import json
+import math
 from collections import Counter
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
 from bigdet.data.examples.samples import Damage
-from bigdet.training.energy import EnergyCounter
+from bigdet.training import energy
 from bigdet.training.metrics import StepMeter, clock, mean_losses, progress_line
 from bigdet.training.state import Cost, RunState
 from tests.unit.models.scenes import make_scene
@@ -92,22 +94,31 @@ def test_a_run_on_gpus_counts_no_cpu_seconds(cuda_properties):
 
 
 class OneGpu:
-    """NVML of a machine with one GPU, which uses 1.5 joules between two readings."""
+    """``pynvml`` on a machine with one GPU, which uses 1.5 joules between two readings."""
 
-    def __init__(self, error: int = 0):
-        self.millijoules, self.error = 10_000, error
+    NVMLError = pynvml.NVMLError
 
-    def nvmlInit_v2(self):  # noqa: N802
-        return 0
+    def __init__(self):
+        self.millijoules = 10_000
 
-    def nvmlDeviceGetHandleByUUID(self, uuid, handle):  # noqa: N802
-        assert uuid == b"GPU-1234-abcd"
-        return 0
+    def nvmlInit(self):  # noqa: N802
+        pass
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, target):  # noqa: N802
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        assert uuid == "GPU-1234-abcd"
+        return "the handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
+        assert handle == "the handle"
         self.millijoules += 1500
-        target._obj.value = self.millijoules
-        return self.error
+        return self.millijoules
+
+
+class NoCounter(OneGpu):
+    """A GPU older than Volta."""
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
 
 @pytest.fixture
@@ -117,20 +128,28 @@ def cuda_properties(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_energy_is_what_the_counter_grew_by(cuda_properties, monkeypatch):
-    library = OneGpu()
-    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr(energy, "pynvml", OneGpu())
     state, meter = RunState("train"), StepMeter(torch.device("cuda", 0))  # reads it once
     meter.sync(state, {}, 0)
     meter.sync(state, {}, 0)
     assert state.counters()["cost/energy_joules"] == pytest.approx(3.0)
-    assert EnergyCounter(torch.device("cuda", 0), library).joules() == 16.0  # 16,000 mJ by now
+    assert energy.EnergyCounter(torch.device("cuda", 0)).joules() == 16.0  # 16,000 mJ by now
 
 
-def test_a_gpu_that_does_not_tell_its_energy_leaves_the_run_without(cuda_properties, monkeypatch):
-    monkeypatch.setattr("ctypes.CDLL", lambda name: OneGpu(error=3))  # not supported
+def test_a_gpu_without_an_energy_counter_leaves_the_run_without(cuda_properties, monkeypatch):
+    monkeypatch.setattr(energy, "pynvml", NoCounter())
     state = RunState("train", costs={"train": Cost(energy_joules=5.0)})
     StepMeter(torch.device("cuda", 0)).sync(state, {}, 0)
     assert "cost/energy_joules" not in state.counters()
+
+
+def test_without_nvidias_driver_the_energy_is_not_known(cuda_properties, monkeypatch):
+    def no_library(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(pynvml, "nvmlLib", None)  # the package itself, not loaded yet
+    monkeypatch.setattr(pynvml, "CDLL", no_library)
+    assert math.isnan(energy.EnergyCounter(torch.device("cuda", 0)).joules())
 
 
 def test_syncing_twice_counts_once_and_a_resumed_run_counts_on():

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torchvision
 
-from bigdet.config.check import check_config
 from bigdet.config.load import parse_config
+from bigdet.config.run import check_config
 from bigdet.models.activation_checkpointing import Checkpointed
+from bigdet.models.backbones.vgg import VGG
 from bigdet.models.build import build_detector
 from bigdet.models.norms import batch_norms
 from bigdet.models.rcnn import RCNN
-from bigdet.models.vgg import VGG
 from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.load import load_config
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
@@ -23,6 +22,7 @@ from bigdet.training import background_scoring as scorer
 from bigdet.training import measuring
 from bigdet.training.background_scoring import Scorer
 from bigdet.training.state import RunState, Unscored
+from tests.shipped import unchecked
 from tests.unit.data.small_shards import record_of, write_set
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -33,7 +33,7 @@ class Fixed:
 
     def __init__(self, folder: Path) -> None:
         words = ["phases.pretrain.steps=40", "model.detector=faster_rcnn"]
-        self.config = load_config(CONFIG, words)
+        self.config = unchecked(CONFIG, words)
         self.run_dir = RunDir(folder / "run")
         self.val_set: ShardSet = write_set(folder / "val", num_shards=1, per_shard=4)
         self.writer = MetricsWriter(self.run_dir.metrics)
@@ -107,7 +107,7 @@ def test_a_process_that_dies_and_is_reaped_late_is_no_end_of_an_evaluation(
     monkeypatch.setattr(scorer, "evaluate_detections", lambda *_, **__: os._exit(3))
     beside = run.scorer()
     beside.start(run.results())
-    with pytest.raises(ValueError, match=r"pretrain-30\.detections: .* exit code 3\. Started"):
+    with pytest.raises(ValueError, match=r"pretrain-30\.detections: .* exit code 3\. The next"):
         beside.finish(lambda: False)
     assert run.file.exists()
     assert run.state.unscored is not None
@@ -122,7 +122,7 @@ def test_a_run_does_not_go_on_while_numbers_are_missing(run: Fixed) -> None:
     beside = run.scorer()
     beside.start(run.results())
     beside.end()  # as if it were done
-    with pytest.raises(AssertionError, match=r"must not go on as if .*step=30.* were scored"):
+    with pytest.raises(AssertionError, match=r"must not continue as if .*step=30.* were scored"):
         beside.finish(lambda: False)
 
 
@@ -242,7 +242,7 @@ def test_a_process_that_is_killed_ends_the_run_and_leaves_the_detections(
     beside = run.scorer()
     beside.start(run.results())
     os.kill(beside._process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"pretrain-30\.detections: .* exit code -9\. Started"):
+    with pytest.raises(RuntimeError, match=r"pretrain-30\.detections: .* exit code -9\. The next"):
         collect(beside)
     assert run.file.exists()
     assert run.state.unscored is not None
