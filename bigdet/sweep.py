@@ -241,7 +241,7 @@ def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) 
     """Return a shell script that submits runs as arrays, each of which waits for the one before.
 
     Args:
-        name: the name of the jobs.
+        name: job name in Slurm.
         runs: those to train; one that waits for none of them is in the first array.
         command: starts a run inside a job.
     """

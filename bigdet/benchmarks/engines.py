@@ -73,11 +73,11 @@ def run(
     """Measure all engines, one after the other.
 
     Args:
-        config: model and engine settings.
+        config: its model, precision and ``clip_norm`` are used.
         phase: its optimizer and norm mode are used.
         make_batch: returns a scene for a seed; can be pickled.
         num_classes: K.
-        arguments: ranks and rounds.
+        arguments: ``engines``, ``ranks`` and ``rounds`` of the command line.
     """
     names = list(ENGINES) if arguments.engines == "all" else arguments.engines.split(",")
     unknown = sorted(set(names) - set(ENGINES))

@@ -116,8 +116,8 @@ def write_exported(
         detector: on the CPU, in evaluation mode.
         out: ``.onnx`` or ``.pt2``.
         size: height, width of the canvas.
-        num_images: B.
-        num_candidates: see ``FixedDetector``.
+        num_images: B, fixed in the file.
+        num_candidates: n of ``FixedDetector``.
     """
     fixed = FixedDetector(detector, num_candidates).eval()
     images = torch.zeros(num_images, 3, *size, dtype=torch.uint8)
@@ -175,10 +175,10 @@ def on_canvas(detector: Detector, image: Tensor, size: tuple[int, int], num_imag
     """Resize an image as the detector does at test, or smaller to fit, and put it on a canvas.
 
     Args:
-        detector: its test size is used.
+        detector: has the test size, ``eval_size``.
         image: ``(3, h, w)`` uint8.
         size: height, width of the canvas.
-        num_images: number of copies of it.
+        num_images: B, all of them the same image.
     """
     height, width = eval_size(image.shape[1], image.shape[2], *detector.eval_size)
     scale = min(1.0, size[0] / height, size[1] / width)

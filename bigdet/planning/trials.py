@@ -89,11 +89,8 @@ def run_trial(command: Sequence[str]) -> Measured | None:
 def write_trial(config: RunConfig, phase: str, memory_gib: float | None) -> None:
     """Measure in this process, and print what ``run_trial`` reads.
 
-    Args:
-        config: the run's.
-        phase: name of the phase to measure.
-        memory_gib: memory that the steps should fit into, with the engine of the config. None: use
-            an engine that shards nothing, and all memory.
+    The steps should fit into ``memory_gib``, with the engine of the config. With None, an engine
+    that shards nothing runs them, in all memory.
     """
     distributed.start()
     logging.getLogger("bigdet").setLevel(logging.WARNING)  # without the messages of a run

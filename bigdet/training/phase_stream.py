@@ -16,15 +16,9 @@ def stream_for_phase(
     world_size: int = 1,
     first_step: int = 0,
 ) -> TrainStream:
-    """Return the batches that one rank trains on in a phase.
+    """Return the batches of a phase that one rank of ``world_size`` trains on.
 
-    Args:
-        config: of the run; the folders of its data are not read.
-        name: name of the phase.
-        shards: the training set.
-        rank: in ``0..world_size-1``.
-        world_size: number of ranks.
-        first_step: finished steps of this phase; iteration starts with the next one.
+    ``shards`` is the training set. Iteration starts after ``first_step`` steps of the phase.
     """
     model = phase_model(config, name)
     return TrainStream(
