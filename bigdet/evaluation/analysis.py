@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import MAX_DETECTIONS
+from bigdet.config.evaluation import MAX_DETECTIONS
 from bigdet.data.format.manifest import unique_names
 from bigdet.evaluation.coco_metrics import THRESHOLDS, Measured, mean_of_defined, never_counts
 from bigdet.evaluation.detections import DetectionTable, Kind

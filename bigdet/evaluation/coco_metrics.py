@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import MAX_DETECTIONS, Metric
+from bigdet.config.evaluation import MAX_DETECTIONS, Metric
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.detections import DetectionTable, Kind

@@ -10,8 +10,9 @@ import logging
 
 import numpy as np
 
-from bigdet.config.derived import reported
-from bigdet.config.schema import MAX_DETECTIONS, RunConfig
+from bigdet.config.evaluation import MAX_DETECTIONS
+from bigdet.config.model import reported
+from bigdet.config.run import RunConfig
 from bigdet.data.format.remote import is_remote
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.ground_truth import GroundTruth

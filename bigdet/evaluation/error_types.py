@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.schema import MAX_DETECTIONS
+from bigdet.config.evaluation import MAX_DETECTIONS
 from bigdet.evaluation.coco_metrics import Index, Numbers, never_counts, precision_at_recalls
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.ground_truth import GroundTruth

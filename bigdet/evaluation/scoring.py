@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bigdet.config.schema import MAX_DETECTIONS, Metric
+from bigdet.config.evaluation import MAX_DETECTIONS, Metric
 from bigdet.data.format.manifest import unique_names
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.analysis import analyze

@@ -20,7 +20,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from bigdet import distributed
-from bigdet.config.schema import Precision, RunConfig
+from bigdet.config.engine import Precision
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import EvalStream
 from bigdet.engine.precision import autocast

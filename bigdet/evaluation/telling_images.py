@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from bigdet.config.schema import MAX_DETECTIONS
+from bigdet.config.evaluation import MAX_DETECTIONS
 from bigdet.data.examples.samples import load_sample
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.coco_metrics import category_ids, never_counts

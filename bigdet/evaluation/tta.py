@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.derived import has_keypoints
-from bigdet.config.schema import TtaConfig
+from bigdet.config.evaluation import TtaConfig
+from bigdet.config.model import has_keypoints
 from bigdet.data.examples.objects import keypoint_order
 from bigdet.data.format.manifest import Category
 from bigdet.models.detector import Detector, collate_images

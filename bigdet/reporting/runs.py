@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigdet.config.derived import comparable
-from bigdet.config.load import flat_options, load_config
+from bigdet.config.compare import comparable, flat_options
+from bigdet.config.load import read_config
 from bigdet.reporting.table import Outcome, outcome_of, read_metrics
 from bigdet.run_dir import RunDir
 
@@ -90,7 +90,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise ValueError(
             f"{folder}: not a run: it {found}. Give the output folder of `bigdet train`."
         )
-    config = load_config(run_dir.config)
+    config = read_config(run_dir.config)
     lines = read_metrics(run_dir)
     if not lines:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bigdet.config.schema import MAX_DETECTIONS
+from bigdet.config.evaluation import MAX_DETECTIONS
 from bigdet.evaluation.coco_metrics import KIND_NAMES
 from bigdet.host.files import write_text
 from bigdet.reporting.albums import read_albums

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes, num_steps, reported
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import reported
+from bigdet.config.phase import num_lanes, num_steps
+from bigdet.config.run import RunConfig
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream, too_damaged

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from bigdet.config.derived import drop_points, num_steps
-from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.phase import PhaseConfig, drop_points, num_steps
 from bigdet.models.layer_ids import layer_ids
 from bigdet.models.norms import BatchNorm2d
 

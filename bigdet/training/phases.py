@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bigdet.config.derived import phase_model
-from bigdet.config.schema import RunConfig
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.models import norms
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.backbones.build import freeze_stages

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.check_schedule import check_length
-from bigdet.config.derived import in_steps, num_lanes, num_steps, phase_model, phase_source
 from bigdet.config.earlier import keep_former
-from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.load import dump_config, parse_config, read_config
+from bigdet.config.phase import PhaseConfig, check_length, in_steps, num_lanes, num_steps
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig, phase_model, phase_source
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine import checkpoint
@@ -128,7 +127,7 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
             f"resume: {folder} is not a checkpoint (it has no {checkpoint.STATE_FILE}). Write "
             f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
         )
-    is_new = newest is None or not is_same_request(config, load_config(run_dir.config))
+    is_new = newest is None or not is_same_request(config, read_config(run_dir.config))
     if (own := own_checkpoint(folder, run_dir)) is not None:
         if is_new:  # asked for the first time
             write_text(run_dir.latest, f"{own.name}\n")

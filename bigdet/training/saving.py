@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import num_steps
 from bigdet.config.load import dump_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import num_steps
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine, EngineState

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bigdet.config.derived import phase_model
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.models import norms
 from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector

@@ -91,7 +91,7 @@ def test_only_what_is_measured_need_be_there(truth):
         ([1, 2], r"found \[1, 2\], expected an object"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_number(truth, wrong, message):
+def test_what_is_wrong_is_reported_with_its_number(truth, wrong, message):
     with pytest.raises(ResultsError, match=f"^some.json: detection 3: .*{message}"):
         read_detections([result(), result(), wrong, result()], truth, KINDS, "some.json")
 
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_told_with_its_number(truth, wrong, message):
         ("", "not a readable JSON file"),
     ],
 )
-def test_files_that_are_no_results_are_told(tmp_path, text, message):
+def test_files_that_are_no_results_are_reported(tmp_path, text, message):
     (tmp_path / "some.json").write_text(text)
     with pytest.raises(ResultsError, match=f"some.json: {message}"):
         list(load_results(tmp_path / "some.json"))
@@ -113,7 +113,7 @@ def test_files_that_are_no_results_are_told(tmp_path, text, message):
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_files_read_in_parts_give_what_they_hold(tmp_path, monkeypatch, indent):
-    results = [  # what looks like the end of a detection stands in strings and inner lists too
+    results = [  # strings and inner lists contain what looks like the end of a detection
         {"image_id": n, "note": '}, {"\\', "extra": [{"a": 1}, {"b": [{}, {}]}], "score": n / 7}
         for n in range(50)
     ]

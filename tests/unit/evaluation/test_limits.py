@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.check import check_config
-from bigdet.config.load import ConfigError, load_config
+from bigdet.config.load import load_config
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import check_config
 from bigdet.evaluate import main
 from bigdet.evaluation.detection_limits import warn_at_start, warn_of_dense
 from bigdet.evaluation.ground_truth import read_ground_truth
@@ -70,7 +71,7 @@ def test_another_limit_than_cocos_is_named_in_the_numbers_and_in_the_table(dense
     assert "counted" not in metrics_table(coco, per_class=True)
 
 
-def test_more_objects_than_are_counted_are_told_after_and_before(dense, results, caplog):
+def test_more_objects_than_are_counted_are_reported_after_and_before(dense, results, caplog):
     expected = "an image has 120 objects of the class cat, but AP counts"
     config = load_config(CONFIG, ["evaluation.max_detections=110"])
     warn_at_start(config, dense)
@@ -112,9 +113,9 @@ def test_a_file_of_detections_is_scored_with_another_limit(dense, results, tmp_p
 
 @pytest.mark.parametrize("value", [0, 9, 10_001])
 def test_limits_out_of_range_are_refused(value):
-    config = load_config(CONFIG, [f"evaluation.max_detections={value}"])
     with pytest.raises(ConfigError, match=f"max_detections: found {value}, expected 10 to 10000"):
-        check_config(config)
+        load_config(CONFIG, [f"evaluation.max_detections={value}"])
+    config = load_config(CONFIG)
     evaluation = dataclasses.replace(config.evaluation, max_detections=300, metric="voc12")
     with pytest.raises(ConfigError, match="voc12 counts all detections"):
         check_config(dataclasses.replace(config, evaluation=evaluation))

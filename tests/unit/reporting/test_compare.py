@@ -64,7 +64,7 @@ def test_differences_are_held_against_the_noise_of_seeds(groups):
     assert table.rows[1] == ["slow", "mask AP", "10.0", "-5.5", "+-1.7", "more than noise"]
 
 
-def test_one_seed_tells_nothing_of_noise(tmp_path: Path):
+def test_one_seed_says_nothing_about_noise(tmp_path: Path):
     folders = [write_run(tmp_path / "a", [0.1] * 5), write_run(tmp_path / "b", [0.2] * 5, SLOW)]
     rows = compare.difference_table(group_runs(read_runs(folders))).rows
     assert rows[0] == ["b", "box AP", "20.0", "+10.0", "not known: one seed"]
