@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
     EngineState,
     MakeOptimizer,

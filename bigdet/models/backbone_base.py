@@ -32,9 +32,9 @@ does not take are refused in the config. It must
 - call its layers instead of reading their weights, since under FSDP and ZeRO-3 these are there
   during a call only, and run its blocks through ``self.run`` for activation checkpointing.
 
-``models/backbones.py`` checks what can be seen of it when it is built. Weights that ``timm`` names
-are for bigdet's own backbones; one of yours starts from random weights, a run, or a file with its
-own names.
+``models/backbones/build.py`` checks what can be seen of it when it is built. Weights that ``timm``
+names are for bigdet's own backbones; one of yours starts from random weights, a run, or a file with
+its own names.
 """
 
 from __future__ import annotations

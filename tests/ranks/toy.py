@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bigdet import distributed
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.phase import PhaseConfig
 from bigdet.engine.precision import autocast
 from bigdet.models import norms
 from bigdet.training.optim import build_optimizer
@@ -28,9 +28,11 @@ ENGINES: dict[str, dict[str, Any]] = {
 REPLICATED = ("zero0", "zero1", "zero2")
 """Engines that have all weights on every rank."""
 OFFLOADS = {
-    "zero1": ("optimizer",), "zero2": ("optimizer",), "zero3": ("optimizer", "all"),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer",),
+    "zero3": ("optimizer", "all"),
     "fsdp": ("all",),
-}  # fmt: skip
+}
 # Means over 2 to 4 lanes are summed in another order than in one process: each sum of n fp32
 # numbers is off by up to n x 6e-8 of its terms, times cancellation; 5 steps add up.
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}

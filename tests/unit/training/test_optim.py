@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.phase import PhaseConfig
 from bigdet.models.backbone_base import Backbone
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
+from bigdet.models.backbones.swin import Swin
+from bigdet.models.backbones.vit import ViT
 from bigdet.models.layer_ids import layer_ids
 from bigdet.models.norms import BatchNorm2d
-from bigdet.models.swin import Swin
-from bigdet.models.vit import ViT
 from bigdet.training.optim import (
     build_optimizer,
     describe_lr,
@@ -116,12 +116,20 @@ def test_norms_and_position_tables_are_not_decayed_and_biases_are() -> None:
     decayed, plain = parameter_groups(module, 0.05)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert sorted(names[id(parameter)] for parameter in decayed["params"]) == [
-        "convolution.bias", "convolution.weight", "linear.bias", "linear.weight",
-    ]  # fmt: skip
+        "convolution.bias",
+        "convolution.weight",
+        "linear.bias",
+        "linear.weight",
+    ]
     assert sorted(names[id(parameter)] for parameter in plain["params"]) == [
-        "batch_norm.bias", "batch_norm.weight", "group_norm.bias", "group_norm.weight",
-        "layer_norm.bias", "layer_norm.weight", "relative_position_bias_table",
-    ]  # fmt: skip
+        "batch_norm.bias",
+        "batch_norm.weight",
+        "group_norm.bias",
+        "group_norm.weight",
+        "layer_norm.bias",
+        "layer_norm.weight",
+        "relative_position_bias_table",
+    ]
 
 
 @pytest.mark.parametrize(
