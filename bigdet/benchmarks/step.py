@@ -224,9 +224,7 @@ class Pyramid(nn.Module):
 def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
     """Build torchvision's own ResNet with its pyramid.
 
-    Args:
-        config: of our model.
-        is_live: batch normalization with live statistics; else frozen, torchvision's default.
+    Its batch normalization has live statistics, or is frozen, as is torchvision's default.
     """
     norm: Callable[..., nn.Module] = nn.BatchNorm2d if is_live else FrozenBatchNorm2d
     if config.norm == "gn":
