@@ -66,6 +66,11 @@ class Backbone(Checkpointed):
         """The modules of the stem and of the four stages."""
         raise NotImplementedError
 
+    @property
+    def stem_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the stem that are in no module of ``stages``, such as positions."""
+        return []
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute features.
 

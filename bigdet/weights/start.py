@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from bigdet.config.derived import (
     stated_cost,
 )
 from bigdet.config.schema import RunConfig
+from bigdet.host.files import write_text
+from bigdet.host.strict_json import to_json
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.weights import FORMAT, LoadedPart, find_weights, part_of, read_metadata
@@ -55,6 +58,9 @@ def load_start(
         tensor.copy_(distributed.broadcast_tensor(tensor))
     for line in start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
+    if notes := [f"{row.source}: {row.note}" for row in rows if row.note]:
+        logger.info("phase %s: weights from %s", name, "; ".join(notes))
+        _add_to_environment(run_dir.environment, f"weights of {name}", "; ".join(notes))
     if warning:
         logger.warning("phases.%s.start_from: %s", name, warning)
     start = config.phases[name].start_from
@@ -65,6 +71,14 @@ def load_start(
             "phase %s: cost of the weights from elsewhere: %s",
             name, stated or "not stated (start_from.cost)",
         )  # fmt: skip
+
+
+def _add_to_environment(file: Path, key: str, value: str) -> None:
+    """Add something to the last start in the list that ``environment.json`` is."""
+    if file.is_file():
+        starts = json.loads(file.read_text(encoding="utf-8"))
+        starts[-1][key] = value
+        write_text(file, to_json(starts, indent=1))
 
 
 def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
