@@ -1,4 +1,4 @@
-"""How long a training step takes, beside torchvision's R-CNN.
+"""Compares the time of a training step with that of torchvision's R-CNNs.
 
 They train on the same random scene: noise with elliptic objects of all sizes. They take turns, one
 step each, since the speed of a shared machine drifts; medians over the rounds count.
@@ -32,23 +32,18 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import (
-    FastRCNNConvFCHead,
-    FastRCNNPredictor,
-    TwoMLPHead,
-)
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from bigdet.benchmarks import engines
 from bigdet.benchmarks.memory import peak_memory, start_memory
-from bigdet.config.derived import has_fpn, has_masks, model_parts, proposal_limits
+from bigdet.benchmarks.torchvision_twin import mask_options, training_options
 from bigdet.config.load import check_phase
-from bigdet.config.model_schema import ModelConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import ModelConfig, has_fpn, has_masks, model_parts
+from bigdet.config.rpn import proposal_limits
+from bigdet.config.run import RunConfig
 from bigdet.engine.precision import autocast
 from bigdet.models.activation_checkpointing import enable_checkpointing
-from bigdet.models.build import build_detector, head_norm
+from bigdet.models.build import build_detector
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.norms import make_norm, set_norm_mode
 from bigdet.structures import Batch, Masks, Targets
@@ -128,25 +123,25 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_peer(config: ModelConfig) -> None:
-    """Raise ``ValueError`` for detectors that a step is not compared for."""
+    """Raise ``ValueError`` for detectors whose steps cannot be compared."""
     parts = model_parts(config)
     if "box_head" not in parts or "keypoint_head" in parts or not has_fpn(config):
         raise ValueError(
-            f"model.detector: found {config.detector} on {config.backbone}, but a step is compared "
-            f"with torchvision's Faster and Mask R-CNN on a pyramid. Give a config of these; "
+            f"model.detector: found {config.detector} on {config.backbone}, expected Faster or "
+            f"Mask R-CNN with a feature pyramid, as steps are compared with torchvision's. "
             f"`bigdet benchmark predict` measures other detectors too."
         )
 
 
 @dataclass
 class Taker:
-    """One of those that take turns.
+    """A model that is measured, in turn with others.
 
     Attributes:
         model: what is trained; counts the regions of its mask head.
         losses: runs it on the batch.
-        precision: gives the context of the forward pass.
-        device: where it runs.
+        precision: returns the context of the forward pass.
+        device: of the model and the batch.
     """
 
     model: nn.Module
@@ -158,7 +153,7 @@ class Taker:
     mask_regions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Give the model an optimizer of its own, with a rate too small to change anything."""
+        """Give the model its own optimizer, with a rate too small to change anything."""
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-9, momentum=0.9)
 
     def step(self) -> None:
@@ -188,7 +183,7 @@ class Taker:
             hook.remove()
 
     def report(self, num_images: int) -> dict[str, Any]:
-        """Give the medians of all steps but the first."""
+        """Return the medians of all steps but the first."""
         times = self.times[1:]
         seconds = statistics.median(sum(one.values()) for one in times)
         return {
@@ -219,7 +214,7 @@ class Pyramid(nn.Module):
         self.out_channels = width
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Give the levels by name."""
+        """Return the levels by name."""
         features = self.fpn(self.backbone(images))
         return OrderedDict(zip(["0", "1", "2", "3", "pool"], features, strict=True))
 
@@ -251,39 +246,18 @@ def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
 def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
     """Build torchvision's detector with the settings of ours on a backbone with pyramid."""
     rpn = proposal_limits(config.rpn, config.detector)
-    width, roi = config.width, config.roi
-    norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(make_norm, "gn")}[
-        head_norm(config)
-    ]
-    head = TwoMLPHead(width * 49, config.fc_width)
-    if config.box_head == "4conv1fc":
-        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
-    options = {
+    options = training_options(config, rpn, config.width, NUM_CLASSES) | {
         "image_mean": [value / 255 for value in PIXEL_MEAN],
         "image_std": [value / 255 for value in PIXEL_DEVIATION],
         "rpn_anchor_generator": AnchorGenerator(
             tuple((size,) for size in rpn.anchor_sizes),
             (tuple(rpn.anchor_ratios),) * len(rpn.anchor_sizes),
         ),
-        "rpn_pre_nms_top_n_train": rpn.train_candidates,
-        "rpn_post_nms_top_n_train": rpn.train_proposals,
-        "rpn_batch_size_per_image": rpn.anchors_per_image,
-        "rpn_nms_thresh": rpn.nms_iou,
-        "box_batch_size_per_image": roi.rois_per_image,
-        "box_positive_fraction": roi.positive_fraction,
-        "box_fg_iou_thresh": roi.positive_iou,
-        "box_bg_iou_thresh": roi.positive_iou,
-        "box_head": head,
-        "box_predictor": FastRCNNPredictor(config.fc_width, NUM_CLASSES + 1),
-        "_skip_resize": True,
     }
     if has_masks(config):
-        options |= {
-            "mask_roi_pool": MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
-            "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm),
-            "mask_predictor": MaskRCNNPredictor(width, width, NUM_CLASSES + 1),
-        }
-        return MaskRCNN(pyramid, **options)
+        options |= mask_options(config, config.width, NUM_CLASSES)
+        pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2)
+        return MaskRCNN(pyramid, mask_roi_pool=pool, **options)
     return FasterRCNN(pyramid, **options)
 
 
@@ -320,7 +294,7 @@ def make_scene(num_images: int, size: tuple[int, int], num_objects: int, seed: i
 
 
 def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Give the batch in torchvision's form: float images, dictionaries with full-size bitmaps."""
+    """Return the batch in torchvision's form: float images, dictionaries with full-size bitmaps."""
     offsets, masks = batch.targets.offsets.tolist(), batch.targets.masks
     assert masks is not None
     images, targets = [], []

@@ -1,10 +1,10 @@
 """torchvision's own detector with the weights and settings of one of ours.
 
-``bigdet benchmark predict`` measures its speed beside ours, so it is in the package; the tests
-compare numbers with it. It takes the weights that ``bigdet convert-weights to-torchvision`` writes.
+``bigdet benchmark predict`` compares its speed with ours, so it is in the package; tests use
+it too. It takes the weights that ``bigdet convert-weights to-torchvision`` writes.
 
 Where torchvision has no option for what bigdet does (regions pooled with the half-pixel shift,
-anchors that are not rounded), the twin has a small module of its own.
+anchors that are not rounded), the twin has its own small module.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from bigdet.config.derived import has_fpn, has_keypoints, has_masks
+from bigdet.config.model import ModelConfig, has_fpn, has_keypoints, has_masks
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.anchors import grid_anchors, grid_spacings
 from bigdet.models.build import head_norm
 from bigdet.models.conventions import Conventions
@@ -62,7 +63,7 @@ def torchvision_twin(detector: Detector) -> nn.Module:
 
 
 class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
-    """bigdet's anchors: not rounded, as far apart as the nominal stride of their level."""
+    """bigdet's anchors: not rounded, spaced by the nominal stride of their level."""
 
     def __init__(self, cells: Tensor, strides: Sequence[int]) -> None:
         """Take the anchors of one point ``(L, R, 4)`` and the strides of the levels."""
@@ -71,7 +72,7 @@ class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
         self.cells, self.strides = cells, strides
 
     def forward(self, images: Any, features: Sequence[Tensor]) -> list[Tensor]:
-        """Give the anchors of each image."""
+        """Return the anchors of each image."""
         sizes = [(level.shape[2], level.shape[3]) for level in features]
         canvas_size = (images.tensors.shape[2], images.tensors.shape[3])
         spacings = grid_spacings(sizes, self.strides, canvas_size, from_canvas=False)
@@ -90,7 +91,7 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
         self.strides = list(strides)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
-        """Give ``(N, C, P, P)`` of the boxes ``(n, 4)`` of each image."""
+        """Return ``(N, C, P, P)`` of the boxes ``(n, 4)`` of each image."""
         flat = torch.cat(boxes)
         images = torch.repeat_interleave(torch.tensor([len(one) for one in boxes]))
         rois = torch.cat([images[:, None].to(flat), flat], dim=1)
@@ -105,7 +106,7 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
 
 
 def _pixels(detector: Detector) -> dict[str, Any]:
-    """Give the options that torchvision's detectors have in common."""
+    """Return the options that torchvision's detectors have in common."""
     mean, deviation = detector.get_buffer("pixel_mean"), detector.get_buffer("pixel_deviation")
     return {
         # As the buffers have them: rounded to fp32.
@@ -196,18 +197,52 @@ def _retinanet(detector: OwnRetinaNet) -> Any:
     )
 
 
+def training_options(
+    config: ModelConfig, rpn: RpnConfig, width: int, num_classes: int
+) -> dict[str, Any]:
+    """Return the box head of torchvision's R-CNNs, and their settings of training.
+
+    Args:
+        config: ours.
+        rpn: with the limits of its proposals.
+        width: channels of the features.
+        num_classes: K.
+    """
+    roi, norm = config.roi, _norm_layer(head_norm(config))
+    head = TwoMLPHead(width * 49, config.fc_width)
+    if config.box_head == "4conv1fc":
+        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
+    return {
+        "rpn_pre_nms_top_n_train": rpn.train_candidates,
+        "rpn_post_nms_top_n_train": rpn.train_proposals,
+        "rpn_batch_size_per_image": rpn.anchors_per_image,
+        "rpn_nms_thresh": rpn.nms_iou,
+        "box_batch_size_per_image": roi.rois_per_image,
+        "box_positive_fraction": roi.positive_fraction,
+        "box_fg_iou_thresh": roi.positive_iou,
+        "box_bg_iou_thresh": roi.positive_iou,
+        "box_head": head,
+        "box_predictor": FastRCNNPredictor(config.fc_width, num_classes + 1),
+    }
+
+
+def mask_options(config: ModelConfig, width: int, num_classes: int) -> dict[str, Any]:
+    """Return the mask head of torchvision's Mask R-CNN; arguments as of ``training_options``."""
+    norm = _norm_layer(head_norm(config))
+    return {
+        "mask_head": MaskRCNNHeads(width, [width] * mask.NUM_CONVS, 1, norm),
+        "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
+    }
+
+
 def _rcnn(detector: RCNN) -> Any:
     config, box_head = detector.config, detector.box_head
     assert isinstance(box_head, BoxHead)
     conventions, num_classes = box_head.conventions, box_head.num_classes
     rpn, roi, strides = detector.rpn.config, config.roi, detector.backbone.strides
-    norm = _norm_layer(head_norm(config))
     backbone = _backbone(detector, detector.fpn)
     width = config.width if has_fpn(config) else detector.backbone.channels[-1]
     names = [str(index) for index in range(len(strides))]
-    head = TwoMLPHead(width * 49, config.fc_width)
-    if config.box_head == "4conv1fc":
-        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
     sizes = [(size,) for size in rpn.anchor_sizes] if has_fpn(config) else [rpn.anchor_sizes]
 
     def pool(side: int) -> Any:
@@ -215,26 +250,17 @@ def _rcnn(detector: RCNN) -> Any:
             return AlignedPool(names, side, strides, roi.sampling_ratio)
         return MultiScaleRoIAlign(names, side, roi.sampling_ratio)
 
-    options = _pixels(detector) | {
+    options = _pixels(detector) | training_options(config, rpn, width, num_classes)
+    options |= {
         "rpn_anchor_generator": _anchors(
             detector.rpn, sizes, rpn.anchor_ratios, detector.strides, conventions
         ),
-        "rpn_pre_nms_top_n_train": rpn.train_candidates,
-        "rpn_post_nms_top_n_train": rpn.train_proposals,
         "rpn_pre_nms_top_n_test": rpn.test_candidates,
         "rpn_post_nms_top_n_test": rpn.test_proposals,
-        "rpn_batch_size_per_image": rpn.anchors_per_image,
-        "rpn_nms_thresh": rpn.nms_iou,
-        "box_batch_size_per_image": roi.rois_per_image,
-        "box_positive_fraction": roi.positive_fraction,
-        "box_fg_iou_thresh": roi.positive_iou,
-        "box_bg_iou_thresh": roi.positive_iou,
         "box_score_thresh": roi.score_threshold,
         "box_nms_thresh": roi.nms_iou,
         "box_detections_per_img": roi.detections_per_image,
         "box_roi_pool": pool(7),
-        "box_head": head,
-        "box_predictor": FastRCNNPredictor(config.fc_width, num_classes + 1),
     }
     if has_keypoints(config):
         keypoints = config.keypoint
@@ -246,9 +272,5 @@ def _rcnn(detector: RCNN) -> Any:
         return KeypointRCNN(backbone, **options)
     if not has_masks(config):
         return FasterRCNN(backbone, **options)
-    options |= {
-        "mask_roi_pool": pool(mask.POOLED_SIZE),
-        "mask_head": MaskRCNNHeads(width, [width] * mask.NUM_CONVS, 1, norm),
-        "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
-    }
-    return MaskRCNN(backbone, **options)
+    options |= mask_options(config, width, num_classes)
+    return MaskRCNN(backbone, mask_roi_pool=pool(mask.POOLED_SIZE), **options)

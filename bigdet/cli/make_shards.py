@@ -20,8 +20,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigdet.cli.parsing import add_processes, command_parser, positive
 from bigdet.cli.progress_bar import ProgressBar
-from bigdet.cli.running import positive, run_command
+from bigdet.cli.running import run_command
 from bigdet.cli.source_options import Convert, add_options, call_source, import_source
 from bigdet.config.own import is_own
 from bigdet.data.format.class_counts import counts_of
@@ -35,7 +36,6 @@ from bigdet.data.making.sources.coco import convert_coco, convert_objects365
 from bigdet.data.making.sources.deeppcb import convert_deeppcb
 from bigdet.data.making.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.making.sources.voc import convert_voc
-from bigdet.host.limits import num_cpus
 
 SOURCES: dict[str, tuple[str, Convert]] = {
     "coco": ("images and a COCO annotation file", convert_coco),
@@ -43,7 +43,7 @@ SOURCES: dict[str, tuple[str, Convert]] = {
     "voc": ("a folder in PASCAL VOC's layout", convert_voc),
     "deeppcb": ("DeepPCB's lists and text files of boxes", convert_deeppcb),
 }
-"""What can be converted: what it is, and the function, whose parameters are its options."""
+"""What can be converted: a description, and the function, whose parameters become options."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
     manifest = _make(arguments)
     if manifest is None:
         print(
-            f"{arguments.out}: part {arguments.part} is made. When all are in one folder: "
-            "`bigdet shards merge --out` that folder"
+            f"{arguments.out}: part {arguments.part} is complete. When all parts are in one "
+            "folder, run `bigdet shards merge --out` with it"
         )
     else:
         print_counts(arguments.out, manifest)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def print_counts(folder: str, manifest: Manifest) -> None:
-    """Print what a shard set holds and what was left out of it."""
+    """Print what a shard set contains and what was left out of it."""
     size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(f"{folder}: {len(manifest.shards)} shards, {size_mb:.1f} MB")
     rows = [
@@ -82,7 +82,7 @@ def print_counts(folder: str, manifest: Manifest) -> None:
         if warning:
             print(f"  warning: {warning}")
     if manifest.skipped or manifest.changed:
-        print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
+        print(f"  images skipped or changed are listed in {folder}/{SKIPPED_NAME}")
 
 
 def _make(arguments: argparse.Namespace) -> Manifest | None:
@@ -103,13 +103,13 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
 
 
 def _source(name: str) -> tuple[str, Convert]:
-    """Return what a source is and what converts it; a name with a colon is a user's own."""
+    """Return description and function of a source; a name with a colon is a user's own."""
     return SOURCES[name] if name in SOURCES else ("your own", import_source(name))
 
 
 def _making(arguments: argparse.Namespace) -> Making:
     if arguments.quality is not None and arguments.long_side is None:
-        raise ValueError("--quality is of images that --long-side makes smaller; give both.")
+        raise ValueError("--quality applies to images that --long-side makes smaller; give both.")
     reencoding = None
     if arguments.long_side is not None:
         reencoding = Reencoding(arguments.long_side, arguments.quality or 95)
@@ -119,24 +119,20 @@ def _making(arguments: argparse.Namespace) -> Making:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bigdet shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("shards", __doc__)
     sources = parser.add_subparsers(dest="source", required=True)
     for name in [*SOURCES, *(word for word in argv[:1] if is_own(word))]:
         purpose, function = _source(name)
         source = sources.add_parser(name, help=purpose)
         add_options(source, function)
         _add_options(source)
-    shapes = sources.add_parser("shapes", help="synthetic images to try things on")
+    shapes = sources.add_parser("shapes", help="synthetic images to try things out")
     shapes.add_argument("--out", required=True, help="folder for the shards")
     shapes.add_argument("--split", choices=list(NUM_IMAGES), default="train", help="which images")
-    shapes.add_argument("--images", type=positive, help=f"how many; default {NUM_IMAGES}")
+    shapes.add_argument("--images", type=positive, help="default: 1200 for train, 200 for val")
     shapes.add_argument("--seed", type=int, default=0, help="other seed, other images")
     shapes.add_argument("--size", type=positive, default=128, help="long side, pixels")
-    merge = sources.add_parser("merge", help="finish a set whose parts are all made")
+    merge = sources.add_parser("merge", help="join the parts of a set")
     merge.add_argument("--out", required=True, help="folder with all of the parts")
     for name, source in sources.choices.items():
         source.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -148,28 +144,28 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what all sources have that are read from files."""
+    """Add the options that all sources of files have."""
     parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
     parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
-    parser.add_argument(
-        "--processes", type=positive, default=num_cpus(), help="at a time; default: one per CPU"
-    )
+    add_processes(parser)
     parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
     parser.add_argument(
         "--long-side",
         type=positive,
         metavar="PIXELS",
-        help="make larger images smaller, to train at low resolution (not to evaluate at full)",
+        help="make larger images smaller, to train at low resolution (not for evaluation)",
     )
     parser.add_argument(
         "--exif",
         choices=["shown", "stored"],
         default="shown",
-        help="what the annotations of an image that EXIF turns are of, if its recorded size does "
-        "not tell: the image as viewers and annotation tools show it (default), or as stored",
+        help="what annotations refer to if EXIF turns the image and its recorded size does not "
+        "decide: the image as viewers and annotation tools show it (default), or as stored",
     )
-    parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
+    parser.add_argument(
+        "--quality", type=positive, help="JPEG quality (4:4:4) of images made smaller; default 95"
+    )
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="stopped; start it again to go on")
+    run_command(main, interrupted="stopped; start it again to continue")

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bigdet.config.derived import eval_resize, phase_model, plan_of
 from bigdet.config.load import dump_config, parse_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.resize import plan_of
+from bigdet.config.run import RunConfig, eval_resize, phase_model
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import set_norm_mode
@@ -138,12 +138,12 @@ def _opened(file: Path) -> Iterator[Any]:
             yield opened
     except SafetensorError as error:
         raise ValueError(
-            f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
+            f"{file}: cannot be read as safetensors ({error}). If it was cut off, copy it again."
         ) from error
 
 
 def find_weights(path: Path) -> Path:
-    """Return the weights file that a path stands for: the file, or that of a checkpoint or run."""
+    """Return the weights file that a path refers to: the file, or that of a checkpoint or run."""
     if path.is_file():
         return path
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides its log: checkpoints, and the final weights."""
+"""Checkpoints in the background, and the final weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import num_steps
 from bigdet.config.load import dump_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import num_steps
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine, EngineState
@@ -29,29 +29,29 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes the checkpoints of a run beside training, one at a time.
+    """Writes the checkpoints of a run during training, one at a time.
 
-    A step loses only the time of the copy to rank 0's memory (twice or three times the size of the
-    weights); a thread of rank 0 writes the copy. When a write fails, the run goes on with a warning
-    and what was saved before stays; when the next one fails too, or it was the last one before a
-    hand-over or the end, the run ends with the reason.
+    Training waits only for the copy to rank 0's memory (two or three times the size of the
+    weights); a thread of rank 0 writes it. If a write fails, the run continues with a warning and
+    the checkpoints before it stay; if the next write fails too, or it was the last one of a phase
+    or before a stop, the run ends with the reason.
     """
 
     def __init__(self, config: RunConfig, run_dir: RunDir, train_set: ShardSet) -> None:
-        """Take what goes into every checkpoint."""
+        """Prepare; nothing is written yet."""
         self._config, self._run_dir = config, run_dir
-        self._categories = categories_of(train_set)
+        self._categories = [asdict(category) for category in train_set.categories]
         self._is_pending = False  # the same on all ranks, as is the number of failures
         self._num_failures = 0
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
     def save(self, engine: Engine, state: RunState) -> None:
-        """Copy what a resume needs and let it be written; wait for the save before (collective).
+        """Start to write a checkpoint, after the one before it is written (collective).
 
         Raises:
-            SharedError: on all ranks, when two saves in a row could not be written, or when the
-                weights are not finite: nothing is written then.
+            SharedError: on all ranks: two saves in a row failed, or the weights are not finite;
+                nothing is written then.
         """
         self.wait()
         started = time.perf_counter()
@@ -66,7 +66,7 @@ class Saver:
             folder = self._run_dir.checkpoint(state.phase, state.step)
             metadata = weights_metadata(self._config, self._categories, state.phase)
             run = {"config": dump_config(self._config), "run": state.to_json()}
-            unscored = state.unscored  # it may become the best
+            unscored = state.unscored  # its checkpoint may become the best
             needed = [
                 *([] if state.best_checkpoint is None else [state.best_checkpoint]),
                 *([] if unscored is None else [f"{unscored.phase}-{unscored.step}"]),
@@ -99,20 +99,21 @@ class Saver:
         except (OSError, ValueError) as error:
             self._problem = errors.explain(error)
             return
-        except Exception as error:  # nobody else would hear of it, and nothing is written
+        except Exception as error:  # of a thread: it would not end the run
             logger.exception("%s: the checkpoint is not written", folder)
             self._problem = f"{folder}: cannot write the checkpoint: {error!r}."
             return
+        written = time.perf_counter() - started
         logger.info(
-            "checkpoint written: %s (copied in %.2f s, written beside training in %.2f s)",
-            folder, copied, time.perf_counter() - started,
-        )  # fmt: skip
+            f"checkpoint written: {folder} (copied in {copied:.2f} s, written during training in "
+            f"{written:.2f} s)"
+        )
 
     def wait(self) -> None:
-        """Wait until the save under way is written (collective).
+        """Wait until the last save is written (collective).
 
         Raises:
-            SharedError: on all ranks, when it failed and the one before it too.
+            SharedError: on all ranks: it failed, and the one before it too.
         """
         if not self._is_pending:
             return
@@ -123,24 +124,24 @@ class Saver:
         if self._num_failures > 1:
             raise distributed.SharedError(f"{problem} Two saves in a row failed.")
         if problem is not None:
-            logger.warning("%s The run goes on, and stops if the next save fails too.", problem)
+            logger.warning("%s The run continues, and stops if the next save fails too.", problem)
 
     def finish(self) -> None:
-        """Wait until all is written (collective).
+        """Wait until everything is written (collective).
 
         Raises:
-            SharedError: on all ranks, when the last save failed.
+            SharedError: on all ranks: the last save failed.
         """
         self.wait()
         if self._num_failures:
             raise distributed.SharedError(
                 f"{self._run_dir.checkpoints}: the last checkpoint could not be written; see the "
-                f"warning above. Make room and start the run again: it goes on from "
+                f"warning above. Make room and start the run again: it continues from "
                 f"{newest_checkpoint(self._run_dir) or 'its beginning'}."
             )
 
     def join(self) -> None:
-        """Wait for the thread of this rank, whatever the others do."""
+        """Wait for this rank's thread, without the other ranks."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -156,11 +157,6 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
             shutil.copyfile(source, temporary)
             put_in_place(temporary, run_dir.weights)
     logger.info("finished: final weights in %s", run_dir.weights)
-
-
-def categories_of(shards: ShardSet) -> list[dict[str, object]]:
-    """Return what the labels mean, as weights files carry it."""
-    return [asdict(category) for category in shards.categories]
 
 
 def last_good_checkpoint(run_dir: RunDir) -> Path | None:

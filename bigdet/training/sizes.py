@@ -1,4 +1,4 @@
-"""How large a model and what a run keeps of it are, told before it is built."""
+"""Sizes of a model and of its checkpoints, known before the model is built."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bigdet.config.derived import phase_model
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.models import norms
 from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
@@ -18,11 +17,11 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Counts of numbers (not bytes).
+    """Counts of numbers, not bytes.
 
     Attributes:
         parameters: all weights.
-        trained: those that the phase trains.
+        trained: weights that the phase trains.
         buffers: running statistics.
     """
 

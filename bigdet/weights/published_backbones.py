@@ -14,7 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from bigdet.config.families import PUBLISHED, backbone_facts
-from bigdet.config.phase_schema import Pixels
+from bigdet.config.start import Pixels
 from bigdet.models.backbones.timm_net import TimmBackbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
@@ -33,7 +33,7 @@ from bigdet.weights.torchvision_layout import channels_last
 
 _FC_LAYERS = (("pre_logits.fc1", "pre_logits.fc2"), ("classifier.0", "classifier.3"))
 """fc6 and fc7 as timm and torchvision call them."""
-_OWN = re.compile(r"(norm\d|pyramid)\.")
+_OWN = re.compile(r"(norm\d|pyramid)\.|.*\.rel_pos_[hw]$")
 """Layers that only detectors have; they start anew where a file has none."""
 
 

@@ -10,16 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from bigdet import distributed
-from bigdet.config.derived import (
-    is_timm,
-    num_steps,
-    phase_before,
-    phase_model,
-    phase_source,
-    start_parts,
-    stated_cost,
-)
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import num_steps
+from bigdet.config.run import RunConfig, phase_before, phase_model, phase_source, start_parts
+from bigdet.config.start import is_timm, stated_cost
 from bigdet.host.files import write_text
 from bigdet.host.strict_json import to_json
 from bigdet.models.build import build_detector

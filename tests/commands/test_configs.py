@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from bigdet import train
-from bigdet.config.check import check_config
 from bigdet.config.load import dump_config
-from bigdet.config.schema import ModelConfig, PhaseConfig, RunConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.run import RunConfig, check_config
 from bigdet.data.making.sources.coco import convert_coco
 from bigdet.models.backbones.build import build_backbone
 from bigdet.sweep import check_forks
@@ -36,7 +37,7 @@ def build(config: RunConfig) -> None:
 
 
 def check_head(text: str, command: str) -> None:
-    """Check that the comment at the top tells hardware, number, whether it was run, and how."""
+    """Check that the comment at the top gives hardware, number, whether it was run, and how."""
     lines = text.splitlines()
     head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     told = " ".join(line.removeprefix("# ") for line in head)
@@ -96,11 +97,18 @@ def tiny(name: str, folder: Path) -> list[str]:
         shards = folder / "points"
         words += ["model.keypoint.num_keypoints=3", "model.keypoint.width=32"]
     words += [
-        f"output={folder / name}", "data.workers=0", "engine.precision=fp32",
-        f"data.train.shards={shards}/train", f"data.val.shards={shards}/val",
-        "engine.zero_stage=0", "evaluation.resize=null", "evaluation.every=null",
-        "evaluation.images_per_gpu=4", "evaluation.pictures=0", "log.tensorboard=false",
-    ]  # fmt: skip
+        f"output={folder / name}",
+        "data.workers=0",
+        "engine.precision=fp32",
+        f"data.train.shards={shards}/train",
+        f"data.val.shards={shards}/val",
+        "engine.zero_stage=0",
+        "evaluation.resize=null",
+        "evaluation.every=null",
+        "evaluation.images_per_gpu=4",
+        "evaluation.pictures=0",
+        "log.tensorboard=false",
+    ]
     if config.data.train.more_shards:
         words.append(f"data.train.more_shards=[{shards}/val]")
     if config.data.train.subset is not None:
@@ -110,8 +118,12 @@ def tiny(name: str, folder: Path) -> list[str]:
     if config.model.backbone != "vgg16":  # its width is that of its features
         words.append("model.width=32")
     if config.model.detector != "retinanet":
-        words += ["model.fc_width=32", "model.rpn.train_proposals=50",
-                  "model.rpn.test_proposals=20", "model.roi.rois_per_image=16"]  # fmt: skip
+        words += [
+            "model.fc_width=32",
+            "model.rpn.train_proposals=50",
+            "model.rpn.test_proposals=20",
+            "model.roi.rois_per_image=16",
+        ]
     for key, phase in config.phases.items():
         words += [f"phases.{key}.{option}" for option in tiny_phase(phase, config.model, folder)]
     return words
@@ -124,9 +136,13 @@ def tiny_phase(phase: PhaseConfig, model: ModelConfig, folder: Path) -> list[str
     unit = next(unit for unit in length if getattr(phase, unit) is not None)
     drops = "null" if phase.drops is None else {"steps": "[-1]", "passes": "[0.25]"}[unit]
     words = [
-        f"{unit}={length[unit]}", f"drops={drops}", f"warmup_steps={min(1, phase.warmup_steps)}",
-        "images_per_gpu=2", "images_per_step=4", "resize.size=64",
-    ]  # fmt: skip
+        f"{unit}={length[unit]}",
+        f"drops={drops}",
+        f"warmup_steps={min(1, phase.warmup_steps)}",
+        "images_per_gpu=2",
+        "images_per_step=4",
+        "resize.size=64",
+    ]
     words += ["resize.cap=96"] if resize.cap is not None else []
     words += ["resize.size_range=[48,64]"] if resize.size_range is not None else []
     words += ["resize.sizes=[48,64]"] if resize.sizes is not None else []

@@ -24,8 +24,11 @@ CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 def call(*words):
     return subprocess.run(
         [sys.executable, ROOT / "tools" / "convert_weights.py", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_weights_go_to_torchvision_and_back_with_the_same_detections(tmp_path):
@@ -103,7 +106,9 @@ def test_a_full_disk_is_one_message(tmp_path):
           "a.safetensors"], r"a\.safetensors is a folder\. Give the name of a file"),
     ],
 )  # fmt: skip
-def test_a_file_that_could_not_be_written_is_told_at_once(tmp_path, monkeypatch, words, message):
+def test_a_file_that_could_not_be_written_is_reported_at_once(
+    tmp_path, monkeypatch, words, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(ValueError, match=message):
@@ -192,8 +197,10 @@ def test_detectron2s_pickle_becomes_a_detector_with_classes_by_rising_id(tmp_pat
     rest |= published.detectron2_fpn((64, 128, 256, 512), 2, 16, "")
     body = {as_detectron2(name): shape for name, shape in tiny_backbone().items()}
     state = random_float_state(rest | body)
-    content = {"model": {name: value.numpy() for name, value in state.items()},
-               "__author__": "Detectron2 Model Zoo"}  # fmt: skip
+    content = {
+        "model": {name: value.numpy() for name, value in state.items()},
+        "__author__": "Detectron2 Model Zoo",
+    }
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(content))
     annotations = {"images": [], "annotations": [], "categories": CATEGORIES[::-1]}
     (tmp_path / "instances.json").write_text(json.dumps(annotations))

@@ -98,7 +98,7 @@ def test_a_rank_that_stalls_ends_the_run_and_every_rank_says_where_it_is(
     assert time.monotonic() - stalled < 12 + 5 + 40
     assert code == 1, printed
     logs = [(run.output / f"logs/rank-{rank}.log").read_text() for rank in range(2)]
-    assert "has its data, waits for the other ranks: no progress for 12 s" in logs[0]
+    assert "data is ready, waiting for the other ranks: no progress for 12 s" in logs[0]
     assert "waiting for data: no progress for 12 s" in logs[1]
     for log in logs:
         assert "pretrain step " in log
@@ -131,7 +131,7 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks_and_stop_the_run_at_
         assert "images of this rank: [" in log
 
 
-def test_a_checkpoint_cut_short_is_named_and_the_one_before_goes_on(
+def test_a_checkpoint_cut_short_is_named_and_the_one_before_continues(
     tmp_path: Path, shapes_shards: Path
 ):
     output = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The sweep command on a tiny set: forks, stops, goes on, prints, submits; the table at its end."""
+"""The sweep command on a tiny set: forks, stops, continues, prints, submits; its last table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigdet import sweep
-from bigdet.config.load import ConfigError
+from bigdet.config.rules import ConfigError
 from bigdet.config.sweep import load_sweep
 from bigdet.host import locks
 from tests.commands.runs import ROOT, TINY
@@ -90,9 +90,12 @@ def test_a_fork_is_the_run_that_it_would_have_been_alone(
     swept: Path, tmp_path: Path, shapes_shards: Path
 ):
     alone = write_sweep(
-        tmp_path, shapes_shards, "phases.pretrain.steps=5", "phases.finetune.steps=2",
+        tmp_path,
+        shapes_shards,
+        "phases.pretrain.steps=5",
+        "phases.finetune.steps=2",
         text=SWEEP[: SWEEP.index("  short")],
-    )  # fmt: skip
+    )
     printed, _ = start(alone).communicate(timeout=300)
     own, expected = (
         load_file(run / "model.safetensors")
@@ -104,8 +107,12 @@ def test_a_fork_is_the_run_that_it_would_have_been_alone(
     # The fork counts what its trunk has seen.
     fork, whole = lines(swept / "runs/short"), lines(tmp_path / "runs/trunk")
     assert [(line["phase"], line["step"]) for line in fork] == [
-        ("pretrain", 5), ("pretrain", 5), ("finetune", 1), ("finetune", 2), ("finetune", 2),
-    ]  # fmt: skip
+        ("pretrain", 5),
+        ("pretrain", 5),
+        ("finetune", 1),
+        ("finetune", 2),
+        ("finetune", 2),
+    ]
     assert fork[-1]["seen/images"] == whole[-1]["seen/images"]
     assert fork[-1]["cost/steps"] == 7
     assert fork[-1]["phase_cost/steps"] == 2
@@ -129,7 +136,7 @@ def test_a_sweep_ends_in_a_table_and_starts_nothing_again(swept: Path):
     page = (swept / "runs/report.html").read_text()
     assert all(f"</i>{name}</button>" in page for name in ("trunk", "short"))
     printed, _ = start(swept / "sweep.yaml").communicate(timeout=100)
-    assert printed.count("finished already") == 2
+    assert printed.count("already finished") == 2
 
 
 def test_finished_runs_with_other_options_are_refused(swept: Path, shapes_shards: Path):
@@ -147,9 +154,7 @@ def test_a_fork_whose_past_would_have_been_another_is_refused_at_once(
     file = write_sweep(tmp_path, shapes_shards)
     file.write_text(file.read_text().replace("phases.pretrain.steps=5", "phases.pretrain.steps=4"))
     # It would drop 1 step before its end, so step 4, where it begins, had a lower rate.
-    with pytest.raises(
-        ConfigError, match=r"runs\.short: phases\.pretrain\.drops: up to the step 4"
-    ):
+    with pytest.raises(ConfigError, match=r"runs\.short: phases\.pretrain\.drops: up to step 4"):
         sweep.main([str(file), "--print"])
 
 
@@ -166,7 +171,7 @@ def test_a_fork_that_was_another_run_is_refused_before_its_trunk_is_trained(
     file = write_sweep(tmp_path, shapes_shards)
     text = file.read_text().replace("phases.finetune.steps=2]", f"phases.finetune.lr=0.1, {word}]")
     file.write_text(text)
-    with pytest.raises(ConfigError, match=rf"^runs\.short: fork\.run: trunk .*: {said}\. Set"):
+    with pytest.raises(ConfigError, match=rf"^runs\.short: fork\.run: trunk .*: {said}\. Give"):
         sweep.main([str(file), "--print"])
 
 
@@ -258,13 +263,16 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize(("what", "failed"), [
-    ("finishes, and the launcher fails", []),
-    ("stops, and the launcher makes 1 of it", None),
-    ("leaves nothing, and the launcher says that all is well", ["trunk", "short"]),
-    ("leaves nothing, and says that it stopped", ["trunk", "short"]),
-    ("ends with an evaluation unscored", ["trunk", "short"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "failed"),
+    [
+        ("finishes, and the launcher fails", []),
+        ("stops, and the launcher makes 1 of it", None),
+        ("leaves nothing, and the launcher says that all is well", ["trunk", "short"]),
+        ("leaves nothing, and says that it stopped", ["trunk", "short"]),
+        ("ends with an evaluation unscored", ["trunk", "short"]),
+    ],
+)
 def test_what_became_of_a_run_is_read_from_its_folder(
     tmp_path, shapes_shards, monkeypatch, what, failed
 ):
@@ -296,7 +304,7 @@ def test_what_became_of_a_run_is_read_from_its_folder(
         ("a '", "No clos"),
     ],
 )
-def test_a_command_that_is_not_there_is_told_before_the_first_run(
+def test_a_command_that_is_not_there_is_reported_before_the_first_run(
     tmp_path, shapes_shards, text, said
 ):
     file = write_sweep(tmp_path, shapes_shards)

@@ -10,9 +10,15 @@ from tests.commands.runs import ROOT, arguments
 
 GIB = 1 << 30
 FACTS = Facts(
-    "a", "cpu", {"torch": "2", "bigdet code": "c0de"}, {"config": "1", "training shards": "f00"},
-    classes=3, free_disk=2 * GIB, free_shm=GIB, free_memory=GIB,
-)  # fmt: skip
+    "a",
+    "cpu",
+    {"torch": "2", "bigdet code": "c0de"},
+    {"config": "1", "training shards": "f00"},
+    classes=3,
+    free_disk=2 * GIB,
+    free_shm=GIB,
+    free_memory=GIB,
+)
 
 
 def failing(rows) -> dict[str, str]:
@@ -25,9 +31,12 @@ def test_what_hosts_have_alike_is_well():
 
 def test_what_differs_between_hosts_fails_with_who_has_what():
     other = dataclasses.replace(
-        FACTS, host="b", device="H200", software={"torch": "2", "bigdet code": "bad"},
+        FACTS,
+        host="b",
+        device="H200",
+        software={"torch": "2", "bigdet code": "bad"},
         inputs={"config": "1", "training shards": "f11"},
-    )  # fmt: skip
+    )
     assert failing(compare([FACTS, FACTS, other, other])) == {
         "ranks": "4 on 2 hosts (a, b), H200, cpu",
         "bigdet code": "c0de on a (rank 0), bad on b (rank 2)",
@@ -35,14 +44,14 @@ def test_what_differs_between_hosts_fails_with_who_has_what():
     }
 
 
-def test_whose_deepspeed_command_is_installed_is_told(tmp_path: Path):
+def test_whose_deepspeed_command_is_installed_is_reported(tmp_path: Path):
     command = tmp_path / "deepspeed"
     assert command_row(command).found.startswith(f"none at {command}; start with torchrun")
     start = "#!/home/bigdet/.venv/bin/python\n"  # a folder of that name says nothing
     command.write_text(f"{start}from deepspeed.launcher.runner import main\n")
     assert command_row(command).found.startswith("DeepSpeed's own, installed after bigdet's: it ")
     command.write_text(f"{start}from bigdet.cli.deepspeed import main\n")
-    assert command_row(command).found == "takes -m and --module"
+    assert command_row(command).found == "accepts -m and --module"
 
 
 def test_a_problem_of_one_rank_fails_with_its_host():
@@ -68,10 +77,10 @@ def test_what_a_system_does_not_tell_fails_nothing():
     config = load_config(ROOT / "configs/quickstart.yaml", ["data.workers=4"])
     silent = dataclasses.replace(FACTS, free_shm=None, free_memory=None)  # macOS
     rows = memory_rows(config, [silent])
-    assert [(row.found, row.is_ok) for row in rows] == [("not known on this system", True)] * 2
+    assert [(row.found, row.is_ok) for row in rows] == [("unknown on this system", True)] * 2
 
 
-def test_a_phase_shorter_than_its_warm_up_is_told_though_its_length_is_in_passes(
+def test_a_phase_shorter_than_its_warm_up_is_reported_though_its_length_is_in_passes(
     tmp_path: Path, shapes_shards: Path
 ):
     # 16 images are 2 steps of 8, as many as the warm-up takes.
@@ -87,8 +96,11 @@ def test_a_phase_shorter_than_its_warm_up_is_told_though_its_length_is_in_passes
 def test_the_doctor_of_a_config_without_data_ends_with_1(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "bigdet.train", *arguments(tmp_path / "run", tmp_path), "--doctor"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert re.search(r"FAIL  data +\S+: .*no such folder", done.stderr), done.stderr
     assert "2 of 14 checks failed" in done.stderr

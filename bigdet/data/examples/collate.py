@@ -1,8 +1,7 @@
-"""Samples to a group in a few flat tensors, and those to a ``Batch``.
+"""Packs the examples of a group into a few flat tensors, and unpacks these into a ``Batch``.
 
-A loader process hands over four tensors per group, whatever the number of objects: handing over
-many small ones costs more than their bytes (with 114 tensors, one worker gave 459 images per
-second, with 4 it gave 2797).
+A loader process passes on four tensors per group, however many objects it has: many small ones cost
+more than their bytes (one worker gave 459 images per second with 114 tensors, 2797 with 4).
 
 Letters: B images of the group, M objects of all of them, H and W the canvas.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,33 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.config.derived import is_square, plan_of
-from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data.examples.objects import Objects
+from bigdet.data.examples.transforms import Example
 from bigdet.ops.sizes import canvas_size
 from bigdet.structures import Batch, Masks, Targets
 
 Allocate = Callable[[int], Tensor]
-"""Gives so many bytes of memory, ``(bytes,)`` uint8."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image as the model sees it, with its objects.
-
-    Attributes:
-        image: ``(3, h, w)`` uint8.
-        original_size: height, width as stored.
-        image_id: the data set's own.
-        weight: 0 for a masked slot, else 1.
-        objects: what is in view.
-    """
-
-    image: Tensor
-    original_size: tuple[int, int]
-    image_id: int
-    weight: float
-    objects: Objects
+"""Returns memory of that many bytes, ``(bytes,)`` uint8."""
 
 
 class PackedGroup(NamedTuple):
@@ -57,7 +34,7 @@ class PackedGroup(NamedTuple):
         integers: int64, flat: ``B, M, 1 with masks, keypoints of an object or -1 without, boxes
             dropped, seed``, sizes, ids, labels, ...
         bytes: uint8, flat: is_crowd, mask bits.
-        notes: whatever else the sender has to say, small.
+        notes: other small values from the sender, such as damaged samples.
     """
 
     images: Tensor
@@ -68,25 +45,6 @@ class PackedGroup(NamedTuple):
 
 
 _HEAD = 6  # integers before the first array
-
-
-def training_canvas(
-    resize: ResizeConfig, sizes: Sequence[tuple[int, int]]
-) -> tuple[int, int] | None:
-    """Return the canvas, height and width, that a group has whatever its images; None: no such one.
-
-    Args:
-        resize: of the step.
-        sizes: height, width of the images as stored.
-    """
-    if is_square(resize):
-        return resize.size, resize.size
-    if resize.pad_to == "batch":
-        return None
-    short, long = canvas_size([plan_of(resize)])
-    num_portrait = sum(height > width for height, width in sizes)
-    num_landscape = sum(width > height for height, width in sizes)
-    return (long, short) if num_portrait > num_landscape else (short, long)
 
 
 def fresh_memory(num_bytes: int) -> Tensor:
@@ -107,9 +65,9 @@ def pack(
     Args:
         examples: at least one; all with masks or all without, keypoints likewise.
         canvas: height and width; None is the smallest that fits.
-        seed: of the model's randomness, in ``[0, 2**63)``.
-        notes: travel along as they are.
-        allocate: gives the memory of the group.
+        seed: for the model's random numbers, in ``[0, 2**63)``.
+        notes: passed on unchanged.
+        allocate: returns the memory for the tensors.
     """
     sizes = [(example.image.shape[1], example.image.shape[2]) for example in examples]
     objects = [example.objects for example in examples]
@@ -148,7 +106,7 @@ def pack(
 
 
 def _lay_flat(arrays: Sequence[NDArray[Any]], dtype: torch.dtype, allocate: Allocate) -> Tensor:
-    """Return arrays one behind the other, flat; each is copied once, whatever its strides."""
+    """Return arrays one after the other, flat; each is copied once, whatever its strides."""
     flat = allocate(dtype.itemsize * sum(array.size for array in arrays)).view(dtype)
     whole, start = flat.numpy(), 0
     for array in arrays:
@@ -170,24 +128,24 @@ def _lay_on_canvas(images: Sequence[Tensor], size: tuple[int, int], allocate: Al
 
 
 def group_bytes(num_images: int, plan: tuple[int, int], *, with_masks: bool) -> int:
-    """Return how many bytes a packed group usually takes at most.
+    """Return an upper estimate of the bytes of a packed group.
 
     Args:
-        num_images: of the group.
+        num_images: B.
         plan: short side and longest long side, pixels.
-        with_masks: masks travel too; overlapping ones may take more than is reckoned here.
+        with_masks: it has masks; many that overlap may take more than the estimate.
     """
     area = math.prod(canvas_size([plan]))
     return num_images * ((4 if with_masks else 3) * area + 65_536)
 
 
 def num_dropped(packed: PackedGroup) -> int:
-    """Return how many boxes of a group were dropped, as their crop does not show them."""
+    """Return how many boxes of a group were dropped because the crop does not show them."""
     return int(packed.integers[4])
 
 
 def unpack(packed: PackedGroup) -> Batch:
-    """Make a ``Batch`` of a packed group: views of the same memory, nothing is copied."""
+    """Return a packed group as a ``Batch`` of views of the same memory; nothing is copied."""
     num_images, num_objects, has_masks, num_keypoints, _, seed = packed.integers[:_HEAD].tolist()
     lengths = [2 * num_images, 2 * num_images, num_images, num_images + 1, num_objects]
     if has_masks:

@@ -7,6 +7,7 @@ other image sizes are in ``any_size.py``, windows in ``windows.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import model_entrypoint
+from timm.models import group_parameters, model_entrypoint
 from torch import Tensor, nn
 
 from bigdet.models.backbone_base import STRIDES, Backbone, cut_to_size, pad_to_multiple
@@ -113,6 +114,11 @@ class TimmBackbone(Backbone):
 
     def _inner_parameters(self) -> list[nn.Parameter]:
         return list(self.net.parameters())
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Say which layer each parameter belongs to, as timm does."""
+        found = group_parameters(self.net, self.net.group_matcher(coarse), reverse=True)
+        return lambda name: found.get(name.removeprefix("net."), math.inf)
 
     def _prepared(self, images: Tensor, multiple: int) -> Tensor:
         self.net.set_grad_checkpointing(

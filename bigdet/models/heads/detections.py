@@ -1,4 +1,4 @@
-"""Detections of a group of images before they are handed out, and which of them are.
+"""Detections of a group of images, and the choice of those that are reported.
 
 Letters: D detections of all images.
 """
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bigdet.ops.boxes import clip_boxes
-from bigdet.ops.nms import best_of_groups, grouped_nms
+from bigdet.ops.nms import best_of_groups, grouped_nms, soft_nms
 
 MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
+SIGMA = 0.5  # of Gaussian soft-NMS, in its paper
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class FlatDetections:
 
 
 class EvalSettings(Protocol):
-    """The options that every detector has for its detections."""
+    """The options that every detector has for its detections.
+
+    Those of bigdet's have ``nms`` (``hard``, ``linear`` or ``gaussian``) and ``nms_sigma`` too.
+    """
 
     @property
     def score_threshold(self) -> float:
@@ -51,7 +55,7 @@ class EvalSettings(Protocol):
 
 
 def _cut(candidates: FlatDetections, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut boxes ``(D, 4)`` at their images; also tell which are left with a size, ``(D,)``."""
+    """Cut boxes ``(D, 4)`` at their images; also return which still have an area, ``(D,)``."""
     boxes = clip_boxes(candidates.boxes, image_sizes[candidates.images])
     return boxes, boxes.isfinite().all(-1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(-1)
 
@@ -73,7 +77,8 @@ def best_detections(
 ) -> FlatDetections:
     """Cut boxes at their images, drop near duplicates within a class, keep the best of each image.
 
-    Boxes that are not finite or smaller than `MIN_SIDE` are left out.
+    Boxes that are not finite or smaller than `MIN_SIDE` are left out. With soft-NMS the scores of
+    near duplicates fall instead, and those that fall to the threshold are left out.
 
     Args:
         candidates: of B images, in any order.
@@ -85,13 +90,17 @@ def best_detections(
     boxes, is_usable = _cut(candidates, image_sizes)
     boxes = torch.where(is_usable[:, None], boxes, 0)
     num_images = len(image_sizes)
-    kept = grouped_nms(
-        boxes,
-        torch.where(is_usable, scores, -torch.inf),
-        images * num_classes + labels,
-        num_images * num_classes,
-        config.nms_iou,
-    )
+    usable_scores = torch.where(is_usable, scores, -torch.inf)
+    groups, num_groups = images * num_classes + labels, num_images * num_classes
+    kind = getattr(config, "nms", "hard")  # settings of a user's own detector may lack it
+    if kind == "hard":
+        kept = grouped_nms(boxes, usable_scores, groups, num_groups, config.nms_iou)
+    else:
+        scores = soft_nms(
+            boxes, usable_scores, groups, num_groups, kind, config.nms_iou,
+            getattr(config, "nms_sigma", SIGMA), config.detections_per_image,
+        )  # fmt: skip
+        kept = scores > config.score_threshold
     rows = kept.nonzero().squeeze(1)
     best = best_of_groups(scores[rows], images[rows], num_images, config.detections_per_image)
     rows = rows[best]

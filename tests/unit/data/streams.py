@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from bigdet.config.data_schema import DataConfig, TrainSplitConfig
-from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
+from bigdet.config.data import DataConfig, TrainSplitConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.resize import ResizeConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 
@@ -13,8 +14,11 @@ def open_stream(shards: ShardSet, **options: Any) -> TrainStream:
     """A stream of the phase ``train``: options of the split, of the phase and of the stream."""
     split = {"shards": "unused", "keep_empty": True} | _taken(options, TrainSplitConfig)
     phase = {
-        "steps": 1, "lr": 1.0, "resize": ResizeConfig(kind="direct", size=32), "images_per_gpu": 2,
-    } | _taken(options, PhaseConfig)  # fmt: skip
+        "steps": 1,
+        "lr": 1.0,
+        "resize": ResizeConfig(kind="direct", size=32),
+        "images_per_gpu": 2,
+    } | _taken(options, PhaseConfig)
     data = DataConfig(train=TrainSplitConfig(**split), workers=options.pop("workers", 0))
     more = {"name": "train", "with_masks": False, "seed": 0, "rank": 0, "world_size": 1}
     return TrainStream(shards, data, PhaseConfig(**phase), **more | options)

@@ -18,11 +18,10 @@ import pytest
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making import processes
-from bigdet.data.making.conversion import Making, merge_parts, plan_shards, refuse_others
+from bigdet.data.making.conversion import Making, merge_parts, plan_shards
 from bigdet.data.making.shard_check import check_shards
-from bigdet.data.making.shard_writer import UNFINISHED
 from bigdet.data.making.sources.coco import convert_coco
-from bigdet.data.making.storage import open_storage
+from bigdet.data.making.storage import UNFINISHED, open_storage, open_unused
 
 PROJECT = Path(__file__).parents[3]
 NUM_IMAGES = 24
@@ -123,7 +122,7 @@ def test_after_a_kill_finished_shards_stay_and_the_set_becomes_the_same(
     data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    # The third image of the fifth shard takes for ever: a named pipe that nobody writes to.
+    # The third image of the fifth shard takes forever: a named pipe that nothing writes to.
     script = (
         "import sys, time; from bigdet.data.making.sources import coco; read = coco.read_image\n"
         "def slow(path, *rest):\n"
@@ -220,7 +219,7 @@ def test_parts_at_an_address_are_merged_there(data: Path, whole: dict[str, bytes
     files.rm("/parted", recursive=True)
 
 
-def test_a_full_disk_is_one_message_and_the_rest_goes_on_later(
+def test_a_full_disk_is_one_message_and_the_rest_continues_later(
     data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     limited = ["bash", "-c", 'ulimit -f 700; exec "$@"', "-"]  # KB a file may have
@@ -298,11 +297,12 @@ def test_a_set_that_is_being_made_is_left_alone_and_parts_are_made_at_a_time(tmp
             with pytest.raises(ShardError, match=r"process \d+ on \S+ writes here"), claim(part):
                 pass
         assert {path.name for path in (tmp_path / UNFINISHED).iterdir()} == {
-            "lock-1-of-3", "lock-2-of-3",
-        }  # fmt: skip
+            "lock-1-of-3",
+            "lock-2-of-3",
+        }
     with claim(None):
         with pytest.raises(ShardError, match="writes here"), claim("3/3"):
             pass
         with pytest.raises(ShardError, match="writes here"):  # before the annotations are read
-            refuse_others(open_storage(tmp_path))
+            open_unused(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -82,7 +82,7 @@ def test_keypoints_that_cannot_be_used_are_counted(trial: Trial) -> None:
 @pytest.mark.parametrize(
     ("person", "message"),
     [
-        ({"id": 2, "name": "person"}, "category 2 is 'person', and not so in"),
+        ({"id": 2, "name": "person"}, "category 2 is 'person', but not in"),
         ({"id": 2, "name": "bicycle"}, "no category has keypoints"),
         ({**PERSON, "keypoints": "nose"}, "keypoints is 'nose', expected a list of names"),
     ],
@@ -134,9 +134,10 @@ def test_empty_keypoints_are_none(trial: Trial) -> None:
     none = {"id": 90, "name": "toothbrush", "keypoints": [], "skeleton": []}
     content = {"categories": [PERSON, none], "images": [image_of(1)]}
     content["annotations"] = [
-        box_of(1, keypoints=POINTS), box_of(2, keypoints=[]),
+        box_of(1, keypoints=POINTS),
+        box_of(2, keypoints=[]),
         box_of(3, category_id=90, keypoints=[], num_keypoints=0),
-    ]  # fmt: skip
+    ]
     trial.file.write_text(json.dumps(content))
     convert_coco(trial.images, trial.file, trial.out)
     shards = ShardSet(trial.out)
@@ -154,7 +155,7 @@ def test_classes_without_keypoints_do_not_matter_in_old_sets_either() -> None:
 
 
 @pytest.mark.parametrize("visibility", [3, 0.97, -1])
-def test_a_visibility_of_another_kind_is_told(trial: Trial, visibility: float) -> None:
+def test_a_visibility_of_another_kind_is_reported(trial: Trial, visibility: float) -> None:
     shards = convert(trial, [box_of(1, keypoints=[*POINTS[:5], visibility, 0, 0, 0])])
     reason = "keypoints dropped: a visibility is not 0, 1 or 2"
     assert shards.manifest.changed == {reason: 1}

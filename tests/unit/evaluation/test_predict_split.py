@@ -90,7 +90,7 @@ def test_damaged_image_is_an_error_that_names_it(make_shards):
     assert oracle.training
 
 
-def test_progress_is_told_with_the_time_left(make_shards, monkeypatch, caplog):
+def test_progress_is_reported_with_the_time_left(make_shards, monkeypatch, caplog):
     monkeypatch.setattr(predict, "PROGRESS_SECONDS", 0.0)
     shards = make_shards(FIVE_IMAGES)
     with caplog.at_level(logging.INFO, "bigdet"):
@@ -147,11 +147,13 @@ def test_module_runs_in_the_precision_of_the_run_with_single_precision_weights(m
 
 
 def test_keypoints_are_counted_in_cocos_pixels():
-    # COCO's keypoint 0, 0 is the center of the first pixel, which lies at 0.5, 0.5.
+    # COCO's keypoint 0, 0 is the center of the first pixel, which is at 0.5, 0.5.
     found = Detections(
-        torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([0.5]), torch.tensor([0]),
+        torch.tensor([[1.0, 2.0, 4.0, 8.0]]),
+        torch.tensor([0.5]),
+        torch.tensor([0]),
         keypoints=torch.tensor([[[1.5, 2.5, 3.0], [3.0, 8.0, -1.0]]]),
-    )  # fmt: skip
+    )
     (result,) = coco_results(found, 5, (64, 96), [17])
     assert result["keypoints"] == [1.0, 2.0, 3.0, 2.5, 7.5, -1.0]
 
@@ -170,7 +172,7 @@ def test_detections_of_a_diverged_model_are_left_out_and_counted(make_shards, ca
     assert "1 detections of this rank were not finite" in caplog.text
 
 
-def test_a_rank_that_has_no_image_yet_tells_no_progress(monkeypatch, caplog):
+def test_a_rank_that_has_no_image_yet_reports_no_progress(monkeypatch, caplog):
     monkeypatch.setattr(predict, "PROGRESS_SECONDS", -1.0)  # a slow machine: always due
     surplus = SimpleNamespace(weights=torch.zeros(1))
     predict._Collected([1], 8, SavedResults()).add(surplus, [None])
@@ -184,8 +186,11 @@ def test_saved_results_come_by_image_id_all_or_those_of_some_images():
     assert [result["image_id"] for result in saved] == [4, 4, 7, 7, 9, 9]
     found = list(saved.of_images([9, 4, 5]))
     assert [(result["image_id"], result["score"]) for result in found] == [
-        (4, 0.5), (4, 0.25), (9, 0.5), (9, 0.25),
-    ]  # fmt: skip
+        (4, 0.5),
+        (4, 0.25),
+        (9, 0.5),
+        (9, 0.25),
+    ]
 
 
 class FailingOracle(Oracle):

@@ -124,8 +124,8 @@ def test_labels_of_anchors_equal_torchvisions_matcher() -> None:
 
 
 def test_labels_of_anchors_follow_the_reference_table() -> None:
-    # detectron2's test of its matcher: columns are anchors. The first and third are nobody's best
-    # and lie between or below the thresholds; the fourth is between, but the first object's best.
+    # detectron2's test of its matcher: columns are anchors. The first and third are no object's
+    # best and lie between or below the thresholds; the fourth is between, but object 1's best.
     table = torch.tensor([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
     is_best = (table == table.amax(dim=1, keepdim=True)).any(dim=0)
     labels = label_anchors(table.amax(dim=0)[None], is_best[None])
@@ -205,8 +205,11 @@ def test_the_lowest_overlap_by_hand() -> None:
     # The object is 10 x 10; boxes of its size shifted by 4 and by 6: 60 / 140 and 40 / 160.
     near, far = [[4.0, 0.0, 14.0, 10.0]], [[6.0, 0.0, 16.0, 10.0]]
     for boxes, lowest, expected in (
-        (near, 0.3, POSITIVE), (near, 0.5, IGNORED), (far, 0.3, NEGATIVE), (far, 0.0, POSITIVE),
-    ):  # fmt: skip
+        (near, 0.3, POSITIVE),
+        (near, 0.5, IGNORED),
+        (far, 0.3, NEGATIVE),
+        (far, 0.0, POSITIVE),
+    ):
         objects = pad_objects(targets_of([[A]]), torch.float32)
         iou, _, is_best = match(objects, torch.tensor(boxes), True, lowest)
         assert label_anchors(iou, is_best).tolist() == [[expected]], (boxes, lowest)

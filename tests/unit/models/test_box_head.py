@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdet.config.model_schema import ModelConfig, RoiConfig
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.box import BoxHead, Regions
@@ -129,8 +130,9 @@ def test_the_box_loss_reads_the_deltas_of_the_objects_class() -> None:
     assert losses["box_delta"] == 0
 
 
-@pytest.mark.parametrize(("box_loss", "expected"), [("l1", 15.0), ("smooth_l1", 14.0),
-                                                    ("giou", 2 / 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box_loss", "expected"), [("l1", 15.0), ("smooth_l1", 14.0), ("giou", 2 / 3)]
+)
 def test_the_box_loss_is_an_option_worked_out_by_hand(box_loss: str, expected: float) -> None:
     if box_loss == "giou":
         # 50 square pixels shared, 150 together, which fill their hull: 1 - 1 / 3.

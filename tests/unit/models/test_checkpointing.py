@@ -3,16 +3,20 @@ import gc
 import pytest
 import torch
 
-from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.heads import KeypointConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
 from bigdet.models.norms import batch_norms, set_norm_mode, update_running_statistics
 from tests.unit.models.scenes import make_scene
 
 SCENE = make_scene(
-    [[(4, 6, 40, 50), (20, 10, 60, 44)], [(10, 10, 30, 60)]], [(64, 64), (64, 60)], (64, 64),
+    [[(4, 6, 40, 50), (20, 10, 60, 44)], [(10, 10, 30, 60)]],
+    [(64, 64), (64, 60)],
+    (64, 64),
     num_keypoints=4,
-)  # fmt: skip
+)
 KEYPOINTS = {
     "detector": "keypoint_rcnn",
     "keypoint": KeypointConfig(num_keypoints=4, width=64),

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchvision.ops import box_iou
 
-from bigdet.config.model_schema import ModelConfig, RpnConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.anchors import grid_anchors
 from bigdet.models.assign import pad_objects
 from bigdet.models.build import build_detector
@@ -53,7 +54,7 @@ def test_duplicates_of_other_levels_stay() -> None:
 def test_proposals_are_cut_at_their_image_and_empty_ones_dropped() -> None:
     predictions = predictions_of([A, C], [[0.0, 1.0], [0.0, 1.0]], [2])
     proposals = rpn_of().propose(predictions, torch.tensor([[64, 64], [5, 15]]))
-    # C begins at (20, 20): nothing of it lies in an image of 5 x 15.
+    # C begins at (20, 20): nothing of it is inside an image of 5 x 15.
     assert proposals.boxes[0].tolist() == [C, A]
     assert proposals.is_valid[1].tolist() == [True, False]
     assert proposals.boxes[1, 0].tolist() == [0.0, 0.0, 10.0, 5.0]
@@ -141,10 +142,12 @@ def test_numbers_of_proposals_follow_from_the_detector() -> None:
     # detectron2 and mmdetection: 2000 of each level before NMS, 1000 of an image after it; cascades
     # 2000. Numbers that a config has are its own.
     for detector, expected in (
-        ("faster_rcnn", (2000, 1000, 1000, 1000)), ("mask_rcnn", (2000, 1000, 1000, 1000)),
-        ("keypoint_rcnn", (2000, 1000, 1000, 1000)), ("cascade_rcnn", (2000, 2000, 1000, 1000)),
+        ("faster_rcnn", (2000, 1000, 1000, 1000)),
+        ("mask_rcnn", (2000, 1000, 1000, 1000)),
+        ("keypoint_rcnn", (2000, 1000, 1000, 1000)),
+        ("cascade_rcnn", (2000, 2000, 1000, 1000)),
         ("cascade_mask_rcnn", (2000, 2000, 1000, 1000)),
-    ):  # fmt: skip
+    ):
         with torch.device("meta"):
             model = ModelConfig(detector=detector, backbone="resnet10", width=8, fc_width=8)
             config = build_detector(model, 2).rpn.config
@@ -197,10 +200,11 @@ def test_anchors_are_labelled_as_mmdetections_assigner_does(
     anchors = grid_anchors([(16, 16), (8, 8)], [(4, 4), (8, 8)], cells)
     for image, (height, width) in enumerate(sizes):
         inside = [
-            number for number, (x0, y0, x1, y1) in enumerate(anchors.tolist())
+            number
+            for number, (x0, y0, x1, y1) in enumerate(anchors.tolist())
             if border is None
             or (x0 >= -border and y0 >= -border and x1 <= width + border and y1 <= height + border)
-        ]  # fmt: skip
+        ]
         iou = box_iou(torch.tensor(OBJECTS[image]).float(), anchors[inside])
         expected = torch.full((len(anchors),), -1)
         for column, number in enumerate(inside):

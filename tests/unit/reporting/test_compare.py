@@ -29,8 +29,9 @@ def groups(tmp_path_factory: pytest.TempPathFactory):
 
 def test_runs_that_differ_in_their_seed_are_one_group(groups):
     assert {name: [run.name for run in runs] for name, runs in groups.items()} == {
-        "fast": ["fast-s0", "fast-s1"], "slow": ["slow"],
-    }  # fmt: skip
+        "fast": ["fast-s0", "fast-s1"],
+        "slow": ["slow"],
+    }
 
 
 def test_a_curve_is_the_mean_over_seeds_with_costs(groups):
@@ -49,8 +50,9 @@ def test_evaluations_that_a_seed_lacks_are_left_out(tmp_path: Path):
     ]
     (runs,) = group_runs(read_runs(folders)).values()
     assert [(point.total_step, point.mean) for point in compare.ap_curve(runs, "bbox/AP")] == [
-        (10, pytest.approx(0.2)), (20, pytest.approx(0.2)),
-    ]  # fmt: skip
+        (10, pytest.approx(0.2)),
+        (20, pytest.approx(0.2)),
+    ]
 
 
 def test_differences_are_held_against_the_noise_of_seeds(groups):
@@ -62,7 +64,7 @@ def test_differences_are_held_against_the_noise_of_seeds(groups):
     assert table.rows[1] == ["slow", "mask AP", "10.0", "-5.5", "+-1.7", "more than noise"]
 
 
-def test_one_seed_tells_nothing_of_noise(tmp_path: Path):
+def test_one_seed_says_nothing_about_noise(tmp_path: Path):
     folders = [write_run(tmp_path / "a", [0.1] * 5), write_run(tmp_path / "b", [0.2] * 5, SLOW)]
     rows = compare.difference_table(group_runs(read_runs(folders))).rows
     assert rows[0] == ["b", "box AP", "20.0", "+10.0", "not known: one seed"]
@@ -77,8 +79,15 @@ def test_pooled_deviation_weighs_groups_by_their_freedom():
 def test_cost_at_equal_ap(groups):
     table = compare.equal_ap_table(groups)
     assert table.header == [
-        "run", "reaches", "at", "steps", "GPU-hours", "images", "instances", "pixels",
-    ]  # fmt: skip
+        "run",
+        "reaches",
+        "at",
+        "steps",
+        "GPU-hours",
+        "images",
+        "instances",
+        "pixels",
+    ]
     # fast has 20 percent after 20 steps of 36 s; slow after 50 steps of 72 s: 720 / 3600
     parts = ["pretrain 20", "0.40", "0.20", "0.40", "0.40", "0.40"]
     assert table.rows == [
@@ -120,19 +129,24 @@ def test_cost_at_equal_ap_with_what_was_imported(imports):
     row = next(row for row in table.rows if row[:2] == ["scratch", "imagenet's 20.0 box AP"])
     assert row[2:] == ["finetune 20", "1.00", "1.00", "0.33", "1.00", "0.17", "1.00", "1.00"]
     assert compare.equal_ap_sentences(imports)[:2] == [
-        "imagenet reaches scratch's 20.0 box AP at 0.40 of its GPU-hours (2.40 with what the "
-        "weights that they began with had cost).",
-        "scratch reaches imagenet's 20.0 box AP at 1.00 of its GPU-hours (0.33 with what the "
-        "weights that they began with had cost).",
+        "imagenet reaches scratch's 20.0 box AP at 0.40 of its GPU-hours (2.40 with the cost of "
+        "imported weights).",
+        "scratch reaches imagenet's 20.0 box AP at 1.00 of its GPU-hours (0.33 with the cost "
+        "of imported weights).",
     ]
 
 
 def test_curves_are_drawn_against_costs_with_what_was_imported(imports):
     choices = {choice.label: choice.traces for choice in curve_figures(imports)[0].choices}
     assert list(choices) == [
-        "steps", "GPU-hours", "GPU-hours with imports", "images", "images with imports",
-        "instances", "pixels",
-    ]  # fmt: skip
+        "steps",
+        "GPU-hours",
+        "GPU-hours with imports",
+        "images",
+        "images with imports",
+        "instances",
+        "pixels",
+    ]
     imagenet, scratch = choices["GPU-hours with imports"]
     assert imagenet["x"] == pytest.approx([1.1, 1.2, 1.3, 1.4, 1.5])
     assert scratch["x"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
@@ -151,8 +165,11 @@ def test_voc_runs_are_compared_by_ap50_too(tmp_path: Path):
 def test_costs_of_each_phase(groups):
     table = facts.cost_table(groups)
     assert table.header[5:] == [
-        "pixels", "compute GPU-minutes", "data wait GPU-minutes", "evaluation GPU-minutes",
-    ]  # fmt: skip
+        "pixels",
+        "compute GPU-minutes",
+        "data wait GPU-minutes",
+        "evaluation GPU-minutes",
+    ]
     rows = table.rows
     assert [row[:2] for row in rows[:2]] == [["fast-s0", "pretrain"], ["fast-s0", "finetune"]]
     # 20 steps of 36 s: 720 s, a quarter of them waiting; 72 s of evaluation
@@ -168,9 +185,9 @@ def test_options_that_differ_between_groups_and_within(groups):
 def test_phases_and_what_runs_ran_on(groups):
     line = facts.run_table(groups).rows[0]
     assert line[:2] == ["fast", "mask_rcnn, resnet10"]
-    assert line[2].splitlines()[0] == "pretrain: 30 steps, 16 images a step, direct 96"
+    assert line[2].splitlines()[0] == "pretrain: 30 steps, 16 images per step, direct 96"
     words, table = facts.environment_table(groups)
-    assert words == "The same in all: ranks 2; device CPU; torch 2.15."
+    assert words == "The same in all runs: ranks 2; device CPU; torch 2.15."
     assert table.header == ["run", "starts", "last start"]
     assert table.rows[0] == ["fast-s0", "1", "2026-01-01 00:00 UTC"]
 
@@ -179,16 +196,21 @@ def test_training_curves_have_the_phases_on_them(groups):
     figure = next(each for each in training_figures(groups) if each.key == "lr")
     layout = figure.choices[0].layout
     assert [(one["text"], one["x"]) for one in layout["annotations"]] == [
-        ("pretrain", 0), ("finetune", 30),
-    ]  # fmt: skip
+        ("pretrain", 0),
+        ("finetune", 30),
+    ]
     assert [line["x0"] for line in layout["shapes"]] == [30]
 
 
 def test_curves_of_the_report_are_those_numbers(groups):
     figure = curve_figures(groups)[0]
     assert [choice.label for choice in figure.choices] == [
-        "steps", "GPU-hours", "images", "instances", "pixels",
-    ]  # fmt: skip
+        "steps",
+        "GPU-hours",
+        "images",
+        "instances",
+        "pixels",
+    ]
     hours = figure.choices[1].traces
     assert [trace["role"] for trace in hours] == ["band", "line", "line"]
     assert hours[1]["x"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])

@@ -14,12 +14,14 @@ def trainer(tmp_path: Path) -> SimpleNamespace:
     watchdog.at("train step 7: forward, backward, update")
     batches = [SimpleNamespace(images=torch.empty(2, 3, 800, width)) for width in (1216, 1344)]
     return SimpleNamespace(
-        run=SimpleNamespace(watchdog=watchdog), name="train", device=torch.device("cpu"),
+        run=SimpleNamespace(watchdog=watchdog),
+        name="train",
+        device=torch.device("cpu"),
         micro_batches=batches,
-    )  # fmt: skip
+    )
 
 
-def test_memory_that_is_full_is_told_with_shapes_and_what_to_lower(trainer: SimpleNamespace):
+def test_memory_that_is_full_is_reported_with_shapes_and_what_to_lower(trainer: SimpleNamespace):
     with pytest.raises(StepError) as caught, explained(trainer):
         torch.empty(1 << 60)  # more than any host has: fails for real
     message = str(caught.value)
@@ -32,7 +34,7 @@ def test_memory_that_is_full_is_told_with_shapes_and_what_to_lower(trainer: Simp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_rank_that_is_gone_is_told_and_a_bug_stays_a_bug(trainer: SimpleNamespace):
+def test_a_rank_that_is_gone_is_reported_and_a_bug_stays_a_bug(trainer: SimpleNamespace):
     lost = "[/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"
     with pytest.raises(StepError, match=r"step 7: .*lost the connection"), explained(trainer):
         raise RuntimeError(lost)

@@ -7,6 +7,7 @@ import pytest
 import timm
 
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from bigdet.training.resume import (
     settle_config,
 )
 from bigdet.training.state import RunState
+from tests.shipped import unchecked
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 OPEN = ["phases.pretrain.images_per_step=null"]
@@ -92,7 +94,7 @@ def test_what_changes_the_training_is_named_with_both_values(
         settle_config(config, saved_by(*SIZES), Path("x"), shards)
 
 
-def test_a_run_from_before_some_options_goes_on_as_it_began(shards: ShardSet):
+def test_a_run_from_before_some_options_continues_as_it_began(shards: ShardSet):
     # Its checkpoint has a config without them, which meant an overlap of 0 and 70 % of a crowd.
     saved = saved_by(*SIZES)
     lines = saved.run["config"].splitlines()
@@ -117,11 +119,17 @@ def test_a_phase_may_not_be_added_to_a_run(shards: ShardSet):
 def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: ShardSet):
     config = load_config(
         CONFIG,
-        ["phases.pretrain.steps=null", "phases.finetune.steps=null",
-         "phases.pretrain.images=4_000", "phases.pretrain.images_per_step=32",
-         "phases.finetune.images_per_step=4", "phases.finetune.images_per_gpu=1",
-         "phases.finetune.passes=12", "phases.finetune.drops=[8,-1.5]"],
-    )  # fmt: skip
+        [
+            "phases.pretrain.steps=null",
+            "phases.finetune.steps=null",
+            "phases.pretrain.images=4_000",
+            "phases.pretrain.images_per_step=32",
+            "phases.finetune.images_per_step=4",
+            "phases.finetune.images_per_gpu=1",
+            "phases.finetune.passes=12",
+            "phases.finetune.drops=[8,-1.5]",
+        ],
+    )
     settled = settle_config(config, None, None, shards)
     pretrain, finetune = settled.phases["pretrain"], settled.phases["finetune"]
     assert (pretrain.steps, pretrain.images, pretrain.drops) == (125, None, None)
@@ -135,20 +143,33 @@ def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: S
 
 def test_the_last_60k_and_20k_steps_stay_whatever_the_length_and_the_batch(shards: ShardSet):
     # Paper 1, 2x: 180k steps of 16 images, drops at 120k and 160k; with 64 images a quarter.
-    words = ["phases.finetune.steps=null", "phases.finetune.images=2_880_000",
-             "phases.finetune.drops=[-960_000,-320_000]", "phases.finetune.images_per_gpu=1",
-             "phases.pretrain.images_per_gpu=1", "phases.pretrain.images_per_step=8"]  # fmt: skip
-    for images_per_step, steps, drops in ((16, 180_000, [120_000, 160_000]),
-                                          (8, 360_000, [240_000, 320_000])):  # fmt: skip
+    words = [
+        "phases.finetune.steps=null",
+        "phases.finetune.images=2_880_000",
+        "phases.finetune.drops=[-960_000,-320_000]",
+        "phases.finetune.images_per_gpu=1",
+        "phases.pretrain.images_per_gpu=1",
+        "phases.pretrain.images_per_step=8",
+    ]
+    for images_per_step, steps, drops in (
+        (16, 180_000, [120_000, 160_000]),
+        (8, 360_000, [240_000, 320_000]),
+    ):
         config = load_config(CONFIG, [*words, f"phases.finetune.images_per_step={images_per_step}"])
         phase = settle_config(config, None, None, shards).phases["finetune"]
         assert (phase.steps, phase.drops) == (steps, drops)
 
 
 def test_a_length_that_turns_out_shorter_than_its_warm_up_is_refused(shards: ShardSet):
-    config = load_config(CONFIG, ["phases.pretrain.steps=null", "phases.pretrain.passes=5",
-                                  "phases.pretrain.images_per_gpu=1",
-                                  "phases.pretrain.images_per_step=8"])  # fmt: skip
+    config = load_config(
+        CONFIG,
+        [
+            "phases.pretrain.steps=null",
+            "phases.pretrain.passes=5",
+            "phases.pretrain.images_per_gpu=1",
+            "phases.pretrain.images_per_step=8",
+        ],
+    )
     with pytest.raises(ConfigError, match=r"phases\.pretrain\.warmup_steps: found 50, .* 10 steps"):
         settle_config(config, None, None, shards)
 
@@ -158,17 +179,27 @@ def test_weights_of_a_later_phase_are_fetched_before_the_first_step(shards: Shar
         raise OSError(f"no network for {name}")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    sizes = [f"phases.{name}.images_per_{what}=2" for name in ("pretrain", "finetune")
-             for what in ("gpu", "step")]  # fmt: skip
-    config = load_config(CONFIG, [*sizes, "model.backbone=resnet18",
-                                  "phases.finetune.start_from.source=timm"])  # fmt: skip
+    sizes = [
+        f"phases.{name}.images_per_{what}=2"
+        for name in ("pretrain", "finetune")
+        for what in ("gpu", "step")
+    ]
+    config = load_config(
+        CONFIG, [*sizes, "model.backbone=resnet18", "phases.finetune.start_from.source=timm"]
+    )
     expected = r"^phases\.finetune\.start_from: timm could not download resnet18\.tv_in1k \(no net"
     with pytest.raises(ValueError, match=expected):
         check_phases(config, shards, None)
 
 
-TRUNK = [*SIZES, "phases.pretrain.steps=60", "phases.pretrain.schedule=step", "output=trunk",
-         "phases.pretrain.drops=[50]", "phases.pretrain.warmup_steps=40"]  # fmt: skip
+TRUNK = [
+    *SIZES,
+    "phases.pretrain.steps=60",
+    "phases.pretrain.schedule=step",
+    "output=trunk",
+    "phases.pretrain.drops=[50]",
+    "phases.pretrain.warmup_steps=40",
+]
 
 
 def trunk_at(step: int) -> Checkpoint:
@@ -184,9 +215,9 @@ def trunk_at(step: int) -> Checkpoint:
         (55, "phases.pretrain.drops=[50,58]", None),
         (40, "phases.pretrain.decay_factor=0.5", None),
         (40, "phases.pretrain.steps=51", None),
-        (51, "phases.pretrain.drops=[49]", r"phases\.pretrain\.drops: up to the step 51"),
-        (55, "phases.pretrain.decay_factor=0.5", r"phases\.pretrain\.drops: up to the step 55"),
-        (55, "phases.pretrain.steps=51", r"phases\.pretrain\.steps: found 51, .* 55 steps behind"),
+        (51, "phases.pretrain.drops=[49]", r"phases\.pretrain\.drops: up to step 51"),
+        (55, "phases.pretrain.decay_factor=0.5", r"phases\.pretrain\.drops: up to step 55"),
+        (55, "phases.pretrain.steps=51", r"phases\.pretrain\.steps: found 51, .* step 55"),
         (40, "phases.pretrain.lr=0.5", r"phases\.pretrain\.lr"),
         (40, "resume=auto", "started with other options: phases.pretrain.steps"),
     ],
@@ -210,7 +241,7 @@ def test_a_fork_leaves_the_best_behind_and_ends_its_phase_with_an_evaluation(
     saved.run["run"] |= {"seen": {"images": 7}, "best_ap": 0.5, "best_checkpoint": "pretrain-30"}
     for steps, is_due in ((40, True), (45, False)):
         words = [f"phases.pretrain.steps={steps}", f"output={tmp_path}/{steps}", "resume=trunk/x"]
-        config = load_config(CONFIG, [*TRUNK, *words, "log.tensorboard=false"])
+        config = unchecked(CONFIG, [*TRUNK, *words, "log.tensorboard=false"])
         state, metrics = begin(config, RunDir(Path(config.output)), shards, saved)
         metrics.close()
         assert state.needs_evaluation is is_due
@@ -229,7 +260,7 @@ def run_dir(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-def test_auto_goes_on_from_the_latest_and_never_refuses_it(run_dir: RunDir):
+def test_auto_continues_from_the_latest_and_never_refuses_it(run_dir: RunDir):
     newest = run_dir.checkpoint("pretrain", 5)
     assert find_checkpoint(load_config(CONFIG), run_dir) == newest
     assert find_checkpoint(load_config(CONFIG), RunDir(run_dir.root / "new")) is None
@@ -246,11 +277,11 @@ def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tm
     new.config.write_text(dump_config(config))
     assert find_checkpoint(config, new) == new.checkpoint("pretrain", 5)  # the same command again
     elsewhere = load_config(CONFIG, [f"resume={new.checkpoint('pretrain', 5)}"])
-    with pytest.raises(ConfigError, match="has checkpoints of its own"):
+    with pytest.raises(ConfigError, match="has its own checkpoints"):
         find_checkpoint(elsewhere, run_dir)
 
 
-def test_an_ended_run_goes_on_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
+def test_an_ended_run_continues_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
     config, newest = load_config(CONFIG), run_dir.checkpoint("pretrain", 5)
     run_dir.weights.touch()
     with pytest.raises(ConfigError, match="holds a finished run"):
@@ -276,13 +307,19 @@ def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDi
     assert find_checkpoint(config, run_dir) == newest
 
 
+def stream_of(shards: ShardSet, config: RunConfig, **more: int) -> TrainStream:
+    """The stream of ``pretrain`` on one rank."""
+    ranks = {"rank": 0, "world_size": 1}
+    phase = config.phases["pretrain"]
+    return TrainStream(
+        shards, config.data, phase, name="pretrain", with_masks=False, seed=0, **ranks, **more
+    )
+
+
 def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
     """Config, checkpoint and state of a run in ``pretrain``."""
     config = load_config(CONFIG, overrides)
-    stream = TrainStream(
-        shards, config.data, config.phases["pretrain"],
-        name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
-    )  # fmt: skip
+    stream = stream_of(shards, config)
     state = RunState("pretrain", step, stream=stream.state(), ranks=ranks)
     return Checkpoint(run={"config": dump_config(config)}), state, stream
 
@@ -290,7 +327,7 @@ def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
 SMALL = ["data.train.keep_empty=true", "phases.pretrain.images_per_gpu=2"]
 
 
-def test_other_ranks_change_the_accumulation_and_are_told(
+def test_other_ranks_change_the_accumulation_and_are_reported(
     shards: ShardSet, caplog: pytest.LogCaptureFixture
 ):
     overrides = [*SMALL, "phases.pretrain.images_per_step=16"]
@@ -317,13 +354,9 @@ def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
         note_changes(config, shards, saved, state)
     (line,) = caplog.messages
     assert "step 6: 8 images per step instead of 4" in line
-    assert "lr 0.002 instead of 0.001; pass 3 begins, 2 steps of the one before" in line
+    assert "lr 0.002 instead of 0.001; pass 3 begins, the last 2 steps of the pass before" in line
     assert state.stream_shift == 4 - 6
-    stream = TrainStream(
-        shards, config.data, config.phases["pretrain"],
-        name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
-        first_step=state.step + state.stream_shift,
-    )  # fmt: skip
+    stream = stream_of(shards, config, first_step=state.step + state.stream_shift)
     stream.check_state(state.stream)
     ids = [i for step in (5, 6) for lane in range(4) for i in stream.group_ids(step, lane)]
     assert sorted(ids) == sorted(shards.index["image_id"])

@@ -1,4 +1,4 @@
-"""Saving beside training: what a step waits for, and what becomes of a save that fails."""
+"""Saving during training: what a step waits for, and what happens when a save fails."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from bigdet.engine.base import EngineState
 from bigdet.run_dir import RunDir
 from bigdet.training.saving import Saver, newest_checkpoint, write_final_weights
 from bigdet.training.state import RunState
+from tests.shipped import unchecked
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
@@ -64,7 +65,7 @@ def names(run_dir: RunDir) -> list[str]:
     return sorted(path.name for path in run_dir.checkpoints.iterdir())
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
+def test_training_continues_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
     saver: Saver, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, running = threading.Event(), []
@@ -104,7 +105,7 @@ def test_a_full_disk_is_a_warning_and_the_next_save_makes_it_good(
     with caplog.at_level(logging.WARNING, "bigdet"):
         save(saver, 3)
     assert "pretrain-2: cannot write the checkpoint" in caplog.text
-    assert "The run goes on" in caplog.text
+    assert "The run continues" in caplog.text
     saver.finish()
     assert names(run_dir) == ["latest", "pretrain-3"]
 
@@ -140,7 +141,7 @@ def test_a_save_that_dies_of_whatever_is_no_save(
 def test_final_weights_are_on_the_disk_before_they_have_their_name(
     run_dir: RunDir, disk_calls: list[str]
 ) -> None:
-    config = load_config(CONFIG, ["phases.finetune.steps=3"])
+    config = unchecked(CONFIG, ["phases.finetune.steps=3"])
     source = run_dir.checkpoint("finetune", 3) / "model.safetensors"
     source.parent.mkdir(parents=True)
     source.write_bytes(b"weights")
@@ -154,7 +155,7 @@ def test_the_last_save_of_a_run_must_succeed(saver: Saver, run_dir: RunDir, full
     saver.wait()
     full_disk(True)
     save(saver, 2)
-    with pytest.raises(distributed.SharedError, match=r"goes on from .*pretrain-1\."):
+    with pytest.raises(distributed.SharedError, match=r"continues from .*pretrain-1\."):
         saver.finish()
 
 

@@ -77,7 +77,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
             path.write_bytes(pickle.dumps({"conv1_w": ARRAYS["plain"], "x": attack}, protocol))
             with pytest.raises(ValueError, match=r"a\.pkl: .*it asks for .*Nothing in it was run"):
                 read_tensors(path)
-    pickle.loads(pickle.dumps(attacks[0]))  # the attack works where nobody guards
+    pickle.loads(pickle.dumps(attacks[0]))  # the attack works where nothing guards
     assert trace.exists()
 
 
@@ -92,8 +92,9 @@ def test_what_is_no_number_is_refused(tmp_path, value):
 
 def test_code_in_a_torch_file_is_refused_and_never_run(tmp_path):
     trace = tmp_path / "was-here"
-    torch.save({"model": {"a": torch.ones(1)}, "x": Code(os.system, f"touch {trace}")},
-               tmp_path / "a.pth")  # fmt: skip
+    torch.save(
+        {"model": {"a": torch.ones(1)}, "x": Code(os.system, f"touch {trace}")}, tmp_path / "a.pth"
+    )
     with pytest.raises(ValueError, match=r"a\.pth: torch cannot read it as weights alone"):
         read_tensors(tmp_path / "a.pth")
     assert not trace.exists()

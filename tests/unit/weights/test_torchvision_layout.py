@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from bigdet.benchmarks.torchvision_twin import torchvision_twin
-from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.heads import KeypointConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION, Conventions
 from bigdet.models.detector import Detector
@@ -47,8 +49,9 @@ def test_torchvisions_own_model_takes_the_weights(name: str) -> None:
     twin = torchvision_twin(detector)  # loads them strictly
     theirs = twin.state_dict()
     assert {type(module).__module__.split(".")[0] for module in twin.modules()} <= {
-        "torch", "torchvision",
-    }  # fmt: skip
+        "torch",
+        "torchvision",
+    }
     back = from_torchvision(detector, theirs, "test")
     assert all(torch.equal(back[key], value) for key, value in detector.state_dict().items())
 
