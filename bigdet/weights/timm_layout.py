@@ -23,11 +23,14 @@ from torch import Tensor
 
 from bigdet.models.backbones.timm_net import TimmBackbone, create_net
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN
+from bigdet.weights.backbone_names import without_prefix
 from bigdet.weights.renaming import renamed
 
 logger = logging.getLogger(__name__)
 
 _COUNTER = ".num_batches_tracked"  # of torch's batch normalization; bigdet's has none
+_PRETRAINING = re.compile(r"(decoder\w*|mask_token)(\.|$)")
+"""Layers that masked autoencoders have in their pre-training alone."""
 _LISTED = 4  # names in a message
 _TERMS = {
     "dinov3-license": ", which asks for attribution, and that its terms go along with the weights"
@@ -49,6 +52,7 @@ def tensors_of_timm(
         source: where they come from, for the log.
     """
     whole, from_release = _reader(backbone)
+    state = without_prefix(state)
     tensors = from_release(_from_efficientnet_pytorch(state, whole))
     tensors = {name: each for name, each in tensors.items() if not name.endswith(_COUNTER)}
     own = {name.removeprefix("net.") for name in backbone.state_dict()}
@@ -57,7 +61,11 @@ def tensors_of_timm(
         for name, each in tensors.items()
         if name in own and name in state and state[name].shape != each.shape
     ]
-    left_out = [name for name in tensors if name not in own and name in whole.state_dict()]
+    left_out = [
+        name
+        for name in tensors
+        if name not in own and (name in whole.state_dict() or _PRETRAINING.match(name))
+    ]
     _log(source, "resampled", resampled)
     _log(source, "left out", left_out)
     return {f"net.{name}": each for name, each in tensors.items() if name not in left_out}
