@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from bigdet.config.own import import_callable, parameters_of, refuse_unknown
+from bigdet.config.timm_names import PREFIX as TIMM
+from bigdet.config.timm_names import timm_row
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -216,15 +218,31 @@ DETECTORS: dict[str, DetectorFacts] = {
 
 
 def backbone_facts(name: str) -> BackboneFacts:
-    """Return what a backbone is: ``model.backbone``.
+    """Return what a backbone is: ``model.backbone``, bigdet's, ``timm:NAME`` or a user's own.
 
     A user's own takes those of `LACKS` that its function has as parameters.
 
     Raises:
         ValueError: there is none of this name, or it cannot be imported, or takes something else.
     """
+    if name.startswith(TIMM):
+        return _timm_backbone(name)
     refuse_unknown("model.backbone", name, BACKBONES)
     return BACKBONES[name] if name in BACKBONES else _own_backbone(name)
+
+
+@functools.cache
+def _timm_backbone(name: str) -> BackboneFacts:
+    row = timm_row(name)
+    sizes: dict[str, Any] = {"name": row.name}
+    if row.is_plain and "_dino" in row.name:  # DINOv2 and v3: their features are those of the norm
+        sizes["final_norm"] = True
+    return BackboneFacts(
+        build=f"bigdet.models.backbones.timm_net:Timm{'Plain' if row.is_plain else 'Pyramid'}",
+        sizes=sizes,
+        heeds=tuple(row.heeds),
+        published=row.name if row.has_weights else None,
+    )
 
 
 @functools.cache

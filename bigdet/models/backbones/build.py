@@ -139,3 +139,5 @@ def freeze_stages(backbone: Backbone, num_stages: int) -> None:
                 continue
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad_(not is_frozen)
+    for parameter in backbone.stem_parameters:
+        parameter.requires_grad_(num_stages == 0)
