@@ -55,13 +55,20 @@ def _row(name):
         _tried[layers] = _lacks(backbone)
     if _tried[layers]:
         return TimmRow(name=name, lacks=_tried[layers])
-    heeds = ["norm"] if batch_norms(backbone) else []
     is_plain = isinstance(backbone, TimmPlain)
+    heeds = {
+        "norm": bool(batch_norms(backbone)),
+        "drop_path": has_drop_path,
+        "taps": is_plain,
+        "token_window": is_plain and bool(backbone.windowed),
+        "image_windows": is_plain,
+    }
     return TimmRow(
         name=name,
         parameters=sum(parameter.numel() for parameter in backbone.net.parameters()),
         channels=[backbone.net.embed_dim] if is_plain else backbone.channels,
-        heeds=[*heeds, *(["drop_path"] if has_drop_path else [])],
+        depth=len(backbone.net.blocks) if is_plain else 0,
+        heeds=[option for option, is_heeded in heeds.items() if is_heeded],
         has_weights=timm.is_model_pretrained(name),
     )
 

@@ -23,6 +23,9 @@ LACKS = {
     "drop_path": "has no drop path",
     "relative_positions": "has no choice of relative positions",
     "stride_in_1x1": "has no blocks with 1x1 convolutions",
+    "taps": "gives features of its stages, not of chosen blocks",
+    "token_window": "has no windows of tokens to choose",
+    "image_windows": "takes images whole",
 }
 """Options of ``model`` that are for some backbones, and why others do not heed them."""
 
@@ -38,6 +41,7 @@ class BackboneFacts:
         heeds: the options of ``model`` that it takes, of `LACKS`.
         has_levels: it gives four levels, C2 to C5, of which a pyramid is made; else one map, and
             the model has no FPN.
+        depth: blocks that ``taps`` may name; 0 where there are none.
         published: timm's name of its ImageNet weights, of the plain recipe that detection papers
             start from.
         is_own: a user's.
@@ -47,6 +51,7 @@ class BackboneFacts:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     heeds: tuple[str, ...] = ()
     has_levels: bool = True
+    depth: int = 0
     published: str | None = None
     is_own: bool = False
 
@@ -241,6 +246,7 @@ def _timm_backbone(name: str) -> BackboneFacts:
         build=f"bigdet.models.backbones.timm_net:Timm{'Plain' if row.is_plain else 'Pyramid'}",
         sizes=sizes,
         heeds=tuple(row.heeds),
+        depth=row.depth,
         published=row.name if row.has_weights else None,
     )
 

@@ -25,6 +25,7 @@ class TimmRow:
         name: in timm, without a tag of weights.
         parameters: without classifier, and without the layers that bigdet adds.
         channels: of C2 to C5; of a network whose features have one stride, 16, its width alone.
+        depth: blocks of a network whose features have one stride.
         heeds: the options of ``model`` that it takes.
         has_weights: timm has weights of it.
         lacks: why it cannot be a backbone; empty if it can.
@@ -33,6 +34,7 @@ class TimmRow:
     name: str
     parameters: int = 0
     channels: list[int] = field(default_factory=list)
+    depth: int = 0
     heeds: list[str] = field(default_factory=list)
     has_weights: bool = False
     lacks: str = ""
@@ -67,12 +69,28 @@ def timm_rows() -> dict[str, TimmRow]:
                 name=cells["name"],
                 parameters=int(cells["parameters"]),
                 channels=[int(each) for each in cells["channels"].split()],
+                depth=int(cells["depth"]),
                 heeds=cells["heeds"].split(),
                 has_weights=cells["has_weights"] == "True",
                 lacks=cells["lacks"],
             )
             for cells in csv.DictReader(file)
         }
+
+
+def timm_table() -> str:
+    """Return lines that list the networks of timm that can be a backbone, and what they are."""
+    rows = [row for row in timm_rows().values() if not row.lacks]
+    cells = [["network of timm", "million parameters", "strides", "options of model"]]
+    for row in rows:
+        strides = " ".join(map(str, row.strides))
+        millions = f"{row.parameters / 1e6:.1f}"
+        cells.append([f"{PREFIX}{row.name}", millions, strides, " ".join(row.heeds)])
+    widths = [max(len(line[column]) for line in cells) for column in range(3)]
+    return "".join(
+        f"    {name:{widths[0]}}  {size:>{widths[1]}}  {strides:{widths[2]}}  {options}\n"
+        for name, size, strides, options in cells
+    )
 
 
 def timm_row(backbone: str) -> TimmRow:

@@ -217,12 +217,12 @@ class TimmPlain(TimmBackbone):
         replace_batch_norms(net, norm)
         super().__init__(net, name, options)
         self._final_norm, self._image_windows = final_norm, image_windows
-        self._windowed: list[Any] = []
+        self.windowed: list[Any] = []
         has_positions = _module_of(name) in PLAIN and getattr(net, "rope", None) is None
         if token_window is not None and has_positions:
             inner = [block for quarter in quarters(net.blocks) for block in quarter[:-1]]
-            self._windowed = [block.attn for block in inner]
-        for attention in self._windowed:
+            self.windowed = [block.attn for block in inner]
+        for attention in self.windowed:
             use_windows(attention, token_window, net.num_prefix_tokens)
         width = net.embed_dim * len(self._indices) * (1 if image_windows == 1 else 2)
         self.channels, self.pyramid = simple_pyramid(width)
@@ -257,7 +257,7 @@ class TimmPlain(TimmBackbone):
         return torch.cat([joined, spread], dim=1)
 
     def _map(self, x: Tensor) -> Tensor:
-        for attention in self._windowed:
+        for attention in self.windowed:
             attention.grid_size = (x.shape[2] // PATCH, x.shape[3] // PATCH)
         return torch.cat(self.net(x, indices=self._indices, norm=self._final_norm), dim=1)
 

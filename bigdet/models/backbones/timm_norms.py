@@ -8,23 +8,12 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from bigdet.models.norms import BatchNorm2d, Kind, make_norm
+from bigdet.models.backbones.any_size import derived
+from bigdet.models.norms import Kind, make_norm
 
 
-class _BatchNormAct(BatchNorm2d):
-    """Batch normalization and what follows it in timm's ``BatchNormAct2d``."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``(B, C, H, W)`` and apply the activation."""
-        activated: Tensor = self.act(self.drop(super().forward(x)))
-        return activated
-
-
-class _GroupNormAct(nn.GroupNorm):
-    """Group normalization and the same."""
+class _Activated(nn.Module):
+    """Methods for a normalization that does what timm's ``BatchNormAct2d`` does after its own."""
 
     drop: nn.Module
     act: nn.Module
@@ -33,12 +22,6 @@ class _GroupNormAct(nn.GroupNorm):
         """Normalize ``(B, C, H, W)`` and apply the activation."""
         activated: Tensor = self.act(self.drop(super().forward(x)))
         return activated
-
-
-_WITH_ACTIVATION: dict[type[nn.Module], type[nn.Module]] = {
-    BatchNorm2d: _BatchNormAct,
-    nn.GroupNorm: _GroupNormAct,
-}
 
 
 def replace_batch_norms(net: nn.Module, kind: Kind) -> None:
@@ -64,7 +47,7 @@ def _replacement(layer: nn.BatchNorm2d, kind: Kind) -> nn.Module:
     if kind == "bn":
         norm.eps = layer.eps
     if has_activation:
-        norm.__class__ = _WITH_ACTIVATION[type(norm)]
+        norm.__class__ = derived(type(norm), _Activated)
         norm.drop, norm.act = layer.drop, layer.act
     with torch.no_grad():
         norm.weight.copy_(layer.weight)
