@@ -148,7 +148,13 @@ def run_phase(run: Run) -> bool:
     make_optimizer = partial(optim.build_optimizer, phase=phase)
     num_micro_batches = len(stream.lanes)
     engine = build_engine(
-        detector, make_optimizer, config.engine, num_micro_batches, device, detector.units
+        detector,
+        make_optimizer,
+        config.engine,
+        num_micro_batches,
+        device,
+        detector.units,
+        with_ema=phase.ema is not None,
     )
     try:
         if run.restored is not None:

@@ -35,7 +35,7 @@ from bigdet.training.forks import (
 )
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.showing import note_start, open_boards
-from bigdet.training.state import RunState
+from bigdet.training.state import NEWEST, RunState
 from bigdet.weights.start import check_start
 
 logger = logging.getLogger(__name__)
@@ -309,8 +309,8 @@ def begin(
 
     def was_before(line: Mapping[str, Any]) -> bool:
         place = (names.index(line["phase"]), line["step"])
-        is_ap = "bbox/AP" in line
-        if is_ap and run_dir.detections(line["phase"], line["step"]).is_file():
+        is_ap = "bbox/AP" in line or f"{NEWEST}bbox/AP" in line
+        if "bbox/AP" in line and run_dir.detections(line["phase"], line["step"]).is_file():
             return False  # about to be scored again
         return place < here or (place == here and not (is_ap and state.needs_evaluation))
 

@@ -25,13 +25,15 @@ from safetensors.torch import save_file
 from torch.optim import AdamW
 
 from bigdet import distributed
-from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine, EngineState
 from bigdet.models.activation_checkpointing import enable_checkpointing
+from bigdet.models.backbones.vit import ViT
 from bigdet.models.build import build_detector
-from bigdet.models.vit import ViT
 from bigdet.structures import Batch
 from bigdet.training.optim import parameter_groups
 from tests.ranks.toy import ENGINES

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
 from bigdet.models.backbone_base import Backbone
 from bigdet.training.optim import parameter_groups
 from tests.ranks import large_backbones
