@@ -19,11 +19,9 @@ from pathlib import Path
 from bigdet import distributed
 from bigdet.cli.running import STOPPED, run_command
 from bigdet.config.load import load_config
-from bigdet.config.model import has_keypoints, has_masks
 from bigdet.config.phase import num_steps
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import TrainStream
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
@@ -35,6 +33,7 @@ from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
+from bigdet.training.phase_stream import stream_for_phase
 from bigdet.training.phases import build_for_phase
 from bigdet.training.watchdog import Watchdog
 
@@ -127,17 +126,9 @@ def run_phase(run: Run) -> bool:
         run.restored = None  # the phase is complete, but its last evaluation may be unscored
         return True
     with distributed.together():
-        stream = TrainStream(
-            run.train_set,
-            config.data,
-            phase,
-            name=name,
-            with_masks=has_masks(phase_model(config, name)),
-            with_keypoints=has_keypoints(phase_model(config, name)),
-            seed=config.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            first_step=state.step + state.stream_shift,
+        rank, first_step = distributed.rank(), state.step + state.stream_shift
+        stream = stream_for_phase(
+            config, name, run.train_set, rank, distributed.world_size(), first_step
         )
         if run.restored is not None:
             stream.check_state(state.stream)

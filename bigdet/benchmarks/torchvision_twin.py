@@ -202,11 +202,7 @@ def training_options(
 ) -> dict[str, Any]:
     """Return the box head of torchvision's R-CNNs, and their settings of training.
 
-    Args:
-        config: ours.
-        rpn: with the limits of its proposals.
-        width: channels of the features.
-        num_classes: K.
+    ``rpn`` has the limits of its proposals; features have ``width`` channels.
     """
     roi, norm = config.roi, _norm_layer(head_norm(config))
     head = TwoMLPHead(width * 49, config.fc_width)

@@ -33,8 +33,8 @@ class RetinaNet(Detector):
 
     def _predictions(self, batch: Batch) -> RetinaPredictions:
         features = self.fpn(self.backbone(self.pixels(batch))[1:])  # C3 to C5 to P3 to P7
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions: RetinaPredictions = self.retina_head(features, self.strides, canvas_size)
+        size = self.seen_size(batch)
+        predictions: RetinaPredictions = self.retina_head(features, self.strides, size)
         return predictions
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

@@ -54,7 +54,6 @@ class Cluster:
     """How the GPUs are connected.
 
     Attributes:
-        gpus_per_host: GPUs of one host.
         inside: bytes per second that a GPU's link inside its host carries.
         between: bytes per second of the network adapter of each GPU.
         latency: seconds of one message.
@@ -111,8 +110,7 @@ class Forecast:
 
     Attributes:
         kind: one of ``KINDS``.
-        step_seconds: duration of one step.
-        waiting_seconds: the part of it spent waiting for communication.
+        waiting_seconds: the part of a step spent waiting for communication.
         memory_bytes: peak of one GPU.
         efficiency: computing over step time, in (0, 1].
     """

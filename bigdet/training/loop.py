@@ -107,7 +107,7 @@ class Run:
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
         world_size, device = distributed.world_size(), distributed.device().type
         logger.info(
-            f"{world_size} ranks on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
+            f"ranks: {world_size} on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
         )
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None

@@ -71,7 +71,7 @@ def parameter_groups(
 
 
 def _kinds(module: nn.Module, decay_norms: bool) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Give what is trained by name: a ``weight``, a ``bias``, or ``plain``, never decayed."""
+    """Yield trained parameters with name and kind: ``weight``, ``bias``, ``plain`` (no decay)."""
     for place, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
         # Only normalization layers have a weight with one dimension.
@@ -89,7 +89,7 @@ def _kinds(module: nn.Module, decay_norms: bool) -> Iterator[tuple[str, nn.Param
 
 
 def layer_factors(module: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Give the rate of each parameter of a detector's backbone over that of the heads.
+    """Return the rate of each backbone parameter divided by that of the heads.
 
     ``layer_decay ** (depth + 1 - layer)`` with the layers of `layer_ids`, as BEiT, ViTDet and timm
     have it: output norms, pyramid, neck and heads are layer depth + 1, with factor 1.
@@ -126,7 +126,7 @@ def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
     decay = phase.layer_decay
     layers = "" if decay is None else f", times {decay:g} per layer of the backbone"
     if phase.reference_images_per_step is None:
-        return f"lr {phase.lr:.3g} as written, whatever the images per step{layers}"
+        return f"lr {phase.lr:.3g} as written, not scaled with the images per step{layers}"
     return (
         f"lr {phase.lr:.3g} at {phase.reference_images_per_step} images per step -> "
         f"{scaled_lr(phase, images_per_step):.3g} at {images_per_step}{layers}"

@@ -15,7 +15,6 @@ from bigdet.ops.boxes import clip_boxes
 from bigdet.ops.nms import best_of_groups, grouped_nms, soft_nms
 
 MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
-SIGMA = 0.5  # of Gaussian soft-NMS, in its paper
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def best_detections(
     else:
         scores = soft_nms(
             boxes, usable_scores, groups, num_groups, kind, config.nms_iou,
-            getattr(config, "nms_sigma", SIGMA), config.detections_per_image,
+            config.nms_sigma, config.detections_per_image,
         )  # fmt: skip
         kept = scores > config.score_threshold
     rows = kept.nonzero().squeeze(1)

@@ -110,7 +110,7 @@ def test_the_decay_of_averages_warms_up() -> None:
 
 def test_layer_decay_and_averages_are_said_in_the_log() -> None:
     decayed = make_phase(lr=0.02, layer_decay=0.7)
-    end = "whatever the images per step, times 0.7 per layer of the backbone"
+    end = "not scaled with the images per step, times 0.7 per layer of the backbone"
     assert describe_lr(decayed, 8).endswith(end)
     assert describe_ema(None) == ""
     both = "average of the weights (EMA 0.9999) and the newest weights evaluated"
