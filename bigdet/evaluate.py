@@ -19,8 +19,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
-
 from bigdet import distributed
 from bigdet.cli.running import run_command
 from bigdet.config.check import check_config, check_max_detections
@@ -44,7 +42,7 @@ from bigdet.host.files import check_file
 from bigdet.host.strict_json import to_json
 from bigdet.logs.log import setup_logging
 from bigdet.models.detector import Detector
-from bigdet.models.weights import find_weights, load_detector
+from bigdet.models.weights import find_weights, load_detector, read_metadata
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 
@@ -266,9 +264,7 @@ def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
                 f"{', '.join(CHANGEABLE)}. Leave it out."
             )
     file = find_weights(model)
-    with safe_open(file, framework="pt") as opened:
-        text = (opened.metadata() or {}).get("config", "")
-    config = parse_config(text, str(file), overrides)
+    config = parse_config(read_metadata(file).get("config", ""), str(file), overrides)
     check_config(config)
     return config
 

@@ -23,14 +23,13 @@ from bigdet import distributed
 from bigdet.config.schema import EngineConfig
 from bigdet.engine.base import (
     BUCKET_ELEMENTS,
-    EngineState,
     MakeOptimizer,
     StepResult,
     check_fits,
     state_keys,
-    to_save,
     weight_shapes,
 )
+from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 
 if not torch.cuda.is_available():
@@ -168,51 +167,38 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
 
-    def state(self) -> EngineState:
-        """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
-        is_main = distributed.is_main()
-        optimizer: dict[str, dict[str, Tensor]] = {}
+    def parts(self) -> list[Part]:
+        """Give what this rank holds of weights and, once there is any, optimizer state."""
+        weights = self.module.state_dict(keep_vars=True)
+        parts = [
+            self._state.weight(name, value, self._shapes[name]) for name, value in weights.items()
+        ]
         if self._optimizer.state:
             self._state.prepare()
-            for name, (parameter, group) in self._trained.items():
-                full = {key: self._state.read(parameter, group, key) for key in self._keys}
-                if is_main:
-                    optimizer[name] = {key: to_save(value) for key, value in full.items()}
-        model: dict[str, Tensor] = {}
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            with self._state.whole(value):
-                if is_main:
-                    model[name] = to_save(value)
-        return EngineState(model, optimizer, self._scale.state()) if is_main else EngineState()
+            parts += [
+                self._state.part(name, parameter, group, key, self._shapes[name])
+                for name, (parameter, group) in self._trained.items()
+                for key in self._keys
+            ]
+        return parts
 
-    def load_state(self, state: EngineState) -> None:
-        """Go on from the state that rank 0 has. Collective.
+    def share(self, position: int, size: int) -> Share:
+        """Copy what this rank saves; see ``parts.copy_share``."""
+        return copy_share(self.parts(), position, size, self._scale.state())
+
+    def load_state(self, source: Source) -> None:
+        """Go on from what was saved, reading this rank's part of it. Collective.
 
         Raises:
-            ValueError: on every rank, when the state is that of another model or optimizer.
+            SharedError: on every rank, when the state is that of another model or optimizer.
         """
-        check_fits(state, self._shapes, self._trained, self._keys)
-        with torch.no_grad():
-            for name, value in self.module.state_dict(keep_vars=True).items():
-                self._state.set_weight(value, state.model.get(name))
-        self._state.weights_are_set()
+        check_fits(source.catalog, self._shapes, self._trained, self._keys)
         self._optimizer.state.clear()
-        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
-        if self._keys and has_optimizer:
-            self._load_optimizer(state.optimizer)
-        self._scale.load_state(state.loss_scale)
-
-    def _load_optimizer(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Put the optimizer state that rank 0 has in place."""
-        self._state.create(self._keys)
-        for name, (parameter, group) in self._trained.items():
-            for key in self._keys:
-                shape = () if key == "step" else self._shapes[name]
-                device = torch.device("cpu") if key == "step" else distributed.device()
-                empty = torch.empty(shape, device=device)
-                source = saved[name][key].to(empty) if name in saved else empty
-                value = distributed.broadcast_tensor(source)
-                self._state.write(parameter, group, key, value)
+        if len(source.catalog) > 1:
+            self._state.create(self._keys)
+        with self._state.setting():
+            fill(self.parts(), source)
+        self._scale.load_state(source.loss_scale)
 
     def close(self) -> None:
         """Let go of all memory but the module's own."""

@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigdet import distributed
 from bigdet.config.schema import EngineConfig
 from bigdet.engine.base import (
-    EngineState,
     MakeOptimizer,
     StepResult,
     check_fits,
     state_keys,
-    to_save,
     weight_shapes,
 )
+from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.pieces.index import MODEL
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -128,61 +129,38 @@ class FsdpEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
 
-    def state(self) -> EngineState:
-        """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
-        model = {name: self._gather(value) for name, value in self.module.state_dict().items()}
-        optimizer: dict[str, dict[str, Tensor]] = {}
+    def parts(self) -> list[Part]:
+        """Give what this rank holds of weights and, once there is any, optimizer state."""
+        weights = self.module.state_dict()
+        parts = [_part(MODEL, name, value, self._shapes[name]) for name, value in weights.items()]
         if self._optimizer.state:
             for name, parameter in self._trained.items():
                 values = self._optimizer.state[parameter]
-                optimizer[name] = {key: self._gather(values[key]) for key in self._keys}
-        if not distributed.is_main():
-            return EngineState()
-        return EngineState(model, optimizer, self._scale.state())
+                for key in self._keys:
+                    shape = () if key == "step" else self._shapes[name]
+                    parts.append(_part(key, name, values[key], shape))
+        return parts
 
-    def _gather(self, value: Tensor) -> Tensor:
-        """Put the shards of a tensor together on the CPU of rank 0; others get an empty one."""
-        is_main = distributed.is_main()
-        if isinstance(value, DTensor):
-            shards = value.to(self._device)
-            assert isinstance(shards, DTensor)
-            value = shards.full_tensor()
-        return to_save(value) if is_main else torch.empty(0)
+    def share(self, position: int, size: int) -> Share:
+        """Copy what this rank saves; see ``parts.copy_share``."""
+        return copy_share(self.parts(), position, size, self._scale.state())
 
-    def load_state(self, state: EngineState) -> None:
-        """Go on from the state that rank 0 has. Collective.
+    def load_state(self, source: Source) -> None:
+        """Go on from what was saved, reading this rank's part of it. Collective.
 
         Raises:
-            ValueError: on every rank, when the state is that of another model or optimizer.
+            SharedError: on every rank, when the state is that of another model or optimizer.
         """
-        check_fits(state, self._shapes, self._trained, self._keys)
-        for name, value in self.module.state_dict().items():
-            self._scatter(state.model.get(name), value)
+        check_fits(source.catalog, self._shapes, self._trained, self._keys)
         self._optimizer.state.clear()
-        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
-        if self._keys and has_optimizer:
-            for name, parameter in self._trained.items():
-                saved = state.optimizer.get(name, {})
-                values = {
+        if len(source.catalog) > 1:
+            for parameter in self._trained.values():
+                self._optimizer.state[parameter] = {
                     key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
                     for key in self._keys
                 }
-                for key, value in values.items():
-                    self._scatter(saved.get(key), value)
-                self._optimizer.state[parameter] = values
-        self._scale.load_state(state.loss_scale)
-
-    @torch.no_grad()
-    def _scatter(self, source: Tensor | None, value: Tensor) -> None:
-        """Fill a tensor, or its shards, from the whole one that rank 0 has."""
-        if source is None:
-            source = torch.empty(value.shape, dtype=value.dtype)
-        if isinstance(value, DTensor):
-            whole = source.to(self._device, value.dtype)
-            shards = distribute_tensor(whole, value.device_mesh, value.placements)
-            _shard(value).copy_(_shard(shards))
-        else:
-            value.copy_(distributed.broadcast_tensor(source.to(value.device, value.dtype)))
+        fill(self.parts(), source)
+        self._scale.load_state(source.loss_scale)
 
     def close(self) -> None:
         """Let go of all memory but the module's own."""
@@ -196,3 +174,13 @@ def _shard(value: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor."""
     assert isinstance(value, DTensor), type(value)
     return value.to_local()
+
+
+def _part(kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
+    """Say what this rank holds of a tensor: rows of it, or all."""
+    if not isinstance(value, DTensor):
+        return Part(kind, name, shape, 0, value, is_whole=True)
+    _, offset = compute_local_shape_and_global_offset(
+        value.shape, value.device_mesh, value.placements
+    )
+    return Part(kind, name, shape, offset[0] * math.prod(shape[1:]), value.to_local())

@@ -19,7 +19,8 @@ from bigdet.config.schema import RunConfig
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream, too_damaged
-from bigdet.engine.base import Engine, EngineState, StepResult
+from bigdet.engine.base import Engine, StepResult
+from bigdet.engine.parts import Source
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
 from bigdet.models import norms
@@ -52,7 +53,7 @@ class Run:
         metrics: rank 0's log for machines, None on the other ranks.
         state: where the run is; changed in place.
         watchdog: ends a run that stands still.
-        restored: engine state to go on from inside the current phase; taken once.
+        restored: what the engine goes on from inside the current phase; taken once.
         saver: writes the checkpoints.
         scorer: measures evaluations beside training.
     """
@@ -64,7 +65,7 @@ class Run:
     metrics: MetricsWriter | None
     state: RunState
     watchdog: Watchdog
-    restored: EngineState | None = None
+    restored: Source | None = None
     saver: saving.Saver = field(init=False)
     scorer: Scorer = field(init=False)
 

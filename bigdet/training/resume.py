@@ -29,6 +29,7 @@ from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
+from bigdet.pieces.index import STATE_FILE
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training import same_hosts as hosts
@@ -130,9 +131,9 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     if config.resume in ("auto", "never"):
         return newest
     folder = Path(config.resume)
-    if not (folder / checkpoint.STATE_FILE).is_file():
+    if not (folder / STATE_FILE).is_file():
         raise ConfigError(
-            f"resume: {folder} is not a checkpoint (it has no {checkpoint.STATE_FILE}). Write "
+            f"resume: {folder} is not a checkpoint (it has no {STATE_FILE}). Write "
             f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
         )
     is_new = newest is None or not is_same_request(config, load_config(run_dir.config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -189,9 +190,49 @@ def run_steps(
     return losses, grad_norms
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The state of an engine whole on every rank, which an engine can go on from (a ``Source``)."""
+
+    catalog: dict[str, dict[str, Any]]
+    loss_scale: dict[str, float]
+    tensors: dict[tuple[str, str], Tensor]
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        return {name: value for (kind, name), value in self.tensors.items() if kind == "model"}
+
+    def read(self, kind: str, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        flat = self.tensors[kind, name].flatten()
+        return flat[first:] if count is None else flat[first : first + count]
+
+    def lacking(self, ranges: Any) -> set[str]:
+        return set()
+
+
+def whole_state(engine: Engine) -> Whole:
+    """Put the shares of all ranks together: every number of every tensor is in one of them."""
+    rank, size = distributed.rank(), distributed.world_size()
+    shares = distributed.all_gather_objects(engine.share(rank, size))
+    catalog = shares[0].catalog
+    assert all(share.catalog == catalog for share in shares)
+    tensors, times = {}, {}
+    for kind, specs in catalog.items():
+        for name, spec in specs.items():
+            tensors[kind, name] = torch.empty(spec.count, dtype=spec.torch_dtype)
+            times[kind, name] = torch.zeros(spec.count)
+    for piece in (piece for share in shares for piece in share.pieces):
+        held = slice(piece.first, piece.first + len(piece.values))
+        tensors[piece.kind, piece.name][held] = piece.values
+        times[piece.kind, piece.name][held] += 1
+    assert all((count == 1).all() for count in times.values())
+    shaped = {key: flat.view(catalog[key[0]][key[1]].shape) for key, flat in tensors.items()}
+    return Whole(catalog, shares[0].loss_scale, shaped)
+
+
 def weights(name: str, engine: Engine) -> dict[str, Tensor] | None:
     """All weights: of rank 0 as saved, of the others as they have them (None where sharded)."""
-    saved = engine.state().model
+    saved = whole_state(engine).model
     if distributed.is_main():
         return saved
     return copy_of(engine.module.state_dict()) if name in REPLICATED else None
