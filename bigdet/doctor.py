@@ -172,9 +172,11 @@ def compare(everywhere: list[Facts]) -> list[Row]:
     for check in ("images per step", "data", "output"):
         found = [(facts.host, facts.problems.get(check)) for facts in everywhere]
         bad = next(((host, text) for host, text in found if text is not None), None)
-        good = {"images per step": "ranks share every phase's steps equally",
-                "data": "sets, phases and weights to start from go together",
-                "output": "can be written on every host"}[check]  # fmt: skip
+        good = {
+            "images per step": "ranks share every phase's steps equally",
+            "data": "sets, phases and weights to start from go together",
+            "output": "can be written on every host",
+        }[check]
         rows.append(Row(check, good if bad is None else f"{bad[0]}: {bad[1]}", bad is None))
     objects = everywhere[0].objects.items()
     return rows + [Row(check, line, warnings=warnings) for check, (line, warnings) in objects]

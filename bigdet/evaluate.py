@@ -99,10 +99,13 @@ def main(arguments: Sequence[str]) -> int:
     short, long = detector.eval_size
     logger.info(
         "%s on %d images of %s: %s, %d ranks on %s",
-        find_weights(options.model), len(shards), shards.address,
+        find_weights(options.model),
+        len(shards),
+        shards.address,
         f"short side {short}, long side at most {long}" if tta is None else f"views {tta}",
-        distributed.world_size(), device.type,
-    )  # fmt: skip
+        distributed.world_size(),
+        device.type,
+    )
     model, metric = detector.config, config.evaluation.metric
     limit = config.evaluation.max_detections
     with distributed.together():

@@ -99,9 +99,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _write_tables(
-    config: RunConfig, phase: str, hosts: int, cluster: Cluster, work: Work, room_gib: float,
+    config: RunConfig,
+    phase: str,
+    hosts: int,
+    cluster: Cluster,
+    work: Work,
+    room_gib: float,
     knows_activations: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Write what was measured, all kinds at the asked number of GPUs, and the best at others."""
     settings = config.phases[phase]
     gpus = hosts * cluster.gpus_per_host
@@ -109,14 +114,23 @@ def _write_tables(
     images = settings.images_per_gpu
     logger.info(
         "phase %s: %.1f M weights, %.1f M trained; a micro-batch of %d images takes %.3f s; "
-        "memory %s", phase, work.sizes.parameters / 1e6, work.sizes.trained / 1e6, images,
-        work.micro_batch_seconds, f"{work.activation_bytes / GIB:.1f} GiB beside weights, "
-        f"gradients and optimizer" if knows_activations else "without activations (not measured)",
-    )  # fmt: skip
+        "memory %s",
+        phase,
+        work.sizes.parameters / 1e6,
+        work.sizes.trained / 1e6,
+        images,
+        work.micro_batch_seconds,
+        f"{work.activation_bytes / GIB:.1f} GiB beside weights, gradients and optimizer"
+        if knows_activations
+        else "without activations (not measured)",
+    )
     logger.info(
-        "%d GPUs, %d images per step (%d micro-batches of %d on each):", gpus,
-        gpus * work.micro_batches * images, work.micro_batches, images,
-    )  # fmt: skip
+        "%d GPUs, %d images per step (%d micro-batches of %d on each):",
+        gpus,
+        gpus * work.micro_batches * images,
+        work.micro_batches,
+        images,
+    )
     header = "step s  waiting s  efficiency  images/s  GiB per GPU"
     logger.info("  %-8s %s", "engine", header)
     rows = [forecast(kind, gpus, cluster, work) for kind in KINDS]
@@ -124,10 +138,12 @@ def _write_tables(
         logger.info("  %-8s %s", row.kind, _cells(row, gpus, work, images, room_gib))
     chosen = best(rows, room_gib * GIB)
     logger.info(
-        "%s", f"nothing fits into {room_gib:g} GiB: lower phases.{phase}.images_per_gpu (the "
+        "%s",
+        f"nothing fits into {room_gib:g} GiB: lower phases.{phase}.images_per_gpu (the "
         "gradient changes with it, see --options)"
-        if chosen is None else f"take {_as_options(chosen.kind)}",
-    )  # fmt: skip
+        if chosen is None
+        else f"take {_as_options(chosen.kind)}",
+    )
     logger.info("the best on other numbers of GPUs, at least one micro-batch on each:")
     logger.info("  %6s %-8s %s", "GPUs", "engine", header)
     for number in _SHOWN_GPUS:
@@ -208,10 +224,19 @@ def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> N
 
     def take(setting: Setting) -> Measured | None:
         words = overrides(phase, settings, setting)
-        return run_trial(_measuring([
-            options.config, *options.overrides, *words,
-            "--phase", phase, "--memory-gib", str(options.memory_gib),
-        ]))  # fmt: skip
+        return run_trial(
+            _measuring(
+                [
+                    options.config,
+                    *options.overrides,
+                    *words,
+                    "--phase",
+                    phase,
+                    "--memory-gib",
+                    str(options.memory_gib),
+                ]
+            )
+        )
 
     logger.info("phase %s: measuring settings (size x images per GPU) on this device", phase)
     search = Search(sizes, batches, options.memory_gib, take, shift_gib)
@@ -231,9 +256,10 @@ def _write_boundary(search: Search, phase: str, settings: PhaseConfig, gpus: int
             f"engine.activation_checkpointing=true, engine.precision=bf16 or another engine."
         )
     logger.info(
-        "what fits into %g GiB%s, while no larger size or batch of the grid does:", search.room_gib,
+        "what fits into %g GiB%s, while no larger size or batch of the grid does:",
+        search.room_gib,
         f" of each of {gpus} GPUs" if gpus > 1 else "",
-    )  # fmt: skip
+    )
     logger.info("  size  images per GPU (most)    GiB  s per image  GPU hours per pass")
     per_pass = next(iter(search.known().values())).images_per_pass
     for one in boundary:
@@ -242,9 +268,14 @@ def _write_boundary(search: Search, phase: str, settings: PhaseConfig, gpus: int
         seconds = step / one.images
         logger.info(
             "  %4d  %14d %6s  %5.2f  %11.4f  %18.3f  %s",
-            one.size, one.images, f"({search.most_images(one.size)})", search.memory_gib(one),
-            seconds, seconds * per_pass / 3600, "predicted" if found is None else "measured",
-        )  # fmt: skip
+            one.size,
+            one.images,
+            f"({search.most_images(one.size)})",
+            search.memory_gib(one),
+            seconds,
+            seconds * per_pass / 3600,
+            "predicted" if found is None else "measured",
+        )
     for one in boundary:
         sys.stdout.write(" ".join(overrides(phase, settings, one)) + "\n")
     sys.stdout.flush()
@@ -265,9 +296,15 @@ def _check(search: Search, setting: Setting) -> None:
     error = gib / measured_gib - 1
     logger.info(
         "check %s: memory predicted %.3f GiB, measured %.3f (%+.1f%%); seconds of a step "
-        "predicted %.3f, measured %.3f (%+.1f%%)", setting, gib, measured_gib, 100 * error,
-        seconds, found.seconds, 100 * (seconds / found.seconds - 1),
-    )  # fmt: skip
+        "predicted %.3f, measured %.3f (%+.1f%%)",
+        setting,
+        gib,
+        measured_gib,
+        100 * error,
+        seconds,
+        found.seconds,
+        100 * (seconds / found.seconds - 1),
+    )
     if abs(error) > _TOLERANCE:
         raise ValueError(
             f"--check {setting}: the predicted memory is off by {error:+.1%}, more than "

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigdet.cli.parsing import command_parser
 from bigdet.cli.running import run_command
 from bigdet.host.files import check_folder
 from bigdet.logs.log import setup_logging
@@ -44,11 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--title", help="above the report; default: the names of the runs")

@@ -163,8 +163,12 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
             if not _is_finished(run) and not is_stopped:
                 logger.warning(
                     "%s: failed: its command ended with exit code %d, and %s is neither finished "
-                    "nor stopped.%s", place, code, _run_dir(run).root, explain_exit(code),
-                )  # fmt: skip
+                    "nor stopped.%s",
+                    place,
+                    code,
+                    _run_dir(run).root,
+                    explain_exit(code),
+                )
                 failed.append(run.name)
             if is_stopped or _stop_requested:
                 _note(0, None)
@@ -193,8 +197,10 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
     links = ""
     if len(places) > 1:
         (folder / "report.html").unlink(missing_ok=True)  # of an earlier start with fewer runs
-        links = "\n" + "".join(f"- runs on {place}: {_report_folder(name)}/report.html\n"
-                               for place, name in zip(places, names, strict=True))  # fmt: skip
+        links = "\n" + "".join(
+            f"- runs on {place}: {_report_folder(name)}/report.html\n"
+            for place, name in zip(places, names, strict=True)
+        )
     write_text(folder / "report.md", table + links)
     for place, name in zip(places, names, strict=True):
         own = [run for run in begun if shards[run.name] == place]

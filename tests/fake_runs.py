@@ -42,8 +42,13 @@ def write_run(
         imported: what was stated of its first weights, by its keys in ``metrics.jsonl``.
     """
     run_dir = RunDir(folder)
-    words = ["phases.pretrain.steps=30", "phases.finetune.steps=20", "phases.pretrain.drops=[]",
-             f"output={folder}", *overrides]  # fmt: skip
+    words = [
+        "phases.pretrain.steps=30",
+        "phases.finetune.steps=20",
+        "phases.pretrain.drops=[]",
+        f"output={folder}",
+        *overrides,
+    ]
     folder.mkdir(parents=True)
     config = load_config(ROOT / "configs" / "quickstart.yaml", words)
     run_dir.config.write_text(dump_config(config))
@@ -55,11 +60,20 @@ def write_run(
         if cpu_seconds_per_step is not None:
             costs |= cpu_counters(total, step, cpu_seconds_per_step)
         place = {"phase": phase, "step": step}
-        losses = {"loss/total": 4.0 / number, "loss/box_delta": 1.0 / number, "lr": 0.01,
-                  "grad_norm": 2.0, "time/step_seconds": 0.5, "time/data_seconds": 0.125,
-                  "images_per_second": 8.0, "memory_gib": 1.5}  # fmt: skip
-        lines += [{**place, **losses, **costs},
-                  {**place, "bbox/AP": ap, "segm/AP": ap / 2, **costs}]  # fmt: skip
+        losses = {
+            "loss/total": 4.0 / number,
+            "loss/box_delta": 1.0 / number,
+            "lr": 0.01,
+            "grad_norm": 2.0,
+            "time/step_seconds": 0.5,
+            "time/data_seconds": 0.125,
+            "images_per_second": 8.0,
+            "memory_gib": 1.5,
+        }
+        lines += [
+            {**place, **losses, **costs},
+            {**place, "bbox/AP": ap, "segm/AP": ap / 2, **costs},
+        ]
     run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     last = lines[-1]
     file = run_dir.evaluation(last["phase"], last["step"])
@@ -77,24 +91,30 @@ def write_run(
 def counters(total: int, step: int, gpu_seconds: float) -> dict[str, float]:
     """What so many steps have taken, of the run and of its phase."""
     return {
-        "seen/images": 4 * total, "seen/instances": 12 * total, "seen/pixels": 4000 * total,
-        "seen/gpu_seconds": gpu_seconds * total, "cost/data_gpu_seconds": gpu_seconds * total / 4,
+        "seen/images": 4 * total,
+        "seen/instances": 12 * total,
+        "seen/pixels": 4000 * total,
+        "seen/gpu_seconds": gpu_seconds * total,
+        "cost/data_gpu_seconds": gpu_seconds * total / 4,
         "cost/evaluation_gpu_seconds": 3.6 * total,
-        "phase_cost/steps": step, "phase_cost/images": 4 * step, "phase_cost/instances": 12 * step,
+        "phase_cost/steps": step,
+        "phase_cost/images": 4 * step,
+        "phase_cost/instances": 12 * step,
         "phase_cost/pixels": 4000 * step,
         "phase_cost/compute_gpu_seconds": gpu_seconds * step * 0.75,
         "phase_cost/data_gpu_seconds": gpu_seconds * step / 4,
         "phase_cost/evaluation_gpu_seconds": 3.6 * step,
-    }  # fmt: skip
+    }
 
 
 def cpu_counters(total: int, step: int, seconds: float) -> dict[str, float]:
     """What so many steps have taken on a CPU, of the run and of its phase."""
     return {
-        "cost/cpu_seconds": seconds * total, "cost/evaluation_cpu_seconds": seconds * total / 2,
+        "cost/cpu_seconds": seconds * total,
+        "cost/evaluation_cpu_seconds": seconds * total / 2,
         "phase_cost/cpu_seconds": seconds * step,
         "phase_cost/evaluation_cpu_seconds": seconds * step / 2,
-    }  # fmt: skip
+    }
 
 
 def evaluation(ap: float, objects: int) -> dict[str, Any]:
@@ -120,18 +140,22 @@ def analysis(ap: float, objects: int) -> dict[str, Any]:
         "recall": {"1": ap, "10": ap, "100": ap},
         "per_class": {name: dict(one) for name in CLASSES},
         "calibration": {
-            "edges": [place / 10 for place in range(11)], "count": filled,
-            "score": [None] * 8 + [0.85, 0.95], "precision": [None] * 8 + [0.5, 1.0], "ece": 0.1,
+            "edges": [place / 10 for place in range(11)],
+            "count": filled,
+            "score": [None] * 8 + [0.85, 0.95],
+            "precision": [None] * 8 + [0.5, 1.0],
+            "ece": 0.1,
         },
         "confusion": {
             "min_score": 0.3,
             "pairs": [["cat", "cat", 6], ["cat", "dog", 2], ["cat", None, 2], [None, "dog", 1]],
         },
         "errors": {
-            "count": dict.fromkeys(types, 3), "dAP": dict.fromkeys(types, 0.05),
+            "count": dict.fromkeys(types, 3),
+            "dAP": dict.fromkeys(types, 0.05),
             "special": {"AP50": ap, "false_positives": 0.1, "false_negatives": 0.2},
         },
-    }  # fmt: skip
+    }
 
 
 def write_pictures(run_dir: RunDir, count: int) -> None:

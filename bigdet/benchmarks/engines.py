@@ -88,9 +88,15 @@ def run(
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             ranks = _run_ranks(
-                arguments.ranks, Path(folder), config, phase, make_batch, num_classes, name,
+                arguments.ranks,
+                Path(folder),
+                config,
+                phase,
+                make_batch,
+                num_classes,
+                name,
                 arguments.rounds,
-            )  # fmt: skip
+            )
         report[name] = ranks[0] | {
             key: max(rank[key] for rank in ranks) for key in ("peak_memory_gib", "state_mib")
         }
@@ -133,9 +139,12 @@ def _free_port() -> int:
 def _rank(rank: int, num_ranks: int, port: int, folder: Path, *arguments: Any) -> None:
     """One rank: join the group, measure, leave the numbers."""
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
     distributed.start()
     numbers = _measure(*arguments)

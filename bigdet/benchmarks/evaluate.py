@@ -138,8 +138,13 @@ def make_image(
         {"id": place, "label": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         for place, (label, box) in enumerate(zip(labels.tolist(), boxes.tolist(), strict=True))
     ]
-    record = {"image_id": image_id, "file_name": f"{image_id}.jpg", "annotations": annotations,
-              "width": int(size[0]), "height": int(size[1])}  # fmt: skip
+    record = {
+        "image_id": image_id,
+        "file_name": f"{image_id}.jpg",
+        "annotations": annotations,
+        "width": int(size[0]),
+        "height": int(size[1]),
+    }
     other_labels, other_boxes = some(count)
     source = random.integers(len(boxes), size=count)
     is_object = random.random(count) > NOTHING_THERE

@@ -44,11 +44,15 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
             more.append(f"data.train.shards={folder / 'shards'}")
         launcher = ["-m", "bigdet.train"]
         if arguments.ranks > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                        str(arguments.ranks), *launcher]  # fmt: skip
-        command = [
-            sys.executable, *launcher, str(arguments.config), *arguments.overrides, *more
-        ]  # fmt: skip
+            launcher = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(arguments.ranks),
+                *launcher,
+            ]
+        command = [sys.executable, *launcher, str(arguments.config), *arguments.overrides, *more]
         fresh = _seconds_to_first_step(command, run_dir, arguments.steps)
         lines = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
         log = run_dir.log(0).read_text()

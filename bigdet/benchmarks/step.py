@@ -32,23 +32,18 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import (
-    FastRCNNConvFCHead,
-    FastRCNNPredictor,
-    TwoMLPHead,
-)
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from bigdet.benchmarks import engines
 from bigdet.benchmarks.memory import peak_memory, start_memory
+from bigdet.benchmarks.torchvision_twin import mask_options, training_options
 from bigdet.config.derived import has_fpn, has_masks, model_parts, proposal_limits
 from bigdet.config.load import check_phase
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.schema import RunConfig
 from bigdet.engine.precision import autocast
 from bigdet.models.activation_checkpointing import enable_checkpointing
-from bigdet.models.build import build_detector, head_norm
+from bigdet.models.build import build_detector
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.models.norms import make_norm, set_norm_mode
 from bigdet.structures import Batch, Masks, Targets
@@ -251,39 +246,18 @@ def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
 def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
     """Build torchvision's detector with the settings of ours on a backbone with pyramid."""
     rpn = proposal_limits(config.rpn, config.detector)
-    width, roi = config.width, config.roi
-    norm = {"none": None, "bn": nn.BatchNorm2d, "gn": functools.partial(make_norm, "gn")}[
-        head_norm(config)
-    ]
-    head = TwoMLPHead(width * 49, config.fc_width)
-    if config.box_head == "4conv1fc":
-        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
-    options = {
+    options = training_options(config, rpn, config.width, NUM_CLASSES) | {
         "image_mean": [value / 255 for value in PIXEL_MEAN],
         "image_std": [value / 255 for value in PIXEL_DEVIATION],
         "rpn_anchor_generator": AnchorGenerator(
             tuple((size,) for size in rpn.anchor_sizes),
             (tuple(rpn.anchor_ratios),) * len(rpn.anchor_sizes),
         ),
-        "rpn_pre_nms_top_n_train": rpn.train_candidates,
-        "rpn_post_nms_top_n_train": rpn.train_proposals,
-        "rpn_batch_size_per_image": rpn.anchors_per_image,
-        "rpn_nms_thresh": rpn.nms_iou,
-        "box_batch_size_per_image": roi.rois_per_image,
-        "box_positive_fraction": roi.positive_fraction,
-        "box_fg_iou_thresh": roi.positive_iou,
-        "box_bg_iou_thresh": roi.positive_iou,
-        "box_head": head,
-        "box_predictor": FastRCNNPredictor(config.fc_width, NUM_CLASSES + 1),
-        "_skip_resize": True,
     }
     if has_masks(config):
-        options |= {
-            "mask_roi_pool": MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
-            "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm),
-            "mask_predictor": MaskRCNNPredictor(width, width, NUM_CLASSES + 1),
-        }
-        return MaskRCNN(pyramid, **options)
+        options |= mask_options(config, config.width, NUM_CLASSES)
+        pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2)
+        return MaskRCNN(pyramid, mask_roi_pool=pool, **options)
     return FasterRCNN(pyramid, **options)
 
 

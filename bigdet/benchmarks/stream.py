@@ -59,9 +59,16 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     def open_stream(workers: int) -> TrainStream:
         data = dataclasses.replace(config.data, workers=workers)
         return TrainStream(
-            ShardSet(data.train.shards), data, phase, name=name, with_masks=with_masks,
-            with_keypoints=with_keypoints, seed=config.seed, rank=0, world_size=1,
-        )  # fmt: skip
+            ShardSet(data.train.shards),
+            data,
+            phase,
+            name=name,
+            with_masks=with_masks,
+            with_keypoints=with_keypoints,
+            seed=config.seed,
+            rank=0,
+            world_size=1,
+        )
 
     num_groups = max(1, arguments.images // phase.images_per_gpu)
     samples = _samples(open_stream(0), ShardSet(config.data.train.shards), num_groups)
@@ -206,9 +213,13 @@ def _torchvision_dataset(
         images.append({"id": number, "file_name": name, **size})
         for found in record["annotations"]:
             annotations.append(
-                {**found, "id": len(annotations) + 1, "image_id": number,
-                 "category_id": found["label"] + 1}
-            )  # fmt: skip
+                {
+                    **found,
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": found["label"] + 1,
+                }
+            )
     content = {"images": images, "annotations": annotations, "categories": []}
     (folder / "annotations.json").write_text(json.dumps(content))
     transforms = v2.Compose(
@@ -231,9 +242,13 @@ def _torchvision_dataset(
 def _torchvision_rate(dataset: Dataset[Any], images_per_gpu: int, workers: int) -> float:
     """Return images per CPU second of the loader processes, over all but the first batch."""
     loader = DataLoader(
-        dataset, images_per_gpu, num_workers=workers, collate_fn=_as_lists, drop_last=True,
+        dataset,
+        images_per_gpu,
+        num_workers=workers,
+        collate_fn=_as_lists,
+        drop_last=True,
         multiprocessing_context="fork",
-    )  # fmt: skip
+    )
     batches = iter(loader)
     # The processes end when they have nothing left to do: what they are asked last, they are
     # asked before that.

@@ -31,6 +31,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from bigdet.config.derived import has_fpn, has_keypoints, has_masks
+from bigdet.config.model_schema import ModelConfig, RpnConfig
 from bigdet.models.anchors import grid_anchors, grid_spacings
 from bigdet.models.build import head_norm
 from bigdet.models.conventions import Conventions
@@ -196,18 +197,52 @@ def _retinanet(detector: OwnRetinaNet) -> Any:
     )
 
 
+def training_options(
+    config: ModelConfig, rpn: RpnConfig, width: int, num_classes: int
+) -> dict[str, Any]:
+    """Give the box head of torchvision's R-CNNs, and their settings of training.
+
+    Args:
+        config: ours.
+        rpn: with the limits of its proposals.
+        width: channels of the features.
+        num_classes: K.
+    """
+    roi, norm = config.roi, _norm_layer(head_norm(config))
+    head = TwoMLPHead(width * 49, config.fc_width)
+    if config.box_head == "4conv1fc":
+        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
+    return {
+        "rpn_pre_nms_top_n_train": rpn.train_candidates,
+        "rpn_post_nms_top_n_train": rpn.train_proposals,
+        "rpn_batch_size_per_image": rpn.anchors_per_image,
+        "rpn_nms_thresh": rpn.nms_iou,
+        "box_batch_size_per_image": roi.rois_per_image,
+        "box_positive_fraction": roi.positive_fraction,
+        "box_fg_iou_thresh": roi.positive_iou,
+        "box_bg_iou_thresh": roi.positive_iou,
+        "box_head": head,
+        "box_predictor": FastRCNNPredictor(config.fc_width, num_classes + 1),
+    }
+
+
+def mask_options(config: ModelConfig, width: int, num_classes: int) -> dict[str, Any]:
+    """Give the mask head of torchvision's Mask R-CNN; arguments as of ``training_options``."""
+    norm = _norm_layer(head_norm(config))
+    return {
+        "mask_head": MaskRCNNHeads(width, [width] * mask.NUM_CONVS, 1, norm),
+        "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
+    }
+
+
 def _rcnn(detector: RCNN) -> Any:
     config, box_head = detector.config, detector.box_head
     assert isinstance(box_head, BoxHead)
     conventions, num_classes = box_head.conventions, box_head.num_classes
     rpn, roi, strides = detector.rpn.config, config.roi, detector.backbone.strides
-    norm = _norm_layer(head_norm(config))
     backbone = _backbone(detector, detector.fpn)
     width = config.width if has_fpn(config) else detector.backbone.channels[-1]
     names = [str(index) for index in range(len(strides))]
-    head = TwoMLPHead(width * 49, config.fc_width)
-    if config.box_head == "4conv1fc":
-        head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
     sizes = [(size,) for size in rpn.anchor_sizes] if has_fpn(config) else [rpn.anchor_sizes]
 
     def pool(side: int) -> Any:
@@ -215,26 +250,17 @@ def _rcnn(detector: RCNN) -> Any:
             return AlignedPool(names, side, strides, roi.sampling_ratio)
         return MultiScaleRoIAlign(names, side, roi.sampling_ratio)
 
-    options = _pixels(detector) | {
+    options = _pixels(detector) | training_options(config, rpn, width, num_classes)
+    options |= {
         "rpn_anchor_generator": _anchors(
             detector.rpn, sizes, rpn.anchor_ratios, detector.strides, conventions
         ),
-        "rpn_pre_nms_top_n_train": rpn.train_candidates,
-        "rpn_post_nms_top_n_train": rpn.train_proposals,
         "rpn_pre_nms_top_n_test": rpn.test_candidates,
         "rpn_post_nms_top_n_test": rpn.test_proposals,
-        "rpn_batch_size_per_image": rpn.anchors_per_image,
-        "rpn_nms_thresh": rpn.nms_iou,
-        "box_batch_size_per_image": roi.rois_per_image,
-        "box_positive_fraction": roi.positive_fraction,
-        "box_fg_iou_thresh": roi.positive_iou,
-        "box_bg_iou_thresh": roi.positive_iou,
         "box_score_thresh": roi.score_threshold,
         "box_nms_thresh": roi.nms_iou,
         "box_detections_per_img": roi.detections_per_image,
         "box_roi_pool": pool(7),
-        "box_head": head,
-        "box_predictor": FastRCNNPredictor(config.fc_width, num_classes + 1),
     }
     if has_keypoints(config):
         keypoints = config.keypoint
@@ -246,9 +272,5 @@ def _rcnn(detector: RCNN) -> Any:
         return KeypointRCNN(backbone, **options)
     if not has_masks(config):
         return FasterRCNN(backbone, **options)
-    options |= {
-        "mask_roi_pool": pool(mask.POOLED_SIZE),
-        "mask_head": MaskRCNNHeads(width, [width] * mask.NUM_CONVS, 1, norm),
-        "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
-    }
-    return MaskRCNN(backbone, **options)
+    options |= mask_options(config, width, num_classes)
+    return MaskRCNN(backbone, mask_roi_pool=pool(mask.POOLED_SIZE), **options)

@@ -8,33 +8,25 @@ Exits with 1 if anything is wrong, with one line per problem: shard, key, what.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
 
+from bigdet.cli.parsing import add_processes, command_parser
 from bigdet.cli.progress_bar import ProgressBar
-from bigdet.cli.running import positive, run_command
+from bigdet.cli.running import run_command
 from bigdet.data.format.class_counts import ClassCounts
 from bigdet.data.format.remote import shown
 from bigdet.data.making.shard_check import check_shards, load_manifest
-from bigdet.host.limits import num_cpus
 
 MAX_LINES = 100
 
 
 def main(argv: Sequence[str]) -> int:
     """Check the shard set that the arguments name."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet check-shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("check-shards", __doc__)
     parser.add_argument("path", help="folder or address of the shard set")
-    parser.add_argument(
-        "--processes", type=positive, default=num_cpus(),
-        help="number of processes; default: one per CPU",
-    )  # fmt: skip
+    add_processes(parser)
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     num_problems = 0

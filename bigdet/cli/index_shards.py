@@ -12,38 +12,32 @@ that cannot be used are printed, one line each, and listed in skipped.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.cli.running import positive, run_command
+from bigdet.cli.parsing import add_processes, command_parser
+from bigdet.cli.running import run_command
 from bigdet.data.format.class_counts import counts_of
 from bigdet.data.format.shard_set import SKIPPED_NAME
 from bigdet.data.making.indexing import index_shards
 from bigdet.data.making.sources.categories import load_categories
-from bigdet.host.limits import num_cpus
 
 MAX_LINES = 100
 
 
 def main(argv: Sequence[str]) -> int:
     """Index the tars that the arguments name."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet index-shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("index-shards", __doc__)
     parser.add_argument("folder", type=Path, help="folder with the tars")
     parser.add_argument("--categories", type=Path, required=True, help="JSON list of categories")
+    add_processes(parser)
     parser.add_argument(
-        "--processes", type=positive, default=num_cpus(),
-        help="number of processes; default: one per CPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--exif", choices=["shown", "stored"], default="shown",
+        "--exif",
+        choices=["shown", "stored"],
+        default="shown",
         help="what records refer to where their size cannot decide; default: the image as shown",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder
     categories = load_categories(arguments.categories)

@@ -10,10 +10,10 @@ sweeps/small``; a file of that name in the current folder comes first. Those of 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigdet.cli.parsing import command_parser
 from bigdet.cli.running import run_command
 from bigdet.config.load import read_yaml
 from bigdet.config.shipped import SHIPPED, find_config, list_shipped
@@ -21,11 +21,7 @@ from bigdet.config.shipped import SHIPPED, find_config, list_shipped
 
 def main(argv: Sequence[str]) -> int:
     """List them, or show one."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet configs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("configs", __doc__)
     parser.add_argument("--show", type=Path, metavar="NAME", help="print this config")
     arguments = parser.parse_args(argv)
     if arguments.show is not None:

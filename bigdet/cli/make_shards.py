@@ -20,8 +20,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigdet.cli.parsing import add_processes, command_parser, positive
 from bigdet.cli.progress_bar import ProgressBar
-from bigdet.cli.running import positive, run_command
+from bigdet.cli.running import run_command
 from bigdet.cli.source_options import Convert, add_options, call_source, import_source
 from bigdet.config.own import is_own
 from bigdet.data.format.class_counts import counts_of
@@ -35,7 +36,6 @@ from bigdet.data.making.sources.coco import convert_coco, convert_objects365
 from bigdet.data.making.sources.deeppcb import convert_deeppcb
 from bigdet.data.making.sources.shapes import NUM_IMAGES, make_shapes
 from bigdet.data.making.sources.voc import convert_voc
-from bigdet.host.limits import num_cpus
 
 SOURCES: dict[str, tuple[str, Convert]] = {
     "coco": ("images and a COCO annotation file", convert_coco),
@@ -119,11 +119,7 @@ def _making(arguments: argparse.Namespace) -> Making:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bigdet shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("shards", __doc__)
     sources = parser.add_subparsers(dest="source", required=True)
     for name in [*SOURCES, *(word for word in argv[:1] if is_own(word))]:
         purpose, function = _source(name)
@@ -151,9 +147,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add what all sources have that are read from files."""
     parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
     parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
-    parser.add_argument(
-        "--processes", type=positive, default=num_cpus(), help="at a time; default: one per CPU"
-    )
+    add_processes(parser)
     parser.add_argument("--part", metavar="I/N", help="make only the I-th of N parts; then merge")
     parser.add_argument(
         "--long-side",

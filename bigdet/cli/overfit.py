@@ -131,9 +131,16 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
     detector = build_detector(model, shards.num_classes).to(device).train()
     optimizer = optim.build_optimizer(detector, phase)
     stream = TrainStream(
-        shards, config.data, phase, name=NAME, with_masks=has_masks(model),
-        with_keypoints=has_keypoints(model), seed=config.seed, rank=0, world_size=1,
-    )  # fmt: skip
+        shards,
+        config.data,
+        phase,
+        name=NAME,
+        with_masks=has_masks(model),
+        with_keypoints=has_keypoints(model),
+        seed=config.seed,
+        rank=0,
+        world_size=1,
+    )
     print(f"{model.detector} {model.backbone}, {shards.manifest.instances} objects, {device}")
     start, training_seconds = time.monotonic(), 0.0
     reached: dict[str, float] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import select
@@ -13,25 +12,10 @@ from bigdet.host.errors import explain, explain_full, explain_killed
 
 STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
-
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-
-
 CLOSED_PIPE = 141
 """Exit code where the reader of the output, such as ``head``, has ended: as shells have SIGPIPE."""
-
-
-def positive(text: str) -> int:
-    """Read a whole number above 0: a ``type`` of argparse."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number above 0")
-    return value
 
 
 def answer_early(parse: Callable[[Sequence[str]], object]) -> None:

@@ -86,7 +86,7 @@ def _resnet(
     layers: list[int], published: str | None = None, *, is_bottleneck: bool = True, **widths: int
 ) -> BackboneFacts:
     return BackboneFacts(
-        build="bigdet.models.resnet:ResNet",
+        build="bigdet.models.backbones.resnet:ResNet",
         sizes={"layers": layers, "is_bottleneck": is_bottleneck, **widths},
         heeds=("norm", "stride_in_1x1") if is_bottleneck else ("norm",),
         published=published,
@@ -96,7 +96,10 @@ def _resnet(
 def _transformer(build: str, published: str, **sizes: Any) -> BackboneFacts:
     """Give the facts of a backbone with LayerNorm and drop path."""
     return BackboneFacts(
-        build=f"bigdet.models.{build}", sizes=sizes, heeds=("drop_path",), published=published
+        build=f"bigdet.models.backbones.{build}",
+        sizes=sizes,
+        heeds=("drop_path",),
+        published=published,
     )
 
 
@@ -154,7 +157,7 @@ BACKBONES: dict[str, BackboneFacts] = {
     "vit_s": _vit(384, 12, 6, "deit_small_patch16_224.fb_in1k"),
     "vit_b": _vit(768, 12, 12, "deit_base_patch16_224.fb_in1k"),
     "vgg16": BackboneFacts(
-        build="bigdet.models.vgg:VGG", has_levels=False, published="vgg16.tv_in1k"
+        build="bigdet.models.backbones.vgg:VGG", has_levels=False, published="vgg16.tv_in1k"
     ),
 }
 

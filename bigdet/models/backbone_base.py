@@ -32,14 +32,16 @@ does not take are refused in the config. It must
 - call its layers instead of reading their weights, since under FSDP and ZeRO-3 these are there
   during a call only, and run its blocks through ``self.run`` for activation checkpointing.
 
-``models/backbones.py`` checks what can be seen of it when it is built. Weights that ``timm`` names
-are for bigdet's own backbones; one of yours starts from random weights, a run, or a file with its
-own names.
+``models/backbones/build.py`` checks what can be seen of it when it is built. Weights that ``timm``
+names are for bigdet's own backbones; one of yours starts from random weights, a run, or a file with
+its own names.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,6 +67,30 @@ class Backbone(Checkpointed):
     def stages(self) -> list[list[nn.Module]]:
         """The modules of the stem and of the four stages."""
         raise NotImplementedError
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Say which layer each parameter belongs to, in the form that timm's models do.
+
+        By default the stem is the first layer. After it, every module of `stages` is a layer; of an
+        ``nn.Sequential`` every child.
+
+        Args:
+            coarse: timm's other way, by stages; not used here.
+
+        Returns:
+            A function from a parameter's name to what its layer is sorted by, or the patterns of
+            names that timm's models give.
+        """
+        stem, *stages = self.stages
+        layers = [stem, *([layer] for stage in stages for part in stage for layer in _parts(part))]
+        number = {
+            id(parameter): place
+            for place, layer in enumerate(layers)
+            for module in layer
+            for parameter in module.parameters()
+        }
+        numbers = {name: number.get(id(p), math.inf) for name, p in self.named_parameters()}
+        return numbers.__getitem__
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute features.
@@ -92,6 +118,11 @@ class Backbone(Checkpointed):
         """Normalize ``(B, h, w, C)`` of stage ``index`` into ``(B, C, h, w)``, channels_last."""
         normalized: Tensor = getattr(self, f"norm{index}")(x)
         return normalized.permute(0, 3, 1, 2)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Children of a container, or the module itself."""
+    return list(module) if isinstance(module, nn.Sequential) else [module]
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

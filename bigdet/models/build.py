@@ -18,7 +18,8 @@ from bigdet.config.derived import (
 from bigdet.config.families import DETECTORS, detector_facts
 from bigdet.config.model_schema import ModelConfig
 from bigdet.config.own import import_callable, type_name
-from bigdet.models.backbones import Backbone, build_backbone, refuse_torch_norms
+from bigdet.models.backbone_base import Backbone
+from bigdet.models.backbones.build import build_backbone, refuse_torch_norms
 from bigdet.models.conventions import OWN, Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdet.config.model_schema import ModelConfig
-from bigdet.models.backbones import Backbone
+from bigdet.models.backbone_base import Backbone
 from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane

@@ -34,13 +34,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 
 from bigdet import distributed
 
 Mode = Literal["live", "sync", "affine", "fixed"]
-Kind = Literal["bn", "gn", "none"]
+Kind = Literal["bn", "gn", "ln", "none"]
 
 MOMENTUM = 0.1
 """Weight of a step's statistics in the running ones, as in torch and the papers' code."""
@@ -196,12 +197,16 @@ def make_norm(kind: Kind, channels: int) -> nn.Module:
     """Build the normalization of a convolution's output; ``none`` gives the identity.
 
     Group normalization has 32 groups where 32 divides the channels, else as many as both allow
-    (their greatest common divisor), so that every group has equally many channels.
+    (their greatest common divisor), so that every group has equally many channels. ``ln`` is
+    layer normalization over the channels of each position, with ViTDet's eps of 1e-6.
     """
     if kind == "bn":
         return BatchNorm2d(channels)
     if kind == "gn":
         return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=1e-5)
+    if kind == "ln":
+        norm: nn.Module = LayerNorm2d(channels, eps=1e-6)
+        return norm
     return nn.Identity()
 
 

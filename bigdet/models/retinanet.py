@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bigdet.config.model_schema import ModelConfig
 from bigdet.models.assign import pad_objects
-from bigdet.models.backbones import Backbone
+from bigdet.models.backbone_base import Backbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.retina import RetinaHead, RetinaPredictions

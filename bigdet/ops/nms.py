@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
+
+from bigdet.ops.boxes import pairwise_iou
 
 GroupedNms = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 """`grouped_nms` and its stand-ins."""
@@ -72,6 +75,65 @@ def spread_nms(
     shifts = (places * (boxes.max() - boxes.min() + 1)).to(boxes.dtype)
     chosen = nms(boxes + shifts.repeat(1, 2), scores, iou)
     return kept.index_fill(0, chosen, True) & (scores > -torch.inf)
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    kind: Literal["linear", "gaussian"],
+    iou: float,
+    sigma: float,
+    limit: int,
+) -> Tensor:
+    """Lower the scores of boxes by their overlap with better ones of the same group.
+
+    Bodla et al., *Soft-NMS* (2017): the box of the highest score is taken, the scores of those left
+    are multiplied by a function of their overlap with it, and so on. Of equal scores the first box
+    is taken.
+
+    Args:
+        boxes: ``(N, 4)`` finite.
+        scores: ``(N,)`` 0 or above; ``-inf`` leaves a box out.
+        groups: ``(N,)`` int64 in ``0..num_groups-1``; boxes of different groups never meet.
+        num_groups: how many groups there may be.
+        kind: ``linear``: times 1 - overlap, from ``iou`` on; ``gaussian``: times
+            exp(-overlap^2 / sigma).
+        iou: overlap in [0, 1].
+        sigma: above 0.
+        limit: the best of each group to take. Scores fall, so that no other box of the group is
+            better.
+
+    Returns:
+        ``(N,)`` the new scores; ``-inf`` for boxes that were not taken.
+    """
+    rows = (scores > -torch.inf).nonzero().squeeze(1)
+    lowered = torch.full_like(scores, -torch.inf)
+    if not len(rows):
+        return lowered
+    # A line for each group that has a box, filled up with boxes that are never taken.
+    rows = rows[groups[rows].argsort(stable=True)]
+    counts = torch.bincount(groups[rows], minlength=num_groups)
+    counts = counts[counts > 0]
+    places = torch.arange(int(counts.max()), device=rows.device)
+    is_filled = places < counts[:, None]  # (G, M)
+    table = torch.zeros_like(is_filled, dtype=torch.int64).masked_scatter_(is_filled, rows)
+    left = torch.where(is_filled, scores[table], -torch.inf)
+    candidates = boxes[table]  # (G, M, 4)
+    for _ in range(min(limit, len(places))):
+        best, place = left.max(dim=1, keepdim=True)  # the first of equal ones
+        taken = table.gather(1, place)[best > -torch.inf]
+        lowered[taken] = best[best > -torch.inf]
+        left.scatter_(1, place, -torch.inf)
+        chosen = candidates.gather(1, place[..., None].expand(-1, -1, 4))
+        overlap = pairwise_iou(chosen, candidates).squeeze(1)
+        if kind == "linear":
+            factor = torch.where(overlap >= iou, 1 - overlap, 1)
+        else:
+            factor = torch.exp(-overlap.square() / sigma)
+        left = torch.where(left > -torch.inf, left * factor, -torch.inf)
+    return lowered
 
 
 def best_of_groups(scores: Tensor, groups: Tensor, num_groups: int, limit: int) -> Tensor:

@@ -22,9 +22,16 @@ Exif = Literal["shown", "stored"]
 """A picture as its EXIF orientation shows it, as viewers do; or its pixels as they are stored."""
 
 READ_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, ArithmeticError,
-    LookupError, struct.error,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    struct.error,
+)
 """What Pillow raises of files that are damaged or no images: its readers differ."""
 
 SUFFIXES = (
@@ -40,10 +47,15 @@ DECIMALS = 6  # of turned coordinates, so that turned back they are what they we
 _FILTERS = threading.RLock()  # Python's filters of warnings are of the whole process
 
 _TURNS = {
-    1: (False, False, False), 2: (False, True, False), 3: (False, True, True),
-    4: (False, False, True), 5: (True, False, False), 6: (True, True, False),
-    7: (True, True, True), 8: (True, False, True),
-}  # fmt: skip
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
 """From stored to shown, by EXIF orientation: exchange x and y; then mirror x; mirror y."""
 
 

@@ -45,9 +45,7 @@ _UNITS = 20
 """Calls in which stage 3 and FSDP2 gather a detector: stages of the backbone and heads."""
 _ACHIEVED = 0.8
 """Part of a link's nominal speed that collectives reach (nccl-tests on H100: 360 of 450 GB/s)."""
-LINKS = {
-    "nvlink3": 300e9, "nvlink": 450e9, "nvlink5": 900e9, "pcie4": 32e9, "pcie5": 64e9,
-}  # fmt: skip
+LINKS = {"nvlink3": 300e9, "nvlink": 450e9, "nvlink5": 900e9, "pcie4": 32e9, "pcie5": 64e9}
 """Nominal bytes per second of a GPU's link, one direction; nvlink is that of H100 and H200."""
 
 

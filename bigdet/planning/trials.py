@@ -118,10 +118,16 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
     train_set, _ = open_sets(config.data)
     model = phase_model(config, phase)
     stream = TrainStream(
-        train_set, config.data, dataclasses.replace(settings, images_per_step=None),
-        name=phase, with_masks=has_masks(model), with_keypoints=has_keypoints(model),
-        seed=config.seed, rank=0, world_size=1,
-    )  # fmt: skip
+        train_set,
+        config.data,
+        dataclasses.replace(settings, images_per_step=None),
+        name=phase,
+        with_masks=has_masks(model),
+        with_keypoints=has_keypoints(model),
+        seed=config.seed,
+        rank=0,
+        world_size=1,
+    )
     batches = list(islice(stream, WARM_STEPS + MEASURED_STEPS))
     stream.close()  # its processes would take part of the measured seconds
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""Losses and gradient norms as a line of the log has them: means over all its steps and images.
+"""Losses and gradient norms of a log line: means over all images of its steps.
 
-A step may have lanes without an image, at the end of a pass: they count nothing in the gradient,
-whose sum is over all lanes, and must not lower the means either.
+At the end of a pass a step may have lanes without an image. They add nothing to the gradient, which
+is a sum over all lanes, and must not lower the means either.
 """
 
 from __future__ import annotations
@@ -19,23 +19,18 @@ from bigdet.training.state import Interval
 
 
 class LossMeter:
-    """Adds up what the steps since the last line of the log saw; each image weighs alike.
+    """Sums of losses and gradient norms since the last log line; every image has the same weight.
 
-    Nothing here waits for the device but ``means`` and ``interval``.
+    Only ``means`` and ``interval`` wait for the device.
     """
 
     def __init__(self, device: torch.device, before: Interval) -> None:
-        """Go on from the sums that a checkpoint holds.
-
-        Args:
-            device: of this rank.
-            before: of the steps since the last line, taken by an earlier process.
-        """
+        """Start from the sums of a checkpoint: steps since the last line of an earlier process."""
         self._device = device
         self._images, self._norm_images = before.images, before.norm_images
         self._norm = before.norm
         ranks = before.losses
-        if len(ranks) == distributed.world_size():  # the same sums in the same order, to the bit
+        if len(ranks) == distributed.world_size():  # the same sums in the same order: bit-equal
             self._before = ranks[distributed.rank()]
         elif distributed.is_main() and ranks:
             self._before = {name: math.fsum(rank[name] for rank in ranks) for name in ranks[0]}
@@ -47,12 +42,12 @@ class LossMeter:
     def add(self, result: StepResult, images: NDArray[np.int64], lanes: range) -> None:
         """Count one step.
 
-        A step that was not finite is left out, but for the losses of an overflow of fp16.
+        A step that was not finite is left out, except for the losses at an overflow of fp16.
 
         Args:
-            result: what this rank saw.
-            images: ``(L,)`` of each lane of the step, masked slots not counted.
-            lanes: those of this rank.
+            result: of this rank's M lanes.
+            images: ``(L,)`` images of each lane of the step, masked slots not counted.
+            lanes: this rank's lanes, M of 0 to L - 1.
         """
         if not self._names:
             self._names = list(result.lane_losses)
@@ -66,13 +61,13 @@ class LossMeter:
             self._sums += (losses.double() * weights).sum(dim=1)
             self._images += num_images
         if result.is_finite:
-            # Of the mean over the lanes that have an image, as the losses are.
+            # Norm of the mean over the lanes that have an image, like the losses.
             norm = result.grad_norm * len(images) / np.count_nonzero(images)
             self._norm += num_images * float(norm)
             self._norm_images += num_images
 
     def means(self) -> dict[str, float | None]:
-        """Return the means by logged name, None of no step, and begin anew (a collective)."""
+        """Return the means by logged name, None without a step, and reset the sums (collective)."""
         means: dict[str, float | None] = {f"loss/{name}": None for name in self._names}
         if self._images:
             shares = self._sums * (distributed.world_size() / self._images)

@@ -1,8 +1,8 @@
-"""Scores the detections of an evaluation beside training, so that no rank waits for the numbers.
+"""Scores the detections of an evaluation during training, so that no rank waits for the numbers.
 
-The detections wait in ``evaluation/PHASE-STEP.detections``; a process of rank 0 measures them, and
-they go when the numbers are written down. A run that ends before is told by its checkpoints what is
-still to be scored, and does so when it is started again.
+The detections are kept in ``evaluation/PHASE-STEP.detections``; a child process of rank 0 scores
+them, and the file is removed once the numbers are written. If the run ends before that, its
+checkpoints note what is still to be scored, and the next start does it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from bigdet.training.state import RunState, Unscored
 
 logger = logging.getLogger(__name__)
 
-_FORK = multiprocessing.get_context("fork")  # as loaders: the sets are open, nothing is pickled
+_FORK = multiprocessing.get_context("fork")  # like loaders: shard sets are open, nothing is pickled
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
 class Scorer:
-    """Measures one evaluation at a time on rank 0; on the other ranks it does nothing."""
+    """Scores one evaluation at a time on rank 0; does nothing on the other ranks."""
 
     def __init__(
         self,
@@ -58,30 +58,29 @@ class Scorer:
         metrics: MetricsWriter | None,
         state: RunState,
     ) -> None:
-        """Take where numbers go; what became of them is noted in the state."""
+        """Prepare; the numbers go to the metrics, the best AP and what is unscored to the state."""
         self._config, self._run_dir, self._val_set = config, run_dir, val_set
         self._metrics, self._state = metrics, state
         self._process: ForkProcess | None = None
         self._message: Connection | None = None
 
     def resume(self) -> None:
-        """Go on with what an earlier process of the run left unscored.
+        """Score what an earlier start of the run left unscored.
 
-        The evaluation of the current step is due again where its detections are lost: so says the
-        state of rank 0 then.
+        If the detections of the current step are lost, its evaluation becomes due again, in rank
+        0's state.
         """
         if not distributed.is_main():
             return
         entry, run_dir = self._state.unscored, self._run_dir
         for file in run_dir.all_detections():
             if entry is None or file != run_dir.detections(entry.phase, entry.step):
-                file.unlink()  # of a later step, which will come again
+                file.unlink()  # of a later step, which is trained again
         if entry is None:
             return
         numbers = run_dir.evaluation(entry.phase, entry.step)
         if run_dir.detections(entry.phase, entry.step).is_file():
-            logger.info("%s step %d: scoring what an earlier start has detected",
-                        entry.phase, entry.step)  # fmt: skip
+            logger.info(f"{entry.phase} step {entry.step}: scoring detections of an earlier start")
             self._start()
             return
         self._state.unscored = None
@@ -90,17 +89,19 @@ class Scorer:
             return
         is_here = (entry.phase, entry.step) == (self._state.phase, self._state.step)
         self._state.needs_evaluation |= is_here
+        elsewhere = "it has no AP here; `bigdet evaluate` measures its checkpoint"
         logger.warning(
-            "%s step %d: its detections are not in this run folder, so %s", entry.phase, entry.step,
-            "it is evaluated again" if is_here else
-            "it has no AP here; `bigdet evaluate` measures its checkpoint",
-        )  # fmt: skip
+            "%s step %d: its detections are not in this run folder, so %s",
+            entry.phase,
+            entry.step,
+            "it is evaluated again" if is_here else elsewhere,
+        )
 
     def start(self, results: SavedResults) -> None:
-        """Score the detections of the current step from now on; none may be under way.
+        """Start to score the detections of the current step; no other scoring may be running.
 
         Raises:
-            OSError: they cannot be written to disk.
+            OSError: the detections cannot be written to disk.
         """
         state = self._state
         if distributed.is_main():
@@ -111,14 +112,14 @@ class Scorer:
             self._start()
 
     def collect(self) -> None:
-        """Write the numbers down if they are there.
+        """Write the numbers to log, metrics and state if the scoring is done.
 
         Raises:
-            ValueError: the process failed by what a user can cause; with what it said.
-            LostProcessError: it was killed, or failed otherwise.
+            ValueError: the process failed by something that a user can cause; with its message.
+            LostProcessError: the process was killed, or failed otherwise.
         """
-        # Its message says that the process is done; without one the end of the pipe does. A process
-        # that has ended still counts as alive until the system has said how.
+        # A message, or the end of the pipe, shows that the process is done. ``is_alive`` would not:
+        # it is true until the system reports the exit code.
         if self._message is None or not self._message.poll():
             return
         entry = self._state.unscored
@@ -132,8 +133,8 @@ class Scorer:
             self._process.join()
             code = self._process.exitcode or 0
             raise errors.LostProcessError(
-                f"{detections}: the process that scores it ended with exit code {code}. Started "
-                f"again, the run scores it once more.{errors.explain_exit(code)}"
+                f"{detections}: the process that scores it ended with exit code {code}. The next "
+                f"start of the run scores it again.{errors.explain_exit(code)}"
             ) from error
         finally:
             self.end()
@@ -151,13 +152,13 @@ class Scorer:
         detections.unlink()
 
     def finish(self, must_stop: Callable[[], bool]) -> bool:
-        """Wait until nothing is under way (a collective).
+        """Wait until everything is scored (a collective).
 
         Args:
-            must_stop: asked on all ranks again and again (a collective); the same answer on all.
+            must_stop: called repeatedly on all ranks; must return the same on all of them.
 
         Returns:
-            False when they had to stop.
+            False when asked to stop.
         """
 
         def wait_for_message() -> bool:
@@ -170,11 +171,11 @@ class Scorer:
         with distributed.together():
             self.collect()
             left = self._state.unscored if distributed.is_main() else None
-            assert left is None, f"a run must not go on as if {left} were scored"
+            assert left is None, f"a run must not continue as if {left} were scored"
         return True
 
     def end(self) -> None:
-        """End the process; a run that goes on later begins it again."""
+        """End the process; the next start of the run begins it again."""
         if self._process is not None and self._message is not None:
             self._process.kill()
             self._process.join()
@@ -189,8 +190,8 @@ class Scorer:
         held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             with warnings.catch_warnings():
-                # Python 3.12 and later warn of any fork of a process with threads; the loaders
-                # are forked from the same one.
+                # Python 3.12 and later warn if a process with threads forks, as this one does for
+                # its loaders too.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._process.start()
         finally:
@@ -200,8 +201,8 @@ class Scorer:
     def _note_best(self, entry: Unscored, metrics: Metrics) -> None:
         state, box_ap = self._state, metrics["bbox"]["AP"]
         if box_ap is None or not math.isfinite(box_ap):
-            return  # nothing to measure
-        # Older runs may have noted NaN, which nothing exceeds.
+            return  # no objects
+        # Older versions may have stored NaN, which nothing exceeds.
         if state.best_ap is None or not box_ap <= state.best_ap:
             folder = self._run_dir.checkpoint(entry.phase, entry.step)
             state.best_ap, state.best_checkpoint = box_ap, folder.name
@@ -211,9 +212,9 @@ class Scorer:
 def _score(
     config: RunConfig, run_dir: RunDir, val_set: ShardSet, entry: Unscored, message: Connection
 ) -> None:
-    """Measure detections and write the numbers, and at the end of a phase pictures.
+    """Score detections and write the numbers; at the end of a phase also pictures.
 
-    The message is None, or what a user has to mend.
+    The message is None, or an error that a user can fix.
     """
     _begin_process()
     model, metric = phase_model(config, entry.phase), config.evaluation.metric
@@ -232,26 +233,26 @@ def _score(
 
 
 def _read_detections(file: Path, val_set: ShardSet) -> SavedResults:
-    """Read detections; ``ValueError`` unless they are of all images of the set."""
-    remedy = "Remove the file and start the run again: it evaluates once more."
+    """Read detections; ``ValueError`` unless they are of exactly the images of the set."""
+    remedy = "Remove the file and start the run again: it repeats the evaluation."
     try:
         results = SavedResults.read(file)
     except ValueError as error:
         raise ValueError(f"{error} {remedy}") from error
     if results.image_ids() != sorted(val_set.index["image_id"].tolist()):
         raise ValueError(
-            f"{file}: is of {results.num_images} images, which are not the {len(val_set)} of "
+            f"{file}: has {results.num_images} images, which are not the {len(val_set)} of "
             f"{val_set.address}. Give the validation set that the run had, or: {remedy}"
         )
     return results
 
 
 def _begin_process() -> None:
-    """Leave requests to stop to the parent, end with it, and take one thread."""
+    """Ignore requests to stop, which are for the parent; end with it; use one thread."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    # It holds the parent's connections too: other ranks would not notice that the parent died.
+    # It has the parent's connections too: other ranks would not notice that the parent died.
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

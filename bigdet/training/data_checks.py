@@ -1,4 +1,4 @@
-"""Whether training set, validation set and model go together, known before the first step."""
+"""Checks before the first step that training set, validation set and model fit together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bigdet.evaluation.coco_metrics import evaluation_kinds
 
 
 def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
-    """Check that the two sets and the model go together."""
+    """Check that the two sets and the models of all phases fit together."""
     _check_classes(train_set, val_set)
     measured = config.evaluation
     evaluation_kinds(val_set, False, False, measured.metric, measured.max_detections)
@@ -27,25 +27,25 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
         if has_masks(model) and not data_has_masks:
             raise ConfigError(
                 f"model.detector: {model.detector} needs masks, but {train_set.address} has none. "
-                f"Write another detector, or make shards from annotations with segmentations."
+                f"Choose another detector, or make shards from annotations with segmentations."
             )
         counts = [len(category.keypoints or []) for category in train_set.categories]
         if has_keypoints(model) and max(counts) != model.keypoint.num_keypoints:
             raise ConfigError(
                 f"model.keypoint.num_keypoints: found {model.keypoint.num_keypoints}, but the "
-                f"categories of {train_set.address} have {max(counts)}. Write that, or make shards "
+                f"categories of {train_set.address} have {max(counts)}. Set that, or make shards "
                 f"with --keypoints."
             )
         if has_keypoints(model) and not (train_set.index["flags"] & FLAG_KEYPOINTS).any():
             raise ConfigError(
                 f"model.detector: {model.detector} needs keypoints, but no object of "
-                f"{train_set.address} has any. Write another detector, or see in its manifest.json "
-                f"why they were dropped and make the shards again."
+                f"{train_set.address} has any. Choose another detector, or see in its "
+                f"manifest.json why they were dropped and make the shards again."
             )
 
 
 def _check_classes(train_set: ShardSet, val_set: ShardSet) -> None:
-    """See that what is learned can be measured: classes of one name mean the same."""
+    """Check that trained classes can be evaluated: classes of one name have the same keypoints."""
     names = [category.name for category in train_set.categories]
     try:
         warn_of_absent(val_set, names)
@@ -58,5 +58,5 @@ def _check_classes(train_set: ShardSet, val_set: ShardSet) -> None:
             raise ConfigError(
                 f"data.val.shards: {val_set.address}: the keypoints of {category.name} are "
                 f"{', '.join(found)}, expected those of {train_set.address}, in their order: "
-                f"{', '.join(category.keypoints)}. Make both sets with the same ones."
+                f"{', '.join(category.keypoints)}. Make both sets with the same keypoints."
             )

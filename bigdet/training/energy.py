@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
+import pynvml
 import torch
-
-LIBRARY = "libnvidia-ml.so.1"
 
 
 class EnergyCounter:
-    """Reads the counter of one GPU; it counts all that the GPU does, for whomever."""
+    """Reads the counter of one GPU, which includes the work of other processes on that GPU."""
 
-    def __init__(self, device: torch.device, library: Any = None) -> None:
-        """Look for the counter; a CPU has none, nor has a GPU before Volta or a slice of one.
-
-        Args:
-            device: of this rank.
-            library: NVML, opened; None opens it.
-        """
-        self._library, self._handle = library, ctypes.c_void_p()
-        self._exists = False
+    def __init__(self, device: torch.device) -> None:
+        """Find the counter; a CPU, a GPU older than Volta and a MIG slice have none."""
+        self._handle: Any = None
         if device.type != "cuda":
             return
         try:
-            self._library = library or ctypes.CDLL(LIBRARY)
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-            self._exists = self._library.nvmlInit_v2() == 0 and (
-                self._library.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(self._handle)) == 0
-            )
-        except (OSError, AttributeError):  # no such library, or one without these functions
-            self._exists = False
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        except pynvml.NVMLError:
+            pass
 
     def joules(self) -> float:
-        """Return the energy since the driver was loaded; not a number where no one tells."""
-        if not self._exists:
+        """Return the energy since the driver was loaded; NaN if there is no counter."""
+        if self._handle is None:
             return float("nan")
-        millijoules = ctypes.c_ulonglong()
-        failed = self._library.nvmlDeviceGetTotalEnergyConsumption(
-            self._handle, ctypes.byref(millijoules)
-        )
-        return float("nan") if failed else millijoules.value / 1000
+        try:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+        except pynvml.NVMLError:
+            return float("nan")

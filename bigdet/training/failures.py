@@ -1,4 +1,4 @@
-"""What ends a run in the middle of a step, told as one message that says what to do."""
+"""Errors in the middle of a step, as one message that says what to do."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _GIB = 1 << 30
 
 
 class StepError(ValueError):
-    """A step could not be taken."""
+    """A step failed."""
 
 
 @contextmanager
 def explained(trainer: PhaseTrainer) -> Iterator[None]:
-    """Give an error inside the block its place in the run.
+    """Add the position in the run to an error of the block.
 
     Raises:
-        StepError: the memory is full, or another rank or a loader process is gone.
+        StepError: the memory is full, or another rank or a loader process has ended.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def explained(trainer: PhaseTrainer) -> Iterator[None]:
 
 
 def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:
-    """Say what was on the device, and what to change."""
+    """Return a message with the memory in use and the options that need less."""
     shapes = sorted({str(tuple(batch.images.shape)) for batch in trainer.micro_batches})
     images = ", ".join(shapes) or "of the validation set"
     device = trainer.device

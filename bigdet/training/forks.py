@@ -1,4 +1,4 @@
-"""Runs that go on, or begin at a checkpoint of another run: what they may change."""
+"""What a resumed run may change, and a fork: a run that begins at another run's checkpoint."""
 
 from __future__ import annotations
 
@@ -20,28 +20,23 @@ CHANGEABLE = (
     "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.offload",
     "engine.max_bad_steps", "evaluation", "checkpoint", "log",
 )  # fmt: skip
-"""Options and sections that a resumed run may change: they do not change what it trains."""
+"""Options and sections that a resumed run may change: they have no effect on the weights."""
 
 BATCH_OPTIONS = (
     "images_per_step", "images_per_gpu", "reference_images_per_step", "steps", "warmup_steps",
     "drops",
 )  # fmt: skip
-"""Options of its phase that a resumed run may change with ``change_batch``."""
+"""Options of the present phase that a resumed run may change with ``change_batch``."""
 
 FORK_CHANGEABLE = ("steps", "schedule", "drops", "decay_factor")
-"""Options of the phase that a checkpoint of another run was written in, which the run that begins
-there may change: the end of its schedule."""
+"""Options of the present phase that a fork may change: the rest of its schedule."""
 
 
 def is_fork(config: RunConfig, saved: Checkpoint) -> bool:
-    """Tell whether a run begins here, at a checkpoint that another run wrote.
+    """Return whether the checkpoint to continue from was written by another run.
 
-    It was marked when it was copied. Earlier versions did not mark it: then it is one if ``resume``
-    names a checkpoint of another folder, and that run's ``output`` was another.
-
-    Args:
-        config: of the run.
-        saved: the checkpoint that it goes on from.
+    Such a checkpoint is marked when it is copied. Earlier versions did not mark it: there it is one
+    if ``resume`` names a checkpoint of another folder, and that run's ``output`` was another.
     """
     if saved.is_adopted or "interval" in saved.run["run"] or config.resume in ("auto", "never"):
         return saved.is_adopted
@@ -53,22 +48,22 @@ def is_fork(config: RunConfig, saved: Checkpoint) -> bool:
 
 
 def own_checkpoint(folder: Path, run_dir: RunDir) -> Path | None:
-    """Return a checkpoint of a run by its path there, however it was written; else None.
+    """Return the path inside a run folder of a checkpoint of that run; None for any other.
 
     Args:
-        folder: of any checkpoint: relative, absolute, or through links.
-        run_dir: the run.
+        folder: a checkpoint's path: relative, absolute, or through links.
+        run_dir: the run folder.
     """
-    for path in (folder.resolve(), Path(os.path.abspath(folder))):  # a link may lead in, or out
+    for path in (folder.resolve(), Path(os.path.abspath(folder))):  # links may lead in or out
         if path.parent.resolve() == run_dir.checkpoints.resolve():
             return run_dir.checkpoints / path.name
     return None
 
 
 def is_same_request(config: RunConfig, before: RunConfig) -> bool:
-    """Tell whether two configs of a run name the same checkpoint to go on from, or none.
+    """Return whether two configs of a run have the same ``resume``.
 
-    One of the run's own is the same wherever the run folder was moved to meanwhile.
+    A checkpoint of the run itself is the same even if the run folder was moved.
     """
 
     def request(one: RunConfig) -> str:
@@ -81,39 +76,37 @@ def is_same_request(config: RunConfig, before: RunConfig) -> bool:
 
 
 def check_fork(name: str, step: int, phase: PhaseConfig, before: PhaseConfig) -> None:
-    """Check that the schedule of a fork goes on from a checkpoint as the run before had come there.
+    """Check that a fork's schedule equals that of the run before, up to the checkpoint.
 
     Args:
-        name: of the phase in which the checkpoint was written.
-        step: of the checkpoint.
-        phase: as it is to go on.
-        before: as it was.
+        name: the checkpoint's phase.
+        step: the checkpoint's step of that phase.
+        phase: in the fork's config.
+        before: in the config of the run before.
     """
     if num_steps(phase) < step:
         raise ConfigError(
-            f"phases.{name}.steps: found {phase.steps}, but the checkpoint that resume names has "
-            f"{step} steps behind it. Write more steps, or name an earlier checkpoint."
+            f"phases.{name}.steps: found {phase.steps}, but the checkpoint that resume names is "
+            f"of step {step}. Write more steps, or name an earlier checkpoint."
         )
     if not optim.has_same_past(phase, before, step):
         raise ConfigError(
-            f"phases.{name}.drops: up to the step {step} of the checkpoint that resume names, the "
-            f"learning rate would have been another. Fork from an earlier checkpoint, or drop "
-            f"later."
+            f"phases.{name}.drops: up to step {step}, that of the checkpoint, the learning rates "
+            f"are not those of the other run. Fork from an earlier checkpoint, or drop later."
         )
 
 
 def changeable_options(config: RunConfig, current: str, is_fork: bool) -> list[str]:
-    """Return what a run that goes on, or begins at another one's checkpoint, may change.
+    """Return the keys of options and sections that a resumed run or a fork may change.
 
     Args:
-        config: of the run.
+        config: its ``change_batch`` allows more.
         current: phase of the checkpoint.
-        is_fork: another run wrote the checkpoint.
+        is_fork: the checkpoint is another run's.
     """
     names = list(config.phases)
     to_come = names[names.index(current) + 1 :]
-    own = [*(BATCH_OPTIONS if config.change_batch else ()),
-           *(FORK_CHANGEABLE if is_fork else ())]  # fmt: skip
+    own = BATCH_OPTIONS * config.change_batch + FORK_CHANGEABLE * is_fork
     return [
         *CHANGEABLE,
         *(f"phases.{name}" for name in to_come),
@@ -122,7 +115,7 @@ def changeable_options(config: RunConfig, current: str, is_fork: bool) -> list[s
 
 
 def changed_options(config: RunConfig, before: RunConfig, changeable: Sequence[str]) -> list[str]:
-    """Return the options that differ and may not, with both values."""
+    """Return the options that differ although they may not, with both values."""
     new, old = flat_options(config), flat_options(before)
     return [
         f"{key} (was {old.get(key)}, now {new.get(key)})"

@@ -1,4 +1,4 @@
-"""One phase, step by step: where batches, engine, checkpoints and evaluation meet."""
+"""One phase, step by step: batches, engine, log, checkpoints and evaluations."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from bigdet.models import norms
 from bigdet.models.detector import Detector
 from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
-from bigdet.training import measuring, optim, saving
-from bigdet.training import showing as boards
+from bigdet.training import measuring, optim, saving, showing
 from bigdet.training.averages import LossMeter
 from bigdet.training.background_scoring import Scorer
 from bigdet.training.metrics import StepMeter, progress_line
@@ -46,16 +45,16 @@ class Run:
     """What all phases of a run share.
 
     Attributes:
-        config: resolved.
+        config: with the images per step and the length of every phase filled in.
         run_dir: where everything is written.
-        train_set: the images to learn from.
-        val_set: the images to measure on.
-        metrics: rank 0's log for machines, None on the other ranks.
-        state: where the run is; changed in place.
-        watchdog: ends a run that stands still.
-        restored: what the engine goes on from inside the current phase; taken once.
-        saver: writes the checkpoints.
-        scorer: measures evaluations beside training.
+        train_set: the images to train on.
+        val_set: the images to evaluate on.
+        metrics: writer of ``metrics.jsonl`` and boards on rank 0, None on the other ranks.
+        state: position and counters; changed in place.
+        watchdog: ends the run if it makes no progress.
+        restored: the checkpoint that a phase is resumed from; None once it is loaded.
+        saver: writes checkpoints in the background.
+        scorer: computes AP in the background.
     """
 
     config: RunConfig
@@ -70,29 +69,29 @@ class Run:
     scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin with nothing under way."""
+        """Make the saver and the scorer."""
         self.saver = saving.Saver(self.config, self.run_dir, self.train_set)
         self.scorer = Scorer(self.config, self.run_dir, self.val_set, self.metrics, self.state)
 
     def must_stop(self) -> bool:
-        """Tell on every rank whether any rank was asked to stop (a collective)."""
+        """Return on all ranks whether any was asked to stop (a collective); counts as progress."""
         self.watchdog.alive()
         return stop_requested(self.run_dir.stop)
 
     def log_start(self, folder: Path | None) -> None:
-        """Log the decisions that the run was started with.
+        """Log data, ranks and schedules.
 
         Args:
-            folder: of the checkpoint it goes on from, None for a fresh start.
+            folder: the checkpoint that the run continues from, None for a fresh start.
         """
-        logger.info("run folder %s, %s", self.run_dir.root,
-                    "a fresh start" if folder is None else f"going on from {folder}")  # fmt: skip
+        start = "a fresh start" if folder is None else f"continuing from {folder}"
+        logger.info("run folder %s, %s", self.run_dir.root, start)
         for what, shards in (("training", self.train_set), ("validation", self.val_set)):
             logger.info(
-                "%s: %s images, %s instances, %d categories, %d shards in %s",
-                what, f"{len(shards):,}", f"{shards.manifest.instances:,}", shards.num_classes,
-                len(shards.manifest.shards), shards.address,
-            )  # fmt: skip
+                f"{what}: {len(shards):,} images, {shards.manifest.instances:,} instances, "
+                f"{shards.num_classes} categories, {len(shards.manifest.shards)} shards in "
+                f"{shards.address}"
+            )
             line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
             logger.info("%s objects per class: %s", what, line)
             for warning in warnings:
@@ -100,25 +99,23 @@ class Run:
         if self.val_set.manifest.federated:
             key, given = reported(self.config.model) or ("what the model gives", "not known")
             logger.info(
-                "validation is scored by LVIS's rule, which counts %d detections of an image; "
-                "%s is %s", LVIS_DETECTIONS, key, given,
-            )  # fmt: skip
+                f"validation is scored by LVIS's rule, which counts {LVIS_DETECTIONS} detections "
+                f"per image; {key} is {given}"
+            )
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
+        world_size, device = distributed.world_size(), distributed.device().type
         logger.info(
-            "%d ranks on %s, %s%s, %s%s",
-            distributed.world_size(), distributed.device().type, engine.kind, stage,
-            engine.precision, offload,
-        )  # fmt: skip
+            f"{world_size} ranks on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
+        )
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None
             logger.info(
-                "phase %s: %d steps of %d images (%d ranks x %d micro-batches of %d), %s",
-                name, num_steps(phase), phase.images_per_step, distributed.world_size(),
-                num_lanes(phase) // distributed.world_size(), phase.images_per_gpu,
-                optim.describe_lr(phase, phase.images_per_step),
-            )  # fmt: skip
+                f"phase {name}: {num_steps(phase)} steps of {phase.images_per_step} images "
+                f"({world_size} ranks x {num_lanes(phase) // world_size} micro-batches of "
+                f"{phase.images_per_gpu}), {optim.describe_lr(phase, phase.images_per_step)}"
+            )
 
 
 class PhaseTrainer:
@@ -132,14 +129,14 @@ class PhaseTrainer:
         stream: TrainStream,
         device: torch.device,
     ) -> None:
-        """Take what the phase works with.
+        """Prepare to train.
 
         Args:
-            run: at the phase ``run.state.phase``.
-            detector: the model that the engine trains.
-            engine: does the steps.
-            stream: gives this rank's groups, from the step after ``run.state.step`` on.
-            device: of this rank.
+            run: its ``state.phase`` is the phase to train.
+            detector: the engine's module, for running statistics and evaluations.
+            engine: takes the steps.
+            stream: this rank's micro-batches from step ``run.state.step + 1`` on.
+            device: where the micro-batches are copied to.
         """
         self.run, self.config, self.state = run, run.config, run.state
         self.name = run.state.phase
@@ -149,7 +146,7 @@ class PhaseTrainer:
         self.meter = StepMeter(device)
         self.losses = LossMeter(device, run.state.interval)
         self.has_shown_batch = False
-        self.micro_batches: list[Batch] = []  # of the step under way, for messages
+        self.micro_batches: list[Batch] = []  # of the present step, for messages
         assert self.phase.images_per_step is not None
         self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
 
@@ -166,13 +163,13 @@ class PhaseTrainer:
         is_complete = self._take_steps()
         self.run.saver.finish()
         if not is_complete:
-            logger.info("stopped on request at %s; start again to go on", self.state.position)
+            logger.info("stopped on request at %s; the same command continues", self.state.position)
         return is_complete
 
     def _take_steps(self) -> bool:
-        """Take the steps; tell whether all of them were taken."""
+        """Take the steps; return whether all of them were taken."""
         state, batches = self.state, iter(self.stream)
-        if state.needs_evaluation and not self._evaluate():  # interrupted before or in it
+        if state.needs_evaluation and not self._evaluate():  # interrupted before or during it
             return False
         while state.step < self.num_steps:
             result, lr = self._step(batches)
@@ -185,7 +182,7 @@ class PhaseTrainer:
             must_stop = self.run.must_stop()
             if (
                 must_stop
-                or state.needs_evaluation  # which takes long: nothing trained is lost in it
+                or state.needs_evaluation  # it takes long: if it fails, no step is lost
                 or _is_due(state.step, self.config.checkpoint.every)
                 or f"{self.name}-{state.step}" in self.config.checkpoint.at
             ):
@@ -195,21 +192,21 @@ class PhaseTrainer:
         return True
 
     def _at(self, what: str) -> None:
-        """Note what is done now, for messages and against standing still."""
+        """Note what is done now, for messages and for the watchdog."""
         self.run.watchdog.at(f"{self.name} step {self.state.step + 1}: {what}")
 
     def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
-        """Take one optimizer step; return what it saw and its learning rate."""
+        """Take one optimizer step; return its result and its learning rate."""
         started, cpu_started = time.perf_counter(), time.process_time()
-        with distributed.together():  # a shard that one rank cannot get ends the run on all
+        with distributed.together():  # a shard that one rank cannot read ends the run on all
             self._at("waiting for data")
             micro_batches = self.micro_batches = list(islice(batches, len(self.stream.lanes)))
             data_seconds = time.perf_counter() - started
             self.run.scorer.collect()
-            self._at("has its data, waits for the other ranks")
+            self._at("data is ready, waiting for the other ranks")
             if self.run.metrics is not None and not self.has_shown_batch:
                 self.has_shown_batch = True
-                boards.show_batch(
+                showing.show_batch(
                     self.run.metrics, micro_batches[0], self.run.train_set, self.state
                 )
         self._at("forward, backward, update")
@@ -226,24 +223,27 @@ class PhaseTrainer:
             self.state.skipped_steps += 1
             norms.discard_statistics(self.detector)
             if result.is_overflow:
-                logger.info("%s: fp16 overflow, step skipped, loss scale now %g",
-                            self.state.position, result.loss_scale / 2)  # fmt: skip
+                logger.info(
+                    "%s: fp16 overflow, step skipped, loss scale now %g",
+                    self.state.position,
+                    result.loss_scale / 2,
+                )
             else:
                 self._note_bad_step(micro_batches)
-        self.meter.add(
-            micro_batches, time.perf_counter() - started, data_seconds,
-            time.process_time() - cpu_started,
-        )  # fmt: skip
+        step_seconds = time.perf_counter() - started
+        self.meter.add(micro_batches, step_seconds, data_seconds, time.process_time() - cpu_started)
         return result, lr
 
     def _note_bad_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Count a step that changed no weight, on all ranks alike; too many stop the run."""
+        """Count a step that was not finite, on any rank; too many of them stop the run."""
         self.state.bad_steps += 1
         ids = [number for batch in micro_batches for number in batch.image_ids.tolist()]
         logger.warning(
             "%s: loss or gradient not finite, step skipped (%d so far); images of this rank: %s",
-            self.state.position, self.state.bad_steps, ids,
-        )  # fmt: skip
+            self.state.position,
+            self.state.bad_steps,
+            ids,
+        )
         if self.state.bad_steps > self.config.engine.max_bad_steps:
             self.run.saver.wait()
             last = saving.last_good_checkpoint(self.run.run_dir)
@@ -258,10 +258,10 @@ class PhaseTrainer:
         if self.state.skipped_steps < self.num_steps:
             return
         is_fp16 = self.config.engine.precision == "fp16"
-        also = " With fp16 the loss scale takes some steps to find: take more, or bf16." * is_fp16
+        also = " fp16 needs some steps to find its loss scale: set more, or bf16." * is_fp16
         raise distributed.SharedError(
             f"{self.state.position}: all {self.num_steps} steps of the phase were skipped, since a "
-            f"loss or gradient was not finite: nothing was trained, so the run does not go on. "
+            f"loss or gradient was not finite: nothing was trained, so the run ends. "
             f"Lower phases.{self.name}.lr, set engine.clip_norm, or look at the weights that the "
             f"phase starts from.{also}"
         )
@@ -299,50 +299,48 @@ class PhaseTrainer:
             )
 
     def _evaluate(self) -> bool:
-        """Look at the validation set, let what was found be scored, and save that it was done.
+        """Run the model over the validation set, start the scoring, and write a checkpoint.
 
         Returns:
-            False when a request to stop came meanwhile; the evaluation is then still due.
+            False when the run was asked to stop; the evaluation is then still due.
         """
         run, state = self.run, self.state
         run.watchdog.at(f"{state.position}: evaluation")
         self.micro_batches = []
         if not run.scorer.finish(run.must_stop):  # the evaluation before
             return False
-        size_cap = measuring.eval_size(self.config, self.name)
         started, cpu_started = time.perf_counter(), time.process_time()
         if not self._measure_norms():
             return False
         classes = [category.name for category in run.train_set.categories]
         results = measuring.predict(
-            self.config, self.detector, run.val_set, classes, size_cap, run.must_stop,
-            run.run_dir.root,
-        )  # fmt: skip
+            self.config, self.name, self.detector, run.val_set, classes, run.must_stop
+        )
         if results is None:
             return False
         self.meter.add_evaluation(time.perf_counter() - started, time.process_time() - cpu_started)
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         with distributed.together():
             if run.metrics is not None:
-                boards.show_detections(run.metrics, results, run.val_set, state)
+                showing.show_detections(run.metrics, results, run.val_set, state)
             run.scorer.start(results)
         state.needs_evaluation = False
         self._save()
         return True
 
     def _measure_norms(self) -> bool:
-        """Measure the statistics of BN anew, where asked for; False when told to stop."""
+        """Measure the statistics of BN if ``precise_bn`` is set; False when asked to stop."""
         num_steps = self.config.evaluation.precise_bn
         if num_steps is None or self.phase.norm_mode not in ("live", "sync"):
             return True
-        stream = self.stream.beside(self.state.step + self.state.stream_shift)
+        stream = self.stream.from_step(self.state.step + self.state.stream_shift)
+        precision = self.config.engine.precision
         return measure_statistics(
-            self.detector, stream, num_steps, self.device, self.config.engine.precision,
-            self.run.must_stop,
-        )  # fmt: skip
+            self.detector, stream, num_steps, self.device, precision, self.run.must_stop
+        )
 
     def _save(self) -> None:
-        """Save this moment (a collective)."""
+        """Write a checkpoint (a collective)."""
         self.run.watchdog.at(f"{self.state.position}: writing a checkpoint")
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
         self.state.interval = self.losses.interval()

@@ -1,4 +1,4 @@
-"""The evaluation during training: AP to a file, the log and the best checkpoint."""
+"""The evaluation during training: detections, and the numbers that the log gets."""
 
 from __future__ import annotations
 
@@ -19,54 +19,47 @@ from bigdet.models.detector import Detector
 from bigdet.training.state import RunState
 
 
-def eval_size(config: RunConfig, phase: str) -> tuple[int, int]:
-    """Return the short side and the longest long side, pixels, at which a phase is evaluated."""
-    return plan_of(eval_resize(config, phase))
-
-
 def predict(
     config: RunConfig,
+    phase: str,
     detector: Detector,
     val_set: ShardSet,
     classes: Sequence[str],
-    size_cap: tuple[int, int],
     must_stop: Callable[[], bool],
-    folder: Path,
 ) -> SavedResults | None:
-    """Detect the objects of the whole validation set; every rank must call it.
+    """Detect the objects of the whole validation set (a collective).
 
     Args:
-        config: of the run.
-        detector: the model.
-        val_set: what AP is measured on.
+        config: resolved; detections are buffered in its run folder.
+        phase: name of the phase, for the size of images.
+        detector: in any mode.
+        val_set: images in the order of its index.
         classes: names of the detector's classes, in the order of its labels.
-        size_cap: short side and longest long side, pixels.
-        must_stop: asked by all ranks after every batch; the same answer on all of them.
-        folder: where detections wait on disk.
+        must_stop: called on all ranks after every batch; must return the same on all of them.
 
     Returns:
-        On rank 0 all detections, nothing on the others; None when it was told to stop.
+        All detections on rank 0, no detections on the others; None when asked to stop.
     """
-    tta = config.evaluation.tta
+    tta, size_cap = config.evaluation.tta, plan_of(eval_resize(config, phase))
     return predict_split(
         detector if tta is None else AugmentedDetector(detector, tta, val_set.categories, size_cap),
         val_set,
         passes_of(config, size_cap if tta is None else None),
         distributed.device(),
         must_stop,
-        folder,
+        Path(config.output),
         class_ids(val_set, classes),
     )
 
 
 def counters(config: RunConfig, state: RunState) -> dict[str, float]:
-    """Return what the run has taken so far, and what was stated of weights from elsewhere."""
+    """Return the costs of the run so far, and the stated costs of imported weights."""
     imported = imported_cost(config, state.phase)
     return state.counters() | {f"imported/{name}": n for name, n in imported.items()}
 
 
 def flat_metrics(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """Return the numbers of an evaluation by the names of ``metrics.jsonl``: ``bbox/AP``, ..."""
+    """Return the numbers of an evaluation by their names in ``metrics.jsonl``: ``bbox/AP``, ..."""
     return {
         f"{kind}/{name}": value
         for kind in KIND_NAMES

@@ -1,8 +1,7 @@
-"""What a run measures of itself: losses, speed, memory, and what it has seen."""
+"""What a run measures: losses, speed, memory, and the images it has seen."""
 
 from __future__ import annotations
 
-import logging
 import math
 import resource
 import sys
@@ -18,26 +17,24 @@ from bigdet.structures import Batch
 from bigdet.training.energy import EnergyCounter
 from bigdet.training.state import Cost, RunState
 
-logger = logging.getLogger(__name__)
-
 _GIB = 1 << 30
 
 
 class StepMeter:
-    """Counts this rank's images and seconds between two times when all ranks add them up."""
+    """Counts this rank's images and seconds until ``sync`` or ``rates`` adds up all ranks."""
 
     def __init__(self, device: torch.device) -> None:
-        """Count from now on; the device may tell its energy."""
+        """Start from zero, and from the present value of the device's energy counter."""
         self._interval_steps = 0
         self._interval = torch.zeros(3, dtype=torch.float64)  # images, step and data seconds
         # Not yet in the state: images, instances, pixels; step, data and evaluation seconds; CPU
         # seconds of steps and of evaluations.
         self._unsynced = torch.zeros(8, dtype=torch.float64)
         self._unsynced_steps = 0
-        self._dropped_boxes = 0  # of this rank, when the ranks last added up
+        self._dropped_boxes = 0  # of this rank, at the last sync
         self._is_cpu = device.type == "cpu"
         self._energy = EnergyCounter(device)
-        self._joules = self._energy.joules()  # when the ranks last added up
+        self._joules = self._energy.joules()  # at the last sync
 
     def add(
         self,
@@ -46,13 +43,13 @@ class StepMeter:
         data_seconds: float,
         cpu_seconds: float = 0.0,
     ) -> None:
-        """Count one step of this rank; the batches are on the host, so nothing waits.
+        """Count one step of this rank; the batches are on the host, so this never waits for a GPU.
 
         Args:
-            micro_batches: what the step trained on.
-            step_seconds: of the whole step, the wait for data included.
-            data_seconds: of the wait for data.
-            cpu_seconds: that all threads of this process had a CPU in the step.
+            micro_batches: all of the step.
+            step_seconds: time of the whole step, including the wait for data.
+            data_seconds: time of the wait for data.
+            cpu_seconds: CPU time of all threads of this process.
         """
         counts = sum((_count(batch) for batch in micro_batches), torch.zeros(3))
         seconds = torch.tensor([step_seconds, data_seconds], dtype=torch.float64)
@@ -63,17 +60,17 @@ class StepMeter:
         self._unsynced_steps += 1
 
     def add_evaluation(self, seconds: float, cpu_seconds: float = 0.0) -> None:
-        """Count an evaluation that this rank took part in, by the clock and by its CPU time."""
+        """Count an evaluation: elapsed time and CPU time of this rank."""
         self._unsynced[5] += seconds
         self._unsynced[7] += cpu_seconds
 
     def sync(self, state: RunState, damages: Mapping[int, Damage], dropped_boxes: int) -> None:
-        """Add what all ranks have seen since the last time to the state (a collective).
+        """Add the counts of all ranks since the last call to the state (a collective).
 
         Args:
             state: changed in place.
-            damages: what this rank's stream has replaced so far, by row.
-            dropped_boxes: boxes so far of this rank's stream that a crop left nothing of.
+            damages: samples that this rank's stream has replaced so far, by row.
+            dropped_boxes: boxes that a crop has removed entirely so far, in this rank's stream.
         """
         joules = self._energy.joules()
         own = [dropped_boxes - self._dropped_boxes, joules - self._joules]
@@ -133,7 +130,7 @@ def _count(batch: Batch) -> Tensor:
 
 
 def peak_memory_gib() -> float:
-    """Return the highest memory of this rank so far: of its GPU, or resident on a CPU."""
+    """Return this rank's peak memory so far, GiB: of its GPU, or resident memory without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / _GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -141,7 +138,7 @@ def peak_memory_gib() -> float:
 
 
 def mean_losses(losses: dict[str, Tensor]) -> dict[str, float]:
-    """Return losses as means over all ranks (a collective), by logged name."""
+    """Return the means of losses over all ranks (a collective), by logged name."""
     names = list(losses)
     values = torch.stack([losses[name].detach().double() for name in names])
     means = distributed.mean_over_ranks(values).tolist()
@@ -149,11 +146,11 @@ def mean_losses(losses: dict[str, Tensor]) -> dict[str, float]:
 
 
 def progress_line(values: dict[str, Any], steps: int) -> str:
-    """Return the line that people read while a run goes on.
+    """Return the line of the console during training.
 
     Args:
-        values: what ``metrics.jsonl`` gets.
-        steps: of the phase; the time left is that of the phase, by the speed of the last steps.
+        values: the line of ``metrics.jsonl``.
+        steps: length of the phase, from which the time left follows at the speed of this line.
     """
     seconds_left = values["time/step_seconds"] * (steps - values["step"])
     parts = " ".join(
@@ -171,7 +168,7 @@ def progress_line(values: dict[str, Any], steps: int) -> str:
 
 
 def _shown(loss: float | None) -> str:
-    """Return a loss as people read it; a dash where no step was finite."""
+    """Format a loss; a dash if no step was finite."""
     return "-" if loss is None else f"{loss:.3f}"
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet.config.derived import drop_points, num_steps
 from bigdet.config.phase_schema import PhaseConfig
+from bigdet.models.layer_ids import layer_ids
 from bigdet.models.norms import BatchNorm2d
 
-# Position tables: offsets added to attention scores or features, not weights of a map. And scales:
-# ConvNeXt's of layers, SwinV2's of attention.
-PLAIN = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "gamma", "logit_scale")
-POSITION_NETWORK = ".cpb_mlp."  # SwinV2's, which stands for a position table
+# Position tables and tokens: offsets added to attention scores or features, not weights of a map.
+# And scales: LayerScale's and ConvNeXt's of layers, SwinV2's of attention. Not the relative
+# positions of ViTDet (``rel_pos_h``), which detectron2 decays.
+PLAIN = re.compile(
+    r"pos_emb|_pos$|_token\d?$|relative_position_bias_table|position_embedding_table|"
+    r"attention_biases|temperature|logit_scale|gamma"
+)
+POSITION_NETWORK = ".cpb_mlp."  # SwinV2's, which computes a position table
+BACKBONE = "backbone"
 
 
 def parameter_groups(
@@ -25,57 +32,75 @@ def parameter_groups(
     decay_norms: bool = False,
     decay_biases: bool = True,
     bias_lr_factor: float = 1.0,
+    layer_decay: float | None = None,
 ) -> list[dict[str, object]]:
-    """Split what is trained into at most three groups: by weight decay, and by rate.
+    """Split the trained parameters into groups of one weight decay and one rate.
 
     Position tables and scales of transformers are never decayed. Few groups, because multi-tensor
-    updates work within a group.
+    updates work within a group: at most three, with layer decay for each of depth + 2 layers.
 
     Args:
-        module: whose parameters are trained where they require gradients.
-        weight_decay: of the weights.
-        decay_norms: decay scale and shift of BN and GN too (LayerNorm's, in transformers, never
-            are in the published codes).
+        module: its parameters with ``requires_grad`` are trained.
+        weight_decay: factor for all parameters that are decayed.
+        decay_norms: decay scale and shift of BN and GN too (published code never decays those of
+            LayerNorm).
         decay_biases: decay the biases of other layers.
-        bias_lr_factor: rate of these biases over that of the weights.
+        bias_lr_factor: rate of these biases divided by that of the weights.
+        layer_decay: rate of a layer of ``module.backbone`` divided by that of the next layer
+            (see `layer_factors`). None: one rate.
 
     Returns:
-        Groups for a torch optimizer, each with its ``lr_factor``; an empty one is left out.
+        Groups for a torch optimizer, each with its ``lr_factor``, without empty ones.
     """
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    biases: list[Tensor] = []
-    of_biases = decayed if decay_biases else plain
-    if bias_lr_factor != 1.0:
-        of_biases = biases
+    factors = {} if layer_decay is None else layer_factors(module, layer_decay)
+    decays = {"weight": weight_decay, "plain": 0.0, "bias": weight_decay if decay_biases else 0.0}
+    kind_of_biases = "bias" if bias_lr_factor != 1.0 else "weight" if decay_biases else "plain"
+    found: dict[tuple[str, float], list[Tensor]] = {}
+    for name, parameter, kind in _kinds(module, decay_norms):
+        key = kind_of_biases if kind == "bias" else kind, factors.get(name, 1.0)
+        found.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": found[kind, factor],
+            "weight_decay": decay,
+            "lr_factor": factor * bias_lr_factor if kind == "bias" else factor,
+        }
+        for kind, decay in decays.items()
+        for factor in sorted({factor for of_kind, factor in found if of_kind == kind})
+    ]
+
+
+def _kinds(module: nn.Module, decay_norms: bool) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Give what is trained by name: a ``weight``, a ``bias``, or ``plain``, never decayed."""
     for place, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
-        # Of all layers only normalizations have a weight with one dimension.
+        # Only normalization layers have a weight with one dimension.
         is_norm = isinstance(weight, Tensor) and weight.ndim == 1
         is_decayed_norm = decay_norms and isinstance(layer, (BatchNorm2d, nn.GroupNorm))
         for name, parameter in layer.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                is_plain = is_norm or name in PLAIN or POSITION_NETWORK in f".{place}."
-                if is_plain and not is_decayed_norm:
-                    plain.append(parameter)
-                elif name == "bias" and not is_norm:
-                    of_biases.append(parameter)
-                else:
-                    decayed.append(parameter)
-    bias_decay = weight_decay if decay_biases else 0.0
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay, "lr_factor": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_factor": 1.0},
-        {"params": biases, "weight_decay": bias_decay, "lr_factor": bias_lr_factor},
-    ]
-    return [group for group in groups if group["params"]]
+            if not parameter.requires_grad:
+                continue
+            is_bias = name.endswith("bias")
+            is_plain = is_norm or PLAIN.search(name) or POSITION_NETWORK in f".{place}."
+            is_plain = is_plain or (parameter.ndim <= 1 and not is_bias)
+            kind = "bias" if is_bias and not is_norm else "weight"
+            full_name = f"{place}.{name}" if place else name
+            yield full_name, parameter, "plain" if is_plain and not is_decayed_norm else kind
+
+
+def layer_factors(module: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Give the rate of each parameter of a detector's backbone over that of the heads.
+
+    ``layer_decay ** (depth + 1 - layer)`` with the layers of `layer_ids`, as BEiT, ViTDet and timm
+    have it: output norms, pyramid, neck and heads are layer depth + 1, with factor 1.
+    """
+    backbone = getattr(module, BACKBONE)
+    ids, last = layer_ids(backbone)
+    return {f"{BACKBONE}.{name}": layer_decay ** (last - number) for name, number in ids.items()}
 
 
 def build_optimizer(module: nn.Module, phase: PhaseConfig) -> Optimizer:
-    """Make the optimizer of a phase over what is trained in the module.
-
-    Its learning rate is set anew for every step.
-    """
+    """Make the optimizer of a phase; its learning rate is set at every step."""
     groups = parameter_groups(
         module,
         phase.weight_decay,
@@ -89,14 +114,14 @@ def build_optimizer(module: nn.Module, phase: PhaseConfig) -> Optimizer:
 
 
 def scaled_lr(phase: PhaseConfig, images_per_step: int) -> float:
-    """The learning rate after the warm-up, by the linear scaling rule where it is asked for."""
+    """Return the learning rate after the warm-up, by the linear scaling rule if it is enabled."""
     if phase.reference_images_per_step is None:
         return phase.lr
     return phase.lr * images_per_step / phase.reference_images_per_step
 
 
 def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
-    """Say how the learning rate came about: ``lr 0.02 at 16 images per step -> 0.08 at 64``."""
+    """Describe the rate for the log: ``lr 0.02 at 16 images per step -> 0.08 at 64``."""
     if phase.reference_images_per_step is None:
         return f"lr {phase.lr:.3g} as written, whatever the images per step"
     return (
@@ -106,14 +131,14 @@ def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:
-    """Part of ``scaled_lr`` that a step uses.
+    """Return the factor of ``scaled_lr`` at a step.
 
-    Linear warm-up from ``warmup_factor``. After it, for ``step``: times ``decay_factor`` for each
-    drop that so many finished steps have reached; for ``cosine``: (1 + cos(pi t)) / 2, where t goes
-    from 0 at the end of the warm-up to 1 at the end of the phase.
+    Linear warm-up from ``warmup_factor``. Schedule ``step``: times ``decay_factor`` at each drop;
+    ``cosine``: (1 + cos(pi t)) / 2, where t goes from 0 at the end of the warm-up to 1 at the end
+    of the phase.
 
     Args:
-        phase: its length in steps.
+        phase: with its length in steps.
         step: counted from 1.
     """
     finished = step - 1
@@ -130,10 +155,10 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
 
 
 def drop_steps(phase: PhaseConfig) -> list[int]:
-    """Finished steps after which the rate drops; by default 8/12 and 11/12 of the phase."""
+    """Return the finished steps after which the rate drops; by default 8/12 and 11/12."""
     return [round(point) for point in drop_points(phase)]
 
 
 def has_same_past(phase: PhaseConfig, other: PhaseConfig, steps: int) -> bool:
-    """Tell whether two schedules give the first steps the same learning rates."""
+    """Return whether two schedules have the same factors in the first steps."""
     return all(lr_factor(phase, step) == lr_factor(other, step) for step in range(1, steps + 1))

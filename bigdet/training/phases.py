@@ -1,4 +1,4 @@
-"""The detector of a phase, with the weights that it starts from and its frozen layers."""
+"""The detector of a phase, with its start weights and frozen layers."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def build_for_phase(
     device: torch.device,
     is_resumed: bool,
 ) -> Detector:
-    """Build the detector with the weights that a phase starts from, and freeze what it freezes.
+    """Build the detector of a phase with its start weights and frozen layers.
 
     Args:
-        config: of the run.
-        name: of the phase.
+        config: resolved.
+        name: a key of ``config.phases``.
         classes: names of the training set's categories, in the order of the labels.
-        run_dir: where the phase before left its weights.
-        device: of the detector.
-        is_resumed: the weights come from a checkpoint of this phase afterwards.
+        run_dir: has the checkpoint of the phase before.
+        device: where the detector is moved to.
+        is_resumed: do not load start weights, as a checkpoint of this phase is loaded later.
 
     Returns:
-        The detector in training mode. Its random weights depend on the seed and the phase alone.
+        The detector in training mode. Its random weights depend only on seed and phase.
     """
     phase = config.phases[name]
     torch.manual_seed(seed_of("weights", config.seed, name))

@@ -1,8 +1,8 @@
-"""Statistics of BN at the present weights, for an evaluation: means over many training batches.
+"""BN statistics of the present weights, for an evaluation: means over many training batches.
 
-The moving averages of ``models/norms.py`` lag behind: they mix statistics of weights of the last
-tens of steps. Here the weights stand still while the next training batches go through the network
-(Wu and Johnson, *Rethinking "Batch" in BatchNorm*, section 3).
+The moving averages of ``models/norms.py`` lag behind: they mix the statistics of the last tens of
+steps, each with other weights. Here the weights are fixed while the next training batches go
+through the network (Wu and Johnson, *Rethinking "Batch" in BatchNorm*, section 3).
 """
 
 from __future__ import annotations
@@ -34,20 +34,19 @@ def measure_statistics(
 ) -> bool:
     """Set the running statistics of live BN layers to their means over the batches of some steps.
 
-    Every rank must call it, with the same number of steps; afterwards all have the same statistics.
-    They depend on the weights and the batches alone: not on the statistics before, nor on the
-    number of ranks where BN is ``live``.
+    A collective; afterwards all ranks have the same statistics. They depend only on the weights and
+    the batches: not on the statistics before, nor, if BN is ``live``, on the number of ranks.
 
     Args:
         detector: in training mode, between two steps.
-        stream: of its own, from which the training takes nothing.
-        num_steps: how many steps' batches, of all lanes.
-        device: of this rank.
+        stream: another one than training uses; closed at the end.
+        num_steps: number of steps whose batches are used, the same on all ranks.
+        device: where the batches are copied to.
         precision: of activations and matrix products, as in training.
-        must_stop: asked on all ranks after every step's batches; the same answer on all.
+        must_stop: called on all ranks after every step; must return the same on all of them.
 
     Returns:
-        False when it was told to stop; the statistics are then what they were.
+        False when asked to stop; the statistics are then unchanged.
     """
     batches = iter(stream)
     norms.discard_statistics(detector)

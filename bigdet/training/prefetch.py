@@ -1,4 +1,4 @@
-"""The batches of a step on the device, each copied there while the one before is worked on."""
+"""The batches of a step on the device, each copied while the one before it is used."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from bigdet.structures import Batch
 
 
 def prefetch(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches on a device, one by one: all at once could fill it.
+    """Yield the batches of a step on a device, one by one: all at once could fill it.
 
-    On CUDA the next one is on its way, on a stream of its own and from page-locked memory, when
-    one is handed out. On a CPU nothing is copied.
-
-    Args:
-        batches: the micro-batches of one step, on the host.
-        device: of this rank.
+    On CUDA, while one batch is used, the next is copied on another CUDA stream from page-locked
+    memory. On a CPU nothing is copied.
     """
     if device.type != "cuda":
         yield from batches
@@ -31,10 +27,10 @@ def prefetch(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
     upcoming = copied(batches[0])
     for following in [*batches[1:], None]:
         current = torch.cuda.current_stream(device)
-        current.wait_stream(side)  # what is handed out is complete on the device
+        current.wait_stream(side)  # the copy is complete before its use
         ready = upcoming
-        # The memory was allocated on the side stream: it must not be used again before the work
-        # that is queued on this one is done.
+        # The memory was allocated on the side stream: it must not be reused before the work that
+        # is queued on the current stream is done.
         ready.record_stream(current)
         if following is not None:
             upcoming = copied(following)

@@ -1,4 +1,4 @@
-"""Where a run begins: fresh, or at a checkpoint whose config fits."""
+"""Where a run begins: at its start, or at a checkpoint whose config fits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ from typing import Any
 
 from bigdet import distributed
 from bigdet.config.check_schedule import check_length
-from bigdet.config.derived import (
-    in_steps,
-    num_lanes,
-    num_steps,
-    phase_model,
-    phase_source,
-)
+from bigdet.config.derived import in_steps, num_lanes, num_steps, phase_model, phase_source
 from bigdet.config.earlier import keep_former
 from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
 from bigdet.config.phase_schema import PhaseConfig
@@ -31,8 +25,7 @@ from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
 from bigdet.pieces.index import STATE_FILE
 from bigdet.run_dir import RunDir
-from bigdet.training import optim
-from bigdet.training import same_hosts as hosts
+from bigdet.training import optim, same_hosts
 from bigdet.training.forks import (
     BATCH_OPTIONS,
     changeable_options,
@@ -54,16 +47,17 @@ def check_same_everywhere(config: RunConfig, train_set: ShardSet, val_set: Shard
     """Check that all hosts have the same code, config and data (collective).
 
     Raises:
-        SharedError: with what differs, and who has what.
+        SharedError: with the first difference, and its values by host.
     """
     models = [phase_model(config, name) for name in config.phases]
     names = [name for model in models for name in (model.backbone, model.detector)]
-    hosts.check_same(
+    digits = same_hosts.SHOWN_HASH
+    same_hosts.check_same(
         {
-            **hosts.own_code(names),
-            "config": hosts.text_hash(dump_config(config)),
-            f"training shards {train_set.address}": train_set.index_hash()[: hosts.SHOWN_HASH],
-            f"validation shards {val_set.address}": val_set.index_hash()[: hosts.SHOWN_HASH],
+            **same_hosts.own_code(names),
+            "config": same_hosts.text_hash(dump_config(config)),
+            f"training shards {train_set.address}": train_set.index_hash()[:digits],
+            f"validation shards {val_set.address}": val_set.index_hash()[:digits],
         }
     )
 
@@ -72,10 +66,10 @@ def check_same_stream(state: dict[str, Any]) -> None:
     """Check that all ranks take their batches from the same samples in the same order (collective).
 
     Args:
-        state: of this rank's training stream.
+        state: ``TrainStream.state()`` of this rank.
 
     Raises:
-        SharedError: machines have different copies of the data.
+        SharedError: hosts have different copies of the data.
     """
     states = distributed.all_gather_objects(state)
     for rank, other in enumerate(states):
@@ -83,21 +77,20 @@ def check_same_stream(state: dict[str, Any]) -> None:
         if differing:
             raise distributed.SharedError(
                 f"data.train: rank {rank} has another {', '.join(differing)} than rank 0, so they "
-                f"would not train on each image once. Copy the same shards to every machine."
+                f"would not train on each image once. Copy the same shards to every host."
             )
 
 
 def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | None) -> None:
-    """Check for each phase to come what would else be told when it begins, hours later.
+    """Check each phase to come now, as its errors would otherwise appear hours later.
 
     Args:
         config: resolved.
-        train_set: what all phases train on.
-        saved: the checkpoint to go on from; its phase has begun already.
+        train_set: of all phases.
+        saved: the checkpoint to continue from; its phase has begun already.
 
     Raises:
-        ValueError: too few images for a step, or weights to start from that are not there or do
-            not fit.
+        ValueError: too few images for a step, or start weights that are missing or do not fit.
     """
     names = list(config.phases)
     classes = [category.name for category in train_set.categories]
@@ -109,24 +102,24 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
 
 
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
-    """Return the checkpoint to go on from, None for a fresh start (rank 0).
+    """Return the checkpoint to continue from, None for a fresh start (rank 0).
 
-    A checkpoint of another run, which ``resume`` names, is copied into the run folder first, so
-    that the run goes on from its own folder from then on. One of this run becomes the latest again.
+    If ``resume`` names a checkpoint of another run, it is copied into the run folder first: later
+    starts continue from there. One of this run becomes the latest again.
 
     Raises:
-        ConfigError: the folder holds a finished run, or one that ``resume`` says not to touch.
+        ConfigError: the folder holds a finished run, or another run than ``resume`` expects.
     """
     newest = newest_checkpoint(run_dir)
     if run_dir.is_finished or (run_dir.weights.is_file() and newest is None):
         raise ConfigError(
-            f"output: {run_dir.root} holds a finished run ({run_dir.weights.name} is there). "
+            f"output: {run_dir.root} holds a finished run (it has {run_dir.weights.name}). "
             f"Choose another output, or remove the folder to run again."
         )
     if newest is not None and config.resume == "never":
         raise ConfigError(
             f"resume: found never, but {run_dir.root} has checkpoints. Choose another output, "
-            f"remove the folder, or write resume=auto to go on."
+            f"remove the folder, or write resume=auto to continue."
         )
     if config.resume in ("auto", "never"):
         return newest
@@ -146,8 +139,8 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
         return newest_checkpoint(run_dir)
     if is_new:
         raise ConfigError(
-            f"resume: {run_dir.root} has checkpoints of its own, so it cannot begin at {folder}. "
-            f"Choose another output, or write resume=auto to go on from {newest}."
+            f"resume: {run_dir.root} has its own checkpoints, so it cannot begin at {folder}. "
+            f"Choose another output, or write resume=auto to continue from {newest}."
         )
     return newest
 
@@ -158,14 +151,14 @@ def settle_config(
     folder: Path | None,
     train_set: ShardSet | None = None,
 ) -> RunConfig:
-    """Fill in ``images_per_step`` and lengths in steps, and check them against ranks and resume.
+    """Fill in ``images_per_step`` and lengths in steps; check them against ranks and checkpoint.
 
     Args:
         config: as the user wrote it.
-        saved: the checkpoint to go on from; its images per step stay. None for a fresh start,
-            where a phase takes one micro-batch of each rank per step.
-        folder: of the checkpoint, for messages.
-        train_set: what a pass goes through; None leaves lengths in passes as they are.
+        saved: the checkpoint to continue from, which keeps its images per step. None for a fresh
+            start: by default a step has one micro-batch of each rank.
+        folder: the checkpoint's path, for messages.
+        train_set: the images of a pass; None leaves lengths in passes as they are.
     """
     world_size = distributed.world_size()
     before = None if saved is None else _config_of(saved.run["config"])
@@ -188,8 +181,8 @@ def settle_config(
             )
         if config.change_batch and saved is not None and phase.steps is None:
             raise ConfigError(
-                f"phases.{name}.steps: not set, but with change_batch a phase under way needs its "
-                f"length in steps. Write steps, and null for passes and images."
+                f"phases.{name}.steps: not set, but with change_batch a phase that has begun needs "
+                f"its length in steps. Write steps, and null for passes and images."
             )
         phases[name] = _settle_length(config, name, phase, train_set)
     config = dataclasses.replace(config, phases=phases)
@@ -202,7 +195,7 @@ def settle_config(
 def _settle_length(
     config: RunConfig, name: str, phase: PhaseConfig, train_set: ShardSet | None
 ) -> PhaseConfig:
-    """Return a phase with its length in steps; its images per step are known."""
+    """Return a phase with its length in steps; its ``images_per_step`` is set."""
     if phase.passes is not None:
         if train_set is None:
             return phase
@@ -218,26 +211,27 @@ def _settle_length(
 def note_changes(
     config: RunConfig, train_set: ShardSet, saved: Checkpoint, state: RunState
 ) -> None:
-    """Fit a resumed run to another number of ranks or another batch, and say what changed.
+    """Adapt a resumed run to another number of ranks or another batch, and log what changed.
 
-    The order of a pass holds for one shape of the batch. With another one, the images that are
-    left of the pass under way are not shown; every later pass shows each image once, as ever.
+    The order of a pass is a function of the batch. With another batch, the remaining images of the
+    present pass are left out; every later pass has each image once, as always.
 
     Args:
         config: resolved; with ``change_batch`` its batch may differ from the checkpoint's.
-        train_set: what the phase trains on.
+        train_set: of all phases.
         saved: the checkpoint.
-        state: as read from it; changed in place.
+        state: read from the checkpoint; changed in place.
     """
     name, ranks = state.phase, distributed.world_size()
     now = config.phases[name]
     before = _config_of(saved.run["config"]).phases[name]
     if state.ranks not in (0, ranks):
         logger.info(
-            "%d ranks instead of %d: each runs %g micro-batches of %d per step instead of %g; "
-            "%d images per step as before", ranks, state.ranks, num_lanes(now) / ranks,
-            now.images_per_gpu, num_lanes(before) / state.ranks, before.images_per_step,
-        )  # fmt: skip
+            f"{ranks} ranks instead of {state.ranks}: each runs {num_lanes(now) / ranks:g} "
+            f"micro-batches of {now.images_per_gpu} per step instead of "
+            f"{num_lanes(before) / state.ranks:g}; {before.images_per_step} images per step as "
+            f"before"
+        )
     state.ranks = ranks
     if (now.images_per_step, now.images_per_gpu) == (before.images_per_step, before.images_per_gpu):
         return
@@ -248,7 +242,7 @@ def note_changes(
             f"phases.{name}.images_per_step: changes from {before.images_per_step} to "
             f"{now.images_per_step}, but lr would stay, as reference_images_per_step is not set. "
             f"Set phases.{name}.reference_images_per_step, to {before.images_per_step} if lr is "
-            f"meant for that."
+            f"the rate for that batch."
         )
     old, new = (_any_stream(config, train_set, name, phase) for phase in (before, now))
     old.check_state(state.stream)
@@ -256,39 +250,45 @@ def note_changes(
     passes = -(-position // old.steps_per_pass)
     state.stream_shift = passes * new.steps_per_pass - state.step
     state.stream = new.state()
+    new_lr = optim.scaled_lr(now, now.images_per_step)
+    old_lr = optim.scaled_lr(before, before.images_per_step)
     logger.info(
-        "batch of phase %s changed at step %d: %d images per step instead of %d, %d per GPU "
-        "instead of %d, lr %.3g instead of %.3g; pass %d begins, %d steps of the one before it are "
-        "left out; step N is step N + %d of `bigdet show-batch`",
-        name, state.step, now.images_per_step, before.images_per_step, now.images_per_gpu,
-        before.images_per_gpu, optim.scaled_lr(now, now.images_per_step),
-        optim.scaled_lr(before, before.images_per_step), passes + 1,
-        passes * old.steps_per_pass - position, state.stream_shift,
-    )  # fmt: skip
+        f"batch of phase {name} changed at step {state.step}: {now.images_per_step} images per "
+        f"step instead of {before.images_per_step}, {now.images_per_gpu} per GPU instead of "
+        f"{before.images_per_gpu}, lr {new_lr:.3g} instead of {old_lr:.3g}; pass {passes + 1} "
+        f"begins, the last {passes * old.steps_per_pass - position} steps of the pass before it "
+        f"are left out; step N is step N + {state.stream_shift} of `bigdet show-batch`"
+    )
 
 
 def _any_stream(
     config: RunConfig, train_set: ShardSet, name: str, phase: PhaseConfig
 ) -> TrainStream:
-    """Return the stream of a phase as one rank alone would see it, for its order."""
+    """Return a phase's stream as of a run on one rank, for its order of images."""
     return TrainStream(
-        train_set, config.data, phase,
-        name=name, with_masks=False, seed=config.seed, rank=0, world_size=1,
-    )  # fmt: skip
+        train_set,
+        config.data,
+        phase,
+        name=name,
+        with_masks=False,
+        seed=config.seed,
+        rank=0,
+        world_size=1,
+    )
 
 
-@functools.cache  # a second of a resumed start for each time
+@functools.cache  # parsing takes a second
 def _config_of(text: str) -> RunConfig:
-    """Return the config that a checkpoint was written with."""
+    """Return the config in a checkpoint."""
     return parse_config(text, "the config of the checkpoint")
 
 
 def begin(
     config: RunConfig, run_dir: RunDir, train_set: ShardSet, saved: Checkpoint | None
 ) -> tuple[RunState, MetricsWriter | None]:
-    """Prepare the run folder, and return where the run is and rank 0's log for machines.
+    """Prepare the run folder; return the run's state and, on rank 0, the writer of its metrics.
 
-    The resolved config is written, and ``metrics.jsonl`` is cut back to where the run goes on.
+    The resolved config is written, and ``metrics.jsonl`` is cut back to the present step.
     """
     names = list(config.phases)
     if saved is None:
@@ -297,7 +297,7 @@ def begin(
         state = RunState.from_json(saved.run["run"])
         note_changes(config, train_set, saved, state)
         if is_fork(config, saved):
-            # They stay with the other run.
+            # The best AP and an evaluation that waits for its numbers are of the other run.
             state.best_ap = state.best_checkpoint = state.unscored = None
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
@@ -326,13 +326,10 @@ def begin(
 def _check_unchanged(
     config: RunConfig, before: RunConfig, saved: Checkpoint, folder: Path | None
 ) -> None:
-    """Refuse to go on with options that would make it another run.
-
-    Phases that have not begun may still be mended.
-    """
+    """Refuse options that would make it another run; phases that have not begun may change."""
     if list(config.phases) != list(before.phases):
         raise ConfigError(
-            f"{folder}: the run to go on has the phases {', '.join(before.phases)}, the config "
+            f"{folder}: the run has the phases {', '.join(before.phases)}, the config "
             f"{', '.join(config.phases)}. Set them back, or choose another output."
         )
     current = saved.run["run"]["phase"]
@@ -345,8 +342,9 @@ def _check_unchanged(
         batch = ", ".join(f"phases.{current}.{name}" for name in BATCH_OPTIONS)
         also = "" if config.change_batch else f"; with change_batch=true also {batch}"
         raise ConfigError(
-            f"{folder}: the run to go on was started with other options: {', '.join(changed)}. Set "
-            f"them back, or choose another output. A resumed run may change only "
-            f"{', '.join(changeable)}{also}. To go on just as it was started, give the config that "
-            f"the run wrote, {Path(before.output) / 'config.yaml'}, in place of yours."
+            f"{folder}: the run was started with other options: {', '.join(changed)}. Set them "
+            f"back, or choose another output. A resumed run may change only "
+            f"{', '.join(changeable)}{also}. To continue with the options that it was started "
+            f"with, give the config in its folder, {Path(before.output) / 'config.yaml'}, in "
+            f"place of yours."
         )

@@ -1,8 +1,8 @@
-"""What every rank must have alike: versions, the code, the config, the data.
+"""What must be the same on all ranks: versions, code, config and data.
 
-A run whose hosts differ trains on something that nobody wrote down, or hangs hours later in a
-collective that one of them skips. So it is compared before the first step; ``--doctor`` also shows
-what was found.
+A run whose hosts differ trains something that nobody specified, or hangs hours later in a
+collective that one of them skips. So they are compared before the first step; ``--doctor`` also
+shows the values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def software() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Return what this process runs on, for people: host, device, versions."""
+    """Return host, device and versions of this process, for the report."""
     versions = {name: importlib.metadata.version(name) for name in ("torchvision", "timm")}
     return {"host": socket.gethostname(), "device": _device_name(), **software(), **versions}
 
@@ -57,10 +57,10 @@ def code_hash() -> str:
 
 
 def own_code(names: Iterable[str]) -> dict[str, str]:
-    """Return a hash of each module that holds something of a user's own, by what it is.
+    """Return hashes of the user's own modules, under ``code of MODULE``.
 
     Args:
-        names: of backbones and detectors, bigdet's too; what is own has been imported.
+        names: backbones and detectors, bigdet's or ``package.module:attribute``, then imported.
     """
     files = {name.partition(":")[0] for name in names if is_own(name)}
     return {
@@ -75,14 +75,14 @@ def text_hash(text: str) -> str:
 
 
 def differences(everywhere: list[tuple[str, Mapping[str, str]]]) -> dict[str, str]:
-    """Compare what the ranks have with rank 0.
+    """Compare all ranks with rank 0.
 
     Args:
         everywhere: host and values of every rank, in order of rank.
 
     Returns:
-        For each name that is not the same everywhere, who has what; of several ranks of a host
-        the first.
+        For each name that differs, one line with the value of each host that has another one than
+        rank 0, and of the first such rank of that host.
     """
     host_0, values_0 = everywhere[0]
     found: dict[str, dict[str, str]] = {}
@@ -98,13 +98,10 @@ def differences(everywhere: list[tuple[str, Mapping[str, str]]]) -> dict[str, st
 
 
 def check_same(values: Mapping[str, str]) -> None:
-    """Check that all ranks have the same versions, code and whatever else is given (collective).
-
-    Args:
-        values: of this rank, by what they are.
+    """Check that versions, code and the given values are the same on all ranks (collective).
 
     Raises:
-        SharedError: with the first thing that differs, and who has what.
+        SharedError: with the first name that differs, and its values by host.
     """
     own = (socket.gethostname(), {**software(), **values})
     differing = differences(distributed.all_gather_objects(own))

@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides its log: checkpoints, and the final weights."""
+"""Checkpoints in the background, and the final weights."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes the checkpoints of a run beside training, one at a time.
+    """Writes the checkpoints of a run during training, one at a time.
 
-    A step loses only the time of the copy of each rank's share to its memory; a thread of each rank
-    writes it. When a write fails on any rank, the run goes on with a warning and what was saved
-    before stays; when the next one fails too, or it was the last one before a hand-over or the end,
+    Training waits only for the copy of each rank's share to its own memory; a thread of each rank
+    writes it. If a write fails on any rank, the run continues with a warning and the checkpoints
+    before it stay; if the next write fails too, or it was the last one of a phase or before a stop,
     the run ends with the reason.
     """
 
     def __init__(self, config: RunConfig, run_dir: RunDir, train_set: ShardSet) -> None:
-        """Take what goes into every checkpoint."""
+        """Prepare; nothing is written yet."""
         self._config, self._run_dir = config, run_dir
-        self._categories = categories_of(train_set)
+        self._categories = [asdict(category) for category in train_set.categories]
         self._disks: Disks | None = None
         self._is_pending = False  # the same on all ranks, as is the number of failures
         self._num_failures = 0
@@ -52,11 +52,11 @@ class Saver:
         self._problem: str | None = None
 
     def save(self, engine: Engine, state: RunState) -> None:
-        """Copy what a resume needs and let it be written; wait for the save before (collective).
+        """Start to write a checkpoint, after the one before it is written (collective).
 
         Raises:
-            SharedError: on all ranks, when two saves in a row could not be written, or when the
-                weights are not finite: nothing is written then.
+            SharedError: on all ranks: two saves in a row failed, or the weights are not finite;
+                nothing is written then.
         """
         self.wait()
         started = time.perf_counter()
@@ -97,7 +97,7 @@ class Saver:
 
     def _kept(self, state: RunState) -> set[str]:
         """Return the names of checkpoints that stay although newer ones are there (rank 0)."""
-        unscored = state.unscored  # it may become the best
+        unscored = state.unscored  # its checkpoint may become the best
         needed = [
             *([] if state.best_checkpoint is None else [state.best_checkpoint]),
             *([] if unscored is None else [f"{unscored.phase}-{unscored.step}"]),
@@ -122,14 +122,15 @@ class Saver:
         except (OSError, ValueError) as error:
             self._problem = errors.explain(error)
             return
-        except Exception as error:  # nobody else would hear of it, and nothing is written
+        except Exception as error:  # of a thread: it would not end the run
             logger.exception("%s: the checkpoint is not written", save.folder)
             self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
             return
+        written = time.perf_counter() - started
         logger.info(
-            "checkpoint written: %s (copied in %.2f s, written beside training in %.2f s)",
-            save.folder, copied, time.perf_counter() - started,
-        )  # fmt: skip
+            f"checkpoint written: {save.folder} (copied in {copied:.2f} s, written during training "
+            f"in {written:.2f} s)"
+        )
 
     def _write_whole(self) -> list[Path]:
         """Write the weights of the best checkpoint and of ends of phases to one file each (rank 0).
@@ -143,10 +144,10 @@ class Saver:
         return [folder for folder in complete if not whole.write_whole(folder)]
 
     def wait(self) -> None:
-        """Wait until the save under way is written (collective).
+        """Wait until the last save is written (collective).
 
         Raises:
-            SharedError: on all ranks, when it failed and the one before it too.
+            SharedError: on all ranks: it failed, and the one before it too.
         """
         if not self._is_pending:
             return
@@ -157,13 +158,13 @@ class Saver:
         if self._num_failures > 1:
             raise distributed.SharedError(f"{problem} Two saves in a row failed.")
         if problem is not None:
-            logger.warning("%s The run goes on, and stops if the next save fails too.", problem)
+            logger.warning("%s The run continues, and stops if the next save fails too.", problem)
 
     def finish(self) -> None:
-        """Wait until all is written (collective).
+        """Wait until everything is written (collective).
 
         Raises:
-            SharedError: on all ranks, when the last save failed.
+            SharedError: on all ranks: the last save failed.
         """
         self.wait()
         left = None
@@ -175,15 +176,15 @@ class Saver:
         if self._num_failures:
             raise distributed.SharedError(
                 f"{self._run_dir.checkpoints}: the last checkpoint could not be written; see the "
-                f"warning above. Make room and start the run again: it goes on from "
+                f"warning above. Make room and start the run again: it continues from "
                 f"{newest_checkpoint(self._run_dir) or 'its beginning'}."
             )
 
     def join(self, seconds: float = math.inf) -> None:
-        """Wait for the thread of this rank, whatever the others do.
+        """Wait for this rank's thread.
 
         Args:
-            seconds: after these it no longer waits for word of the others.
+            seconds: after these the thread no longer waits for the other ranks.
         """
         if self._thread is not None:
             self._deadline = time.monotonic() + seconds
@@ -201,11 +202,6 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
             shutil.copyfile(source, temporary)
             put_in_place(temporary, run_dir.weights)
     logger.info("finished: final weights in %s", run_dir.weights)
-
-
-def categories_of(shards: ShardSet) -> list[dict[str, object]]:
-    """Return what the labels mean, as weights files carry it."""
-    return [asdict(category) for category in shards.categories]
 
 
 def last_good_checkpoint(run_dir: RunDir) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a run shows on its boards, and what it writes down of where it was started."""
+"""Pictures and boards of a run, and its record of starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bigdet.logs.boards import Board, TensorBoard, WeightsAndBiases
 from bigdet.logs.log import MetricsWriter
 from bigdet.run_dir import RunDir
 from bigdet.structures import Batch
-from bigdet.training import same_hosts as hosts
+from bigdet.training import same_hosts
 from bigdet.training.state import RunState
 
 NUM_SHOWN = 4  # images with detections, the same ones at each evaluation
@@ -36,9 +36,9 @@ def open_boards(config: RunConfig, run_dir: RunDir, first_step: int) -> list[Boa
     """Return the boards that the config asks for (rank 0).
 
     Args:
-        config: of the run.
+        config: ``config.log`` has the boards.
         run_dir: where their files go.
-        first_step: over all phases; what an earlier process showed from it on is forgotten.
+        first_step: over all phases; what an earlier start showed from this step on is removed.
     """
     boards: list[Board] = []
     if (wandb := config.log.wandb) is not None:  # first: it may not be installed
@@ -54,7 +54,7 @@ def open_boards(config: RunConfig, run_dir: RunDir, first_step: int) -> list[Boa
 
 
 def _own_board(name: str, config: RunConfig, run_dir: RunDir, first_step: int) -> Board:
-    """Make a board of the user's, see ``Board``."""
+    """Make a user's own board; see ``Board``."""
     key, given = "log.boards", ("folder", "first_step", "options")
     make = import_callable(key, name)
     parameters = parameters_of(key, name, make)
@@ -75,15 +75,15 @@ def _own_board(name: str, config: RunConfig, run_dir: RunDir, first_step: int) -
 
 
 def note_start(file: Path) -> None:
-    """Add when, and on what, this process was started to a JSON list (rank 0)."""
+    """Append time, ranks, host and versions of this start to a JSON list (rank 0)."""
     starts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    start = {"time": time, "ranks": distributed.world_size(), **hosts.environment()}
+    start = {"time": time, "ranks": distributed.world_size(), **same_hosts.environment()}
     write_text(file, to_json([*starts, start], indent=1))
 
 
 def show_batch(metrics: MetricsWriter, batch: Batch, train_set: ShardSet, state: RunState) -> None:
-    """Show a batch as the model sees it, with its targets; nothing without boards."""
+    """Show a batch as the model sees it, with its targets, if there are boards."""
     if metrics.boards:
         sheet = draw_batch(batch, train_set.categories)
         sheet.thumbnail((SHEET_LONG_SIDE, SHEET_LONG_SIDE))
@@ -93,11 +93,11 @@ def show_batch(metrics: MetricsWriter, batch: Batch, train_set: ShardSet, state:
 def show_detections(
     metrics: MetricsWriter, results: SavedResults, val_set: ShardSet, state: RunState
 ) -> None:
-    """Show what was found on the first validation images; nothing without boards."""
+    """Show the detections of the first validation images, if there are boards."""
     if not metrics.boards:
         return
     ids = list(islice(val_set.index["image_id"].tolist(), NUM_SHOWN))
-    found = results_of(results.of_images(ids), ids)  # training waits meanwhile
+    found = results_of(results.of_images(ids), ids)  # few: training waits
     for row, image_id in enumerate(ids):
         picture: Image.Image = draw_results(read_pixels(val_set, row), found[image_id], val_set)
         picture.thumbnail((LONG_SIDE, LONG_SIDE))

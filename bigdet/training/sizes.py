@@ -1,4 +1,4 @@
-"""How large a model and what a run keeps of it are, told before it is built."""
+"""Sizes of a model and of its checkpoints, known before the model is built."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Counts of numbers (not bytes).
+    """Counts of numbers, not bytes.
 
     Attributes:
         parameters: all weights.
-        trained: those that the phase trains.
+        trained: weights that the phase trains.
         buffers: running statistics.
     """
 

@@ -1,4 +1,4 @@
-"""What a resume needs beside weights and optimizer state: where the run is and what it has seen."""
+"""What a resume needs besides weights and optimizer state: the run's position and counters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Seen:
     Attributes:
         images: training images, repeats counted, masked slots not.
         instances: objects on them that are not crowd.
-        pixels: pixels of them at the size the model saw, padding not counted.
+        pixels: pixels of these images at the size the model saw, padding not counted.
         gpu_seconds: seconds of training steps times ranks.
     """
 
@@ -26,21 +26,20 @@ class Seen:
 
 @dataclass
 class Cost:
-    """What a phase has taken so far, over all ranks (paper 1, figure 2; paper 2's cost columns).
+    """What a phase has cost so far, over all ranks (paper 1, figure 2; paper 2's cost columns).
 
     Attributes:
-        steps: of the optimizer.
+        steps: optimizer steps.
         images: training images, repeats counted, masked slots not.
         instances: objects on them that are not crowd.
-        pixels: pixels of them at the size the model saw, padding not counted.
-        compute_gpu_seconds: seconds of training steps times ranks, the wait for data left out.
+        pixels: pixels of these images at the size the model saw, padding not counted.
+        compute_gpu_seconds: seconds of training steps times ranks, without the wait for data.
         data_gpu_seconds: seconds of waiting for data times ranks.
         evaluation_gpu_seconds: seconds of evaluations times ranks.
-        energy_joules: of the ranks' GPUs; None where one of them does not tell.
-        cpu_seconds: of training steps, of all threads of the ranks, reading and decoding by loader
-            processes (``data.workers``) left out; None where a part was trained on GPUs, or not
-            counted.
-        evaluation_cpu_seconds: of evaluations, likewise; a process of its own does the scoring.
+        energy_joules: energy of the ranks' GPUs; None if one of them has no counter.
+        cpu_seconds: CPU time of training steps, all threads of the ranks but not their loader
+            processes (``data.workers``); None if a part was trained on GPUs or not counted.
+        evaluation_cpu_seconds: the same of evaluations, without the process that scores.
     """
 
     steps: int = 0
@@ -55,7 +54,7 @@ class Cost:
     evaluation_cpu_seconds: float | None = 0.0
 
     def add(self, more: Cost) -> None:
-        """Add what was taken since."""
+        """Add the cost of later steps."""
         for name, value in asdict(more).items():
             own = getattr(self, name)
             setattr(self, name, None if own is None or value is None else own + value)
@@ -63,11 +62,11 @@ class Cost:
 
 @dataclass
 class Interval:
-    """Sums over the steps since the last line of the log, of which the next line has the means.
+    """Sums over the steps since the last log line; the next line has their means.
 
     Attributes:
         images: training images of the steps whose losses count, over all ranks.
-        losses: of each rank, by name: sums over its lanes of a lane's loss times its images.
+        losses: for each rank, by name: sum over its lanes of loss times images.
         norm_images: training images of the steps whose gradient norm counts.
         norm: sum over these steps of the gradient norm times the images.
     """
@@ -80,13 +79,13 @@ class Interval:
 
 @dataclass
 class Unscored:
-    """An evaluation whose detections are there, but not yet their numbers.
+    """An evaluation whose detections are not scored yet.
 
     Attributes:
-        phase: in which the model was looked at.
-        step: of the phase, after which.
-        total_steps: of all phases.
-        counters: what the run had taken until then, as ``metrics.jsonl`` has it.
+        phase: phase of the model that was evaluated.
+        step: its finished steps of that phase.
+        total_steps: its finished steps of all phases.
+        counters: the costs until then, as in ``metrics.jsonl``.
     """
 
     phase: str
@@ -97,28 +96,28 @@ class Unscored:
 
 @dataclass
 class RunState:
-    """Where a run is. Written to ``state.json`` of every checkpoint.
+    """Position and counters of a run. Written to ``state.json`` of every checkpoint.
 
     Attributes:
         phase: name of the current phase.
-        step: finished steps of it.
+        step: finished steps of this phase.
         total_steps: finished steps of all phases.
-        seen: what has been consumed.
-        costs: what each phase has taken, by name.
-        needs_evaluation: the evaluation due at this step was not done yet.
-        unscored: the evaluation that is being scored beside training; known to rank 0 alone, as
-            are the best AP and checkpoint.
-        interval: what was seen since the last line of the log, when this was written.
-        skipped_steps: steps of the current phase that changed no weight, for whatever reason.
+        seen: images and other counts since the start of the run.
+        costs: cost of each phase, by name.
+        needs_evaluation: an evaluation is due at this step and not done yet.
+        unscored: the evaluation that is being scored in the background; only on rank 0, like the
+            best AP and checkpoint.
+        interval: sums since the last log line, at the time of the checkpoint.
+        skipped_steps: steps of the current phase that changed no weight, for any reason.
         bad_steps: steps skipped because a loss or gradient was not finite.
-        dropped_boxes: boxes of objects that a random crop left nothing of, over all ranks.
+        dropped_boxes: boxes that a random crop removed entirely, over all ranks.
         damaged: damaged training samples that were replaced, by kind, over all ranks.
-        damaged_rows: which ones, so that no rank, phase or resumed run counts one again.
+        damaged_rows: their rows, so that no rank, phase or resumed run counts one again.
         best_ap: highest box AP of an evaluation so far, in [0, 1]; None before the first.
-        best_checkpoint: name of the checkpoint that has it.
-        stream: what ``step`` is relative to in the order of the data.
-        stream_shift: step of that order less ``step``; not 0 once the batch size was changed.
-        ranks: that trained when this was written; 0 if not known.
+        best_checkpoint: name of the checkpoint with this AP.
+        stream: what the order of the data depends on (``TrainStream.state``).
+        stream_shift: step of that order minus ``step``; not 0 after a change of the batch size.
+        ranks: number of ranks when this was written; 0 if not known.
     """
 
     phase: str
@@ -142,7 +141,7 @@ class RunState:
 
     @property
     def position(self) -> str:
-        """Where the run is, as people read it."""
+        """Phase and step, for messages."""
         return f"{self.phase} step {self.step}"
 
     def begin(self, phase: str) -> None:
@@ -151,9 +150,9 @@ class RunState:
         self.interval, self.skipped_steps = Interval(), 0
 
     def counters(self) -> dict[str, float]:
-        """Return what the run, and its current phase, have taken so far, as ``metrics.jsonl`` does.
+        """Return the costs by the names of ``metrics.jsonl``.
 
-        ``seen/`` and ``cost/`` are of the whole run, ``phase_cost/`` of the phase.
+        ``seen/`` and ``cost/`` are of the whole run, ``phase_cost/`` of the current phase.
         """
         total = Cost()
         for cost in self.costs.values():

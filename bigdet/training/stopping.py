@@ -1,7 +1,6 @@
-"""Requests to stop: SIGTERM or SIGUSR1 to any rank, a file ``stop`` in the run folder, or an end.
+"""Requests to stop: SIGTERM or SIGUSR1 to any rank, a file ``stop``, or the launcher's end.
 
-The end of the launcher: SIGTERM to ``deepspeed`` ends that process alone, and its ranks would run
-on unseen.
+SIGTERM to ``deepspeed`` ends only that process, and its ranks would continue unnoticed.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from types import FrameType
 from bigdet import distributed
 
 _requested = False
-_launcher: list[int] = []  # the processes above this one that belong to a launcher, nearest first
+_launcher: list[int] = []  # parent, and its parent, if they are a launcher's
 
 
 def listen() -> None:
-    """Note SIGTERM and SIGUSR1 from now on; the loop asks for them after every step."""
+    """Handle SIGTERM and SIGUSR1 from now on; the loop asks for them after every step."""
     _launcher[:] = _find_launcher()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _note)
 
 
 def stop_requested(file: Path) -> bool:
-    """Tell on every rank whether any rank was asked to stop (a collective, one integer).
+    """Return on all ranks whether any was asked to stop (a collective of one integer).
 
     Args:
-        file: ``OUTPUT/stop``; rank 0 looks for it and removes it, so that the next start goes on.
+        file: ``OUTPUT/stop``; rank 0 removes it, so that the next start continues.
     """
     found = distributed.is_main() and file.exists()
     if found:
@@ -38,19 +37,19 @@ def stop_requested(file: Path) -> bool:
 
 
 def _find_launcher() -> list[int]:
-    """Return the process that started this rank, and the one that started that, if launchers."""
+    """Return the parent, and its parent, if they belong to a launcher; nearest first."""
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:
-        return []  # no Linux, or it ended already
-    if b"deepspeed.launcher.launch" in words:  # which the deepspeed command, or ssh, started
+        return []  # not Linux, or the parent has ended
+    if b"deepspeed.launcher.launch" in words:  # started by the deepspeed command or ssh
         return [parent, _parent_of(parent)]
     return [parent] if b"torch.distributed.run" in words or b"torchrun" in words else []
 
 
 def _launcher_is_gone() -> bool:
-    """Tell whether a process that was to end with this one has ended before it."""
+    """Return whether a process of the launcher has ended before this one."""
     if not _launcher:
         return False
     chain = itertools.pairwise([os.getpid(), *_launcher])
@@ -58,7 +57,7 @@ def _launcher_is_gone() -> bool:
 
 
 def _parent_of(process: int) -> int:
-    """Return the number of the process that started another one, or took it over; 0 if gone."""
+    """Return the id of a process's parent, at first the one that started it; 0 if it has ended."""
     try:
         status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
     except OSError:

@@ -1,8 +1,8 @@
-"""Ends a run that stands still, and says where each of its ranks stands.
+"""Ends a run that makes no progress, and shows what each of its ranks is doing.
 
-A rank that waits for something that never comes, or loops, keeps the others in their next
-collective for good. Each rank watches itself: where the loop notes no progress for
-``log.stall_seconds``, it writes the stacks of its threads to the console and to its log, and ends.
+If one rank waits forever, or loops, the others wait in their next collective forever. Each rank
+watches itself: after ``log.stall_seconds`` without progress of the training loop, it writes the
+stacks of its threads to the console and to its log, and exits.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from bigdet.host import errors
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
-"""Between the stacks and the end, so that every rank writes its own before a launcher ends it."""
+"""Between stacks and exit: every rank has time to write its own before the launcher kills it."""
 
 
 class Watchdog:
     """Used as a context manager around the training of a run.
 
     Attributes:
-        where: what the loop does now, for messages.
+        where: position and current activity of the loop, for messages.
     """
 
     def __init__(self, seconds: float | None, log: Path) -> None:
-        """Watch nothing yet: the first call of ``at`` begins.
+        """Prepare; the first call of ``at`` starts the clock.
 
         Args:
-            seconds: without progress until the run ends; None never ends it.
-            log: file of this rank, for the stacks.
+            seconds: time without progress after which the run ends; None for never.
+            log: this rank's log file, to which the stacks are added.
         """
         self.where = "start"
         self._seconds = seconds
@@ -64,7 +64,7 @@ class Watchdog:
             self._changed.notify()
 
     def at(self, where: str) -> None:
-        """Note that the loop has come somewhere."""
+        """Note progress: what the loop does from now on."""
         self.where = where
         errors.at(where)
         if self._seconds is None:
@@ -74,16 +74,16 @@ class Watchdog:
             self._deadline = time.monotonic() + self._seconds
             if begins:
                 self._changed.notify()
-        # Where a call into C holds Python's lock, no thread of Python's gets to say anything.
+        # For a call into C that holds the GIL: then the thread below cannot run.
         last = self._seconds + 2 * GRACE_SECONDS
         faulthandler.dump_traceback_later(last, exit=True, file=sys.stderr)
 
     def alive(self) -> None:
-        """Note progress at the same place."""
+        """Note progress within the same activity."""
         self.at(self.where)
 
     def _watch(self) -> None:
-        """Wait until the deadline has passed; runs in a thread."""
+        """Wait until the deadline has passed (a thread)."""
         with self._changed:
             while not self._is_closed:
                 left = None if self._deadline is None else self._deadline - time.monotonic()
@@ -95,12 +95,14 @@ class Watchdog:
         self._end()
 
     def _end(self) -> None:
-        """Write what this rank does, and end it."""
+        """Write the stacks of this rank, and exit."""
         logger.error(
             "%s: no progress for %g s (log.stall_seconds). This rank's stacks follow; the rank "
-            "that stands elsewhere than the others is the one that stalls. The same command goes "
-            "on from the newest checkpoint.", self.where, self._seconds,
-        )  # fmt: skip
+            "whose stacks differ from the others' is the one that stalls. The same command "
+            "continues from the newest checkpoint.",
+            self.where,
+            self._seconds,
+        )
         with self._log.open("a") as file:
             faulthandler.dump_traceback(file)
         faulthandler.dump_traceback(sys.stderr)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from bigdet.models.backbones import Backbone
-from bigdet.models.convnext import ConvNeXt
-from bigdet.models.resnet import ResNet
-from bigdet.models.swin import Swin, SwinV2
-from bigdet.models.vit import ViT
+from bigdet.models.backbone_base import Backbone
+from bigdet.models.backbones.convnext import ConvNeXt
+from bigdet.models.backbones.resnet import ResNet
+from bigdet.models.backbones.swin import Swin, SwinV2
+from bigdet.models.backbones.vit import ViT
 from bigdet.weights import detectron_layout, mmdetection_layout, torchvision_layout
 from bigdet.weights.renaming import Rules, renamed_all
 

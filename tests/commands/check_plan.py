@@ -28,10 +28,16 @@ from tests.commands.runs import Command, arguments, deepspeed
 STEPS = 14
 WARM_STEPS = 4
 WIDE = [
-    "model.width=128", "model.fc_width=1024", f"phases.pretrain.steps={STEPS}",
-    "phases.finetune.steps=2", "checkpoint.every=1000", "data.workers=0",
-    "phases.finetune.images_per_step=8", "log.tensorboard=false", "evaluation.pictures=0",
-]  # fmt: skip
+    "model.width=128",
+    "model.fc_width=1024",
+    f"phases.pretrain.steps={STEPS}",
+    "phases.finetune.steps=2",
+    "checkpoint.every=1000",
+    "data.workers=0",
+    "phases.finetune.images_per_step=8",
+    "log.tensorboard=false",
+    "evaluation.pictures=0",
+]
 
 
 def measured_step(folder: Path, ranks: int, stage: int) -> float:

@@ -62,9 +62,14 @@ class Command:
     """
 
     def __init__(
-        self, output: Path, shards: Path, *more: str,
-        ranks: int = 1, launcher: list[str] | None = None, variables: dict[str, str] | None = None,
-    ):  # fmt: skip
+        self,
+        output: Path,
+        shards: Path,
+        *more: str,
+        ranks: int = 1,
+        launcher: list[str] | None = None,
+        variables: dict[str, str] | None = None,
+    ):
         self.output = output
         if launcher is None:
             launcher = deepspeed(ranks) if ranks > 1 else [sys.executable, "-m", "bigdet.train"]

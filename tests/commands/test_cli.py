@@ -76,11 +76,18 @@ def test_making_checking_and_indexing_shards_import_no_torch(tmp_path: Path):
             {"id": 2, "file_name": "2.png", "width": 40, "height": 30},
         ],
         "annotations": [
-            {"id": 1, "image_id": 2, "category_id": 7, "bbox": [4, 5, 10, 8], "area": 80,
-             "iscrowd": 0, "segmentation": [[4, 5, 14, 5, 14, 13, 4, 13]]},
+            {
+                "id": 1,
+                "image_id": 2,
+                "category_id": 7,
+                "bbox": [4, 5, 10, 8],
+                "area": 80,
+                "iscrowd": 0,
+                "segmentation": [[4, 5, 14, 5, 14, 13, 4, 13]],
+            }
         ],
         "categories": [{"id": 7, "name": "thing"}],
-    }  # fmt: skip
+    }
     (tmp_path / "a.json").write_text(json.dumps(content))
     words = ("--images", images, "--annotations", tmp_path / "a.json", "--out", tmp_path / "set")
     made = run("tools/make_shards.py", "coco", *words)

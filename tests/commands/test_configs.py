@@ -16,7 +16,7 @@ from bigdet.config.check import check_config
 from bigdet.config.load import dump_config
 from bigdet.config.schema import ModelConfig, PhaseConfig, RunConfig
 from bigdet.data.making.sources.coco import convert_coco
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
 from bigdet.sweep import check_forks
 from bigdet.training.sizes import model_sizes
 from tests.shipped import CONFIG_NAMES, CONFIGS, SWEEP_NAMES, config_of, sweep_of
@@ -96,11 +96,18 @@ def tiny(name: str, folder: Path) -> list[str]:
         shards = folder / "points"
         words += ["model.keypoint.num_keypoints=3", "model.keypoint.width=32"]
     words += [
-        f"output={folder / name}", "data.workers=0", "engine.precision=fp32",
-        f"data.train.shards={shards}/train", f"data.val.shards={shards}/val",
-        "engine.zero_stage=0", "evaluation.resize=null", "evaluation.every=null",
-        "evaluation.images_per_gpu=4", "evaluation.pictures=0", "log.tensorboard=false",
-    ]  # fmt: skip
+        f"output={folder / name}",
+        "data.workers=0",
+        "engine.precision=fp32",
+        f"data.train.shards={shards}/train",
+        f"data.val.shards={shards}/val",
+        "engine.zero_stage=0",
+        "evaluation.resize=null",
+        "evaluation.every=null",
+        "evaluation.images_per_gpu=4",
+        "evaluation.pictures=0",
+        "log.tensorboard=false",
+    ]
     if config.data.train.more_shards:
         words.append(f"data.train.more_shards=[{shards}/val]")
     if config.data.train.subset is not None:
@@ -110,8 +117,12 @@ def tiny(name: str, folder: Path) -> list[str]:
     if config.model.backbone != "vgg16":  # its width is that of its features
         words.append("model.width=32")
     if config.model.detector != "retinanet":
-        words += ["model.fc_width=32", "model.rpn.train_proposals=50",
-                  "model.rpn.test_proposals=20", "model.roi.rois_per_image=16"]  # fmt: skip
+        words += [
+            "model.fc_width=32",
+            "model.rpn.train_proposals=50",
+            "model.rpn.test_proposals=20",
+            "model.roi.rois_per_image=16",
+        ]
     for key, phase in config.phases.items():
         words += [f"phases.{key}.{option}" for option in tiny_phase(phase, config.model, folder)]
     return words
@@ -124,9 +135,13 @@ def tiny_phase(phase: PhaseConfig, model: ModelConfig, folder: Path) -> list[str
     unit = next(unit for unit in length if getattr(phase, unit) is not None)
     drops = "null" if phase.drops is None else {"steps": "[-1]", "passes": "[0.25]"}[unit]
     words = [
-        f"{unit}={length[unit]}", f"drops={drops}", f"warmup_steps={min(1, phase.warmup_steps)}",
-        "images_per_gpu=2", "images_per_step=4", "resize.size=64",
-    ]  # fmt: skip
+        f"{unit}={length[unit]}",
+        f"drops={drops}",
+        f"warmup_steps={min(1, phase.warmup_steps)}",
+        "images_per_gpu=2",
+        "images_per_step=4",
+        "resize.size=64",
+    ]
     words += ["resize.cap=96"] if resize.cap is not None else []
     words += ["resize.size_range=[48,64]"] if resize.size_range is not None else []
     words += ["resize.sizes=[48,64]"] if resize.sizes is not None else []

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from bigdet.benchmarks.torchvision_twin import torchvision_twin
 from bigdet.cli import convert_weights
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
 from bigdet.models.weights import load_detector, save_detector_weights
 from bigdet.weights.torchvision_layout import to_torchvision
 from tests.commands.tiny_detector import ROOT, save_detector
@@ -24,8 +24,11 @@ CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "box"}]
 def call(*words):
     return subprocess.run(
         [sys.executable, ROOT / "tools" / "convert_weights.py", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_weights_go_to_torchvision_and_back_with_the_same_detections(tmp_path):
@@ -192,8 +195,10 @@ def test_detectron2s_pickle_becomes_a_detector_with_classes_by_rising_id(tmp_pat
     rest |= published.detectron2_fpn((64, 128, 256, 512), 2, 16, "")
     body = {as_detectron2(name): shape for name, shape in tiny_backbone().items()}
     state = random_float_state(rest | body)
-    content = {"model": {name: value.numpy() for name, value in state.items()},
-               "__author__": "Detectron2 Model Zoo"}  # fmt: skip
+    content = {
+        "model": {name: value.numpy() for name, value in state.items()},
+        "__author__": "Detectron2 Model Zoo",
+    }
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(content))
     annotations = {"images": [], "annotations": [], "categories": CATEGORIES[::-1]}
     (tmp_path / "instances.json").write_text(json.dumps(annotations))

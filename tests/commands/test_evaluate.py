@@ -34,8 +34,11 @@ def call(*words, ranks=None):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks else []
     return subprocess.run(
         [sys.executable, *map(str, launcher), "-m", "bigdet.evaluate", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_command_gives_the_same_table_and_numbers_on_two_ranks_and_remote_shards(
@@ -80,8 +83,11 @@ def test_command_ends_with_one_message_on_shards_that_are_not_there(run_and_shar
     ("content", "words", "message"),
     [
         ('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]', [], "1: has no score"),
-        ('[{"image_id": -5, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]', [],
-         "image_id is -5, which none of the"),
+        (
+            '[{"image_id": -5, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]',
+            [],
+            "image_id is -5, which none of the",
+        ),
         ('[{"image_id": 1, "keypoints": [1, 2, 3]}]', [], "has none of what"),
         ('[{"image_id": 1, "segmentation": {}}]', ["--metric", "voc07"], "has none of what"),
         ("[]", ["evaluation.metric=voc07"], "evaluation.metric=voc07 would be ignored"),
@@ -90,7 +96,7 @@ def test_command_ends_with_one_message_on_shards_that_are_not_there(run_and_shar
         ("[]", ["--out", "/proc/nothing/x.json"], "--out: /proc/nothing: cannot be written to"),
         ("{}", [], "found a dict, expected a list of detections"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_a_file_of_detections_is_told(
     run_and_shards, tmp_path, content, words, message
 ):

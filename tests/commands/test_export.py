@@ -20,9 +20,12 @@ from bigdet.ops.nms import grouped_nms, spread_nms
 ROOT = Path(__file__).parents[2]
 CATEGORIES = [{"id": number, "name": f"class {number}"} for number in range(1, 12)]
 SMALL = [
-    "model.width=32", "model.fc_width=32", "model.rpn.test_proposals=60",
-    "data.train.shards=x", "data.val.shards=x",
-]  # fmt: skip
+    "model.width=32",
+    "model.fc_width=32",
+    "model.rpn.test_proposals=60",
+    "data.train.shards=x",
+    "data.val.shards=x",
+]
 SIZE = (96, 128)
 
 

@@ -98,7 +98,7 @@ def test_a_rank_that_stalls_ends_the_run_and_every_rank_says_where_it_is(
     assert time.monotonic() - stalled < 12 + 5 + 40
     assert code == 1, printed
     logs = [(run.output / f"logs/rank-{rank}.log").read_text() for rank in range(2)]
-    assert "has its data, waits for the other ranks: no progress for 12 s" in logs[0]
+    assert "data is ready, waiting for the other ranks: no progress for 12 s" in logs[0]
     assert "waiting for data: no progress for 12 s" in logs[1]
     for log in logs:
         assert "pretrain step " in log

@@ -32,9 +32,12 @@ def test_two_hosts_give_the_losses_of_two_ranks_on_one(
     hosts: TwoHosts, tmp_path: Path, shapes_shards: Path
 ):
     two = Command(
-        tmp_path / "two", shapes_shards, *SHORT,
-        launcher=launched(hosts, 1, 2), variables=hosts.variables(),
-    )  # fmt: skip
+        tmp_path / "two",
+        shapes_shards,
+        *SHORT,
+        launcher=launched(hosts, 1, 2),
+        variables=hosts.variables(),
+    )
     code, printed = two.finish()
     assert code == 0, printed
     one = Command(tmp_path / "one", shapes_shards, *SHORT, launcher=deepspeed(2))
@@ -46,9 +49,12 @@ def test_two_hosts_give_the_losses_of_two_ranks_on_one(
 
 def test_the_doctor_sees_both_hosts(hosts: TwoHosts, tmp_path: Path, shapes_shards: Path):
     doctor = Command(
-        tmp_path / "run", shapes_shards, "--doctor",
-        launcher=launched(hosts, 1, 2), variables=hosts.variables(),
-    )  # fmt: skip
+        tmp_path / "run",
+        shapes_shards,
+        "--doctor",
+        launcher=launched(hosts, 1, 2),
+        variables=hosts.variables(),
+    )
     code, printed = doctor.finish()
     assert code == 0, printed
     assert f"2 on 2 hosts ({hosts.names[0]}, {hosts.names[1]})" in printed
@@ -60,9 +66,11 @@ def test_a_host_that_cannot_be_reached_ends_the_run_with_one_message(
     hosts: TwoHosts, tmp_path: Path, shapes_shards: Path
 ):
     run = Command(
-        tmp_path / "run", shapes_shards,
-        launcher=launched(hosts, 1, UNUSED), variables=hosts.variables(BIGDET_JOIN_SECONDS="4"),
-    )  # fmt: skip
+        tmp_path / "run",
+        shapes_shards,
+        launcher=launched(hosts, 1, UNUSED),
+        variables=hosts.variables(BIGDET_JOIN_SECONDS="4"),
+    )
     code, printed = run.finish()
     assert code != 0
     assert f"{hosts.address(UNUSED)}" in printed  # what ssh says of it

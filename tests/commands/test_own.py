@@ -62,8 +62,11 @@ def test_each_kind_is_added_from_outside(theirs: Path, in_process: None) -> None
     shards = ShardSet(theirs / "shards")
     assert [category.name for category in shards.categories] == ["square"]
     assert [shards.record(row)["annotations"][0]["bbox"] for row in range(4)] == [
-        [10, 30, 20, 20], [30, 20, 20, 20], [4, 8, 20, 20], [40, 40, 20, 20],
-    ]  # fmt: skip
+        [10, 30, 20, 20],
+        [30, 20, 20, 20],
+        [4, 8, 20, 20],
+        [40, 40, 20, 20],
+    ]
 
     config = theirs / "config.yaml"
     config.write_text(CONFIG.format(folder=theirs))

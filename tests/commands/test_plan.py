@@ -12,8 +12,11 @@ from tests.commands.runs import ROOT, arguments
 def plan(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "bigdet.plan", *words],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_plan_writes_the_options_of_what_fits(tmp_path: Path, shapes_shards: Path):

@@ -12,9 +12,13 @@ from tests.commands.runs import arguments, assert_same_run, numbers, weights
 from tests.spawn import run_ranks
 
 WORDS = [
-    "data.workers=0", "evaluation.every=4", "phases.finetune.steps=2", "log.tensorboard=false",
-    "evaluation.pictures=0", "checkpoint.keep=20",
-]  # fmt: skip
+    "data.workers=0",
+    "evaluation.every=4",
+    "phases.finetune.steps=2",
+    "log.tensorboard=false",
+    "evaluation.pictures=0",
+    "checkpoint.keep=20",
+]
 
 
 def train_three(folder: Path, shards: Path) -> list[int]:

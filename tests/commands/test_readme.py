@@ -35,9 +35,14 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 
 def test_all_documents_are_looked_at():
     assert set(NAMES) >= {
-        "README.md", "bigdet/README.md", "configs/README.md", "tools/README.md",
-        ".github/CHANGELOG.md", ".github/CONTRIBUTING.md", ".github/ISSUE_TEMPLATE/problem.md",
-    }  # fmt: skip
+        "README.md",
+        "bigdet/README.md",
+        "configs/README.md",
+        "tools/README.md",
+        ".github/CHANGELOG.md",
+        ".github/CONTRIBUTING.md",
+        ".github/ISSUE_TEMPLATE/problem.md",
+    }
     assert len(COMMAND_LINES) >= 80
 
 

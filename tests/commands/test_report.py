@@ -78,8 +78,9 @@ def test_axes_runs_and_pictures_are_chosen(page: Path, browser: Browser):
     assert browser.run('document.getElementById("plot-ap-bbox").data[1].x.at(-1)') == 200
     legend = 'document.querySelectorAll("#legend button")'
     assert browser.run(f"[...{legend}].map(button => button.textContent)") == [
-        "fast", "odd <name> & @TITLE@",
-    ]  # fmt: skip
+        "fast",
+        "odd <name> & @TITLE@",
+    ]
     browser.run(f"{legend}[1].click()")
     assert browser.run('plot = document.getElementById("plot-lr"), plot.data[2].visible') is False
     text = 'document.getElementById("picture-text").textContent'
@@ -100,8 +101,13 @@ def test_the_markdown_has_the_tables(page: Path):
     text = (page.parent / "report.md").read_text()
     assert "| fast | 2 | 31.0 +- 1.4 | 15.5 +- 0.7 |" in text
     assert "fast reaches odd <name> & @TITLE@'s 15.0 box AP at 0.67 of its GPU-hours." in text
-    for heading in ("Differences", "Cost at equal AP", "What each phase took",
-                    "Options that differ", "Environment"):  # fmt: skip
+    for heading in (
+        "Differences",
+        "Cost at equal AP",
+        "What each phase took",
+        "Options that differ",
+        "Environment",
+    ):
         assert f"\n## {heading}\n" in text
 
 

@@ -17,10 +17,12 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 def show(shapes_shards, tmp_path, capsys):
     """A function: the printed ids, by rank, of a step of 3 lanes x 2 images of 16 images."""
     settings = [
-        f"data.train.shards={shapes_shards / 'train'}", f"output={tmp_path}",
-        "phases.pretrain.images_per_gpu=2", "phases.pretrain.images_per_step=6",
+        f"data.train.shards={shapes_shards / 'train'}",
+        f"output={tmp_path}",
+        "phases.pretrain.images_per_gpu=2",
+        "phases.pretrain.images_per_step=6",
         "data.train.keep_empty=true",
-    ]  # fmt: skip
+    ]
 
     def run(step: int, world: int, *options: str) -> dict[str, list[int | None]]:
         words = [CONFIG, "--phase", "pretrain", "--step", str(step), "--world", str(world)]

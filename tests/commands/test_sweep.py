@@ -90,9 +90,12 @@ def test_a_fork_is_the_run_that_it_would_have_been_alone(
     swept: Path, tmp_path: Path, shapes_shards: Path
 ):
     alone = write_sweep(
-        tmp_path, shapes_shards, "phases.pretrain.steps=5", "phases.finetune.steps=2",
+        tmp_path,
+        shapes_shards,
+        "phases.pretrain.steps=5",
+        "phases.finetune.steps=2",
         text=SWEEP[: SWEEP.index("  short")],
-    )  # fmt: skip
+    )
     printed, _ = start(alone).communicate(timeout=300)
     own, expected = (
         load_file(run / "model.safetensors")
@@ -104,8 +107,12 @@ def test_a_fork_is_the_run_that_it_would_have_been_alone(
     # The fork counts what its trunk has seen.
     fork, whole = lines(swept / "runs/short"), lines(tmp_path / "runs/trunk")
     assert [(line["phase"], line["step"]) for line in fork] == [
-        ("pretrain", 5), ("pretrain", 5), ("finetune", 1), ("finetune", 2), ("finetune", 2),
-    ]  # fmt: skip
+        ("pretrain", 5),
+        ("pretrain", 5),
+        ("finetune", 1),
+        ("finetune", 2),
+        ("finetune", 2),
+    ]
     assert fork[-1]["seen/images"] == whole[-1]["seen/images"]
     assert fork[-1]["cost/steps"] == 7
     assert fork[-1]["phase_cost/steps"] == 2
@@ -147,9 +154,7 @@ def test_a_fork_whose_past_would_have_been_another_is_refused_at_once(
     file = write_sweep(tmp_path, shapes_shards)
     file.write_text(file.read_text().replace("phases.pretrain.steps=5", "phases.pretrain.steps=4"))
     # It would drop 1 step before its end, so step 4, where it begins, had a lower rate.
-    with pytest.raises(
-        ConfigError, match=r"runs\.short: phases\.pretrain\.drops: up to the step 4"
-    ):
+    with pytest.raises(ConfigError, match=r"runs\.short: phases\.pretrain\.drops: up to step 4"):
         sweep.main([str(file), "--print"])
 
 
@@ -258,13 +263,16 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize(("what", "failed"), [
-    ("finishes, and the launcher fails", []),
-    ("stops, and the launcher makes 1 of it", None),
-    ("leaves nothing, and the launcher says that all is well", ["trunk", "short"]),
-    ("leaves nothing, and says that it stopped", ["trunk", "short"]),
-    ("ends with an evaluation unscored", ["trunk", "short"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "failed"),
+    [
+        ("finishes, and the launcher fails", []),
+        ("stops, and the launcher makes 1 of it", None),
+        ("leaves nothing, and the launcher says that all is well", ["trunk", "short"]),
+        ("leaves nothing, and says that it stopped", ["trunk", "short"]),
+        ("ends with an evaluation unscored", ["trunk", "short"]),
+    ],
+)
 def test_what_became_of_a_run_is_read_from_its_folder(
     tmp_path, shapes_shards, monkeypatch, what, failed
 ):

@@ -15,12 +15,20 @@ printf '%s\\t' "$@" >> "$LOG"; echo >> "$LOG"
 echo '{"seconds": 0.5}'
 """
 NORMS = {  # of the phase that is trained
-    "imagenet": ("affine", 2), "scratch_bn": ("live", 0), "scratch_syncbn": ("sync", 0),
-    "scratch_gn": (None, 0), "direct_pretrain": ("live", 0), "direct_finetune": ("fixed", 2),
-}  # fmt: skip
+    "imagenet": ("affine", 2),
+    "scratch_bn": ("live", 0),
+    "scratch_syncbn": ("sync", 0),
+    "scratch_gn": (None, 0),
+    "direct_pretrain": ("live", 0),
+    "direct_finetune": ("fixed", 2),
+}
 OTHERS = [
-    "imagenet_inference", "direct_inference", "gn_inference", "pretrain_data", "finetune_data",
-]  # fmt: skip
+    "imagenet_inference",
+    "direct_inference",
+    "gn_inference",
+    "pretrain_data",
+    "finetune_data",
+]
 
 
 def test_table_7_has_a_row_for_each_way_to_train(tmp_path: Path):
@@ -30,9 +38,13 @@ def test_table_7_has_a_row_for_each_way_to_train(tmp_path: Path):
     python.chmod(0o755)
     path = f"{python.parent}:{os.environ['PATH']}"
     printed = subprocess.run(
-        ["bash", "launch/table7.sh", "seed=3"], cwd=ROOT, check=True, text=True,
-        env={**os.environ, "PATH": path, "LOG": str(tmp_path / "log")}, capture_output=True,
-    ).stdout.splitlines()  # fmt: skip
+        ["bash", "launch/table7.sh", "seed=3"],
+        cwd=ROOT,
+        check=True,
+        text=True,
+        env={**os.environ, "PATH": path, "LOG": str(tmp_path / "log")},
+        capture_output=True,
+    ).stdout.splitlines()
     names = [*NORMS, *OTHERS]
     assert [json.loads(line) for line in printed] == [
         {"row": name, "seconds": 0.5} for name in names

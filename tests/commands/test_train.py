@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_exactly(
     command.kill()
     code, printed = Command(tmp_path / "run", shapes_shards).finish()
     assert code == 0, printed
-    assert "going on from" in printed
+    assert "continuing from" in printed
     assert_same_run(tmp_path / "run", whole)
     for key in ("cost/compute_gpu_seconds", "cost/cpu_seconds"):
         seconds = [line[key] for line in command.lines() if "loss/total" in line]

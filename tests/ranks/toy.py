@@ -29,9 +29,11 @@ ENGINES: dict[str, dict[str, Any]] = {
 REPLICATED = ("zero0", "zero1", "zero2")
 """Engines that have all weights on every rank."""
 OFFLOADS = {
-    "zero1": ("optimizer",), "zero2": ("optimizer",), "zero3": ("optimizer", "all"),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer",),
+    "zero3": ("optimizer", "all"),
     "fsdp": ("all",),
-}  # fmt: skip
+}
 # Means over 2 to 4 lanes are summed in another order than in one process: each sum of n fp32
 # numbers is off by up to n x 6e-8 of its terms, times cancellation; 5 steps add up.
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}

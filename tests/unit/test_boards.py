@@ -55,8 +55,9 @@ def test_wandb_goes_on_with_the_run_of_the_folder(monkeypatch, tmp_path: Path):
     board.add_picture("batch/train", GRAY, 7)
     board.close()
     assert fake.logged == [
-        {"lr": 0.5, "total_step": 7}, {"batch/train": ("picture", (4, 6, 3)), "total_step": 7},
-    ]  # fmt: skip
+        {"lr": 0.5, "total_step": 7},
+        {"batch/train": ("picture", (4, 6, 3)), "total_step": 7},
+    ]
     assert fake.is_finished
     begin(tmp_path / "wandb")
     begin(tmp_path / "other")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import bigdet
-from bigdet.cli.running import explain, positive
+from bigdet.cli.parsing import positive
+from bigdet.cli.running import explain
 
 
 def test_numbers_above_zero_are_taken_and_all_else_is_told():

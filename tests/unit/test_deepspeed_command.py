@@ -18,11 +18,13 @@ from bigdet.cli import deepspeed as deepspeed_command
         ("-m --num_gpus 8 pkg.mod", "--module --num_gpus 8 pkg.mod"),
         ("-H file -i host:0 -m pkg.mod -m x", "-H file -i host:0 --module pkg.mod -m x"),
         ("--hostfile=f -q -m pkg.mod --module", "--hostfile=f -q --module pkg.mod --module"),
-        ("--launcher openmpi --launcher_args '-mca btl tcp' -m mod",
-         "--launcher openmpi --launcher_args '-mca btl tcp' --module mod"),
+        (
+            "--launcher openmpi --launcher_args '-mca btl tcp' -m mod",
+            "--launcher openmpi --launcher_args '-mca btl tcp' --module mod",
+        ),
         ("--launcher_args=-m -m mod", "--launcher_args=-m --module mod"),
     ],
-)  # fmt: skip
+)
 def test_the_launchers_own_m_is_module(typed, handed_on):
     assert deepspeed_command.with_module(shlex.split(typed)) == shlex.split(handed_on)
 

@@ -69,11 +69,15 @@ def test_ranks_of_mpirun_meet():
     port = str(free_port())  # else one of the job, which another test may use
     ranks = [
         python(
-            MEET, MASTER_PORT=port, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_LOCAL_SIZE="2",
-            OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
+            MEET,
+            MASTER_PORT=port,
+            OMPI_COMM_WORLD_SIZE="2",
+            OMPI_COMM_WORLD_LOCAL_SIZE="2",
+            OMPI_COMM_WORLD_RANK=str(rank),
+            OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     assert outputs(ranks) == ["0 2 0 2", "1 2 1 2"]
 
 

@@ -10,9 +10,15 @@ from tests.commands.runs import ROOT, arguments
 
 GIB = 1 << 30
 FACTS = Facts(
-    "a", "cpu", {"torch": "2", "bigdet code": "c0de"}, {"config": "1", "training shards": "f00"},
-    classes=3, free_disk=2 * GIB, free_shm=GIB, free_memory=GIB,
-)  # fmt: skip
+    "a",
+    "cpu",
+    {"torch": "2", "bigdet code": "c0de"},
+    {"config": "1", "training shards": "f00"},
+    classes=3,
+    free_disk=2 * GIB,
+    free_shm=GIB,
+    free_memory=GIB,
+)
 
 
 def failing(rows) -> dict[str, str]:
@@ -25,9 +31,12 @@ def test_what_hosts_have_alike_is_well():
 
 def test_what_differs_between_hosts_fails_with_who_has_what():
     other = dataclasses.replace(
-        FACTS, host="b", device="H200", software={"torch": "2", "bigdet code": "bad"},
+        FACTS,
+        host="b",
+        device="H200",
+        software={"torch": "2", "bigdet code": "bad"},
         inputs={"config": "1", "training shards": "f11"},
-    )  # fmt: skip
+    )
     assert failing(compare([FACTS, FACTS, other, other])) == {
         "ranks": "4 on 2 hosts (a, b), H200, cpu",
         "bigdet code": "c0de on a (rank 0), bad on b (rank 2)",
@@ -87,8 +96,11 @@ def test_a_phase_shorter_than_its_warm_up_is_told_though_its_length_is_in_passes
 def test_the_doctor_of_a_config_without_data_ends_with_1(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "bigdet.train", *arguments(tmp_path / "run", tmp_path), "--doctor"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert re.search(r"FAIL  data +\S+: .*no such folder", done.stderr), done.stderr
     assert "2 of 14 checks failed" in done.stderr

@@ -99,8 +99,13 @@ def test_names_that_would_cover_others_are_left_out_but_for_the_first_of_each_cl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_LabelWriter, "write", spy)
-        draw(gray(900, 900), boxes, ["cat" if label == 0 else "dog" for label in labels], labels,
-             scores)  # fmt: skip
+        draw(
+            gray(900, 900),
+            boxes,
+            ["cat" if label == 0 else "dog" for label in labels],
+            labels,
+            scores,
+        )
     assert len(written) == 42
     shown = [(text, places[0]) for text, places in written if places]
     assert [text for text, _ in shown[:2]] == ["cat 0.90", "dog 0.60"]

@@ -70,13 +70,19 @@ def read_only() -> None:
             "torch.Size([1, 4, 1, 1]).",
             "ValueError from torch",
         ),
-        (read_only, "[Errno 30] Read-only file system: 'runs/x/metrics.jsonl'.",
-         "OSError from tests"),
-        (lambda: np.zeros(3).reshape(2), "cannot reshape array of size 3 into shape (2,).",
-         "ValueError from tests"),
+        (
+            read_only,
+            "[Errno 30] Read-only file system: 'runs/x/metrics.jsonl'.",
+            "OSError from tests",
+        ),
+        (
+            lambda: np.zeros(3).reshape(2),
+            "cannot reshape array of size 3 into shape (2,).",
+            "ValueError from tests",
+        ),
         (broken_picture, "cannot identify image file <", "PIL.UnidentifiedImageError from PIL"),
     ],
-)  # fmt: skip
+)
 def test_what_came_up_elsewhere_is_told_with_the_place_in_the_run(
     tmp_path: Path, call, said: str, whose: str
 ):

@@ -8,12 +8,20 @@ from bigdet.host import launchers
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_RANK": "3", "PMIX_NAMESPACE": "prterun-vm-27704@1",
-}  # fmt: skip
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_RANK": "3",
+    "PMIX_NAMESPACE": "prterun-vm-27704@1",
+}
 MPICH = {
-    "PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", "PMI_FD": "9",
-}  # fmt: skip
+    "PMI_RANK": "1",
+    "PMI_SIZE": "2",
+    "MPI_LOCALRANKID": "1",
+    "MPI_LOCALNRANKS": "2",
+    "PMI_FD": "9",
+}
 CRAY = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}
 SLURM_JOB = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "gpu[03-04]"}
 DAEMON = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
@@ -47,8 +55,10 @@ def adopted(variables: dict[str, str]) -> dict[str, str]:
         # mpirun's own daemon is task 1 of 2; its ranks are not.
         (OPEN_MPI | SLURM_JOB | DAEMON | STEP, ("3", "4", "1", "gpu03")),
         (OPEN_MPI | {"MASTER_ADDR": "head"}, ("3", "4", "1", "head")),
-        ({name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()} | SLURM_JOB,
-         ("3", "4", "1", "gpu03")),
+        (
+            {name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()} | SLURM_JOB,
+            ("3", "4", "1", "gpu03"),
+        ),
         (CRAY | SLURM_JOB, ("5", "8", "1", "gpu03")),
         # srun --mpi=pmi2 says no rank on the host; Slurm does.
         ({"PMI_RANK": "1", "PMI_SIZE": "2"} | SLURM_JOB | DAEMON | STEP, ("1", "2", "0", "gpu03")),
@@ -57,7 +67,7 @@ def adopted(variables: dict[str, str]) -> dict[str, str]:
         (MPICH | {"RANK": "0"}, ("1", "2", "1", "127.0.0.1")),  # the same for all: of no launcher
         (MPICH | {"WORLD_SIZE": "1"}, ("1", "2", "1", "127.0.0.1")),
     ],
-)  # fmt: skip
+)
 def test_the_place_among_the_ranks_is_found(variables: dict[str, str], place: tuple[str, ...]):
     found = adopted(variables)
     port = found.pop("MASTER_PORT", None)
@@ -96,11 +106,13 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyP
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "^PMI_RANK is 1, so there are several ranks, but"),
         ({"PMIX_RANK": "1"}, "^PMIX_RANK is 1, so there are several ranks, but"),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "^PMI_SIZE is 2, so there are several ranks, but"),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
-         "^OMPI_COMM_WORLD_SIZE is 2, so there are several ranks, but"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            "^OMPI_COMM_WORLD_SIZE is 2, so there are several ranks, but",
+        ),
         (DAEMON, "^SLURM_STEP_NUM_TASKS is 2, but SLURM_JOB_ID is not set"),
     ],
-)  # fmt: skip
+)
 def test_several_ranks_that_do_not_know_their_place_are_refused(variables, said: str):
     with pytest.raises(ValueError, match=said):
         adopted(variables)

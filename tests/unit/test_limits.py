@@ -46,13 +46,20 @@ def test_the_least_of_nested_groups_counts_and_files_in_memory_are_free(tmp_path
     host(tmp_path, "0::/kube/pod/box\n", V2)
     groups = "sys/fs/cgroup/kube"
     stat = f"anon 1\nactive_file {2 * MIB}\ninactive_file {3 * MIB}\nslab_reclaimable {MIB}\n"
-    write(tmp_path, {
-        f"{groups}/pod/box/memory.max": "max\n", f"{groups}/pod/box/memory.current": f"{9 * MIB}",
-        f"{groups}/pod/box/cpu.max": "max 100000\n",
-        f"{groups}/pod/memory.max": f"{20 * MIB}\n", f"{groups}/pod/memory.current": f"{15 * MIB}",
-        f"{groups}/pod/memory.stat": stat, f"{groups}/pod/cpu.max": "150000 100000\n",
-        f"{groups}/memory.max": f"{30 * MIB}\n", f"{groups}/memory.current": f"{16 * MIB}",
-    })  # fmt: skip
+    write(
+        tmp_path,
+        {
+            f"{groups}/pod/box/memory.max": "max\n",
+            f"{groups}/pod/box/memory.current": f"{9 * MIB}",
+            f"{groups}/pod/box/cpu.max": "max 100000\n",
+            f"{groups}/pod/memory.max": f"{20 * MIB}\n",
+            f"{groups}/pod/memory.current": f"{15 * MIB}",
+            f"{groups}/pod/memory.stat": stat,
+            f"{groups}/pod/cpu.max": "150000 100000\n",
+            f"{groups}/memory.max": f"{30 * MIB}\n",
+            f"{groups}/memory.current": f"{16 * MIB}",
+        },
+    )
     # pod: 20 - (15 - 2 - 3 - 1) = 11 MiB; kube: 30 - 16 = 14; the host 32.
     assert host_memory(tmp_path) == Memory(20 * MIB, 11 * MIB)
     assert num_cpus(tmp_path) == 2  # of 1.5 CPUs
@@ -72,11 +79,16 @@ def test_version_1_is_read_too_also_where_a_container_sees_its_own_group_alone(t
     inner = "docker/ab12/" if top == "/" else ""
     memory, cpu = f"sys/fs/cgroup/memory/{inner}", f"sys/fs/cgroup/cpu,cpuacct/{inner}"
     stat = f"active_file 7\ntotal_active_file {MIB}\ntotal_inactive_file {2 * MIB}\n"
-    write(tmp_path, {
-        f"{memory}memory.limit_in_bytes": f"{10 * MIB}", f"{memory}memory.stat": stat,
-        f"{memory}memory.usage_in_bytes": f"{8 * MIB}",
-        f"{cpu}cpu.cfs_quota_us": "300000\n", f"{cpu}cpu.cfs_period_us": "100000\n",
-    })  # fmt: skip
+    write(
+        tmp_path,
+        {
+            f"{memory}memory.limit_in_bytes": f"{10 * MIB}",
+            f"{memory}memory.stat": stat,
+            f"{memory}memory.usage_in_bytes": f"{8 * MIB}",
+            f"{cpu}cpu.cfs_quota_us": "300000\n",
+            f"{cpu}cpu.cfs_period_us": "100000\n",
+        },
+    )
     assert host_memory(tmp_path) == Memory(10 * MIB, 5 * MIB)  # 10 - (8 - 1 - 2)
     assert num_cpus(tmp_path) == 3
 
@@ -88,12 +100,15 @@ def test_version_1_is_read_too_also_where_a_container_sees_its_own_group_alone(t
 @pytest.mark.usefixtures("eight_cpus")
 def test_no_limit_is_none(tmp_path: Path):
     host(tmp_path, "5:memory:/a\n4:cpu,cpuacct:/a\n", V1.format(top="/"))
-    write(tmp_path, {
-        "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "9223372036854771712\n",
-        "sys/fs/cgroup/memory/a/memory.usage_in_bytes": f"{60 * MIB}\n",
-        "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "-1\n",
-        "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
-    })  # fmt: skip
+    write(
+        tmp_path,
+        {
+            "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/memory/a/memory.usage_in_bytes": f"{60 * MIB}\n",
+            "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+        },
+    )
     assert host_memory(tmp_path) == Memory(64 * MIB, 32 * MIB)
     assert num_cpus(tmp_path) == 8
 

@@ -219,8 +219,11 @@ def test_who_lost_its_folder_to_another_process_ends(tmp_path: Path):
     first = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert first.stdout.readline() == "holds\n"
     leave_text = json.dumps({**json.loads((tmp_path / "lock").read_text()), "token": "other"})
     (tmp_path / "new").write_text(leave_text)

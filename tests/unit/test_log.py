@@ -36,9 +36,11 @@ def test_console_lines_as_json_have_the_numbers(capsys: pytest.CaptureFixture[st
     first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert first.pop("time").endswith("+00:00")
     assert first == {
-        "level": "INFO", "logger": "bigdet.training.loop", "message": "loss 1.5",
+        "level": "INFO",
+        "logger": "bigdet.training.loop",
+        "message": "loss 1.5",
         "values": {"loss/total": 1.5, "grad_norm": None},
-    }  # fmt: skip
+    }
     assert second["message"] == "two\nlines"
     assert "values" not in second
 

@@ -62,8 +62,9 @@ def test_settings_of_nccl_are_told_as_such(monkeypatch: pytest.MonkeyPatch):
 def test_an_interface_that_this_host_lacks_is_named_beside_those_that_it_has(monkeypatch):
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0,ib0")
-    error = RuntimeError("[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for"
-                         ": ib0")  # fmt: skip
+    error = RuntimeError(
+        "[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: ib0"
+    )
     assert network.explain_start(error) == (
         "the process group cannot be made: GLOO_SOCKET_IFNAME=eth0,ib0 is no interface of this "
         "host (lo, eth0). Name one of these, or unset it."
@@ -80,9 +81,12 @@ def test_an_interface_that_this_host_lacks_is_named_beside_those_that_it_has(mon
 def test_commands_say_so_with_one_process_too(tmp_path: Path, words: list[str]):
     done = subprocess.run(
         [sys.executable, "-m", *words],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env={"PATH": "", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "nosuch0"},
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     own = ", ".join(name for _, name in socket.if_nameindex())
     assert done.stderr.splitlines()[-1] == (
@@ -96,8 +100,9 @@ def test_other_reasons_come_with_the_interfaces_and_variables(monkeypatch: pytes
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(7, "nosuch0")])
-    error = RuntimeError("[enforce fail at device.cc:215] ifa != nullptr. Unable to find interface "
-                         "for: [127.0.0.1]")  # fmt: skip
+    error = RuntimeError(
+        "[enforce fail at device.cc:215] ifa != nullptr. Unable to find interface for: [127.0.0.1]"
+    )
     told = network.explain_start(error)
     assert told.startswith(
         "the process group cannot be made: Unable to find interface for: [127.0.0.1]. "

@@ -24,9 +24,13 @@ def test_what_counts_by_being_there_is_on_the_disk_before_it_is_there(
     write_text(folder / "x-1.json", "{}")
     SavedResults().write(folder / "x-1.detections")
     assert disk_calls == [
-        "sync x-1.json.tmp", "name x-1.json", "sync evaluation",
-        "sync x-1.detections.tmp", "name x-1.detections", "sync evaluation",
-    ]  # fmt: skip
+        "sync x-1.json.tmp",
+        "name x-1.json",
+        "sync evaluation",
+        "sync x-1.detections.tmp",
+        "name x-1.detections",
+        "sync evaluation",
+    ]
 
 
 def test_where_nothing_can_be_written_is_told_with_the_option(tmp_path: Path):

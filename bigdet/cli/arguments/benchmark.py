@@ -16,56 +16,37 @@ import ast
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.cli.running import positive
+from bigdet.cli.parsing import add_count, add_overrides, command_parser, positive
 
 
 def _add_stream(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", help="name of the phase; default: the first of the config")
-    parser.add_argument(
-        "--images", type=positive, default=300, help="images per measurement; default 300"
-    )
+    add_count(parser, "--images", 300, "images per measurement")
     parser.add_argument("--workers", type=int, help="loader processes; default data.workers")
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        default=5,
-        help="measurements of each, in turn; the median counts; default 5",
-    )
+    add_count(parser, "--rounds", 5, "measurements of each, in turn; the median counts")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--phase", help="phase that gives batch, size and norm mode; default: the first"
     )
-    parser.add_argument(
-        "--objects", type=positive, default=20, help="objects per image; default 20"
-    )
-    parser.add_argument(
-        "--rounds", type=positive, default=5, help="steps to measure of each; default 5"
-    )
+    add_count(parser, "--objects", 20, "objects per image")
+    add_count(parser, "--rounds", 5, "steps to measure of each")
     parser.add_argument(
         "--engines", help="compare with DDP instead: all, or a list of zero0,zero1,zero2,zero3,fsdp"
     )
-    parser.add_argument(
-        "--ranks", type=positive, default=2, help="processes for --engines; default 2"
-    )
+    add_count(parser, "--ranks", 2, "processes for --engines")
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", help="phase that gives model and test size; default: the last")
-    parser.add_argument(
-        "--rounds", type=positive, default=5, help="passes to measure of each; default 5"
-    )
-    parser.add_argument("--images", type=positive, default=1, help="images per pass; default 1")
+    add_count(parser, "--rounds", 5, "passes to measure of each")
+    add_count(parser, "--images", 1, "images per pass")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--images", type=positive, default=5000, help="number of images; default 5000"
-    )
-    parser.add_argument(
-        "--detections", type=positive, default=100, help="detections per image; default 100"
-    )
+    add_count(parser, "--images", 5000, "number of images")
+    add_count(parser, "--detections", 100, "detections per image")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the synthetic detections; default 0"
     )
@@ -82,13 +63,9 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help="pretend that the set has this many samples; default: its own number",
     )
-    parser.add_argument(
-        "--steps", type=positive, default=40, help="steps of the first start; default 40"
-    )
-    parser.add_argument(
-        "--every", type=positive, default=10, help="steps between saves; default 10"
-    )
-    parser.add_argument("--ranks", type=positive, default=1, help="processes; default 1")
+    add_count(parser, "--steps", 40, "steps of the first start")
+    add_count(parser, "--every", 10, "steps between saves")
+    add_count(parser, "--ranks", 1, "processes")
 
 
 PARTS = {
@@ -103,25 +80,15 @@ PARTS = {
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark", __doc__)
     parser.add_argument("part", choices=list(PARTS), help="PART --help shows its options")
     part = parser.parse_args(arguments[:1]).part
     examples = [line for line in str(__doc__).splitlines() if f"benchmark {part} " in line]
-    parser = argparse.ArgumentParser(
-        prog=f"bigdet benchmark {part}",
-        description=_docstring(part),
-        epilog="\n".join(["examples:", *examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    epilog = "\n".join(["examples:", *examples])
+    parser = command_parser(f"benchmark {part}", _docstring(part), epilog)
     parser.add_argument("config", type=Path, help="YAML file of an experiment")
     PARTS[part](parser)
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     parser.set_defaults(part=part)
     return parser.parse_intermixed_args(arguments[1:])
 

@@ -36,31 +36,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from bigdet.cli.parsing import add_overrides, command_parser
 from bigdet.config.phase_schema import Pixels
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet convert-weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("convert-weights", __doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     there = directions.add_parser(
-        "to-torchvision", help="from a run, checkpoint or safetensors",
+        "to-torchvision",
+        help="from a run, checkpoint or safetensors",
         epilog="example: bigdet convert-weights to-torchvision runs/x mask_rcnn.pth",
-    )  # fmt: skip
+    )
     there.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     there.add_argument("out", type=Path, help=".pth or .safetensors")
     for source in ("torchvision", "detectron2", "mmdetection"):
         pixels = "" if source == "torchvision" else "--pixels rgb "
         parser_of = directions.add_parser(
-            f"from-{source}", help="to a model.safetensors of bigdet",
+            f"from-{source}",
+            help="to a model.safetensors of bigdet",
             epilog=f"example: bigdet convert-weights from-{source} mask_rcnn.pth "
             f"runs/x/config.yaml {pixels}--categories data/train/manifest.json "
             "--out model.safetensors",
-        )  # fmt: skip
+        )
         _add_source(parser_of, source)
     return parser.parse_args(arguments)
 
@@ -70,19 +69,21 @@ def _add_source(parser: argparse.ArgumentParser, source: str) -> None:
     files = ".pkl or .pth" if source == "detectron2" else ".pth"
     parser.add_argument("weights", type=Path, help=f"{files} or .safetensors")
     parser.add_argument("config", type=Path, help="config of a run with this model")
+    add_overrides(parser)
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
-    parser.add_argument(
-        "--categories", type=Path, required=True,
+        "--categories",
+        type=Path,
+        required=True,
         help="manifest.json of a shard set, a COCO annotation file, or a JSON list of {id, name}",
-    )  # fmt: skip
+    )
     parser.add_argument("--phase", help="phase whose model and size to use; default: the last")
     parser.add_argument("--out", type=Path, required=True, help="the model.safetensors to write")
     parser.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, default=None,
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
         help="of a file with both, take the moving average (EMA) of the weights, or the plain ones",
-    )  # fmt: skip
+    )
     parser.set_defaults(source=source, pixels=None)
     if source != "torchvision":
         parser.add_argument(

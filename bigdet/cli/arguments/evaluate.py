@@ -23,22 +23,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.cli.running import positive
+from bigdet.cli.parsing import add_overrides, command_parser, positive
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; launchers add --local_rank, which is also in the environment."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("evaluate", __doc__)
     parser.add_argument(
         "model", type=Path, help="run folder, checkpoint, model.safetensors; or detections.json"
     )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     parser.add_argument("--shards", required=True, help="folder or address of a shard set")
     parser.add_argument(
         "--tta",
@@ -52,14 +46,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="how AP is defined; default: the config's",
     )
     parser.add_argument(
-        "--analysis", action="store_true",
+        "--analysis",
+        action="store_true",
         help="also print what limits the AP: sizes, errors, calibration, confusion, classes",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max-detections", type=positive, metavar="N",
+        "--max-detections",
+        type=positive,
+        metavar="N",
         help="detections per class and image that count, for boxes and masks; default: the "
         "config's, 100",
-    )  # fmt: skip
+    )
     parser.add_argument("--detections", type=Path, help="JSON file for all detections")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)

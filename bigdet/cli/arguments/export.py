@@ -23,27 +23,29 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.cli.running import positive
+from bigdet.cli.parsing import command_parser, positive
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("export", __doc__)
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     parser.add_argument("out", type=Path, help="the file to write: .onnx or .pt2")
     parser.add_argument(
-        "--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"),
+        "--size",
+        type=int,
+        nargs=2,
+        required=True,
+        metavar=("HEIGHT", "WIDTH"),
         help="size of the canvas, pixels, multiples of 32",
-    )  # fmt: skip
+    )
     parser.add_argument("--batch", type=int, default=1, help="images per pass; default 1")
     parser.add_argument(
-        "--candidates", type=positive, default=2000,
+        "--candidates",
+        type=positive,
+        default=2000,
         help="R-CNNs: pairs of region and class that enter NMS; the detector itself takes all; "
         "default 2000",
-    )  # fmt: skip
+    )
     parser.add_argument("--check", nargs="+", metavar="IMAGES", help="images to compare the two on")
     return parser.parse_args(arguments)

@@ -14,23 +14,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bigdet.cli.running import positive
+from bigdet.cli.parsing import add_count, add_overrides, command_parser
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet overfit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("overfit", __doc__)
     parser.add_argument("detector", help="value of model.detector, such as mask_rcnn")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     parser.add_argument("--shards", required=True, help="shard set that the images are taken from")
     parser.add_argument("--goal", type=float, default=0.8, help="AP50 to exceed; default 0.8")
-    parser.add_argument(
-        "--every", type=positive, default=50, help="steps between evaluations; default 50"
-    )
+    add_count(parser, "--every", 50, "steps between evaluations")
     return parser.parse_intermixed_args(arguments)

@@ -21,6 +21,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from bigdet.cli.parsing import add_overrides, command_parser
+
 GPUS = "8x16"
 LINK = "nvlink,400gb"
 LATENCY = 1e-5
@@ -31,15 +33,9 @@ TRIALS = 6
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("plan", __doc__)
     parser.add_argument("config", help="YAML file of the experiment")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     parser.add_argument("--gpus", help=f"GPUs per host x hosts; default {GPUS}")
     parser.add_argument(
         "--link", help=f"link inside a host, and per GPU between hosts; default {LINK}"
@@ -63,9 +59,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--measure", action="store_true", help="only measure steps on this device, and print JSON"
     )
     options = parser.parse_intermixed_args(arguments)
-    with_memory, without = ("sizes", "batches", "trials", "check"), (
-        "link", "latency", "step_seconds", "gpu_memory_gib",
-    )  # fmt: skip
+    with_memory, without = (
+        ("sizes", "batches", "trials", "check"),
+        ("link", "latency", "step_seconds", "gpu_memory_gib"),
+    )
     for name in with_memory if options.memory_gib is None else without:
         if getattr(options, name) is not None:
             option, word = (

@@ -21,14 +21,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigdet.cli.parsing import command_parser
+
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("predict", __doc__)
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model.safetensors")
     parser.add_argument("images", nargs="+", help="files, folders, globs, or one shard set")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")

@@ -11,14 +11,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigdet.cli.parsing import add_overrides, command_parser
+
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet show-batch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("show-batch", __doc__)
     parser.add_argument("config", type=Path, help="YAML file of an experiment, or of a run")
     parser.add_argument("--phase", required=True, help="name of the phase in the config")
     parser.add_argument("--step", type=int, required=True, help="step of the phase, from 1")
@@ -28,7 +26,5 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="folder for the pictures; default OUTPUT/pictures/batch-PHASE-STEP"
     )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     return parser.parse_intermixed_args(arguments)

@@ -16,14 +16,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from bigdet.cli.parsing import command_parser
+
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("sweep", __doc__)
     parser.add_argument("sweep", help="YAML file of the sweep")
     parser.add_argument("--command", help="command that starts a run, instead of the sweep's own")
     instead = parser.add_mutually_exclusive_group()

@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from bigdet.cli.parsing import add_overrides, command_parser
 from bigdet.config.describe import describe_options
 
 
@@ -34,15 +35,9 @@ class ShowOptions(argparse.Action):
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; launchers add --local_rank, which is also in the environment."""
-    parser = argparse.ArgumentParser(
-        prog="bigdet train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("train", __doc__)
     parser.add_argument("config", help="YAML file of the experiment")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options to change"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--doctor",
         action="store_true",

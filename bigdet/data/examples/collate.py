@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,33 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.config.derived import is_square, plan_of
-from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data.examples.objects import Objects
+from bigdet.data.examples.transforms import Example
 from bigdet.ops.sizes import canvas_size
 from bigdet.structures import Batch, Masks, Targets
 
 Allocate = Callable[[int], Tensor]
 """Gives so many bytes of memory, ``(bytes,)`` uint8."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image as the model sees it, with its objects.
-
-    Attributes:
-        image: ``(3, h, w)`` uint8.
-        original_size: height, width as stored.
-        image_id: the data set's own.
-        weight: 0 for a masked slot, else 1.
-        objects: what is in view.
-    """
-
-    image: Tensor
-    original_size: tuple[int, int]
-    image_id: int
-    weight: float
-    objects: Objects
 
 
 class PackedGroup(NamedTuple):
@@ -68,25 +46,6 @@ class PackedGroup(NamedTuple):
 
 
 _HEAD = 6  # integers before the first array
-
-
-def training_canvas(
-    resize: ResizeConfig, sizes: Sequence[tuple[int, int]]
-) -> tuple[int, int] | None:
-    """Return the canvas, height and width, that a group has whatever its images; None: no such one.
-
-    Args:
-        resize: of the step.
-        sizes: height, width of the images as stored.
-    """
-    if is_square(resize):
-        return resize.size, resize.size
-    if resize.pad_to == "batch":
-        return None
-    short, long = canvas_size([plan_of(resize)])
-    num_portrait = sum(height > width for height, width in sizes)
-    num_landscape = sum(width > height for height, width in sizes)
-    return (long, short) if num_portrait > num_landscape else (short, long)
 
 
 def fresh_memory(num_bytes: int) -> Tensor:

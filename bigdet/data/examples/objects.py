@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.data.examples.masks import Bitmap, rasterize_polygons, sample_rle
-from bigdet.data.examples.views import Size, View, Views, boxes_xywh
+from bigdet.data.examples.views import Size, View, Views
 from bigdet.data.format.manifest import Category
 
 
@@ -149,7 +149,8 @@ def objects_in_views(
     """
     arrays, found = Views(views), list(chain.from_iterable(annotations))
     which = np.repeat(np.arange(len(views)), [len(of_image) for of_image in annotations])
-    whole = arrays.move_boxes(boxes_xywh(found), which)
+    stored = np.array([annotation["bbox"] for annotation in found], np.float64).reshape(-1, 4)
+    whole = arrays.move_boxes(stored, which)
     boxes = arrays.clip_boxes(whole, which)
     kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
     seen = [found[i] for i in kept.tolist()]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.data.examples.decode import decode_image, stored_size
@@ -108,12 +106,3 @@ def damaged(shards: ShardSet, row: int, kind: str, what: str) -> DamagedSampleEr
         "shards again from a good copy.",
         kind,
     )
-
-
-def aspect_ratios(
-    index: NDArray[np.void], rows: slice | NDArray[np.int32] = slice(None)
-) -> NDArray[np.float64]:
-    """Return width over height of records of an index."""
-    widths, heights = index["width"][rows], index["height"][rows]
-    ratios: NDArray[np.float64] = np.divide(widths, heights, dtype=np.float64)
-    return ratios

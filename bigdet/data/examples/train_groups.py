@@ -7,13 +7,7 @@ from numpy.typing import NDArray
 
 from bigdet.config.derived import is_square
 from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
-from bigdet.data.examples.collate import (
-    Allocate,
-    PackedGroup,
-    fresh_memory,
-    pack,
-    training_canvas,
-)
+from bigdet.data.examples.collate import Allocate, PackedGroup, fresh_memory, pack
 from bigdet.data.examples.objects import Wanted, check_annotations
 from bigdet.data.examples.samples import (
     Damage,
@@ -23,7 +17,13 @@ from bigdet.data.examples.samples import (
     read_sample,
 )
 from bigdet.data.examples.transforms import Scene, make_examples
-from bigdet.data.examples.views import Size, draw_view, resize_of_image, resize_of_step
+from bigdet.data.examples.views import (
+    Size,
+    draw_view,
+    resize_of_image,
+    resize_of_step,
+    training_canvas,
+)
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.ordering.groups import Order

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigdet.config.phase_schema import AugmentConfig
-from bigdet.data.examples.collate import Example
 from bigdet.data.examples.objects import (
     Objects,
     Wanted,
@@ -60,6 +59,25 @@ class Scene:
     view: View
     weight: float
     key: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image as the model sees it, with its objects.
+
+    Attributes:
+        image: ``(3, h, w)`` uint8.
+        original_size: height, width as stored.
+        image_id: that of the data set.
+        weight: 0 for a masked slot, else 1.
+        objects: those in view.
+    """
+
+    image: Tensor
+    original_size: tuple[int, int]
+    image_id: int
+    weight: float
+    objects: Objects
 
 
 def make_examples(

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigdet.config.derived import plan_of
+from bigdet.config.derived import is_square, plan_of
 from bigdet.config.phase_schema import ResizeConfig
 from bigdet.data.examples.decode import decoded_extent
 from bigdet.ops.random import Words
 from bigdet.ops.resize import resize_image
-from bigdet.ops.sizes import eval_size
+from bigdet.ops.sizes import canvas_size, eval_size
 
 CROP_TRIES = 10
 """Crops that are drawn before one is centered on a box."""
@@ -201,6 +201,23 @@ def _with_drawn_size(resize: ResizeConfig, key: Sequence[int | str]) -> ResizeCo
     return replace(resize, size=size, cap=cap, sizes=None, size_range=None, draw="step")
 
 
+def training_canvas(resize: ResizeConfig, sizes: Sequence[Size]) -> Size | None:
+    """Return height and width of a group's canvas; None if the smallest that fits is taken.
+
+    Args:
+        resize: that of the step.
+        sizes: height, width of the images as stored.
+    """
+    if is_square(resize):
+        return resize.size, resize.size
+    if resize.pad_to == "batch":
+        return None
+    short, long = canvas_size([plan_of(resize)])
+    num_portrait = sum(height > width for height, width in sizes)
+    num_landscape = sum(width > height for height, width in sizes)
+    return (long, short) if num_portrait > num_landscape else (short, long)
+
+
 def draw_view(
     record: dict[str, Any],
     resize: ResizeConfig,
@@ -307,9 +324,3 @@ def _draw_crop(boxes: list[Box], scaled: Size, size: Size, sample_words: Words) 
     x_sum, y_sum = array("f", (x0 + x1, y0 + y1))
     x, y = round((x_sum - width) / 2), round((y_sum - height) / 2)
     return min(max(x, 0), room[0]), min(max(y, 0), room[1])
-
-
-def boxes_xywh(annotations: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
-    """Return boxes as stored, ``(M, 4)`` xywh."""
-    boxes = [annotation["bbox"] for annotation in annotations]
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4)

@@ -204,10 +204,8 @@ def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSe
     used = set(own.values())
     renumbered = []
     for category in categories:  # results are to carry the ids of the set that they are of
-        number = own.get(name_key(category.name), category.id)
-        if name_key(category.name) not in own and number in used:
-            number = max(used) + 1
-        used.add(number)
+        known_id = own.get(name_key(category.name))
+        number = take_id(category.id, used) if known_id is None else known_id
         renumbered.append(replace(category, id=number))
     return MixedSet([shards], renumbered)
 
@@ -264,8 +262,7 @@ def _union(lists: Sequence[Sequence[Category]]) -> list[Category]:
     used: set[int] = set()
     for category in (category for categories in lists for category in categories):
         if name_key(category.name) not in union:
-            number = max(used) + 1 if category.id in used else category.id
-            used.add(number)
+            number = take_id(category.id, used)
             union[name_key(category.name)] = replace(category, id=number)
     return list(union.values())
 
@@ -284,6 +281,13 @@ def _check_names(shards: ShardSet) -> None:
 def _shortened(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more
+
+
+def take_id(wanted: int, used: set[int]) -> int:
+    """Return an id that is not in use, if possible the wanted one; it is in use from now on."""
+    number = max(used) + 1 if wanted in used else wanted
+    used.add(number)
+    return number
 
 
 def name_key(name: str) -> str:

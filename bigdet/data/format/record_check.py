@@ -8,9 +8,9 @@ from typing import Any
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import LABEL_LISTS
 from bigdet.data.making.annotations import are_numbers, clean_mask
+from bigdet.data.making.loose_values import MAX_ID
 
 EDGE_TOLERANCE = 1  # pixel: where exactly an edge may lie is the converter's business
-MAX_ID = 2**63 - 1
 
 
 def record_problem(record: Any) -> str | None:

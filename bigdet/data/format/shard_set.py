@@ -20,6 +20,7 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,8 @@ class ShardSet:
 
     def index_hash(self) -> str:
         """Return a hash of ``index.npy``: two sets with the same one hold the same samples."""
-        digest = hashlib.blake2b(digest_size=16)
         with open(self.folder / INDEX_NAME, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
     def check_random_reads(self) -> None:
         """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""

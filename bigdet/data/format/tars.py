@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 from bigdet.config.data_schema import CacheConfig
 from bigdet.config.load import ConfigError
@@ -33,22 +33,6 @@ RUN_BYTES = 8 << 20
 
 Span = tuple[int, int, int]
 """Number of a tar, first byte, the byte behind the last."""
-
-
-class Tars(Protocol):
-    """The tars of one set; opened when they are first read from."""
-
-    def read(self, shard: int, start: int, size: int) -> bytes:
-        """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
-        ...
-
-    def expect(self, spans: Sequence[Span]) -> None:
-        """Take note of what will be read soon, in this order."""
-        ...
-
-    def close(self) -> None:
-        """Close what is open; it is opened again when needed."""
-        ...
 
 
 class LocalTars:
@@ -208,6 +192,9 @@ class CachedTars:
         size = piece.stop - piece.start
         part = (0, None) if size == piece.file.bytes else (piece.start, piece.stop)
         return self._cache.open(piece.name, size, lambda to: fetch(piece.file, to, *part))
+
+
+Tars: TypeAlias = LocalTars | CachedTars
 
 
 def open_tars(path: str, shards: Sequence[Shard], config: CacheConfig) -> Tars:

@@ -25,26 +25,28 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.data.format.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
-from bigdet.data.format.shard_set import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME
+from bigdet.data.format.manifest import Category, Manifest, Shard, ShardError
+from bigdet.data.format.shard_set import INDEX_DTYPE
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
 from bigdet.data.making.reencoding import Reencoding, reencode
 from bigdet.data.making.shard_tar import FinishedShard, SampleLog, ShardTar, stored_bytes
 from bigdet.data.making.shard_writer import (
-    UNFINISHED,
     SetInfo,
     category_values,
-    index_bytes,
-    manifest_text,
     only_log,
-    refuse_names,
     shard_name,
     summarize,
+    write_summary,
 )
-from bigdet.data.making.storage import Storage, open_storage
+from bigdet.data.making.storage import (
+    PLAN_NAME,
+    UNFINISHED,
+    Storage,
+    open_storage,
+    open_unused,
+    refuse_shards,
+)
 from bigdet.pictures.pixels import Exif
-
-PLAN_NAME = f"{UNFINISHED}/plan.json"
 
 Progress = Callable[[int, int], None]
 
@@ -140,10 +142,13 @@ class Making:
         return shard % int(parts) == int(number) - 1
 
     def options(self) -> dict[str, Any]:
-        """Return what the manifest is to say of it."""
+        """Return the options that the manifest records."""
         sizes = asdict(self.reencoding) if self.reencoding else {}
         exif = {"exif": self.exif} if self.exif != "shown" else {}
         return {"shard_megabytes": self.shard_megabytes, **sizes, **exif}
+
+
+DEFAULT_MAKING = Making()
 
 
 @dataclass(frozen=True)
@@ -173,12 +178,11 @@ def convert(
     Raises:
         ShardError: nothing can be used, or ``out`` holds something else. Finished shards stay.
     """
-    storage = open_storage(out)
-    refuse_others(storage)
+    storage = open_unused(out)
     sizes = _stored_bytes(source, making.reencoding)
     spans = plan_shards(sizes, making.shard_megabytes * 10**6)
     with storage.claim(making.part):
-        _refuse_shards(storage)  # another process may have finished it since
+        refuse_shards(storage)  # another process may have finished it since
         _begin(storage, source, making, len(spans))
         try:
             _make_missing(storage, source, making, spans, sizes, progress)
@@ -270,23 +274,6 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
     note = {"shard": asdict(finished.shard), "classes": finished.classes, "log": log.lines}
     text = json.dumps({**note, "rows": finished.rows.tolist()})
     storage.write(_note_name(job.number), text.encode())
-
-
-def refuse_others(storage: Storage) -> None:
-    """Raise ``ShardError`` if there are shards that are not of a conversion under way.
-
-    Also if another process makes them now.
-    """
-    storage.check_free()
-    _refuse_shards(storage)
-
-
-def _refuse_shards(storage: Storage) -> None:
-    names = storage.names()
-    if MANIFEST_NAME in names:
-        refuse_names(storage.address, [MANIFEST_NAME])
-    if storage.size(PLAN_NAME) is None:
-        refuse_names(storage.address, [n for n in names if n == INDEX_NAME or n.endswith(".tar")])
 
 
 def _stored_bytes(source: Source, reencoding: Reencoding | None) -> NDArray[np.int64]:
@@ -384,12 +371,3 @@ def _finish(storage: Storage) -> Manifest:
         )
     write_summary(storage, manifest, index, log.getvalue())
     return manifest
-
-
-def write_summary(storage: Storage, manifest: Manifest, index: NDArray[np.void], log: str) -> None:
-    """Write what makes tars a set, the manifest last; ``log`` is that of what was left out."""
-    if log:
-        storage.write(SKIPPED_NAME, log.encode())
-    storage.write(INDEX_NAME, index_bytes(index))
-    storage.write(MANIFEST_NAME, manifest_text(manifest).encode())
-    storage.clear()

@@ -33,7 +33,7 @@ from bigdet.data.format.shard_set import (
     drop_empty_outlines,
 )
 from bigdet.data.making.annotations import IGNORE_FLAGS, are_relative
-from bigdet.data.making.conversion import PLAN_NAME, Progress, no_progress, write_summary
+from bigdet.data.making.conversion import Progress, no_progress
 from bigdet.data.making.loose_values import truth_value
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
 from bigdet.data.making.shard_tar import (
@@ -46,9 +46,9 @@ from bigdet.data.making.shard_tar import (
     image_suffix,
     turn_flags,
 )
-from bigdet.data.making.shard_writer import SetInfo, summarize
+from bigdet.data.making.shard_writer import SetInfo, summarize, write_summary
 from bigdet.data.making.sources.image_headers import read_header
-from bigdet.data.making.storage import LocalStorage
+from bigdet.data.making.storage import PLAN_NAME, LocalStorage
 from bigdet.host.files import file_sha256
 from bigdet.host.reading import patiently, why_unread
 from bigdet.pictures.pixels import Exif, turned_size

@@ -1,9 +1,8 @@
 """Writes a shard set in one process, sample by sample; and index and manifest of any set.
 
 ``ShardWriter`` is for samples that are made one after the other; what is read from files is
-converted in parallel by ``conversion.py``. All files are written in the folder ``.unfinished``
-inside the target and move up when complete, the manifest last, so nothing unfinished ever looks
-finished; after an error nothing is left.
+converted in parallel by ``conversion.py``. The tars get to their place when all are complete, and
+the manifest last, so that nothing unfinished looks finished; after an error nothing is left.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -33,14 +31,10 @@ from bigdet.data.format.manifest import (
     ShardError,
     manifest_sha256,
 )
-from bigdet.data.format.shard_set import INDEX_DTYPE, INDEX_NAME
+from bigdet.data.format.shard_set import INDEX_DTYPE, INDEX_NAME, SKIPPED_NAME
 from bigdet.data.making.shard_tar import FinishedShard, ShardTar, record_text, stored_bytes
-from bigdet.host import locks
-from bigdet.host.files import put_in_place
+from bigdet.data.making.storage import Storage, open_unused
 from bigdet.host.strict_json import to_json
-
-UNFINISHED = ".unfinished"
-LOCK_NAME = "lock"  # in it: who makes the set
 
 
 @dataclass(frozen=True)
@@ -87,19 +81,13 @@ class ShardWriter:
         self._limit = shard_megabytes * 10**6
         self._finished: list[FinishedShard] = []
         self._tar: ShardTar | None = None
-        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> ShardWriter:
-        refuse_shards(self.folder)
-        self._made_folders = make_folders(self.folder / UNFINISHED)
-        file = self.folder / UNFINISHED / LOCK_NAME
-        try:
-            self._lock.enter_context(locks.held(self.folder, file))
-        except locks.LockedError as error:
-            raise ShardError(str(error)) from error
-        for path in (self.folder / UNFINISHED).iterdir():  # left by a process that was killed
-            if path != file:
-                path.unlink()
+        self._storage = open_unused(self.folder)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._storage.claim(None))
+            self._scratch = stack.enter_context(self._storage.scratch())
+            self._at_end = stack.pop_all()
         return self
 
     def __exit__(
@@ -108,14 +96,15 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with contextlib.ExitStack() as clean_up:  # does all of it even if a part fails
-            clean_up.callback(self._remove_made_folders)
-            clean_up.callback(self._lock.close)
-            clean_up.callback(shutil.rmtree, self.folder / UNFINISHED)
-            if kind is None:
-                self._finish()
-            elif self._tar is not None:
-                self._tar.abandon()
+        with self._at_end:
+            try:
+                if kind is None:
+                    self._finish()
+            finally:
+                if self.manifest is None:
+                    if self._tar is not None:
+                        self._tar.abandon()
+                    self._storage.clear()
 
     def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
         """Append one sample, see ``shards.Sample``.
@@ -129,14 +118,9 @@ class ShardWriter:
         if self._tar is not None and self._tar.size + size > self._limit:
             self._close_tar()
         if self._tar is None:
-            self._tar = ShardTar(self.folder / UNFINISHED / shard_name(len(self._finished)))
+            self._tar = ShardTar(self._scratch / shard_name(len(self._finished)))
         self._tar.add(image, record, orientation)
         self.images += 1
-
-    def _remove_made_folders(self) -> None:
-        if self.manifest is None:
-            for folder in self._made_folders[1:]:  # innermost first; the first was .unfinished
-                folder.rmdir()
 
     def _close_tar(self) -> None:
         if self._tar is not None:
@@ -144,17 +128,14 @@ class ShardWriter:
             self._tar = None
 
     def _finish(self) -> None:
-        """Write index and manifest and move everything to its place, the manifest last."""
+        """Move the tars to their place, and write index and manifest."""
         self._close_tar()
         manifest, index = summarize(self._info, self._finished, io.StringIO())
         if manifest is None:
             raise ShardError(f"{self.folder}: not one image was given. There is nothing to write.")
-        unfinished = self.folder / UNFINISHED
-        (unfinished / INDEX_NAME).write_bytes(index_bytes(index))
-        (unfinished / MANIFEST_NAME).write_text(manifest_text(manifest))
-        names = [shard.file for shard in manifest.shards]
-        for name in [*names, INDEX_NAME, MANIFEST_NAME]:
-            put_in_place(unfinished / name, self.folder / name)
+        for shard in manifest.shards:
+            self._storage.take(self._scratch / shard.file, shard.file)
+        write_summary(self._storage, manifest, index)
         self.manifest = manifest
 
 
@@ -214,23 +195,6 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
-def refuse_shards(folder: Path) -> None:
-    """Raise ``ShardError`` if a folder holds shards already, or is none."""
-    if folder.exists() and not folder.is_dir():
-        raise ShardError(f"{folder}: not a folder. Give the folder that is to hold the shards.")
-    names = [folder / MANIFEST_NAME, folder / INDEX_NAME, *sorted(folder.glob("*.tar"))]
-    refuse_names(str(folder), [path.name for path in names if path.exists()])
-
-
-def refuse_names(address: str, found: list[str]) -> None:
-    """Raise ``ShardError`` if there are files of a shard set."""
-    if found:
-        raise ShardError(
-            f"{address}: has shards already ({', '.join(found[:3])}). Give another folder, or "
-            "delete this one first."
-        )
-
-
 def index_bytes(index: NDArray[np.void]) -> bytes:
     """Return the content of ``index.npy``."""
     file = io.BytesIO()
@@ -253,12 +217,12 @@ def category_values(category: Category) -> dict[str, Any]:
     return {name: value for name, value in asdict(category).items() if value is not None}
 
 
-def make_folders(folder: Path) -> list[Path]:
-    """Make a folder with all above it; return those that were not there, innermost first."""
-    missing = []
-    for path in [folder, *folder.parents]:
-        if path.exists():
-            break
-        missing.append(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+def write_summary(
+    storage: Storage, manifest: Manifest, index: NDArray[np.void], log: str = ""
+) -> None:
+    """Write what makes tars a set, the manifest last; ``log`` lists what was left out."""
+    if log:
+        storage.write(SKIPPED_NAME, log.encode())
+    storage.write(INDEX_NAME, index_bytes(index))
+    storage.write(MANIFEST_NAME, manifest_text(manifest).encode())
+    storage.clear()

@@ -1,65 +1,36 @@
 """Where shards are written to: a local folder, or any address that fsspec knows (s3://, gs://).
 
 A file is there whole or not at all: locally it gets its name when it is complete, and object
-stores show an upload when it has ended. Reading of shards is in ``shards.py``.
+stores show an upload when it has ended. What is under way is in the folder ``.unfinished``. Shards
+are read in ``data/format/shard_set.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import fsspec
 
-from bigdet.data.format.manifest import ShardError
-from bigdet.data.making.shard_writer import LOCK_NAME, UNFINISHED, make_folders
+from bigdet.data.format.manifest import MANIFEST_NAME, ShardError
+from bigdet.data.format.shard_set import INDEX_NAME
 from bigdet.host import locks
 from bigdet.host.files import put_in_place
 
-
-class Storage(Protocol):
-    """A folder of a shard set in the making; names may begin with ``.unfinished/``."""
-
-    @property
-    def address(self) -> str:
-        """Return the folder or address, for messages."""
-
-    def names(self) -> list[str]:
-        """Return the names of the files outside of ``.unfinished``."""
-
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file; None if it is not there."""
-
-    def read(self, name: str) -> bytes:
-        """Return the content of a file."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file."""
-
-    def take(self, path: Path, name: str) -> None:
-        """Move a complete file from ``scratch`` to its place."""
-
-    def scratch(self) -> contextlib.AbstractContextManager[Path]:
-        """Give a local folder for files under way, empty, this process's alone."""
-
-    def check_free(self) -> None:
-        """Raise ``ShardError`` if another process writes the whole set."""
-
-    def claim(self, part: str | None) -> contextlib.AbstractContextManager[None]:
-        """Keep other processes from writing the same; several parts may be written at a time."""
-
-    def clear(self) -> None:
-        """Remove ``.unfinished``, and the folder if that made it and nothing is in it."""
+UNFINISHED = ".unfinished"
+PLAN_NAME = f"{UNFINISHED}/plan.json"  # of a conversion, see ``conversion.py``
+LOCK_NAME = "lock"  # in it: who makes the set
 
 
 @dataclass
 class LocalStorage:
-    """A local folder."""
+    """A local folder; names of files may begin with ``.unfinished/``."""
 
     folder: Path
 
@@ -100,7 +71,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Give a folder on the same disk, so that files move by their name alone."""
+        """Give an empty folder for files under way, on the same disk, so that they are renamed."""
         with tempfile.TemporaryDirectory(dir=self.folder / UNFINISHED, prefix="writing-") as path:
             yield Path(path)
 
@@ -111,14 +82,20 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def claim(self, part: str | None) -> Iterator[None]:
-        """Lock the folder against other conversions, and clear what killed ones left half-done."""
+        """Keep other processes from writing the same, and remove what killed ones left half-done.
+
+        Args:
+            part: of the set, ``"2/3"``: other parts may be written at the same time; None for all.
+        """
+        unfinished = self.folder / UNFINISHED
+        above = list(itertools.takewhile(lambda path: not path.exists(), unfinished.parents))
         try:
-            self._made = make_folders(self.folder / UNFINISHED)[1:]
+            unfinished.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ShardError(
                 f"{self.folder}: cannot be written to: {error.strerror}. Give another folder."
             ) from error
-        unfinished = self.folder / UNFINISHED
+        self._made = above  # innermost first
         own = LOCK_NAME if part is None else f"{LOCK_NAME}-{part.replace('/', '-of-')}"
         with contextlib.ExitStack() as at_end:
             at_end.callback(_remove_if_empty, unfinished)
@@ -186,7 +163,7 @@ class RemoteStorage:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Give a folder among the temporary files of this machine (TMPDIR)."""
+        """Give an empty folder among the temporary files of this machine (TMPDIR)."""
         with tempfile.TemporaryDirectory(prefix="bigdet-shards-") as path:
             yield Path(path)
 
@@ -231,6 +208,9 @@ def _as_shard_error() -> Iterator[None]:
         raise ShardError(str(error)) from error
 
 
+Storage: TypeAlias = LocalStorage | RemoteStorage
+
+
 def open_storage(out: str | Path) -> Storage:
     """Return the storage of a path or address; ``ShardError`` if nothing is known of its kind."""
     protocol, separator, path = str(out).partition("://")
@@ -246,3 +226,28 @@ def open_storage(out: str | Path) -> Storage:
             "fsspec has installed."
         ) from error
     return RemoteStorage(str(out))
+
+
+def open_unused(out: str | Path) -> Storage:
+    """Open a folder or address for a new shard set, or one whose conversion was interrupted.
+
+    Raises:
+        ShardError: another process writes there, or there are shards of something else.
+    """
+    storage = open_storage(out)
+    storage.check_free()
+    refuse_shards(storage)
+    return storage
+
+
+def refuse_shards(storage: Storage) -> None:
+    """Raise ``ShardError`` if there are shards that are not of a conversion under way."""
+    names = storage.names()
+    found = [MANIFEST_NAME] if MANIFEST_NAME in names else []
+    if not found and storage.size(PLAN_NAME) is None:
+        found = [name for name in names if name == INDEX_NAME or name.endswith(".tar")]
+    if found:
+        raise ShardError(
+            f"{storage.address}: has shards already ({', '.join(found[:3])}). Give another folder, "
+            "or delete this one first."
+        )

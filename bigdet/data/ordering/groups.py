@@ -232,6 +232,15 @@ class Order:
         return samples[chosen], copies[chosen]
 
 
+def aspect_ratios(
+    index: NDArray[np.void], rows: slice | NDArray[np.int32] = slice(None)
+) -> NDArray[np.float64]:
+    """Return width over height of the images of an index, or of some of its rows."""
+    widths, heights = index["width"][rows], index["height"][rows]
+    ratios: NDArray[np.float64] = np.divide(widths, heights, dtype=np.float64)
+    return ratios
+
+
 def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:
     """Return the lanes that a rank runs, in this order; ranks must divide lanes."""
     if num_lanes % world_size:

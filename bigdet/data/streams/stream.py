@@ -21,7 +21,6 @@ from bigdet.config.derived import largest_plan
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.data.examples.collate import (
     Allocate,
-    Example,
     PackedGroup,
     group_bytes,
     num_dropped,
@@ -29,16 +28,13 @@ from bigdet.data.examples.collate import (
     unpack,
 )
 from bigdet.data.examples.objects import Wanted, keypoint_order, no_objects
-from bigdet.data.examples.samples import (
-    Damage,
-    aspect_ratios,
-    load_sample,
-)
+from bigdet.data.examples.samples import Damage, load_sample
 from bigdet.data.examples.train_groups import TrainGroups
+from bigdet.data.examples.transforms import Example
 from bigdet.data.examples.views import whole_view
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.ordering.groups import Order, evaluation_groups, lanes_of_rank
+from bigdet.data.ordering.groups import Order, aspect_ratios, evaluation_groups, lanes_of_rank
 from bigdet.data.ordering.selection import left_out, select
 from bigdet.data.streams.loader import Loader
 from bigdet.host.limits import num_cpus
@@ -168,8 +164,12 @@ class TrainStream:
             self._note(packed)
             yield unpack(packed)
 
-    def beside(self, first_step: int) -> TrainStream:
-        """Return a stream of the same groups from a step on, with loaders and counts of its own."""
+    def from_step(self, first_step: int) -> TrainStream:
+        """Return another stream of the same groups from a step on; it has new loaders and counts.
+
+        Args:
+            first_step: finished steps, as in the constructor.
+        """
         other = copy.copy(self)
         other._first_step, other._loader = first_step, None
         other.damaged, other.dropped_boxes, other.damages = {}, 0, {}

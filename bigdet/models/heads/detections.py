@@ -6,13 +6,13 @@ Letters: D detections of all images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from bigdet.ops.boxes import clip_boxes
-from bigdet.ops.nms import best_of_groups, grouped_nms
+from bigdet.ops.nms import best_of_groups, grouped_nms, soft_nms
 
 MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
 
@@ -50,6 +50,18 @@ class EvalSettings(Protocol):
         """At most this many detections are reported per image."""
 
 
+class SoftNms(Protocol):
+    """Options of soft-NMS, which the settings of a detector may have as ``soft_nms``."""
+
+    @property
+    def kind(self) -> Literal["linear", "gaussian"]:
+        """How scores fall with the overlap."""
+
+    @property
+    def sigma(self) -> float:
+        """For ``gaussian``."""
+
+
 def _cut(candidates: FlatDetections, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Cut boxes ``(D, 4)`` at their images; also tell which are left with a size, ``(D,)``."""
     boxes = clip_boxes(candidates.boxes, image_sizes[candidates.images])
@@ -73,7 +85,8 @@ def best_detections(
 ) -> FlatDetections:
     """Cut boxes at their images, drop near duplicates within a class, keep the best of each image.
 
-    Boxes that are not finite or smaller than `MIN_SIDE` are left out.
+    Boxes that are not finite or smaller than `MIN_SIDE` are left out. With soft-NMS the scores of
+    near duplicates fall instead, and those that fall to the threshold are left out.
 
     Args:
         candidates: of B images, in any order.
@@ -85,13 +98,17 @@ def best_detections(
     boxes, is_usable = _cut(candidates, image_sizes)
     boxes = torch.where(is_usable[:, None], boxes, 0)
     num_images = len(image_sizes)
-    kept = grouped_nms(
-        boxes,
-        torch.where(is_usable, scores, -torch.inf),
-        images * num_classes + labels,
-        num_images * num_classes,
-        config.nms_iou,
-    )
+    usable_scores = torch.where(is_usable, scores, -torch.inf)
+    groups, num_groups = images * num_classes + labels, num_images * num_classes
+    soft: SoftNms | None = getattr(config, "soft_nms", None)  # a user's own settings may lack it
+    if soft is None:
+        kept = grouped_nms(boxes, usable_scores, groups, num_groups, config.nms_iou)
+    else:
+        scores = soft_nms(
+            boxes, usable_scores, groups, num_groups, soft.kind, config.nms_iou, soft.sigma,
+            config.detections_per_image,
+        )  # fmt: skip
+        kept = scores > config.score_threshold
     rows = kept.nonzero().squeeze(1)
     best = best_of_groups(scores[rows], images[rows], num_images, config.detections_per_image)
     rows = rows[best]

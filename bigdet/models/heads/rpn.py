@@ -63,7 +63,7 @@ class Proposals:
 
 
 class RegionProposals(nn.Module):
-    """One 3x3 convolution, shared by the levels, then logits and deltas of the anchors.
+    """3x3 convolutions, shared by the levels, then logits and deltas of the anchors.
 
     Never with normalization, whatever the rest has: Detectron's baselines with GN have it in
     backbone, FPN and the other heads alone.
@@ -76,6 +76,7 @@ class RegionProposals(nn.Module):
         conventions: Conventions,
         has_levels: bool = True,
         detector: str = "faster_rcnn",
+        num_convs: int = 1,
     ) -> None:
         """Build for features of ``width`` channels; weights N(0, 0.01), biases 0.
 
@@ -93,7 +94,8 @@ class RegionProposals(nn.Module):
         num_shapes = len(cells[0])
         # A buffer, for it waits on the device: a copy at every step would stop the host.
         self.register_buffer("cells", torch.stack(cells).float(), persistent=False)
-        self.conv = conv_norm(width, width, 3, "none", relu=True)
+        convs = [conv_norm(width, width, 3, "none", relu=True) for _ in range(num_convs)]
+        self.conv, self.more_convs = convs[0], nn.Sequential(*convs[1:])
         self.objectness = nn.Conv2d(width, num_shapes, 1)
         self.deltas = nn.Conv2d(width, 4 * num_shapes, 1)
         for layer in self.modules():
@@ -114,7 +116,7 @@ class RegionProposals(nn.Module):
         """
         logits, deltas = [], []
         for level in features:
-            hidden = self.conv(level)
+            hidden = self.more_convs(self.conv(level))
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).flatten(1))
         all_logits = at_least_fp32(torch.cat(logits, dim=1))

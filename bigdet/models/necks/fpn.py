@@ -58,6 +58,28 @@ class FPN(Checkpointed):
         return pyramid
 
 
+class SimplePyramid(FPN):
+    """ViTDet's simple feature pyramid (Li et al. 2022): the same layers, without a top-down path.
+
+    What makes four levels of a plain backbone's last map belongs to the backbone. Convolutions
+    begin with torch's weights, as in detectron2's.
+    """
+
+    def __init__(self, in_channels: Sequence[int], width: int, norm: Kind) -> None:
+        """Build a level per input, finest first."""
+        super().__init__(in_channels, width, norm)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
+
+    def _mix(self, *features: Tensor) -> list[Tensor]:
+        """Give a level of the pyramid for each of the backbone's."""
+        return [
+            output(lateral(feature))
+            for output, lateral, feature in zip(self.outputs, self.laterals, features, strict=True)
+        ]
+
+
 class RetinaFPN(FPN):
     """The pyramid of RetinaNet: two convolutions of stride 2 go on from C5 (or P5) to P6 and P7."""
 

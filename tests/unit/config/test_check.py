@@ -200,10 +200,15 @@ def test_rules_name_the_key_and_the_reason(overrides: list[str], key: str, reaso
         ["phases.pretrain.start_from.source=a.pth", "phases.pretrain.freeze_stages=2"],
         ["phases.pretrain.start_from.source=timm:resnet18.x", "phases.pretrain.norm_mode=fixed"],
         ["phases.pretrain.start_from={source: a.pkl, pixels: bgr_255, parts: [backbone]}"],
-        ["model.backbone=convnext_t", "model.drop_path=0.1", "model.norm=none",
-         "phases.pretrain.norm_mode=null", "phases.finetune.norm_mode=null"],
+        [
+            "model.backbone=convnext_t",
+            "model.drop_path=0.1",
+            "model.norm=none",
+            "phases.pretrain.norm_mode=null",
+            "phases.finetune.norm_mode=null",
+        ],
     ],
-)  # fmt: skip
+)
 def test_what_these_say_is_allowed(overrides: list[str]):
     check_config(load_config(CONFIGS / "quickstart.yaml", overrides))
 
@@ -235,10 +240,13 @@ def test_a_phase_may_go_on_as_a_cascade():
         (["model.retina.focal_gamma=-1"], "model.retina.focal_gamma", "0 or more"),
         (["model.retina.focal_alpha=2"], "model.retina.focal_alpha", "in [0, 1]"),
         (["model.retina.negative_iou=0.6"], "model.retina.negative_iou", "at most positive_iou"),
-        (["phases.finetune.start_from.parts=[rpn]"], "phases.finetune.start_from.parts",
-         "retinanet has no rpn"),
+        (
+            ["phases.finetune.start_from.parts=[rpn]"],
+            "phases.finetune.start_from.parts",
+            "retinanet has no rpn",
+        ),
     ],
-)  # fmt: skip
+)
 def test_rules_of_a_retinanet_name_the_key_and_the_reason(
     overrides: list[str], key: str, reason: str
 ):

@@ -39,15 +39,21 @@ def test_budgets_are_a_quarter_a_half_one_and_two():
 
 def test_pretraining_has_equal_steps_at_every_batch():
     runs = runs_of("deeppcb")
-    for name, batch in (("direct_batch_2", 2), ("direct_batch_4", 4), ("direct_batch_8", 8),
-                        ("direct_fixed", 16)):  # fmt: skip
+    for name, batch in (
+        ("direct_batch_2", 2),
+        ("direct_batch_4", 4),
+        ("direct_batch_8", 8),
+        ("direct_fixed", 16),
+    ):
         phase = runs[name].config.phases["pretrain"]
         assert (phase.images_per_step, phase.images_per_gpu) == (batch, batch // 2)
         assert lengths(runs[name].config) == lengths(runs["direct_fixed"].config)
 
 
-@pytest.mark.parametrize("regime", ["scratch_live", "scratch_sync", "scratch_gn", "direct_fixed",
-                                    "direct_affine", "direct_sync"])  # fmt: skip
+@pytest.mark.parametrize(
+    "regime",
+    ["scratch_live", "scratch_sync", "scratch_gn", "direct_fixed", "direct_affine", "direct_sync"],
+)
 def test_the_rates_are_of_the_grid(regime: str):
     grid, one = runs_of("deeppcb_rates"), runs_of("deeppcb")[regime].config
     tried = [grid[f"{regime}_{name}"].config for name in ("low", "mid", "high")]

@@ -46,13 +46,17 @@ def test_a_stated_cost_stays_with_the_weights():
     assert imported_cost(config, "finetune") == {}
     config = load_config(
         CONFIG,
-        ["phases.pretrain.start_from.source=timm",
-         "phases.pretrain.start_from.cost.preset=imagenet"],
-    )  # fmt: skip
+        [
+            "phases.pretrain.start_from.source=timm",
+            "phases.pretrain.start_from.cost.preset=imagenet",
+        ],
+    )
     # 1.28M images x 100 passes, 1 object each, 224 x 224 pixels
     assert imported_cost(config, "finetune") == {
-        "images": 128e6, "instances": 128e6, "pixels": 128e6 * 50_176,
-    }  # fmt: skip
+        "images": 128e6,
+        "instances": 128e6,
+        "pixels": 128e6 * 50_176,
+    }
 
 
 def test_the_cap_is_in_proportion_unless_given():
@@ -107,5 +111,6 @@ def test_a_phase_loads_what_the_phase_before_has():
     assert start_parts(run_of("mask_rcnn", None), "more") == [*shared, "mask_head"]
     assert start_parts(run_of("mask_rcnn", None, source="timm"), "more") == ["backbone"]
     assert start_parts(run_of("faster_rcnn", "mask_rcnn", source="runs/x"), "more") == [
-        *shared, "mask_head"
-    ]  # fmt: skip
+        *shared,
+        "mask_head",
+    ]

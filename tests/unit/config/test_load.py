@@ -58,7 +58,7 @@ def test_resolved_config_repeats_the_run(experiment: Path):
         ("phases.pretrain.resize.scale_range=[1.0]", ["phases.pretrain.resize.scale_range"]),
         ("--steps", ["--steps", "key=value"]),
     ],
-)  # fmt: skip
+)
 def test_mistakes_on_the_command_line_name_the_key(
     experiment: Path, override: str, words: list[str]
 ):

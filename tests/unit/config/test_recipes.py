@@ -89,7 +89,7 @@ RECIPES = [
     ("voc_r50_direct", "finetune", (12_400, 16, 0.01, [9.3], (600, 1000))),
     ("voc:r50_imagenet", "train", (12_400, 16, 0.01, [9.3], (600, 1000))),
     ("presets:stitcher", "pretrain", (88 * K, 64, 0.08, [], (400, 666))),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "phase", "expected"), RECIPES)
@@ -143,17 +143,25 @@ def test_normalization_and_heads_are_those_of_the_papers():
         assert model.rpn.box_beta == pytest.approx(1 / 9, abs=1e-4)
     modes = {name: run.config.phases for name, run in sweep_of("table2")[1].items()}
     assert {n: next(reversed(p.values())).norm_mode for n, p in modes.items()} == {
-        "direct_fixed": "fixed", "direct_affine": "affine", "direct_sync": "sync",
-        "imagenet_affine": "affine", "imagenet_fixed": "fixed", "imagenet_sync": "sync",
-    }  # fmt: skip
+        "direct_fixed": "fixed",
+        "direct_affine": "affine",
+        "direct_sync": "sync",
+        "imagenet_affine": "affine",
+        "imagenet_fixed": "fixed",
+        "imagenet_sync": "sync",
+    }
 
 
 def test_sizes_of_images_that_vary_are_those_of_the_papers():
     ranges = {
-        "augmentation:r50_random_9x": (640, 800), "x152_gn_late_cascade": (640, 800),
-        "keypoint_r50_gn": (640, 800), "vgg16_scratch": (640, 800), "r50_gn_scratch": None,
-        "less_data:random_1k": (512, 800), "less_data:random_35k_default": None,
-    }  # fmt: skip
+        "augmentation:r50_random_9x": (640, 800),
+        "x152_gn_late_cascade": (640, 800),
+        "keypoint_r50_gn": (640, 800),
+        "vgg16_scratch": (640, 800),
+        "r50_gn_scratch": None,
+        "less_data:random_1k": (512, 800),
+        "less_data:random_35k_default": None,
+    }
     for name, expected in ranges.items():
         assert config_of(name).phases["train"].resize.size_range == expected, name
     several = [640, 672, 704, 736, 768, 800]
@@ -175,10 +183,14 @@ def test_less_data_is_as_much_as_the_papers_say():
     assert config_of("table9:direct").data.train.subset.images == 11_727  # of 117,266
 
 
-@pytest.mark.parametrize(("sweep", "prefixes"), [
-    ("figure1", ["random", "imagenet"]), ("figure1_r101", ["random", "imagenet"]),
-    ("syncbn", ["r50_random", "r50_imagenet", "r101_random", "r101_imagenet"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sweep", "prefixes"),
+    [
+        ("figure1", ["random", "imagenet"]),
+        ("figure1_r101", ["random", "imagenet"]),
+        ("syncbn", ["r50_random", "r50_imagenet", "r101_random", "r101_imagenet"]),
+    ],
+)
 def test_all_lengths_of_figure_1_begin_in_the_longest(sweep: str, prefixes: list[str]):
     runs = sweep_of(sweep)[1]
     assert list(runs) == [f"{prefix}_{n}x" for prefix in prefixes for n in (6, 5, 4, 3, 2)]
@@ -205,9 +217,12 @@ def test_the_tables_have_every_cell():
     assert passes == {6, *range(9, 16), 18, 24}
     parts = [run.config.phases for run in sweep_of("table5")[1].values()][:5]
     assert [p["finetune"].start_from.parts for p in parts] == [
-        None, ["backbone", "fpn", "rpn", "box_head"], ["backbone", "fpn", "rpn"],
-        ["backbone", "fpn"], ["backbone"],
-    ]  # fmt: skip
+        None,
+        ["backbone", "fpn", "rpn", "box_head"],
+        ["backbone", "fpn", "rpn"],
+        ["backbone", "fpn"],
+        ["backbone"],
+    ]
 
 
 DETECTRON = [
@@ -238,9 +253,15 @@ def test_losses_anchors_and_biases_of_paper_1_are_detectrons(name: str):
 
 
 RELEASED = [
-    "r50_direct", "r50_imagenet", "table3:scratch_syncbn_6x", "table6:scratch_syncbn_3x",
-    "table10:scratch_640", "table8:faster_direct", "table1:scratch_bn_4x", "voc_r50_direct",
-]  # fmt: skip
+    "r50_direct",
+    "r50_imagenet",
+    "table3:scratch_syncbn_6x",
+    "table6:scratch_syncbn_3x",
+    "table10:scratch_640",
+    "table8:faster_direct",
+    "table1:scratch_bn_4x",
+    "voc_r50_direct",
+]
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -278,13 +299,18 @@ def test_syncbn_of_paper_2_is_in_the_backbone_only_and_of_paper_1_everywhere():
 def test_norms_are_decayed_where_the_released_code_does():
     # schedule_1x.py has no paramwise_cfg; the pre-training has norm_decay_mult=0.
     for name, phase, expected in (
-        ("r50_imagenet", "train", True), ("table2:imagenet_affine", "train", True),
-        ("table2:imagenet_sync", "train", True), ("table2:direct_affine", "finetune", True),
-        ("table2:direct_sync", "finetune", True), ("table2:direct_fixed", "finetune", False),
-        ("table2:imagenet_fixed", "train", False), ("r50_direct", "pretrain", False),
-        ("table2:direct_affine", "pretrain", False), ("table8:retinanet_imagenet", "train", True),
+        ("r50_imagenet", "train", True),
+        ("table2:imagenet_affine", "train", True),
+        ("table2:imagenet_sync", "train", True),
+        ("table2:direct_affine", "finetune", True),
+        ("table2:direct_sync", "finetune", True),
+        ("table2:direct_fixed", "finetune", False),
+        ("table2:imagenet_fixed", "train", False),
+        ("r50_direct", "pretrain", False),
+        ("table2:direct_affine", "pretrain", False),
+        ("table8:retinanet_imagenet", "train", True),
         ("swin_t_imagenet", "train", False),
-    ):  # fmt: skip
+    ):
         assert config_of(name).phases[phase].decay_norms == expected, name
 
 

@@ -13,8 +13,11 @@ def open_stream(shards: ShardSet, **options: Any) -> TrainStream:
     """A stream of the phase ``train``: options of the split, of the phase and of the stream."""
     split = {"shards": "unused", "keep_empty": True} | _taken(options, TrainSplitConfig)
     phase = {
-        "steps": 1, "lr": 1.0, "resize": ResizeConfig(kind="direct", size=32), "images_per_gpu": 2,
-    } | _taken(options, PhaseConfig)  # fmt: skip
+        "steps": 1,
+        "lr": 1.0,
+        "resize": ResizeConfig(kind="direct", size=32),
+        "images_per_gpu": 2,
+    } | _taken(options, PhaseConfig)
     data = DataConfig(train=TrainSplitConfig(**split), workers=options.pop("workers", 0))
     more = {"name": "train", "with_masks": False, "seed": 0, "rank": 0, "world_size": 1}
     return TrainStream(shards, data, PhaseConfig(**phase), **more | options)

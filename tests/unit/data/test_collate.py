@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.data.examples.collate import Example, num_dropped, pack, unpack
+from bigdet.data.examples.collate import num_dropped, pack, unpack
 from bigdet.data.examples.objects import Objects, no_objects
+from bigdet.data.examples.transforms import Example
 from bigdet.ops.sizes import canvas_size
 
 
@@ -97,8 +98,9 @@ def test_the_canvas_is_as_small_as_multiples_of_32_allow():
 
 def test_keypoints_travel_with_their_objects():
     points = np.arange(2 * 4 * 3, dtype=np.float32).reshape(2, 4, 3)
-    two = replace(objects([1, 2, 3, 4], [5, 6, 7, 8], masks=[np.ones((1, 1), np.uint8)] * 2),
-                  keypoints=points)  # fmt: skip
+    two = replace(
+        objects([1, 2, 3, 4], [5, 6, 7, 8], masks=[np.ones((1, 1), np.uint8)] * 2), keypoints=points
+    )
     none = replace(objects(masks=[]), keypoints=np.zeros((0, 4, 3), np.float32))
     batch = unpack(pack([example(30, 40, none), example(30, 40, two)], canvas=None, seed=0))
     assert batch.targets.keypoints.dtype == torch.float32

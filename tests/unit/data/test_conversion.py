@@ -18,11 +18,10 @@ import pytest
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making import processes
-from bigdet.data.making.conversion import Making, merge_parts, plan_shards, refuse_others
+from bigdet.data.making.conversion import Making, merge_parts, plan_shards
 from bigdet.data.making.shard_check import check_shards
-from bigdet.data.making.shard_writer import UNFINISHED
 from bigdet.data.making.sources.coco import convert_coco
-from bigdet.data.making.storage import open_storage
+from bigdet.data.making.storage import UNFINISHED, open_storage, open_unused
 
 PROJECT = Path(__file__).parents[3]
 NUM_IMAGES = 24
@@ -298,11 +297,12 @@ def test_a_set_that_is_being_made_is_left_alone_and_parts_are_made_at_a_time(tmp
             with pytest.raises(ShardError, match=r"process \d+ on \S+ writes here"), claim(part):
                 pass
         assert {path.name for path in (tmp_path / UNFINISHED).iterdir()} == {
-            "lock-1-of-3", "lock-2-of-3",
-        }  # fmt: skip
+            "lock-1-of-3",
+            "lock-2-of-3",
+        }
     with claim(None):
         with pytest.raises(ShardError, match="writes here"), claim("3/3"):
             pass
         with pytest.raises(ShardError, match="writes here"):  # before the annotations are read
-            refuse_others(open_storage(tmp_path))
+            open_unused(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from bigdet.data.making.sources.file_names import (
     PERCENT,
     SUFFIX,
     find_files,
-)  # fmt: skip
+)
 from tests.unit.data.coco_trial import Trial, box_of, image_of
 
 FILE = "upload 1/3f0c-Stra\u00dfe \u00e9.png"
@@ -149,9 +149,13 @@ def test_a_folder_with_none_of_the_files_is_refused_with_what_it_holds(tmp_path:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("a.png", OTHER_SUFFIX), ("x/A.BMP", f"{FRONT} and {CASE} and {OTHER_SUFFIX}"),
-     ("a.jpg ", BLANKS), (" a.jpg\n", BLANKS)],
-)  # fmt: skip
+    [
+        ("a.png", OTHER_SUFFIX),
+        ("x/A.BMP", f"{FRONT} and {CASE} and {OTHER_SUFFIX}"),
+        ("a.jpg ", BLANKS),
+        (" a.jpg\n", BLANKS),
+    ],
+)
 def test_other_suffixes_and_blanks_are_looked_through(tmp_path: Path, name: str, way: str) -> None:
     make_files(tmp_path, "a.jpg", "b.jpg", "b.tif", "c.txt")
     found = find_files(tmp_path, [name, "b.png", "c.png"])  # of b there are two, c is no picture

@@ -70,23 +70,30 @@ def test_what_webdatasets_own_writer_wrote_is_read(tmp_path: Path) -> None:
 
 def test_samples_that_cannot_be_used_are_left_out_with_one_line_each(tmp_path: Path) -> None:
     good = sample("good", record_of(1))
-    write_tar(tmp_path / "a.tar", [
-        *good,
-        ("alone.jpg", JPEG),
-        *sample("id", record_of("1")),
-        *sample("id2", record_of(-1)),
-        *sample("label", record_of(2, label=2)),
-        *sample("box", record_of(3, bbox=[1, 2, 0, 3])),
-        *sample("nan", record_of(4, bbox=[1, 2, float("nan"), 3])),
-        *sample("list", []),
-        *sample("gif", record_of(5), b"GIF89a"),
-        *sample("size", {**record_of(6), "width": 9}),
-        *sample("mask", record_of(7, segmentation=[[1, 2, 3]])),
-        *sample("points", record_of(8, keypoints=[1, 2, 2])),
-        ("text.jpg", JPEG), ("text.json", b"{"),
-        ("two.jpg", JPEG), ("two.png", JPEG), ("two.json", b"{}"),
-        ("same.jpg", JPEG), ("same.JPG", JPEG),
-    ])  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            *good,
+            ("alone.jpg", JPEG),
+            *sample("id", record_of("1")),
+            *sample("id2", record_of(-1)),
+            *sample("label", record_of(2, label=2)),
+            *sample("box", record_of(3, bbox=[1, 2, 0, 3])),
+            *sample("nan", record_of(4, bbox=[1, 2, float("nan"), 3])),
+            *sample("list", []),
+            *sample("gif", record_of(5), b"GIF89a"),
+            *sample("size", {**record_of(6), "width": 9}),
+            *sample("mask", record_of(7, segmentation=[[1, 2, 3]])),
+            *sample("points", record_of(8, keypoints=[1, 2, 2])),
+            ("text.jpg", JPEG),
+            ("text.json", b"{"),
+            ("two.jpg", JPEG),
+            ("two.png", JPEG),
+            ("two.json", b"{}"),
+            ("same.jpg", JPEG),
+            ("same.JPG", JPEG),
+        ],
+    )
     manifest = index_shards(tmp_path, CATEGORIES)
     assert manifest.images == 1
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
@@ -314,9 +321,12 @@ def test_two_at_a_time_and_a_half_made_conversion_are_refused(tmp_path: Path) ->
 
 def test_outlines_of_nothing_are_none(tmp_path: Path) -> None:
     nothing: list[dict[str, Any]] = [
-        {"segmentation": [[], []]}, {"segmentation": {}}, {"segmentation": ""}, {"keypoints": []},
+        {"segmentation": [[], []]},
+        {"segmentation": {}},
+        {"segmentation": ""},
+        {"keypoints": []},
         {"keypoints": None},
-    ]  # fmt: skip
+    ]
     members = [m for n, entry in enumerate(nothing) for m in sample(f"{n}", record_of(n, **entry))]
     write_tar(tmp_path / "a.tar", members)
     assert index_shards(tmp_path, CATEGORIES).images == 5

@@ -64,13 +64,13 @@ def test_a_file_cut_anywhere_is_one_message(
         ('{"images": [1], }', "not JSON"),
         ('{"images": [1,]}', "not JSON"),
         ('{"images": [1]} {', "byte 16 of 17: something follows its end"),
-        ('{5: [1]}', "a key is not a string"),
+        ("{5: [1]}", "a key is not a string"),
         ('{"images": [1], "images": [2]}', "two lists of images"),
         ('{"images": {}}', "no list of images, but '{}'"),
         ('{"images": [' + "[" * 100_000 + "]", "maximum recursion depth"),
         ('{"images": [' + "1" * 5000 + "]}", "integer string conversion"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_json_is_one_message(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ShardError, match=message.replace("[", r"\[")):
         entries(tmp_path / "a.json", text)

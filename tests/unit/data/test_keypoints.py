@@ -134,9 +134,10 @@ def test_empty_keypoints_are_none(trial: Trial) -> None:
     none = {"id": 90, "name": "toothbrush", "keypoints": [], "skeleton": []}
     content = {"categories": [PERSON, none], "images": [image_of(1)]}
     content["annotations"] = [
-        box_of(1, keypoints=POINTS), box_of(2, keypoints=[]),
+        box_of(1, keypoints=POINTS),
+        box_of(2, keypoints=[]),
         box_of(3, category_id=90, keypoints=[], num_keypoints=0),
-    ]  # fmt: skip
+    ]
     trial.file.write_text(json.dumps(content))
     convert_coco(trial.images, trial.file, trial.out)
     shards = ShardSet(trial.out)

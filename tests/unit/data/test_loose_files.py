@@ -150,10 +150,16 @@ def test_keypoints_are_not_matched_by_ids_that_were_made_up(trial: Trial) -> Non
 
 def test_objects_to_ignore_become_crowd(trial: Trial) -> None:
     flags: list[dict[str, Any]] = [
-        {"ignore": 1}, {"ignore": True}, {"ignore": "true"}, {"difficult": 1},
-        {"ignore": 0}, {"ignore": None}, {"ignore": "0"}, {"isfake": 1, "isreflected": 1},
+        {"ignore": 1},
+        {"ignore": True},
+        {"ignore": "true"},
+        {"difficult": 1},
+        {"ignore": 0},
+        {"ignore": None},
+        {"ignore": "0"},
+        {"isfake": 1, "isreflected": 1},
         {"ignore": 1, "iscrowd": 1},
-    ]  # fmt: skip
+    ]
     boxes = [box_of(number, **flag) for number, flag in enumerate(flags)]
     shards = trial.convert([image_of(1)], boxes)
     crowd = [entry["iscrowd"] for entry in shards.record(0)["annotations"]]
@@ -233,9 +239,11 @@ def test_a_supercategory_that_is_no_text_is_left_out(trial: Trial) -> None:
 
 def test_an_area_of_nothing_is_that_of_the_mask_or_of_the_box(trial: Trial) -> None:
     boxes = [
-        box_of(1, area=0, segmentation=SQUARE), box_of(2, area=0), box_of(3, area=0.5),
+        box_of(1, area=0, segmentation=SQUARE),
+        box_of(2, area=0),
+        box_of(3, area=0.5),
         box_of(4, area=None, segmentation=SQUARE),
-    ]  # fmt: skip
+    ]
     shards = trial.convert([image_of(1)], boxes)
     areas = [entry["area"] for entry in shards.record(0)["annotations"]]
     assert areas == [4, 6, 0.5, 4]
@@ -288,8 +296,9 @@ def lvis(trial: Trial, name: str) -> None:
     del images[0]["file_name"]
     images[1] |= {"file_name": None, "not_exhaustive_category_ids": [2.0]}
     categories = [
-        {"id": 90, "name": "clock", "frequency": "c"}, {"id": 2, "name": "acorn", "frequency": "r"}
-    ]  # fmt: skip
+        {"id": 90, "name": "clock", "frequency": "c"},
+        {"id": 2, "name": "acorn", "frequency": "r"},
+    ]
     content = {"images": images, "annotations": [box_of(1, 2)], "categories": categories}
     trial.file.write_text(json.dumps(content))
     convert_coco(trial.images / name, trial.file, trial.out)
@@ -304,8 +313,9 @@ def test_images_of_lvis_are_found_and_say_what_was_looked_for(trial: Trial) -> N
     assert [r["not_exhaustive_labels"] for r in records] == [[], [0]]
     assert shards.manifest.federated
     assert shards.categories == [
-        Category(2, "acorn", frequency="r"), Category(90, "clock", frequency="c")
-    ]  # fmt: skip
+        Category(2, "acorn", frequency="r"),
+        Category(90, "clock", frequency="c"),
+    ]
 
 
 def test_images_of_lvis_are_found_in_one_of_its_folders(trial: Trial) -> None:

@@ -21,9 +21,12 @@ def make(count: int, images_per_gpu: int, kind: str) -> Order:
     windows = Windows((np.arange(count) // 1500).astype(np.uint32), 1024)
     return Order(
         0.5 + permutation("ratios", count=count) / count,
-        seed=0, phase="train", images_per_gpu=images_per_gpu, num_lanes=NUM_LANES,
+        seed=0,
+        phase="train",
+        images_per_gpu=images_per_gpu,
+        num_lanes=NUM_LANES,
         windows=windows if kind == "windowed" else None,
-    )  # fmt: skip
+    )
 
 
 def read_all(count: int, images_per_gpu: int, kind: str, num_ranks: int, workers: int):

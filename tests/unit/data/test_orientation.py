@@ -22,7 +22,7 @@ from bigdet.data.format.orientation import (
     as_seen,
     as_stored,
     exif_warning,
-)  # fmt: skip
+)
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.conversion import Making
 from bigdet.data.making.indexing import index_shards
@@ -42,7 +42,7 @@ from tests.unit.data.turned import (
     shown_pixels,
     turned_file,
     write_coco,
-)  # fmt: skip
+)
 
 
 def pixels_of(shards: ShardSet, row: int) -> np.ndarray:
@@ -198,8 +198,9 @@ def test_images_made_smaller_are_stored_as_they_are_seen(tmp_path):
     assert Image.open(io.BytesIO(data)).getexif().get(0x0112) is None
     assert "seen_orientation" not in record
     assert record["annotations"][0]["bbox"] == [4, 3, 15, 9] == red_box(pixels)
-    convert_coco(tmp_path / "images", file, tmp_path / "same", making=Making(
-        reencoding=Reencoding(96)))  # fmt: skip
+    convert_coco(
+        tmp_path / "images", file, tmp_path / "same", making=Making(reencoding=Reencoding(96))
+    )
     assert plain_samples(tmp_path / "same")[0][1]["seen_orientation"] == 8  # it kept its bytes
 
 

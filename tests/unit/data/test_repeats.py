@@ -66,9 +66,14 @@ def test_an_order_shows_each_sample_as_often_as_it_repeats_and_numbers_the_copie
     means = np.tile([1.0, 2.0, 1.5, 0.0, 3.0], 20)  # 150 entries
     windows = Windows(np.arange(100, dtype=np.uint32) // 30, 256) if with_windows else None
     order = Order(
-        np.linspace(0.5, 2, 100), seed=0, phase="train", images_per_gpu=4, num_lanes=3,
-        repeats=Repeats(means), windows=windows,
-    )  # fmt: skip
+        np.linspace(0.5, 2, 100),
+        seed=0,
+        phase="train",
+        images_per_gpu=4,
+        num_lanes=3,
+        repeats=Repeats(means),
+        windows=windows,
+    )
     assert order.num_entries == 150
     assert order.steps_per_pass == 13
     for first in (1, 14):

@@ -150,11 +150,14 @@ def test_images_with_too_few_labelled_keypoints_are_left_out(tmp_path):
     # two on a crowd, which does not count; row 2: none labelled; row 3: an object without any.
     points = {
         0: [([1, 1, 2, 2, 2, 1, 0, 0, 0], 0)],
-        1: [([1, 1, 2, 0, 0, 0, 0, 0, 0], 0), ([0, 0, 0, 3, 3, 1, 0, 0, 0], 0),
-            ([1, 1, 2, 2, 2, 2, 0, 0, 0], 1)],
+        1: [
+            ([1, 1, 2, 0, 0, 0, 0, 0, 0], 0),
+            ([0, 0, 0, 3, 3, 1, 0, 0, 0], 0),
+            ([1, 1, 2, 2, 2, 2, 0, 0, 0], 1),
+        ],
         2: [([0, 0, 0, 0, 0, 0, 0, 0, 0], 0)],
         3: [(None, 0)],
-    }  # fmt: skip
+    }
     with ShardWriter(
         tmp_path, name="people", source="test", categories=[Category(1, "person")], options={}
     ) as writer:

@@ -41,8 +41,10 @@ def test_boxes_are_corners_and_types_count_from_one(root: Path, tmp_path: Path) 
     assert names == ["open", "short", "mousebite", "spur", "copper", "pin-hole"]
     first, second = shards.record(0), shards.record(1)
     assert (first["file_name"], first["height"], first["width"]) == (
-        "group1/1/10001_test.jpg", 48, 64,
-    )  # fmt: skip
+        "group1/1/10001_test.jpg",
+        48,
+        64,
+    )
     # 20 - 4 and 16 - 6; the second reaches 6 pixels beyond the right edge and is cut at 64.
     found = [(entry["label"], entry["bbox"]) for entry in first["annotations"]]
     assert found == [(2, [4, 6, 16, 10]), (5, [30, 0, 34, 48])]

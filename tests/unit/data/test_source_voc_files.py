@@ -49,7 +49,7 @@ def change(voc: Voc, old: str, new: str, encoding: str = "utf-8") -> None:
         ("dog &amp; cat", "", "utf-8", None),
         ("dog &nbsp; &#8217;", DECLARED.format("GBK"), "gbk", REPAIRED),
     ],
-)  # fmt: skip
+)
 def test_xml_in_other_encodings_and_with_bare_ampersands_is_read(
     voc, tmp_path, name, head, encoding, noted
 ):
@@ -139,8 +139,10 @@ def test_an_annotation_may_lie_within_another_element(voc, tmp_path):
 )
 def test_xml_files_are_found_by_other_capitals_and_accents(voc, tmp_path, stem, file):
     image, text = voc.root / "JPEGImages/a.jpg", voc.root / "Annotations/a.xml"
-    for path, old in ((voc.root / "Annotations" / file, text), (
-        voc.root / "JPEGImages" / f"{stem}.jpg", image)):  # fmt: skip
+    for path, old in (
+        (voc.root / "Annotations" / file, text),
+        (voc.root / "JPEGImages" / f"{stem}.jpg", image),
+    ):
         path.parent.mkdir(exist_ok=True)
         old.rename(path)
     (voc.root / "Annotations/._a.xml").write_bytes(b"macOS")
@@ -195,9 +197,16 @@ def test_lines_of_a_list_may_have_flags_suffixes_and_folders(voc):
     for stem in ("2008_000008", "b", "c", "d", "photo 1", "v1.2", "e"):
         voc.add(stem, object_of("dog", BOX))
     lines = [
-        "2008_000008 -1", "b  1", "c.JPG 0", "photo 1", "v1.2", "JPEGImages/d.jpg",
-        "/data/VOC/JPEGImages/a.jpg Annotations/a.xml", r"C:\voc\Annotations\e.xml", "",
-    ]  # fmt: skip
+        "2008_000008 -1",
+        "b  1",
+        "c.JPG 0",
+        "photo 1",
+        "v1.2",
+        "JPEGImages/d.jpg",
+        "/data/VOC/JPEGImages/a.jpg Annotations/a.xml",
+        r"C:\voc\Annotations\e.xml",
+        "",
+    ]
     log = SampleLog()
     found = names_of(voc, "\r\n".join(lines).encode(), log)
     # "photo 1" is the name of an XML file, and so no flag.

@@ -49,8 +49,13 @@ MASK_TENSORS = ["bits", "offsets", "origins", "sizes"]
 
 def open_stream(shards, **options) -> TrainStream:
     """16 images in 2 steps of 4 lanes x 3 images, so 8 masked slots."""
-    settings = {"max_damaged": 0, "resize": DIRECT, "with_masks": True, "images_per_gpu": 3,
-                "images_per_step": 12}  # fmt: skip
+    settings = {
+        "max_damaged": 0,
+        "resize": DIRECT,
+        "with_masks": True,
+        "images_per_gpu": 3,
+        "images_per_step": 12,
+    }
     return streams.open_stream(shards, **settings | options)
 
 
@@ -386,9 +391,13 @@ def test_evaluation_sees_every_image_once_in_equally_many_batches(
     ids, numbers = [], set()
     for rank in range(world_size):
         stream = EvalStream(
-            shards, size_cap=(100, 150), images_per_gpu=3, rank=rank, world_size=world_size,
+            shards,
+            size_cap=(100, 150),
+            images_per_gpu=3,
+            rank=rank,
+            world_size=world_size,
             workers=workers,
-        )  # fmt: skip
+        )
         batches = list(stream)
         numbers.add(len(batches))
         assert len(stream) == len(batches)

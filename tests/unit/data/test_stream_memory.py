@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from bigdet.config.phase_schema import ResizeConfig
-from bigdet.data.examples.collate import Allocate, Example, PackedGroup, pack
+from bigdet.data.examples.collate import Allocate, PackedGroup, pack
 from bigdet.data.examples.objects import no_objects
+from bigdet.data.examples.transforms import Example
 from bigdet.data.format.manifest import MANIFEST_NAME
 from bigdet.data.format.shard_set import INDEX_DTYPE, INDEX_NAME, ShardSet
 from bigdet.data.streams.loader import Loader
@@ -120,9 +121,14 @@ def open_and_measure(folder: str, order: str, workers: int) -> dict[str, float]:
     start = time.perf_counter()
     shards = ShardSet(folder)
     stream = open_stream(
-        shards, keep_empty=False, order=order, resize=DIRECT, with_masks=True, images_per_step=16,
+        shards,
+        keep_empty=False,
+        order=order,
+        resize=DIRECT,
+        with_masks=True,
+        images_per_step=16,
         workers=workers,
-    )  # fmt: skip
+    )
 
     def read(key: tuple[int, int], allocate: Allocate) -> PackedGroup:
         stream.group_ids(*key)

@@ -26,10 +26,16 @@ def people_shards(tmp_path):
     with ShardWriter(tmp_path / "people", options={}, **options) as writer:
         for image_id in range(1, 5):
             found = [
-                {"id": 1, "label": 0, "bbox": [10, 20, 40, 60], "area": 2400, "iscrowd": 0,
-                 "keypoints": [20, 30, 2, 40, 50, 1]},
+                {
+                    "id": 1,
+                    "label": 0,
+                    "bbox": [10, 20, 40, 60],
+                    "area": 2400,
+                    "iscrowd": 0,
+                    "keypoints": [20, 30, 2, 40, 50, 1],
+                },
                 {"id": 2, "label": 1, "bbox": [5, 5, 9, 9], "area": 81, "iscrowd": 0},
-            ]  # fmt: skip
+            ]
             size = {"file_name": "x", "height": 200, "width": 100}
             writer.add(file.getvalue(), {"image_id": image_id, **size, "annotations": found})
     return ShardSet(tmp_path / "people")
@@ -80,9 +86,11 @@ def test_two_shapes_are_all_that_a_model_sees(coco_dir, tmp_path):
 def test_keypoints_come_with_the_targets_where_they_are_wanted(people_shards):
     assert people_shards.categories[0].flip_pairs == [[0, 1]]  # by way of the manifest
     settings = {
-        "resize": ResizeConfig(kind="short_side", size=50, cap=100), "images_per_gpu": 2,
-        "images_per_step": 2, "with_keypoints": True,
-    }  # fmt: skip
+        "resize": ResizeConfig(kind="short_side", size=50, cap=100),
+        "images_per_gpu": 2,
+        "images_per_step": 2,
+        "with_keypoints": True,
+    }
     batch = next(iter(open_stream(people_shards, **settings, flip=0.0)))
     # At half size: pixel 20, 30 has its center at 20.5 / 2, 30.5 / 2.
     expected = torch.tensor([[[10.25, 15.25, 2], [20.25, 25.25, 1]], [[0, 0, 0]] * 2])
@@ -113,8 +121,12 @@ def test_scaled_decoding_changes_pixels_a_little_and_nothing_else(coco_dir, tmp_
         coco_dir / "val2017", coco_dir / "annotations" / "instances_val2017.json", tmp_path / "val"
     )
     shards = ShardSet(tmp_path / "val")
-    settings = {"resize": ResizeConfig(kind="direct", size=160), "images_per_gpu": 4,
-                "images_per_step": 4, "keep_empty": False}  # fmt: skip
+    settings = {
+        "resize": ResizeConfig(kind="direct", size=160),
+        "images_per_gpu": 4,
+        "images_per_step": 4,
+        "keep_empty": False,
+    }
     whole = open_stream(shards, **settings).read_group(1, 0)
     scaled = open_stream(shards, **settings, scaled_decoding=True).read_group(1, 0)
     assert torch.equal(whole.targets.boxes, scaled.targets.boxes)
@@ -138,8 +150,12 @@ def test_scaled_decoding_notices_damage(people_shards, monkeypatch, kind):
 
     monkeypatch.setattr(ShardSet, "read", read_damaged)
     stream = open_stream(
-        people_shards, resize=ResizeConfig(kind="short_side", size=20), images_per_gpu=1,
-        images_per_step=1, max_damaged=1, scaled_decoding=True,
-    )  # fmt: skip
+        people_shards,
+        resize=ResizeConfig(kind="short_side", size=20),
+        images_per_gpu=1,
+        images_per_step=1,
+        max_damaged=1,
+        scaled_decoding=True,
+    )
     list(islice(stream, 4))
     assert stream.damaged == {kind: 1}

@@ -167,9 +167,14 @@ def test_an_image_that_goes_while_it_is_converted_ends_a_conversion(tmp_path, mo
     trial.picture("2.jpg")
     monkeypatch.setattr("bigdet.data.making.sources.coco.convert", lambda source, *_: source)
     (tmp_path / "a.json").write_text(
-        json.dumps({"images": [image_of(1), image_of(2), image_of(3)], "annotations": [],
-                    "categories": [{"id": 1, "name": "dog"}]})
-    )  # fmt: skip
+        json.dumps(
+            {
+                "images": [image_of(1), image_of(2), image_of(3)],
+                "annotations": [],
+                "categories": [{"id": 1, "name": "dog"}],
+            }
+        )
+    )
     source = convert_coco(trial.images, tmp_path / "a.json", trial.out)
     (trial.images / "2.jpg").unlink()  # 3.jpg never was there
     log = SampleLog()

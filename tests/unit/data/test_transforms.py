@@ -10,9 +10,8 @@ import torch
 from torchvision.transforms import functional
 
 from bigdet.config.phase_schema import AugmentConfig, ResizeConfig
-from bigdet.data.examples.collate import Example
 from bigdet.data.examples.objects import Objects, Wanted
-from bigdet.data.examples.transforms import Scene, change_colors, make_examples, paste
+from bigdet.data.examples.transforms import Example, Scene, change_colors, make_examples, paste
 from bigdet.data.examples.views import draw_view
 from bigdet.ops.random import Words
 
@@ -67,8 +66,9 @@ def test_pasted_objects_hide_what_is_below():
     mixed = paste(example(1, below), example(2, above), Always())
     found = mixed.objects
     np.testing.assert_array_equal(
-        found.boxes, [[0, 0, 5, 10], [0, 0, 30, 20], [5, 0, 16, 16]]  # A, C, D
-    )  # fmt: skip
+        found.boxes,
+        [[0, 0, 5, 10], [0, 0, 30, 20], [5, 0, 16, 16]],  # A, C, D
+    )
     assert found.num_dropped == 1  # B
     np.testing.assert_array_equal(found.labels, [0, 2, 0])
     assert found.masks[0][:, :5].all()
@@ -91,8 +91,11 @@ def test_a_hidden_keypoint_is_labelled_but_not_visible():
 
 def test_what_is_pasted_is_cut_at_the_image_below():
     below = example(1, objects([], [], []), size=(10, 12))
-    above = example(2, objects([[8, 8, 20, 20], [15, 0, 20, 5]], [full(12, 12), full(5, 5)],
-                               [[8, 8], [15, 0]]), size=(20, 30))  # fmt: skip
+    above = example(
+        2,
+        objects([[8, 8, 20, 20], [15, 0, 20, 5]], [full(12, 12), full(5, 5)], [[8, 8], [15, 0]]),
+        size=(20, 30),
+    )
     mixed = paste(below, above, Always())
     np.testing.assert_array_equal(mixed.objects.boxes, [[8, 8, 12, 10]])
     assert mixed.objects.masks[0].shape == (2, 4)
@@ -176,8 +179,9 @@ def test_nothing_is_mixed_by_default_and_no_word_is_drawn():
         torch.testing.assert_close(one.image, own.view.move_image(own.image))
 
 
-@pytest.mark.parametrize("factors", [(0.7, 1.0, 1.0), (1.0, 1.4, 1.0), (1.0, 1.0, 0.6),
-                                     (0.9, 0.8, 1.3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "factors", [(0.7, 1.0, 1.0), (1.0, 1.4, 1.0), (1.0, 1.0, 0.6), (0.9, 0.8, 1.3)]
+)
 def test_colors_change_as_torchvision_changes_them(factors):
     # Values in the middle, so that nothing is clipped on the way.
     image = torch.randint(90, 160, (3, 12, 17), generator=torch.Generator().manual_seed(0))

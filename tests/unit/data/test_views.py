@@ -30,9 +30,12 @@ def annotation(bbox, iscrowd=0):
 
 def record(height, width, *annotations):
     return {
-        "image_id": 1, "file_name": "", "height": height, "width": width,
+        "image_id": 1,
+        "file_name": "",
+        "height": height,
+        "width": width,
         "annotations": list(annotations),
-    }  # fmt: skip
+    }
 
 
 def move_boxes(view, boxes):

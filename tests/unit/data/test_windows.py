@@ -15,9 +15,12 @@ SHARDS = np.repeat(np.arange(12, dtype=np.uint32), [500, 300, 200, 400, 1, 99] *
 def make(count: int, images_per_gpu: int, num_lanes: int, size: int = 256, **options) -> Order:
     settings = {"seed": 0, "phase": "train", **options}
     return Order(
-        np.linspace(0.5, 2, count), images_per_gpu=images_per_gpu, num_lanes=num_lanes,
-        windows=Windows(SHARDS[:count], size), **settings,
-    )  # fmt: skip
+        np.linspace(0.5, 2, count),
+        images_per_gpu=images_per_gpu,
+        num_lanes=num_lanes,
+        windows=Windows(SHARDS[:count], size),
+        **settings,
+    )
 
 
 def pass_of(order: Order, pass_number: int = 0):
@@ -102,9 +105,13 @@ def test_a_lane_reads_few_shards_at_a_time():
     count, num_lanes = 40_000, 4
     shards = np.repeat(np.arange(40, dtype=np.uint32), 1000)
     order = Order(
-        np.ones(count), seed=0, phase="train", images_per_gpu=4, num_lanes=num_lanes,
+        np.ones(count),
+        seed=0,
+        phase="train",
+        images_per_gpu=4,
+        num_lanes=num_lanes,
         windows=Windows(shards, 256),
-    )  # fmt: skip
+    )
     samples, _ = pass_of(order)
     for lane in range(num_lanes):
         for first in range(0, len(samples) - 64, 64):  # 256 samples, a bit more with their pools
@@ -116,9 +123,13 @@ def test_the_order_is_final():
     # Written down once: a checkpoint of any version goes on with this order.
     shards = np.array([0] * 9 + [1] * 9 + [2] * 5, np.uint32)
     order = Order(
-        np.linspace(0.5, 2, 23), seed=7, phase="pretrain", images_per_gpu=2, num_lanes=2,
+        np.linspace(0.5, 2, 23),
+        seed=7,
+        phase="pretrain",
+        images_per_gpu=2,
+        num_lanes=2,
         windows=Windows(shards, 256),
-    )  # fmt: skip
+    )
     samples, weights = pass_of(order, pass_number=1)
     assert samples.reshape(6, 4).tolist() == [
         [15, 17, 3, 4],

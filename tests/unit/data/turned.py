@@ -14,10 +14,14 @@ from pycocotools import mask as coco_mask
 BOX = [8, 6, 30, 18]  # x, y, width, height as shown
 KEYPOINTS = [8, 6, 2, 37, 23, 1, 0, 0, 0]  # centers of its first and last pixel; one not labeled
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
-}  # fmt: skip
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 """From shown to stored."""
 
 
@@ -67,11 +71,16 @@ def annotations_of(image_id: int, size: tuple[int, int]) -> list[dict[str, Any]]
     ]
     return [
         {
-            "id": 10 * image_id + number, "image_id": image_id, "category_id": 1, "bbox": BOX,
-            "area": w * h, "iscrowd": 0, **extra,
+            "id": 10 * image_id + number,
+            "image_id": image_id,
+            "category_id": 1,
+            "bbox": BOX,
+            "area": w * h,
+            "iscrowd": 0,
+            **extra,
         }
         for number, extra in enumerate(extras)
-    ]  # fmt: skip
+    ]
 
 
 def write_coco(folder: Path, files: dict[str, bytes], size: tuple[int, int]) -> Path:

@@ -26,6 +26,15 @@ def random_box(random):
     return [*corner.round(1).tolist(), *np.minimum(size, 99 - corner).round(1).tolist()]
 
 
+def found_box(random, source):
+    """The box of an annotation, or of nothing that is there; mostly moved a little."""
+    box = random_box(random) if source is None else list(source["bbox"])
+    if random.random() < 0.8:
+        moved = np.array(box) + random.normal(0, 0.1, 4) * max(box[2:])
+        box = [*moved[:2].clip(0, 90).tolist(), *moved[2:].clip(1, 99).tolist()]
+    return box
+
+
 def run_lengths(box):
     x, y, width, height = box
     corners = [x, y, x + width, y, x + width, y + height, x + width / 3, y + height]
@@ -60,10 +69,7 @@ def random_scene(seed, num_images=12):
         for _ in range(count):
             near = annotations and random.random() < 0.7
             source = annotations[random.integers(len(annotations))] if near else None
-            box = random_box(random) if source is None else list(source["bbox"])
-            if random.random() < 0.8:
-                moved = np.array(box) + random.normal(0, 0.1, 4) * max(box[2:])
-                box = [*moved[:2].clip(0, 90).tolist(), *moved[2:].clip(1, 99).tolist()]
+            box = found_box(random, source)
             label = source["label"] if near and random.random() < 0.8 else int(random.integers(3))
             if image == 3:
                 label = 1

@@ -2,19 +2,8 @@
 
 import pytest
 
-from bigdet.data.format.shard_set import Category
 from bigdet.evaluation.scoring import analysis_table, evaluate_detections
-
-CATEGORIES = [Category(1, "cat"), Category(2, "dog")]
-CAT, DOG = [0, 0, 20, 20], [50, 50, 20, 20]
-
-
-def truth(box, label=0, iscrowd=0):
-    return {"id": 1, "label": label, "bbox": box, "area": box[2] * box[3], "iscrowd": iscrowd}
-
-
-def found(category_id, box, score, image_id=7):
-    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+from tests.unit.evaluation.cats_and_dogs import CAT, CATEGORIES, DOG, found, truth
 
 
 @pytest.fixture
@@ -76,8 +65,11 @@ def test_duplicates_and_background(analyze):
     # Right, again, nowhere near, then the dog: cat 1 at once, so the duplicate costs nothing; the
     # dog comes after the background, so that one costs half of its class.
     results = [
-        found(1, CAT, 0.9), found(1, CAT, 0.8), found(2, [80, 0, 10, 10], 0.7), found(2, DOG, 0.6)
-    ]  # fmt: skip
+        found(1, CAT, 0.9),
+        found(1, CAT, 0.8),
+        found(2, [80, 0, 10, 10], 0.7),
+        found(2, DOG, 0.6),
+    ]
     counts, gains, special = errors_of(analyze([[truth(CAT), truth(DOG, 1)]], results))
     assert counts == {"duplicate": 1, "background": 1}
     assert gains == pytest.approx({"background": 0.25})
@@ -96,8 +88,11 @@ def test_wrong_detections_in_a_crowd_cost_nothing(analyze):
 def test_calibration_compares_scores_with_what_is_right(analyze):
     # From 0.8: scores 0.85 right and 0.89 wrong; at 1: 1.0 right; from 0.2: 0.25 wrong.
     results = [
-        found(1, CAT, 0.85), found(2, CAT, 0.89), found(2, DOG, 1.0), found(2, [0, 60, 9, 9], 0.25)
-    ]  # fmt: skip
+        found(1, CAT, 0.85),
+        found(2, CAT, 0.89),
+        found(2, DOG, 1.0),
+        found(2, [0, 60, 9, 9], 0.25),
+    ]
     bins = analyze([[truth(CAT), truth(DOG, 1)]], results)["calibration"]
     assert bins["edges"] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert bins["count"] == [0, 0, 1, 0, 0, 0, 0, 0, 2, 1]
@@ -117,9 +112,12 @@ def test_confusion_says_which_class_is_taken_for_which(analyze):
     # 0.2 is below the least score; nor does a cat with a lower score than the dog's take its place.
     images = [[truth(DOG, 1), truth(CAT)], [truth(CAT)]]
     results = [
-        found(1, DOG, 0.9), found(2, DOG, 0.8), found(1, [80, 0, 9, 9], 0.7), found(1, CAT, 0.2),
+        found(1, DOG, 0.9),
+        found(2, DOG, 0.8),
+        found(1, [80, 0, 9, 9], 0.7),
+        found(1, CAT, 0.2),
         found(1, CAT, 0.6, image_id=8),
-    ]  # fmt: skip
+    ]
     confusion = analyze(images, results)["confusion"]
     assert confusion["min_score"] == 0.3
     assert sorted(confusion["pairs"], key=str) == sorted(

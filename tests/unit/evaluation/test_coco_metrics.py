@@ -177,8 +177,14 @@ def test_keypoints_at_their_places_score_one_and_far_from_them_zero(make_shards)
     assert metrics["per_class"]["keypoints"] == {"cat": pytest.approx(1.0), "car": None}
     assert evaluate_detections(shards, [wrong], ("keypoints",))["keypoints"]["AP"] == 0.0
     assert metrics_table(metrics | {"bbox": metrics["keypoints"]}).splitlines()[2].split() == [
-        "keypoint", "1.000", "1.000", "1.000", "1.000", "-", "1.000"
-    ]  # fmt: skip
+        "keypoint",
+        "1.000",
+        "1.000",
+        "1.000",
+        "1.000",
+        "-",
+        "1.000",
+    ]
 
 
 def test_other_numbers_of_keypoints_than_cocos_are_measured_too(make_shards):

@@ -90,7 +90,7 @@ def test_only_what_is_measured_need_be_there(truth):
         ({k: v for k, v in result().items() if k != "bbox"}, "has no bbox"),
         ([1, 2], r"found \[1, 2\], expected an object"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_with_its_number(truth, wrong, message):
     with pytest.raises(ResultsError, match=f"^some.json: detection 3: .*{message}"):
         read_detections([result(), result(), wrong, result()], truth, KINDS, "some.json")

@@ -25,16 +25,20 @@ def boxes():
 @pytest.fixture
 def dense(make_shards):
     """A set with an image of 120 objects of one class and one of the other, and one of three."""
-    objects = [{"id": n, "label": 0, "bbox": box, "area": 36, "iscrowd": 0}
-               for n, box in enumerate(boxes(), 1)]  # fmt: skip
+    objects = [
+        {"id": n, "label": 0, "bbox": box, "area": 36, "iscrowd": 0}
+        for n, box in enumerate(boxes(), 1)
+    ]
     return make_shards([[*objects, objects[0] | {"id": 500, "label": 1}], objects[:3]])
 
 
 @pytest.fixture
 def results():
     """Every object of class 0 of the first image is found, the later the less sure."""
-    return [{"image_id": 7, "category_id": 17, "bbox": box, "score": 0.9 - n / 1000}
-            for n, box in enumerate(boxes())]  # fmt: skip
+    return [
+        {"image_id": 7, "category_id": 17, "bbox": box, "score": 0.9 - n / 1000}
+        for n, box in enumerate(boxes())
+    ]
 
 
 def test_objects_beyond_the_limit_can_be_found_with_a_higher_one(dense, results):

@@ -17,7 +17,7 @@ from bigdet.data.format.shard_set import Category, ShardSet
 from bigdet.data.making.sources.coco import convert_coco
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections
-from tests.unit.evaluation.test_against_pycocotools import random_box, run_lengths
+from tests.unit.evaluation.test_against_pycocotools import found_box, random_box, run_lengths
 
 CATEGORIES = [
     Category(number, f"class {number}", frequency=frequency)
@@ -111,9 +111,15 @@ def random_scene(seed, num_images=12):
         for number in range(random.integers(0, 8)):
             box, label = random_box(random), int(random.integers(len(LABELS) - 1))
             annotations.append(
-                {"id": 1 + 10 * image + number, "label": label, "bbox": box, "iscrowd": 0,
-                 "area": box[2] * box[3] * 0.8, "segmentation": run_lengths(box)}
-            )  # fmt: skip
+                {
+                    "id": 1 + 10 * image + number,
+                    "label": label,
+                    "bbox": box,
+                    "iscrowd": 0,
+                    "area": box[2] * box[3] * 0.8,
+                    "segmentation": run_lengths(box),
+                }
+            )
         present = {annotation["label"] for annotation in annotations}
         absent = [label for label in LABELS if label not in present and random.random() < 0.4]
         partial = [label for label in sorted(present) if random.random() < 0.3]
@@ -122,10 +128,7 @@ def random_scene(seed, num_images=12):
         for _ in range(400 if image == 3 else int(random.integers(0, 40))):  # 400: more than count
             near = annotations and random.random() < 0.7
             source = annotations[random.integers(len(annotations))] if near else None
-            box = random_box(random) if source is None else list(source["bbox"])
-            if random.random() < 0.8:
-                moved = np.array(box) + random.normal(0, 0.1, 4) * max(box[2:])
-                box = [*moved[:2].clip(0, 90).tolist(), *moved[2:].clip(1, 99).tolist()]
+            box = found_box(random, source)
             same = near and random.random() < 0.8
             label = source["label"] if same else int(random.integers(len(LABELS)))
             found = {"image_id": 7 + image, "category_id": CATEGORIES[label].id, "bbox": box}

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from bigdet.data.format.manifest import Category
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.telling_images import (
@@ -18,18 +17,7 @@ from bigdet.evaluation.telling_images import (
     write_pictures,
 )
 from bigdet.run_dir import RunDir
-
-CATEGORIES = [Category(1, "cat"), Category(2, "dog")]
-CAT, DOG = [0, 0, 20, 20], [50, 50, 20, 20]
-
-
-def truth(box, label=0, iscrowd=0):
-    return {"id": 1, "label": label, "bbox": box, "area": box[2] * box[3], "iscrowd": iscrowd}
-
-
-def found(category_id, box, score, image_id=7):
-    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-
+from tests.unit.evaluation.cats_and_dogs import CAT, CATEGORIES, DOG, found, truth
 
 IMAGES = [
     [truth(CAT), truth(DOG, 1)],  # 7: the cat right, the dog with too low a score
@@ -40,9 +28,14 @@ IMAGES = [
     [truth(DOG, 1)],  # 12: right, and a duplicate
 ]
 RESULTS = [
-    found(1, CAT, 0.9), found(2, DOG, 0.49), found(2, CAT, 0.8, 8), found(1, CAT, 0.9, 9),
-    found(1, CAT, 0.6, 10), found(2, DOG, 0.9, 12), found(2, DOG, 0.7, 12),
-]  # fmt: skip
+    found(1, CAT, 0.9),
+    found(2, DOG, 0.49),
+    found(2, CAT, 0.8, 8),
+    found(1, CAT, 0.9, 9),
+    found(1, CAT, 0.6, 10),
+    found(2, DOG, 0.9, 12),
+    found(2, DOG, 0.7, 12),
+]
 
 
 def test_verdicts_count_what_a_picture_shows(make_shards):
@@ -58,11 +51,20 @@ def test_verdicts_count_what_a_picture_shows(make_shards):
 
 
 def test_the_worst_have_most_mistakes_and_the_best_most_objects():
-    verdicts = [Verdict(1, 1, 0, 0), Verdict(2, 0, 1, 0), Verdict(3, 5, 0, 0), Verdict(4, 0, 2, 2),
-                Verdict(5, 1, 1, 0)]  # fmt: skip
+    verdicts = [
+        Verdict(1, 1, 0, 0),
+        Verdict(2, 0, 1, 0),
+        Verdict(3, 5, 0, 0),
+        Verdict(4, 0, 2, 2),
+        Verdict(5, 1, 1, 0),
+    ]
     assert [(among, each.image_id) for among, each in pick(verdicts, 5)] == [
-        ("worst", 4), ("worst", 2), ("worst", 5), ("best", 3), ("best", 1),
-    ]  # fmt: skip
+        ("worst", 4),
+        ("worst", 2),
+        ("worst", 5),
+        ("best", 3),
+        ("best", 1),
+    ]
     assert [each.image_id for _, each in pick(verdicts, 1)] == [4]
     assert pick([], 8) == []
 

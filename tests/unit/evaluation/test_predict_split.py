@@ -149,9 +149,11 @@ def test_module_runs_in_the_precision_of_the_run_with_single_precision_weights(m
 def test_keypoints_are_counted_in_cocos_pixels():
     # COCO's keypoint 0, 0 is the center of the first pixel, which lies at 0.5, 0.5.
     found = Detections(
-        torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([0.5]), torch.tensor([0]),
+        torch.tensor([[1.0, 2.0, 4.0, 8.0]]),
+        torch.tensor([0.5]),
+        torch.tensor([0]),
         keypoints=torch.tensor([[[1.5, 2.5, 3.0], [3.0, 8.0, -1.0]]]),
-    )  # fmt: skip
+    )
     (result,) = coco_results(found, 5, (64, 96), [17])
     assert result["keypoints"] == [1.0, 2.0, 3.0, 2.5, 7.5, -1.0]
 
@@ -184,8 +186,11 @@ def test_saved_results_come_by_image_id_all_or_those_of_some_images():
     assert [result["image_id"] for result in saved] == [4, 4, 7, 7, 9, 9]
     found = list(saved.of_images([9, 4, 5]))
     assert [(result["image_id"], result["score"]) for result in found] == [
-        (4, 0.5), (4, 0.25), (9, 0.5), (9, 0.25),
-    ]  # fmt: skip
+        (4, 0.5),
+        (4, 0.25),
+        (9, 0.5),
+        (9, 0.25),
+    ]
 
 
 class FailingOracle(Oracle):

@@ -167,13 +167,15 @@ def test_one_view_and_twice_the_same_view_are_the_detector_itself() -> None:
 
 
 def test_boxes_move_to_the_mean_of_those_that_agree() -> None:
-    boxes = torch.tensor([
-        [0.0, 0.0, 100.0, 100.0],
-        [0.0, 0.0, 100.0, 96.0],  # IoU 0.96
-        [0.0, 0.0, 100.0, 80.0],  # 0.8: does not agree
-        [0.0, 0.0, 100.0, 90.0],  # 0.9, of another class
-        [0.0, 0.0, 100.0, 90.0],  # on another image
-    ])  # fmt: skip
+    boxes = torch.tensor(
+        [
+            [0.0, 0.0, 100.0, 100.0],
+            [0.0, 0.0, 100.0, 96.0],  # IoU 0.96
+            [0.0, 0.0, 100.0, 80.0],  # 0.8: does not agree
+            [0.0, 0.0, 100.0, 90.0],  # 0.9, of another class
+            [0.0, 0.0, 100.0, 90.0],  # on another image
+        ]
+    )
     candidates = FlatDetections(
         images=torch.tensor([0, 0, 0, 0, 1]),
         boxes=boxes,
@@ -298,9 +300,11 @@ def test_votes_are_the_same_however_many_pairs_are_compared_at_once(monkeypatch)
     corners = torch.rand(60, 2, generator=generator) * 20
     boxes = torch.cat([corners, corners + 60 + 5 * torch.rand(60, 2, generator=generator)], dim=1)
     candidates = FlatDetections(
-        torch.randint(0, 2, (60,), generator=generator), boxes,
-        torch.rand(60, generator=generator), torch.randint(0, 2, (60,), generator=generator),
-    )  # fmt: skip
+        torch.randint(0, 2, (60,), generator=generator),
+        boxes,
+        torch.rand(60, generator=generator),
+        torch.randint(0, 2, (60,), generator=generator),
+    )
     rows = torch.arange(0, 60, 7)
     found = FlatDetections(
         candidates.images[rows], boxes[rows], candidates.scores[rows], candidates.labels[rows]

@@ -87,10 +87,15 @@ def test_evaluation_reports_the_means_over_classes(make_shards):
     assert metrics["metric"] == "voc12"
     analysis = metrics["analysis"]["bbox"]
     assert analysis["by_iou"] == {f"{0.5 + 0.05 * n:.2f}": 0.5 if n < 7 else 0.0 for n in range(10)}
-    of_class = {name: (one["AP"], one["AP50"], one["AP75"], one["objects"])
-                for name, one in analysis["per_class"].items()}  # fmt: skip
-    assert of_class == {"cat": (pytest.approx(0.7), 1.0, 1.0, 1), "car": (0.0, 0.0, 0.0, 1),
-                        "dog": (None, None, None, 0)}  # fmt: skip
+    of_class = {
+        name: (one["AP"], one["AP50"], one["AP75"], one["objects"])
+        for name, one in analysis["per_class"].items()
+    }
+    assert of_class == {
+        "cat": (pytest.approx(0.7), 1.0, 1.0, 1),
+        "car": (0.0, 0.0, 0.0, 1),
+        "dog": (None, None, None, 0),
+    }
     assert analysis["errors"]["count"]["missed"] == 1  # the car
     lines = metrics_table(metrics, per_class=True).splitlines()
     assert lines[0].split() == ["AP", "AP50", "AP75"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigdet.structures import Batch, Masks, Targets
 
@@ -73,3 +75,11 @@ def make_scene(
         targets=targets,
         seed=seed,
     )
+
+
+def assert_weight_zero_hides_an_image(detector: nn.Module, batch: Batch, other: Batch) -> None:
+    """Two images; the batches differ in the objects of the second one, which gets weight 0."""
+    first = replace(batch, weights=torch.tensor([1.0, 0.0]))
+    assert detector(first) == detector(replace(first, targets=other.targets))
+    nothing = detector(replace(first, weights=torch.zeros(2)))
+    assert all(loss == 0 for loss in nothing.values())

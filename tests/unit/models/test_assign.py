@@ -205,8 +205,11 @@ def test_the_lowest_overlap_by_hand() -> None:
     # The object is 10 x 10; boxes of its size shifted by 4 and by 6: 60 / 140 and 40 / 160.
     near, far = [[4.0, 0.0, 14.0, 10.0]], [[6.0, 0.0, 16.0, 10.0]]
     for boxes, lowest, expected in (
-        (near, 0.3, POSITIVE), (near, 0.5, IGNORED), (far, 0.3, NEGATIVE), (far, 0.0, POSITIVE),
-    ):  # fmt: skip
+        (near, 0.3, POSITIVE),
+        (near, 0.5, IGNORED),
+        (far, 0.3, NEGATIVE),
+        (far, 0.0, POSITIVE),
+    ):
         objects = pad_objects(targets_of([[A]]), torch.float32)
         iou, _, is_best = match(objects, torch.tensor(boxes), True, lowest)
         assert label_anchors(iou, is_best).tolist() == [[expected]], (boxes, lowest)

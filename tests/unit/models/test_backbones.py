@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
-from bigdet.models.backbones import build_backbone, freeze_stages
+from bigdet.models.backbones.build import build_backbone, freeze_stages
 from bigdet.models.norms import BatchNorm2d, batch_norms, set_norm_mode
 
 

@@ -129,8 +129,9 @@ def test_the_box_loss_reads_the_deltas_of_the_objects_class() -> None:
     assert losses["box_delta"] == 0
 
 
-@pytest.mark.parametrize(("box_loss", "expected"), [("l1", 15.0), ("smooth_l1", 14.0),
-                                                    ("giou", 2 / 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("box_loss", "expected"), [("l1", 15.0), ("smooth_l1", 14.0), ("giou", 2 / 3)]
+)
 def test_the_box_loss_is_an_option_worked_out_by_hand(box_loss: str, expected: float) -> None:
     if box_loss == "giou":
         # 50 square pixels shared, 150 together, which fill their hull: 1 - 1 / 3.

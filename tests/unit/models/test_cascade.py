@@ -83,8 +83,9 @@ def regions_of_stages(head: CascadeHead, monkeypatch: pytest.MonkeyPatch) -> lis
     return seen
 
 
-@pytest.mark.parametrize(("gradients", "weights"), [("detectron2", [1, 1, 1]),
-                                                    ("mmdet", [1, 0.5, 0.25])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gradients", "weights"), [("detectron2", [1, 1, 1]), ("mmdet", [1, 0.5, 0.25])]
+)
 def test_losses_of_silent_stages_are_worked_out_by_hand(
     gradients: str, weights: list[float]
 ) -> None:
@@ -160,8 +161,11 @@ def test_a_third_of_the_gradient_reaches_the_features_and_all_of_it_the_heads() 
         features.requires_grad_()
         losses, _ = head.train_on(
             lambda boxes, features=features: 1.0 * features[: boxes.shape[1]],
-            proposals_of([P, Q]), objects_of([A]), ONE, SIZES,
-        )  # fmt: skip
+            proposals_of([P, Q]),
+            objects_of([A]),
+            ONE,
+            SIZES,
+        )
         losses["stage1_box_class"].backward()
         gradients[kind] = (features.grad, head.stages[0].classifier.weight.grad)
     (scaled, own), (whole, other) = gradients["detectron2"], gradients["mmdet"]
@@ -217,9 +221,14 @@ def test_class_specific_stages_follow_their_best_class() -> None:
 
 def config_of(detector: str, is_class_agnostic: bool | None) -> ModelConfig:
     return ModelConfig(
-        detector=detector, backbone="resnet10", width=8, fc_width=16, box_head="4conv1fc",
-        rpn=RpnConfig(train_proposals=20), roi=RoiConfig(class_agnostic=is_class_agnostic),
-    )  # fmt: skip
+        detector=detector,
+        backbone="resnet10",
+        width=8,
+        fc_width=16,
+        box_head="4conv1fc",
+        rpn=RpnConfig(train_proposals=20),
+        roi=RoiConfig(class_agnostic=is_class_agnostic),
+    )
 
 
 @pytest.mark.parametrize("is_class_agnostic", [False, True])

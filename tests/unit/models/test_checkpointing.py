@@ -10,9 +10,11 @@ from bigdet.models.norms import batch_norms, set_norm_mode, update_running_stati
 from tests.unit.models.scenes import make_scene
 
 SCENE = make_scene(
-    [[(4, 6, 40, 50), (20, 10, 60, 44)], [(10, 10, 30, 60)]], [(64, 64), (64, 60)], (64, 64),
+    [[(4, 6, 40, 50), (20, 10, 60, 44)], [(10, 10, 30, 60)]],
+    [(64, 64), (64, 60)],
+    (64, 64),
     num_keypoints=4,
-)  # fmt: skip
+)
 KEYPOINTS = {
     "detector": "keypoint_rcnn",
     "keypoint": KeypointConfig(num_keypoints=4, width=64),

@@ -14,7 +14,7 @@ from bigdet.models.build import build_detector
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.ops import nms
 from bigdet.structures import Batch, Masks, Targets
-from tests.unit.models.scenes import make_scene
+from tests.unit.models.scenes import assert_weight_zero_hides_an_image, make_scene
 
 CONFIG = ModelConfig(
     detector="mask_rcnn",
@@ -57,12 +57,8 @@ def test_losses_are_finite_and_touch_every_parameter_with_or_without_objects(
 
 
 def test_an_image_of_weight_zero_changes_no_loss() -> None:
-    detector = detector_of()
-    first = replace(scene(), weights=torch.tensor([1.0, 0.0]))
-    targets = scene([OBJECTS[0], [(0, 0, 90, 90)]]).targets
-    assert detector(first) == detector(replace(first, targets=targets))
-    nothing = detector(replace(first, weights=torch.zeros(2)))
-    assert all(loss == 0 for loss in nothing.values())
+    other = scene([OBJECTS[0], [(0, 0, 90, 90)]])
+    assert_weight_zero_hides_an_image(detector_of(), scene(), other)
 
 
 def test_losses_depend_on_the_seed_of_the_batch_and_not_on_the_generator() -> None:

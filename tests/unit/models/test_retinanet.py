@@ -13,7 +13,7 @@ from bigdet.models.conventions import TORCHVISION, Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads.retina import octave_sizes
 from bigdet.structures import Batch
-from tests.unit.models.scenes import make_scene
+from tests.unit.models.scenes import assert_weight_zero_hides_an_image, make_scene
 from tests.unit.models.test_detector import Waits
 
 CONFIG = ModelConfig(
@@ -102,12 +102,8 @@ def num_positives(detector: Detector, batch: Batch, image: int) -> int:
 
 
 def test_an_image_of_weight_zero_changes_no_loss() -> None:
-    detector = detector_of()
-    first = replace(scene(), weights=torch.tensor([1.0, 0.0]))
-    targets = scene([OBJECTS[0], [(0, 0, 90, 90)]]).targets
-    assert detector(first) == detector(replace(first, targets=targets))
-    nothing = detector(replace(first, weights=torch.zeros(2)))
-    assert all(loss == 0 for loss in nothing.values())
+    other = scene([OBJECTS[0], [(0, 0, 90, 90)]])
+    assert_weight_zero_hides_an_image(detector_of(), scene(), other)
 
 
 def test_a_crowd_is_no_object() -> None:

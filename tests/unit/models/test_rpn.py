@@ -141,10 +141,12 @@ def test_numbers_of_proposals_follow_from_the_detector() -> None:
     # detectron2 and mmdetection: 2000 of each level before NMS, 1000 of an image after it; cascades
     # 2000. Numbers that a config has are its own.
     for detector, expected in (
-        ("faster_rcnn", (2000, 1000, 1000, 1000)), ("mask_rcnn", (2000, 1000, 1000, 1000)),
-        ("keypoint_rcnn", (2000, 1000, 1000, 1000)), ("cascade_rcnn", (2000, 2000, 1000, 1000)),
+        ("faster_rcnn", (2000, 1000, 1000, 1000)),
+        ("mask_rcnn", (2000, 1000, 1000, 1000)),
+        ("keypoint_rcnn", (2000, 1000, 1000, 1000)),
+        ("cascade_rcnn", (2000, 2000, 1000, 1000)),
         ("cascade_mask_rcnn", (2000, 2000, 1000, 1000)),
-    ):  # fmt: skip
+    ):
         with torch.device("meta"):
             model = ModelConfig(detector=detector, backbone="resnet10", width=8, fc_width=8)
             config = build_detector(model, 2).rpn.config
@@ -197,10 +199,11 @@ def test_anchors_are_labelled_as_mmdetections_assigner_does(
     anchors = grid_anchors([(16, 16), (8, 8)], [(4, 4), (8, 8)], cells)
     for image, (height, width) in enumerate(sizes):
         inside = [
-            number for number, (x0, y0, x1, y1) in enumerate(anchors.tolist())
+            number
+            for number, (x0, y0, x1, y1) in enumerate(anchors.tolist())
             if border is None
             or (x0 >= -border and y0 >= -border and x1 <= width + border and y1 <= height + border)
-        ]  # fmt: skip
+        ]
         iou = box_iou(torch.tensor(OBJECTS[image]).float(), anchors[inside])
         expected = torch.full((len(anchors),), -1)
         for column, number in enumerate(inside):

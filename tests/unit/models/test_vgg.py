@@ -4,9 +4,9 @@ from torch import nn
 from torchvision.models import vgg16
 
 from bigdet.config.model_schema import ModelConfig
-from bigdet.models.backbones import build_backbone, freeze_stages
+from bigdet.models.backbones.build import build_backbone, freeze_stages
+from bigdet.models.backbones.vgg import VGG
 from bigdet.models.build import build_detector
-from bigdet.models.vgg import VGG
 
 
 def test_features_are_torchvisions_with_the_same_weights() -> None:

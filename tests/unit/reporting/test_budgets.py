@@ -21,15 +21,18 @@ def groups(tmp_path_factory: pytest.TempPathFactory):
     """Two groups at 0.5 and 0.55 CPU-hours, and two runs, one of them unfinished, at 1 and 0.5."""
     root = tmp_path_factory.mktemp("runs")
     folders = [
-        write_run(root / "scratch-s0", [0.1, 0.2, 0.25, 0.28, 0.30], "seed=0",
-                  cpu_seconds_per_step=36),
-        write_run(root / "scratch-s1", [0.1, 0.2, 0.25, 0.28, 0.32], "seed=1",
-                  cpu_seconds_per_step=36),
+        write_run(
+            root / "scratch-s0", [0.1, 0.2, 0.25, 0.28, 0.30], "seed=0", cpu_seconds_per_step=36
+        ),
+        write_run(
+            root / "scratch-s1", [0.1, 0.2, 0.25, 0.28, 0.32], "seed=1", cpu_seconds_per_step=36
+        ),
         write_run(root / "direct", [0.1, 0.2, 0.3, 0.4, 0.45], OTHER, cpu_seconds_per_step=39.6),
         write_run(root / "long", [0.1, 0.2, 0.3, 0.4, 0.5], LONG, cpu_seconds_per_step=72),
-        write_run(root / "begun", [0.1, 0.2, 0.3], "phases.finetune.lr=0.03",
-                  cpu_seconds_per_step=60),
-    ]  # fmt: skip
+        write_run(
+            root / "begun", [0.1, 0.2, 0.3], "phases.finetune.lr=0.03", cpu_seconds_per_step=60
+        ),
+    ]
     return group_runs(read_runs(folders))
 
 
@@ -42,9 +45,16 @@ def test_the_best_of_equal_time_leads_by_more_than_the_noise(groups):
     table = budgets.budget_table(groups)
     # Noise: deviation sqrt(2) points, so 2 sqrt(2) sqrt(1/1 + 1/2) = 3.46.
     assert table.rows[0] == [
-        "0.5 to 0.55 CPU-hours", "box AP", "direct", "45.0", "scratch", "31.0", "+14.0", "+-3.5",
+        "0.5 to 0.55 CPU-hours",
+        "box AP",
+        "direct",
+        "45.0",
+        "scratch",
+        "31.0",
+        "+14.0",
+        "+-3.5",
         "more than noise",
-    ]  # fmt: skip
+    ]
     assert budgets.budget_sentences(groups)[0] == (
         "At 0.5 to 0.55 CPU-hours, direct has the highest box AP: 45.0, 14.0 more than scratch "
         "(more than noise)."
@@ -55,8 +65,15 @@ def test_one_seed_of_equal_time_tells_nothing_of_noise(tmp_path: Path):
     folders = [write_run(tmp_path / "a", [0.1] * 5), write_run(tmp_path / "b", [0.2] * 5, OTHER)]
     groups = group_runs(read_runs(folders))
     assert budgets.budget_table(groups).rows[0] == [
-        "0.5 GPU-hours", "box AP", "b", "20.0", "a", "10.0", "+10.0", "not known: one seed",
-    ]  # fmt: skip
+        "0.5 GPU-hours",
+        "box AP",
+        "b",
+        "20.0",
+        "a",
+        "10.0",
+        "+10.0",
+        "not known: one seed",
+    ]
     assert budgets.budget_sentences(groups)[0] == (
         "At 0.5 GPU-hours, b has the highest box AP: 20.0, 10.0 more than a."
     )

@@ -29,8 +29,9 @@ def groups(tmp_path_factory: pytest.TempPathFactory):
 
 def test_runs_that_differ_in_their_seed_are_one_group(groups):
     assert {name: [run.name for run in runs] for name, runs in groups.items()} == {
-        "fast": ["fast-s0", "fast-s1"], "slow": ["slow"],
-    }  # fmt: skip
+        "fast": ["fast-s0", "fast-s1"],
+        "slow": ["slow"],
+    }
 
 
 def test_a_curve_is_the_mean_over_seeds_with_costs(groups):
@@ -49,8 +50,9 @@ def test_evaluations_that_a_seed_lacks_are_left_out(tmp_path: Path):
     ]
     (runs,) = group_runs(read_runs(folders)).values()
     assert [(point.total_step, point.mean) for point in compare.ap_curve(runs, "bbox/AP")] == [
-        (10, pytest.approx(0.2)), (20, pytest.approx(0.2)),
-    ]  # fmt: skip
+        (10, pytest.approx(0.2)),
+        (20, pytest.approx(0.2)),
+    ]
 
 
 def test_differences_are_held_against_the_noise_of_seeds(groups):
@@ -77,8 +79,15 @@ def test_pooled_deviation_weighs_groups_by_their_freedom():
 def test_cost_at_equal_ap(groups):
     table = compare.equal_ap_table(groups)
     assert table.header == [
-        "run", "reaches", "at", "steps", "GPU-hours", "images", "instances", "pixels",
-    ]  # fmt: skip
+        "run",
+        "reaches",
+        "at",
+        "steps",
+        "GPU-hours",
+        "images",
+        "instances",
+        "pixels",
+    ]
     # fast has 20 percent after 20 steps of 36 s; slow after 50 steps of 72 s: 720 / 3600
     parts = ["pretrain 20", "0.40", "0.20", "0.40", "0.40", "0.40"]
     assert table.rows == [
@@ -130,9 +139,14 @@ def test_cost_at_equal_ap_with_what_was_imported(imports):
 def test_curves_are_drawn_against_costs_with_what_was_imported(imports):
     choices = {choice.label: choice.traces for choice in curve_figures(imports)[0].choices}
     assert list(choices) == [
-        "steps", "GPU-hours", "GPU-hours with imports", "images", "images with imports",
-        "instances", "pixels",
-    ]  # fmt: skip
+        "steps",
+        "GPU-hours",
+        "GPU-hours with imports",
+        "images",
+        "images with imports",
+        "instances",
+        "pixels",
+    ]
     imagenet, scratch = choices["GPU-hours with imports"]
     assert imagenet["x"] == pytest.approx([1.1, 1.2, 1.3, 1.4, 1.5])
     assert scratch["x"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
@@ -151,8 +165,11 @@ def test_voc_runs_are_compared_by_ap50_too(tmp_path: Path):
 def test_costs_of_each_phase(groups):
     table = facts.cost_table(groups)
     assert table.header[5:] == [
-        "pixels", "compute GPU-minutes", "data wait GPU-minutes", "evaluation GPU-minutes",
-    ]  # fmt: skip
+        "pixels",
+        "compute GPU-minutes",
+        "data wait GPU-minutes",
+        "evaluation GPU-minutes",
+    ]
     rows = table.rows
     assert [row[:2] for row in rows[:2]] == [["fast-s0", "pretrain"], ["fast-s0", "finetune"]]
     # 20 steps of 36 s: 720 s, a quarter of them waiting; 72 s of evaluation
@@ -179,16 +196,21 @@ def test_training_curves_have_the_phases_on_them(groups):
     figure = next(each for each in training_figures(groups) if each.key == "lr")
     layout = figure.choices[0].layout
     assert [(one["text"], one["x"]) for one in layout["annotations"]] == [
-        ("pretrain", 0), ("finetune", 30),
-    ]  # fmt: skip
+        ("pretrain", 0),
+        ("finetune", 30),
+    ]
     assert [line["x0"] for line in layout["shapes"]] == [30]
 
 
 def test_curves_of_the_report_are_those_numbers(groups):
     figure = curve_figures(groups)[0]
     assert [choice.label for choice in figure.choices] == [
-        "steps", "GPU-hours", "images", "instances", "pixels",
-    ]  # fmt: skip
+        "steps",
+        "GPU-hours",
+        "images",
+        "instances",
+        "pixels",
+    ]
     hours = figure.choices[1].traces
     assert [trace["role"] for trace in hours] == ["band", "line", "line"]
     assert hours[1]["x"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])

@@ -17,18 +17,30 @@ def test_numbers_are_means_and_counts_of_seeds_are_put_together():
     first, second = analysis(0.2, objects=10), analysis(0.4, objects=10)
     second["by_size"]["large"]["AP"] = 0.5  # null in the first
     second["confusion"]["pairs"] = [["cat", "cat", 4], ["dog", "cat", 1]]
-    second["calibration"] |= {"count": [0] * 9 + [1], "score": [None] * 9 + [0.91],
-                              "precision": [None] * 9 + [0.0]}  # fmt: skip
+    second["calibration"] |= {
+        "count": [0] * 9 + [1],
+        "score": [None] * 9 + [0.91],
+        "precision": [None] * 9 + [0.0],
+    }
     mean = mean_analysis([first, second])
     assert mean["by_iou"]["0.50"] == pytest.approx(0.3)
     assert mean["by_size"]["large"]["AP"] == 0.5
     assert mean["per_class"]["cat"] == {
-        "objects": 10, "detections": 20, "AP": pytest.approx(0.3), "AP50": pytest.approx(0.3),
-        "AP75": None, "AR": pytest.approx(0.3),
-    }  # fmt: skip
+        "objects": 10,
+        "detections": 20,
+        "AP": pytest.approx(0.3),
+        "AP50": pytest.approx(0.3),
+        "AP75": None,
+        "AR": pytest.approx(0.3),
+    }
     pairs = {(true, found): count for true, found, count in mean["confusion"]["pairs"]}
-    assert pairs == {("cat", "cat"): 10, ("cat", "dog"): 2, ("cat", None): 2, (None, "dog"): 1,
-                     ("dog", "cat"): 1}  # fmt: skip
+    assert pairs == {
+        ("cat", "cat"): 10,
+        ("cat", "dog"): 2,
+        ("cat", None): 2,
+        (None, "dog"): 1,
+        ("dog", "cat"): 1,
+    }
     # 7 detections of score 0.95, all right, and one of 0.91, wrong
     calibration = mean["calibration"]
     assert calibration["count"] == [0] * 8 + [3, 8]
@@ -67,5 +79,6 @@ def test_a_run_made_again_is_no_further_seed(tmp_path: Path):
     ]
     groups = group_runs(read_runs(folders))
     assert {name: [run.name for run in runs] for name, runs in groups.items()} == {
-        "a": ["a-s0", "a-s1"], "again": ["again"],
-    }  # fmt: skip
+        "a": ["a-s0", "a-s1"],
+        "again": ["again"],
+    }

@@ -62,8 +62,13 @@ def test_what_was_imported_and_what_is_not_finished_shows():
 def test_the_last_evaluation_counts(tmp_path: Path):
     run_dir = RunDir(tmp_path)
     assert read_outcome(run_dir) is None
-    counters = {"seen/images": 8, "seen/pixels": 80, "seen/gpu_seconds": 2.0,
-                "cost/data_gpu_seconds": 1.0, "cost/evaluation_gpu_seconds": 3.0}  # fmt: skip
+    counters = {
+        "seen/images": 8,
+        "seen/pixels": 80,
+        "seen/gpu_seconds": 2.0,
+        "cost/data_gpu_seconds": 1.0,
+        "cost/evaluation_gpu_seconds": 3.0,
+    }
     values = [{"bbox/AP": 0.1, "segm/AP": None}, {"loss/total": 1.0}, {"bbox/AP": 0.2}]
     place = {"phase": "train", "step": 4}
     lines = [json.dumps(place | line | counters) for line in values]
@@ -102,12 +107,16 @@ def test_costs_are_in_the_unit_of_the_largest_with_three_digits():
     header, _, *lines = rows(outcome_table({"small": [small], "tiny": [tiny]}).markdown())
     assert [header[4], header[6], header[8]] == ["images", "GPU-minutes", "evaluation GPU-minutes"]
     assert [[line[4], line[6], line[8]] for line in lines] == [
-        ["900,000", "1.5", "<0.001"], ["12", "0.5", "0.2"],
-    ]  # fmt: skip
+        ["900,000", "1.5", "<0.001"],
+        ["12", "0.5", "0.2"],
+    ]
     assert unit_of([59.0, None], TIMES) == (1.0, "seconds")
     assert [amount(value, 1.0) for value in (0, 999.4, 999.6, 12_345.0)] == [
-        "0", "999", "1,000", "12,345",
-    ]  # fmt: skip
+        "0",
+        "999",
+        "1,000",
+        "12,345",
+    ]
 
 
 @pytest.mark.parametrize("text", ["nonsense\n", '{"step": 1}\n', "[1, 2]\n"])

@@ -14,9 +14,11 @@ def trainer(tmp_path: Path) -> SimpleNamespace:
     watchdog.at("train step 7: forward, backward, update")
     batches = [SimpleNamespace(images=torch.empty(2, 3, 800, width)) for width in (1216, 1344)]
     return SimpleNamespace(
-        run=SimpleNamespace(watchdog=watchdog), name="train", device=torch.device("cpu"),
+        run=SimpleNamespace(watchdog=watchdog),
+        name="train",
+        device=torch.device("cpu"),
         micro_batches=batches,
-    )  # fmt: skip
+    )
 
 
 def test_memory_that_is_full_is_told_with_shapes_and_what_to_lower(trainer: SimpleNamespace):

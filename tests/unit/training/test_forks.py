@@ -19,8 +19,12 @@ from bigdet.training.resume import begin, find_checkpoint
 from bigdet.training.state import RunState
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
-WORDS = ["log.tensorboard=false", "phases.pretrain.images_per_step=4", "phases.pretrain.steps=9",
-         "phases.pretrain.images_per_gpu=2"]  # fmt: skip
+WORDS = [
+    "log.tensorboard=false",
+    "phases.pretrain.images_per_step=4",
+    "phases.pretrain.steps=9",
+    "phases.pretrain.images_per_gpu=2",
+]
 SPELLED = ["./run/", "other/../run", "ABSOLUTE", "link/"]
 
 

@@ -1,13 +1,15 @@
 import dataclasses
 import json
+import math
 from collections import Counter
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
 from bigdet.data.examples.samples import Damage
-from bigdet.training.energy import EnergyCounter
+from bigdet.training import energy
 from bigdet.training.metrics import StepMeter, clock, mean_losses, progress_line
 from bigdet.training.state import Cost, RunState
 from tests.unit.models.scenes import make_scene
@@ -54,7 +56,7 @@ def test_costs_are_counted_by_phase_and_in_all():
     meter.sync(state, {}, 0)
     assert state.costs["pretrain"] == Cost(2, 4, 4, 4000, 3.0, 1.0, 7.0, None, 3.0, 6.0)
     counters = state.counters()
-    # 2 images, 2 objects that are not crowd and 2000 pixels a step; a CPU tells no energy.
+    # 2 images, 2 objects that are not crowd and 2000 pixels a step; a CPU has no energy counter.
     assert counters == {
         "seen/images": 6, "seen/instances": 6, "seen/pixels": 6000, "seen/gpu_seconds": 7.0,
         "cost/steps": 3, "cost/compute_gpu_seconds": 5.75, "cost/data_gpu_seconds": 1.25,
@@ -92,22 +94,31 @@ def test_a_run_on_gpus_counts_no_cpu_seconds(cuda_properties):
 
 
 class OneGpu:
-    """NVML of a machine with one GPU, which uses 1.5 joules between two readings."""
+    """``pynvml`` on a machine with one GPU, which uses 1.5 joules between two readings."""
 
-    def __init__(self, error: int = 0):
-        self.millijoules, self.error = 10_000, error
+    NVMLError = pynvml.NVMLError
 
-    def nvmlInit_v2(self):  # noqa: N802
-        return 0
+    def __init__(self):
+        self.millijoules = 10_000
 
-    def nvmlDeviceGetHandleByUUID(self, uuid, handle):  # noqa: N802
-        assert uuid == b"GPU-1234-abcd"
-        return 0
+    def nvmlInit(self):  # noqa: N802
+        pass
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, target):  # noqa: N802
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        assert uuid == "GPU-1234-abcd"
+        return "the handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
+        assert handle == "the handle"
         self.millijoules += 1500
-        target._obj.value = self.millijoules
-        return self.error
+        return self.millijoules
+
+
+class NoCounter(OneGpu):
+    """A GPU older than Volta."""
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
 
 @pytest.fixture
@@ -117,20 +128,28 @@ def cuda_properties(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_energy_is_what_the_counter_grew_by(cuda_properties, monkeypatch):
-    library = OneGpu()
-    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr(energy, "pynvml", OneGpu())
     state, meter = RunState("train"), StepMeter(torch.device("cuda", 0))  # reads it once
     meter.sync(state, {}, 0)
     meter.sync(state, {}, 0)
     assert state.counters()["cost/energy_joules"] == pytest.approx(3.0)
-    assert EnergyCounter(torch.device("cuda", 0), library).joules() == 16.0  # 16,000 mJ by now
+    assert energy.EnergyCounter(torch.device("cuda", 0)).joules() == 16.0  # 16,000 mJ by now
 
 
-def test_a_gpu_that_does_not_tell_its_energy_leaves_the_run_without(cuda_properties, monkeypatch):
-    monkeypatch.setattr("ctypes.CDLL", lambda name: OneGpu(error=3))  # not supported
+def test_a_gpu_without_an_energy_counter_leaves_the_run_without(cuda_properties, monkeypatch):
+    monkeypatch.setattr(energy, "pynvml", NoCounter())
     state = RunState("train", costs={"train": Cost(energy_joules=5.0)})
     StepMeter(torch.device("cuda", 0)).sync(state, {}, 0)
     assert "cost/energy_joules" not in state.counters()
+
+
+def test_without_nvidias_driver_the_energy_is_not_known(cuda_properties, monkeypatch):
+    def no_library(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(pynvml, "nvmlLib", None)  # the package itself, not loaded yet
+    monkeypatch.setattr(pynvml, "CDLL", no_library)
+    assert math.isnan(energy.EnergyCounter(torch.device("cuda", 0)).joules())
 
 
 def test_syncing_twice_counts_once_and_a_resumed_run_counts_on():
@@ -165,10 +184,17 @@ def test_rates_are_of_the_interval():
 
 def test_progress_line_says_what_a_person_wants_to_know():
     values = {
-        "phase": "pretrain", "step": 200, "loss/total": 1.5, "loss/mask": 0.5, "loss/rpn_box": 1.0,
-        "lr": 0.01, "images_per_second": 32.0, "time/step_seconds": 0.5, "time/data_seconds": 0.05,
+        "phase": "pretrain",
+        "step": 200,
+        "loss/total": 1.5,
+        "loss/mask": 0.5,
+        "loss/rpn_box": 1.0,
+        "lr": 0.01,
+        "images_per_second": 32.0,
+        "time/step_seconds": 0.5,
+        "time/data_seconds": 0.05,
         "memory_gib": 3.25,
-    }  # fmt: skip
+    }
     assert progress_line(values, 7400) == (
         "pretrain 200/7400  loss 1.500 (mask 0.500 rpn_box 1.000)  lr 1.00e-02  32.0 images/s  "
         "data wait 10%  3.2 GiB  1:00:00 left"
@@ -177,10 +203,16 @@ def test_progress_line_says_what_a_person_wants_to_know():
 
 def test_a_line_without_a_finite_step_shows_dashes():
     values = {
-        "phase": "pretrain", "step": 2, "loss/total": None, "loss/mask": None, "lr": 0.01,
-        "images_per_second": 32.0, "time/step_seconds": 0.5, "time/data_seconds": 0.05,
+        "phase": "pretrain",
+        "step": 2,
+        "loss/total": None,
+        "loss/mask": None,
+        "lr": 0.01,
+        "images_per_second": 32.0,
+        "time/step_seconds": 0.5,
+        "time/data_seconds": 0.05,
         "memory_gib": 3.25,
-    }  # fmt: skip
+    }
     assert progress_line(values, 4).startswith("pretrain 2/4  loss - (mask -)  lr 1.00e-02")
 
 

@@ -10,13 +10,18 @@ import torch
 from torch import nn
 
 from bigdet.config.phase_schema import PhaseConfig
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbone_base import Backbone
+from bigdet.models.backbones.build import build_backbone
+from bigdet.models.backbones.swin import Swin
+from bigdet.models.backbones.vit import ViT
+from bigdet.models.layer_ids import layer_ids
 from bigdet.models.norms import BatchNorm2d
 from bigdet.training.optim import (
     build_optimizer,
     describe_lr,
     drop_steps,
     has_same_past,
+    layer_factors,
     lr_factor,
     parameter_groups,
     scaled_lr,
@@ -111,12 +116,20 @@ def test_norms_and_position_tables_are_not_decayed_and_biases_are() -> None:
     decayed, plain = parameter_groups(module, 0.05)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert sorted(names[id(parameter)] for parameter in decayed["params"]) == [
-        "convolution.bias", "convolution.weight", "linear.bias", "linear.weight",
-    ]  # fmt: skip
+        "convolution.bias",
+        "convolution.weight",
+        "linear.bias",
+        "linear.weight",
+    ]
     assert sorted(names[id(parameter)] for parameter in plain["params"]) == [
-        "batch_norm.bias", "batch_norm.weight", "group_norm.bias", "group_norm.weight",
-        "layer_norm.bias", "layer_norm.weight", "relative_position_bias_table",
-    ]  # fmt: skip
+        "batch_norm.bias",
+        "batch_norm.weight",
+        "group_norm.bias",
+        "group_norm.weight",
+        "layer_norm.bias",
+        "layer_norm.weight",
+        "relative_position_bias_table",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,3 +205,115 @@ def test_a_step_moves_biases_at_their_own_rate() -> None:
     optimizer.step()
     torch.testing.assert_close(module.weight, torch.full((2, 2), 0.85))
     torch.testing.assert_close(module.bias, torch.full((2,), 0.8))
+
+
+class Parts(nn.Module):
+    """A backbone and a head."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(4, 4)
+
+
+class OwnNet(Backbone):
+    """A user's own, which says nothing of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+        self.body = nn.ModuleList(
+            [nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))]
+        )
+        self.neck = nn.Linear(1, 1)
+
+    @property
+    def stages(self) -> list[list[nn.Module]]:
+        return [list(self.stem), [self.body[0]], [self.body[1]], [], []]
+
+
+def test_layer_decay_of_a_vit_of_four_blocks() -> None:
+    factors = layer_factors(Parts(ViT(width=8, depth=4, num_heads=1, drop_path=0.0)), 0.7)
+    layers = {".".join(name.split(".")[:3]): factor for name, factor in factors.items()}
+    assert layers == pytest.approx(
+        {
+            "backbone.patch_embed.proj": 0.16807,  # 0.7 ** 5
+            "backbone.patch_embed.pos_embed": 0.16807,
+            "backbone.blocks.0": 0.2401,
+            "backbone.blocks.1": 0.343,
+            "backbone.blocks.2": 0.49,
+            "backbone.blocks.3": 0.7,
+            "backbone.pyramid.0": 1.0,  # new, as neck and heads are
+            "backbone.pyramid.1": 1.0,
+        }
+    )
+
+
+def test_layer_decay_of_a_swin_of_six_blocks() -> None:
+    swin = Swin(embed_dim=4, depths=[2, 2, 1, 1], num_heads=[1, 1, 1, 1], drop_path=0.0)
+    factors = layer_factors(Parts(swin), 0.5)
+    layers = {".".join(name.split(".")[1:5]): factor for name, factor in factors.items()}
+    found = {
+        block: {f for name, f in layers.items() if re.match(block, name)}
+        for block in [
+            "patch_embed",
+            *(r"layers.0.blocks.0", r"layers.0.blocks.1"),
+            *(r"layers.1.(downsample|blocks.0)", r"layers.1.blocks.1"),
+            *(r"layers.2.(downsample|blocks)", r"layers.3.(downsample|blocks)"),
+            "norm[0-3]",
+        ]
+    }
+    assert list(found.values()) == [{0.5**n} for n in (7, 6, 5, 4, 3, 2, 1, 0)]
+    assert all(any(re.match(block, name) for block in found) for name in layers)
+
+
+def test_layers_of_published_backbones_are_counted() -> None:
+    depths = {"vit_b": 12, "swin_s": 24, "swinv2_t": 12, "convnext_s": 36, "resnet50": 16}
+    with torch.device("meta"):
+        numbers = {name: layer_ids(build_backbone(name, "bn", 0.0)) for name in depths}
+    assert {name: last - 1 for name, (_, last) in numbers.items()} == depths
+    resnet, _ = numbers["resnet50"]
+    # The stem, then blocks 3, 4, 6, 3.
+    assert [resnet[f"layer{n}.0.conv1.weight"] for n in (1, 2, 3, 4)] == [1, 4, 8, 14]
+    assert resnet["conv1.weight"] == resnet["bn1.bias"] == 0
+    convnext, _ = numbers["convnext_s"]
+    assert convnext["layers.2.downsample.1.weight"] == convnext["layers.2.blocks.0.gamma"] == 7
+
+
+def test_layers_of_an_own_backbone_are_the_modules_of_its_stages() -> None:
+    ids, last = layer_ids(OwnNet())
+    numbers = {name.removesuffix(".weight"): n for name, n in ids.items() if "weight" in name}
+    assert numbers == {
+        "stem.0": 0, "stem.1": 0, "body.0": 1, "body.1.0": 2, "body.1.2": 3, "neck": 4,
+    }  # fmt: skip
+    assert last == 4
+
+
+def test_layer_decay_makes_few_groups_and_leaves_decay_as_it_is() -> None:
+    module = Parts(ViT(width=8, depth=4, num_heads=1, drop_path=0.0))
+    decayed = {
+        id(p)
+        for group in parameter_groups(module, 0.1)
+        for p in group["params"]
+        if group["weight_decay"]
+    }
+    groups = parameter_groups(module, 0.1, layer_decay=0.7)
+    assert len(groups) == 12  # (4 + 2) x 2, all of them in use
+    factors = {group["lr_factor"] for group in groups}
+    assert len(factors) == 6
+    for group in groups:
+        assert group["weight_decay"] in (0.0, 0.1)
+        assert {id(p) in decayed for p in group["params"]} == {group["weight_decay"] > 0}
+    in_groups = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in in_groups} == {id(p) for p in module.parameters()}
+    assert len(in_groups) == len(list(module.parameters()))
+    module.backbone.patch_embed.requires_grad_(False)
+    assert len(parameter_groups(module, 0.1, layer_decay=0.7)) == 10
+
+
+def test_biases_without_decay_are_those_of_swin_v2_too() -> None:
+    with torch.device("meta"):
+        module = build_backbone("swinv2_t", "none", 0.0)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    decayed, _ = parameter_groups(module, 0.05, decay_biases=False)
+    assert not [names[id(p)] for p in decayed["params"] if names[id(p)].endswith("bias")]

@@ -12,10 +12,10 @@ import torchvision
 from bigdet.config.check import check_config
 from bigdet.config.load import parse_config
 from bigdet.models.activation_checkpointing import Checkpointed
+from bigdet.models.backbones.vgg import VGG
 from bigdet.models.build import build_detector
 from bigdet.models.norms import batch_norms
 from bigdet.models.rcnn import RCNN
-from bigdet.models.vgg import VGG
 from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
@@ -73,9 +73,13 @@ def test_a_phase_may_start_from_the_moving_average(tmp_path: Path, ema: str, val
     torch.save({"model": plain, "model_ema": average}, path)
     text = CONFIG.replace('"SOURCE"', f"{path}, ema: {ema}").replace("CHECKPOINTED", "false")
     detector = build_for_phase(
-        parse_config(text, "test"), "train", list("abc"), RunDir(tmp_path), torch.device("cpu"),
+        parse_config(text, "test"),
+        "train",
+        list("abc"),
+        RunDir(tmp_path),
+        torch.device("cpu"),
         is_resumed=False,
-    )  # fmt: skip
+    )
     assert {float(tensor.mean()) for tensor in detector.backbone.state_dict().values()} == {value}
 
 
@@ -89,9 +93,11 @@ def test_vgg_brings_fc6_and_fc7_when_asked_for_the_box_head(
     torch.save(state, path)
     text = CONFIG.replace("CHECKPOINTED", "false").replace("steps: 2", "steps: 900")
     for old, new in (
-        ('"SOURCE"', f"{path}, parts: [backbone, box_head]"), (", norm_mode: sync", ""),
-        ("mask_rcnn", "faster_rcnn"), ("resnet18, width: 16", "vgg16, norm: none"),
-    ):  # fmt: skip
+        ('"SOURCE"', f"{path}, parts: [backbone, box_head]"),
+        (", norm_mode: sync", ""),
+        ("mask_rcnn", "faster_rcnn"),
+        ("resnet18, width: 16", "vgg16, norm: none"),
+    ):
         text = text.replace(old, new)
     config = parse_config(text, "test")
     check_config(config)

@@ -74,9 +74,10 @@ def test_a_resumed_phase_loads_nothing(tmp_path):
 @pytest.mark.parametrize("is_agnostic", ["null", "true"])
 def test_the_boxes_of_all_phases_are_of_one_kind(tmp_path, is_agnostic):
     overrides = [
-        *SMALL, "phases.finetune.model.detector=cascade_mask_rcnn",
+        *SMALL,
+        "phases.finetune.model.detector=cascade_mask_rcnn",
         f"model.roi.class_agnostic={is_agnostic}",
-    ]  # fmt: skip
+    ]
     config, run_dir = load_config(CONFIG, overrides), RunDir(tmp_path)
     first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
     leave(run_dir, config, "pretrain", first)

@@ -29,9 +29,16 @@ def parts(shards: Path, mode: str, rank: int = 0, ranks: int = 1) -> tuple[Detec
     phase = config.phases["pretrain"]
     train_set = ShardSet(shards / "train")
     stream = TrainStream(
-        train_set, config.data, phase, name="pretrain", with_masks=True, seed=0, rank=rank,
-        world_size=ranks, first_step=2,
-    )  # fmt: skip
+        train_set,
+        config.data,
+        phase,
+        name="pretrain",
+        with_masks=True,
+        seed=0,
+        rank=rank,
+        world_size=ranks,
+        first_step=2,
+    )
     torch.manual_seed(0)
     detector = build_detector(config.model, train_set.num_classes)
     set_norm_mode(detector, mode)
@@ -40,7 +47,7 @@ def parts(shards: Path, mode: str, rank: int = 0, ranks: int = 1) -> tuple[Detec
 
 def measure(shards: Path, mode: str, rank: int = 0, ranks: int = 1) -> dict[str, torch.Tensor]:
     detector, stream = parts(shards, mode, rank, ranks)
-    ahead = stream.beside(4)
+    ahead = stream.from_step(4)
     cpu = torch.device("cpu")
     assert measure_statistics(detector, ahead, STEPS, cpu, "fp32", lambda: False)
     return {name: tensor for name, tensor in detector.state_dict().items() if "running" in name}
@@ -76,7 +83,7 @@ def test_statistics_before_weights_and_the_training_stream_do_not_matter_or_chan
     weights = {name: p.clone() for name, p in detector.named_parameters()}
     detector(stream.read_group(9, 0))  # what a skipped step left behind
     measured = measure_statistics(
-        detector, stream.beside(4), STEPS, torch.device("cpu"), "fp32", lambda: False
+        detector, stream.from_step(4), STEPS, torch.device("cpu"), "fp32", lambda: False
     )
     assert measured
     for name, value in expected.items():
@@ -93,7 +100,7 @@ def test_statistics_stay_when_it_is_told_to_stop(shapes_shards: Path) -> None:
     detector, stream = parts(shapes_shards, "live")
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     cpu = torch.device("cpu")
-    assert not measure_statistics(detector, stream.beside(4), STEPS, cpu, "fp32", lambda: True)
+    assert not measure_statistics(detector, stream.from_step(4), STEPS, cpu, "fp32", lambda: True)
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     count_lane(detector)
     assert all(layer.num_filled.item() == 1 for layer in batch_norms(detector))  # none from before

@@ -117,11 +117,17 @@ def test_a_phase_may_not_be_added_to_a_run(shards: ShardSet):
 def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: ShardSet):
     config = load_config(
         CONFIG,
-        ["phases.pretrain.steps=null", "phases.finetune.steps=null",
-         "phases.pretrain.images=4_000", "phases.pretrain.images_per_step=32",
-         "phases.finetune.images_per_step=4", "phases.finetune.images_per_gpu=1",
-         "phases.finetune.passes=12", "phases.finetune.drops=[8,-1.5]"],
-    )  # fmt: skip
+        [
+            "phases.pretrain.steps=null",
+            "phases.finetune.steps=null",
+            "phases.pretrain.images=4_000",
+            "phases.pretrain.images_per_step=32",
+            "phases.finetune.images_per_step=4",
+            "phases.finetune.images_per_gpu=1",
+            "phases.finetune.passes=12",
+            "phases.finetune.drops=[8,-1.5]",
+        ],
+    )
     settled = settle_config(config, None, None, shards)
     pretrain, finetune = settled.phases["pretrain"], settled.phases["finetune"]
     assert (pretrain.steps, pretrain.images, pretrain.drops) == (125, None, None)
@@ -135,20 +141,33 @@ def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: S
 
 def test_the_last_60k_and_20k_steps_stay_whatever_the_length_and_the_batch(shards: ShardSet):
     # Paper 1, 2x: 180k steps of 16 images, drops at 120k and 160k; with 64 images a quarter.
-    words = ["phases.finetune.steps=null", "phases.finetune.images=2_880_000",
-             "phases.finetune.drops=[-960_000,-320_000]", "phases.finetune.images_per_gpu=1",
-             "phases.pretrain.images_per_gpu=1", "phases.pretrain.images_per_step=8"]  # fmt: skip
-    for images_per_step, steps, drops in ((16, 180_000, [120_000, 160_000]),
-                                          (8, 360_000, [240_000, 320_000])):  # fmt: skip
+    words = [
+        "phases.finetune.steps=null",
+        "phases.finetune.images=2_880_000",
+        "phases.finetune.drops=[-960_000,-320_000]",
+        "phases.finetune.images_per_gpu=1",
+        "phases.pretrain.images_per_gpu=1",
+        "phases.pretrain.images_per_step=8",
+    ]
+    for images_per_step, steps, drops in (
+        (16, 180_000, [120_000, 160_000]),
+        (8, 360_000, [240_000, 320_000]),
+    ):
         config = load_config(CONFIG, [*words, f"phases.finetune.images_per_step={images_per_step}"])
         phase = settle_config(config, None, None, shards).phases["finetune"]
         assert (phase.steps, phase.drops) == (steps, drops)
 
 
 def test_a_length_that_turns_out_shorter_than_its_warm_up_is_refused(shards: ShardSet):
-    config = load_config(CONFIG, ["phases.pretrain.steps=null", "phases.pretrain.passes=5",
-                                  "phases.pretrain.images_per_gpu=1",
-                                  "phases.pretrain.images_per_step=8"])  # fmt: skip
+    config = load_config(
+        CONFIG,
+        [
+            "phases.pretrain.steps=null",
+            "phases.pretrain.passes=5",
+            "phases.pretrain.images_per_gpu=1",
+            "phases.pretrain.images_per_step=8",
+        ],
+    )
     with pytest.raises(ConfigError, match=r"phases\.pretrain\.warmup_steps: found 50, .* 10 steps"):
         settle_config(config, None, None, shards)
 
@@ -158,17 +177,27 @@ def test_weights_of_a_later_phase_are_fetched_before_the_first_step(shards: Shar
         raise OSError(f"no network for {name}")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    sizes = [f"phases.{name}.images_per_{what}=2" for name in ("pretrain", "finetune")
-             for what in ("gpu", "step")]  # fmt: skip
-    config = load_config(CONFIG, [*sizes, "model.backbone=resnet18",
-                                  "phases.finetune.start_from.source=timm"])  # fmt: skip
+    sizes = [
+        f"phases.{name}.images_per_{what}=2"
+        for name in ("pretrain", "finetune")
+        for what in ("gpu", "step")
+    ]
+    config = load_config(
+        CONFIG, [*sizes, "model.backbone=resnet18", "phases.finetune.start_from.source=timm"]
+    )
     expected = r"^phases\.finetune\.start_from: timm could not download resnet18\.tv_in1k \(no net"
     with pytest.raises(ValueError, match=expected):
         check_phases(config, shards, None)
 
 
-TRUNK = [*SIZES, "phases.pretrain.steps=60", "phases.pretrain.schedule=step", "output=trunk",
-         "phases.pretrain.drops=[50]", "phases.pretrain.warmup_steps=40"]  # fmt: skip
+TRUNK = [
+    *SIZES,
+    "phases.pretrain.steps=60",
+    "phases.pretrain.schedule=step",
+    "output=trunk",
+    "phases.pretrain.drops=[50]",
+    "phases.pretrain.warmup_steps=40",
+]
 
 
 def trunk_at(step: int) -> Checkpoint:
@@ -184,9 +213,9 @@ def trunk_at(step: int) -> Checkpoint:
         (55, "phases.pretrain.drops=[50,58]", None),
         (40, "phases.pretrain.decay_factor=0.5", None),
         (40, "phases.pretrain.steps=51", None),
-        (51, "phases.pretrain.drops=[49]", r"phases\.pretrain\.drops: up to the step 51"),
-        (55, "phases.pretrain.decay_factor=0.5", r"phases\.pretrain\.drops: up to the step 55"),
-        (55, "phases.pretrain.steps=51", r"phases\.pretrain\.steps: found 51, .* 55 steps behind"),
+        (51, "phases.pretrain.drops=[49]", r"phases\.pretrain\.drops: up to step 51"),
+        (55, "phases.pretrain.decay_factor=0.5", r"phases\.pretrain\.drops: up to step 55"),
+        (55, "phases.pretrain.steps=51", r"phases\.pretrain\.steps: found 51, .* step 55"),
         (40, "phases.pretrain.lr=0.5", r"phases\.pretrain\.lr"),
         (40, "resume=auto", "started with other options: phases.pretrain.steps"),
     ],
@@ -246,7 +275,7 @@ def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tm
     new.config.write_text(dump_config(config))
     assert find_checkpoint(config, new) == new.checkpoint("pretrain", 5)  # the same command again
     elsewhere = load_config(CONFIG, [f"resume={new.checkpoint('pretrain', 5)}"])
-    with pytest.raises(ConfigError, match="has checkpoints of its own"):
+    with pytest.raises(ConfigError, match="has its own checkpoints"):
         find_checkpoint(elsewhere, run_dir)
 
 
@@ -280,9 +309,15 @@ def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
     """Config, checkpoint and state of a run in ``pretrain``."""
     config = load_config(CONFIG, overrides)
     stream = TrainStream(
-        shards, config.data, config.phases["pretrain"],
-        name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
-    )  # fmt: skip
+        shards,
+        config.data,
+        config.phases["pretrain"],
+        name="pretrain",
+        with_masks=False,
+        seed=0,
+        rank=0,
+        world_size=1,
+    )
     state = RunState("pretrain", step, stream=stream.state(), ranks=ranks)
     return Checkpoint(run={"config": dump_config(config)}), state, stream
 
@@ -317,13 +352,19 @@ def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
         note_changes(config, shards, saved, state)
     (line,) = caplog.messages
     assert "step 6: 8 images per step instead of 4" in line
-    assert "lr 0.002 instead of 0.001; pass 3 begins, 2 steps of the one before" in line
+    assert "lr 0.002 instead of 0.001; pass 3 begins, the last 2 steps of the pass before" in line
     assert state.stream_shift == 4 - 6
     stream = TrainStream(
-        shards, config.data, config.phases["pretrain"],
-        name="pretrain", with_masks=False, seed=0, rank=0, world_size=1,
+        shards,
+        config.data,
+        config.phases["pretrain"],
+        name="pretrain",
+        with_masks=False,
+        seed=0,
+        rank=0,
+        world_size=1,
         first_step=state.step + state.stream_shift,
-    )  # fmt: skip
+    )
     stream.check_state(state.stream)
     ids = [i for step in (5, 6) for lane in range(4) for i in stream.group_ids(step, lane)]
     assert sorted(ids) == sorted(shards.index["image_id"])

@@ -116,7 +116,7 @@ def test_a_full_disk_is_a_warning_and_the_next_save_makes_it_good(
     with caplog.at_level(logging.WARNING, "bigdet"):
         save(saver, 3)
     assert "pretrain-2: cannot write the checkpoint" in caplog.text
-    assert "The run goes on" in caplog.text
+    assert "The run continues" in caplog.text
     saver.finish()
     assert names(run_dir) == ["latest", "pretrain-3"]
 
@@ -166,7 +166,7 @@ def test_the_last_save_of_a_run_must_succeed(saver: Saver, run_dir: RunDir, full
     saver.wait()
     full_disk(True)
     save(saver, 2)
-    with pytest.raises(distributed.SharedError, match=r"goes on from .*pretrain-1\."):
+    with pytest.raises(distributed.SharedError, match=r"continues from .*pretrain-1\."):
         saver.finish()
 
 

@@ -94,8 +94,9 @@ def test_a_process_that_is_reaped_late_is_waited_for(run: Fixed, late_reaping: N
         beside.start(run.results())
     assert beside.finish(lambda: False)
     assert [(line["step"], line["bbox/AP50"]) for line in run.lines()] == [
-        (30, pytest.approx(51 / 101)), (40, pytest.approx(51 / 101)),
-    ]  # fmt: skip
+        (30, pytest.approx(51 / 101)),
+        (40, pytest.approx(51 / 101)),
+    ]
     assert run.state.unscored is None
     assert not run.run_dir.all_detections()
 
@@ -106,7 +107,7 @@ def test_a_process_that_dies_and_is_reaped_late_is_no_end_of_an_evaluation(
     monkeypatch.setattr(scorer, "evaluate_detections", lambda *_, **__: os._exit(3))
     beside = run.scorer()
     beside.start(run.results())
-    with pytest.raises(ValueError, match=r"pretrain-30\.detections: .* exit code 3\. Started"):
+    with pytest.raises(ValueError, match=r"pretrain-30\.detections: .* exit code 3\. The next"):
         beside.finish(lambda: False)
     assert run.file.exists()
     assert run.state.unscored is not None
@@ -121,7 +122,7 @@ def test_a_run_does_not_go_on_while_numbers_are_missing(run: Fixed) -> None:
     beside = run.scorer()
     beside.start(run.results())
     beside.end()  # as if it were done
-    with pytest.raises(AssertionError, match=r"must not go on as if .*step=30.* were scored"):
+    with pytest.raises(AssertionError, match=r"must not continue as if .*step=30.* were scored"):
         beside.finish(lambda: False)
 
 
@@ -241,16 +242,22 @@ def test_a_process_that_is_killed_ends_the_run_and_leaves_the_detections(
     beside = run.scorer()
     beside.start(run.results())
     os.kill(beside._process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"pretrain-30\.detections: .* exit code -9\. Started"):
+    with pytest.raises(RuntimeError, match=r"pretrain-30\.detections: .* exit code -9\. The next"):
         collect(beside)
     assert run.file.exists()
     assert run.state.unscored is not None
 
 
-@pytest.mark.parametrize(("known", "ap", "best"), [
-    (None, "NaN", None), (None, "null", None), (0.25, "NaN", 0.25), (0.25, "0.5", 0.5),
-    (float("nan"), "0.5", 0.5),  # what an older version noted
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("known", "ap", "best"),
+    [
+        (None, "NaN", None),
+        (None, "null", None),
+        (0.25, "NaN", 0.25),
+        (0.25, "0.5", 0.5),
+        (float("nan"), "0.5", 0.5),  # what an older version noted
+    ],
+)
 def test_an_ap_that_is_no_number_is_never_the_best(
     run: Fixed, known: float | None, ap: str, best: float | None
 ) -> None:

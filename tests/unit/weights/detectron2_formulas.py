@@ -17,8 +17,10 @@ def run(state: dict[str, Tensor], name: str, x: Tensor, **options: object) -> Te
     x = F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **options)
     if f"{name}.norm.weight" not in state:
         return x
-    parts = (state[f"{name}.norm.{kind}"][:, None, None]
-             for kind in ("weight", "bias", "running_mean", "running_var"))  # fmt: skip
+    parts = (
+        state[f"{name}.norm.{kind}"][:, None, None]
+        for kind in ("weight", "bias", "running_mean", "running_var")
+    )
     scale, shift, mean, variance = parts
     return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
 

@@ -14,8 +14,11 @@ import math
 import torch
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-SWIN = {"t": (96, (2, 2, 6, 2), (3, 6, 12, 24)), "s": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
-        "b": (128, (2, 2, 18, 2), (4, 8, 16, 32))}  # fmt: skip
+SWIN = {
+    "t": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "s": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "b": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+}
 STATISTICS = ("running_mean", "running_var")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -48,8 +51,11 @@ def detectron2_resnet(depth: int, groups: int, group_width: int, kind: str) -> S
     shapes |= norm(f"{prefix}stem.conv1.norm", kind, 64)
     for stage, block, inputs, inner, out, has_shortcut in bottlenecks(depth, groups, group_width):
         name = f"{prefix}res{stage + 2}.{block}"
-        layers = {"conv1": (inner, inputs, 1, 1), "conv2": (inner, inner // groups, 3, 3),
-                  "conv3": (out, inner, 1, 1)}  # fmt: skip
+        layers = {
+            "conv1": (inner, inputs, 1, 1),
+            "conv2": (inner, inner // groups, 3, 3),
+            "conv3": (out, inner, 1, 1),
+        }
         if has_shortcut:
             layers["shortcut"] = (out, inputs, 1, 1)
         for which, shape in layers.items():

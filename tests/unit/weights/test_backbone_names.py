@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import _utils as torchvision_utils
 
 from bigdet.config.model_schema import ModelConfig
-from bigdet.models.backbones import build_backbone
+from bigdet.models.backbones.build import build_backbone
 from bigdet.models.build import build_detector
 from bigdet.models.weights import load_parts
 from bigdet.weights.backbone_names import rename
@@ -213,8 +213,11 @@ def test_detectrons_group_norm_loads():
         "res3_1_branch2b_gn_s": torch.ones(128),
     }
     assert set(rename(state, backbone)) == {
-        "conv1.weight", "bn1.weight", "bn1.bias", "layer2.1.bn2.weight",
-    }  # fmt: skip
+        "conv1.weight",
+        "bn1.weight",
+        "bn1.bias",
+        "layer2.1.bn2.weight",
+    }
 
 
 def write_detectron2(folder, reference):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bigdet.config.model_schema import ModelConfig
+from bigdet.models.backbones.vgg import VGG
 from bigdet.models.build import build_detector
 from bigdet.models.rcnn import RCNN
-from bigdet.models.vgg import VGG
 from bigdet.weights.published_backbones import load_backbone_file
 
 WIDTH = 32
@@ -39,14 +39,18 @@ def make_classifier() -> dict[str, Tensor]:
 
 
 def by_torchvisions_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    new = {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3",
-           "head.fc": "classifier.6"}  # fmt: skip
+    new = {
+        "pre_logits.fc1": "classifier.0",
+        "pre_logits.fc2": "classifier.3",
+        "head.fc": "classifier.6",
+    }
     stems = {name: name.rpartition(".") for name in state}
     return {
-        f"{new.get(stem, stem)}.{kind}": state[name].flatten(1) if stem in new and kind == "weight"
+        f"{new.get(stem, stem)}.{kind}": state[name].flatten(1)
+        if stem in new and kind == "weight"
         else state[name]
         for name, (stem, _, kind) in stems.items()
-    }  # fmt: skip
+    }
 
 
 def load(detector: RCNN, state: dict[str, Tensor], tmp_path, parts: list[str]):
@@ -61,8 +65,9 @@ def test_the_box_head_computes_fc6_and_fc7(layout, tmp_path):
     named = state if layout == "timm" else by_torchvisions_names(state)
     rows = load(detector, named, tmp_path, ["backbone", "box_head"])
     assert [(row.part, row.tensors, row.parameters) for row in rows] == [
-        ("backbone", 26, 14_714_688), ("box_head", 4, WIDTH * (512 * 49 + 1) + WIDTH * (WIDTH + 1)),
-    ]  # fmt: skip
+        ("backbone", 26, 14_714_688),
+        ("box_head", 4, WIDTH * (512 * 49 + 1) + WIDTH * (WIDTH + 1)),
+    ]
     pooled = torch.randn(5, 512, 7, 7)
     hidden = pooled
     for name in ("pre_logits.fc1", "pre_logits.fc2"):

@@ -45,8 +45,11 @@ def test_shared_classes_predict_what_they_did_and_new_ones_stay_as_they_were():
     masks = own.mask_head(pooled, torch.tensor([1, 2]))
     torch.testing.assert_close(masks, source.mask_head(pooled, torch.tensor([1, 0])))
     state = own.state_dict()
-    for name, rows in (("box_head.classifier.weight", 0), ("box_head.regressor.bias", slice(0, 4)),
-                       ("mask_head.predictor.weight", 0)):  # fmt: skip
+    for name, rows in (
+        ("box_head.classifier.weight", 0),
+        ("box_head.regressor.bias", slice(0, 4)),
+        ("mask_head.predictor.weight", 0),
+    ):
         assert torch.equal(state[name][rows], fresh[name][rows]), name
 
 

@@ -92,8 +92,9 @@ def test_what_is_no_number_is_refused(tmp_path, value):
 
 def test_code_in_a_torch_file_is_refused_and_never_run(tmp_path):
     trace = tmp_path / "was-here"
-    torch.save({"model": {"a": torch.ones(1)}, "x": Code(os.system, f"touch {trace}")},
-               tmp_path / "a.pth")  # fmt: skip
+    torch.save(
+        {"model": {"a": torch.ones(1)}, "x": Code(os.system, f"touch {trace}")}, tmp_path / "a.pth"
+    )
     with pytest.raises(ValueError, match=r"a\.pth: torch cannot read it as weights alone"):
         read_tensors(tmp_path / "a.pth")
     assert not trace.exists()

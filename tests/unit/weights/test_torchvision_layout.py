@@ -47,8 +47,9 @@ def test_torchvisions_own_model_takes_the_weights(name: str) -> None:
     twin = torchvision_twin(detector)  # loads them strictly
     theirs = twin.state_dict()
     assert {type(module).__module__.split(".")[0] for module in twin.modules()} <= {
-        "torch", "torchvision",
-    }  # fmt: skip
+        "torch",
+        "torchvision",
+    }
     back = from_torchvision(detector, theirs, "test")
     assert all(torch.equal(back[key], value) for key, value in detector.state_dict().items())
 

@@ -156,8 +156,11 @@ def test_detectron2s_mask_rcnn_detects_the_same(sampling_ratio: int) -> None:
     """Its inference from pixels to boxes, scores, classes and masks, by its own formulas."""
     shapes = published.detectron2_rcnn(classes=3, width=16, fc_width=32)
     state = published.random_state(shapes, seed=3)
-    for name in ("proposal_generator.rpn_head.conv", "roi_heads.box_head.fc1",
-                 "roi_heads.mask_head.mask_fcn1"):  # fmt: skip
+    for name in (
+        "proposal_generator.rpn_head.conv",
+        "roi_heads.box_head.fc1",
+        "roi_heads.mask_head.mask_fcn1",
+    ):
         state[f"{name}.weight"] /= 300  # what the pyramid's features are of, so that no score is 1
     state["proposal_generator.rpn_head.anchor_deltas.weight"] /= 5
     state["proposal_generator.rpn_head.anchor_deltas.bias"] *= 0
@@ -216,11 +219,15 @@ IN_MMDETECTION = [  # names of layers in detectron2's Mask R-CNN and in mmdetect
     (r"^roi_heads.box_head.fc", "roi_head.bbox_head.shared_fcs.", r"(?<=fcs.)\d", less(1)),
     (r"^roi_heads.box_predictor.cls_score", "roi_head.bbox_head.fc_cls", r"^$", ""),
     (r"^roi_heads.box_predictor.bbox_pred", "roi_head.bbox_head.fc_reg", r"^$", ""),
-    (r"^roi_heads.mask_head.mask_fcn(\d)", r"roi_head.mask_head.convs.\1.conv",
-     r"(?<=mask_head.convs.)\d", less(1)),
+    (
+        r"^roi_heads.mask_head.mask_fcn(\d)",
+        r"roi_head.mask_head.convs.\1.conv",
+        r"(?<=mask_head.convs.)\d",
+        less(1),
+    ),
     (r"^roi_heads.mask_head.deconv", "roi_head.mask_head.upsample", r"^$", ""),
     (r"^roi_heads.mask_head.predictor", "roi_head.mask_head.conv_logits", r"^$", ""),
-]  # fmt: skip
+]
 
 
 def test_mmdetections_mask_rcnn_is_detectron2s_by_other_names(small) -> None:
@@ -301,21 +308,27 @@ def test_retinanets_layers_speak_of_the_same_anchors(framework: str) -> None:
     # The anchors of one point of P3 by their code: detectron2 goes through the sizes and for each
     # through the ratios; mmdetection the other way round.
     sizes, ratios = [32 * 2 ** (step / 3) for step in range(3)], [0.5, 1.0, 2.0]
-    pairs = [(s, r) for s in sizes for r in ratios] if is_d2 else [
-        (s, r) for r in ratios for s in sizes
-    ]  # fmt: skip
+    pairs = (
+        [(s, r) for s in sizes for r in ratios]
+        if is_d2
+        else [(s, r) for r in ratios for s in sizes]
+    )
     theirs = torch.tensor([[size / ratio**0.5, size * ratio**0.5] for size, ratio in pairs])
     own = detector.retina_head.cells[0][:, 2:] * 2  # width, height
     places = [int((theirs - one).abs().sum(dim=1).argmin()) for one in own]
     assert sorted(places) == list(range(9))
 
     x = torch.randn(1, 16, 1, 1, dtype=torch.float64)
-    branches = ("head.cls_subnet.{}", "head.bbox_subnet.{}") if is_d2 else (
-        "bbox_head.cls_convs.{}.conv", "bbox_head.reg_convs.{}.conv"
-    )  # fmt: skip
-    last = ("head.cls_score", "head.bbox_pred") if is_d2 else (
-        "bbox_head.retina_cls", "bbox_head.retina_reg"
-    )  # fmt: skip
+    branches = (
+        ("head.cls_subnet.{}", "head.bbox_subnet.{}")
+        if is_d2
+        else ("bbox_head.cls_convs.{}.conv", "bbox_head.reg_convs.{}.conv")
+    )
+    last = (
+        ("head.cls_score", "head.bbox_pred")
+        if is_d2
+        else ("bbox_head.retina_cls", "bbox_head.retina_reg")
+    )
     found = detector.retina_head([x] * 5, [8] * 5, (8, 8))
     both = (found.logits[0], found.deltas[:, :9])
     for branch, end, ours in zip(branches, last, both, strict=True):
@@ -343,12 +356,14 @@ def small() -> tuple[dict[str, Tensor], Detector]:
 )
 def test_the_first_convolution_takes_our_images(small, mean, deviation, pixels, factors) -> None:
     state, detector = small
-    buffers = {"pixel_mean": torch.tensor(mean).view(3, 1, 1),
-               "pixel_std": torch.tensor(deviation).view(3, 1, 1)}  # fmt: skip
+    buffers = {
+        "pixel_mean": torch.tensor(mean).view(3, 1, 1),
+        "pixel_std": torch.tensor(deviation).view(3, 1, 1),
+    }
     theirs = state["backbone.bottom_up.stem.conv1.weight"]
-    expected = theirs if factors is None else theirs[:, [2, 1, 0]] * torch.tensor(factors).view(
-        1, 3, 1, 1
-    )  # fmt: skip
+    expected = (
+        theirs if factors is None else theirs[:, [2, 1, 0]] * torch.tensor(factors).view(1, 3, 1, 1)
+    )
     for said, tensors in ((None, {**state, **buffers}), (pixels, state)):
         named = from_framework(detector, tensors, "detectron2", said, "x.pkl")
         torch.testing.assert_close(named["backbone.conv1.weight"], expected)

@@ -17,23 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.data.format.manifest import Category, Manifest, ShardError
-from bigdet.data.format.mix import name_key
+from bigdet.data.format.mix import name_key, take_id
 from bigdet.data.format.shard_set import LABEL_LISTS, STRING_IDS
 from bigdet.data.making.annotations import clean_annotation
 from bigdet.data.making.conversion import (
+    DEFAULT_MAKING,
     MadeSample,
     Making,
     Progress,
     convert,
     no_progress,
-    refuse_others,
 )
 from bigdet.data.making.shard_tar import MAX_U2, SampleLog, count_boxes
 from bigdet.data.making.shard_writer import SetInfo, category_values
 from bigdet.data.making.sources.coco_file import CocoFile, ImageEntry, load_coco, read_text
 from bigdet.data.making.sources.file_names import FRONT, find_files, what_is_there
 from bigdet.data.making.sources.image_files import check_folder, file_bytes, read_image
-from bigdet.data.making.storage import open_storage
+from bigdet.data.making.storage import open_unused
 from bigdet.pictures.pixels import Exif
 
 Json = dict[str, Any]
@@ -46,7 +46,7 @@ def convert_coco(
     *,
     keypoints: Path | None = None,
     categories: list[Category] | None = None,
-    making: Making | None = None,
+    making: Making = DEFAULT_MAKING,
     progress: Progress = no_progress,
 ) -> Manifest | None:
     """Write COCO-format data as shards.
@@ -60,7 +60,7 @@ def convert_coco(
         categories: the classes in the order of the labels, found by name (on the command line a
             JSON list, annotation file or manifest.json of them); None takes those of the
             annotations by rising id.
-        making: how; None is as the defaults say.
+        making: how.
         progress: called now and then with the number of images done and in all.
 
     Returns:
@@ -69,9 +69,8 @@ def convert_coco(
     Raises:
         ShardError: the input is not COCO, contradicts itself, or nothing in it can be used.
     """
-    refuse_others(open_storage(out))  # before a file of 450 MB is read
+    open_unused(out)  # before a file of 450 MB is read
     check_folder(images)
-    making = making or Making()
     source = CocoSource("coco", images, in_order(load_coco(annotations), categories), making.exif)
     if keypoints is not None:
         source.add_keypoints(load_coco(keypoints))
@@ -84,7 +83,7 @@ def convert_objects365(
     out: str | Path,
     *,
     categories: list[Category] | None = None,
-    making: Making | None = None,
+    making: Making = DEFAULT_MAKING,
     progress: Progress = no_progress,
 ) -> Manifest | None:
     """Write Objects365 (v1 or v2) as shards: COCO's form, but files lie elsewhere than named.
@@ -101,9 +100,8 @@ def convert_objects365(
         making: the same.
         progress: the same.
     """
-    refuse_others(open_storage(out))  # before a file of 450 MB is read
+    open_unused(out)  # before a file of 450 MB is read
     check_folder(images)
-    making = making or Making()
     coco = in_order(load_coco(annotations), categories)
     source = CocoSource("objects365", images, coco, making.exif)
     return convert(source, out, making, progress)
@@ -127,9 +125,7 @@ def in_order(coco: CocoFile, categories: list[Category] | None) -> CocoFile:
     for category in categories:
         found = exact.get(category.name) or folded.get(name_key(category.name))
         if found is None or found in ordered:
-            number = max(used) + 1 if category.id in used else category.id
-            found = replace(category, id=number)
-            used.add(number)
+            found = replace(category, id=take_id(category.id, used))
         ordered.append(found)
     ids = [category.id for category in ordered]
     left_out = coco.annotations["category_id"][~np.isin(coco.annotations["category_id"], ids)]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from bigdet.data.format.manifest import Manifest, ShardError
-from bigdet.data.making.conversion import Making, Progress, no_progress, refuse_others
+from bigdet.data.making.conversion import DEFAULT_MAKING, Making, Progress, no_progress
 from bigdet.data.making.sources.image_files import check_folder, safe_path
 from bigdet.data.making.sources.image_headers import read_header
 from bigdet.data.making.sources.records import convert_records
-from bigdet.data.making.storage import open_storage
+from bigdet.data.making.storage import open_unused
 from bigdet.pictures.pixels import Exif, turned_size
 
 TYPES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
@@ -31,7 +31,7 @@ def convert_deeppcb(
     split: str,
     out: str | Path,
     *,
-    making: Making | None = None,
+    making: Making = DEFAULT_MAKING,
     progress: Progress = no_progress,
 ) -> Manifest | None:
     """Write one split as shards; image ids are places in its list, from 1.
@@ -40,7 +40,7 @@ def convert_deeppcb(
         root: the folder PCBData, which holds the lists and what they name.
         split: a list in it without ``.txt``: ``trainval`` or ``test``.
         out: folder or address for the shards.
-        making: how; None is as the defaults say.
+        making: how.
         progress: called now and then with the number of images done and in all.
 
     Returns:
@@ -49,9 +49,8 @@ def convert_deeppcb(
     Raises:
         ShardError: the layout is another.
     """
-    refuse_others(open_storage(out))
+    open_unused(out)
     check_folder(root)
-    making = making or Making()
     return convert_records(
         "deeppcb", root, read_split(root, split, making.exif), out,
         options={"root": str(root), "split": split}, making=making, progress=progress,

@@ -38,11 +38,11 @@ from pathlib import Path
 from typing import Any
 
 from bigdet.data.format.manifest import Manifest
-from bigdet.data.making.conversion import Making, Progress, convert, no_progress, refuse_others
+from bigdet.data.making.conversion import DEFAULT_MAKING, Making, Progress, convert, no_progress
 from bigdet.data.making.sources.coco import CocoSource
 from bigdet.data.making.sources.coco_file import load_coco
 from bigdet.data.making.sources.image_files import check_folder
-from bigdet.data.making.storage import open_storage
+from bigdet.data.making.storage import open_unused
 
 
 def convert_records(
@@ -52,7 +52,7 @@ def convert_records(
     out: str | Path,
     *,
     options: Mapping[str, Any] | None = None,
-    making: Making | None = None,
+    making: Making = DEFAULT_MAKING,
     progress: Progress = no_progress,
 ) -> Manifest | None:
     """Write records in COCO's form as shards; what is wrong with one of them is noted, as there.
@@ -65,7 +65,7 @@ def convert_records(
             ``categories`` (id, name); all that JSON can hold.
         out: folder or address for the shards.
         options: for the manifest.
-        making: how; None is as the defaults say.
+        making: how.
         progress: called now and then with the number of images done and in all.
 
     Returns:
@@ -74,9 +74,8 @@ def convert_records(
     Raises:
         ShardError: the records contradict themselves, or nothing in them can be used.
     """
-    refuse_others(open_storage(out))
+    open_unused(out)
     check_folder(images)
-    making = making or Making()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.json"
         path.write_text(json.dumps(records), encoding="utf-8")

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from bigdet.data.format.manifest import Category, Manifest, ShardError
 from bigdet.data.making.annotations import clean_annotation
 from bigdet.data.making.conversion import (
+    DEFAULT_MAKING,
     MadeSample,
     Making,
     Progress,
     convert,
     no_progress,
-    refuse_others,
 )
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
 from bigdet.data.making.shard_tar import MAX_U2, SampleLog
@@ -39,7 +39,7 @@ from bigdet.data.making.shard_writer import SetInfo, category_values
 from bigdet.data.making.sources.file_names import SUFFIX, find_files
 from bigdet.data.making.sources.image_files import file_bytes, is_inside, read_image
 from bigdet.data.making.sources.voc_files import ImageFolder, XmlFolder, parse_xml, read_split
-from bigdet.data.making.storage import open_storage
+from bigdet.data.making.storage import open_unused
 from bigdet.pictures.pixels import Exif
 
 FLAGS = ("difficult", "ignore", "iscrowd")
@@ -75,7 +75,7 @@ def convert_voc(
     out: str | Path,
     *,
     categories: list[Category] | None = None,
-    making: Making | None = None,
+    making: Making = DEFAULT_MAKING,
     progress: Progress = no_progress,
 ) -> Manifest | None:
     """Write one split of a data set in VOC's layout as shards.
@@ -87,7 +87,7 @@ def convert_voc(
         categories: the classes in the order of the labels (on the command line a JSON list of
             them); None takes the names in all XML files of the
             folder, of whatever split, in alphabetical order with ids from 1.
-        making: how; None is as the defaults say.
+        making: how.
         progress: called now and then with the number of images done and in all.
 
     Returns:
@@ -96,8 +96,7 @@ def convert_voc(
     Raises:
         ShardError: the layout is another, or nothing in it can be used.
     """
-    making = making or Making()
-    refuse_others(open_storage(out))
+    open_unused(out)
     log, folder = SampleLog(), ImageFolder(root / "JPEGImages")
     files = XmlFolder(root / "Annotations")
     images = [

@@ -17,6 +17,8 @@ from bigdet.models.norms import Kind, make_norm
 class ResNet(Backbone):
     """A ResNet or ResNeXt with a 7x7 stem; bottlenecks have their stride in the 3x3 convolution."""
 
+    group_matcher = TimmResNet.group_matcher
+
     def __init__(
         self,
         layers: list[int],

@@ -21,6 +21,7 @@ class Swin(Backbone):
 
     timm_class: ClassVar[Any] = TimmSwin
     window = 7
+    group_matcher = TimmSwin.group_matcher
 
     def __init__(
         self, embed_dim: int, depths: list[int], num_heads: list[int], drop_path: float

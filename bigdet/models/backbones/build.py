@@ -17,8 +17,6 @@ from bigdet.config.own import import_callable, type_name
 from bigdet.models.backbone_base import STRIDES, Backbone
 from bigdet.models.norms import BatchNorm2d, Kind, batch_norms
 
-__all__ = ["Backbone", "build_backbone", "freeze_stages"]
-
 NUM_STAGES = 5
 
 

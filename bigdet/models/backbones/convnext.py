@@ -29,6 +29,11 @@ class ConvNeXt(Backbone):
         """The stem and the four stages; the output norms belong to none of them."""
         return [[self.stem], *([stage] for stage in self.layers)]
 
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Give timm's patterns with the names of here."""
+        blocks = [(r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": "^stem", "blocks": blocks}
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute C2 to C5; its strided layers would leave out edges, so images are padded."""
         height, width = images.shape[-2:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, resample_abs_pos_embed
 from timm.models.swin_transformer import window_partition, window_reverse
@@ -18,6 +19,7 @@ from bigdet.models.backbone_base import STRIDES, Backbone, cut_to_size, pad_to_m
 
 PATCH = 16
 GRID = 14  # patches on a side of the images of pre-training, 224 pixels
+GLOBAL_GRID = 64  # patches on a side of the images that relative positions are made for, 1024
 WINDOW = (GRID, GRID)
 NUM_QUARTERS = 4
 
@@ -45,10 +47,76 @@ class PatchEmbedding(nn.Module):
         return x + positions.view(1, *size, -1)
 
 
+class RelativeAttention(nn.Module):
+    """Attention with relative positions, in height and in width (Li et al. 2022, MViTv2).
+
+    A query q adds ``q . rel_pos_h[distance] + q . rel_pos_w[distance]`` to its logit of a key. Both
+    terms are carried as further channels: those of a query have its products with the table, one
+    per row and column of keys, and those of a key pick its own row and column. The kernels without
+    an ``(N, N)`` tensor in memory thus serve here too.
+
+    Attributes:
+        rel_pos_h: ``(2 x grid - 1, C / heads)``, by query row - key row + grid - 1; interpolated to
+            the rows of the input. They begin at 0.
+        rel_pos_w: the same of columns.
+    """
+
+    def __init__(self, timm_attention: Any, grid: int) -> None:
+        """Take the layers of timm's.
+
+        Args:
+            timm_attention: plain attention.
+            grid: tokens on a side of the input that it is made for.
+        """
+        super().__init__()
+        self.num_heads: int = timm_attention.num_heads
+        self.scale: float = timm_attention.scale
+        self.qkv: nn.Module = timm_attention.qkv
+        self.proj: nn.Module = timm_attention.proj
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, timm_attention.head_dim))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, timm_attention.head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Let all tokens ``(B, h, w, C)`` of a map attend to each other."""
+        batch, height, width, channels = x.shape
+        qkv = self.qkv(x).view(batch, height, width, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)  # (B, heads, h, w, C / heads)
+        of_rows = torch.einsum("bnhwc,hkc->bnhwk", q, _by_distance(self.rel_pos_h, height))
+        of_columns = torch.einsum("bnhwc,wkc->bnhwk", q, _by_distance(self.rel_pos_w, width))
+        rows = torch.eye(height, dtype=k.dtype, device=k.device)[:, None]
+        columns = torch.eye(width, dtype=k.dtype, device=k.device)
+        own_row, own_column = (own.expand(*k.shape[:4], -1) for own in (rows, columns))
+        q = torch.cat([q * self.scale, of_rows, of_columns], dim=-1)
+        k = torch.cat([k, own_row, own_column], dim=-1)
+        more = -q.shape[-1] % 8  # fused kernels want a multiple
+        q, k = F.pad(q, (0, more)).flatten(2, 3), F.pad(k, (0, more)).flatten(2, 3)
+        x = F.scaled_dot_product_attention(q, k, v.flatten(2, 3), scale=1.0)
+        x = x.transpose(1, 2).reshape(batch, height, width, channels)
+        projected: Tensor = self.proj(x)
+        return projected
+
+
+def _by_distance(table: Tensor, size: int) -> Tensor:
+    """Give the rows ``(size, size, C)`` of a table ``(L, C)`` of distances, [query, key]."""
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
+    places = torch.arange(size, device=table.device)
+    return table[places[:, None] - places + size - 1]
+
+
 class ViT(Backbone):
     """Patches of 16x16 pixels; C2 to C5 come from the last map by (de)convolutions."""
 
-    def __init__(self, width: int, depth: int, num_heads: int, drop_path: float) -> None:
+    group_matcher = TimmViT.group_matcher
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        num_heads: int,
+        drop_path: float,
+        relative_positions: bool = False,
+    ) -> None:
         """Build timm's, initialized as there; the pyramid with MSRA weights."""
         super().__init__()
         timm_model = TimmViT(
@@ -64,6 +132,11 @@ class ViT(Backbone):
         )
         self.patch_embed = PatchEmbedding(timm_model)
         self.blocks: Any = nn.ModuleList(timm_model.blocks)
+        if relative_positions:
+            last_of_quarters = [quarter[-1] for quarter in self.stages[1:]]
+            for block in self.blocks:
+                grid = GLOBAL_GRID if block in last_of_quarters else GRID
+                block.attn = RelativeAttention(block.attn, grid)
         self.channels = [width // 4, width // 2, width, width]
         self.pyramid = nn.ModuleList(
             [
@@ -120,10 +193,19 @@ def _run_block(block: Any, x: Tensor, in_windows: bool) -> Tensor:
     if in_windows:
         y = F.pad(y, (0, 0, 0, -width % GRID, 0, -height % GRID))
         windows = window_partition(y, WINDOW)  # (B x windows, 14, 14, C)
-        attended = block.attn(windows.flatten(1, 2)).view_as(windows)
-        y = window_reverse(attended, WINDOW, y.shape[1], y.shape[2])[:, :height, :width]
+        y = window_reverse(_attend(block.attn, windows), WINDOW, y.shape[1], y.shape[2])[
+            :, :height, :width
+        ]
     else:
-        y = block.attn(y.flatten(1, 2)).view_as(y)
+        y = _attend(block.attn, y)
     x = x + block.drop_path1(block.ls1(y))
     mixed: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return mixed
+
+
+def _attend(attention: Any, x: Tensor) -> Tensor:
+    """Let all tokens ``(B, h, w, C)`` of a map attend to each other."""
+    if isinstance(attention, RelativeAttention):
+        return attention(x)  # type: ignore[no-any-return]
+    attended: Tensor = attention(x.flatten(1, 2)).view_as(x)
+    return attended
