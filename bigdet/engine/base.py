@@ -8,6 +8,7 @@ reads what another one wrote.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet import distributed
 from bigdet.engine.parts import Share, Source
-from bigdet.pieces.index import MODEL, Catalog
+from bigdet.pieces.index import EMA, MODEL, Catalog
 
 BUCKET_ELEMENTS = 50_000_000
 """Numbers that ZeRO's stages 0 to 2 send in one call. DeepSpeed's own 500 million would be a buffer
@@ -76,8 +77,22 @@ class Engine(Protocol):
         """Set the learning rate of the next steps, times each group's own ``lr_factor``."""
         ...
 
+    def update_ema(self, decay: float) -> None:
+        """Move the average of the weights towards the newest ones, ``decay`` of the old stays.
+
+        For an engine that keeps one, after each step that counted. No communication.
+        """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Let the module have the average of the weights inside a block, to evaluate. Collective.
+
+        No other method may be called in it. Without an average nothing happens.
+        """
+        ...
+
     def share(self, position: int, size: int) -> Share:
-        """Copy to the CPU what this rank saves of weights and optimizer state.
+        """Copy to the CPU what this rank saves of weights and optimizer state. Collective.
 
         Args:
             position: of this rank among those that divide between them what all of them hold.
@@ -110,8 +125,17 @@ def weight_shapes(module: nn.Module) -> Shapes:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
+def has_optimizer_state(catalog: Catalog) -> bool:
+    """Tell whether what was saved has optimizer state: not before the first step of a phase."""
+    return bool(catalog.keys() - {MODEL, EMA})
+
+
 def check_fits(
-    catalog: Catalog, shapes: Shapes, trained: Collection[str], keys: Sequence[str]
+    catalog: Catalog,
+    shapes: Shapes,
+    trained: Collection[str],
+    keys: Sequence[str],
+    averaged: Collection[str] = (),
 ) -> None:
     """Check that what was saved is of this model and optimizer.
 
@@ -120,28 +144,38 @@ def check_fits(
         shapes: of the module, from `weight_shapes`.
         trained: names of the parameters that the optimizer steps.
         keys: of the optimizer, from `state_keys`.
+        averaged: names of what the engine keeps moving averages of.
 
     Raises:
         SharedError: on every rank, with the names that differ.
     """
-    if problems := misfits(catalog, shapes, trained, keys):
+    if problems := misfits(catalog, shapes, trained, keys, averaged):
         raise distributed.SharedError(
             f"The checkpoint does not fit the model and optimizer of this phase: {problems}. "
             f"Go on with the config it was made with, or start anew in another output folder."
         )
 
 
-def misfits(catalog: Catalog, shapes: Shapes, trained: Collection[str], keys: Sequence[str]) -> str:
+def misfits(
+    catalog: Catalog,
+    shapes: Shapes,
+    trained: Collection[str],
+    keys: Sequence[str],
+    averaged: Collection[str] = (),
+) -> str:
     """Say how a state differs from what a module and its optimizer need; empty if it fits."""
     found = {name: spec.shape for name, spec in catalog.get(MODEL, {}).items()}
     problems = _differences("weights", found, shapes)
-    saved = {kind: specs for kind, specs in catalog.items() if kind != MODEL}
-    if saved and not problems:
+    if not problems:
+        found = {name: spec.shape for name, spec in catalog.get(EMA, {}).items()}
+        problems = _differences("moving averages", found, {name: shapes[name] for name in averaged})
+    if has_optimizer_state(catalog) and not problems:
         problems = _differences(
             "optimizer state",
             {
                 f"{name}/{kind}": spec.shape
-                for kind, specs in saved.items()
+                for kind, specs in catalog.items()
+                if kind not in (MODEL, EMA)
                 for name, spec in specs.items()
             },
             {

@@ -8,6 +8,8 @@ loss scale are the same in all engines (`precision.py`).
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import logging
 import math
@@ -26,11 +28,14 @@ from bigdet.engine.base import (
     MakeOptimizer,
     StepResult,
     check_fits,
+    has_optimizer_state,
     state_keys,
     weight_shapes,
 )
+from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.pieces.index import EMA, MODEL
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
@@ -66,6 +71,7 @@ class DeepSpeedEngine:
         config: stage, precision, clipping and offload.
         num_micro_batches: of this rank per step, the same on every rank.
         device: of this rank.
+        with_ema: keep a moving average of what is trained.
     """
 
     def __init__(
@@ -75,6 +81,8 @@ class DeepSpeedEngine:
         config: EngineConfig,
         num_micro_batches: int,
         device: torch.device,
+        *,
+        with_ema: bool = False,
     ) -> None:
         assert config.zero_stage is not None
         self.module = module
@@ -108,6 +116,10 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )[0]
         self._state = self._state_access()
+        self._ema = None
+        if with_ema:
+            state = self._state
+            self._ema = MovingAverage(module, self._trained, state.parts, state.use_parts)
 
     def _state_access(self) -> ZeroState:
         """How weights and optimizer state of this stage are read and written."""
@@ -167,24 +179,41 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
 
-    def parts(self) -> list[Part]:
-        """Give what this rank holds of weights and, once there is any, optimizer state."""
-        weights = self.module.state_dict(keep_vars=True)
-        parts = [
-            self._state.weight(name, value, self._shapes[name]) for name, value in weights.items()
+    def update_ema(self, decay: float) -> None:
+        """Move the average of the weights towards the newest ones."""
+        if self._ema is not None:
+            self._ema.update(decay)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Let the module have the average of the weights inside a block. Collective."""
+        return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
+
+    def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
+        """Give what this rank holds of parameters and buffers, as they are now."""
+        own = self.module.state_dict(keep_vars=True)
+        return [self._state.weight(kind, name, own[name], self._shapes[name]) for name in names]
+
+    def _optimizer_parts(self) -> list[Part]:
+        """Give what this rank holds of the optimizer state, once there is any."""
+        if not self._optimizer.state:
+            return []
+        self._state.prepare()
+        return [
+            self._state.part(name, parameter, group, key, self._shapes[name])
+            for name, (parameter, group) in self._trained.items()
+            for key in self._keys
         ]
-        if self._optimizer.state:
-            self._state.prepare()
-            parts += [
-                self._state.part(name, parameter, group, key, self._shapes[name])
-                for name, (parameter, group) in self._trained.items()
-                for key in self._keys
-            ]
-        return parts
 
     def share(self, position: int, size: int) -> Share:
-        """Copy what this rank saves; see ``parts.copy_share``."""
-        return copy_share(self.parts(), position, size, self._scale.state())
+        """Copy what this rank saves; see ``parts.copy_share``. Collective."""
+        share = copy_share(
+            self._weights(MODEL, self._shapes) + self._optimizer_parts(), position, size
+        )
+        if self._ema is not None:
+            with self._ema.in_place():
+                averages = copy_share(self._weights(EMA, self._ema.names), position, size)
+            share = share.with_more(averages)
+        return dataclasses.replace(share, loss_scale=self._scale.state())
 
     def load_state(self, source: Source) -> None:
         """Go on from what was saved, reading this rank's part of it. Collective.
@@ -192,12 +221,16 @@ class DeepSpeedEngine:
         Raises:
             SharedError: on every rank, when the state is that of another model or optimizer.
         """
-        check_fits(source.catalog, self._shapes, self._trained, self._keys)
+        averaged = () if self._ema is None else self._ema.names
+        check_fits(source.catalog, self._shapes, self._trained, self._keys, averaged)
         self._optimizer.state.clear()
-        if len(source.catalog) > 1:
+        if has_optimizer_state(source.catalog):
             self._state.create(self._keys)
+        if self._ema is not None:
+            with self._ema.in_place(), self._state.setting():
+                fill(self._weights(EMA, averaged), source)
         with self._state.setting():
-            fill(self.parts(), source)
+            fill(self._weights(MODEL, self._shapes) + self._optimizer_parts(), source)
         self._scale.load_state(source.loss_scale)
 
     def close(self) -> None:
@@ -209,7 +242,7 @@ class DeepSpeedEngine:
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         self._trained.clear()
-        self._engine = None
+        self._engine = self._ema = None
         del self._state
         gc.collect()  # engine and optimizer refer to each other
 

@@ -7,6 +7,8 @@ reduced in fp32, as in the other engine; see `precision.py`.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -25,12 +27,14 @@ from bigdet.engine.base import (
     MakeOptimizer,
     StepResult,
     check_fits,
+    has_optimizer_state,
     state_keys,
     weight_shapes,
 )
+from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
-from bigdet.pieces.index import MODEL
+from bigdet.pieces.index import EMA, MODEL
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -50,6 +54,7 @@ class FsdpEngine:
         device: of this rank.
         units: modules that are sharded and gathered together, each called once or more in a
             forward pass; what is in none of them makes one more unit.
+        with_ema: keep a moving average of what is trained.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class FsdpEngine:
         num_micro_batches: int,
         device: torch.device,
         units: Sequence[Sequence[nn.Module]],
+        *,
+        with_ema: bool = False,
     ) -> None:
         distributed.start()
         self.module = module
@@ -88,6 +95,19 @@ class FsdpEngine:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+        self._ema = None
+        if with_ema:
+            self._ema = MovingAverage(module, self._trained, self._parts, self._use_parts)
+
+    def _parts(self) -> list[Tensor]:
+        """This rank's rows of what is trained; the first forward pass may move them."""
+        return [_shard(parameter) for parameter in self._trained.values()]
+
+    def _use_parts(self) -> None:
+        """Let go of what is gathered: after an evaluation the outermost unit still is."""
+        for layer in self.module.modules():
+            if isinstance(layer, FSDPModule):
+                layer.reshard()
 
     def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
         """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
@@ -129,21 +149,39 @@ class FsdpEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
 
-    def parts(self) -> list[Part]:
-        """Give what this rank holds of weights and, once there is any, optimizer state."""
-        weights = self.module.state_dict()
-        parts = [_part(MODEL, name, value, self._shapes[name]) for name, value in weights.items()]
-        if self._optimizer.state:
-            for name, parameter in self._trained.items():
-                values = self._optimizer.state[parameter]
-                for key in self._keys:
-                    shape = () if key == "step" else self._shapes[name]
-                    parts.append(_part(key, name, values[key], shape))
-        return parts
+    def update_ema(self, decay: float) -> None:
+        """Move the average of the weights towards the newest ones."""
+        if self._ema is not None:
+            self._ema.update(decay)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Let the module have the average of the weights inside a block. Collective."""
+        return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
+
+    def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
+        """Give what this rank holds of parameters and buffers, as they are now."""
+        own = self.module.state_dict()
+        return [_part(kind, name, own[name], self._shapes[name]) for name in names]
+
+    def _optimizer_parts(self) -> list[Part]:
+        """Give what this rank holds of the optimizer state, once there is any."""
+        return [
+            _part(key, name, self._optimizer.state[parameter][key], self._shapes[name])
+            for name, parameter in self._trained.items()
+            if parameter in self._optimizer.state
+            for key in self._keys
+        ]
 
     def share(self, position: int, size: int) -> Share:
-        """Copy what this rank saves; see ``parts.copy_share``."""
-        return copy_share(self.parts(), position, size, self._scale.state())
+        """Copy what this rank saves; see ``parts.copy_share``. Collective."""
+        share = copy_share(
+            self._weights(MODEL, self._shapes) + self._optimizer_parts(), position, size
+        )
+        if self._ema is not None:
+            with self._ema.in_place():
+                averages = copy_share(self._weights(EMA, self._ema.names), position, size)
+            share = share.with_more(averages)
+        return dataclasses.replace(share, loss_scale=self._scale.state())
 
     def load_state(self, source: Source) -> None:
         """Go on from what was saved, reading this rank's part of it. Collective.
@@ -151,15 +189,19 @@ class FsdpEngine:
         Raises:
             SharedError: on every rank, when the state is that of another model or optimizer.
         """
-        check_fits(source.catalog, self._shapes, self._trained, self._keys)
+        averaged = () if self._ema is None else self._ema.names
+        check_fits(source.catalog, self._shapes, self._trained, self._keys, averaged)
         self._optimizer.state.clear()
-        if len(source.catalog) > 1:
+        if has_optimizer_state(source.catalog):
             for parameter in self._trained.values():
                 self._optimizer.state[parameter] = {
                     key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
                     for key in self._keys
                 }
-        fill(self.parts(), source)
+        if self._ema is not None:
+            with self._ema.in_place():
+                fill(self._weights(EMA, averaged), source)
+        fill(self._weights(MODEL, self._shapes) + self._optimizer_parts(), source)
         self._scale.load_state(source.loss_scale)
 
     def close(self) -> None:
@@ -168,6 +210,7 @@ class FsdpEngine:
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         self._trained.clear()
+        self._ema = None
 
 
 def _shard(value: Tensor) -> Tensor:
@@ -179,7 +222,7 @@ def _shard(value: Tensor) -> Tensor:
 def _part(kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
     """Say what this rank holds of a tensor: rows of it, or all."""
     if not isinstance(value, DTensor):
-        return Part(kind, name, shape, 0, value, is_whole=True)
+        return Part(kind, name, tuple(value.shape), 0, value, is_whole=True)
     _, offset = compute_local_shape_and_global_offset(
         value.shape, value.device_mesh, value.placements
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -25,7 +25,7 @@ class Part:
     """What this rank holds of one tensor.
 
     Attributes:
-        kind: ``model`` for parameters and buffers, else what the optimizer calls it.
+        kind: ``MODEL``, ``EMA``, or what the optimizer calls it.
         name: of the parameter or buffer.
         shape: of the whole tensor.
         first: number, in the flattened whole tensor, of the first one that is held.
@@ -71,6 +71,12 @@ class Share:
     catalog: Catalog = field(default_factory=dict)
     loss_scale: dict[str, float] = field(default_factory=dict)
 
+    def with_more(self, other: Share) -> Share:
+        """Add tensors of other kinds."""
+        return replace(
+            self, pieces=self.pieces + other.pieces, catalog=self.catalog | other.catalog
+        )
+
 
 class Source(Protocol):
     """What an engine can go on from, such as ``pieces.reading.Stored``."""
@@ -94,16 +100,13 @@ class Source(Protocol):
         ...
 
 
-def copy_share(
-    parts: Sequence[Part], position: int, size: int, loss_scale: dict[str, float]
-) -> Share:
+def copy_share(parts: Sequence[Part], position: int, size: int) -> Share:
     """Copy what a rank saves to the CPU.
 
     Args:
         parts: of all tensors; of those that are whole, in the same order on all ranks.
         position: of this rank among those that divide the whole tensors between them.
         size: how many these are.
-        loss_scale: of the engine.
     """
     total = sum(part.values.numel() for part in parts if part.is_whole)
     begin, end = total * position // size, total * (position + 1) // size
@@ -121,7 +124,7 @@ def copy_share(
             pieces.append(Piece(part.kind, part.name, first, _to_cpu(values)))
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the copies are under way until here
-    return Share(pieces, catalog, loss_scale)
+    return Share(pieces, catalog)
 
 
 def _to_cpu(values: Tensor) -> Tensor:

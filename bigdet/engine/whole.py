@@ -85,16 +85,17 @@ def _collect(stored: Stored, senders: dict[str, int | None]) -> Iterator[Tensor]
     """Send this rank's pieces of the weights to rank 0, which yields whole tensors of them."""
     for name, spec in stored.catalog[MODEL].items():
         values = torch.empty(spec.count if distributed.is_main() else 0, dtype=spec.torch_dtype)
-        for first, count, file in stored.cover(name):
-            sender = senders[file]
+        for place in stored.cover(name):
+            sender = senders[place.file]
+            room = values[place.first : place.first + place.count]
             if sender == distributed.rank():
-                piece = stored.read(MODEL, name, first, count)
+                piece = stored.read(MODEL, name, place.first, place.count)
                 if sender != 0:
                     distributed.send_tensor(piece)
                 else:
-                    values[first : first + count] = piece
+                    room.copy_(piece)
             elif distributed.is_main():
                 assert sender is not None
-                distributed.receive_tensor(values[first : first + count], sender)
+                distributed.receive_tensor(room, sender)
         if distributed.is_main():
             yield values.view(spec.shape)

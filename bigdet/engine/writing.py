@@ -87,6 +87,7 @@ class Save:
         disks: of the ranks.
         metadata: of the weights (rank 0).
         run: plain values for ``state.json`` (rank 0).
+        attempt: number of the save in this process; a save that failed gives its number back.
     """
 
     folder: Path
@@ -94,6 +95,12 @@ class Save:
     disks: Disks = field(default_factory=Disks)
     metadata: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    attempt: int = 0
+
+    @property
+    def notes(self) -> str:
+        """What the names of its notes begin with."""
+        return f"save {self.attempt} {self.number}"
 
 
 def next_number(checkpoints: Path) -> int:
@@ -122,16 +129,16 @@ def write(save: Save, share: Share, must_end: Callable[[], bool] = lambda: False
     if notes is None or rank == 0:
         reports = [report]
         if notes is not None:
-            reports += [json.loads(notes.take(f"{save.number}/{k}", must_end)) for k in others]
+            reports += [json.loads(notes.take(f"{save.notes}/from {k}", must_end)) for k in others]
         verdict = _explained(save, lambda: _complete(save, share, reports))
         for owner in set(save.disks.owners) - {0}:
             assert notes is not None
-            notes.leave(f"{save.number}/to {owner}", json.dumps(verdict))
+            notes.leave(f"{save.notes}/to {owner}", json.dumps(verdict))
     else:
-        notes.leave(f"{save.number}/{rank}", json.dumps(report))
+        notes.leave(f"{save.notes}/from {rank}", json.dumps(report))
         verdict = report
         if save.disks.is_owner:
-            verdict = json.loads(notes.take(f"{save.number}/to {rank}", must_end))
+            verdict = json.loads(notes.take(f"{save.notes}/to {rank}", must_end))
             _explained(save, lambda: _finish(save, verdict))
     if "problem" in verdict:
         if save.disks.is_owner:

@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from bigdet import distributed
 from bigdet.engine.parts import Part
-from bigdet.pieces.index import MODEL
 
 
 class ZeroState(Protocol):
@@ -35,7 +34,7 @@ class ZeroState(Protocol):
         """Make room for the optimizer state, as a first step would."""
         ...
 
-    def weight(self, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
+    def weight(self, kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
         """Give what this rank holds of a parameter or buffer; ``shape`` is that of the whole."""
         ...
 
@@ -47,6 +46,14 @@ class ZeroState(Protocol):
 
     def setting(self) -> contextlib.AbstractContextManager[None]:
         """Let weights be set inside a block, and take them over at its end."""
+        ...
+
+    def parts(self) -> list[Tensor]:
+        """Give the tensors that this rank's optimizer steps, in fp32."""
+        ...
+
+    def use_parts(self) -> None:
+        """Compute with these tensors as they are now, as after a step."""
         ...
 
 
@@ -65,9 +72,9 @@ class PlainState:
             for parameter in settings["params"]:
                 _add_zeros(self._optimizer, parameter, keys)
 
-    def weight(self, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
+    def weight(self, kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
         """Weights are whole."""
-        return Part(MODEL, name, shape, 0, value, is_whole=True)
+        return Part(kind, name, shape, 0, value, is_whole=True)
 
     def part(
         self, name: str, parameter: Tensor, group: int, key: str, shape: tuple[int, ...]
@@ -79,6 +86,13 @@ class PlainState:
     def setting(self) -> Iterator[None]:
         """Nothing to do."""
         yield
+
+    def parts(self) -> list[Tensor]:
+        """Give the parameters, or what DeepSpeed put in their place."""
+        return [part for group in self._optimizer.param_groups for part in group["params"]]
+
+    def use_parts(self) -> None:
+        """Nothing to do."""
 
 
 class FlatState(PlainState):
@@ -116,6 +130,10 @@ class FlatState(PlainState):
         yield
         self._zero.refresh_fp32_params()
 
+    def use_parts(self) -> None:
+        """Renew the weights by the partitions of all ranks."""
+        self._zero.update_lp_params()
+
 
 class ShardedState:
     """Stage 3: a padded partition of each parameter on every rank."""
@@ -132,11 +150,11 @@ class ShardedState:
         for flat in self._zero.fp32_partitioned_groups_flat:
             _add_zeros(self._optimizer, flat, keys)
 
-    def weight(self, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
+    def weight(self, kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
         """Give this rank's partition of a parameter; buffers are whole."""
         if not hasattr(value, "ds_tensor"):
-            return Part(MODEL, name, shape, 0, value, is_whole=True)
-        return _partition(MODEL, name, shape, value.ds_tensor)
+            return Part(kind, name, shape, 0, value, is_whole=True)
+        return _partition(kind, name, shape, value.ds_tensor)
 
     def part(
         self, name: str, parameter: Tensor, group: int, key: str, shape: tuple[int, ...]
@@ -161,6 +179,18 @@ class ShardedState:
         for parameter in (parameter for group in self._zero.fp16_groups for parameter in group):
             # The same memory, but for offload, which has another copy for the optimizer.
             self._slice(parameter, None).data.copy_(parameter.ds_tensor.data)
+        self._zero.checkpoint_event_epilogue()
+
+    def parts(self) -> list[Tensor]:
+        """Give the flat tensors of the partitions."""
+        flat: list[Tensor] = self._zero.fp32_partitioned_groups_flat
+        return flat
+
+    def use_parts(self) -> None:
+        """Do what DeepSpeed does after a step: renew partitions, gather what stays whole."""
+        self._zero.checkpoint_event_prologue()  # partitions all, as before a step
+        for number in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(number)
         self._zero.checkpoint_event_epilogue()
 
 

@@ -46,7 +46,7 @@ class Saver:
         self._categories = [asdict(category) for category in train_set.categories]
         self._disks: Disks | None = None
         self._is_pending = False  # the same on all ranks, as is the number of failures
-        self._num_failures = 0
+        self._num_failures = self._num_saves = 0
         self._thread: threading.Thread | None = None
         self._deadline = math.inf
         self._problem: str | None = None
@@ -77,7 +77,8 @@ class Saver:
         if distributed.is_main():
             metadata = weights_metadata(self._config, self._categories, state.phase)
             run = {"config": dump_config(self._config), "run": state.to_json()}
-        save = Save(folder, number, self._disks, metadata, run)
+        self._num_saves += 1
+        save = Save(folder, number, self._disks, metadata, run, self._num_saves)
         copied = time.perf_counter() - started
         self._thread = threading.Thread(target=self._write, args=(save, share, kept, copied))
         self._thread.start()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from bigdet import distributed
 from bigdet.config.phase_schema import PhaseConfig
 from bigdet.config.schema import EngineConfig
+from bigdet.engine import writing
 from bigdet.engine.precision import autocast
 from bigdet.models import norms
+from bigdet.pieces.reading import Stored, open_stored
 from bigdet.training.optim import build_optimizer
 
 if TYPE_CHECKING:
@@ -112,12 +115,17 @@ def lr_at(step: int, base: float) -> float:
     return base * (1 + step % 3) / 3
 
 
+def ema_decay_at(step: int) -> float:
+    return (1 + step) / (4 + step)
+
+
 def train_plainly(
     optimizer: str,
     clip_norm: float | None = None,
     norm: str = "gn",
     precision: str = "fp32",
     num_ranks: int = 1,
+    after_step: Callable[[nn.Module, int], None] = lambda module, step: None,
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Train with plain PyTorch in this process: losses, gradient norms and final weights.
 
@@ -146,6 +154,7 @@ def train_plainly(
         torch_optimizer.zero_grad()
         norms.update_running_statistics(module)
         losses.append(total.item())
+        after_step(module, step)
     return losses, grad_norms, copy_of(module.state_dict())
 
 
@@ -160,6 +169,7 @@ def make_engine(
     precision: str = "fp32",
     norm: str = "gn",
     offload: str = "none",
+    with_ema: bool = False,
 ) -> Engine:
     """An engine of `ENGINES` around a new module, the same on all ranks."""
     from bigdet.engine import deepspeed_engine  # takes seconds: in the ranks only
@@ -172,8 +182,9 @@ def make_engine(
     make_optimizer = partial(build_optimizer, phase=OPTIMIZERS[optimizer])
     num_micro_batches = LANES // distributed.world_size()
     module = Toy(norm)
+    device = distributed.device()
     return build_engine(
-        module, make_optimizer, config, num_micro_batches, distributed.device(), module.units
+        module, make_optimizer, config, num_micro_batches, device, module.units, with_ema=with_ema
     )
 
 
@@ -187,6 +198,7 @@ def run_steps(
         result = engine.train_step(lanes_of_rank(step))
         assert result.is_finite
         norms.update_running_statistics(engine.module)
+        engine.update_ema(ema_decay_at(step))
         losses.append(distributed.mean_over_ranks(result.losses["total"]).item())
         grad_norms.append(result.grad_norm)
     return losses, grad_norms
@@ -202,7 +214,14 @@ class Whole:
 
     @property
     def model(self) -> dict[str, Tensor]:
-        return {name: value for (kind, name), value in self.tensors.items() if kind == "model"}
+        return self.of_kind("model")
+
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        return self.of_kind("ema")
+
+    def of_kind(self, kind: str) -> dict[str, Tensor]:
+        return {name: value for (own, name), value in self.tensors.items() if own == kind}
 
     def read(self, kind: str, name: str, first: int = 0, count: int | None = None) -> Tensor:
         flat = self.tensors[kind, name].flatten()
@@ -210,6 +229,34 @@ class Whole:
 
     def lacking(self, ranges: Any) -> set[str]:
         return set()
+
+
+def whole_of(stored: Stored) -> Whole:
+    """Read a checkpoint whole."""
+    tensors = {
+        (kind, name): stored.read(kind, name).view(spec.shape)
+        for kind, specs in stored.catalog.items()
+        for name, spec in specs.items()
+    }
+    return Whole(stored.catalog, stored.loss_scale, tensors)
+
+
+def save_together(engine: Engine, path: Path, **run: Any) -> Whole:
+    """Write a checkpoint of an engine as all ranks do; give what it has to hold."""
+    disks = writing.find_disks(path.parent)
+    assert list(disks.owners) == [0] * distributed.world_size()
+    share = engine.share(distributed.rank(), distributed.world_size())
+    writing.write(writing.Save(path, 1, disks, {"format": "test"}, run), share)
+    expected = whole_state(engine)
+    distributed.barrier()  # rank 0 returns last, when the checkpoint is complete
+    assert_same_state(whole_of(open_stored(path)), expected)
+    return expected
+
+
+def assert_same_state(found: Whole, expected: Whole) -> None:
+    assert found.catalog == expected.catalog
+    assert found.loss_scale == expected.loss_scale
+    torch.testing.assert_close(found.tensors, expected.tensors, rtol=0, atol=0)
 
 
 def whole_state(engine: Engine) -> Whole:

@@ -32,7 +32,7 @@ def share_of(weights: dict[str, torch.Tensor]) -> Share:
         Part("model", name, tuple(value.shape), 0, value, is_whole=True)
         for name, value in weights.items()
     ]
-    return copy_share(parts, 0, 1, {})
+    return copy_share(parts, 0, 1)
 
 
 class FakeEngine:
