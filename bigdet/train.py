@@ -18,10 +18,10 @@ from pathlib import Path
 
 from bigdet import distributed
 from bigdet.cli.running import STOPPED, run_command
-from bigdet.config.check import check_config
-from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
 from bigdet.config.load import load_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.phase import num_steps
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.format.mix import open_sets
 from bigdet.data.streams.stream import TrainStream
 from bigdet.doctor import examine
@@ -46,7 +46,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run all phases of a config and return the exit code."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
-    check_config(config)
     distributed.start()
     setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     run_dir = RunDir(Path(config.output))
     with contextlib.ExitStack() as at_end:
         with distributed.together():
-            if distributed.is_main():  # before anything in the folder is changed, or its logs
+            if distributed.is_main():  # before anything in the folder changes
                 locks.refuse_held(run_dir.root, run_dir.lock)
                 check_folder(run_dir.root, "output")
                 at_end.enter_context(locks.held(run_dir.root, run_dir.lock))
@@ -71,6 +70,8 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
         train_set, val_set = open_sets(config.data)
         check_data(config, train_set, val_set)
         warn_at_start(config, val_set)
+    resume.fetch_newer(config, run_dir)
+    with distributed.together():
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
             run_dir.stopped.unlink(missing_ok=True)
@@ -90,7 +91,7 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
     try:
         with watchdog:
             code = run_phases(run)
-            if code == STOPPED and distributed.is_main():  # launchers give codes of their own
+            if code == STOPPED and distributed.is_main():  # launchers change exit codes
                 write_text(run_dir.stopped, f"{state.position}\n")
             return code
     finally:
@@ -129,7 +130,7 @@ def run_phase(run: Run) -> bool:
     errors.at(f"{name}: building the stream, the detector and the engine")
     phase, device = config.phases[name], distributed.device()
     if state.step == num_steps(phase) and not state.needs_evaluation:
-        run.restored = None  # all of the phase is done, but perhaps for the numbers of its end
+        run.restored = None  # the phase is complete, but its last evaluation may be unscored
         return True
     with distributed.together():
         stream = TrainStream(

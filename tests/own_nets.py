@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from bigdet.config.families import describe_detector
-from bigdet.config.model_schema import RoiConfig
+from bigdet.config.heads import RoiConfig
 from bigdet.data.making.sources.records import convert_records
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.detector import Detector

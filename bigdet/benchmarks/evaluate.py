@@ -1,15 +1,15 @@
-"""How long AP takes to compute, beside pycocotools, on made detections with masks.
+"""Compares the time to compute AP with that of pycocotools, on synthetic detections with masks.
 
-The images repeat those of the validation set; detections are its objects' masks and boxes, moved
-about, in the sizes, places and classes of the set, some with a wrong class or where nothing is.
-Both score the same results file, from reading it to the numbers, each in a process of its own. The
-numbers must be the same to the last digit. ``ratio`` is pycocotools' seconds over bigdet's and
-``cpu_ratio`` the same of CPU seconds, which a busy machine changes less; ``memory_gib`` is what the
-peak of each process rises above what it was after its imports.
+The images repeat those of the validation set. The detections are masks and boxes of its objects,
+moved; some have a wrong class or are where no object is. Both programs score the same results file,
+from reading it to the numbers, each in its own process. The numbers must be equal to the last
+digit. ``ratio`` is pycocotools' seconds over bigdet's, ``cpu_ratio`` the same for CPU seconds,
+which depend less on the load of the machine; ``memory_gib`` is the peak of each process minus what
+it had after its imports.
 
-With --classes objects and detections are made up altogether, boxes alone, many of few classes and
-few of many, and bigdet alone computes all that ``bigdet.evaluate --analysis`` prints: for sizes at
-which pycocotools does not fit, such as Objects365's 80,000 images.
+With --classes, objects and detections are entirely synthetic: boxes only, many of a few classes and
+few of most. Only bigdet runs, and computes all that ``bigdet evaluate --analysis`` prints: for sets
+that are too large for pycocotools, such as Objects365's 80,000 images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bigdet.benchmarks.memory import peak_memory
-from bigdet.config.schema import RunConfig
+from bigdet.config.run import RunConfig
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
@@ -47,9 +47,9 @@ from bigdet.evaluation.scoring import evaluate_detections
 
 KINDS: tuple[Kind, ...] = ("bbox", "segm")
 POOL = 300
-"""Different detections of a source image."""
+"""Number of different detections of a source image."""
 WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
-"""Parts of the detections."""
+"""Fractions of the detections."""
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -> None:
-    """Write shards (of blank images), the same as a COCO file, and a made detector's results."""
+    """Write shards of blank images, their annotations as a COCO file, and synthetic results."""
     random = np.random.default_rng(arguments.seed)
     records = [source.record(row) for row in range(len(source))]
     pools: dict[int, list[dict[str, Any]]] = {}
@@ -103,7 +103,7 @@ def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -
 
 
 def make_boxes(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write shards (of blank images) of made-up boxes, and a made detector's results."""
+    """Write shards of blank images with synthetic boxes, and synthetic results."""
     random = np.random.default_rng(arguments.seed)
     commonness = 1 / np.arange(1, arguments.classes + 1) ** 0.8
     commonness /= commonness.sum()
@@ -273,7 +273,7 @@ def score_pycocotools(folder: Path) -> dict[str, Any]:
 def coco_ground_truth(shards: ShardSet) -> dict[str, Any]:
     """Return the annotations of all samples as the content of a COCO file.
 
-    Annotations are numbered anew from 1: data sets do have the id 0, which pycocotools takes for
+    Annotations are numbered anew from 1: some data sets have the id 0, which pycocotools takes for
     "not matched". What cannot be measured of a kind is a region to ignore: for masks an object
     without one.
     """
@@ -304,7 +304,7 @@ def pycocotools_stats(
     Args:
         truth: the content of a COCO file.
         results: COCO results. The area of a mask is that of its pixels, as in the COCO server;
-            with a box beside it pycocotools would take the box's.
+            pycocotools would take that of a box in the result.
         kind: ``bbox``, ``segm`` or ``keypoints``.
     """
     annotations = [_truth_of(annotation, kind) for annotation in truth["annotations"]]

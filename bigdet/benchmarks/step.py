@@ -1,4 +1,4 @@
-"""How long a training step takes, beside torchvision's R-CNN.
+"""Compares the time of a training step with that of torchvision's R-CNNs.
 
 They train on the same random scene: noise with elliptic objects of all sizes. They take turns, one
 step each, since the speed of a shared machine drifts; medians over the rounds count.
@@ -37,10 +37,10 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from bigdet.benchmarks import engines
 from bigdet.benchmarks.memory import peak_memory, start_memory
 from bigdet.benchmarks.torchvision_twin import mask_options, training_options
-from bigdet.config.derived import has_fpn, has_masks, model_parts, proposal_limits
 from bigdet.config.load import check_phase
-from bigdet.config.model_schema import ModelConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import ModelConfig, has_fpn, has_masks, model_parts
+from bigdet.config.rpn import proposal_limits
+from bigdet.config.run import RunConfig
 from bigdet.engine.precision import autocast
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
@@ -123,25 +123,25 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_peer(config: ModelConfig) -> None:
-    """Raise ``ValueError`` for detectors that a step is not compared for."""
+    """Raise ``ValueError`` for detectors whose steps cannot be compared."""
     parts = model_parts(config)
     if "box_head" not in parts or "keypoint_head" in parts or not has_fpn(config):
         raise ValueError(
-            f"model.detector: found {config.detector} on {config.backbone}, but a step is compared "
-            f"with torchvision's Faster and Mask R-CNN on a pyramid. Give a config of these; "
+            f"model.detector: found {config.detector} on {config.backbone}, expected Faster or "
+            f"Mask R-CNN with a feature pyramid, as steps are compared with torchvision's. "
             f"`bigdet benchmark predict` measures other detectors too."
         )
 
 
 @dataclass
 class Taker:
-    """One of those that take turns.
+    """A model that is measured, in turn with others.
 
     Attributes:
         model: what is trained; counts the regions of its mask head.
         losses: runs it on the batch.
-        precision: gives the context of the forward pass.
-        device: where it runs.
+        precision: returns the context of the forward pass.
+        device: of the model and the batch.
     """
 
     model: nn.Module
@@ -153,7 +153,7 @@ class Taker:
     mask_regions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Give the model an optimizer of its own, with a rate too small to change anything."""
+        """Give the model its own optimizer, with a rate too small to change anything."""
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-9, momentum=0.9)
 
     def step(self) -> None:
@@ -183,7 +183,7 @@ class Taker:
             hook.remove()
 
     def report(self, num_images: int) -> dict[str, Any]:
-        """Give the medians of all steps but the first."""
+        """Return the medians of all steps but the first."""
         times = self.times[1:]
         seconds = statistics.median(sum(one.values()) for one in times)
         return {
@@ -214,7 +214,7 @@ class Pyramid(nn.Module):
         self.out_channels = width
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Give the levels by name."""
+        """Return the levels by name."""
         features = self.fpn(self.backbone(images))
         return OrderedDict(zip(["0", "1", "2", "3", "pool"], features, strict=True))
 
@@ -294,7 +294,7 @@ def make_scene(num_images: int, size: tuple[int, int], num_objects: int, seed: i
 
 
 def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Give the batch in torchvision's form: float images, dictionaries with full-size bitmaps."""
+    """Return the batch in torchvision's form: float images, dictionaries with full-size bitmaps."""
     offsets, masks = batch.targets.offsets.tolist(), batch.targets.masks
     assert masks is not None
     images, targets = [], []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bigdet.cli.parsing import command_parser
 from bigdet.cli.running import run_command
-from bigdet.config.load import read_yaml
+from bigdet.config.layers import read_yaml
 from bigdet.config.shipped import SHIPPED, find_config, list_shipped
 
 

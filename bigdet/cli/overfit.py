@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from bigdet.cli.running import run_command
-from bigdet.config.check import check_config
-from bigdet.config.derived import has_keypoints, has_masks, plan_of
 from bigdet.config.families import detector_facts
 from bigdet.config.load import parse_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.resize import plan_of
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
 from bigdet.data.streams.stream import TrainStream
@@ -69,32 +69,31 @@ SMALL = {
     "keypoint": ["model.keypoint.width=64"],
     "retina": ["model.retina.anchor_sizes=[16,32,64,96,128]"],
 }
-"""What makes a detector small, by the options that it heeds."""
+"""Overrides that make a detector small, by an option of ``model`` that it uses."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train until all AP50 exceed the goal or the steps are over."""
+    """Train until all AP50 exceed the goal or the steps run out."""
     arguments = parse_arguments(argv)
     options = [f"model.detector={arguments.detector}"]
-    heeded = detector_facts(arguments.detector).options
-    options += [word for option, words in SMALL.items() if option in heeded for word in words]
+    used = detector_facts(arguments.detector).options
+    options += [word for option, words in SMALL.items() if option in used for word in words]
     config = parse_config(CONFIG, "bigdet overfit", [*options, *arguments.overrides])
-    check_config(config)
     with tempfile.TemporaryDirectory() as folder:
         shards = pick(ShardSet(arguments.shards), config, Path(folder) / "picked")
         return train(shards, config, arguments.goal, arguments.every)
 
 
 def pick(shards: ShardSet, config: RunConfig, folder: Path) -> ShardSet:
-    """Write the images to learn as a set of their own."""
+    """Write the chosen images as their own shard set."""
     plan = plan_of(config.phases[NAME].resize)
     needs_keypoints = has_keypoints(config.model)
     rows = (r for r in range(len(shards)) if _is_fit(shards.record(r), plan, needs_keypoints))
     chosen = list(islice(rows, NUM_IMAGES))
     if len(chosen) < NUM_IMAGES:
         raise ValueError(
-            f"--shards {shards.address}: {len(chosen)} images have only objects of {MIN_SIDE} "
-            f"pixels and more at the training size, expected {NUM_IMAGES}. Train larger, with "
+            f"--shards {shards.address}: only {len(chosen)} images have no object below {MIN_SIDE} "
+            f"pixels at the training size, expected {NUM_IMAGES}. Train at a larger "
             f"phases.{NAME}.resize.size."
         )
     writer = ShardWriter(
@@ -178,7 +177,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
 def measure(
     detector: Detector, shards: ShardSet, config: RunConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Measure the detector on the images that it learns."""
+    """Evaluate the detector on its training images."""
     size_cap = plan_of(config.phases[NAME].resize)
     results = predict_split(detector, shards, Passes(size_cap, images_per_gpu=4), device)
     assert results is not None

@@ -1,4 +1,4 @@
-"""Show what a run is, was or will be fed: the exact batch of any step of a phase.
+"""Show what a run is, was or will be trained on: the exact batch of any step of a phase.
 
 Its command line is in ``cli/arguments/show_batch.py``.
 """
@@ -16,16 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bigdet.cli.running import run_command
-from bigdet.config.check import check_config
-from bigdet.config.derived import (
-    has_keypoints,
-    has_masks,
-    in_steps,
-    length_of,
-    num_steps,
-    phase_model,
-)
 from bigdet.config.load import check_phase, load_config
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.phase import in_steps, length_of, num_steps
+from bigdet.config.run import phase_model
 from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.mix import open_train_set
 from bigdet.data.ordering.groups import lanes_of_rank
@@ -38,14 +32,15 @@ def main(argv: Sequence[str]) -> int:
     """Write the pictures or print the ids that the arguments ask for."""
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    check_config(config)
     check_phase(config, arguments.phase)
     if arguments.step < 1:
         raise ValueError(f"--step {arguments.step}: steps are counted from 1.")
     if arguments.world < 1:
         raise ValueError(f"--world {arguments.world}: expected a number of ranks, 1 or more.")
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world:
-        raise ValueError(f"--rank {arguments.rank}: --world {arguments.world} has ranks from 0.")
+        raise ValueError(
+            f"--rank {arguments.rank}: expected 0 to {arguments.world - 1}, as of --world."
+        )
     phase = config.phases[arguments.phase]
     shards = open_train_set(config.data)
     ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]

@@ -16,9 +16,8 @@ from typing import Any, Literal, Union
 
 from omegaconf import MISSING
 
-from bigdet.config.load import ConfigError
-from bigdet.config.model_schema import CHOICES
-from bigdet.config.schema import RunConfig
+from bigdet.config.rules import CHOICES, ConfigError
+from bigdet.config.run import RunConfig
 
 WIDTH = 100  # of the text, characters
 INDENT = "    "

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bigdet.config.schema import RunConfig
+from bigdet.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,54 +1,22 @@
-"""What rules of a config have in common: an option, what was found, what was expected."""
+"""What the rules of all sections share: the error, the usual checks, and options without effect."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from bigdet.config.load import ConfigError
+CHOICES = "choices"
+"""In the metadata of an option that is a text: what it may be."""
+_ONLY_FOR = "only for"
 
-_written: Collection[str] = ()
-
-
-@contextmanager
-def user_wrote(keys: Collection[str]) -> Iterator[None]:
-    """Let `unused` refuse these options even where they have their default, inside the block.
-
-    Args:
-        keys: in full, ``written`` of the config.
-    """
-    global _written
-    before, _written = _written, keys
-    try:
-        yield
-    finally:
-        _written = before
+Ignored = Iterator[tuple[str, str]]
+"""Full keys of options, or of whole sections, that have no effect in a config, each with why."""
 
 
-def unused(key: str, section: Any, name: str, reason: str) -> None:
-    """Refuse an option that was set and would be ignored."""
-    if _is_set(key, section, name):
-        raise ConfigError(f"{key}.{name}: {reason}, so it would be ignored. Remove it.")
-
-
-def unused_section(key: str, section: Any, reason: str) -> None:
-    """Refuse a section of which an option was set, where all of them would be ignored."""
-    for field in dataclasses.fields(section):
-        if _is_set(key, section, field.name):
-            raise ConfigError(
-                f"{key}: {reason}, so {key}.{field.name} would be ignored. Remove it."
-            )
-
-
-def _is_set(key: str, section: Any, name: str) -> bool:
-    field = next(field for field in dataclasses.fields(section) if field.name == name)
-    default = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    return getattr(section, name) != default or f"{key}.{name}" in _written
+class ConfigError(ValueError):
+    """Something that a user wrote in a config file or on the command line."""
 
 
 def require(holds: bool, key: str, found: object, expected: str) -> None:
@@ -57,11 +25,83 @@ def require(holds: bool, key: str, found: object, expected: str) -> None:
         raise ConfigError(f"{key}: found {found}, expected {expected}.")
 
 
-def positive(key: str, value: float | None) -> None:
-    """Refuse a number that is not above 0; None means off."""
-    require(value is None or 0 < value < math.inf, key, value, "a number above 0")
+def positive(key: str, section: Any, *names: str) -> None:
+    """Refuse numbers of a section that are not above 0; None means off."""
+    for name in names:
+        value = getattr(section, name)
+        is_fine = value is None or 0 < value < math.inf
+        require(is_fine, f"{key}.{name}", value, "a number above 0")
 
 
-def not_negative(key: str, value: float) -> None:
-    """Refuse a number below 0."""
-    require(0 <= value < math.inf, key, value, "0 or more")
+def not_negative(key: str, section: Any, *names: str) -> None:
+    """Refuse numbers of a section below 0; None means off."""
+    for name in names:
+        value = getattr(section, name)
+        require(value is None or 0 <= value < math.inf, f"{key}.{name}", value, "0 or more")
+
+
+def fraction(key: str, section: Any, *names: str) -> None:
+    """Refuse numbers of a section outside [0, 1]; None means off."""
+    for name in names:
+        value = getattr(section, name)
+        require(value is None or 0 <= value <= 1, f"{key}.{name}", value, "in [0, 1]")
+
+
+def only_for(choice: str, *values: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Return the metadata of an option that has an effect with some values of another one only.
+
+    Args:
+        choice: name of the other option, of the same section.
+        values: those of its values with which this one has an effect.
+    """
+    return {_ONLY_FOR: (choice, values)}
+
+
+def ignored_by_choice(section: Any, prefix: str = "") -> Ignored:
+    """Yield the options that `only_for` declares to have no effect in this config.
+
+    Args:
+        section: of the config, or all of it; sections in it are included.
+        prefix: what comes before the names of its options, ``data.`` for example.
+    """
+    for option in dataclasses.fields(section):
+        key, value = prefix + option.name, getattr(section, option.name)
+        choice, values = option.metadata.get(_ONLY_FOR, ("", ()))
+        if choice and getattr(section, choice) not in values:
+            yield key, f"is for {choice}: {' or '.join(values)}"
+        elif dataclasses.is_dataclass(value):
+            yield from ignored_by_choice(value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, each in value.items():
+                yield from ignored_by_choice(each, f"{key}.{name}.")
+
+
+def refuse_ignored(
+    config: Any, ignored: Iterable[tuple[str, str]], written: Collection[str]
+) -> None:
+    """Refuse options without effect that a user set.
+
+    Args:
+        config: all of it.
+        ignored: options and sections without effect.
+        written: full keys that a user set to their defaults; other values show that they were set.
+    """
+    for key, reason in ignored:
+        *path, name = key.split(".")
+        section = config
+        for part in path:
+            section = section[part] if isinstance(section, dict) else getattr(section, part)
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            inner = [(f"{key}.{option.name}", reason) for option in dataclasses.fields(value)]
+            refuse_ignored(config, inner, written)
+        elif value != default_of(section, name) or key in written:
+            raise ConfigError(f"{key}: {reason}, so it would be ignored. Remove it.")
+
+
+def default_of(section: Any, name: str) -> Any:
+    """Return the default of an option of a section."""
+    option = next(option for option in dataclasses.fields(section) if option.name == name)
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return option.default

@@ -14,9 +14,10 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bigdet.config.check import check_config
-from bigdet.config.load import ConfigError, explain, load_config, read_yaml
-from bigdet.config.schema import RunConfig
+from bigdet.config.layers import explain, read_yaml
+from bigdet.config.load import load_config
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig
 from bigdet.config.shipped import find_config
 
 
@@ -167,7 +168,6 @@ def _plan(
             raise ConfigError("after: a fork waits for the run that it begins in. Remove it.")
         after = _above("after", entry.after, seed, planned)
     config = load_config(config_file, overrides)
-    check_config(config)
     return PlannedRun(name, group, config_file, overrides, config, trunk, after)
 
 
@@ -193,7 +193,6 @@ def _with_checkpoints(
     names = ",".join(sorted(wanted | set(run.config.checkpoint.at)))
     overrides = [*run.overrides, f"checkpoint.at=[{names}]"]
     config = load_config(run.config_file, overrides)
-    check_config(config)
     return dataclasses.replace(run, overrides=overrides, config=config)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import Engine, MakeOptimizer
 
 

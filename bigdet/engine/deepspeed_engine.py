@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
     BUCKET_ELEMENTS,
     MakeOptimizer,

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigdet import distributed
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
     MakeOptimizer,
     StepResult,

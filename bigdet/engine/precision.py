@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdet import distributed
-from bigdet.config.schema import Precision
+from bigdet.config.engine import Precision
 
 _HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_SCALE = 2.0**16

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from bigdet.config.derived import (
+from bigdet.config.families import DETECTORS, detector_facts
+from bigdet.config.model import (
+    ModelConfig,
     has_cascade,
     has_fpn,
     has_keypoints,
@@ -15,8 +17,6 @@ from bigdet.config.derived import (
     model_parts,
     parts_with_batch_norm,
 )
-from bigdet.config.families import DETECTORS, detector_facts
-from bigdet.config.model_schema import ModelConfig
 from bigdet.config.own import import_callable, type_name
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.backbones.build import build_backbone, refuse_torch_norms

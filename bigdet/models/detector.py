@@ -9,13 +9,13 @@ One of your own is named as ``model.detector=my_package.nets:build``, without a 
         return MyDetector(backbone, fpn, MyHead(config.retina, num_classes))
 
 ``config.families.describe_detector`` says what the rules of the config have to know without
-building it: the names of its parts, the options of ``model`` that it heeds (others are refused),
+building it: the names of its parts, the options of ``model`` that it uses (others are refused),
 which parts have norms with ``norm_scope: all``, and whether it learns masks or keypoints. The
 function gets the model section, the number of classes and the backbone. It returns a `Detector`
 that defines ``losses``, ``features``, ``find``, ``maps``, ``has_maps``, ``eval_settings`` and
 ``use_eval_settings``, and whose modules are the described parts; `Detector.pixels` gives it the
 normalized images of a batch. It may not use batch normalization of torch. ``models/retinanet.py``
-is an example to begin with; ``models/build.py`` checks what can be seen of it when it is built.
+is an example to start from; ``models/build.py`` checks what can be seen of it when it is built.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import find_keypoints
@@ -227,7 +227,7 @@ class Detector(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a block; then each part is as it was, come what may."""
+    """Put a module into evaluation mode for a block, then restore it, also after an error."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

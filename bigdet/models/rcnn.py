@@ -1,4 +1,4 @@
-"""Detectors that look twice: proposals over a pyramid, then a head for each (the R-CNN family)."""
+"""Two-stage detectors: proposals over a pyramid, then heads on each proposal (R-CNN family)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.detector import Detector
@@ -151,7 +151,7 @@ class RCNN(Detector):
         canvas_size = (batch.images.shape[2], batch.images.shape[3])
         predictions = self.rpn(pyramid, self.strides, canvas_size)
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
-        # Empty slots stand last. Training keeps them; here they would only cost time.
+        # Empty slots come last. Training keeps them; here they would only cost time.
         most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()), proposals.boxes.device)
         proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
         return partial(self._pool_all, table), proposals

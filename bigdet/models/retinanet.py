@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.detector import Detector
@@ -44,7 +44,7 @@ class RetinaNet(Detector):
         return self.retina_head.losses(predictions, objects, batch.weights)
 
     def features(self, batch: Batch) -> RetinaPredictions:
-        """Compute what is said about every anchor."""
+        """Compute the predictions for every anchor."""
         return self._predictions(batch)
 
     def find(self, features: RetinaPredictions, batch: Batch) -> FlatDetections:
@@ -56,7 +56,7 @@ class RetinaNet(Detector):
         return self.retina_head.decode(features, len(batch.image_sizes))
 
     def maps(self, features: RetinaPredictions, found: FlatDetections) -> dict[str, Tensor]:
-        """Give nothing: a RetinaNet finds boxes."""
+        """Give no maps: a RetinaNet finds boxes only."""
         return {}
 
     @property

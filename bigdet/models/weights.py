@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bigdet.config.derived import eval_resize, phase_model, plan_of
 from bigdet.config.load import dump_config, parse_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.resize import plan_of
+from bigdet.config.run import RunConfig, eval_resize, phase_model
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.norms import set_norm_mode

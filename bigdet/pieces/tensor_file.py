@@ -146,13 +146,13 @@ class TensorFile(Mapping[str, Tensor]):
             ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise ValueError(
-                f"{path}: cannot be read as safetensors ({error}). A cut file has to be copied "
-                f"again."
+                f"{path}: cannot be read as safetensors ({error}). If it was cut off, copy "
+                f"it again."
             ) from error
         if (expected := max(ends, default=8 + length)) != size:
             raise ValueError(
-                f"{path}: cannot be read as safetensors (has {size} bytes, expected {expected}). A "
-                f"cut file has to be copied again."
+                f"{path}: cannot be read as safetensors (has {size} bytes, expected {expected}). "
+                f"If it was cut off, copy it again."
             )
 
     def __getitem__(self, name: str) -> Tensor:

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import has_keypoints, has_masks, num_steps, phase_model
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.phase import num_steps
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import keeping
 from bigdet.evaluation import telling_images as pictures

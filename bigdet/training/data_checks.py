@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bigdet.config.derived import has_keypoints, has_masks, phase_model
-from bigdet.config.load import ConfigError
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.mix import class_ids, warn_of_absent
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet

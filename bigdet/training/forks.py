@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdet.config.derived import comparable, num_steps, place_of
-from bigdet.config.load import ConfigError, flat_options, parse_config
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.compare import comparable, flat_options, place_of
+from bigdet.config.load import parse_config
+from bigdet.config.phase import PhaseConfig, num_steps
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
 from bigdet.training import optim

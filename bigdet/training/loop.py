@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import num_lanes, num_steps, reported
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import reported
+from bigdet.config.phase import num_lanes, num_steps
+from bigdet.config.run import RunConfig
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream, too_damaged
@@ -147,8 +148,6 @@ class PhaseTrainer:
         self.losses = LossMeter(device, run.state.interval)
         self.has_shown_batch = False
         self.micro_batches: list[Batch] = []  # of the present step, for messages
-        assert self.phase.images_per_step is not None
-        self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
 
     def train(self) -> bool:
         """Take all steps that are left.
@@ -210,7 +209,7 @@ class PhaseTrainer:
                     self.run.metrics, micro_batches[0], self.run.train_set, self.state
                 )
         self._at("forward, backward, update")
-        lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
+        lr = optim.lr_at(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
         result = self.engine.train_step(prefetch(micro_batches, self.device))
         self.state.step += 1

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.derived import eval_resize, imported_cost, plan_of
-from bigdet.config.schema import RunConfig
+from bigdet.config.resize import plan_of
+from bigdet.config.run import RunConfig, eval_resize, imported_cost
 from bigdet.data.format.mix import class_ids
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.coco_metrics import KIND_NAMES

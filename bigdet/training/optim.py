@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from bigdet.config.derived import drop_points, num_steps
-from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.phase import PhaseConfig, drop_points, num_steps
 from bigdet.models.layer_ids import layer_ids
 from bigdet.models.norms import BatchNorm2d
 
@@ -128,6 +127,12 @@ def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
         f"lr {phase.lr:.3g} at {phase.reference_images_per_step} images per step -> "
         f"{scaled_lr(phase, images_per_step):.3g} at {images_per_step}"
     )
+
+
+def lr_at(phase: PhaseConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 1, without the factors of groups."""
+    assert phase.images_per_step is not None
+    return scaled_lr(phase, phase.images_per_step) * lr_factor(phase, step)
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 
 from bigdet import distributed
-from bigdet.config.schema import Precision
+from bigdet.config.engine import Precision
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.precision import autocast
 from bigdet.models import norms

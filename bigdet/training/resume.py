@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
-from bigdet.config.check_schedule import check_length
-from bigdet.config.derived import in_steps, num_lanes, num_steps, phase_model, phase_source
 from bigdet.config.earlier import keep_former
-from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.load import dump_config, parse_config, read_config
+from bigdet.config.phase import PhaseConfig, check_length, in_steps, num_lanes, num_steps
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig, phase_model, phase_source
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
+from bigdet.engine.remote import Remote
+from bigdet.engine.writing import find_disks
 from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
 from bigdet.pieces.index import STATE_FILE
@@ -101,6 +102,24 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
             check_start(config, name, classes)
 
 
+def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
+    """Copy the newest checkpoint of ``checkpoint.remote`` here, if none here is as new (collective).
+
+    Raises:
+        SharedError: it cannot be copied, or there is one although ``resume`` is ``never``.
+    """
+    if config.checkpoint.remote is None or config.resume not in ("auto", "never"):
+        return
+    with distributed.together():
+        remote = Remote(config.checkpoint.remote)
+        if config.resume == "never" and distributed.is_main() and remote.newest() is not None:
+            raise ConfigError(
+                f"resume: found never, but checkpoint.remote, {remote.address}, has checkpoints. "
+                f"Choose another address, remove them, or write resume=auto to continue."
+            )
+    remote.fetch(run_dir.checkpoints, find_disks(run_dir.checkpoints))
+
+
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     """Return the checkpoint to continue from, None for a fresh start (rank 0).
 
@@ -129,7 +148,7 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
             f"resume: {folder} is not a checkpoint (it has no {STATE_FILE}). Write "
             f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
         )
-    is_new = newest is None or not is_same_request(config, load_config(run_dir.config))
+    is_new = newest is None or not is_same_request(config, read_config(run_dir.config))
     if (own := own_checkpoint(folder, run_dir)) is not None:
         if is_new:  # asked for the first time
             write_text(run_dir.latest, f"{own.name}\n")

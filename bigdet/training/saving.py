@@ -7,18 +7,19 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bigdet import distributed
-from bigdet.config.derived import num_steps
 from bigdet.config.load import dump_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import num_steps
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import checkpoint, keeping, whole, writing
 from bigdet.engine.base import Engine
-from bigdet.engine.parts import Share
+from bigdet.engine.parts import Share, gather_share
+from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Disks, Save, find_disks
 from bigdet.host import errors
 from bigdet.host.files import put_in_place
@@ -45,6 +46,8 @@ class Saver:
         self._config, self._run_dir = config, run_dir
         self._categories = [asdict(category) for category in train_set.categories]
         self._disks: Disks | None = None
+        address = config.checkpoint.remote
+        self._remote = None if address is None else Remote(address)
         self._is_pending = False  # the same on all ranks, as is the number of failures
         self._num_failures = self._num_saves = 0
         self._thread: threading.Thread | None = None
@@ -62,8 +65,7 @@ class Saver:
         started = time.perf_counter()
         if self._disks is None:
             self._disks = find_disks(self._run_dir.checkpoints)
-        sharing = self._disks.sharing
-        share = engine.share(sharing.index(distributed.rank()), len(sharing))
+        share = self._copy(engine, self._disks.sharing)
         self._check_finite(share, state)
         plan = None
         with distributed.together():
@@ -83,6 +85,12 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(save, share, kept, copied))
         self._thread.start()
         self._is_pending = True
+
+    def _copy(self, engine: Engine, sharing: Sequence[int]) -> Share:
+        """Copy what this rank saves (collective); ``sharing`` are the ranks on its disk."""
+        if self._config.checkpoint.gather:
+            return gather_share(engine.share(distributed.rank(), distributed.world_size()))
+        return engine.share(sharing.index(distributed.rank()), len(sharing))
 
     def _check_finite(self, share: Share, state: RunState) -> None:
         """Refuse weights that are not finite (collective)."""
@@ -115,11 +123,13 @@ class Saver:
         started = time.perf_counter()
         settings = self._config.checkpoint
         try:
-            writing.write(save, share, lambda: time.monotonic() > self._deadline)
+            writing.write(save, share, self._must_end)
             if save.disks.is_owner:
                 keeping.clean(save.folder.parent, settings.keep, kept, settings.keep_every)
             if distributed.is_main():
                 self._write_whole()
+            if self._remote is not None:
+                self._copy_away(self._remote, save)
         except (OSError, ValueError) as error:
             self._problem = errors.explain(error)
             return
@@ -132,6 +142,21 @@ class Saver:
             f"checkpoint written: {save.folder} (copied in {copied:.2f} s, written during training "
             f"in {written:.2f} s)"
         )
+
+    def _must_end(self) -> bool:
+        """Tell the thread whether to wait for the other ranks no longer."""
+        return time.monotonic() > self._deadline
+
+    def _copy_away(self, remote: Remote, save: Save) -> None:
+        """Copy a checkpoint to ``checkpoint.remote`` (a thread of each rank)."""
+        started = time.perf_counter()
+        try:
+            remote.copy(save, lambda: keeping.numbers(save.folder.parent), self._must_end)
+        except OSError as error:
+            logger.warning(f"{save.folder} is on this machine only: {errors.explain(error)}")
+            return
+        seconds = time.perf_counter() - started
+        logger.info(f"checkpoint copied to {remote.address} in {seconds:.2f} s")
 
     def _write_whole(self) -> list[Path]:
         """Write the weights of the best checkpoint and of ends of phases to one file each (rank 0).

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from bigdet import distributed
-from bigdet.config.load import flat_options
+from bigdet.config.compare import flat_options
 from bigdet.config.own import import_callable, parameters_of, type_name
-from bigdet.config.schema import RunConfig
+from bigdet.config.run import RunConfig
 from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.saved import SavedResults

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bigdet.config.derived import model_parts
+from bigdet.config.model import model_parts
 from bigdet.models.detector import Detector
 from bigdet.models.heads.retina import RetinaHead
 from bigdet.weights.renaming import BRANCHES, Rules, box_head, renamed, renamed_all

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bigdet.config.derived import has_cascade, model_parts
+from bigdet.config.model import has_cascade, model_parts
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import DELTA_WEIGHTS, NUM_STAGES
 from bigdet.weights.renaming import BRANCHES, Rules, box_head, renamed_all

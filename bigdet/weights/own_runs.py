@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bigdet.config.derived import has_cascade, phase_model
-from bigdet.config.load import flat_options, parse_config
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.compare import flat_options
+from bigdet.config.load import parse_config
+from bigdet.config.model import ModelConfig, has_cascade
+from bigdet.config.run import phase_model
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.models.weights import (

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bigdet.config.phase_schema import Pixels
+from bigdet.config.start import Pixels
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 
 logger = logging.getLogger(__name__)

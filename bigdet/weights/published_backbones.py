@@ -12,7 +12,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from bigdet.config.families import PUBLISHED
-from bigdet.config.phase_schema import Pixels
+from bigdet.config.start import Pixels
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.weights import LoadedPart, load_parts, refuse_not_finite
@@ -23,7 +23,7 @@ from bigdet.weights.torchvision_layout import channels_last
 
 _FC_LAYERS = (("pre_logits.fc1", "pre_logits.fc2"), ("classifier.0", "classifier.3"))
 """fc6 and fc7 as timm and torchvision call them."""
-_OWN = re.compile(r"(norm\d|pyramid)\.")
+_OWN = re.compile(r"(norm\d|pyramid)\.|.*\.rel_pos_[hw]$")
 """Layers that only detectors have; they start anew where a file has none."""
 
 

@@ -9,16 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from bigdet import distributed
-from bigdet.config.derived import (
-    is_timm,
-    num_steps,
-    phase_before,
-    phase_model,
-    phase_source,
-    start_parts,
-    stated_cost,
-)
-from bigdet.config.schema import RunConfig
+from bigdet.config.phase import num_steps
+from bigdet.config.run import RunConfig, phase_before, phase_model, phase_source, start_parts
+from bigdet.config.start import is_timm, stated_cost
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.weights import FORMAT, LoadedPart, find_weights, part_of, read_metadata

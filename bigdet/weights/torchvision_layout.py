@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bigdet.config.derived import has_cascade, has_keypoints, is_class_agnostic, model_parts
+from bigdet.config.model import has_cascade, has_keypoints, is_class_agnostic, model_parts
 from bigdet.models.build import head_norm
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE

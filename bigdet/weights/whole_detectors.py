@@ -16,9 +16,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from bigdet.config.derived import model_parts
-from bigdet.config.phase_schema import Pixels
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import model_parts
+from bigdet.config.run import RunConfig
+from bigdet.config.start import Pixels
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE
 from bigdet.models.weights import part_of

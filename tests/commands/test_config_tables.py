@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from bigdet.config.load import load_config, read_yaml
+from bigdet.config.layers import read_yaml
+from bigdet.config.load import load_config
 from tests.commands.test_readme import DESIGN, NAMES
 from tests.documents import ROOT
 from tests.option_tables import with_tables

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from bigdet import train
-from bigdet.config.check import check_config
 from bigdet.config.load import dump_config
-from bigdet.config.schema import ModelConfig, PhaseConfig, RunConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.run import RunConfig, check_config
 from bigdet.data.making.sources.coco import convert_coco
 from bigdet.models.backbones.build import build_backbone
 from bigdet.sweep import check_forks
@@ -36,7 +37,7 @@ def build(config: RunConfig) -> None:
 
 
 def check_head(text: str, command: str) -> None:
-    """Check that the comment at the top tells hardware, number, whether it was run, and how."""
+    """Check that the comment at the top gives hardware, number, whether it was run, and how."""
     lines = text.splitlines()
     head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     told = " ".join(line.removeprefix("# ") for line in head)

@@ -9,13 +9,13 @@ import torch
 
 from bigdet.benchmarks.predict import settle
 from bigdet.cli.export import main
-from bigdet.config.derived import phase_model
-from bigdet.config.load import load_config
+from bigdet.config.run import phase_model
 from bigdet.export.fixed import FixedDetector
 from bigdet.export.writing import Differences, compare, load_exported, on_canvas, write_exported
 from bigdet.models.build import build_detector
 from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.ops.nms import grouped_nms, spread_nms
+from tests.shipped import unchecked
 
 ROOT = Path(__file__).parents[2]
 CATEGORIES = [{"id": number, "name": f"class {number}"} for number in range(1, 12)]
@@ -40,7 +40,7 @@ def make_detector(kind, *words):
     """A small detector with random weights that finds many things, and its config."""
     torch.manual_seed(0)
     overrides = [*SMALL, f"model.detector={kind}", *words]
-    config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
+    config = unchecked(ROOT / "configs" / "quickstart.yaml", overrides)
     detector = build_detector(phase_model(config, "finetune"), len(CATEGORIES))
     if not kind.startswith("cascade"):
         settle(detector, noise(96, 128))

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from bigdet import train
 from bigdet.cli import make_shards
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model import ModelConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.models import backbone_base
 from bigdet.models.build import build_detector

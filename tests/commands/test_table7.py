@@ -5,8 +5,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from bigdet.config.check import check_config
 from bigdet.config.load import load_config
+from bigdet.config.run import check_config
 from bigdet.plan import parse_arguments
 from tests.commands.runs import ROOT
 

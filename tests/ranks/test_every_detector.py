@@ -6,15 +6,11 @@ from functools import partial
 import torch
 
 from bigdet import distributed
-from bigdet.config.model_schema import (
-    CascadeConfig,
-    KeypointConfig,
-    ModelConfig,
-    RoiConfig,
-    RpnConfig,
-)
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.heads import CascadeConfig, KeypointConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 from bigdet.models.build import build_detector
 from bigdet.models.norms import update_running_statistics
@@ -62,7 +58,7 @@ def scene(boxes, is_crowd=False):
 
 
 def train_and_predict(config):
-    """A step per kind of batch, which rank 1 sees beside an ordinary one, then a prediction."""
+    """A step per kind of batch, which rank 1 sees along with an ordinary one, then a prediction."""
     torch.manual_seed(0)
     detector = build_detector(config, num_classes=3).train()
     settings = EngineConfig(zero_stage=2, precision="fp32", clip_norm=5.0)

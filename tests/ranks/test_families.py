@@ -6,9 +6,11 @@ from functools import partial
 import torch
 
 from bigdet import distributed
-from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector

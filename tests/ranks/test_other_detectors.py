@@ -6,9 +6,11 @@ from functools import partial
 import torch
 
 from bigdet import distributed
-from bigdet.config.model_schema import ModelConfig, RetinaConfig, RpnConfig
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.heads import RetinaConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 from bigdet.models.build import build_detector
 from bigdet.models.norms import update_running_statistics

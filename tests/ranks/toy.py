@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bigdet import distributed
-from bigdet.config.phase_schema import PhaseConfig
-from bigdet.config.schema import EngineConfig
+from bigdet.config.engine import EngineConfig
+from bigdet.config.phase import PhaseConfig
 from bigdet.engine import writing
 from bigdet.engine.precision import autocast
 from bigdet.models import norms

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import get_args
 
 from bigdet.cli.parsing import add_overrides, command_parser
-from bigdet.config.phase_schema import Pixels
+from bigdet.config.start import Pixels
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigdet.config.model_schema import KeypointConfig
+from bigdet.config.heads import KeypointConfig
 from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.heads.box import Regions
 from bigdet.models.heads.positives import Positives, take_positives
@@ -98,7 +98,7 @@ class KeypointHead(Checkpointed):
     def losses(self, logits: Tensor, regions: Positives, keypoints: Tensor) -> dict[str, Tensor]:
         """Give the mean cross entropy, over a grid's cells, of the keypoints that can be learned.
 
-        It is 0 where there are fewer of them than the option ``min_visible`` asks for.
+        It is 0 if there are fewer than ``min_visible`` of them.
 
         Args:
             logits: ``(N, K, 56, 56)``.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from bigdet.config.model_schema import RetinaConfig
+from bigdet.config.heads import RetinaConfig
 from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.anchors import pyramid_anchors, shape_anchors
 from bigdet.models.assign import NEGATIVE, POSITIVE, Objects, label_anchors, match
@@ -32,7 +32,7 @@ PRIOR = 0.01  # probability of every class at the start, so that the background 
 
 @dataclass(frozen=True)
 class RetinaPredictions:
-    """What the head says about every anchor.
+    """The head's predictions for every anchor.
 
     Attributes:
         logits: ``(B, A_l, K)`` of each level: views of what the convolution gave, in its type.

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from bigdet.config.derived import proposal_limits
-from bigdet.config.model_schema import RpnConfig
+from bigdet.config.rpn import RpnConfig, proposal_limits
 from bigdet.models.anchors import pyramid_anchors, shape_anchors, within_border
 from bigdet.models.assign import IGNORED, Objects, Sample, draw_sample, label_anchors, match
 from bigdet.models.conventions import Conventions
@@ -30,7 +29,7 @@ DELTA_WEIGHTS = (1.0, 1.0)  # of shifts and scales
 
 @dataclass(frozen=True)
 class AnchorPredictions:
-    """What the network says about every anchor.
+    """The network's predictions for every anchor.
 
     Attributes:
         logits: ``(B, A)`` of holding an object.
@@ -55,7 +54,7 @@ class Proposals:
 
     Attributes:
         boxes: ``(B, P, 4)``, cut at the images.
-        is_valid: ``(B, P)`` bool; False in empty slots, which stand last.
+        is_valid: ``(B, P)`` bool; False in empty slots, which come last.
     """
 
     boxes: Tensor
@@ -65,8 +64,8 @@ class Proposals:
 class RegionProposals(nn.Module):
     """3x3 convolutions, shared by the levels, then logits and deltas of the anchors.
 
-    Never with normalization, whatever the rest has: Detectron's baselines with GN have it in
-    backbone, FPN and the other heads alone.
+    They never have a normalization: Detectron's baselines with GN have it in the backbone, the FPN
+    and the other heads only.
     """
 
     def __init__(
@@ -80,8 +79,8 @@ class RegionProposals(nn.Module):
     ) -> None:
         """Build for features of ``width`` channels; weights N(0, 0.01), biases 0.
 
-        The anchor sizes are those of a pyramid's levels, or without levels all of one map. How many
-        proposals are made follows from the detector where the config does not say it.
+        The anchor sizes are those of a pyramid's levels, or without levels all of one map. The
+        number of proposals follows from the detector where the config does not set it.
         """
         super().__init__()
         self.config = proposal_limits(config, detector)
@@ -143,7 +142,7 @@ class RegionProposals(nn.Module):
         Args:
             predictions: of B images.
             image_sizes: ``(B, 2)`` height, width.
-            suppress: stands in for `grouped_nms` in an exported model.
+            suppress: replaces `grouped_nms` in an exported model.
         """
         config = self.config
         limit = config.train_proposals if self.training else config.test_proposals

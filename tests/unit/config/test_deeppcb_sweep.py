@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from bigdet.config.schema import RunConfig
+from bigdet.config.run import RunConfig
 from bigdet.config.sweep import PlannedRun, load_sweep
 from bigdet.sweep import check_forks
 from tests.shipped import CONFIGS

@@ -2,19 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.derived import (
-    imported_cost,
-    in_steps,
-    is_class_agnostic,
-    largest_plan,
-    phase_model,
-    plan_of,
-    start_parts,
-)
+from bigdet.config.heads import RoiConfig
 from bigdet.config.load import load_config
-from bigdet.config.model_schema import ModelConfig, RoiConfig
-from bigdet.config.phase_schema import PhaseConfig, PhaseModelConfig, ResizeConfig, StartFromConfig
-from bigdet.config.schema import RunConfig
+from bigdet.config.model import ModelConfig, is_class_agnostic
+from bigdet.config.phase import PhaseConfig, PhaseModelConfig, in_steps
+from bigdet.config.resize import ResizeConfig, largest_plan, plan_of
+from bigdet.config.run import RunConfig, imported_cost, phase_model, start_parts
+from bigdet.config.start import StartFromConfig
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
@@ -42,7 +36,8 @@ def test_a_stated_cost_stays_with_the_weights():
     config = load_config(CONFIG, [*cost, "phases.pretrain.start_from.cost.gpu_seconds=2.5"])
     assert imported_cost(config, "pretrain") == {"images": 10, "gpu_seconds": 2.5}
     assert imported_cost(config, "finetune") == {"images": 10, "gpu_seconds": 2.5}
-    config = load_config(CONFIG, [*cost, "phases.finetune.start_from.source=random"])
+    anew = ["phases.finetune.start_from.source=random", "phases.finetune.norm_mode=live"]
+    config = load_config(CONFIG, [*cost, *anew])
     assert imported_cost(config, "finetune") == {}
     config = load_config(
         CONFIG,

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from bigdet.config.describe import describe_options, list_options
-from bigdet.config.load import ConfigError, load_config
+from bigdet.config.load import load_config
+from bigdet.config.rules import ConfigError
 from bigdet.train import parse_arguments
 
 ROOT = Path(__file__).parents[3]
@@ -52,7 +53,7 @@ def leaves(section, prefix=""):
             yield f"{prefix}{name}"
 
 
-def test_a_key_chooses_its_section_and_any_name_stands_for_a_phase():
+def test_a_key_chooses_its_section_and_any_name_matches_a_phase():
     text = describe_options("data.val")
     assert text.splitlines() == [
         "data.val:",

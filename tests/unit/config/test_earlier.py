@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bigdet.config.check import check_config
-from bigdet.config.derived import proposal_limits
 from bigdet.config.earlier import keep_former
 from bigdet.config.load import dump_config, load_config, parse_config
+from bigdet.config.rpn import proposal_limits
+from bigdet.config.run import check_config
 from tests.shipped import CONFIGS, config_of
 
 NEW = {
@@ -104,7 +104,7 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(caplog: pytest.LogC
     (message,) = caplog.messages
     for word in ("train_proposals=2000", "low_quality_iou=0.0", "crowd_coverage=0.7"):
         assert word in message
-    # Now the checkpoint has all options: the same command goes on again.
+    # Now the checkpoint has all options: the same command continues again.
     again = parse_config(dump_config(kept), "x")
     assert keep_former(config_of("r50_direct"), again).model == before.model
 

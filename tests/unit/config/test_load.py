@@ -2,16 +2,21 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.load import ConfigError, check_phase, dump_config, load_config, parse_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.load import check_phase, dump_config, load_config, parse_config
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig
 
 EXPERIMENT = """
 include: [data.yaml]
 output: runs/x
 model: {detector: mask_rcnn, backbone: resnet50}
 phases:
-  pretrain: {steps: 1_000, images_per_gpu: 8, lr: 4e-4, resize: {kind: direct, size: 448}}
-  finetune: {steps: 500, images_per_gpu: 2, lr: 1e-4, resize: {kind: short_side, size: 800}}
+  pretrain:
+    {steps: 1_000, images_per_gpu: 8, lr: 4e-4, norm_mode: live, warmup_steps: 0,
+    resize: {kind: direct, size: 448}}
+  finetune:
+    {steps: 500, images_per_gpu: 2, lr: 1e-4, norm_mode: live, warmup_steps: 0,
+    resize: {kind: short_side, size: 800}}
 """
 FRAGMENT = "data: {train: {shards: a}, val: {shards: b}, workers: 3}\n"
 
@@ -103,7 +108,7 @@ def test_a_fragment_includes_nothing(experiment: Path):
         load_config(experiment)
 
 
-def test_a_file_that_is_not_there_is_told_with_the_nearest_and_with_who_includes_it(experiment):
+def test_a_file_that_is_not_there_is_reported_with_the_nearest_and_with_who_includes_it(experiment):
     folder = experiment.parent
     with pytest.raises(ConfigError, match=rf"no such config file; did you mean '{experiment}'\?"):
         load_config(folder / "experimnet.yaml")
@@ -123,7 +128,7 @@ def test_a_folder_and_a_sweep_are_no_config(experiment):
         load_config(folder / "sweep.yaml")
 
 
-def test_a_phase_that_does_not_exist_is_told_with_the_nearest(experiment):
+def test_a_phase_that_does_not_exist_is_reported_with_the_nearest(experiment):
     config = load_config(experiment)
     check_phase(config, "finetune")
     with pytest.raises(

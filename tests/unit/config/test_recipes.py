@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bigdet.config.derived import drop_points, in_steps, plan_of, proposal_limits
-from bigdet.config.schema import PhaseConfig
+from bigdet.config.phase import PhaseConfig, drop_points, in_steps
+from bigdet.config.resize import plan_of
+from bigdet.config.rpn import proposal_limits
 from bigdet.training.optim import scaled_lr
 from tests.shipped import CONFIG_NAMES, CONFIGS, config_of, sweep_of
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.load import ConfigError, load_config
+from bigdet.config.load import load_config
+from bigdet.config.rules import ConfigError
 from bigdet.config.shipped import SHIPPED, find_config, list_shipped
 from bigdet.config.sweep import load_sweep
 
@@ -59,7 +60,7 @@ def test_a_local_config_includes_local_fragments_and_shipped_ones(elsewhere):
         "include: [data/shapes.yaml, model/mask_rcnn_r50_gn.yaml, ours.yaml]\n"
         "output: runs/mine\n"
         "phases: {train: {steps: 10, images_per_gpu: 1, images_per_step: 1, "
-        "lr: 0.01, resize: {kind: short_side, size: 64, cap: 64}}}\n"
+        "lr: 0.01, warmup_steps: 0, resize: {kind: short_side, size: 64, cap: 64}}}\n"
     )
     (elsewhere / "mine/ours.yaml").write_text("seed: 5\n")
     config = load_config("mine/quick")
@@ -76,7 +77,7 @@ def test_a_shipped_sweep_finds_its_configs_and_so_does_a_local_one(elsewhere):
 
 
 @pytest.mark.parametrize("name", ["quikstart", "quikstart.yaml", "configs/quikstart.yaml"])
-def test_a_misspelled_name_is_told_with_the_nearest(name):
+def test_a_misspelled_name_is_reported_with_the_nearest(name):
     with pytest.raises(ConfigError, match=rf"^{name}: .*did you mean 'quickstart', which comes"):
         load_config(name)
     with pytest.raises(ConfigError, match="did you mean 'sweeps/small', which comes with bigdet"):

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from bigdet.config.data_schema import DataConfig, TrainSplitConfig
-from bigdet.config.phase_schema import PhaseConfig, ResizeConfig
+from bigdet.config.data import DataConfig, TrainSplitConfig
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.resize import ResizeConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from bigdet.config.data_schema import CacheConfig
+from bigdet.config.data import CacheConfig
 from bigdet.data.format.shard_set import ShardSet, UnavailableShardError
 from bigdet.data.making.shard_check import check_shards
 from bigdet.data.making.storage import RemoteStorage

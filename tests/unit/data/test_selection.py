@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from bigdet.config.data_schema import SubsetConfig, TrainSplitConfig
+from bigdet.config.data import SubsetConfig, TrainSplitConfig
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.mix import MixedSet
 from bigdet.data.format.shard_set import ShardSet

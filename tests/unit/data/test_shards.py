@@ -279,7 +279,7 @@ def test_a_tar_that_is_cut_is_refused_at_once_and_every_lost_sample_listed(folde
     assert places == ["000000.tar", "000000.tar 1099511627776"]
 
 
-def test_a_missing_tar_is_told_once(folder: Path) -> None:
+def test_a_missing_tar_is_reported_once(folder: Path) -> None:
     (folder / "000000.tar").unlink()
     with pytest.raises(ShardError, match=r"000000\.tar: the file is missing"):
         ShardSet(folder)

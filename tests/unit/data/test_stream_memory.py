@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigdet.config.phase_schema import ResizeConfig
+from bigdet.config.resize import ResizeConfig
 from bigdet.data.examples.collate import Allocate, PackedGroup, pack
 from bigdet.data.examples.objects import no_objects
 from bigdet.data.examples.transforms import Example

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bigdet.config.phase_schema import ResizeConfig
+from bigdet.config.resize import ResizeConfig
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter

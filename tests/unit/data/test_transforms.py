@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from bigdet.config.phase_schema import AugmentConfig, ResizeConfig
+from bigdet.config.augment import AugmentConfig
+from bigdet.config.resize import ResizeConfig
 from bigdet.data.examples.objects import Objects, Wanted
 from bigdet.data.examples.transforms import Example, Scene, change_colors, make_examples, paste
 from bigdet.data.examples.views import draw_view

@@ -1,4 +1,4 @@
-"""How many detections of a class on an image count, and what is said where they are too few."""
+"""How many detections per class and image count, and the warnings if they are too few."""
 
 import dataclasses
 import json
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bigdet.config.check import check_config
-from bigdet.config.load import ConfigError, load_config
+from bigdet.config.load import load_config
+from bigdet.config.rules import ConfigError
+from bigdet.config.run import check_config
 from bigdet.evaluate import main
 from bigdet.evaluation.detection_limits import warn_at_start, warn_of_dense
 from bigdet.evaluation.ground_truth import read_ground_truth
@@ -66,18 +67,18 @@ def test_another_limit_than_cocos_is_named_in_the_numbers_and_in_the_table(dense
     assert more["max_detections"] == 300
     table = metrics_table(more, per_class=True)
     assert table.splitlines()[0].split()[-1] == "AR300"
-    assert table.endswith("\n\nup to 300 detections of a class on an image counted")
+    assert table.endswith("\n\nup to 300 detections per class and image counted")
     assert "counted" not in metrics_table(coco, per_class=True)
 
 
-def test_more_objects_than_are_counted_are_told_after_and_before(dense, results, caplog):
-    expected = "an image has 120 objects of the class cat, of which AP can find"
+def test_more_objects_than_are_counted_are_reported_after_and_before(dense, results, caplog):
+    expected = "an image has 120 objects of the class cat, but AP counts"
     config = load_config(CONFIG, ["evaluation.max_detections=110"])
     warn_at_start(config, dense)
     few, many = (record.getMessage() for record in caplog.records)
     assert few.startswith("evaluation.max_detections is 110, but the model gives 100 detections")
     assert "model.roi.detections_per_image" in few
-    assert f"{dense.address}: {expected} 110: raise evaluation.max_detections" in many
+    assert f"{dense.address}: {expected} 110 detections: raise evaluation.max_detections" in many
     caplog.clear()
     evaluate_detections(dense, results, ("bbox",))
     assert f"{expected} 100" in caplog.text
@@ -112,9 +113,9 @@ def test_a_file_of_detections_is_scored_with_another_limit(dense, results, tmp_p
 
 @pytest.mark.parametrize("value", [0, 9, 10_001])
 def test_limits_out_of_range_are_refused(value):
-    config = load_config(CONFIG, [f"evaluation.max_detections={value}"])
     with pytest.raises(ConfigError, match=f"max_detections: found {value}, expected 10 to 10000"):
-        check_config(config)
+        load_config(CONFIG, [f"evaluation.max_detections={value}"])
+    config = load_config(CONFIG)
     evaluation = dataclasses.replace(config.evaluation, max_detections=300, metric="voc12")
     with pytest.raises(ConfigError, match="voc12 counts all detections"):
         check_config(dataclasses.replace(config, evaluation=evaluation))

@@ -7,8 +7,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
-from bigdet.config.schema import TtaConfig
+from bigdet.config.evaluation import TtaConfig
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.data.format.manifest import Category
 from bigdet.evaluation import tta
 from bigdet.evaluation.split import Passes, predict_split

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdet.config.model_schema import ModelConfig, RoiConfig
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.conventions import Conventions
 from bigdet.models.heads.box import BoxHead, Regions

@@ -5,10 +5,10 @@ from typing import get_args
 import pytest
 import torch
 
-from bigdet.config import model_schema
-from bigdet.config.derived import model_parts
+from bigdet.config import model as model_options
 from bigdet.config.families import DETECTORS
-from bigdet.config.model_schema import ModelConfig, RpnConfig
+from bigdet.config.model import ModelConfig, model_parts
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.build import build_detector, head_norm
 from bigdet.models.heads.box import NUM_LAYERS
 
@@ -35,8 +35,8 @@ PUBLISHED = [  # of 80 classes; detectron2's tests have them less the 53,120 of 
 def test_parameters_are_as_many_as_published(
     detector: str,
     backbone: str,
-    norm: model_schema.Norm,
-    box_head: model_schema.BoxHead,
+    norm: model_options.Norm,
+    box_head: model_options.BoxHead,
     expected: int,
 ) -> None:
     config = ModelConfig(detector=detector, backbone=backbone, norm=norm, box_head=box_head)
@@ -73,7 +73,7 @@ def test_a_keypoint_rcnn_has_the_published_size() -> None:
 
 
 def test_choices_of_the_schema_are_the_ones_that_can_be_built() -> None:
-    assert set(NUM_LAYERS) == set(get_args(model_schema.BoxHead))
+    assert set(NUM_LAYERS) == set(get_args(model_options.BoxHead))
 
 
 def test_a_retinanet_has_the_published_sizes() -> None:
@@ -121,7 +121,7 @@ def test_a_detector_has_the_parts_of_its_row(name: str) -> None:
     ],
 )
 def test_heads_are_normalized_by_scope(
-    norm: model_schema.Norm, scope: model_schema.NormScope | None, expected: str
+    norm: model_options.Norm, scope: model_options.NormScope | None, expected: str
 ) -> None:
     config = ModelConfig(detector="mask_rcnn", backbone="resnet50", norm=norm, norm_scope=scope)
     assert head_norm(config) == expected

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdet.config.model_schema import CascadeConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.heads import CascadeConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.assign import Objects, pad_objects
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import Conventions

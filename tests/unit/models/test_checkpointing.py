@@ -3,7 +3,9 @@ import gc
 import pytest
 import torch
 
-from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.heads import KeypointConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
 from bigdet.models.norms import batch_norms, set_norm_mode, update_running_statistics

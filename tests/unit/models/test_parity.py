@@ -15,13 +15,9 @@ from torchvision.models.detection import roi_heads
 from torchvision.ops import roi_align
 
 from bigdet.benchmarks.torchvision_twin import torchvision_twin
-from bigdet.config.model_schema import (
-    KeypointConfig,
-    ModelConfig,
-    RetinaConfig,
-    RoiConfig,
-    RpnConfig,
-)
+from bigdet.config.heads import KeypointConfig, RetinaConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION
 from bigdet.models.detector import Detector
@@ -270,7 +266,7 @@ def test_detections_of_a_retinanet_equal_torchvisions(model: tuple) -> None:
     for one, other in zip(found, expected_found, strict=True):
         assert len(other["boxes"]) > 10
         assert len(other["labels"].unique()) > 1
-        # torchvision also reports boxes beside the image, of which nothing is left.
+        # torchvision also reports boxes outside the image, of which nothing is left.
         is_real = (other["boxes"][:, 2:] > other["boxes"][:, :2]).all(dim=1)
         boxes, scores, labels = (other[key][is_real] for key in ("boxes", "scores", "labels"))
         torch.testing.assert_close(one.boxes, boxes.float(), rtol=1e-6, atol=1e-5)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from bigdet.config.model_schema import ModelConfig, RetinaConfig
+from bigdet.config.heads import RetinaConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.assign import pad_objects
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION, Conventions

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.heads import KeypointConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.heads import positives
 from bigdet.models.norms import batch_norms, update_running_statistics

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.backbones.build import build_backbone, freeze_stages
 from bigdet.models.backbones.vgg import VGG
 from bigdet.models.build import build_detector

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bigdet.config.load import ConfigError, load_config
+from bigdet.config.load import load_config
+from bigdet.config.rules import ConfigError
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, Category
 from bigdet.training.data_checks import check_data
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigdet.config.load import dump_config, load_config
-from bigdet.config.schema import RunConfig
+from bigdet.config.load import dump_config
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import checkpoint, writing
 from bigdet.engine.parts import Piece, Share
@@ -17,6 +17,7 @@ from bigdet.run_dir import RunDir
 from bigdet.training.forks import changed_options, is_fork
 from bigdet.training.resume import begin, find_checkpoint
 from bigdet.training.state import RunState
+from tests.shipped import unchecked
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 WORDS = [
@@ -29,7 +30,7 @@ SPELLED = ["./run/", "other/../run", "ABSOLUTE", "link/"]
 
 
 def config_of(output: str, resume: str = "auto") -> RunConfig:
-    return load_config(CONFIG, [*WORDS, f"output={output}", f"resume={resume}"])
+    return unchecked(CONFIG, [*WORDS, f"output={output}", f"resume={resume}"])
 
 
 def save(output: str, step: int, is_old: bool = False) -> None:
@@ -73,7 +74,7 @@ def start(config: RunConfig) -> tuple[Path, RunState]:
 @pytest.mark.parametrize(
     ("spelled", "is_old"), [("ABSOLUTE", False), *((each, True) for each in SPELLED)]
 )
-def test_the_best_stays_with_a_run_that_goes_on_however_its_folder_is_written(
+def test_the_best_stays_with_a_run_that_continues_however_its_folder_is_written(
     folder: Path, spelled: str, is_old: bool
 ) -> None:
     save("run", 4, is_old)
@@ -85,7 +86,7 @@ def test_the_best_stays_with_a_run_that_goes_on_however_its_folder_is_written(
     assert not is_fork(config_of("run", resume), checkpoint.load(found))
 
 
-def test_a_moved_run_goes_on_as_itself(folder: Path) -> None:
+def test_a_moved_run_continues_as_itself(folder: Path) -> None:
     (folder / "run").rename(folder / "moved")
     for word in ("moved", str(folder / "moved")):
         _, state = start(config_of(word, f"{word}/checkpoints/pretrain-4"))
@@ -122,7 +123,7 @@ def test_a_fork_leaves_the_best_behind_once(folder: Path) -> None:
     assert start(config_of("moved", "run/checkpoints/pretrain-4"))[1].best_ap == 0.5
 
 
-def test_a_fork_that_goes_on_with_auto_is_still_one_until_its_first_checkpoint(
+def test_a_fork_that_continues_with_auto_is_still_one_until_its_first_checkpoint(
     folder: Path,
 ) -> None:
     start(config_of("fork", "run/checkpoints/pretrain-4"))
@@ -156,7 +157,7 @@ def test_a_lost_latest_is_no_reason_to_copy_a_checkpoint_onto_itself(folder: Pat
 
 def test_weights_to_start_from_are_the_same_file_by_any_path(folder: Path) -> None:
     def start_from(source: str) -> RunConfig:
-        return load_config(
+        return unchecked(
             CONFIG, [*WORDS, "output=x", f"phases.pretrain.start_from.source={source}"]
         )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigdet.config.phase_schema import PhaseConfig
+from bigdet.config.phase import PhaseConfig
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.backbones.build import build_backbone
 from bigdet.models.backbones.swin import Swin

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torchvision
 
-from bigdet.config.check import check_config
 from bigdet.config.load import parse_config
+from bigdet.config.run import check_config
 from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.backbones.vgg import VGG
 from bigdet.models.build import build_detector

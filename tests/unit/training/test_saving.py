@@ -1,4 +1,4 @@
-"""Saving beside training: what a step waits for, and what becomes of a save that fails."""
+"""Saving during training: what a step waits for, and what happens when a save fails."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bigdet import distributed
-from bigdet.config.derived import num_steps
 from bigdet.config.load import load_config
+from bigdet.config.phase import num_steps
 from bigdet.engine import checkpoint, keeping, writing
 from bigdet.engine.parts import Part, Share, copy_share
 from bigdet.engine.writing import Save
@@ -23,6 +23,7 @@ from bigdet.models.weights import find_weights
 from bigdet.run_dir import RunDir
 from bigdet.training.saving import Saver, newest_checkpoint, write_final_weights
 from bigdet.training.state import RunState
+from tests.shipped import unchecked
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
@@ -76,7 +77,7 @@ def names(run_dir: RunDir) -> list[str]:
     return sorted(path.name for path in run_dir.checkpoints.iterdir())
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
+def test_training_continues_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
     saver: Saver, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, running = threading.Event(), []
@@ -152,7 +153,7 @@ def test_a_save_that_dies_of_whatever_is_no_save(
 def test_final_weights_are_on_the_disk_before_they_have_their_name(
     run_dir: RunDir, disk_calls: list[str]
 ) -> None:
-    config = load_config(CONFIG, ["phases.finetune.steps=3"])
+    config = unchecked(CONFIG, ["phases.finetune.steps=3"])
     source = run_dir.checkpoint("finetune", 3) / "model.safetensors"
     source.parent.mkdir(parents=True)
     source.write_bytes(b"weights")

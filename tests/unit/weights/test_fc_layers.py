@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional
 
-from bigdet.config.model_schema import ModelConfig
+from bigdet.config.model import ModelConfig
 from bigdet.models.backbones.vgg import VGG
 from bigdet.models.build import build_detector
 from bigdet.models.rcnn import RCNN

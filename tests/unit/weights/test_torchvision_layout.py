@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from bigdet.benchmarks.torchvision_twin import torchvision_twin
-from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.heads import KeypointConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.conventions import TORCHVISION, Conventions
 from bigdet.models.detector import Detector

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from bigdet.config.model_schema import KeypointConfig, ModelConfig, RoiConfig, RpnConfig
+from bigdet.config.heads import KeypointConfig, RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.weights import load_parts
@@ -377,7 +379,7 @@ def test_the_first_convolution_takes_our_images(small, mean, deviation, pixels, 
         from_framework(detector, state, "detectron2", None, "x.pkl")
 
 
-def test_what_would_be_computed_otherwise_is_told(small, caplog) -> None:
+def test_what_would_be_computed_otherwise_is_reported(small, caplog) -> None:
     state, detector = small
     with caplog.at_level(logging.WARNING, "bigdet"):
         from_framework(detector, state, "detectron2", "bgr", "x.pkl")

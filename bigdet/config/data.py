@@ -1,4 +1,4 @@
-"""Options of the data: what is read, which part of it, and where remote shards are kept."""
+"""The data: what is read, which part of it, and where copies of remote shards are kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
+
+from bigdet.config.rules import (
+    ConfigError,
+    Ignored,
+    not_negative,
+    only_for,
+    positive,
+    require,
+)
 
 Order = Literal["shuffled", "windowed"]
 
@@ -43,7 +52,7 @@ class TrainSplitConfig:
     order: Order = "shuffled"
     """``shuffled``: shuffle the whole set. ``windowed``: each lane reads its own shards and
     shuffles within windows, for remote shards and slow disks."""
-    window: int = 1024
+    window: int = field(default=1024, metadata=only_for("order", "windowed"))
     """Images that are shuffled together in ``windowed``."""
     keep_empty: bool = False
     """Train on images without objects too. The papers' code leaves them out."""
@@ -90,3 +99,64 @@ class DataConfig:
     """Copies of remote shards."""
     workers: int = 2
     """Loader processes per rank; 0 decodes in the training process."""
+
+
+def check_data(data: DataConfig) -> None:
+    """Check what can be known of the data without reading any of it."""
+    positive("data.cache", data.cache, "gib")
+    not_negative("data", data, "workers")
+    require(bool(data.cache.folder), "data.cache.folder", "nothing", "a folder")
+    for key, address in (
+        ("data.train.shards", data.train.shards),
+        *(("data.train.more_shards", address) for address in data.train.more_shards),
+        ("data.val.shards", data.val.shards),
+    ):
+        if not address.startswith("pipe:"):
+            continue
+        place = "where the name of a file goes, such as pipe:ssh HOST cat /data/{}"
+        require("{}" in address, key, address, f"{{}} in the command {place}")
+        if data.cache.mode == "ranges":
+            raise ConfigError(
+                f"data.cache.mode: found ranges, but {key} is a pipe:, which can only be read "
+                f"whole. Write shards."
+            )
+    check_train_split(data.train)
+
+
+def check_train_split(split: TrainSplitConfig) -> None:
+    """Check which images are trained on, and in which order."""
+    key = "data.train"
+    not_negative(key, split, "max_damaged", "min_keypoints")
+    num_sets, weights = 1 + len(split.more_shards), split.weights
+    if weights is not None and (len(weights) != num_sets or min(weights) <= 0):
+        raise ConfigError(
+            f"{key}.weights: found {weights}, expected a number above 0 for each of {num_sets} "
+            f"sets: shards, then more_shards."
+        )
+    threshold = split.repeat_threshold
+    is_fine = threshold is None or 0 < threshold <= 1
+    require(is_fine, f"{key}.repeat_threshold", threshold, "above 0, at most 1")
+    if split.order == "windowed":
+        require(256 <= split.window <= 2048, f"{key}.window", split.window, "256 to 2048")
+    if (subset := split.subset) is not None:
+        if (subset.images is None) == (subset.ids is None):
+            raise ConfigError(f"{key}.subset: write one of images (a number) and ids (a file).")
+        positive(f"{key}.subset", subset, "images")
+        if subset.ids is not None and split.more_shards:
+            raise ConfigError(
+                f"{key}.subset.ids: image ids may mean several images when sets are mixed. "
+                f"Write subset.images, or make shards of the images that you want."
+            )
+
+
+def ignored_in_data(data: DataConfig, *, has_keypoints: bool) -> Ignored:
+    """Yield the options without effect.
+
+    Args:
+        data: its section.
+        has_keypoints: a phase learns keypoints.
+    """
+    if data.train.subset is not None and data.train.subset.ids is not None:
+        yield "data.train.subset.seed", "is for a number of images"
+    if not has_keypoints:
+        yield "data.train.min_keypoints", "is for keypoint_rcnn"

@@ -1,0 +1,48 @@
+"""Random changes of training images, other than their size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bigdet.config.model import ModelConfig, has_masks
+from bigdet.config.rules import ConfigError, fraction
+
+_MOSAIC_IMAGES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training images besides scale, crop and flip: probabilities, 0 is off."""
+
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation of an image change by factors of 0.6 to 1.4."""
+    copy_paste: float = 0.0
+    """Some objects of another image of the group are pasted into an image, as their masks are."""
+    mosaic: float = 0.0
+    """An image is replaced by four at half their size side by side: itself and three others of its
+    group. Nothing is pasted into a mosaic."""
+
+
+def check_augment(
+    key: str, augment: AugmentConfig, images_per_gpu: int, model: ModelConfig
+) -> None:
+    """Check the probabilities, and that groups and masks suffice.
+
+    Args:
+        key: of the section.
+        augment: the section.
+        images_per_gpu: of the phase: images of a group.
+        model: that the phase trains.
+    """
+    fraction(key, augment, "color_jitter", "copy_paste", "mosaic")
+    if augment.copy_paste and not has_masks(model):
+        raise ConfigError(
+            f"{key}.copy_paste: objects are pasted as their masks are, but {model.detector} has no "
+            f"use for masks. Remove it, or choose mask_rcnn."
+        )
+    for name, num_images in (("copy_paste", 2), ("mosaic", _MOSAIC_IMAGES)):
+        if getattr(augment, name) and images_per_gpu < num_images:
+            raise ConfigError(
+                f"{key}.{name}: the other images come from the same group, so it needs "
+                f"images_per_gpu of at least {num_images}, found {images_per_gpu}."
+            )

@@ -1,0 +1,57 @@
+"""Checkpoints: when the run is saved, and which are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.rules import ConfigError, positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved; every phase also ends with a checkpoint."""
+
+    every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many of the newest checkpoints to keep, besides the best and the last of each phase."""
+    at: list[str] = field(default_factory=list)
+    """Further checkpoints, PHASE-STEP, to write and keep, for other runs to fork from."""
+    keep_every: int | None = None
+    """Also keep checkpoints at multiples of this many steps of a phase. None: none of them."""
+    gather: bool = False
+    """Send all that ranks on other hosts save to rank 0's host, for hosts that share no disk: rank 0
+    then has weights and optimizer state whole in its memory. Without it every rank writes its own
+    part, and the files stay on the host that wrote them."""
+    remote: str | None = None
+    """An address such as ``s3://bucket/run`` (any that fsspec knows) to which finished checkpoints
+    are copied, for machines that lose their disks: if the run folder has no checkpoint as new,
+    ``resume: auto`` continues from there. One address for each run. None: no copies."""
+
+
+def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseConfig]) -> None:
+    """Check intervals, and that the checkpoints to keep are steps of the run.
+
+    Args:
+        checkpoint: its section.
+        phases: of the run, by name.
+    """
+    positive("checkpoint", checkpoint, "every", "keep", "keep_every")
+    every, keep_every = checkpoint.every, checkpoint.keep_every
+    is_fine = keep_every is None or keep_every % every == 0
+    expected = f"a multiple of checkpoint.every, {every}"
+    require(is_fine, "checkpoint.keep_every", keep_every, expected)
+    remote = checkpoint.remote
+    is_address = remote is None or "://" in remote
+    require(is_address, "checkpoint.remote", remote, "an address, such as s3://bucket/run")
+    for name in checkpoint.at:
+        phase, _, step = name.rpartition("-")
+        is_known = phase in phases and step.isdecimal()
+        steps = phases[phase].steps if is_known else None
+        if not is_known or int(step) < 1 or (steps is not None and int(step) > steps):
+            raise ConfigError(
+                f"checkpoint.at: found {name}, expected PHASE-STEP, a phase of "
+                f"{', '.join(phases)} and one of its steps."
+            )

@@ -1,0 +1,151 @@
+"""One layer of a config: a YAML file, or the words of a command line, over what it changes.
+
+Names and types are checked here, by OmegaConf and the schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from bigdet.config.compare import leaf_items
+from bigdet.config.families import BACKBONES, DETECTORS
+from bigdet.config.own import refuse_unknown
+from bigdet.config.rules import ConfigError
+from bigdet.config.shipped import nearest_shipped
+
+_PLAIN_WORDS = {
+    "is not Optional": "found null, expected a value. Write one, or leave the option out.",
+    "Incompatible value 'None'": "found null, expected a value. Write one, or leave it out.",
+    "Cannot convert 'ListConfig'": "found a list, expected one value.",
+    "is not a ListConfig": "found one value, expected a list such as [value, value].",
+    "is not a subclass of": "found one value, expected a section of options such as {key: value}.",
+    "TupleConfig length": "found a list of another length than expected.",
+    "read-only": "interpolations such as ${seed} are not supported. Write the value.",
+}
+"""OmegaConf's words for what users do wrong, and ours."""
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Read a file that holds a mapping of sections."""
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        near = nearest(str(path), [str(file) for file in path.parent.glob("*.yaml")])
+        if near == "." and (shipped := nearest_shipped(path)) is not None:
+            near = f"; did you mean {shipped!r}, which comes with bigdet?"
+        raise ConfigError(
+            f"{path}: there is no such config file{near} `bigdet configs` lists those that come "
+            f"with bigdet."
+        ) from error
+    except IsADirectoryError as error:
+        inside = sorted(path.glob("*.yaml"))
+        such = f", such as {inside[0]}" if inside else ""
+        raise ConfigError(f"{path}: is a folder. Give a YAML file{such}.") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of sections, such as `output: runs/x`.")
+    return values
+
+
+def merge(base: DictConfig, values: DictConfig, source: str) -> DictConfig:
+    """Return a config with the values of a layer; lists are replaced.
+
+    Args:
+        base: what the layer changes.
+        values: of the layer.
+        source: its file or word, for messages.
+    """
+    try:
+        merged = OmegaConf.merge(base, values)
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {explain(error)}") from error
+    assert isinstance(merged, DictConfig)
+    _check_names(values, source)
+    return merged
+
+
+def _check_names(values: DictConfig, source: str) -> None:
+    """Refuse names of backbones and detectors that are neither bigdet's nor a user's own."""
+    for key, value in leaf_items(OmegaConf.to_container(values)):
+        kind = ".".join(key.split(".")[-2:])
+        names: dict[str, Collection[str]] = {
+            "model.backbone": BACKBONES, "model.detector": DETECTORS,
+        }  # fmt: skip
+        known = names.get(kind)
+        if known is not None and value is not None:
+            try:
+                refuse_unknown(key, str(value), known)
+            except ValueError as error:
+                raise ConfigError(f"{source}: {error}") from error
+
+
+def override(merged: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
+    """Apply the words of the command line; return the config and what they set."""
+    phases = [] if OmegaConf.is_missing(merged, "phases") else list(merged.phases)
+    changes = []
+    for word in overrides:
+        key, found, _ = word.partition("=")
+        if not found or not key or key.startswith("-"):
+            raise ConfigError(f"command line: {word!r}: expected key=value, such as seed=1.")
+        parts = key.split(".")
+        if key == "phases" or word.endswith("=???"):
+            raise ConfigError(
+                f"command line: {word!r}: would change nothing. Write a value, for a phase as "
+                f"phases.NAME.option=value."
+            )
+        if parts[0] == "phases" and len(parts) > 1 and parts[1] not in phases:
+            raise ConfigError(
+                f"command line: {key}: there is no phase {parts[1]!r}{nearest(parts[1], phases)} "
+                f"The config has {', '.join(phases)}; the command line can change a phase, not add "
+                f"one."
+            )
+        try:
+            changes.append(OmegaConf.from_dotlist([word]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"command line: {word!r}: {one_line(error)}") from error
+    together = OmegaConf.merge(DictConfig({}), *changes)  # much faster than one by one
+    assert isinstance(together, DictConfig)
+    try:
+        return merge(merged, together, ""), together
+    except ConfigError:
+        for word, change in zip(overrides, changes, strict=True):
+            merged = merge(merged, change, f"command line: {word}")
+        return merged, together
+
+
+def explain(error: OmegaConfBaseException) -> str:
+    """Turn OmegaConf's message of several lines into ``full.key: what is wrong``."""
+    message = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(error.object_type):
+        known = [option.name for option in dataclasses.fields(error.object_type)]
+        near = nearest(str(error.key), known)
+        message = (
+            f"there is no such option{near if '?' in near else '. There are: ' + ', '.join(known)}"
+        )
+    for found, said in _PLAIN_WORDS.items():
+        if found in message:
+            message = said
+    if message.endswith("could not be converted to Integer"):
+        message += ". Write a whole number without a point or an e, such as 300_000."
+    return f"{key}: {message}" if key else message
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Return how a sentence on an unknown name ends: with a hint, or with a full stop."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error without line ends."""
+    return " ".join(str(error).split())

@@ -1,0 +1,54 @@
+"""The log: what a run reports, and where it shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from bigdet.config.own import import_callable
+from bigdet.config.rules import positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """A run of Weights & Biases, which has to be installed (``pip install wandb``)."""
+
+    project: str = MISSING
+    """Project of the run."""
+    name: str | None = None
+    """Name of the run. None: the name of the run folder."""
+    entity: str | None = None
+    """User or team. None: the default of the account that is logged in."""
+    mode: Literal["online", "offline"] = "online"
+    """``offline`` writes to OUTPUT/wandb only, for ``wandb sync``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run reports."""
+
+    every: int = 20
+    """Steps between lines of the log and of ``metrics.jsonl``. Losses and ``grad_norm`` of a line
+    are means over all steps since the previous line, weighted by training images (masked slots at
+    the end of a pass do not count), and do not depend on ranks or accumulation. ``grad_norm`` is
+    that of the mean loss over the lanes with an image, before clipping. Skipped steps are left out
+    and counted by ``bad_steps``; the mean of no step is null."""
+    tensorboard: bool = True
+    """Write TensorBoard event files too, with pictures: a batch with its targets at the start of a
+    phase, detections at each evaluation."""
+    wandb: WandbConfig | None = None
+    """Show the same on Weights & Biases. None: no."""
+    boards: list[str] = field(default_factory=list)
+    """Boards of your own that show the same, each ``package.module:Class``."""
+    stall_seconds: float | None = 1200.0
+    """A rank without progress for so long writes its stacks and ends the run, seconds. Must exceed
+    the longest step, save or scoring. None: never."""
+
+
+def check_log(log: LogConfig) -> None:
+    """Check intervals, and that a user's own boards can be imported."""
+    positive("log", log, "every", "stall_seconds")
+    for name in log.boards:
+        import_callable("log.boards", name)

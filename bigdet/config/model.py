@@ -1,0 +1,226 @@
+"""The model: detector, backbone, normalization and widths; its RPN and heads have own files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from bigdet.config.families import (
+    BACKBONES,
+    DETECTOR_OPTIONS,
+    DETECTORS,
+    LACKS,
+    backbone_facts,
+    detector_facts,
+)
+from bigdet.config.heads import (
+    CascadeConfig,
+    KeypointConfig,
+    RetinaConfig,
+    RoiConfig,
+    check_keypoint,
+    check_retina,
+    check_roi,
+)
+from bigdet.config.own import FORM
+from bigdet.config.rpn import RpnConfig, check_rpn
+from bigdet.config.rules import CHOICES, ConfigError, Ignored, positive, require
+
+BoxHead = Literal["2fc", "4conv1fc"]
+Norm = Literal["bn", "gn", "none"]
+NormScope = Literal["backbone", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The detector."""
+
+    detector: str = field(default=MISSING, metadata={CHOICES: (*DETECTORS, FORM)})
+    """Which detector: one of these, or a function of your own."""
+    backbone: str = field(default=MISSING, metadata={CHOICES: (*BACKBONES, FORM)})
+    """Which backbone: one of these, or a function of your own."""
+    box_head: BoxHead = "2fc"
+    """Two fully connected layers, or four 3x3 convolutions and one."""
+    norm: Norm = "bn"
+    """Normalization of convolutional backbones and, by scope, of FPN and heads."""
+    norm_scope: NormScope | None = None
+    """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
+    bn, ``all`` with gn."""
+    stride_in_1x1: bool = False
+    """Bottlenecks of a ResNet have their stride in the first 1x1 convolution, as in MSRA's
+    (Caffe's) R-50 and R-101 and detectors on them: ``STRIDE_IN_1X1`` in detectron2,
+    ``style='caffe'`` in mmdetection. Weights fit either way, but are right for one only."""
+    width: int = 256
+    """Channels of the FPN and of the convolutions in the heads. Without an FPN (vgg16) they are
+    the backbone's."""
+    fc_width: int = 1024
+    """Channels of the fully connected layers of the box head."""
+    compile: bool = False
+    """Compile backbone, FPN and RPN (or RetinaNet's) head with torch.compile in training. It pays
+    if the canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The
+    first steps take minutes."""
+    drop_path: float = 0.0
+    """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
+    rpn: RpnConfig = field(default_factory=RpnConfig)
+    """Region proposals."""
+    roi: RoiConfig = field(default_factory=RoiConfig)
+    """Regions of interest."""
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    """Stages of a cascade."""
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
+    """The head of ``keypoint_rcnn``."""
+    retina: RetinaConfig = field(default_factory=RetinaConfig)
+    """RetinaNet."""
+
+
+def model_parts(model: ModelConfig) -> list[str]:
+    """Return the parts of a detector, in the order in which data flows through them."""
+    parts = detector_facts(model.detector).parts
+    return [part for part in parts if part != "fpn" or has_fpn(model)]
+
+
+def has_fpn(model: ModelConfig) -> bool:
+    """Tell whether a feature pyramid stands between the backbone and the heads."""
+    return backbone_facts(model.backbone).has_levels
+
+
+def has_masks(model: ModelConfig) -> bool:
+    """Tell whether a detector learns and predicts masks."""
+    return "masks" in detector_facts(model.detector).learns
+
+
+def has_keypoints(model: ModelConfig) -> bool:
+    """Tell whether a detector learns and predicts keypoints."""
+    return "keypoints" in detector_facts(model.detector).learns
+
+
+def has_cascade(model: ModelConfig) -> bool:
+    """Tell whether the box head of a detector is a cascade of three."""
+    return detector_facts(model.detector).is_cascade
+
+
+def is_class_agnostic(model: ModelConfig) -> bool:
+    """Tell whether a region has one box for all classes, with the default filled in."""
+    chosen = model.roi.class_agnostic
+    return has_cascade(model) if chosen is None else chosen
+
+
+def reported(model: ModelConfig) -> tuple[str, int] | None:
+    """Return the option that limits the detections of an image, and its value; None: none does."""
+    section = detector_facts(model.detector).limits
+    if section is None:
+        return None
+    return f"model.{section}.detections_per_image", getattr(model, section).detections_per_image
+
+
+def parts_with_batch_norm(model: ModelConfig) -> list[str]:
+    """Return the parts of a detector that have BN layers (the RPN head never has)."""
+    if model.norm != "bn":
+        return []
+    parts = ["backbone"] if "norm" in backbone_facts(model.backbone).heeds else []
+    if model.norm_scope != "all":
+        return parts
+    own = detector_facts(model.detector).normalized
+    if model.box_head != "4conv1fc":  # which alone has convolutions
+        own = tuple(part for part in own if part != "box_head")
+    return [*parts, *(part for part in own if part in model_parts(model))]
+
+
+def has_batch_norm(model: ModelConfig) -> bool:
+    """Tell whether the model has any BN layer, so that a phase must say its ``norm_mode``."""
+    return bool(parts_with_batch_norm(model))
+
+
+def lacking(model: ModelConfig, option: str) -> str:
+    """Return why an option of ``families.LACKS`` has no effect on the backbone; empty if it has."""
+    facts = backbone_facts(model.backbone)
+    if option in facts.heeds:
+        return ""
+    return f"{model.backbone} {f'takes no {option}' if facts.is_own else LACKS[option]}"
+
+
+def check_model(model: ModelConfig) -> None:
+    """Check the detector, and that backbone, norms and sizes fit it."""
+    _check_backbone(model)
+    _check_norm(model)
+    positive("model", model, "width", "fc_width")
+    options = detector_facts(model.detector).options
+    if "rpn" in options:
+        check_rpn(model.rpn, has_fpn=has_fpn(model))
+    if "roi" in options:
+        check_roi(model.roi)
+    if "retina" in options:
+        check_retina(model.retina)
+    check_keypoint(model.keypoint)
+
+
+def _check_backbone(model: ModelConfig) -> None:
+    if model.drop_path and (lacks := lacking(model, "drop_path")):
+        with_it = [name for name, facts in BACKBONES.items() if "drop_path" in facts.heeds]
+        raise ConfigError(
+            f"model.drop_path: found {model.drop_path}, but {lacks}. "
+            f"Remove it, or choose one of {', '.join(with_it)}."
+        )
+    require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
+    if not has_fpn(model) and "rpn" not in model_parts(model):
+        raise ConfigError(
+            f"model.backbone: {model.backbone} has one level of features, but {model.detector} "
+            f"needs a pyramid. Choose another backbone, or faster_rcnn."
+        )
+
+
+def _check_norm(model: ModelConfig) -> None:
+    if model.norm == "none" and model.norm_scope is not None:
+        raise ConfigError("model.norm_scope: set, but model.norm is none. Remove norm_scope.")
+    if not has_fpn(model) and model.norm != "none":
+        raise ConfigError(
+            f"model.norm: found {model.norm}, but {model.backbone} has no normalization. Write "
+            f"none."
+        )
+    lacks = lacking(model, "norm")
+    if has_fpn(model) and lacks and model.norm != "bn" and model.norm_scope == "backbone":
+        raise ConfigError(
+            f"model.norm: found {model.norm} for the backbone only, but {lacks}. Remove "
+            f"model.norm, or set model.norm_scope: all."
+        )
+    facts = detector_facts(model.detector)
+    if model.norm_scope == "all" and not facts.normalized:
+        raise ConfigError(
+            f"model.norm_scope: found all, but {model.detector} has no other part that is "
+            f"normalized. Write backbone, or leave it out."
+        )
+    if model.norm_scope == "all" and model.norm == "bn" and "retina" in facts.options:
+        raise ConfigError(
+            "model.norm_scope: found all, but the levels of the pyramid share retinanet's head, "
+            "and one BN has no statistics that fit them all. Write backbone, or norm: gn."
+        )
+
+
+def ignored_in_model(model: ModelConfig, detectors: Collection[str]) -> Ignored:
+    """Yield the options without effect.
+
+    Args:
+        model: its section.
+        detectors: those of all phases: one of them may be a cascade, or learn keypoints.
+    """
+    if lacks := lacking(model, "stride_in_1x1"):
+        yield "model.stride_in_1x1", lacks
+    if not has_fpn(model):
+        yield "model.width", f"the heads are as wide as {model.backbone}'s features"
+    elif (lacks := lacking(model, "norm")) and model.norm == "bn" and model.norm_scope != "all":
+        yield "model.norm", f"{lacks}, and norm_scope leaves out all else"
+    facts = detector_facts(model.detector)
+    used = [option for each in detectors for option in detector_facts(each).options]
+    for name, lacks in DETECTOR_OPTIONS.items():
+        if name in ("cascade", "keypoint"):  # which one of the phases may have
+            known = [each for each, row in DETECTORS.items() if name in row.options]
+            if name not in used:
+                yield f"model.{name}", f"is for {' and '.join(known)}"
+        elif name not in facts.options:
+            yield f"model.{name}", lacks.format(model.detector)
+    if detectors and all(detector_facts(each).is_cascade for each in detectors):
+        reason = "the stages of a cascade have their own, 0.5, 0.6 and 0.7"
+        yield "model.roi.positive_iou", reason

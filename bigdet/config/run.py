@@ -1,0 +1,177 @@
+"""The whole run: its sections, what follows from several of them, and the check of all rules.
+
+A section's file has its options, what is derived from them, and their rules. ``MISSING`` marks
+options that the config must set; ``None`` means "off" or "derived", and the docstring below the
+option says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from bigdet.config.checkpoint import CheckpointConfig, check_checkpoint
+from bigdet.config.data import DataConfig, check_data, ignored_in_data
+from bigdet.config.engine import EngineConfig, check_engine
+from bigdet.config.evaluation import EvaluationConfig, check_evaluation, ignored_in_evaluation
+from bigdet.config.families import detector_facts
+from bigdet.config.log import LogConfig, check_log
+from bigdet.config.model import (
+    ModelConfig,
+    check_model,
+    has_keypoints,
+    ignored_in_model,
+    is_class_agnostic,
+)
+from bigdet.config.phase import PhaseConfig, check_phase, ignored_in_phase
+from bigdet.config.resize import ResizeConfig
+from bigdet.config.rules import ConfigError, Ignored, ignored_by_choice, refuse_ignored
+from bigdet.config.start import check_start, loaded_parts, source_of, stated_cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run."""
+
+    output: str = MISSING
+    """The run folder."""
+    seed: int = 0
+    """Seed of everything: weights, order, augmentation, sampling."""
+    resume: str = "auto"
+    """``auto``: resume if the run folder has a checkpoint. ``never``: refuse a folder that has one.
+    Otherwise the path of a checkpoint to resume from."""
+    change_batch: bool = False
+    """Let a resumed run continue with another ``images_per_step`` or ``images_per_gpu`` of its
+    phase. ``lr`` follows by the linear rule (``reference_images_per_step`` must be set), ``steps``,
+    ``warmup_steps`` and ``drops`` may change too, and training continues with the next pass."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the images are."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The detector."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How weights are updated."""
+    phases: dict[str, PhaseConfig] = MISSING
+    """The phases by name, in the order in which they run."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """When and how AP is measured."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run is saved."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What the run reports."""
+
+
+def phase_model(config: RunConfig, name: str) -> ModelConfig:
+    """Return the model that a phase trains: that of the run with what the phase changes.
+
+    Boxes stay class-specific, or class-agnostic, so that a box head fits those of all phases.
+    """
+    model, detector = config.model, config.phases[name].model.detector
+    if detector is None:
+        return model
+    roi = dataclasses.replace(model.roi, class_agnostic=is_class_agnostic(model))
+    return dataclasses.replace(model, detector=detector, roi=roi)
+
+
+def phase_before(config: RunConfig, name: str) -> str:
+    """Return the name of the phase before a phase that is not the first."""
+    names = list(config.phases)
+    return names[names.index(name) - 1]
+
+
+def model_before(config: RunConfig, name: str) -> ModelConfig | None:
+    """Return the model that the phase before a phase trains; None before the first."""
+    is_first = name == next(iter(config.phases))
+    return None if is_first else phase_model(config, phase_before(config, name))
+
+
+def phase_source(config: RunConfig, name: str) -> str:
+    """Return where the weights of a phase come from, with the default filled in."""
+    is_first = name == next(iter(config.phases))
+    return source_of(config.phases[name].start_from, is_first=is_first)
+
+
+def start_parts(config: RunConfig, name: str) -> list[str]:
+    """Return the parts that a phase loads, with the default filled in."""
+    start, model = config.phases[name].start_from, phase_model(config, name)
+    return loaded_parts(start, phase_source(config, name), model, model_before(config, name))
+
+
+def imported_cost(config: RunConfig, name: str) -> dict[str, float]:
+    """Return what was stated of the weights that a phase and those before it took from elsewhere.
+
+    A phase that starts from random weights leaves behind what came before it.
+    """
+    total: dict[str, float] = {}
+    for phase in config.phases:
+        if phase_source(config, phase) != "previous":
+            total = {}
+        cost = config.phases[phase].start_from.cost
+        for key, number in (stated_cost(cost) if cost is not None else {}).items():
+            total[key] = total.get(key, 0) + number
+        if phase == name:
+            break
+    return total
+
+
+def eval_resize(config: RunConfig, name: str) -> ResizeConfig:
+    """Return how the model of a phase sees the images that it is evaluated on."""
+    return config.evaluation.resize or config.phases[name].resize
+
+
+def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
+    """Check everything that can be checked without data and without a GPU.
+
+    Args:
+        config: the config.
+        written: full keys that a user set to their defaults, refused where they have no effect.
+
+    Raises:
+        ConfigError: with the full key, what was found and what to write instead.
+    """
+    check_data(config.data)
+    check_model(config.model)
+    check_engine(config.engine)
+    if not config.phases:
+        raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
+    refuse_ignored(config, ignored_options(config), written)
+    for name, phase in config.phases.items():
+        key = f"phases.{name}"
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+            raise ConfigError(
+                f"{key}: a phase names files, so letters, digits and _ only, a letter first."
+            )
+        _check_detector(config, name)
+        source, model = phase_source(config, name), phase_model(config, name)
+        check_start(key, phase.start_from, source, model, model_before(config, name))
+        check_phase(key, phase, model, start_parts(config, name))
+    check_evaluation(config.evaluation)
+    check_checkpoint(config.checkpoint, config.phases)
+    check_log(config.log)
+
+
+def _check_detector(config: RunConfig, name: str) -> None:
+    """Check that a phase changes the detector within the family that shares its parts."""
+    detectors = (config.model.detector, phase_model(config, name).detector)
+    is_shared = all("rpn" in detector_facts(detector).parts for detector in detectors)
+    if detectors[0] != detectors[1] and not is_shared:
+        raise ConfigError(
+            f"phases.{name}.model.detector: found {detectors[1]} where model.detector is "
+            f"{detectors[0]}, expected two of the R-CNN family, which share their parts. Write "
+            f"two runs instead; the second may start from parts of the first."
+        )
+
+
+def ignored_options(config: RunConfig) -> Ignored:
+    """Yield the options and sections that have no effect in a config, each with why."""
+    models = [phase_model(config, name) for name in config.phases]
+    yield from ignored_by_choice(config)
+    yield from ignored_in_model(config.model, [model.detector for model in models])
+    yield from ignored_in_data(config.data, has_keypoints=any(map(has_keypoints, models)))
+    for name, phase in config.phases.items():
+        yield from ignored_in_phase(f"phases.{name}", phase)
+    has_live_norms = any(phase.norm_mode in ("live", "sync") for phase in config.phases.values())
+    yield from ignored_in_evaluation(config.evaluation, has_live_norms=has_live_norms)
