@@ -27,7 +27,7 @@ from bigdet.config.model import has_keypoints, has_masks
 from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.engine import checkpoint
+from bigdet.engine import keeping
 from bigdet.evaluation import telling_images as pictures
 from bigdet.evaluation.coco_metrics import evaluation_kinds
 from bigdet.evaluation.saved import SavedResults
@@ -215,7 +215,7 @@ class Scorer:
         if state.best_ap is None or not box_ap <= state.best_ap:
             folder = self._run_dir.checkpoint(entry.phase, entry.step)
             state.best_ap, state.best_checkpoint = box_ap, folder.name
-            checkpoint.mark_best(folder)
+            keeping.mark_best(folder)
 
 
 def _score(

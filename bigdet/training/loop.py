@@ -20,7 +20,8 @@ from bigdet.config.run import RunConfig
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream, too_damaged
-from bigdet.engine.base import Engine, EngineState, StepResult
+from bigdet.engine.base import Engine, StepResult
+from bigdet.engine.parts import Source
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
 from bigdet.models import norms
@@ -52,7 +53,7 @@ class Run:
         metrics: writer of ``metrics.jsonl`` and boards on rank 0, None on the other ranks.
         state: position and counters; changed in place.
         watchdog: ends the run if it makes no progress.
-        restored: engine state of a phase that is resumed; None once it is loaded.
+        restored: the checkpoint that a phase is resumed from; None once it is loaded.
         saver: writes checkpoints in the background.
         scorer: computes AP in the background.
     """
@@ -64,7 +65,7 @@ class Run:
     metrics: MetricsWriter | None
     state: RunState
     watchdog: Watchdog
-    restored: EngineState | None = None
+    restored: Source | None = None
     saver: saving.Saver = field(init=False)
     scorer: Scorer = field(init=False)
 

@@ -49,6 +49,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
         (["engine.zero_stage=0", "engine.offload=optimizer"], "engine.offload", "at least 1"),
         (["engine.offload=all"], "engine.offload", "at least 3"),
         (["checkpoint.keep_every=150"], "checkpoint.keep_every", "multiple of checkpoint.every"),
+        (["checkpoint.remote=bucket/run"], "checkpoint.remote", "an address, such as s3://bucket"),
         (["checkpoint.every=0"], "checkpoint.every", "above 0"),
         (["data.workers=-1"], "data.workers", "0 or more"),
         (["data.cache.gib=0"], "data.cache.gib", "above 0"),
