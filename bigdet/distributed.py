@@ -1,7 +1,7 @@
-"""Ranks: who this process is, the process group, reductions. Nobody else reads RANK.
+"""Ranks: the number of this process, the process group, reductions. No other module reads RANK.
 
-Launchers say who a process is: by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or by
-variables of their own, from which ``host/launchers.py`` makes these.
+Launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or variables of their own,
+from which ``host/launchers.py`` derives these.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def device() -> torch.device:
 
 
 def start() -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs; one process makes a group of its own.
+    """Join the process group: NCCL on GPUs, gloo on CPUs.
 
     Without a launcher the group has one member and needs no port.
     """
@@ -79,7 +79,7 @@ def start() -> None:
         raise ValueError(
             f"WORLD_SIZE is {world_size()}, but MASTER_ADDR is not set. Start all ranks with "
             f"deepspeed, torchrun or srun, or unset WORLD_SIZE and RANK to train with one process. "
-            f"Under mpirun, hand it over: -x MASTER_ADDR=HOST, with the host of rank 0."
+            f"Under mpirun, pass it on: -x MASTER_ADDR=HOST, with the host of rank 0."
         )
     store = dist.HashStore() if alone else _meet()  # type: ignore[attr-defined]
     store.set_timeout(timeout)
@@ -87,7 +87,7 @@ def start() -> None:
 
 
 def _make_group(backend: str, **arguments: Any) -> None:
-    """Make the process group; ``ValueError`` where this host's network does not let it."""
+    """Make the process group; raise ``ValueError`` where this host's network prevents it."""
     try:
         dist.init_process_group(backend, **arguments)
     except RuntimeError as error:
@@ -95,24 +95,26 @@ def _make_group(backend: str, **arguments: Any) -> None:
 
 
 def _number(name: str, default: str) -> float:
-    """Return the value of a variable of the environment; ``ValueError`` if it is no number."""
+    """Return an environment variable as a number; raise ``ValueError`` if it is not one."""
     text = os.environ.get(name, default)
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"{name}: found {text}, expected a number. Set or unset it.") from error
+        raise ValueError(
+            f"{name}: found {text}, expected a number. Correct or unset it."
+        ) from error
 
 
 def _meet() -> Any:
-    """Wait until every rank is here, and return the store that rank 0 keeps for them.
+    """Wait until every rank has connected, and return the store, which rank 0 hosts.
 
     Raises:
         ValueError: this rank cannot reach rank 0, or cannot be reached as rank 0.
-        SharedError: on every rank, when some did not come.
+        SharedError: on every rank, when some did not connect.
     """
     seconds = _number("BIGDET_JOIN_SECONDS", str(JOIN_SECONDS))
     address, port = os.environ["MASTER_ADDR"], int(_number("MASTER_PORT", "not set"))
-    # Rank 0 gives up first: it can tell who is missing.
+    # Rank 0 gives up first: it knows which ranks are missing.
     timeout = datetime.timedelta(seconds=seconds if is_main() else seconds + 10)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -126,7 +128,7 @@ def _meet() -> Any:
             raise ValueError(unresolved) from error
         raise ValueError(
             f"rank {rank()} on {socket.gethostname()} did not reach rank 0 at {address}:{port} "
-            f"within {timeout.seconds} s: {problem}. Check that this host reaches that one, and "
+            f"within {timeout.seconds} s: {problem}. Check that this host can reach that one, and "
             f"that python starts there."
         ) from error
     try:
@@ -144,7 +146,11 @@ def _meet() -> Any:
 
 
 def _wait_for_all(store: Any, seconds: float) -> str:
-    """Wait until every rank has written its host into the store; say who did not (rank 0)."""
+    """Wait until every rank has written its host into the store (rank 0).
+
+    Returns:
+        A message that names the missing ranks; empty when all have connected.
+    """
     deadline = time.monotonic() + seconds
     missing = list(range(world_size()))
     while missing := [number for number in missing if not store.check([f"host/{number}"])]:
@@ -152,25 +158,25 @@ def _wait_for_all(store: Any, seconds: float) -> str:
             came = sorted(set(range(world_size())) - set(missing))
             names = sorted({store.get(f"host/{number}").decode() for number in came})
             return (
-                f"only {len(came)} of {world_size()} ranks came within {seconds:g} s, from "
+                f"only {len(came)} of {world_size()} ranks connected within {seconds:g} s, from "
                 f"{', '.join(names)}; missing: {', '.join(map(str, missing[:16]))}. A host of the "
                 f"hostfile cannot be reached, python does not start there, or it cannot reach "
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}. See what the launcher "
-                f"says of it above, and try `ssh HOST true`. BIGDET_JOIN_SECONDS changes the time."
+                f"reports above, and try `ssh HOST true`. BIGDET_JOIN_SECONDS sets the time limit."
             )
         time.sleep(POLL_SECONDS)
     return ""
 
 
 def lost_peer(error: BaseException) -> str:
-    """Say what an error of a collective means, mostly that another rank is gone; else nothing."""
+    """Explain an error of a collective, usually that another rank is gone; "" for other errors."""
     if not network.is_lost_peer(error):
         return network.explain_nccl(error)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"lost the connection to another rank ({text}). The rank that ended first says why, above "
         f"or in its own log (OUTPUT/logs/rank-N.log); if it was killed, its host says why (out of "
-        f"memory?). The same command goes on from the newest checkpoint."
+        f"memory?). The same command continues from the newest checkpoint."
     )
 
 
@@ -225,7 +231,7 @@ def max_over_ranks(value: float) -> float:
 
 
 def any_rank(flag: bool) -> bool:
-    """Tell on every rank whether the flag is set on at least one."""
+    """Return on every rank whether the flag is set on at least one."""
     return bool(sum_over_ranks(torch.tensor(int(flag))).item() > 0)
 
 
@@ -248,7 +254,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if dist.is_initialized() and world_size() > 1:
         sum_over_ranks(torch.zeros(()))
 
@@ -263,37 +269,37 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 class SharedError(ValueError):
-    """An error that every rank raises at the same point, so that it is told once."""
+    """An error that every rank raises at the same point, so that it is reported once."""
 
 
-def must_tell(error: BaseException) -> bool:
-    """Tell whether this rank is the one that prints an error, so that each is told once.
+def must_report(error: BaseException) -> bool:
+    """Return whether this rank is the one that prints an error, so that each is printed once.
 
-    Before the ranks have met, those of one host are taken to see the same files.
+    Before the ranks have connected, those of one host are assumed to see the same files.
     """
     if isinstance(error, SharedError):
         return is_main()
-    return tells_first() if dist.is_initialized() else local_rank() == 0
+    return reports_first() if dist.is_initialized() else local_rank() == 0
 
 
-def tells_first() -> bool:
-    """Tell whether no other rank has asked this before; no collective.
+def reports_first() -> bool:
+    """Return whether no other rank has called this before; not a collective.
 
-    The ranks that lose their connection to a rank that failed come after it.
+    Ranks that lose their connection to a failed rank call this after it.
     """
     if not dist.is_initialized() or world_size() == 1:
         return True
     try:
-        return bool(dist.distributed_c10d._get_default_store().add("told", 1) == 1)
+        return bool(dist.distributed_c10d._get_default_store().add("reported", 1) == 1)
     except RuntimeError:
         return True  # rank 0 is gone, and the store with it
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Run a block without collectives in it; what fails on one rank is raised on all.
+    """Run a block without collectives in it; an error on one rank is raised on all.
 
-    While nothing fails, that is one reduction of one number.
+    While nothing fails, this costs one reduction of one number.
 
     Raises:
         SharedError: on every rank, with the message of the lowest rank that failed.
@@ -324,7 +330,7 @@ CHUNK_BYTES = 16 << 20
 
 
 def send_bytes(file: IO[bytes], num_bytes: int) -> None:
-    """Send what comes next in a file to rank 0, which calls ``receive_bytes``."""
+    """Send the next bytes of a file to rank 0, which calls ``receive_bytes``."""
     while num_bytes:
         part = bytearray(file.read(min(num_bytes, CHUNK_BYTES)))
         dist.send(torch.frombuffer(part, dtype=torch.uint8), dst=0)

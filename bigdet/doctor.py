@@ -1,7 +1,7 @@
 """Checks before a long run: ``bigdet train CONFIG --doctor``, under any launcher.
 
-Every rank looks at its own host; rank 0 compares and writes a table, one row for each check. What
-fails here would fail later, or hang, or train on something else than was meant.
+Every rank examines its own host; rank 0 compares the results and writes a table, one row per check.
+What fails here would later fail, hang, or train on something other than intended.
 """
 
 from __future__ import annotations
@@ -48,15 +48,14 @@ class Facts:
     """What one rank found on its host.
 
     Attributes:
-        host: its name.
         device: name of the GPU, or cpu.
         software: versions and the hash of the code.
-        inputs: hashes of config and shards by what they are.
-        problems: what cannot be read, written or shared out, by check.
+        inputs: hashes of the config and of each shard set, by name.
+        problems: by check, what cannot be read, written or divided among the ranks.
         classes: K of the training set, 0 if it cannot be read.
-        objects: by set, a line with the objects of its classes, and warnings.
-        free_disk, free_shm, free_memory: bytes where the run is written, in ``/dev/shm``, and of
-            memory that processes may still take; None where the system has or says no such thing.
+        objects: by set, a line with the number of objects per class, and warnings.
+        free_disk, free_shm, free_memory: free bytes where the run is written and in ``/dev/shm``,
+            and bytes that processes may still take; None where the system does not report it.
     """
 
     host: str
@@ -112,7 +111,7 @@ def examine(config: RunConfig) -> int:
 
 
 def find_facts(config: RunConfig) -> Facts:
-    """Look at this rank's host; what goes wrong is noted, not raised (no collective)."""
+    """Examine this rank's host; problems are recorded, not raised (not a collective)."""
     device = distributed.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     facts = Facts(socket.gethostname(), name, hosts.software())
@@ -133,7 +132,7 @@ def find_facts(config: RunConfig) -> Facts:
         facts.objects["training objects"] = class_lines(train_set, "learned")
         facts.objects["validation objects"] = class_lines(val_set, "measured")
         check_data(config, train_set, val_set)
-        # As a run does, unless it has been told already why it cannot.
+        # As a run does, unless another check has already found why it cannot.
         settled = config if facts.problems else resume.settle_config(config, None, None, train_set)
         resume.check_phases(settled, train_set, None)
 
@@ -143,10 +142,10 @@ def find_facts(config: RunConfig) -> Facts:
         check_folder(run_dir.root, "output")
         facts.free_disk = shutil.disk_usage(run_dir.root).free
 
-    def share_out() -> None:
+    def divide_steps() -> None:
         resume.settle_config(config, None, None)
 
-    note("images per step", share_out)
+    note("images per step", divide_steps)
     note("data", look_at_data)
     note("output", look_at_output)
     shm = Path("/dev/shm")
@@ -156,7 +155,7 @@ def find_facts(config: RunConfig) -> Facts:
 
 
 def compare(everywhere: list[Facts]) -> list[Row]:
-    """Say what all ranks have alike, and what was wrong on any of them."""
+    """Return rows on what all ranks have in common, and on what failed on any of them."""
     names = list(dict.fromkeys(facts.host for facts in everywhere))
     devices = sorted({facts.device for facts in everywhere})
     ranks = f"{len(everywhere)} on {len(names)} hosts ({_some(names)}), {', '.join(devices)}"
@@ -174,8 +173,8 @@ def compare(everywhere: list[Facts]) -> list[Row]:
         found = [(facts.host, facts.problems.get(check)) for facts in everywhere]
         bad = next(((host, text) for host, text in found if text is not None), None)
         good = {
-            "images per step": "ranks share every phase's steps equally",
-            "data": "sets, phases and weights to start from go together",
+            "images per step": "the ranks share every step equally",
+            "data": "data sets, phases and initial weights fit together",
             "output": "can be written on every host",
         }[check]
         rows.append(Row(check, good if bad is None else f"{bad[0]}: {bad[1]}", bad is None))
@@ -184,15 +183,17 @@ def compare(everywhere: list[Facts]) -> list[Row]:
 
 
 def command_row(command: Path) -> Row:
-    """Say whose ``deepspeed`` command is installed; DeepSpeed's own does not know ``-m``."""
+    """Report which ``deepspeed`` command is installed; DeepSpeed's own does not accept ``-m``."""
     if not command.is_file():
-        return Row("deepspeed command", f"none at {command}; start with torchrun, or install again")
+        return Row(
+            "deepspeed command", f"none at {command}; start with torchrun, or reinstall bigdet"
+        )
     if b"bigdet.cli.deepspeed" in command.read_bytes():
-        return Row("deepspeed command", "takes -m and --module")
+        return Row("deepspeed command", "accepts -m and --module")
     return Row(
         "deepspeed command",
-        "DeepSpeed's own, installed after bigdet's: it takes --module, not -m. pip install "
-        "--force-reinstall --no-deps bigdet (or the folder of its sources) brings -m back",
+        "DeepSpeed's own, installed after bigdet's: it accepts --module, not -m. pip install "
+        "--force-reinstall --no-deps bigdet (or its source folder) restores -m",
     )
 
 
@@ -200,8 +201,8 @@ def measure_collectives(device: torch.device) -> tuple[float, float, bool]:
     """Time all-reduce over all ranks (a collective).
 
     Returns:
-        Seconds of a small one; bytes per second that each rank's link carries in a large one,
-        ``2 (n - 1) / n`` of its bytes; whether the sums were right.
+        Seconds of a small one; bytes per second on each rank's link in a large one, of which a link
+        carries ``2 (n - 1) / n`` of the bytes; whether the sums were right.
     """
     size = distributed.world_size()
     if size == 1:
@@ -234,12 +235,12 @@ def _speed_row(config: RunConfig, facts: Facts, speed: tuple[float, float, bool]
         sizes = _largest(config, facts.classes)[1]
         size = distributed.world_size()
         seconds = 2 * (size - 1) / size * FP32_BYTES * sizes.trained / bytes_per_second
-        text += f"; gradients of {sizes.trained / 1e6:.1f} M weights take {seconds:.3f} s a step"
+        text += f"; gradients of {sizes.trained / 1e6:.1f} M weights take {seconds:.3f} s per step"
     return Row("all-reduce", text if is_right else f"wrong sums; {text}", is_right)
 
 
 def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
-    """Compare what the loader processes of a host take with what it has."""
+    """Compare the memory that the loader processes of a host take with what is free."""
     group = max(
         group_bytes(
             phase.images_per_gpu,
@@ -262,7 +263,7 @@ def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
             if free is not None and free < needed:
                 scarce.append(f"{host}: {free / _GIB:.2f} of {needed / _GIB:.2f} GiB")
         known = [free for facts in everywhere if (free := getattr(facts, name)) is not None]
-        found = f"{min(known) / _GIB:.2f} GiB free" if known else "not known on this system"
+        found = f"{min(known) / _GIB:.2f} GiB free" if known else "unknown on this system"
         if scarce:
             found = "; ".join(scarce) + ". Lower data.workers."
         rows.append(Row(check, found, not scarce))
@@ -270,9 +271,9 @@ def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
 
 
 def disk_row(config: RunConfig, facts: Facts) -> Row:
-    """Compare what the run's checkpoints take with what is free (rank 0 writes them)."""
+    """Compare the size of the run's checkpoints with the free space (rank 0 writes them)."""
     if not facts.classes:
-        return Row("disk", "not known: the training set cannot be read", is_ok=False)
+        return Row("disk", "unknown: the training set cannot be read", is_ok=False)
     name, sizes = _largest(config, facts.classes)
     one = checkpoint_bytes(sizes, config.phases[name])
     # The newest, the best, the ends of phases, and the one that is being written.

@@ -55,10 +55,14 @@ CHANGEABLE = (
     "evaluation.images_per_gpu",
     "evaluation.tta",
     "model.roi.score_threshold",
+    "model.roi.nms",
     "model.roi.nms_iou",
+    "model.roi.nms_sigma",
     "model.roi.detections_per_image",
     "model.retina.score_threshold",
+    "model.retina.nms",
     "model.retina.nms_iou",
+    "model.retina.nms_sigma",
     "model.retina.detections_per_image",
     "evaluation.metric",
     "evaluation.max_detections",
@@ -66,7 +70,7 @@ CHANGEABLE = (
     "data.workers",
     "data.cache",
 )
-"""The options that an evaluation reads; another one would be ignored in silence."""
+"""The options that an evaluation reads; others are refused, as they would have no effect."""
 LIMIT_KEY = "evaluation.max_detections"
 
 
@@ -123,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
         device,
         ids=class_ids(shards, classes),
     )
-    assert results is not None, "nobody asks it to stop"
+    assert results is not None, "nothing asks it to stop"
 
     def score() -> Metrics:
         if options.detections is not None:
@@ -155,7 +159,7 @@ def evaluate_file(options: argparse.Namespace) -> int:
     results = load_results(options.model)
     head = list(itertools.islice(results, CHUNK))
     if not head:
-        logger.warning("%s: holds no detection, so every AP is 0", options.model)
+        logger.warning("%s: contains no detections, so every AP is 0", options.model)
     shards = ShardSet(options.shards)
     warn_of_nothing(shards)
     given = given_kinds(head)
@@ -163,14 +167,14 @@ def evaluate_file(options: argparse.Namespace) -> int:
     kinds = [kind for kind in possible if kind in given]
     if not kinds:
         raise ValueError(
-            f"{options.model}: the first detection has none of what {shards.address} lets be "
-            f"measured by {metric}: bbox, or segmentation and keypoints where the set has them. "
+            f"{options.model}: the first detection has nothing that {metric} can measure on "
+            f"{shards.address}: bbox, or segmentation and keypoints where the set has them. "
             f"Give detections in the COCO results format."
         )
     if kinds != ["bbox"] and head[0].get("bbox"):
         logger.info(
-            "APs, APm and APl go by the areas of boxes, also for %s, as pycocotools does where the "
-            "first detection has a box; detectron2 and mmdetection leave bbox out to score masks",
+            "APs, APm and APl use the areas of boxes, also for %s, as in pycocotools when the "
+            "first detection has a box; detectron2 and mmdetection leave out bbox to score masks",
             " and ".join(f"{KIND_NAMES[kind]}s" for kind in kinds if kind != "bbox"),
         )
     every, where = with_own_ids(itertools.chain(head, results), shards), str(options.model)
@@ -180,8 +184,8 @@ def evaluate_file(options: argparse.Namespace) -> int:
 
 
 def given_kinds(head: Sequence[Result]) -> set[Kind]:
-    """Return what can be measured of the first detections of a file; boxes, if there are none."""
-    if not head or not isinstance(head[0], dict):  # which is told where all are read
+    """Return the kinds that the first detections of a file have; boxes if there are none."""
+    if not head or not isinstance(head[0], dict):  # reported where all are read
         return {"bbox"}
     given = {kind for kind, key in RESULT_KEYS.items() if head[0].get(key)}
     if "bbox" in given and any(isinstance(r, dict) and r.get("segmentation") for r in head):
@@ -190,14 +194,14 @@ def given_kinds(head: Sequence[Result]) -> set[Kind]:
 
 
 def warn_of_nothing(shards: ShardSet) -> None:
-    """Say so where a set has nothing to find."""
+    """Warn of a set without objects to find."""
     if not shards.manifest.instances:
         crowd = f", only {shards.manifest.crowd} crowd regions" if shards.manifest.crowd else ""
         logger.warning("%s: has no object to find%s, so every AP is empty", shards.address, crowd)
 
 
 def read_limit(overrides: Sequence[str], metric: Metric) -> int:
-    """Return how many detections count for a file of them, as the command line has it."""
+    """Return the ``evaluation.max_detections`` of a command line that scores a file."""
     value = MAX_DETECTIONS
     for text in (word.partition("=")[2] for word in overrides if word.startswith(f"{LIMIT_KEY}=")):
         if not text.isdecimal():
@@ -208,14 +212,14 @@ def read_limit(overrides: Sequence[str], metric: Metric) -> int:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raise ``ValueError`` where what is found could not be written in the end."""
+    """Raise ``ValueError`` where the results could not be written at the end."""
     for name, file in (("--out", options.out), ("--detections", options.detections)):
         if file is not None and distributed.is_main():
             check_file(file, name)
 
 
 def with_own_ids(results: Iterable[Result], shards: ShardSet) -> Iterable[Result]:
-    """Return results that name an image whose own id is a string by that, and not as a number."""
+    """Return results whose image ids are strings if the ids of the set are strings."""
     names = source_ids(shards)
     return (_named(result, names) for result in results) if names else results
 
@@ -233,10 +237,7 @@ def write_detections(
 ) -> None:
     """Write detections as one list in the COCO results format, without holding them in memory.
 
-    Args:
-        file: to write.
-        results: the detections.
-        source_ids: numbers of the images whose own ids are strings, which the file gets.
+    ``source_ids`` maps string ids of images to their numbers; the file gets the strings.
     """
     names = {number: name for name, number in (source_ids or {}).items()}
     with open(file, "w", encoding="utf-8") as opened:
@@ -248,10 +249,10 @@ def write_detections(
 
 
 def report(metrics: Metrics, options: argparse.Namespace) -> None:
-    """Print the numbers, and write them to a file where one is asked for."""
+    """Print the numbers, and write them to ``--out`` if it is given."""
     if metrics.get("rule") == "lvis":
         logger.info(
-            "scored by LVIS's rule: 300 detections an image, of classes that were looked for on it"
+            "scored by the LVIS rule: at most 300 detections per image, of classes annotated on it"
         )
     sys.stdout.write(metrics_table(metrics, per_class=True) + "\n")
     if options.analysis:
@@ -277,7 +278,7 @@ def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:
-    """Raise ``ValueError`` unless the detector knows the classes of the shards, by their names."""
+    """Raise ``ValueError`` unless the detector was trained on the classes of the set, by name."""
     known = [category["name"] for category in detector.categories]
     found = [category.name for category in shards.categories]
     try:

@@ -1,4 +1,4 @@
-"""Which sizes and batches fit into a GPU, and which way of sharding to take on many.
+"""Find out which sizes and batches fit into a GPU, and which way of sharding to use on many GPUs.
 
 Its command line is in ``cli/arguments/plan.py``.
 """
@@ -50,7 +50,7 @@ from bigdet.training.sizes import model_sizes, optimizer_tensors
 logger = logging.getLogger("bigdet.plan")  # __name__ is __main__ here
 
 _TOLERANCE = 0.1
-"""Of a prediction of memory."""
+"""Relative error of a predicted memory that ``--check`` accepts."""
 _SHOWN_GPUS = [8 << n for n in range(10)]  # 8 to 4096
 
 
@@ -105,7 +105,7 @@ def _write_tables(
     room_gib: float,
     knows_activations: bool,
 ) -> None:
-    """Write what was measured, all kinds at the asked number of GPUs, and the best at others."""
+    """Log what was measured, all engines on the given GPUs, and the best on other numbers."""
     settings = config.phases[phase]
     gpus = hosts * cluster.gpus_per_host
     work = _shared_out(work, settings.images_per_step, settings.images_per_gpu, gpus)
@@ -118,7 +118,7 @@ def _write_tables(
         work.sizes.trained / 1e6,
         images,
         work.micro_batch_seconds,
-        f"{work.activation_bytes / GIB:.1f} GiB beside weights, gradients and optimizer"
+        f"{work.activation_bytes / GIB:.1f} GiB besides weights, gradients and optimizer"
         if knows_activations
         else "without activations (not measured)",
     )
@@ -140,7 +140,7 @@ def _write_tables(
         f"nothing fits into {room_gib:g} GiB: lower phases.{phase}.images_per_gpu (the "
         "gradient changes with it, see --options)"
         if chosen is None
-        else f"take {_as_options(chosen.kind)}",
+        else f"use {_as_options(chosen.kind)}",
     )
     logger.info("the best on other numbers of GPUs, at least one micro-batch on each:")
     logger.info("  %6s %-8s %s", "GPUs", "engine", header)
@@ -152,7 +152,7 @@ def _write_tables(
 
 
 def _shared_out(work: Work, images_per_step: int | None, images_per_gpu: int, gpus: int) -> Work:
-    """Return the work of one GPU; where there are more GPUs than micro-batches, one each."""
+    """Return the work with its micro-batches divided among the GPUs, at least one each."""
     lanes = 0 if images_per_step is None else images_per_step // images_per_gpu
     return dataclasses.replace(work, micro_batches=max(1, round(lanes / gpus)))
 
@@ -186,7 +186,7 @@ def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
     """Read ``8x16`` and ``nvlink,400gb``.
 
     Returns:
-        The number of hosts, and what joins the GPUs.
+        The number of hosts, and how the GPUs are connected.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", gpus)
     if match is None:
@@ -194,7 +194,8 @@ def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
     names = link.split(",")
     if len(names) != 2:
         raise ValueError(
-            f"--link: found {link}, expected two, inside and between hosts, such as nvlink,400gb."
+            f"--link: found {link}, expected two links, inside and between hosts, such as "
+            f"nvlink,400gb."
         )
     inside, between = (link_speed(name) for name in names)
     cluster = Cluster(int(match[1]), inside, between, latency, torch.cuda.is_available())
@@ -202,7 +203,7 @@ def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
 
 
 def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> None:
-    """Search the settings that fit, write them, and check one that was not tried if asked to."""
+    """Find the largest settings that fit, write them, and measure that of ``--check``."""
     settings = config.phases[phase]
     check_one_size(phase, settings)
     sizes = read_numbers("--sizes", options.sizes or SIZES)
@@ -245,7 +246,7 @@ def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> N
 
 
 def _write_boundary(search: Search, phase: str, settings: PhaseConfig, gpus: int) -> None:
-    """Write the settings on the boundary: as a table to the log, as options to standard output."""
+    """Write the largest settings: as a table to the log, as options to standard output."""
     boundary = search.boundary()
     if not boundary:
         raise ValueError(
@@ -254,7 +255,7 @@ def _write_boundary(search: Search, phase: str, settings: PhaseConfig, gpus: int
             f"engine.activation_checkpointing=true, engine.precision=bf16 or another engine."
         )
     logger.info(
-        "what fits into %g GiB%s, while no larger size or batch of the grid does:",
+        "the largest settings of the grid that fit into %g GiB%s:",
         search.room_gib,
         f" of each of {gpus} GPUs" if gpus > 1 else "",
     )
@@ -283,7 +284,7 @@ def _check(search: Search, setting: Setting) -> None:
     """Measure a setting, and compare it with what was predicted from the others.
 
     Raises:
-        ValueError: the memory is off by more than a tenth.
+        ValueError: the prediction is off by more than a tenth.
     """
     tried = search.measured.pop(setting, None)
     gib, seconds = search.predicted_gib(setting), search.predicted_seconds(setting)
@@ -306,7 +307,7 @@ def _check(search: Search, setting: Setting) -> None:
     if abs(error) > _TOLERANCE:
         raise ValueError(
             f"--check {setting}: the predicted memory is off by {error:+.1%}, more than "
-            f"{_TOLERANCE:.0%}. Raise --trials, or give --sizes and --batches about {setting}."
+            f"{_TOLERANCE:.0%}. Raise --trials, or give --sizes and --batches closer to {setting}."
         )
 
 

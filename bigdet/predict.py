@@ -41,7 +41,7 @@ from bigdet.structures import Detections
 
 logger = logging.getLogger("bigdet.predict")  # __name__ is __main__ here
 
-NUM_THREADS = 4  # read and draw beside the model
+NUM_THREADS = 4  # that read and draw while the model runs
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,10 +54,12 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"--batch: found {options.batch}, expected 1 or more.")
     device = choose_device(options.device)
     if options.exif == "stored" and any(map(is_shard_set, options.images)):
-        raise ValueError("--exif: a shard set is seen as it was annotated. Leave the option out.")
+        raise ValueError(
+            "--exif: images of a shard set are used as annotated. Leave the option out."
+        )
     inputs, num_bad = list_inputs(options.images, options.exif)
     if not inputs:
-        raise ValueError(f"there is no image to detect objects on: {num_bad} were left out.")
+        raise ValueError(f"no image to detect objects on: {num_bad} were left out.")
     check_output(options.out, inputs)
     detector = load_detector(options.model).to(device)
     results, num_done = detect_all(detector, inputs, options)
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     if num_bad:
         raise ValueError(
             f"{num_bad} of {num_done + num_bad} images could not be read (the log names each); the "
-            f"other {num_done} are in {options.out}. See to them, or leave them out."
+            f"other {num_done} are in {options.out}. Repair them, or leave them out."
         )
     return 0
 
@@ -111,7 +113,7 @@ def detect_all(
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device by its name, or the best there is."""
+    """Return the named device; by default the GPU of this process if there is one."""
     if name is None:
         return distributed.device()
     if name == "cuda" and not torch.cuda.is_available():
@@ -124,8 +126,8 @@ def check_output(out: Path, inputs: Sequence[Input]) -> None:
     for one in inputs:
         if one.file_name is not None and Path(one.file_name).resolve().parent == out.resolve():
             raise ValueError(
-                f"--out {out}: {one.file_name} lies there and could be written over. Give another "
-                f"folder."
+                f"--out {out}: {one.file_name} is in this folder and could be overwritten. Give "
+                f"another folder."
             )
     check_folder(out, "--out")
 
@@ -133,12 +135,12 @@ def check_output(out: Path, inputs: Sequence[Input]) -> None:
 def plan_batches(
     inputs: Iterable[Input], short_and_long: tuple[int, int], limit: int
 ) -> list[list[Input]]:
-    """Cut the images into batches of equal canvases: what is found does not depend on the others.
+    """Group images of equal canvases into batches: results do not depend on the other images.
 
     Args:
-        inputs: the images.
+        inputs: images of any sizes.
         short_and_long: short side and longest long side at which the model sees them, pixels.
-        limit: images of a batch.
+        limit: most images of a batch.
     """
     by_canvas: dict[tuple[int, int], list[Input]] = {}
     for one in inputs:
@@ -199,7 +201,7 @@ def write_picture(
     categories: Sequence[Mapping[str, Any]],
     score: float,
 ) -> None:
-    """Write the drawn picture of an image, with what has at least a score."""
+    """Write an image with its detections of at least ``score`` drawn on it."""
     draw_detections(pixels, detections, categories, score).save(path, quality=90)
 
 

@@ -1,4 +1,4 @@
-"""Every path inside a run folder, and which of its checkpoints is which."""
+"""The paths of all files in a run folder."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class RunDir:
 
     @property
     def wandb(self) -> Path:
-        """What Weights & Biases keeps here; its file ``id`` names the run."""
+        """Files of Weights & Biases; ``id`` holds the id of the run there."""
         return self.root / "wandb"
 
     @property
     def boards(self) -> Path:
-        """What boards of the user's own keep here, a folder each."""
+        """A folder for each of the user's own boards."""
         return self.root / "boards"
 
     def board(self, name: str) -> Path:
-        """The folder of one of them, ``package.module:Class``."""
+        """The folder of the board ``package.module:Class``."""
         return self.boards / name.replace(":", ".")
 
     @property
@@ -56,7 +56,7 @@ class RunDir:
 
     @property
     def environment(self) -> Path:
-        """What each start of the run ran on: a JSON list."""
+        """Device, ranks and versions of each start: a JSON list."""
         return self.root / "environment.json"
 
     @property
@@ -94,12 +94,12 @@ class RunDir:
 
     @property
     def stopped(self) -> Path:
-        """A file that says where the run stopped on request; there until it is started again."""
+        """A file that says where the run stopped on request; removed when it is started again."""
         return self.root / "stopped"
 
     @property
     def lock(self) -> Path:
-        """Who trains here: host, process and since when; see ``host/locks.py``."""
+        """Which process trains here: host, process id and start time; see ``host/locks.py``."""
         return self.root / "lock"
 
     def log(self, rank: int) -> Path:

@@ -1,4 +1,4 @@
-"""What travels between the data stream, the model and the evaluation: frozen bundles of tensors.
+"""The data passed between data stream, model and evaluation: frozen dataclasses of tensors.
 
 Letters: B images of a group, M ground-truth objects of all of them, N detections of one image,
 H and W the padded canvas.
@@ -30,7 +30,7 @@ def _map_tensors(bundle: T, move: Callable[[Tensor], Tensor]) -> T:
 
 @dataclass(frozen=True)
 class Masks:
-    """Bitmaps of M objects, each cropped to its own box, packed one behind the other.
+    """Bitmaps of M objects, each cropped to its own box, stored one after another.
 
     Attributes:
         bits: ``(S,)`` uint8, 0 or 1: the crops, row by row, object after object.
@@ -78,7 +78,7 @@ class Batch:
         original_sizes: ``(B, 2)`` int64 height, width of each image in the shards.
         image_ids: ``(B,)`` int64, the data set's own ids.
         weights: ``(B,)`` float32: 0 for a masked slot, whose losses count nothing; else 1.
-        targets: the objects.
+        targets: the objects of all B images.
         seed: key of the model's randomness for this group: a function of (seed, phase, step,
             lane), so that it depends on neither ranks nor workers.
     """
@@ -96,7 +96,7 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keep the memory from being used again before the work queued on a stream is done."""
+        """Keep the memory from being reused before the work queued on a stream is done."""
 
         def record(tensor: Tensor) -> Tensor:
             tensor.record_stream(stream)
@@ -111,7 +111,7 @@ class Detections:
 
     Attributes:
         boxes: ``(N, 4)`` float32 xyxy pixels of the image (or of the canvas, before rescaling).
-        scores: ``(N,)`` float32 in [0, 1], falling.
+        scores: ``(N,)`` float32 in [0, 1], descending.
         labels: ``(N,)`` int64 in ``0..K-1``.
         masks: ``(N, 28, 28)`` float32 in [0, 1], probabilities on a grid over the box, or None.
         keypoints: ``(N, K, 3)`` float32 x, y in the boxes' pixels, and the logit at the peak of the

@@ -1,4 +1,4 @@
-"""Run the runs of a sweep one after another, or print them as commands or as Slurm arrays.
+"""Train the runs of a sweep one after another, or print them as commands or as Slurm arrays.
 
 Its command line is in ``cli/arguments/sweep.py``.
 """
@@ -42,10 +42,10 @@ from bigdet.training.forks import CHANGEABLE, changeable_options, changed_option
 logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command
 
 LOCK_NAME = "sweep.lock"
-"""In the sweep's folder: who makes its runs, see ``host/locks.py``."""
+"""In the sweep's folder: which process trains its runs; see ``host/locks.py``."""
 SLURM_COMMAND = "srun python -m bigdet.train"
 SETTLED = (".steps", ".passes", ".images", ".drops", ".images_per_step")
-"""Ends of the keys that a run settles when it begins, from its data and its number of ranks."""
+"""Endings of the keys that a run sets when it begins, from its data and number of ranks."""
 
 _stop_requested = False
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         _check_finished(run)
     check_forks(runs)
     command = read_command(options, sweep)
-    left = [run for run in runs if not _is_finished(run)]
+    left = [run for run in runs if not _run_dir(run).is_finished]
     if options.print:
         sys.stdout.writelines(f"{shlex.join([*command, *run.words])}\n" for run in left)
         return 0
@@ -77,14 +77,14 @@ def main(arguments: Sequence[str]) -> int:
         return STOPPED
     if failed:
         raise ValueError(
-            f"{options.sweep}: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. What "
-            f"they said is above and in their logs/rank-0.log; the same command tries them again."
+            f"{options.sweep}: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. "
+            f"Their messages are above and in their logs/rank-0.log. The same command repeats them."
         )
     return 0
 
 
 def read_command(options: argparse.Namespace, sweep: SweepConfig) -> list[str]:
-    """Return the words that start a run; ``ConfigError`` where none of this machine's does."""
+    """Return the command that starts a run; ``ConfigError`` if this machine does not have it."""
     text = SLURM_COMMAND if options.slurm else sweep.command
     source = f"{options.sweep}: command" if options.command is None else "--command"
     try:
@@ -94,17 +94,17 @@ def read_command(options: argparse.Namespace, sweep: SweepConfig) -> list[str]:
     is_here = options.print or options.slurm or (words and shutil.which(words[0]) is not None)
     if not words or not is_here:
         raise ConfigError(
-            f"{source}: found {shlex.join(words)!r}, expected what starts a run here, such as "
+            f"{source}: found {shlex.join(words)!r}, expected a command of this machine, such as "
             f"'python -m bigdet.train'."
         )
     return words
 
 
 def check_forks(runs: Sequence[PlannedRun]) -> None:
-    """Check that forks are what their trunk is up to where they begin.
+    """Check that each fork equals its trunk up to the step where it begins.
 
-    Learning rates of phases whose length is in passes are checked when the fork begins: it takes
-    the data.
+    Learning rates of phases whose length is in passes are checked when the fork begins: that
+    needs the data.
     """
     by_name = {run.name: run for run in runs}
     for run in runs:
@@ -126,7 +126,7 @@ def check_forks(runs: Sequence[PlannedRun]) -> None:
 
 
 def _check_past(run: PlannedRun, trunk: RunConfig, phase: str) -> None:
-    """Refuse a fork that would have been another run before the checkpoint where it begins."""
+    """Refuse a fork that differs from its trunk before the checkpoint where it begins."""
     if list(run.config.phases) != list(trunk.phases):
         raise ConfigError(
             f"runs.{run.group}: fork.run: {run.fork_of} has the phases {', '.join(trunk.phases)}, "
@@ -138,31 +138,31 @@ def _check_past(run: PlannedRun, trunk: RunConfig, phase: str) -> None:
     ]
     if changed := changed_options(run.config, trunk, changeable):
         raise ConfigError(
-            f"runs.{run.group}: fork.run: {run.fork_of} was another run until then: "
-            f"{', '.join(changed)}. Set them alike, or leave out fork."
+            f"runs.{run.group}: fork.run: {run.fork_of} has other options until then: "
+            f"{', '.join(changed)}. Give both the same options, or leave out fork."
         )
 
 
 def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
-    """Make all runs that are not finished.
+    """Train all runs that are not finished.
 
     Returns:
-        The names of those that failed, or that could not begin because another one had.
+        The names of those that failed, or that could not begin because another one failed.
     """
     failed: list[str] = []
     for number, run in enumerate(runs, start=1):
         place = f"run {number} of {len(runs)}, {run.name}"
-        if _is_finished(run):
-            logger.info("%s: finished already", place)
+        if _run_dir(run).is_finished:
+            logger.info("%s: already finished", place)
         elif run.after in failed:
-            logger.warning("%s: not begun, for %s failed", place, run.after)
+            logger.warning("%s: not started, because %s failed", place, run.after)
             failed.append(run.name)
         else:
             logger.info("%s: %s", place, shlex.join([*command, *run.words]))
             code = _run(run, command)
-            # Launchers give codes of their own: what became of the run, its folder says.
+            # Launchers change exit codes; the run folder says what happened.
             is_stopped = _run_dir(run).stopped.is_file()
-            if not _is_finished(run) and not is_stopped:
+            if not _run_dir(run).is_finished and not is_stopped:
                 logger.warning(
                     "%s: failed: its command ended with exit code %d, and %s is neither finished "
                     "nor stopped.%s",
@@ -174,7 +174,7 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
                 failed.append(run.name)
             if is_stopped or _stop_requested:
                 _note(0, None)
-                logger.info("stopped on request; start again to go on")
+                logger.info("stopped on request; start again to continue")
                 break
     return failed
 
@@ -182,7 +182,7 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
 def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
     """Write the report into the sweep's folder, and show its first table.
 
-    Runs that are measured on several data sets have a report for each, in a folder of its own.
+    Where runs are evaluated on several data sets, each set has its own folder with a report.
     """
     folder = Path(sweep.output)
     begun = [run for run in runs if read_metrics(_run_dir(run))]
@@ -214,7 +214,7 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
         groups: dict[str, list[Run]] = {}
         for run in own:
             groups.setdefault(run.group, []).append(read[run.name])
-        if len(places) == 1:  # runs that have not begun are told too
+        if len(places) == 1:  # runs that have not begun are listed too
             out, title, outcomes = folder, folder.name, _outcomes(sweep.runs, runs)
         else:
             out, title = folder / _report_folder(name), f"{folder.name}, {name}"
@@ -230,7 +230,7 @@ def _report_folder(name: str) -> str:
 
 
 def _outcomes(groups: Iterable[str], runs: Sequence[PlannedRun]) -> dict[str, list[Outcome | None]]:
-    """Return where the runs stand, by group."""
+    """Return the progress and results of the runs, by group."""
     return {
         group: [read_outcome(_run_dir(run)) for run in runs if run.group == group]
         for group in groups
@@ -241,9 +241,9 @@ def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) 
     """Return a shell script that submits runs as arrays, each of which waits for the one before.
 
     Args:
-        name: of the jobs.
-        runs: those to make; one that waits for none of them is in the first array.
-        command: what starts a run inside a job.
+        name: job name in Slurm.
+        runs: those to train; one that waits for none of them is in the first array.
+        command: starts a run inside a job.
     """
     waves: list[list[PlannedRun]] = []
     wave_of: dict[str, int] = {}
@@ -254,7 +254,7 @@ def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) 
         waves[place].append(run)
     lines = [
         "#!/usr/bin/env bash",
-        f"# Submits the runs of {name} that were not finished when this was written. Words behind",
+        f"# Submits the runs of {name} that were not finished when this was written. Words after",
         "# it are options of sbatch: --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --time=24:0:0",
         "set -euo pipefail",
     ]
@@ -276,10 +276,10 @@ def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) 
 
 
 def _run(run: PlannedRun, command: Sequence[str]) -> int:
-    """Make one run in a process of its own and return its exit code.
+    """Train one run in its own process and return the exit code.
 
-    A request to stop is handed on as the file OUTPUT/stop: launchers differ in what they do with
-    signals. It is made until the run ends, for a run that is just beginning removes it.
+    A request to stop is passed on as the file OUTPUT/stop: launchers differ in how they handle
+    signals. It is written until the run ends, because a run that is just starting removes it.
     """
     _run_dir(run).stopped.unlink(missing_ok=True)  # of an earlier start
     process = subprocess.Popen([*command, *run.words])
@@ -293,8 +293,8 @@ def _run(run: PlannedRun, command: Sequence[str]) -> int:
 
 
 def _check_finished(run: PlannedRun) -> None:
-    """Refuse a sweep whose finished runs were made with other options than it lists now."""
-    if not _is_finished(run):
+    """Refuse a sweep whose finished runs were trained with other options than it now lists."""
+    if not _run_dir(run).is_finished:
         return
     made = flat_options(read_config(_run_dir(run).config))
     changed = [
@@ -309,10 +309,6 @@ def _check_finished(run: PlannedRun) -> None:
             f"runs.{run.group}: {_run_dir(run).root} holds a finished run with other options: "
             f"{', '.join(changed)}. Give this one another name, or remove the folder."
         )
-
-
-def _is_finished(run: PlannedRun) -> bool:
-    return _run_dir(run).is_finished
 
 
 def _run_dir(run: PlannedRun) -> RunDir:

@@ -19,11 +19,9 @@ from pathlib import Path
 from bigdet import distributed
 from bigdet.cli.running import STOPPED, run_command
 from bigdet.config.load import load_config
-from bigdet.config.model import has_keypoints, has_masks
 from bigdet.config.phase import num_steps
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import TrainStream
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
@@ -35,6 +33,7 @@ from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
+from bigdet.training.phase_stream import stream_for_phase
 from bigdet.training.phases import build_for_phase
 from bigdet.training.watchdog import Watchdog
 
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     run_dir = RunDir(Path(config.output))
     with contextlib.ExitStack() as at_end:
         with distributed.together():
-            if distributed.is_main():  # before anything in the folder is changed, or its logs
+            if distributed.is_main():  # before anything in the folder changes
                 locks.refuse_held(run_dir.root, run_dir.lock)
                 check_folder(run_dir.root, "output")
                 at_end.enter_context(locks.held(run_dir.root, run_dir.lock))
@@ -82,12 +81,12 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
     run = Run(config, run_dir, train_set, val_set, metrics, state, watchdog)
     if saved is not None:
         run.restored = saved.engine
-        del saved  # weights and optimizer state: gone once they are in place
+        del saved  # so that its tensors are freed once they are in place
     run.log_start(folder)
     try:
         with watchdog:
             code = run_phases(run)
-            if code == STOPPED and distributed.is_main():  # launchers give codes of their own
+            if code == STOPPED and distributed.is_main():  # launchers change exit codes
                 write_text(run_dir.stopped, f"{state.position}\n")
             return code
     finally:
@@ -124,20 +123,12 @@ def run_phase(run: Run) -> bool:
     errors.at(f"{name}: building the stream, the detector and the engine")
     phase, device = config.phases[name], distributed.device()
     if state.step == num_steps(phase) and not state.needs_evaluation:
-        run.restored = None  # all of the phase is done, but perhaps for the numbers of its end
+        run.restored = None  # the phase is complete, but its last evaluation may be unscored
         return True
     with distributed.together():
-        stream = TrainStream(
-            run.train_set,
-            config.data,
-            phase,
-            name=name,
-            with_masks=has_masks(phase_model(config, name)),
-            with_keypoints=has_keypoints(phase_model(config, name)),
-            seed=config.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            first_step=state.step + state.stream_shift,
+        rank, first_step = distributed.rank(), state.step + state.stream_shift
+        stream = stream_for_phase(
+            config, name, run.train_set, rank, distributed.world_size(), first_step
         )
         if run.restored is not None:
             stream.check_state(state.stream)

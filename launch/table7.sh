@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Paper 2, table 7: seconds per step on one device (in the paper, on 8 GPUs: GN 0.578, SyncBN 0.483),
-# its memory, inference images per second, and what loading the data takes. One JSON object a line.
+# its memory, inference images per second, and what loading the data takes. One JSON object per line.
 # All rows have the 4conv1fc box head (the paper's ImageNet and direct columns are equal in time), and
 # SyncBN is in the backbone only.
-# Words behind it change options of all. Not run yet on a GPU.
+# Words after it change options of all rows. Not run yet on a GPU.
 #   bash launch/table7.sh > table7.jsonl
 #   bash launch/table7.sh model.backbone=resnet18 data.train.shards=DIR data.val.shards=DIR
 set -euo pipefail

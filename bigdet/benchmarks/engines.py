@@ -1,19 +1,19 @@
-"""How fast each engine and ZeRO stage trains, beside torch's DistributedDataParallel.
+"""Compares the speed of each engine and ZeRO stage with torch's DistributedDataParallel.
 
 ``bigdet benchmark step CONFIG --engines all`` (or ``zero1,fsdp``) starts the ranks of one engine
 after the other on this host. In each group the engine and plain DDP train the same detector with
-the same optimizer on the same random scene, one step each in turns; medians over the rounds count.
-Each has:
+the same optimizer on the same random scene, one step each in turn. The numbers of each (medians
+over the rounds) are:
 
 - ``images_per_second`` of all ranks, and ``ratio``, the median over the rounds of its speed over
   that of DDP in the same round;
-- ``peak_memory_gib`` of a rank beyond what it had before the engine was built, the scene and torch
-  not counted (the largest of the ranks);
-- ``communication_seconds`` inside collectives in one step, the wait for other ranks counted, also
-  where it runs beside computation (from torch's profiler);
+- ``peak_memory_gib`` of a rank minus what it had before the engine was built, such as the scene and
+  torch (the largest of the ranks);
+- ``communication_seconds`` inside collectives in one step, including the wait for other ranks and
+  what overlaps with computation (from torch's profiler);
 - ``state_mib``, the memory of weights and optimizer state of a rank, and ``formula_mib``, what it
   should be: 4 bytes x (P + K x T) with P weights, T of them trained and K tensors of optimizer
-  state; at ZeRO-1 and 2 P + (K + 1) x T / N on N ranks, for each rank steps a copy of its part; at
+  state; at ZeRO-1 and 2 P + (K + 1) x T / N on N ranks, as each rank updates a copy of its part; at
   ZeRO-3 and FSDP2 (P + K x T) / N.
 """
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import socket
@@ -37,6 +36,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
@@ -59,7 +59,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"kind": "fsdp", "zero_stage": None},
 }
 COLLECTIVES = ("gloo:", "nccl:")
-# The detector's weights are channels_last and DDP's buckets of some are not: it only says so.
+# The detector's weights are channels_last, and DDP warns that some of its buckets are not.
 warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 
@@ -73,11 +73,11 @@ def run(
     """Measure all engines, one after the other.
 
     Args:
-        config: model and engine settings.
+        config: its model, precision and ``clip_norm`` are used.
         phase: its optimizer and norm mode are used.
-        make_batch: gives a scene for a seed; found again by its name in other processes.
+        make_batch: returns a scene for a seed; can be pickled.
         num_classes: K.
-        arguments: ranks and rounds.
+        arguments: ``engines``, ``ranks`` and ``rounds`` of the command line.
     """
     names = list(ENGINES) if arguments.engines == "all" else arguments.engines.split(",")
     unknown = sorted(set(names) - set(ENGINES))
@@ -113,18 +113,11 @@ def run(
 
 def _run_ranks(num_ranks: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
     """Call `_measure` on so many ranks of this host and return what they returned."""
-    port = _free_port()
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_rank, args=(rank, num_ranks, port, folder, *arguments))
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode != 0 for process in processes):
-        raise ValueError(f"a rank of {arguments[-2]} failed; see above")
+    try:
+        words = (num_ranks, _free_port(), folder, *arguments)
+        spawn(_rank, words, num_ranks)  # type: ignore[no-untyped-call]
+    except ProcessException as error:
+        raise ValueError(f"a rank of {arguments[-2]} failed: {error}") from error
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
@@ -138,7 +131,7 @@ def _free_port() -> int:
 
 
 def _rank(rank: int, num_ranks: int, port: int, folder: Path, *arguments: Any) -> None:
-    """One rank: join the group, measure, leave the numbers."""
+    """Join the group as one rank, measure, and write the numbers."""
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
@@ -162,7 +155,7 @@ def _measure(
     name: str,
     rounds: int,
 ) -> dict[str, Any]:
-    """Measure one engine beside DDP on this rank."""
+    """Measure one engine and DDP on this rank."""
     device = distributed.device()
     batch = make_batch(config.seed + distributed.rank()).to(device)
     make_optimizer = partial(optim.build_optimizer, phase=phase)
@@ -251,7 +244,7 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _communication(step: Callable[[], None]) -> float:
-    """Give the seconds that collectives took in a step."""
+    """Return the seconds that collectives took in a step."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
@@ -267,7 +260,7 @@ def _communication(step: Callable[[], None]) -> float:
 
 
 def _state_tensors(module: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
-    """Everything that holds weights or optimizer state on this rank."""
+    """Yield all tensors that hold weights or optimizer state on this rank."""
     for parameter in module.parameters():
         yield getattr(parameter, "_local_tensor", parameter.data)
         if hasattr(parameter, "ds_tensor"):
@@ -279,13 +272,13 @@ def _state_tensors(module: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind tensors, each piece counted once."""
+    """Return the bytes of memory behind tensors, counting shared memory once."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _formula(name: str, sizes: list[tuple[int, bool]], num_states: int) -> float:
-    """Numbers that a rank should hold; see the module's docstring."""
+    """Return how many numbers a rank should hold; see the module's docstring."""
     weights = sum(size for size, _ in sizes)
     trained = sum(size for size, is_trained in sizes if is_trained)
     ranks = distributed.world_size()

@@ -1,15 +1,15 @@
-"""How long AP takes to compute, beside pycocotools, on made detections with masks.
+"""Compares the time to compute AP with that of pycocotools, on synthetic detections with masks.
 
-The images repeat those of the validation set; detections are its objects' masks and boxes, moved
-about, in the sizes, places and classes of the set, some with a wrong class or where nothing is.
-Both score the same results file, from reading it to the numbers, each in a process of its own. The
-numbers must be the same to the last digit. ``ratio`` is pycocotools' seconds over bigdet's and
-``cpu_ratio`` the same of CPU seconds, which a busy machine changes less; ``memory_gib`` is what the
-peak of each process rises above what it was after its imports.
+The images repeat those of the validation set. The detections are masks and boxes of its objects,
+moved; some have a wrong class or are where no object is. Both programs score the same results file,
+from reading it to the numbers, each in its own process. The numbers must be equal to the last
+digit. ``ratio`` is pycocotools' seconds over bigdet's, ``cpu_ratio`` the same for CPU seconds,
+which depend less on the load of the machine; ``memory_gib`` is the peak of each process minus what
+it had after its imports.
 
-With --classes objects and detections are made up altogether, boxes alone, many of few classes and
-few of many, and bigdet alone computes all that ``bigdet.evaluate --analysis`` prints: for sizes at
-which pycocotools does not fit, such as Objects365's 80,000 images.
+With --classes, objects and detections are entirely synthetic: boxes only, many of a few classes and
+few of most. Only bigdet runs, and computes all that ``bigdet evaluate --analysis`` prints: for sets
+that are too large for pycocotools, such as Objects365's 80,000 images.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ from bigdet.evaluation.scoring import evaluate_detections
 
 KINDS: tuple[Kind, ...] = ("bbox", "segm")
 POOL = 300
-"""Different detections of a source image."""
+"""Number of different detections of a source image."""
 WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
-"""Parts of the detections."""
+"""Fractions of the detections."""
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -79,20 +79,35 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def new_shards(folder: Path, categories: Sequence[Category]) -> ShardWriter:
+    """Return what writes the shards of a measurement."""
+    return ShardWriter(
+        folder / "shards",
+        name="benchmark",
+        source="coco",
+        categories=list(categories),
+        options={},
+    )
+
+
+def blank_image() -> bytes:
+    """Return a small JPEG."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "jpeg")
+    return file.getvalue()
+
+
 def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -> None:
-    """Write shards (of blank images), the same as a COCO file, and a made detector's results."""
+    """Write shards of blank images, their annotations as a COCO file, and synthetic results."""
     random = np.random.default_rng(arguments.seed)
     records = [source.record(row) for row in range(len(source))]
     pools: dict[int, list[dict[str, Any]]] = {}
-    about: dict[str, Any] = {"name": "benchmark", "source": "coco", "options": {}}
-    about["categories"] = source.categories
     results: list[dict[str, Any]] = []
-    blank = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(blank, "jpeg")
-    with ShardWriter(folder / "shards", **about) as writer:
+    blank = blank_image()
+    with new_shards(folder, source.categories) as writer:
         for image_id in range(1, arguments.images + 1):
             number = int(random.integers(len(records)))
-            writer.add(blank.getvalue(), {**records[number], "image_id": image_id})
+            writer.add(blank, {**records[number], "image_id": image_id})
             if number not in pools:
                 pools[number] = make_pool(records[number], records, source, random)
             chosen = random.choice(len(pools[number]), arguments.detections, replace=False)
@@ -103,20 +118,16 @@ def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -
 
 
 def make_boxes(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write shards (of blank images) of made-up boxes, and a made detector's results."""
+    """Write shards of blank images with synthetic boxes, and synthetic results."""
     random = np.random.default_rng(arguments.seed)
     commonness = 1 / np.arange(1, arguments.classes + 1) ** 0.8
     commonness /= commonness.sum()
     categories = [Category(number, f"class {number}") for number in range(1, len(commonness) + 1)]
-    about: dict[str, Any] = {"name": "benchmark", "source": "coco", "options": {}}
-    about["categories"] = categories
-    blank = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(blank, "jpeg")
-    shards = ShardWriter(folder / "shards", **about)
-    with shards as writer, (folder / "results.json").open("wb") as results:
+    blank = blank_image()
+    with new_shards(folder, categories) as writer, (folder / "results.json").open("wb") as results:
         for image_id in range(1, arguments.images + 1):
             record, made = make_image(image_id, arguments.detections, commonness, random)
-            writer.add(blank.getvalue(), record)
+            writer.add(blank, record)
             results.write(b"[" if image_id == 1 else b",")
             results.write(orjson.dumps(made)[1:-1])
         results.write(b"]")
@@ -219,22 +230,17 @@ def moved_mask(
 def in_a_process(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Run a scorer in a fresh process; return its numbers, seconds and peak memory in GiB."""
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(score, folder, sender))
-    process.start()
-    sender.close()
-    found: dict[str, Any] = receiver.recv()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_measure, score, folder).result()
 
 
-def _measure(score: Callable[[Path], dict[str, Any]], folder: Path, sender: Connection) -> None:
+def _measure(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
     before = _peak_gib()
     started, cpu_started = time.perf_counter(), time.process_time()
     numbers = score(folder)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     found = {"numbers": numbers, "seconds": seconds, "cpu_seconds": cpu_seconds}
-    sender.send({**found, "memory_gib": _peak_gib() - before})
+    return {**found, "memory_gib": _peak_gib() - before}
 
 
 def _peak_gib() -> float:
@@ -273,7 +279,7 @@ def score_pycocotools(folder: Path) -> dict[str, Any]:
 def coco_ground_truth(shards: ShardSet) -> dict[str, Any]:
     """Return the annotations of all samples as the content of a COCO file.
 
-    Annotations are numbered anew from 1: data sets do have the id 0, which pycocotools takes for
+    Annotations are numbered anew from 1: some data sets have the id 0, which pycocotools takes for
     "not matched". What cannot be measured of a kind is a region to ignore: for masks an object
     without one.
     """
@@ -304,7 +310,7 @@ def pycocotools_stats(
     Args:
         truth: the content of a COCO file.
         results: COCO results. The area of a mask is that of its pixels, as in the COCO server;
-            with a box beside it pycocotools would take the box's.
+            pycocotools would take that of a box in the result.
         kind: ``bbox``, ``segm`` or ``keypoints``.
     """
     annotations = [_truth_of(annotation, kind) for annotation in truth["annotations"]]

@@ -1,4 +1,4 @@
-"""The highest memory that a part of a program takes, on a GPU or, on Linux, of the process."""
+"""The peak memory of a part of a program: of a GPU, or of the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def start_memory(device: torch.device) -> int:
-    """Begin to watch for a peak; give the bytes in use now."""
+    """Reset the peak and return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -26,7 +26,7 @@ def start_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Give the largest number of bytes in use since then (since the start, off Linux)."""
+    """Return the peak in bytes since ``start_memory`` (since the start where not on Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -1,9 +1,9 @@
-"""How long inference takes, beside torchvision's detector with the same weights and settings.
+"""Compares inference with torchvision's detector of the same weights and settings.
 
-Weights are random, but those of the classifier are scaled so that about as many detections come out
-as of a trained model (``detections`` says how many), and normalization has the statistics of the
-image. Both are given an image at the size of the test, and draw its masks at that size. They take
-turns, since the speed of a shared machine drifts; ``ratio`` is the median over the rounds of
+Weights are random, but those of the classifier are scaled so that there are about as many
+detections as with a trained model (``detections`` says how many), and normalization has the
+statistics of the image. Both get an image of the test size and paste its masks at that size. They
+take turns, since the speed of a shared machine drifts; ``ratio`` is the median over the rounds of
 bigdet's images per second over torchvision's in the same precision.
 """
 
@@ -99,13 +99,13 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
-    """Give the median over the rounds, but the first, of how many times faster ours is."""
+    """Return how many times faster ours is: the median over all rounds but the first."""
     pairs = zip(seconds[theirs][1:], seconds[ours][1:], strict=True)
     return round(statistics.median(their / our for their, our in pairs), 3)
 
 
 def timed(predict: Callable[[], int], device: torch.device) -> tuple[float, int]:
-    """Give the seconds that a call takes, and what it returns."""
+    """Return the seconds that a call takes, and its result."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -117,7 +117,7 @@ def timed(predict: Callable[[], int], device: torch.device) -> tuple[float, int]
 
 @torch.no_grad()
 def settle(detector: Detector, image: Tensor) -> None:
-    """Give normalization the statistics of an image, and class logits a spread of their own."""
+    """Set statistics of normalization from an image, and the spread of class logits."""
     device = detector.get_buffer("pixel_mean").device
     small = collate_images([image], (256, 256)).to(device)
     set_norm_mode(detector, "live")

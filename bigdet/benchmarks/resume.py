@@ -1,10 +1,10 @@
-"""How long a run takes to its first step, fresh and resumed, and what a save costs the steps.
+"""Measures the time to the first step of a new and a resumed run, and what a save costs.
 
 The training command is started, saves every ``--every`` steps, is stopped after ``--steps`` and
 started again. ``to_first_step_seconds`` is from the start of the process to the first line of
-``metrics.jsonl``, one step included; ``lost_seconds_per_save`` is the copy, during which training
-waits, and what the steps lose while the copy is written beside them; ``lost_part_of_a_step`` is
-that over the 100 steps between two saves, in steps.
+``metrics.jsonl``, one step included; ``lost_seconds_per_save`` is the time of the copy, during
+which training waits, and the slowdown of the steps while the copy is written;
+``lost_part_of_a_step`` is that over the time of the 100 steps between two saves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bigdet.data.making.shard_writer import index_bytes, manifest_text
 from bigdet.run_dir import RunDir
 
 STEPS_BETWEEN_SAVES = 100
-SAVED = re.compile(r"copied in ([\d.]+) s, written beside training in ([\d.]+) s")
+SAVED = re.compile(r"copied in ([\d.]+) s, written [a-z ]+ in ([\d.]+) s")
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def repeat_samples(folder: Path, samples: int, out: Path) -> None:
-    """Make a shard set that has the samples of another one over and over, without copying them."""
+    """Make a shard set that repeats the samples of another one, without copying them."""
     manifest = Manifest.load(folder)
     index = np.load(folder / INDEX_NAME)
     out.mkdir()
@@ -102,7 +102,7 @@ def _seconds_to_first_step(command: list[str], run_dir: RunDir, steps: int) -> f
 
 
 def _last_step(run_dir: RunDir) -> int:
-    """Give the last step in ``metrics.jsonl``, 0 before the first."""
+    """Return the last step in ``metrics.jsonl``, 0 before the first."""
     if not run_dir.metrics.exists():
         return 0
     lines = run_dir.metrics.read_text().splitlines(keepends=True)
@@ -111,19 +111,19 @@ def _last_step(run_dir: RunDir) -> int:
 
 
 def _cost_of_saves(lines: list[dict[str, Any]], log: str, every: int) -> dict[str, Any]:
-    """Give what the saves cost, without the last one, which the stop waits for."""
+    """Return what the saves cost, without the last one, which the stop waits for."""
     seconds = {line["step"]: line["time/step_seconds"] for line in lines if line["step"] > 1}
     saves = [(float(copy), float(write)) for copy, write in SAVED.findall(log)]
-    beside, losses = set(), []
+    during, losses = set(), []
     for number, (_, write) in enumerate(saves, start=1):
         step, left = number * every + 1, write
         while left > 0 and step in seconds:  # steps that run while this save is written
-            beside.add(step)
+            during.add(step)
             left -= seconds[step]
             step += 1
-    alone = statistics.median(value for step, value in seconds.items() if step not in beside)
+    alone = statistics.median(value for step, value in seconds.items() if step not in during)
     copied = statistics.mean(copy for copy, _ in saves)
-    losses = [seconds[step] - alone for step in beside]
+    losses = [seconds[step] - alone for step in during]
     lost = copied + max(0.0, sum(losses)) / len(saves)
     return {
         "saves": len(saves),

@@ -1,4 +1,4 @@
-"""How long a training step takes, beside torchvision's R-CNN.
+"""Compares the time of a training step with that of torchvision's R-CNNs.
 
 They train on the same random scene: noise with elliptic objects of all sizes. They take turns, one
 step each, since the speed of a shared machine drifts; medians over the rounds count.
@@ -123,25 +123,27 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_peer(config: ModelConfig) -> None:
-    """Raise ``ValueError`` for detectors that a step is not compared for."""
+    """Raise ``ValueError`` for detectors whose steps cannot be compared."""
     parts = model_parts(config)
-    if "box_head" not in parts or "keypoint_head" in parts or not has_fpn(config):
+    is_plain = config.neck == "fpn" and config.rpn is not None and config.rpn.num_convs == 1
+    if "box_head" not in parts or "keypoint_head" in parts or not has_fpn(config) or not is_plain:
         raise ValueError(
-            f"model.detector: found {config.detector} on {config.backbone}, but a step is compared "
-            f"with torchvision's Faster and Mask R-CNN on a pyramid. Give a config of these; "
+            f"model.detector: found {config.detector} on {config.backbone}, expected Faster or "
+            f"Mask R-CNN with an FPN and one convolution in the RPN head, as steps are compared "
+            f"with torchvision's. "
             f"`bigdet benchmark predict` measures other detectors too."
         )
 
 
 @dataclass
 class Taker:
-    """One of those that take turns.
+    """A model that is measured, in turn with others.
 
     Attributes:
         model: what is trained; counts the regions of its mask head.
         losses: runs it on the batch.
-        precision: gives the context of the forward pass.
-        device: where it runs.
+        precision: returns the context of the forward pass.
+        device: of the model and the batch.
     """
 
     model: nn.Module
@@ -153,7 +155,7 @@ class Taker:
     mask_regions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Give the model an optimizer of its own, with a rate too small to change anything."""
+        """Give the model its own optimizer, with a rate too small to change anything."""
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-9, momentum=0.9)
 
     def step(self) -> None:
@@ -183,7 +185,7 @@ class Taker:
             hook.remove()
 
     def report(self, num_images: int) -> dict[str, Any]:
-        """Give the medians of all steps but the first."""
+        """Return the medians of all steps but the first."""
         times = self.times[1:]
         seconds = statistics.median(sum(one.values()) for one in times)
         return {
@@ -214,7 +216,7 @@ class Pyramid(nn.Module):
         self.out_channels = width
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Give the levels by name."""
+        """Return the levels by name."""
         features = self.fpn(self.backbone(images))
         return OrderedDict(zip(["0", "1", "2", "3", "pool"], features, strict=True))
 
@@ -222,9 +224,7 @@ class Pyramid(nn.Module):
 def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
     """Build torchvision's own ResNet with its pyramid.
 
-    Args:
-        config: of our model.
-        is_live: batch normalization with live statistics; else frozen, torchvision's default.
+    Its batch normalization has live statistics, or is frozen, as is torchvision's default.
     """
     norm: Callable[..., nn.Module] = nn.BatchNorm2d if is_live else FrozenBatchNorm2d
     if config.norm == "gn":
@@ -294,7 +294,7 @@ def make_scene(num_images: int, size: tuple[int, int], num_objects: int, seed: i
 
 
 def as_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Give the batch in torchvision's form: float images, dictionaries with full-size bitmaps."""
+    """Return the batch in torchvision's form: float images, dictionaries with full-size bitmaps."""
     offsets, masks = batch.targets.offsets.tolist(), batch.targets.masks
     assert masks is not None
     images, targets = [], []

@@ -1,9 +1,9 @@
-"""How fast the training stream is, beside decoding the same images and beside other loaders.
+"""Compares the training stream with decoding the same images and with other loaders.
 
-All numbers are images per second of CPU time, so that other processes of the machine count little:
-of this process for what runs here, of the loader processes for what runs there. What a phase takes
-from the stream is everything: reading, order, boxes, masks, the canvas, and the way from the loader
-process. Beside it, in turn: decoding the same files and nothing else; decoding and resizing them;
+All numbers are images per second of CPU time, of this process or of the loader processes, so that
+other processes of the machine matter little. The stream does all that a phase needs: reading,
+order, boxes, masks, the canvas, and the transfer from the loader process. It is compared with, in
+turn: decoding the same files and nothing else; decoding and resizing them;
 webdataset with Pillow (decode and resize, no objects); torchvision's CocoDetection with its v2
 transforms in a DataLoader (resize, flip, boxes, masks where the model has them).
 """
@@ -33,7 +33,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
 from bigdet.config.load import check_phase
-from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.model import has_masks
 from bigdet.config.resize import plan_of
 from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.examples.decode import decode_image
@@ -41,6 +41,7 @@ from bigdet.data.format.shard_set import Sample, ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.ops.resize import resize_image
 from bigdet.ops.sizes import eval_size
+from bigdet.training.phase_stream import stream_for_phase
 
 Plan = tuple[int, int]
 
@@ -54,22 +55,12 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     workers = config.data.workers if arguments.workers is None else arguments.workers
     if workers < 0:
         raise ValueError(f"--workers: found {workers}, expected 0 or more.")
-    model = phase_model(config, name)
-    with_masks, with_keypoints = has_masks(model), has_keypoints(model)
+    with_masks = has_masks(phase_model(config, name))
 
     def open_stream(workers: int) -> TrainStream:
         data = dataclasses.replace(config.data, workers=workers)
-        return TrainStream(
-            ShardSet(data.train.shards),
-            data,
-            phase,
-            name=name,
-            with_masks=with_masks,
-            with_keypoints=with_keypoints,
-            seed=config.seed,
-            rank=0,
-            world_size=1,
-        )
+        changed = dataclasses.replace(config, data=data)
+        return stream_for_phase(changed, name, ShardSet(data.train.shards))
 
     num_groups = max(1, arguments.images // phase.images_per_gpu)
     samples = _samples(open_stream(0), ShardSet(config.data.train.shards), num_groups)
@@ -135,7 +126,13 @@ def _rate(images: Iterator[object]) -> float:
     """Return images per CPU second of this process, over all of an iterator."""
     start = time.process_time()
     count = sum(1 for _ in images)
-    return count / (time.process_time() - start)
+    return _per_second(count, time.process_time() - start)
+
+
+def _per_second(count: int, seconds: float) -> float:
+    if not count or not seconds:
+        raise ValueError("--images: too few to measure their time. Raise it.")
+    return count / seconds
 
 
 def _decode_and_resize(file: bytes, plan: Plan) -> torch.Tensor:
@@ -150,7 +147,7 @@ def _stream_rate(stream: TrainStream, num_groups: int) -> float:
         next(batches)  # the clock starts when the processes run
         start = _cpu_seconds()
         num_images = sum(len(batch.images) for batch in islice(batches, num_groups))
-        return num_images / (_cpu_seconds() - start)
+        return _per_second(num_images, _cpu_seconds() - start)
 
 
 def _cpu_seconds() -> float:
@@ -160,7 +157,7 @@ def _cpu_seconds() -> float:
         return time.process_time()
     ticks = 0
     if not Path("/proc").is_dir():
-        return sum(_told_cpu_seconds(child.pid) for child in children)
+        return sum(_ps_cpu_seconds(child.pid) for child in children)
     for child in children:
         # The name, in brackets, may hold blanks; user and system time are 12th and 13th after it.
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -168,12 +165,12 @@ def _cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _told_cpu_seconds(process: int | None) -> float:
-    """Return the CPU time of a process as ``ps`` of macOS tells it: ``[hours:]minutes:seconds``."""
+def _ps_cpu_seconds(process: int | None) -> float:
+    """Return the CPU time of a process from ``ps`` of macOS, ``[hours:]minutes:seconds``."""
     words = ["ps", "-o", "time=", "-p", str(process)]
-    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     seconds = 0.0
-    for part in told.strip().split(":"):
+    for part in printed.strip().split(":"):
         seconds = 60 * seconds + float(part)
     return seconds
 
@@ -231,7 +228,7 @@ def _torchvision_dataset(
             v2.SanitizeBoundingBoxes(),
         ]
     )
-    with contextlib.redirect_stdout(None):  # pycocotools tells what it does
+    with contextlib.redirect_stdout(None):  # pycocotools prints its progress
         dataset = CocoDetection(
             str(folder), str(folder / "annotations.json"), None, None, transforms
         )
@@ -251,13 +248,13 @@ def _torchvision_rate(dataset: Dataset[Any], images_per_gpu: int, workers: int) 
         multiprocessing_context="fork",
     )
     batches = iter(loader)
-    # The processes end when they have nothing left to do: what they are asked last, they are
-    # asked before that.
+    # Loader processes end when no work is left. So the last batches, which are requested earlier,
+    # are not counted.
     next(batches)
     start, count = _cpu_seconds(), 0
     for _ in range(len(loader) - 1 - 2 * workers):
         count += len(next(batches)[0])
-    return count / (_cpu_seconds() - start)
+    return _per_second(count, _cpu_seconds() - start)
 
 
 def _as_lists(samples: list[Any]) -> tuple[list[Any], ...]:

@@ -1,10 +1,10 @@
 """torchvision's own detector with the weights and settings of one of ours.
 
-``bigdet benchmark predict`` measures its speed beside ours, so it is in the package; the tests
-compare numbers with it. It takes the weights that ``bigdet convert-weights to-torchvision`` writes.
+``bigdet benchmark predict`` compares its speed with ours, so it is in the package; tests use
+it too. It takes the weights that ``bigdet convert-weights to-torchvision`` writes.
 
 Where torchvision has no option for what bigdet does (regions pooled with the half-pixel shift,
-anchors that are not rounded), the twin has a small module of its own.
+anchors that are not rounded), the twin has its own small module.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def torchvision_twin(detector: Detector) -> nn.Module:
 
 
 class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
-    """bigdet's anchors: not rounded, as far apart as the nominal stride of their level."""
+    """bigdet's anchors: not rounded, spaced by the nominal stride of their level."""
 
     def __init__(self, cells: Tensor, strides: Sequence[int]) -> None:
         """Take the anchors of one point ``(L, R, 4)`` and the strides of the levels."""
@@ -72,7 +72,7 @@ class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
         self.cells, self.strides = cells, strides
 
     def forward(self, images: Any, features: Sequence[Tensor]) -> list[Tensor]:
-        """Give the anchors of each image."""
+        """Return the anchors of each image."""
         sizes = [(level.shape[2], level.shape[3]) for level in features]
         canvas_size = (images.tensors.shape[2], images.tensors.shape[3])
         spacings = grid_spacings(sizes, self.strides, canvas_size, from_canvas=False)
@@ -91,7 +91,7 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
         self.strides = list(strides)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
-        """Give ``(N, C, P, P)`` of the boxes ``(n, 4)`` of each image."""
+        """Return ``(N, C, P, P)`` of the boxes ``(n, 4)`` of each image."""
         flat = torch.cat(boxes)
         images = torch.repeat_interleave(torch.tensor([len(one) for one in boxes]))
         rois = torch.cat([images[:, None].to(flat), flat], dim=1)
@@ -106,7 +106,7 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
 
 
 def _pixels(detector: Detector) -> dict[str, Any]:
-    """Give the options that torchvision's detectors have in common."""
+    """Return the options that torchvision's detectors have in common."""
     mean, deviation = detector.get_buffer("pixel_mean"), detector.get_buffer("pixel_deviation")
     return {
         # As the buffers have them: rounded to fp32.
@@ -200,13 +200,9 @@ def _retinanet(detector: OwnRetinaNet) -> Any:
 def training_options(
     config: ModelConfig, rpn: RpnConfig, width: int, num_classes: int
 ) -> dict[str, Any]:
-    """Give the box head of torchvision's R-CNNs, and their settings of training.
+    """Return the box head of torchvision's R-CNNs, and their settings of training.
 
-    Args:
-        config: ours.
-        rpn: with the limits of its proposals.
-        width: channels of the features.
-        num_classes: K.
+    ``rpn`` has the limits of its proposals; features have ``width`` channels.
     """
     roi, norm = used(config.roi), _norm_layer(head_norm(config))
     head = TwoMLPHead(width * 49, config.fc_width)
@@ -227,7 +223,7 @@ def training_options(
 
 
 def mask_options(config: ModelConfig, width: int, num_classes: int) -> dict[str, Any]:
-    """Give the mask head of torchvision's Mask R-CNN; arguments as of ``training_options``."""
+    """Return the mask head of torchvision's Mask R-CNN; arguments as of ``training_options``."""
     norm = _norm_layer(head_norm(config))
     return {
         "mask_head": MaskRCNNHeads(width, [width] * mask.NUM_CONVS, 1, norm),

@@ -20,7 +20,7 @@ from bigdet.host.strict_json import to_json
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure the part that the arguments name and print what came out."""
+    """Measure the named part and print the result."""
     arguments = parse_arguments(argv)
     module = importlib.import_module(f"bigdet.benchmarks.{arguments.part}")
     config = load_config(arguments.config, arguments.overrides)

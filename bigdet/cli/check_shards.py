@@ -23,14 +23,14 @@ MAX_LINES = 100
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check the shard set that the arguments name."""
+    """Check one shard set and return the exit code."""
     parser = command_parser("check-shards", __doc__)
     parser.add_argument("path", help="folder or address of the shard set")
     add_processes(parser)
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     num_problems = 0
-    progress = ProgressBar(tells_end=False)
+    progress = ProgressBar(shows_end=False)
     tally: Counter[str] = Counter()
     for problem in check_shards(
         arguments.path, processes=arguments.processes, progress=progress, tally=tally

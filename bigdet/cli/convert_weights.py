@@ -1,4 +1,4 @@
-"""Weights of a detector for torchvision's detection models, and back; detectron2's, mmdetection's.
+"""Convert weights of detectors: from and to torchvision, and from detectron2 and mmdetection.
 
 Its command line is in ``cli/arguments/convert_weights.py``.
 """
@@ -48,7 +48,7 @@ from bigdet.weights.whole_detectors import (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Convert one file and say what came out."""
+    """Convert one file and print its number of tensors."""
     options = parse_arguments(argv)
     setup_logging(rank=0)
     num_tensors = export(options) if options.direction == "to-torchvision" else restore(options)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a detector's weights by torchvision's names; return how many tensors."""
+    """Write a detector's weights with torchvision's names; return the number of tensors."""
     check_out(options.out, (".pth", ".pt", ".safetensors"))
     detector = load_detector(options.model)
     write_state(options.out, to_torchvision(detector, detector.state_dict()))
@@ -65,7 +65,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def restore(options: argparse.Namespace) -> int:
-    """Write weights of others as those of a detector; return how many tensors."""
+    """Write another program's weights as a ``model.safetensors``; return the number of tensors."""
     check_out(options.out, (".safetensors",))
     config = load_config(options.config, options.overrides)
     phase = options.phase or list(config.phases)[-1]
@@ -82,7 +82,7 @@ def restore(options: argparse.Namespace) -> int:
             config = with_sampling(config, THEIR_SAMPLING_RATIO)
             print(
                 f"model.roi.sampling_ratio: {THEIR_SAMPLING_RATIO}, as {options.source} pools "
-                f"regions; an override of it chooses otherwise"
+                f"regions; model.roi.sampling_ratio=N sets another"
             )
     metadata = weights_metadata(config, [asdict(category) for category in categories], phase)
     save_detector_weights(options.out, detector, metadata)
@@ -95,7 +95,7 @@ def load_framework(
     """Load the weights of detectron2 or mmdetection, the classes in the order of categories.
 
     Returns:
-        The parts of the detector that they have.
+        The parts of the detector that the file has.
     """
     source = str(options.weights)
     tensors, names = read_tensors(options.weights, options.ema)
@@ -118,14 +118,14 @@ def load_framework(
 
 
 def check_out(path: Path, suffixes: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless a file can be written there whose name says its format."""
+    """Raise ``ValueError`` unless the file can be written and has one of the suffixes."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}.")
     check_file(path, "out")
 
 
 def write_state(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a ``state_dict`` in the format that the file's name says."""
+    """Write a ``state_dict`` in the format of the file's suffix."""
     contiguous = {name: value.contiguous() for name, value in state.items()}
     try:
         if path.suffix == ".safetensors":
@@ -135,7 +135,7 @@ def write_state(path: Path, state: dict[str, Tensor]) -> None:
     except (SafetensorError, RuntimeError) as error:  # a full disk
         path.unlink(missing_ok=True)
         problem = str(error).splitlines()[0]
-        raise OSError(f"{path}: cannot be written: {problem}. Make room for it.") from error
+        raise OSError(f"{path}: cannot be written: {problem}. Free some space.") from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The ``deepspeed`` command: DeepSpeed's own, which here takes ``-m`` as ``--module`` too.
+"""The ``deepspeed`` command: DeepSpeed's launcher, which here also accepts ``-m`` for ``--module``.
 
     deepspeed --num_gpus 8 -m bigdet.train CONFIG
 
-``ds``, which DeepSpeed installs as well, is its own command without that.
+``ds``, which DeepSpeed also installs, is the original command.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from deepspeed.launcher import runner
 
 
 def main() -> None:
-    """Run DeepSpeed's own runner."""
+    """Run DeepSpeed's launcher."""
     runner.main(with_module(sys.argv[1:]))
 
 
 def with_module(words: Sequence[str]) -> list[str]:
-    """Return the command line with ``--module`` for an ``-m`` of the launcher's own.
+    """Return the command line with ``--module`` in place of the launcher's ``-m``.
 
-    What comes after the user's script is the script's. DeepSpeed's parser says where that begins;
-    it is not given an ``-m`` to know, for it would take ``--launcher_args "-mca ..."`` for one.
+    Words after the user's script belong to the script. DeepSpeed's parser says where they begin. It
+    does not get ``-m`` as an option: it would then take ``--launcher_args "-mca ..."`` for one.
     """
     words = list(words)
     if "-m" in words:

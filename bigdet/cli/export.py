@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     write_exported(detector, options.out, size, options.batch, options.candidates)
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB")
     if not inputs:
-        print("not checked: --check takes images to compare it with the detector on")
+        print("not checked: --check IMAGES compares it with the detector")
         return 0
     exported = load_exported(options.out)
     all_images = Differences()
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"{len(inputs)} images: {all_images}")
     if not all_images.is_within(TOLERANCES):
         raise ValueError(
-            f"{options.out}: does not find what the detector finds (at most {TOLERANCES} are "
-            f"accepted). If detections are missing, raise --candidates."
+            f"{options.out}: its detections differ from the detector's (accepted: at most "
+            f"{TOLERANCES}). If detections are missing, raise --candidates."
         )
     return 0
 

@@ -27,7 +27,7 @@ MAX_LINES = 100
 
 
 def main(argv: Sequence[str]) -> int:
-    """Index the tars that the arguments name."""
+    """Index the tars of a folder."""
     parser = command_parser("index-shards", __doc__)
     parser.add_argument("folder", type=Path, help="folder with the tars")
     parser.add_argument("--categories", type=Path, required=True, help="JSON list of categories")

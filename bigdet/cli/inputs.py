@@ -1,4 +1,4 @@
-"""What ``bigdet.predict`` is given: files, folders, globs or a shard set, as a list of images."""
+"""The images of a command line: files, folders, globs or a shard set, as a list."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Input:
 
     Attributes:
         name: for messages.
-        image_id: of the results: the data set's own, or the place in the list, from 1.
-        file_name: of the results; None in a data set, whose ids say enough.
-        stem: of the file for the drawn picture.
-        size: height, width, as it is seen.
-        read: gives ``(H, W, 3)`` uint8 RGB, or raises ``ValueError``; for any thread.
-        source_id: for the results in place of ``image_id``, where a data set's own ids are strings.
+        image_id: in the results: the data set's id, or the position in the list, from 1.
+        file_name: in the results; None in a data set, whose ids name the images.
+        stem: name of the drawn picture, without suffix.
+        size: height, width after turning.
+        read: returns ``(H, W, 3)`` uint8 RGB or raises ``ValueError``; safe in any thread.
+        source_id: replaces ``image_id`` in the results where a data set's own ids are strings.
     """
 
     name: str
@@ -49,22 +49,22 @@ class Input:
 
 
 def list_inputs(given: Sequence[str], exif: Exif = "shown") -> tuple[list[Input], int]:
-    """List the images that words of a command line stand for.
+    """List the images that words of a command line name.
 
     Args:
         given: files, folders and globs, or the folder or address of one shard set.
-        exif: how files are seen; the images of a shard set are seen as it annotates them.
+        exif: whether files are turned; images of a shard set are used as it annotates them.
 
     Returns:
-        The images, and how many more there should have been: files that are no images, words that
-        stand for none. Each has had its message in the log.
+        The images, and how many files are not images or words match none. Each of these has a
+        message in the log.
     """
     sets = [word for word in given if is_shard_set(word)]
     if sets:
         if len(given) > 1:
             raise ValueError(
-                f"{sets[0]}: is a shard set, whose image ids could be those of the other images. "
-                f"Give it alone."
+                f"{sets[0]}: is a shard set, whose image ids could clash with those of other "
+                f"images. Give it alone."
             )
         return _of_shards(ShardSet(sets[0])), 0
     paths, num_bad = find_files(given)
@@ -82,15 +82,14 @@ def list_inputs(given: Sequence[str], exif: Exif = "shown") -> tuple[list[Input]
 
 
 def is_shard_set(word: str) -> bool:
-    """Tell whether a word is the address of a shard set, or a folder that is one."""
+    """Return whether a word is the address of a shard set, or a folder that is one."""
     return is_remote(word) or Path(word, MANIFEST_NAME).is_file()
 
 
 def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
-    """Return the files that are meant, each once, and how many words stood for none.
+    """Return the files that the words name, each once, and how many words name none.
 
-    A folder stands for the pictures in it, a glob (``**`` for all folders below) for those that
-    fit.
+    A folder means the pictures in it, a glob (``**`` for all folders below) those that match.
     """
     paths: list[Path] = []
     num_bad = 0
@@ -99,15 +98,15 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
         if path.is_dir():
             found = sorted(filter(_is_picture, path.iterdir()))
             problem = (
-                f"the folder holds no picture ({', '.join(sorted(SUFFIXES))}; folders in it are "
-                f"not searched, '{path}/**' searches them)"
+                f"the folder contains no picture ({', '.join(sorted(SUFFIXES))}; its subfolders "
+                f"are not searched, '{path}/**' searches them)"
             )
         elif path.exists():
             found, problem = [path], ""
         elif glob.has_magic(word):
             found = sorted(map(Path, glob.glob(word, recursive=True)))
             found = [file for file in found if _is_picture(file) and file.is_file()]
-            problem = "no picture fits"
+            problem = "no picture matches"
         else:
             found, problem = [], "does not exist. Give pictures, folders of them, globs or shards"
         if not found:
@@ -118,7 +117,7 @@ def find_files(given: Sequence[str]) -> tuple[list[Path], int]:
 
 
 def _is_picture(file: Path) -> bool:
-    """Judge by the name; for each file on foreign disks macOS adds one of its own, ``._NAME``."""
+    """Judge by the name; macOS adds a file ``._NAME`` to each file on other file systems."""
     return file.suffix.lower() in SUFFIXES and not file.name.startswith("._")
 
 
@@ -135,7 +134,7 @@ def stems(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def _of_shards(shards: ShardSet) -> list[Input]:
-    reading = threading.Lock()  # a shard set is not for several threads
+    reading = threading.Lock()  # a shard set is not thread-safe
     has_names = STRING_IDS.items() <= shards.manifest.options.items()
 
     def read(row: int) -> Pixels:

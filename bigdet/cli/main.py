@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "AP of a run, a checkpoint or a file of detections"),
     "predict": ("predict", "pictures to detections, and drawn copies"),
     "report": ("report", "curves, tables and pictures of runs, as one HTML file"),
-    "plan": ("plan", "which sizes and batches fit, and which engine to take"),
+    "plan": ("plan", "which sizes and batches fit, and which engine to use"),
     "sweep": ("sweep", "a list of runs, one after another or as Slurm arrays"),
     "configs": ("cli.list_configs", "the configs, fragments and sweeps that come with bigdet"),
     "shards": ("cli.make_shards", "annotations of COCO, Objects365 or VOC, or shapes, to shards"),

@@ -43,7 +43,7 @@ SOURCES: dict[str, tuple[str, Convert]] = {
     "voc": ("a folder in PASCAL VOC's layout", convert_voc),
     "deeppcb": ("DeepPCB's lists and text files of boxes", convert_deeppcb),
 }
-"""What can be converted: what it is, and the function, whose parameters are its options."""
+"""What can be converted: a description, and the function, whose parameters become options."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
     manifest = _make(arguments)
     if manifest is None:
         print(
-            f"{arguments.out}: part {arguments.part} is made. When all are in one folder: "
-            "`bigdet shards merge --out` that folder"
+            f"{arguments.out}: part {arguments.part} is complete. When all parts are in one "
+            "folder, run `bigdet shards merge --out` with it"
         )
     else:
         print_counts(arguments.out, manifest)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def print_counts(folder: str, manifest: Manifest) -> None:
-    """Print what a shard set holds and what was left out of it."""
+    """Print what a shard set contains and what was left out of it."""
     size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(f"{folder}: {len(manifest.shards)} shards, {size_mb:.1f} MB")
     rows = [
@@ -82,7 +82,7 @@ def print_counts(folder: str, manifest: Manifest) -> None:
         if warning:
             print(f"  warning: {warning}")
     if manifest.skipped or manifest.changed:
-        print(f"  the last are listed in {folder}/{SKIPPED_NAME}")
+        print(f"  images skipped or changed are listed in {folder}/{SKIPPED_NAME}")
 
 
 def _make(arguments: argparse.Namespace) -> Manifest | None:
@@ -103,13 +103,13 @@ def _make(arguments: argparse.Namespace) -> Manifest | None:
 
 
 def _source(name: str) -> tuple[str, Convert]:
-    """Return what a source is and what converts it; a name with a colon is a user's own."""
+    """Return description and function of a source; a name with a colon is a user's own."""
     return SOURCES[name] if name in SOURCES else ("your own", import_source(name))
 
 
 def _making(arguments: argparse.Namespace) -> Making:
     if arguments.quality is not None and arguments.long_side is None:
-        raise ValueError("--quality is of images that --long-side makes smaller; give both.")
+        raise ValueError("--quality applies to images that --long-side makes smaller; give both.")
     reencoding = None
     if arguments.long_side is not None:
         reencoding = Reencoding(arguments.long_side, arguments.quality or 95)
@@ -126,13 +126,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         source = sources.add_parser(name, help=purpose)
         add_options(source, function)
         _add_options(source)
-    shapes = sources.add_parser("shapes", help="synthetic images to try things on")
+    shapes = sources.add_parser("shapes", help="synthetic images to try things out")
     shapes.add_argument("--out", required=True, help="folder for the shards")
     shapes.add_argument("--split", choices=list(NUM_IMAGES), default="train", help="which images")
-    shapes.add_argument("--images", type=positive, help=f"how many; default {NUM_IMAGES}")
+    shapes.add_argument("--images", type=positive, help="default: 1200 for train, 200 for val")
     shapes.add_argument("--seed", type=int, default=0, help="other seed, other images")
     shapes.add_argument("--size", type=positive, default=128, help="long side, pixels")
-    merge = sources.add_parser("merge", help="finish a set whose parts are all made")
+    merge = sources.add_parser("merge", help="join the parts of a set")
     merge.add_argument("--out", required=True, help="folder with all of the parts")
     for name, source in sources.choices.items():
         source.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -144,7 +144,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what all sources have that are read from files."""
+    """Add the options that all sources of files have."""
     parser.add_argument("--out", required=True, help="folder for the shards, or s3://..., gs://...")
     parser.add_argument("--shard-megabytes", type=positive, default=256, help="size of a tar")
     add_processes(parser)
@@ -153,17 +153,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--long-side",
         type=positive,
         metavar="PIXELS",
-        help="make larger images smaller, to train at low resolution (not to evaluate at full)",
+        help="make larger images smaller, to train at low resolution (not for evaluation)",
     )
     parser.add_argument(
         "--exif",
         choices=["shown", "stored"],
         default="shown",
-        help="what the annotations of an image that EXIF turns are of, if its recorded size does "
-        "not tell: the image as viewers and annotation tools show it (default), or as stored",
+        help="what annotations refer to if EXIF turns the image and its recorded size does not "
+        "decide: the image as viewers and annotation tools show it (default), or as stored",
     )
-    parser.add_argument("--quality", type=positive, help="of these, as JPEG 4:4:4; default 95")
+    parser.add_argument(
+        "--quality", type=positive, help="JPEG quality (4:4:4) of images made smaller; default 95"
+    )
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="stopped; start it again to go on")
+    run_command(main, interrupted="stopped; start it again to continue")

@@ -28,7 +28,6 @@ from bigdet.config.resize import plan_of
 from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
-from bigdet.data.streams.stream import TrainStream
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections, metrics_table
 from bigdet.evaluation.split import Passes, predict_split
@@ -37,6 +36,7 @@ from bigdet.models.detector import Detector
 from bigdet.models.norms import update_running_statistics
 from bigdet.ops.sizes import eval_size
 from bigdet.training import optim
+from bigdet.training.phase_stream import stream_for_phase
 
 NUM_IMAGES = 16
 MIN_SIDE = 24  # pixels
@@ -69,15 +69,15 @@ SMALL = {
     "keypoint": ["model.keypoint.width=64"],
     "retina": ["model.retina.anchor_sizes=[16,32,64,96,128]"],
 }
-"""What makes a detector small, by the options that it heeds."""
+"""Overrides that make a detector small, by an option of ``model`` that it uses."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train until all AP50 exceed the goal or the steps are over."""
+    """Train until all AP50 exceed the goal or the steps run out."""
     arguments = parse_arguments(argv)
     options = [f"model.detector={arguments.detector}"]
-    heeded = detector_facts(arguments.detector).options
-    options += [word for option, words in SMALL.items() if option in heeded for word in words]
+    used = detector_facts(arguments.detector).options
+    options += [word for option, words in SMALL.items() if option in used for word in words]
     config = parse_config(CONFIG, "bigdet overfit", [*options, *arguments.overrides])
     with tempfile.TemporaryDirectory() as folder:
         shards = pick(ShardSet(arguments.shards), config, Path(folder) / "picked")
@@ -85,15 +85,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def pick(shards: ShardSet, config: RunConfig, folder: Path) -> ShardSet:
-    """Write the images to learn as a set of their own."""
+    """Write the chosen images as their own shard set."""
     plan = plan_of(config.phases[NAME].resize)
     needs_keypoints = has_keypoints(config.model)
     rows = (r for r in range(len(shards)) if _is_fit(shards.record(r), plan, needs_keypoints))
     chosen = list(islice(rows, NUM_IMAGES))
     if len(chosen) < NUM_IMAGES:
         raise ValueError(
-            f"--shards {shards.address}: {len(chosen)} images have only objects of {MIN_SIDE} "
-            f"pixels and more at the training size, expected {NUM_IMAGES}. Train larger, with "
+            f"--shards {shards.address}: only {len(chosen)} images have no object below {MIN_SIDE} "
+            f"pixels at the training size, expected {NUM_IMAGES}. Train at a larger "
             f"phases.{NAME}.resize.size."
         )
     writer = ShardWriter(
@@ -129,17 +129,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = build_detector(model, shards.num_classes).to(device).train()
     optimizer = optim.build_optimizer(detector, phase)
-    stream = TrainStream(
-        shards,
-        config.data,
-        phase,
-        name=NAME,
-        with_masks=has_masks(model),
-        with_keypoints=has_keypoints(model),
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-    )
+    stream = stream_for_phase(config, NAME, shards)
     print(f"{model.detector} {model.backbone}, {shards.manifest.instances} objects, {device}")
     start, training_seconds = time.monotonic(), 0.0
     reached: dict[str, float] = {}
@@ -177,7 +167,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
 def measure(
     detector: Detector, shards: ShardSet, config: RunConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Measure the detector on the images that it learns."""
+    """Evaluate the detector on its training images."""
     size_cap = plan_of(config.phases[NAME].resize)
     results = predict_split(detector, shards, Passes(size_cap, images_per_gpu=4), device)
     assert results is not None

@@ -1,4 +1,4 @@
-"""How far a long command is, for the tools beside it."""
+"""The progress of a long command."""
 
 from __future__ import annotations
 
@@ -9,34 +9,29 @@ BAR_WIDTH = 24
 
 
 class ProgressBar:
-    """Prints how far it is: once a second on a terminal, twice a minute to a file."""
+    """Prints the progress: once a second on a terminal, twice a minute to a file."""
 
-    def __init__(self, *, tells_end: bool = True) -> None:
+    def __init__(self, *, shows_end: bool = True) -> None:
         """Begin.
 
         Args:
-            tells_end: print a last line even if there was no time for another one.
+            shows_end: print a last line, however soon after the one before.
         """
-        self._tells_end = tells_end
+        self._shows_end = shows_end
         self._start = self._last = time.monotonic()
         self._before: int | None = None
         self._is_complete = False
         self._is_terminal = sys.stdout.isatty()
 
     def __call__(self, done: int, total: int) -> None:
-        """Print a line if it is time for one.
-
-        Args:
-            done: number of images so far.
-            total: number of images in all.
-        """
+        """Print a line if it is time for one, after ``done`` of ``total`` images."""
         if self._is_complete:
             return
         self._is_complete, now = done >= total, time.monotonic()
-        if self._before is None:  # images of shards that are finished already take no time
+        if self._before is None:  # images of shards finished before take no time
             self._before, self._start = done, now
         seconds = 1.0 if self._is_terminal else 30.0
-        if now - self._last < seconds and (done < total or not self._tells_end):
+        if now - self._last < seconds and (done < total or not self._shows_end):
             return
         self._last = now
         rate = (done - self._before) / max(now - self._start, 1e-9)

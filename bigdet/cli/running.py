@@ -13,18 +13,18 @@ from bigdet.host.errors import explain, explain_full, explain_killed
 STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 CLOSED_PIPE = 141
-"""Exit code where the reader of the output, such as ``head``, has ended: as shells have SIGPIPE."""
+"""Exit code when the reader of the output, such as ``head``, has ended, as shells have SIGPIPE."""
 
 
 def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
     """Answer --help and mistakes in the command line before torch is imported, which takes seconds.
 
-    Then see that torch and torchvision fit together, before anything is made of them.
+    Then check that torch and torchvision fit together, before they are used.
 
     Args:
-        parse: reads the command line. What it raises itself is told by ``run_command``.
+        parse: reads the command line. ``run_command`` reports the errors that it raises.
     """
     try:
         with contextlib.suppress(ValueError):
@@ -43,17 +43,17 @@ def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
 def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stopped") -> None:
     """Run a command's ``main`` and end the process with its exit code.
 
-    ``ValueError`` and ``OSError`` are what a user can cause, and another rank may be gone: they end
-    in one message and exit code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all
-    ranks share is told once. Ctrl-C ends with one line too.
+    Errors that a user can cause (``ValueError``, ``OSError``), and the loss of another rank, end in
+    one message and exit code 1. ``BIGDET_TRACEBACK=1`` shows the traceback. An error that all ranks
+    share is reported once. Ctrl-C also ends with one line.
 
     Args:
         main: takes the arguments and returns the exit code.
-        interrupted: what Ctrl-C says.
+        interrupted: message after Ctrl-C.
     """
     try:
         code = main(sys.argv[1:])
-    except SystemExit as end:  # argparse: it has told what is wrong, and its own code for it is 2
+    except SystemExit as end:  # argparse has printed its message; its own exit code is 2
         code = 1 if end.code else 0
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
@@ -61,12 +61,12 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             os._exit(CLOSED_PIPE)
-        ranks = sys.modules.get("bigdet.distributed")  # making shards does without it, and torch
+        ranks = sys.modules.get("bigdet.distributed")  # making shards needs neither it nor torch
         lost = (ranks and ranks.lost_peer(error)) or explain_killed(error) or explain_full(error)
         is_bug = isinstance(error, RuntimeError) and not (lost or isinstance(error, ValueError))
         if is_bug or os.environ.get("BIGDET_TRACEBACK") == "1":
             raise
-        if ranks is None or ranks.must_tell(error):
+        if ranks is None or ranks.must_report(error):
             where = "" if ranks is None or ranks.is_main() else f" (rank {ranks.rank()})"
             sys.stderr.write(f"error{where}: {lost or explain(error)}\n")
         code = 1
@@ -77,7 +77,7 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
 
 
 def _reader_has_gone() -> bool:
-    """Tell whether it is standard output that nothing reads any more, and not another pipe."""
+    """Return whether the closed pipe is standard output."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # a closed end is told whatever one asks for
+    poll.register(sys.stdout.fileno(), 0)  # a closed end is reported even so
     return bool(poll.poll(0))

@@ -1,9 +1,9 @@
-"""The command line of a source of shards, read off the function that converts it.
+"""The options of a source of shards, taken from the function that converts it.
 
-Its parameters are its options: ``split: str`` becomes ``--split``, required unless it has a
-default, explained by the line of the docstring's ``Args``. ``out``, ``making`` and ``progress`` are
-bigdet's. So is each source of ``bigdet shards`` made, and so is a user's own,
-``bigdet shards package.module:convert``: see ``data/making/sources/records.py``.
+Its parameters become options: ``split: str`` becomes ``--split``, required unless it has a default,
+with the parameter's line in the docstring's ``Args`` as its help. bigdet passes ``out``, ``making``
+and ``progress``. This holds for bigdet's sources and for a user's own, ``bigdet shards
+package.module:convert``: see ``data/making/sources/records.py``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Convert = Callable[..., Manifest | None]
 
 GIVEN = ("out", "making", "progress")
 _KINDS: dict[Any, Any] = {Path: Path, str: str, int: int, float: float, list[Category]: Path}
-"""Types of parameters, and what a word of the command line is read as."""
+"""Types of parameters, and the types that words of the command line are converted to."""
 
 
 def import_source(name: str) -> Convert:
     """Import a user's source of shards.
 
     Raises:
-        ValueError: there is none, or it cannot be called as ``bigdet shards`` does.
+        ValueError: it does not exist, or ``bigdet shards`` cannot call it.
     """
     key = "bigdet shards"
     function: Convert = import_callable(key, name)
@@ -82,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser, function: Convert) -> None:
 
 
 def _help(function: Convert, name: str) -> str:
-    """Return what the docstring says of a parameter, as a line of text."""
+    """Return the text of the docstring on a parameter, as one line."""
     text = inspect.getdoc(function) or ""
     found = re.search(rf"^    {name}: (.*(?:\n {{5,}}.*)*)", text, re.MULTILINE)
     return " ".join(found[1].split()).replace("`", "").replace("%", "%%") if found else name

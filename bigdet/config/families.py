@@ -19,6 +19,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LACKS = {
     "norm": "has LayerNorm",
     "drop_path": "has no drop path",
+    "relative_positions": "has no choice of relative positions",
     "stride_in_1x1": "has no blocks with 1x1 convolutions",
 }
 """Options of ``model`` that are for some backbones, and why others do not heed them."""
@@ -119,7 +120,8 @@ def _convnext(depths: list[int], widths: list[int], published: str) -> BackboneF
 
 
 def _vit(width: int, depth: int, num_heads: int, published: str) -> BackboneFacts:
-    return _transformer("vit:ViT", published, width=width, depth=depth, num_heads=num_heads)
+    facts = _transformer("vit:ViT", published, width=width, depth=depth, num_heads=num_heads)
+    return dataclasses.replace(facts, heeds=(*facts.heeds, "relative_positions"))
 
 
 _THREE_SIX_TWELVE = [3, 6, 12, 24]  # attention heads of the stages of Swin-T and Swin-S
@@ -154,8 +156,11 @@ BACKBONES: dict[str, BackboneFacts] = {
     "convnext_t": _convnext([3, 3, 9, 3], [96, 192, 384, 768], "convnext_tiny.fb_in1k"),
     "convnext_s": _convnext([3, 3, 27, 3], [96, 192, 384, 768], "convnext_small.fb_in1k"),
     "convnext_b": _convnext([3, 3, 27, 3], [128, 256, 512, 1024], "convnext_base.fb_in1k"),
+    "vit_ti": _vit(192, 12, 3, "deit_tiny_patch16_224.fb_in1k"),
     "vit_s": _vit(384, 12, 6, "deit_small_patch16_224.fb_in1k"),
     "vit_b": _vit(768, 12, 12, "deit_base_patch16_224.fb_in1k"),
+    "vit_l": _vit(1024, 24, 16, "vit_large_patch16_224.mae"),
+    "vit_h": _vit(1280, 32, 16, "vit_huge_patch14_224.mae"),
     "vgg16": BackboneFacts(
         build="bigdet.models.backbones.vgg:VGG", has_levels=False, published="vgg16.tv_in1k"
     ),
@@ -163,6 +168,7 @@ BACKBONES: dict[str, BackboneFacts] = {
 
 DETECTOR_OPTIONS = {
     "width": "{} does not heed it",
+    "neck": "{} has no choice of it",
     "box_head": "{} has no box head",
     "fc_width": "{} has no box head",
     "rpn": "{} has no proposals",
@@ -177,7 +183,7 @@ PUBLISHED = {name: row.published for name, row in BACKBONES.items() if row.publi
 """timm's names of the weights of backbones."""
 
 
-_TWICE = ("width", "box_head", "fc_width", "rpn", "roi")
+_TWICE = ("width", "neck", "box_head", "fc_width", "rpn", "roi")
 """Options of all detectors that look twice."""
 
 

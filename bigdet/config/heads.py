@@ -9,6 +9,7 @@ from bigdet.config.rpn import check_anchors
 from bigdet.config.rules import fraction, not_negative, only_for, positive, require
 
 BoxLoss = Literal["l1", "smooth_l1", "giou"]
+Nms = Literal["hard", "linear", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,16 @@ class RoiConfig:
     """Factor of the box loss; with ``giou`` 10 is usual."""
     score_threshold: float = 0.05
     """Detections with a lower score are not reported."""
-    nms_iou: float = 0.5
-    """Detections of one class that overlap a better one by more than this are dropped."""
+    nms: Nms = "hard"
+    """What happens to detections of one class that overlap a better one. ``hard``: dropped.
+    Soft-NMS (Bodla et al. 2017) lowers their scores: ``linear`` times 1 - overlap, ``gaussian``
+    times exp(-overlap^2 / ``nms_sigma``), and drops those that fall to ``score_threshold``, which
+    should be low, 0.001 for example."""
+    nms_iou: float = field(default=0.5, metadata=only_for("nms", "hard", "linear"))
+    """Detections of one class that overlap a better one by more than this are dropped; with
+    ``linear`` their scores are lowered from this on."""
+    nms_sigma: float = field(default=0.5, metadata=only_for("nms", "gaussian"))
+    """How slowly scores fall with the overlap."""
     detections_per_image: int = 100
     """At most this many detections are reported per image."""
 
@@ -49,6 +58,7 @@ def check_roi(roi: RoiConfig) -> None:
     """Check the options of the box head."""
     key = "model.roi"
     positive(key, roi, "rois_per_image", "detections_per_image", "box_beta", "box_loss_weight")
+    positive(key, roi, "nms_sigma")
     not_negative(key, roi, "sampling_ratio")
     fraction(key, roi, "positive_fraction", "positive_iou", "score_threshold", "nms_iou")
     fraction(key, roi, "crowd_coverage")
@@ -110,8 +120,16 @@ class RetinaConfig:
     """Detections with a lower score are not reported."""
     candidates_per_level: int = 1000
     """Detections per level and image before NMS."""
-    nms_iou: float = 0.5
-    """Detections of one class that overlap a better one by more than this are dropped."""
+    nms: Nms = "hard"
+    """What happens to detections of one class that overlap a better one. ``hard``: dropped.
+    Soft-NMS (Bodla et al. 2017) lowers their scores: ``linear`` times 1 - overlap, ``gaussian``
+    times exp(-overlap^2 / ``nms_sigma``), and drops those that fall to ``score_threshold``, which
+    should be low, 0.001 for example."""
+    nms_iou: float = field(default=0.5, metadata=only_for("nms", "hard", "linear"))
+    """Detections of one class that overlap a better one by more than this are dropped; with
+    ``linear`` their scores are lowered from this on."""
+    nms_sigma: float = field(default=0.5, metadata=only_for("nms", "gaussian"))
+    """How slowly scores fall with the overlap."""
     detections_per_image: int = 100
     """At most this many detections are reported per image."""
 
@@ -121,6 +139,7 @@ def check_retina(retina: RetinaConfig) -> None:
     key = "model.retina"
     check_anchors(key, retina.anchor_sizes, retina.anchor_ratios, "P3 to P7")
     positive(key, retina, "scales_per_octave", "candidates_per_level", "detections_per_image")
+    positive(key, retina, "nms_sigma")
     not_negative(key, retina, "focal_gamma", "box_beta")
     fraction(key, retina, "positive_iou", "negative_iou", "focal_alpha", "score_threshold")
     fraction(key, retina, "nms_iou")

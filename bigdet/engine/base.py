@@ -8,6 +8,7 @@ reads what another one wrote.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +21,9 @@ from bigdet import distributed
 BUCKET_ELEMENTS = 50_000_000
 """Numbers that ZeRO's stages 0 to 2 send in one call. DeepSpeed's own 500 million would be a buffer
 of 2 GB, whatever the model; overlapped communication has two of them."""
+
+EMA = "ema"
+"""What checkpoints call the moving average of a parameter or buffer: ``NAME/ema``."""
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 """Called by an engine once the parameters are where and how it wants them."""
@@ -63,11 +67,14 @@ class EngineState:
         optimizer: per trained parameter ``momentum_buffer`` (SGD) or ``exp_avg``, ``exp_avg_sq``
             and the scalar ``step`` (AdamW), fp32. Empty before the first step of a phase.
         loss_scale: of fp16: ``value`` and ``good_steps`` since it last changed. Empty otherwise.
+        ema: the moving averages of trained parameters and floating-point buffers, fp32. Empty for
+            an engine that keeps none.
     """
 
     model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     loss_scale: dict[str, float] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -89,6 +96,20 @@ class Engine(Protocol):
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next steps, times each group's own ``lr_factor``."""
+        ...
+
+    def update_ema(self, decay: float) -> None:
+        """Move the average of the weights towards the newest ones, ``decay`` of the old stays.
+
+        For an engine that keeps one, after each step that counted. No communication.
+        """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Let the module have the average of the weights inside a block, to evaluate. Collective.
+
+        No other method may be called in it. Without an average nothing happens.
+        """
         ...
 
     def state(self) -> EngineState:
@@ -121,7 +142,11 @@ def weight_shapes(module: nn.Module) -> Shapes:
 
 
 def check_fits(
-    state: EngineState, shapes: Shapes, trained: Collection[str], keys: Sequence[str]
+    state: EngineState,
+    shapes: Shapes,
+    trained: Collection[str],
+    keys: Sequence[str],
+    averaged: Collection[str] = (),
 ) -> None:
     """Check on rank 0 that a state is that of this model and optimizer. Collective.
 
@@ -130,11 +155,12 @@ def check_fits(
         shapes: of the module, from `weight_shapes`.
         trained: names of the parameters that the optimizer steps.
         keys: of the optimizer, from `state_keys`.
+        averaged: names of what the engine keeps moving averages of.
 
     Raises:
         SharedError: on every rank, with the names that differ.
     """
-    problems = misfits(state, shapes, trained, keys) if distributed.is_main() else ""
+    problems = misfits(state, shapes, trained, keys, averaged) if distributed.is_main() else ""
     problems = distributed.broadcast_object(problems)
     if problems:
         raise distributed.SharedError(
@@ -144,11 +170,18 @@ def check_fits(
 
 
 def misfits(
-    state: EngineState, shapes: Shapes, trained: Collection[str], keys: Sequence[str]
+    state: EngineState,
+    shapes: Shapes,
+    trained: Collection[str],
+    keys: Sequence[str],
+    averaged: Collection[str] = (),
 ) -> str:
     """Say how a state differs from what a module and its optimizer need; empty if it fits."""
     found = {name: tuple(value.shape) for name, value in state.model.items()}
     problems = _differences("weights", found, shapes)
+    if not problems:
+        found = {name: tuple(value.shape) for name, value in state.ema.items()}
+        problems = _differences("moving averages", found, {name: shapes[name] for name in averaged})
     if state.optimizer and not problems:
         problems = _differences(
             "optimizer state",

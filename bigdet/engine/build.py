@@ -18,6 +18,8 @@ def build_engine(
     num_micro_batches: int,
     device: torch.device,
     units: Sequence[Sequence[nn.Module]],
+    *,
+    with_ema: bool = False,
 ) -> Engine:
     """Build the engine that the config names around a module.
 
@@ -28,12 +30,17 @@ def build_engine(
         num_micro_batches: of this rank per step, the same on every rank.
         device: of this rank.
         units: modules that FSDP2 shards and gathers together, each called in a forward pass.
+        with_ema: keep a moving average of what is trained.
     """
     # Here, because deepspeed takes seconds to import.
     if config.kind == "fsdp":
         from bigdet.engine.fsdp_engine import FsdpEngine
 
-        return FsdpEngine(module, make_optimizer, config, num_micro_batches, device, units)
+        return FsdpEngine(
+            module, make_optimizer, config, num_micro_batches, device, units, with_ema=with_ema
+        )
     from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(module, make_optimizer, config, num_micro_batches, device)
+    return DeepSpeedEngine(
+        module, make_optimizer, config, num_micro_batches, device, with_ema=with_ema
+    )

@@ -1,9 +1,9 @@
 """Checkpoints on disk: complete or absent, checked when read, independent of the engine.
 
 A checkpoint is a folder ``PHASE-STEP``: ``model.safetensors`` (parameters and buffers, fp32),
-``optimizer.safetensors`` (``NAME/exp_avg`` and so on) and ``state.json`` (what the caller gives,
-the loss scale of fp16, and size and hash of the other two). Beside the folders, the text files
-``latest`` and ``best`` hold the name of one each. Rank 0 alone reads and writes.
+``optimizer.safetensors`` (``NAME/exp_avg`` and so on, ``NAME/ema``) and ``state.json`` (what the
+caller gives, the loss scale of fp16, and size and hash of the other two). Beside the folders, the
+text files ``latest`` and ``best`` hold the name of one each. Rank 0 alone reads and writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigdet import distributed
-from bigdet.engine.base import EngineState
+from bigdet.engine.base import EMA, EngineState
 from bigdet.host.files import file_sha256, put_in_place, sync, write_text
 from bigdet.host.reading import patiently, why_unread
 from bigdet.host.strict_json import to_json
@@ -233,6 +233,7 @@ def _write(folder: Path, state: EngineState, metadata: dict[str, str], run: dict
             for name, values in state.optimizer.items()
             for key, value in values.items()
         }
+        optimizer |= {f"{name}/{EMA}": value for name, value in state.ema.items()}
         save_file(state.model, partial / MODEL_FILE, metadata)
         save_file(optimizer, partial / OPTIMIZER_FILE)
         files = {
@@ -268,10 +269,14 @@ def _replaced(folder: Path) -> Path:
 def _read_engine_state(folder: Path, loss_scale: dict[str, float]) -> EngineState:
     """Read the tensors of a checkpoint that has been checked."""
     optimizer: dict[str, dict[str, Tensor]] = {}
+    ema: dict[str, Tensor] = {}
     for full_name, value in _read_tensors(folder / OPTIMIZER_FILE).items():
         name, key = full_name.rsplit("/", 1)
-        optimizer.setdefault(name, {})[key] = value
-    return EngineState(_read_tensors(folder / MODEL_FILE), optimizer, loss_scale)
+        if key == EMA:
+            ema[name] = value
+        else:
+            optimizer.setdefault(name, {})[key] = value
+    return EngineState(_read_tensors(folder / MODEL_FILE), optimizer, loss_scale, ema)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

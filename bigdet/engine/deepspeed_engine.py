@@ -8,6 +8,7 @@ loss scale are the same in all engines (`precision.py`).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import math
@@ -31,6 +32,7 @@ from bigdet.engine.base import (
     to_save,
     weight_shapes,
 )
+from bigdet.engine.ema import MovingAverage
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 
 if not torch.cuda.is_available():
@@ -67,6 +69,7 @@ class DeepSpeedEngine:
         config: stage, precision, clipping and offload.
         num_micro_batches: of this rank per step, the same on every rank.
         device: of this rank.
+        with_ema: keep a moving average of what is trained.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class DeepSpeedEngine:
         config: EngineConfig,
         num_micro_batches: int,
         device: torch.device,
+        *,
+        with_ema: bool = False,
     ) -> None:
         assert config.zero_stage is not None
         self.module = module
@@ -109,6 +114,10 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )[0]
         self._state = self._state_access()
+        self._ema = None
+        if with_ema:
+            state = self._state
+            self._ema = MovingAverage(module, self._trained, state.parts, state.use_parts)
 
     def _state_access(self) -> ZeroState:
         """How weights and optimizer state of this stage are read and written."""
@@ -168,6 +177,15 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
 
+    def update_ema(self, decay: float) -> None:
+        """Move the average of the weights towards the newest ones."""
+        if self._ema is not None:
+            self._ema.update(decay)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Let the module have the average of the weights inside a block. Collective."""
+        return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
+
     def state(self) -> EngineState:
         """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
         is_main = distributed.is_main()
@@ -178,12 +196,23 @@ class DeepSpeedEngine:
                 full = {key: self._state.read(parameter, group, key) for key in self._keys}
                 if is_main:
                     optimizer[name] = {key: to_save(value) for key, value in full.items()}
-        model: dict[str, Tensor] = {}
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            with self._state.whole(value):
-                if is_main:
-                    model[name] = to_save(value)
-        return EngineState(model, optimizer, self._scale.state()) if is_main else EngineState()
+        model, ema = self._weights(self._shapes), {}
+        if self._ema is not None:
+            with self._ema.in_place():
+                ema = self._weights(self._ema.names)
+        if not is_main:
+            return EngineState()
+        return EngineState(model, optimizer, self._scale.state(), ema)
+
+    def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Give parameters and buffers, on rank 0, as they are now. Collective."""
+        weights: dict[str, Tensor] = {}
+        own = self.module.state_dict(keep_vars=True)
+        for name in names:
+            with self._state.whole(own[name]):
+                if distributed.is_main():
+                    weights[name] = to_save(own[name])
+        return weights
 
     def load_state(self, state: EngineState) -> None:
         """Go on from the state that rank 0 has. Collective.
@@ -191,16 +220,25 @@ class DeepSpeedEngine:
         Raises:
             ValueError: on every rank, when the state is that of another model or optimizer.
         """
-        check_fits(state, self._shapes, self._trained, self._keys)
-        with torch.no_grad():
-            for name, value in self.module.state_dict(keep_vars=True).items():
-                self._state.set_weight(value, state.model.get(name))
-        self._state.weights_are_set()
+        averaged = () if self._ema is None else self._ema.names
+        check_fits(state, self._shapes, self._trained, self._keys, averaged)
+        if self._ema is not None:
+            with self._ema.in_place():
+                self._set_weights(averaged, state.ema)
+        self._set_weights(self._shapes, state.model)
         self._optimizer.state.clear()
         has_optimizer = distributed.broadcast_object(bool(state.optimizer))
         if self._keys and has_optimizer:
             self._load_optimizer(state.optimizer)
         self._scale.load_state(state.loss_scale)
+
+    @torch.no_grad()
+    def _set_weights(self, names: Iterable[str], saved: dict[str, Tensor]) -> None:
+        """Set parameters and buffers to those that rank 0 has."""
+        own = self.module.state_dict(keep_vars=True)
+        for name in names:
+            self._state.set_weight(own[name], saved.get(name))
+        self._state.weights_are_set()
 
     def _load_optimizer(self, saved: dict[str, dict[str, Tensor]]) -> None:
         """Put the optimizer state that rank 0 has in place."""
@@ -223,7 +261,7 @@ class DeepSpeedEngine:
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         self._trained.clear()
-        self._engine = None
+        self._engine = self._ema = None
         del self._state
         gc.collect()  # engine and optimizer refer to each other
 

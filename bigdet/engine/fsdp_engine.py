@@ -7,6 +7,7 @@ reduced in fp32, as in the other engine; see `precision.py`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bigdet import distributed
@@ -29,6 +30,7 @@ from bigdet.engine.base import (
     to_save,
     weight_shapes,
 )
+from bigdet.engine.ema import MovingAverage
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
@@ -49,6 +51,7 @@ class FsdpEngine:
         device: of this rank.
         units: modules that are sharded and gathered together, each called once or more in a
             forward pass; what is in none of them makes one more unit.
+        with_ema: keep a moving average of what is trained.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class FsdpEngine:
         num_micro_batches: int,
         device: torch.device,
         units: Sequence[Sequence[nn.Module]],
+        *,
+        with_ema: bool = False,
     ) -> None:
         distributed.start()
         self.module = module
@@ -87,6 +92,19 @@ class FsdpEngine:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+        self._ema = None
+        if with_ema:
+            self._ema = MovingAverage(module, self._trained, self._parts, self._use_parts)
+
+    def _parts(self) -> list[Tensor]:
+        """This rank's rows of what is trained; the first forward pass may move them."""
+        return [_shard(parameter) for parameter in self._trained.values()]
+
+    def _use_parts(self) -> None:
+        """Let go of what is gathered: after an evaluation the outermost unit still is."""
+        for layer in self.module.modules():
+            if isinstance(layer, FSDPModule):
+                layer.reshard()
 
     def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
         """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
@@ -128,9 +146,21 @@ class FsdpEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
 
+    def update_ema(self, decay: float) -> None:
+        """Move the average of the weights towards the newest ones."""
+        if self._ema is not None:
+            self._ema.update(decay)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Let the module have the average of the weights inside a block. Collective."""
+        return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
+
     def state(self) -> EngineState:
         """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
-        model = {name: self._gather(value) for name, value in self.module.state_dict().items()}
+        model, ema = self._weights(self._shapes), {}
+        if self._ema is not None:
+            with self._ema.in_place():
+                ema = self._weights(self._ema.names)
         optimizer: dict[str, dict[str, Tensor]] = {}
         if self._optimizer.state:
             for name, parameter in self._trained.items():
@@ -138,7 +168,12 @@ class FsdpEngine:
                 optimizer[name] = {key: self._gather(values[key]) for key in self._keys}
         if not distributed.is_main():
             return EngineState()
-        return EngineState(model, optimizer, self._scale.state())
+        return EngineState(model, optimizer, self._scale.state(), ema)
+
+    def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Give parameters and buffers as they are now, on rank 0. Collective."""
+        own = self.module.state_dict()
+        return {name: self._gather(own[name]) for name in names}
 
     def _gather(self, value: Tensor) -> Tensor:
         """Put the shards of a tensor together on the CPU of rank 0; others get an empty one."""
@@ -155,9 +190,12 @@ class FsdpEngine:
         Raises:
             ValueError: on every rank, when the state is that of another model or optimizer.
         """
-        check_fits(state, self._shapes, self._trained, self._keys)
-        for name, value in self.module.state_dict().items():
-            self._scatter(state.model.get(name), value)
+        averaged = () if self._ema is None else self._ema.names
+        check_fits(state, self._shapes, self._trained, self._keys, averaged)
+        if self._ema is not None:
+            with self._ema.in_place():
+                self._set_weights(averaged, state.ema)
+        self._set_weights(self._shapes, state.model)
         self._optimizer.state.clear()
         has_optimizer = distributed.broadcast_object(bool(state.optimizer))
         if self._keys and has_optimizer:
@@ -171,6 +209,12 @@ class FsdpEngine:
                     self._scatter(saved.get(key), value)
                 self._optimizer.state[parameter] = values
         self._scale.load_state(state.loss_scale)
+
+    def _set_weights(self, names: Iterable[str], saved: dict[str, Tensor]) -> None:
+        """Set parameters and buffers to those that rank 0 has."""
+        own = self.module.state_dict()
+        for name in names:
+            self._scatter(saved.get(name), own[name])
 
     @torch.no_grad()
     def _scatter(self, source: Tensor | None, value: Tensor) -> None:
@@ -190,6 +234,7 @@ class FsdpEngine:
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         self._trained.clear()
+        self._ema = None
 
 
 def _shard(value: Tensor) -> Tensor:

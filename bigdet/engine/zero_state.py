@@ -59,6 +59,14 @@ class ZeroState(Protocol):
         """Take over all weights that were set."""
         ...
 
+    def parts(self) -> list[Tensor]:
+        """Give the tensors that this rank's optimizer steps, in fp32."""
+        ...
+
+    def use_parts(self) -> None:
+        """Compute with these tensors as they are now, as after a step."""
+        ...
+
 
 class PlainState:
     """Stage 0: torch's own optimizer over the parameters themselves."""
@@ -91,6 +99,13 @@ class PlainState:
         weight.copy_(distributed.broadcast_tensor(source))
 
     def weights_are_set(self) -> None:
+        """Nothing to do."""
+
+    def parts(self) -> list[Tensor]:
+        """Give the parameters, or what DeepSpeed put in their place."""
+        return [part for group in self._optimizer.param_groups for part in group["params"]]
+
+    def use_parts(self) -> None:
         """Nothing to do."""
 
 
@@ -139,6 +154,10 @@ class FlatState(PlainState):
     def weights_are_set(self) -> None:
         """Renew the partitions, which are copies."""
         self._zero.refresh_fp32_params()
+
+    def use_parts(self) -> None:
+        """Renew the weights by the partitions of all ranks."""
+        self._zero.update_lp_params()
 
 
 class ShardedState:
@@ -205,6 +224,18 @@ class ShardedState:
 
     def weights_are_set(self) -> None:
         """Nothing to do."""
+
+    def parts(self) -> list[Tensor]:
+        """Give the flat tensors of the partitions."""
+        flat: list[Tensor] = self._zero.fp32_partitioned_groups_flat
+        return flat
+
+    def use_parts(self) -> None:
+        """Do what DeepSpeed does after a step: renew partitions, gather what stays whole."""
+        self._zero.checkpoint_event_prologue()  # partitions all, as before a step
+        for number in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(number)
+        self._zero.checkpoint_event_epilogue()
 
 
 def let_go_of(wrapped: nn.Module) -> None:

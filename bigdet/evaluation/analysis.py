@@ -1,20 +1,20 @@
-"""More than AP: by class, size and IoU, calibration, confusion and the cost of errors, as numbers.
+"""AP by class, size and IoU, calibration, confusion and the cost of errors, as numbers.
 
 ``evaluation/PHASE-STEP.json`` has them under ``analysis``, per kind (``bbox``, ``segm``,
-``keypoints``), from which plots are made. Numbers are in 0..1 unless they are counts; null stands
-where there is nothing to measure.
+``keypoints``), for the plots of a report. Numbers are in 0..1 unless they are counts; null if there
+are no objects.
 
     by_iou       {"0.50": AP, ..., "0.95": AP}
     by_size      {"all" | "small" | "medium" | "large": {"objects": count, "AP", "AR"}}
-    recall       {"1" | "10" | "100": AR with so many detections per image and class}; the last is
-                 evaluation.max_detections, or "300" alone: per image (LVIS)
+    recall       {"1" | "10" | "100": AR with as many detections per image and class}; the last is
+                 evaluation.max_detections; for LVIS only "300", per image
     per_class    {name: {"objects", "detections": counts, "AP", "AP50", "AP75", "AR"}}
     calibration  {"edges": 11 scores, "count": 10 counts, "score": 10 mean scores, "precision": 10
-                 parts that are right, "ece": expected calibration error}; null if a score is not
+                 shares that are right, "ece": expected calibration error}; null if a score is not
                  in [0, 1]
     confusion    {"min_score": 0.3, "pairs": [[true class, detected class, count], ...]}; null
-                 instead of a class: nothing there, or nothing detected. Pairs that never occur are
-                 left out
+                 instead of a class: no object, or no detection. Pairs that never occur are left
+                 out
     errors       {"count": {type: count}, "dAP": {type: gain}, "special": {"AP50",
                  "false_positives", "false_negatives"}}; see ``error_types.py``
 
@@ -51,12 +51,12 @@ Analysis = dict[str, Any]
 
 
 def analyze(truth: GroundTruth, found: DetectionTable, kind: Kind, measured: Measured) -> Analysis:
-    """Return the numbers that the docstring of this file lists, of one kind.
+    """Return the numbers in this module's docstring for one kind.
 
     Args:
-        truth: what there is to find.
+        truth: the objects.
         found: the detections.
-        kind: what is compared.
+        kind: boxes, masks or keypoints.
         measured: precision and recall of that kind.
     """
     limit = max(MAX_DETECTIONS, measured.rules.limits[-1])
@@ -117,7 +117,7 @@ def _per_class(
 
 
 def _calibration(cover: Cover, is_right: NDArray[np.bool_]) -> Analysis | None:
-    """Compare scores with the part of detections that are right."""
+    """Compare scores with the share of detections that are right."""
     counts = is_right | ~cover.in_crowd
     scores, right = cover.scores[counts], is_right[counts]
     if ((scores < 0) | (scores > 1)).any():
@@ -140,7 +140,7 @@ def _calibration(cover: Cover, is_right: NDArray[np.bool_]) -> Analysis | None:
 
 
 def _confusion(truth: GroundTruth, cover: Cover, kind: Kind) -> Analysis:
-    """Count which class is taken for which."""
+    """Count how often one class is detected as another."""
     nothing = len(truth.categories)
     finds = match_all(truth, cover, same_class=False, min_score=CONFUSION_SCORE)
     is_found = np.zeros(len(truth.labels), dtype=np.bool_)

@@ -1,7 +1,7 @@
 """Average precision as COCO defines it, of boxes, masks and keypoints.
 
-The numbers are those of pycocotools to the last bit (tests compare them); what differs is that
-matching runs on arrays, many images at once, a class at a time.
+The numbers equal those of pycocotools to the last bit (tests compare them), but matching runs on
+arrays, many images at once, one class at a time.
 
 Letters: T IoU thresholds, R recalls, K classes, A area ranges, D limits of detections per image,
 N detections and M objects of a class.
@@ -25,14 +25,14 @@ from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
-"""Our names and the positions of these numbers in ``COCOeval.stats``, of 100 detections."""
+"""Names of the numbers and their indices in ``COCOeval.stats``, for 100 detections."""
 KEYPOINT_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APm": 3, "APl": 4, "AR20": 5}
 """The same for keypoints."""
 LVIS_METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR300": 6}
 """The same for boxes and masks of a federated set; APr, APc and APf are ``frequency_aps``."""
 FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 KIND_NAMES: dict[Kind, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
-"""What people call the kinds."""
+"""Names of the kinds in tables and plots."""
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -44,13 +44,13 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rules:
-    """What COCO measures of a kind.
+    """The numbers that COCO defines for a kind.
 
     Attributes:
-        areas: least and largest area of each range, pixels; the first has all objects.
-        limits: detections per image and class that count; the last one is for AP.
+        areas: least and largest area of each range, pixels; the first range has all objects.
+        limits: how many detections per image and class count; the last one is for AP.
         stats: the numbers of ``COCOeval.stats`` in their order: precision or recall, IoU threshold
-            (None: the mean over all), place in ``areas``, place in ``limits``.
+            (None: the mean over all), index into ``areas``, index into ``limits``.
     """
 
     areas: list[tuple[float, float]]
@@ -96,10 +96,10 @@ class Measured:
     """Precision and recall of one kind.
 
     Attributes:
-        rules: what was measured.
-        labels: the classes that were, K of them, by their category ids.
+        rules: the numbers of this kind.
+        labels: the K classes, in the order of their category ids.
         precision: ``(T, R, K, A)`` at each recall; -1 for a class without objects in the range.
-        recall: ``(T, K, A, D)``, -1 likewise.
+        recall: ``(T, K, A, D)``; -1 for the same classes.
     """
 
     rules: Rules
@@ -108,11 +108,11 @@ class Measured:
     recall: Numbers
 
     def stats(self) -> list[float | None]:
-        """Return the numbers of ``COCOeval.stats``; None where there is nothing to measure."""
+        """Return the numbers of ``COCOeval.stats``; None without objects."""
         return [self._mean(*stat) for stat in self.rules.stats]
 
     def class_aps(self, threshold: float | None = None) -> dict[int, float | None]:
-        """Return the AP of each class by its label, over all thresholds or at one."""
+        """Return the AP of each class by its label, averaged over all thresholds or at one."""
         chosen = _at(self.precision, threshold)[..., 0]
         return {k: mean_of_defined(chosen[:, :, n]) for n, k in enumerate(self.labels)}
 
@@ -132,10 +132,10 @@ class Measured:
 
 
 def rules_of(truth: GroundTruth, kind: Kind, max_detections: int = MAX_DETECTIONS) -> Rules:
-    """Return what is measured of a kind.
+    """Return the rules of a kind.
 
-    The limit is of boxes and masks; keypoints have their own, and so have boxes and masks of a
-    federated set, which are measured as LVIS does.
+    ``max_detections`` is for boxes and masks; keypoints have a limit of 20, and boxes and masks of
+    a federated set have LVIS's limit.
     """
     rules = RULES[kind]
     if kind == "keypoints":
@@ -148,7 +148,7 @@ def rules_of(truth: GroundTruth, kind: Kind, max_detections: int = MAX_DETECTION
 def metric_places(
     truth: GroundTruth, kind: Kind, max_detections: int = MAX_DETECTIONS
 ) -> dict[str, int]:
-    """Return the names of the numbers of a kind, and their places in ``Measured.stats()``."""
+    """Return the names of the numbers of a kind, and their indices in ``Measured.stats()``."""
     if kind == "keypoints":
         return KEYPOINT_METRICS
     if truth.verified is not None:
@@ -167,29 +167,29 @@ def evaluation_kinds(
     metric: Metric = "coco",
     max_detections: int = MAX_DETECTIONS,
 ) -> tuple[Kind, ...]:
-    """Return what can be measured: boxes always, the others if model and data have them.
+    """Return the kinds that can be scored: boxes, and what both model and data have.
 
     Args:
         shards: the validation set.
         with_masks: the model predicts masks.
         with_keypoints: the model predicts keypoints.
-        metric: VOC's are of boxes only.
-        max_detections: that AP counts, see ``rules_of``.
+        metric: those of VOC are for boxes only.
+        max_detections: see ``rules_of``.
 
     Raises:
-        ValueError: the set is scored by LVIS's rule, which leaves no choice of either.
+        ValueError: metric or max_detections is set, but the set is scored by LVIS's rule.
     """
     if shards.manifest.federated and max_detections != MAX_DETECTIONS:
         raise ValueError(
             f"evaluation.max_detections: found {max_detections}, but {shards.address} is scored by "
-            f"LVIS's rule, which counts {LVIS_DETECTIONS} detections of an image. Leave it out."
+            f"LVIS's rule, which counts {LVIS_DETECTIONS} detections per image. Leave it out."
         )
     if metric != "coco":
         if shards.manifest.federated:
             raise ValueError(
-                f"evaluation.metric: found {metric}, but {shards.address} says of each image which "
-                f"classes were looked for, as LVIS does; {metric} would count the others as "
-                f"mistakes. Write coco, which scores such a set by LVIS's rule."
+                f"evaluation.metric: found {metric}, but in {shards.address} only some classes are "
+                f"annotated on each image, as in LVIS; {metric} would count detections of the "
+                f"others as mistakes. Write coco, which scores such a set by LVIS's rule."
             )
         return ("bbox",)
     flags = int(np.bitwise_or.reduce(shards.index["flags"], initial=0))
@@ -200,7 +200,7 @@ def evaluation_kinds(
 
 
 def category_ids(shards: ShardSet) -> list[int]:
-    """Return the data set's own category id of each label, ``(K,)``."""
+    """Return the data set's category id for each label, K of them."""
     return [category.id for category in shards.categories]
 
 
@@ -212,13 +212,15 @@ def measure(
     Args:
         truth: with masks or keypoints if the kind needs them.
         found: detections of any of its images.
-        kind: what to compare.
-        max_detections: of a class on an image that count, see ``rules_of``.
+        kind: boxes, masks or keypoints.
+        max_detections: see ``rules_of``.
     """
     rules = rules_of(truth, kind, max_detections)
     is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
-    labels.sort(key=lambda k: truth.categories[k].id)  # as pycocotools: means add up in this order
+    labels.sort(
+        key=lambda k: truth.categories[k].id
+    )  # means are sums in this order, as in pycocotools
     shape = (len(THRESHOLDS), len(labels), len(rules.areas))
     precision = np.full((shape[0], len(RECALLS), *shape[1:]), -1.0)
     recall = np.full((*shape, len(rules.limits)), -1.0)
@@ -238,7 +240,8 @@ def labels_in(
 ) -> list[tuple[Index, Index]]:
     """Return the detections and the objects of each label.
 
-    Both are by image; the detections of an image come best first, equal scores as they came.
+    Both in the order of images; within an image the best detections first, and of equal scores the
+    earlier ones.
     """
     by_image = np.lexsort((-found.scores, found.images))
     rows = _by_label(found.labels[by_image], labels)
@@ -247,7 +250,7 @@ def labels_in(
 
 
 def _by_label(values: Index, labels: Sequence[int]) -> list[Index]:
-    """Return where each label stands in ``values``, rising."""
+    """Return the indices of each label in ``values``, rising."""
     order = np.argsort(values, kind="stable")
     bounds = np.searchsorted(values[order], [[label, label + 1] for label in labels])
     return [order[first:end] for first, end in bounds.reshape(-1, 2).tolist()]
@@ -267,11 +270,11 @@ def _measure_class(
     Args:
         truth: all objects.
         found: all detections.
-        kind: what to compare.
-        rules: what is measured of it.
-        rows: ``(N,)`` the class's detections by image, within an image the best first.
-        objects: ``(M,)`` its objects by image.
-        areas: ``(N,)`` of the detections, pixels.
+        kind: boxes, masks or keypoints.
+        rules: the numbers of this kind.
+        rows: ``(N,)`` rows of the class's detections, by image, within an image the best first.
+        objects: ``(M,)`` rows of its objects, by image.
+        areas: ``(N,)`` areas of the detections, pixels.
     """
     images = found.images[rows]
     ranks = np.arange(len(images)) - np.searchsorted(images, images)
@@ -316,12 +319,12 @@ def _measure_class(
 def precision_at_recalls(is_right: NDArray[np.bool_], seen: Index, total: int) -> Numbers:
     """Return the highest precision at or beyond each of ``RECALLS``, ``(R,)``.
 
-    Precision rises only where a detection is right, so the others need not be looked at.
+    Precision rises only at right detections, so the others are not needed.
 
     Args:
         is_right: ``(N,)`` by falling score.
-        seen: ``(N,)`` detections that count, up to each one.
-        total: objects to find.
+        seen: ``(N,)`` number of detections that count, up to each one.
+        total: number of objects to find.
     """
     places = np.flatnonzero(is_right)
     num_right = np.arange(1, len(places) + 1, dtype=np.float64)
@@ -332,9 +335,9 @@ def precision_at_recalls(is_right: NDArray[np.bool_], seen: Index, total: int) -
 
 
 def never_counts(truth: GroundTruth, kind: Kind) -> NDArray[np.bool_]:
-    """Tell which objects count neither as found nor as missed, ``(M,)``.
+    """Return which objects count neither as found nor as missed, ``(M,)``.
 
-    Crowds; for masks an object without one; for keypoints one of which no point is labeled.
+    Crowds; objects without a mask for masks; objects without labeled points for keypoints.
     """
     if kind == "segm":
         return truth.is_crowd | ~truth.has_mask
@@ -344,11 +347,11 @@ def never_counts(truth: GroundTruth, kind: Kind) -> NDArray[np.bool_]:
 
 
 def _is_outside(areas: Numbers, ranges: Numbers) -> NDArray[np.bool_]:
-    """Tell which areas ``(N,)`` are outside of which ranges ``(A, 2, 1)``: ``(A, N)``."""
+    """Return which areas ``(N,)`` are outside of which ranges ``(A, 2, 1)``: ``(A, N)``."""
     return (areas < ranges[:, 0]) | (areas > ranges[:, 1])
 
 
 def mean_of_defined(values: Numbers) -> float | None:
-    """Return the mean of what is not -1, or None if nothing is."""
+    """Return the mean of the values that are not -1, None if all are."""
     defined = values[values > -1]
     return float(np.mean(defined)) if defined.size else None

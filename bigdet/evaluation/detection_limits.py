@@ -1,7 +1,7 @@
-"""Whether AP counts enough detections for the objects that there are; warnings where it does not.
+"""Warnings if AP counts fewer detections than there are objects.
 
-COCO counts the best 100 detections of a class on an image. Where more objects are, the rest cannot
-be found, whatever the model does.
+COCO counts the best 100 detections per class and image. If an image has more objects, no model can
+find the rest.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from bigdet.evaluation.ground_truth import GroundTruth
 logger = logging.getLogger(__name__)
 
 DENSEST_IMAGES = 8
-"""Images whose annotations are read at the start of a run, those with the most objects."""
+"""At the start of a run the annotations of this many images with the most objects are read."""
 
 
 def warn_at_start(config: RunConfig, shards: ShardSet) -> None:
-    """Say before hours of training what ``warn_of_dense`` would say after them.
+    """Warn before training of what ``warn_of_dense`` would only report hours later.
 
     Args:
-        config: of the run.
-        shards: what AP is measured on; of a remote set nothing is read ahead of time.
+        config: its ``evaluation`` and ``model`` have the limits.
+        shards: the validation set; nothing is read of a remote one.
     """
     limit = config.evaluation.max_detections
     warn_of_few(config)
@@ -46,22 +46,25 @@ def warn_at_start(config: RunConfig, shards: ShardSet) -> None:
 
 
 def warn_of_few(config: RunConfig) -> None:
-    """Warn where more detections would be counted than the model gives."""
+    """Warn if AP counts more than 100 detections, but the model gives fewer."""
     limit = config.evaluation.max_detections
     key, given = reported(config.model) or ("", limit)
     if given < limit and limit > MAX_DETECTIONS:
         logger.warning(
-            "evaluation.max_detections is %d, but the model gives %d detections an image: raise "
-            "%s too", limit, given, key,
-        )  # fmt: skip
+            "evaluation.max_detections is %d, but the model gives %d detections per image: raise "
+            "%s too",
+            limit,
+            given,
+            key,
+        )
 
 
 def warn_of_dense(truth: GroundTruth, limit: int) -> None:
-    """Warn where a class has more objects on an image than detections of it are counted.
+    """Warn if an image has more objects of a class than AP counts detections.
 
     Args:
-        truth: what there is to find.
-        limit: detections of a class on an image that AP counts.
+        truth: the objects.
+        limit: detections per class and image that AP counts.
     """
     kinds = truth.images * len(truth.categories) + truth.labels
     places, counts = np.unique(kinds[~truth.is_crowd], return_counts=True)
@@ -73,7 +76,7 @@ def warn_of_dense(truth: GroundTruth, limit: int) -> None:
 def _warn(address: str, name: str, most: int, limit: int) -> None:
     if most > limit:
         logger.warning(
-            "%s: an image has %d objects of the class %s, of which AP can find %d: raise "
-            "evaluation.max_detections (the AP is then another one than COCO's), and "
-            "detections_per_image of the model", address, most, name, limit,
-        )  # fmt: skip
+            f"{address}: an image has {most} objects of the class {name}, but AP counts {limit} "
+            f"detections: raise evaluation.max_detections (the AP is then not COCO's), and "
+            f"detections_per_image of the model"
+        )

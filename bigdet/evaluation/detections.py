@@ -1,9 +1,9 @@
 """Detections in the COCO results format, checked, as flat arrays.
 
-A result is a dict with ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh, pixels of the
-original image), ``segmentation`` (RLE, compressed or not, or polygons) or ``keypoints`` (x, y, and
-a third number that is not read), or several of these. As in pycocotools, boxes are those of the
-masks where the first result has none, and the mask of a result without one is its box.
+A result is a dict with ``image_id``, ``category_id``, ``score`` and one or more of ``bbox`` (xywh,
+pixels of the original image), ``segmentation`` (RLE, compressed or not, or polygons) and
+``keypoints`` (x, y, and a third number that is ignored). As in pycocotools, if the first result has
+no box, boxes are computed from the masks; the mask of a result without one is its box.
 
 Letters: N detections, P keypoints of a detection.
 """
@@ -34,33 +34,33 @@ Kind = Literal["bbox", "segm", "keypoints"]
 Result = dict[str, Any]  # one detection in the COCO results format
 
 RESULT_KEYS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
-"""Where a result has what each kind measures."""
+"""The key of a result that each kind needs."""
 
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
-CHUNK = 4096  # results that become arrays at once
-PART_BYTES = 1 << 24  # of a file of results that become objects at once
+CHUNK = 4096  # results converted to arrays at once
+PART_BYTES = 1 << 24  # bytes of a file of results parsed at once
 _BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
 
 
 class ResultsError(ValueError):
-    """A detection that cannot be measured."""
+    """A detection that cannot be scored."""
 
 
 @dataclass(frozen=True)
 class DetectionTable:
-    """Detections of a whole split, in the order in which they came.
+    """Detections of a whole split, in their original order.
 
     Attributes:
-        images: ``(N,)`` int64, places in ``GroundTruth.image_ids``.
+        images: ``(N,)`` int64, indices into ``GroundTruth.image_ids``.
         labels: ``(N,)`` int64.
         scores: ``(N,)`` float64.
-        boxes: ``(N, 4)`` float64 xywh, pixels; ``(0, 4)`` where no boxes are measured, and
-            likewise the others.
+        boxes: ``(N, 4)`` float64 xywh, pixels; ``(0, 4)`` if boxes are not scored, and the same
+            for masks and keypoints.
         masks: N counts of compressed RLE.
         mask_areas: ``(N,)`` float64, pixels.
-        keypoints: ``(N, P, 3)`` float64; the third number means nothing.
-        areas: ``(N,)`` float64, pixels, by which a detection of any kind is small, medium or
-            large; None: by the area of its kind.
+        keypoints: ``(N, P, 3)`` float64; the third number is ignored.
+        areas: ``(N,)`` float64, pixels: whether a detection is small, medium or large for all
+            kinds; None: each kind has its own area.
     """
 
     images: NDArray[np.int64]
@@ -78,7 +78,7 @@ class DetectionTable:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Keep Python from looking through millions of new objects again and again: 3 times as fast."""
+    """Switch off garbage collection, which would scan millions of new objects: 3 times as fast."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -89,7 +89,7 @@ def without_collector() -> Iterator[None]:
 
 
 def load_results(file: Path) -> Iterator[Result]:
-    """Yield the detections in a file of COCO results; of millions, a part at a time is held."""
+    """Yield the detections of a COCO results file; only a part is in memory at a time."""
     try:
         with file.open("rb") as opened:
             for part in _parts(opened):
@@ -101,24 +101,24 @@ def load_results(file: Path) -> Iterator[Result]:
                     )
                 yield from part
     except FileNotFoundError as error:
-        raise ResultsError(f"{file}: there is no such file of results.") from error
+        raise ResultsError(f"{file}: there is no such results file.") from error
     except orjson.JSONDecodeError as error:
         found = error.doc[error.pos : error.pos + 20]
         raise ResultsError(
             f"{file}: not a readable JSON file: {error.msg} at {found or 'its end'!r}. Leave "
-            f"detections with NaN or Infinity out: they are no JSON. Write it again if it is cut."
+            f"detections with NaN or Infinity out: they are not JSON. Write it again if it is cut."
         ) from error
     except OSError as error:
         raise ResultsError(f"{file}: cannot be read ({error}).") from error
 
 
 def _parts(opened: IO[bytes]) -> Iterator[Any]:
-    """Yield the JSON list in a file as several shorter ones, or whatever else there is whole."""
+    """Yield a JSON list as several shorter lists; any other JSON value as it is."""
     text = b""
     while more := opened.read(max(PART_BYTES, len(text))):
         text += more
         for cut in collections.deque(_BETWEEN_OBJECTS.finditer(text), maxlen=1):
-            try:  # valid with a bracket for the comma: it was cut in no string and no inner list
+            try:  # if valid, the cut was not inside a string or an inner list
                 part = orjson.loads(text[: cut.start() + 1] + b"]")
             except orjson.JSONDecodeError:
                 continue
@@ -134,22 +134,23 @@ def read_detections(
     where: str = "results",
     one_area: bool = False,
 ) -> DetectionTable:
-    """Check detections and put them into arrays; only a few are held as dicts.
+    """Check detections and convert them to arrays; only a few exist as dicts at a time.
 
     Args:
         results: of images of the ground truth, in any order.
-        truth: what they will be measured against.
-        kinds: each result must have what these measure.
-        where: where the results come from, for messages.
-        one_area: the area of a detection is the same for all kinds, as in pycocotools' ``loadRes``:
-            that of the box where the first detection has one, else that of the mask.
+        truth: the ground truth.
+        kinds: each result must have the keys of these kinds.
+        where: origin of the results, for messages.
+        one_area: a detection has the same area for all kinds, as in pycocotools' ``loadRes``: that
+            of the box if the first detection has one, else that of the mask.
 
     Raises:
-        ResultsError: the first detection that has something missing or wrong.
+        ResultsError: with the first detection that has something missing or wrong.
     """
     reader = _Reader(truth, kinds, where, one_area)
     with without_collector():
         parts = [reader.read(chunk) for chunk in _chunks(results)] or [reader.read([])]
+    areas = [part.areas for part in parts if part.areas is not None]
     return DetectionTable(
         images=np.concatenate([part.images for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
@@ -158,13 +159,8 @@ def read_detections(
         masks=[mask for part in parts for mask in part.masks],
         mask_areas=np.concatenate([part.mask_areas for part in parts]),
         keypoints=np.concatenate([part.keypoints for part in parts]),
-        areas=_joined([part.areas for part in parts]),
+        areas=np.concatenate(areas) if areas else None,
     )
-
-
-def _joined(parts: list[NDArray[np.float64] | None]) -> NDArray[np.float64] | None:
-    given = [part for part in parts if part is not None]
-    return np.concatenate(given) if given else None
 
 
 def _chunks(results: Iterable[Result]) -> Iterator[list[Result]]:
@@ -174,20 +170,20 @@ def _chunks(results: Iterable[Result]) -> Iterator[list[Result]]:
 
 
 class _Reader:
-    """Turns results into arrays, many at a time, and finds the culprit when that fails."""
+    """Converts results to arrays, many at a time; if that fails, finds the wrong result."""
 
     def __init__(
         self, truth: GroundTruth, kinds: Sequence[Kind], where: str, one_area: bool
     ) -> None:
         self._truth, self._kinds, self._where = truth, kinds, where
         self._one_area = one_area
-        self._area_kind: Kind | None = None  # what gives the area for all kinds
+        self._area_kind: Kind | None = None  # whose area is that of all kinds
         self._num_points = truth.keypoints.shape[1]
         self._num_pixels = truth.sizes.prod(axis=1)
         self._ids = np.array([category.id for category in truth.categories], dtype=np.int64)
         self._by_id = np.argsort(self._ids)
         self._num_read = 0
-        self._boxes_masks = False  # boxes are those of the masks
+        self._boxes_masks = False  # boxes are computed from the masks
 
     def read(self, chunk: Sequence[Result]) -> DetectionTable:
         if self._num_read == 0 and chunk and isinstance(chunk[0], dict):
@@ -206,7 +202,7 @@ class _Reader:
         return table
 
     def _read(self, chunk: Sequence[Result]) -> DetectionTable:
-        """Return the table; any error where a detection is not as it should be."""
+        """Return the table; one of ``_UNREADABLE`` if a detection is wrong."""
         count = len(chunk)
         ids, labels = _integers([r["image_id"] for r in chunk]), self._labels(chunk)
         known = self._truth.image_ids
@@ -237,7 +233,7 @@ class _Reader:
         return DetectionTable(images, labels, scores, boxes, masks, areas, keypoints, own)
 
     def _boxed(self, result: Result, place: int) -> Result:
-        """Return a result with the box of its mask, if it has none."""
+        """Return a result with a box: its own, or that of its mask."""
         if result.get("bbox") or not _has_mask(result):
             return result
         size = self._truth.sizes[place].tolist()
@@ -247,7 +243,7 @@ class _Reader:
         return result | {"bbox": coco_mask.toBbox({"size": size, "counts": counts}).tolist()}
 
     def _other_problem(self, result: Result) -> str:
-        """Say that a detection cannot be read, whatever is wrong with it; empty if it can be."""
+        """Return a message if a detection is wrong in an unforeseen way; empty if it is right."""
         try:
             self._read([result])
         except _UNREADABLE:
@@ -263,10 +259,12 @@ class _Reader:
         return labels
 
     def _problem(self, result: Any) -> str:
-        """Say what is wrong with a detection, and what to do; empty if nothing is."""
+        """Return what is wrong with a detection and what to do; empty if nothing is found."""
         truth = self._truth
         if not isinstance(result, dict):
-            return f"found {_shown(result)}, expected an object with image_id and so on."
+            return (
+                f"found {_shown(result)}, expected an object with image_id, category_id and score."
+            )
         is_boxed = self._boxes_masks and not result.get("bbox") and _has_mask(result)
         keys = {RESULT_KEYS[kind]: None for kind in self._kinds}
         if "segm" in self._kinds and not _has_mask(result):
@@ -278,20 +276,20 @@ class _Reader:
         for key in ("image_id", "category_id", "score", *keys):
             if key not in result:
                 return f"has no {key}. Each detection needs one" + (
-                    "; ground truth is no results file." if key == "score" else "."
+                    "; ground truth is not a results file." if key == "score" else "."
                 )
         image_id, score = result["image_id"], result["score"]
         place = int(np.searchsorted(truth.image_ids, image_id)) if _is_whole(image_id) else -1
         if place not in range(len(truth.image_ids)) or truth.image_ids[place] != image_id:
             return (
                 f"image_id is {_shown(image_id)}, which none of the {len(truth.image_ids)} images "
-                f"of {truth.address} has. Give results on the same images."
+                f"of {truth.address} has. Give results of the same images."
             )
         category_id = result["category_id"]
         if not _is_whole(category_id) or category_id not in self._ids.tolist():
             return (
                 f"category_id is {_shown(category_id)}, which none of the "
-                f"{len(self._ids)} categories of {truth.address} has. Give the data set's own ids."
+                f"{len(self._ids)} categories of {truth.address} has. Use the data set's ids."
             )
         if not _are_numbers([score], 1):
             return f"score is {_shown(score)}, expected a number."
@@ -309,20 +307,21 @@ class _Reader:
     def _mask_problem(self, mask: Any, place: int) -> str:
         size = self._truth.sizes[place].tolist()
         if isinstance(mask, list):
-            are_polygons = are_outlines(mask, size)
-            return "" if are_polygons else (
+            if are_outlines(mask, size):
+                return ""
+            return (
                 f"segmentation is {_shown(mask)}, expected polygons: lists of x, y of at least "
                 f"three points in the image of height and width {size}, or compressed RLE."
-            )  # fmt: skip
+            )
         if not isinstance(mask, dict) or not isinstance(mask.get("counts"), (str, bytes, list)):
             return (
                 f"segmentation is {_shown(mask)}, expected compressed RLE: an object with size and "
-                f"counts, a string. pycocotools.mask.encode makes it of a bitmap."
+                f"counts, a string. pycocotools.mask.encode makes it from a bitmap."
             )
         if mask.get("size") != size:
             return (
-                f"the mask is of size {_shown(mask.get('size'))}, but its image is of height and "
-                f"width {size}. Give masks of the original images."
+                f"the mask has size {_shown(mask.get('size'))}, but its image has height and width "
+                f"{size}. Give masks of the original images."
             )
         try:
             counts = mask_counts(mask, size)
@@ -347,7 +346,7 @@ def _outline(result: Result) -> Any:
 
 
 def _integers(values: list[Any]) -> NDArray[np.int64]:
-    """Return whole numbers as an array: 1.0 is one, true and "1" are none."""
+    """Return whole numbers as an array; 1.0 is one, true and "1" are errors."""
     array = np.array(values)
     if array.size and (array.dtype.kind not in "if" or array.ndim != 1 or _has_bool(values)):
         raise TypeError("not whole numbers")
@@ -358,7 +357,7 @@ def _integers(values: list[Any]) -> NDArray[np.int64]:
 
 
 def _has_bool(values: Iterable[Any]) -> bool:
-    """Return whether numpy took a truth value for a number."""
+    """Return whether there are booleans, which numpy converts to numbers."""
     return not {bool, np.bool_}.isdisjoint(map(type, values))
 
 
@@ -367,7 +366,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _numbers(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Return finite numbers as an array; numpy alone would read strings as numbers."""
+    """Return finite numbers as an array; numpy alone would also convert strings."""
     array = np.array(values)
     if not values:
         return np.zeros(shape)

@@ -1,20 +1,20 @@
-"""What keeps the AP down: the error types of TIDE (Bolya et al., ECCV 2020), and what each costs.
+"""The error types of TIDE (Bolya et al., ECCV 2020), and how much AP each costs.
 
-All at an IoU of 0.5 with the best 100 detections of an image, evaluation.max_detections where that
-is more (of a federated set, those that LVIS counts). A detection that finds nothing is, by the
+All at an IoU of 0.5 with the best 100 detections of an image, or evaluation.max_detections if that
+is more (of a federated set, those that LVIS counts). A detection that finds no object is, by the
 first rule that holds:
 
-    localization    it covers an object of its class by 0.1 to 0.5
-    classification  it covers an object of another class by 0.5 or more
-    duplicate       it covers an object of its class by 0.5, which a better one has found
-    background      it covers no object by more than 0.1
-    both            the rest: wrong class and badly placed
+    localization    it overlaps an object of its class by 0.1 to 0.5
+    classification  it overlaps an object of another class by 0.5 or more
+    duplicate       it overlaps an object of its class by 0.5, which a better detection has found
+    background      it overlaps no object by more than 0.1
+    both            the rest: wrong class and wrong place
 
-An object is missed if nothing finds it and no localization or classification error is on it. What a
-type costs is how much the AP rises when all its errors are mended: a detection on an object that
-nothing found becomes right (the best one), all others of the type vanish, missed objects are not
-asked for. The numbers are those of the authors' ``tidecv``, but for classes without objects, which
-count for nothing here, as in COCO.
+An object is missed if no detection finds it and no localization or classification error is on it.
+The cost of a type is how much the AP rises if all its errors are corrected: the best detection on
+an object that is not found becomes right, all others of the type are removed, and missed objects
+are removed. The numbers are those of the authors' ``tidecv``, except for classes without objects,
+which do not count here, as in COCO.
 
 Letters: N detections, M objects, Q pairs of them that overlap by 0.1 or more.
 """
@@ -43,16 +43,16 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Cover:
-    """The best detections of every image, and what they cover.
+    """The best detections of every image, and the objects that they overlap.
 
     Attributes:
         rows: ``(N,)`` rows of the detection table by image, within an image the best first.
         images: ``(N,)``.
         labels: ``(N,)``.
         scores: ``(N,)``.
-        pairs: with the objects that count, of any class, covered by 0.1 or more.
-        in_crowd: ``(N,)`` covers an ignored region of its class by more than 0.5 of itself, or is
-            of a class of which not all objects are annotated.
+        pairs: overlaps of 0.1 or more with objects of any class that count.
+        in_crowd: ``(N,)`` more than half of the detection is in an ignored region of its class, or
+            not all objects of its class are annotated on the image.
     """
 
     rows: Index
@@ -66,10 +66,7 @@ class Cover:
 def find_cover(
     truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
 ) -> Cover:
-    """Return what the best detections of each image cover, of whatever class.
-
-    A thousand images at a time.
-    """
+    """Return the best detections of each image and their overlaps with objects of all classes."""
     rows = np.lexsort((-found.scores, found.images))
     images = found.images[rows]
     kept = np.arange(len(rows)) - np.searchsorted(images, images) < max_detections
@@ -89,7 +86,7 @@ def find_cover(
         in_crowd[detections[of_crowd & is_same & (iou > FOREGROUND_IOU)]] = True
         near = ~of_crowd & (iou >= BACKGROUND_IOU)
         parts.append((detections[near], objects[near], iou[near]))
-    if truth.verified is not None:  # wrong ones are neither right nor wrong
+    if truth.verified is not None:  # such errors do not count
         in_crowd |= truth.verified.is_partial(images, found.labels[rows])
     detections, objects, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
     pairs = Pairs(detections, objects, iou)
@@ -101,30 +98,31 @@ class Errors:
     """The verdict on each detection and each object.
 
     Attributes:
-        types: ``(N,)`` places in ``TYPES``, or ``len(TYPES)`` for what is right.
-        mended: ``(N,)`` the label with which a classification or localization error would be right;
-            -1 where it would vanish.
+        types: ``(N,)`` indices into ``TYPES``, or ``len(TYPES)`` for a right detection.
+        corrected: ``(N,)`` the label with which a classification or localization error would be
+            right; -1 if its correction is to remove it.
         is_missed: ``(M,)`` by the rule above.
-        is_unfound: ``(M,)`` objects that count and that nothing found.
+        is_unfound: ``(M,)`` objects that count and that no detection finds.
     """
 
     types: Index
-    mended: Index
+    corrected: Index
     is_missed: Flags
     is_unfound: Flags
 
 
 def find_errors(truth: GroundTruth, cover: Cover, kind: Kind) -> Errors:
-    """Say of each detection whether it is right or which error it is."""
+    """Return for each detection whether it is right or which error it is."""
     counts = ~never_counts(truth, kind)
     finds = match_all(truth, cover, same_class=True)  # (N,)
     is_found = np.zeros(len(counts), dtype=np.bool_)
     is_found[finds[finds != NOTHING]] = True
     is_same = cover.labels[cover.pairs.detections] == truth.labels[cover.pairs.objects]
-    own, own_iou = _best(cover, is_same)
-    other, other_iou = _best(cover, ~is_same)
-    _, used_iou = _best(cover, is_same & is_found[cover.pairs.objects])
-    types = np.full(len(cover.rows), TYPES.index("both"))
+    count = len(cover.rows)
+    own, own_iou = cover.pairs.only(is_same).best(count)
+    other, other_iou = cover.pairs.only(~is_same).best(count)
+    _, used_iou = cover.pairs.only(is_same & is_found[cover.pairs.objects]).best(count)
+    types = np.full(count, TYPES.index("both"))
     types[np.maximum(own_iou, other_iou) <= BACKGROUND_IOU] = TYPES.index("background")
     types[used_iou >= FOREGROUND_IOU] = TYPES.index("duplicate")
     types[other_iou >= FOREGROUND_IOU] = TYPES.index("classification")
@@ -133,17 +131,17 @@ def find_errors(truth: GroundTruth, cover: Cover, kind: Kind) -> Errors:
     types[finds != NOTHING] = _RIGHT
     target = np.where(types == TYPES.index("localization"), own, NOTHING)
     target = np.where(types == TYPES.index("classification"), other, target)
-    # The best detection of each object is the one that is mended; earlier images come first.
-    mended = np.full(len(types), -1)
+    # Of each object the best detection is corrected; earlier images come first.
+    corrected = np.full(count, -1)
     claims = np.flatnonzero(target != NOTHING)
     claims = claims[~is_found[target[claims]]]
     claims = claims[np.argsort(-cover.scores[claims], kind="stable")]
     claimed, first = np.unique(target[claims], return_index=True)
-    mended[claims[first]] = truth.labels[claimed]
+    corrected[claims[first]] = truth.labels[claimed]
     is_unfound = counts & ~is_found
     is_missed = is_unfound.copy()
     is_missed[claimed] = False
-    return Errors(types, mended, is_missed, is_unfound)
+    return Errors(types, corrected, is_missed, is_unfound)
 
 
 def match_all(
@@ -153,7 +151,7 @@ def match_all(
 
     Args:
         truth: the objects.
-        cover: the detections and what they cover.
+        cover: the detections and their overlaps.
         same_class: find objects of the same class only.
         min_score: detections below it find nothing.
     """
@@ -163,7 +161,7 @@ def match_all(
         kept &= cover.labels[pairs.detections] == truth.labels[pairs.objects]
     nothing = np.zeros((1, num_objects), dtype=np.bool_)
     rows, objects = match(
-        Pairs(pairs.detections[kept], pairs.objects[kept], pairs.overlaps[kept]),
+        pairs.only(kept),
         cover.images,
         nothing,
         nothing[0],
@@ -174,32 +172,22 @@ def match_all(
     return finds
 
 
-def _best(cover: Cover, chosen: Flags) -> tuple[Index, Numbers]:
-    """Return the object that each detection covers most among some pairs, and by how much."""
-    detections, objects = cover.pairs.detections[chosen], cover.pairs.objects[chosen]
-    iou = cover.pairs.overlaps[chosen]
-    order = np.lexsort((objects, -iou, detections))
-    first = order[np.flatnonzero(np.diff(detections[order], prepend=-1))]
-    best, most = np.full(len(cover.rows), NOTHING), np.zeros(len(cover.rows))
-    best[detections[first]], most[detections[first]] = objects[first], iou[first]
-    return best, most
-
-
 def error_costs(
     truth: GroundTruth, cover: Cover, errors: Errors, kind: Kind
 ) -> dict[str, dict[str, float | int | None]]:
-    """Return how many errors of each type there are and what they cost.
+    """Return the number of errors of each type and their cost.
 
     Returns:
-        ``count`` by type; ``dAP`` by type, what the AP at IoU 0.5 would gain, in 0..1; and
-        ``special``: that AP (``AP50``), and what it would gain were no detection wrong
-        (``false_positives``) or all objects found (``false_negatives``).
+        ``count`` by type; ``dAP`` by type, the gain in AP at IoU 0.5 if they were corrected, in
+        0..1; and ``special``: that AP (``AP50``), and its gain if no detection was wrong
+        (``false_positives``) or if all objects were found (``false_negatives``).
     """
     totals = np.bincount(truth.labels[~never_counts(truth, kind)], minlength=len(truth.categories))
     order = np.argsort(-cover.scores, kind="stable")
-    types, mended, own_labels = errors.types[order], errors.mended[order], cover.labels[order]
+    types, corrected = errors.types[order], errors.corrected[order]
+    own_labels = cover.labels[order]
     is_right = types == _RIGHT
-    counts = is_right | ~cover.in_crowd[order]  # wrong ones in a crowd are nothing, unless mended
+    counts = is_right | ~cover.in_crowd[order]  # errors in a crowd do not count, unless corrected
     now = _mean_ap(own_labels[counts], is_right[counts], totals, totals)
     costs: dict[str, float | int | None] = {}
     for number, name in enumerate(TYPES):
@@ -208,9 +196,9 @@ def error_costs(
             asked = totals - np.bincount(truth.labels[errors.is_missed], minlength=len(totals))
         else:
             wrong = types == number
-            right = is_right | (wrong & (mended >= 0))
+            right = is_right | (wrong & (corrected >= 0))
             kept = (counts & ~wrong) | right
-            labels = np.where(wrong & right, mended, labels)
+            labels = np.where(wrong & right, corrected, labels)
         better = _mean_ap(labels[kept], right[kept], totals, asked)
         costs[name] = None if now is None or better is None else max(better - now, 0.0)
     asked = totals - np.bincount(truth.labels[errors.is_unfound], minlength=len(totals))
@@ -237,16 +225,16 @@ def _minus(better: float | None, now: float | None) -> float | None:
 
 
 def _mean_ap(labels: Index, is_right: Flags, totals: Index, asked: Index) -> float | None:
-    """Return the AP over 101 recalls, mean over the classes that have objects.
+    """Return the AP over 101 recalls, averaged over the classes with objects.
 
     Args:
-        labels: ``(N,)`` of the detections that count, by falling score.
+        labels: ``(N,)`` labels of the detections that count, by falling score.
         is_right: ``(N,)``.
-        totals: ``(K,)`` objects of each class; those with none are left out.
-        asked: ``(K,)`` objects that are asked for; a class with none left scores 0 if anything was
-            detected, else it is left out.
+        totals: ``(K,)`` number of objects of each class; classes without any are left out.
+        asked: ``(K,)`` number of objects that are still to be found; a class for which it is 0 has
+            an AP of 0 if there are detections of it, else it is left out.
     """
-    small = np.uint16 if len(totals) < 1 << 16 else np.int64  # which numpy sorts 10 times as fast
+    small = np.uint16 if len(totals) < 1 << 16 else np.int64  # numpy sorts uint16 10 times faster
     order = np.argsort(labels.astype(small), kind="stable")
     bounds = np.searchsorted(labels[order], np.arange(len(totals) + 1))
     aps = []

@@ -1,8 +1,8 @@
-"""LVIS's rule for sets in which on each image only some classes were looked for (CVPR 2019).
+"""LVIS's rule for federated sets: only some classes were annotated on each image (CVPR 2019).
 
-Of the best 300 detections of an image, whatever their classes, those count whose class is on the
-image or is known not to be. A class may also be there without all of its objects annotated: its
-detections that find nothing are neither right nor wrong.
+The best 300 detections of an image over all classes count, if their class is annotated on the image
+or known to be absent. If a class is there but not all of its objects are annotated, its detections
+that find nothing are neither right nor wrong.
 
 Letters: I images, K classes, N detections.
 """
@@ -23,12 +23,12 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Verified:
-    """What is known of the classes on each image, as pairs ``image * K + label``, rising.
+    """Which classes are annotated on which images: pairs ``image * K + label`` in rising order.
 
     Attributes:
         num_classes: K.
-        known: pairs of which it is known whether the class is there, or how many objects.
-        partial: pairs of which not all objects are annotated.
+        known: pairs whose class is annotated on the image or known to be absent.
+        partial: pairs with objects that are not annotated.
     """
 
     num_classes: int
@@ -36,15 +36,15 @@ class Verified:
     partial: Index
 
     def is_known(self, images: Index, labels: Index) -> Flags:
-        """Tell which detections are of classes that were looked for on their images, ``(N,)``."""
+        """Return which detections are of classes that are known on their images, ``(N,)``."""
         return _are_among(images * self.num_classes + labels, self.known)
 
     def is_partial(self, images: Index, labels: Index) -> Flags:
-        """Tell which detections may be of objects that nobody has annotated, ``(N,)``."""
+        """Return which detections may be of objects that are not annotated, ``(N,)``."""
         return _are_among(images * self.num_classes + labels, self.partial)
 
     def counted(self, images: Index, labels: Index, scores: NDArray[np.float64]) -> Flags:
-        """Tell which of all detections count at all, ``(N,)``; of equal scores the first ones."""
+        """Return which of all detections count, ``(N,)``; of equal scores the first ones."""
         by_image = np.lexsort((-scores, images))
         ranks = np.arange(len(images)) - np.searchsorted(images[by_image], images[by_image])
         counts = self.is_known(images, labels)
@@ -55,13 +55,13 @@ class Verified:
 def verified(
     num_classes: int, present: Index, absent: Iterable[int], partial: Iterable[int]
 ) -> Verified:
-    """Return what is known, of pairs ``image * K + label``.
+    """Make ``Verified`` from pairs ``image * K + label`` in any order.
 
     Args:
         num_classes: K.
-        present: of the objects.
-        absent: of classes that were looked for and are not there.
-        partial: of classes of which not all objects are annotated.
+        present: classes of the objects.
+        absent: classes that are known to be absent.
+        partial: classes with objects that are not annotated.
     """
     looked_for = np.fromiter(absent, dtype=np.int64)
     known = np.unique(np.concatenate([present, looked_for]))
@@ -69,5 +69,5 @@ def verified(
 
 
 def _are_among(pairs: Index, rising: Index) -> Flags:
-    """Tell which pairs are in a list; ``numpy.isin`` would sort it again for every class."""
+    """Return which pairs are in a list; ``numpy.isin`` would sort it for every class."""
     return np.searchsorted(rising, pairs, "right") > np.searchsorted(rising, pairs, "left")

@@ -1,6 +1,6 @@
-"""The objects of a whole shard set as flat arrays, which all metrics measure against.
+"""The objects of a whole shard set as flat arrays, for all metrics.
 
-Letters: I images, M objects of all of them, P keypoints of an object.
+Letters: I images, M objects of all images, P keypoints of an object.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from bigdet.evaluation.run_lengths import mask_areas
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What is there to find. Objects of one image stand together, in the order of its record.
+    """The objects to find. Objects of one image are adjacent, in the order of its record.
 
     Attributes:
-        address: of the shard set, for messages.
+        address: path or URL of the shard set, for messages.
         categories: in the order of the labels.
-        image_ids: ``(I,)`` int64, rising. An image is known by its place here from then on.
+        image_ids: ``(I,)`` int64, rising. Other arrays refer to an image by its index here.
         sizes: ``(I, 2)`` int64 height and width, pixels.
         images: ``(M,)`` int64, the image of each object.
         labels: ``(M,)`` int64.
         boxes: ``(M, 4)`` float64 xywh, pixels.
-        areas: ``(M,)`` float64 as the data set says, pixels.
+        areas: ``(M,)`` float64 pixels, as given by the data set.
         is_crowd: ``(M,)`` bool.
-        masks: M counts of compressed RLE, the box of an object without a mask; empty if nobody
-            asked for masks, as are the next two.
-        mask_areas: ``(M,)`` float64, pixels of the masks.
+        masks: M counts of compressed RLE, of the box if an object has no mask; empty if read
+            without masks, like the next two.
+        mask_areas: ``(M,)`` float64 areas of the masks, pixels.
         has_mask: ``(M,)`` bool.
-        keypoints: ``(M, P, 3)`` float64 x, y, visibility, 0 for none; P is 0 if nobody asked.
-        verified: which classes were looked for on which image; None: all on all.
-        source_ids: number of each image whose own id is a string.
+        keypoints: ``(M, P, 3)`` float64 x, y, visibility, 0 for none; P is 0 if read without
+            keypoints.
+        verified: which classes are annotated on which image; None: all on all.
+        source_ids: number of each image whose id in the data set is a string.
     """
 
     address: str
@@ -64,17 +65,17 @@ class GroundTruth:
 
 @functools.lru_cache(maxsize=1)
 def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) -> GroundTruth:
-    """Read the objects of all samples; of the set used last they are kept.
+    """Read the objects of all samples; the last result is cached.
 
     Args:
-        shards: the set.
-        with_masks: make masks of polygons, which takes most of the time.
-        with_keypoints: read keypoints, of the categories that have any.
+        shards: the shard set.
+        with_masks: convert polygons to masks, which takes most of the time.
+        with_keypoints: read the keypoints of categories that have them.
     """
     order = np.argsort(shards.index["image_id"], kind="stable")
     num_points = keypoints_per_object(shards.categories) if with_keypoints else 0
     images, labels, is_crowd = array("q"), array("q"), array("b")
-    # Lists of floats take 8 times as much.
+    # Lists of floats would need 8 times as much memory.
     boxes, areas, points = array("d"), array("d"), array("d")
     masks: list[bytes] = []
     has_mask: list[bool] = []
@@ -91,7 +92,7 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
             images.append(place)
             labels.append(annotation["label"])
             boxes.extend(annotation["bbox"])
-            # 0 is of tars that others wrote: an area that nobody measured, not a small one.
+            # 0 in sets that were not made by bigdet means unknown, not small.
             size = (record["height"], record["width"])
             areas.append(annotation["area"] or own_area(annotation, size)[1])
             is_crowd.append(annotation["iscrowd"])
@@ -132,24 +133,24 @@ def _checked_areas(
     sizes: NDArray[np.int64],
     order: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Return the areas of all masks; ``ValueError`` for the first that is none."""
+    """Return the areas of all masks; ``ValueError`` for the first invalid one."""
     areas, are_masks = mask_areas(masks, sizes.prod(axis=1)[images[: len(masks)]])
     if not are_masks.all():
         row = int(order[images[np.flatnonzero(~are_masks)[0]]])
         raise ValueError(
-            f"{shards.place(row)}: sample {shards.key(row)} has a segmentation that is no mask of "
-            f"its image. `bigdet check-shards {shards.address}` lists all; make the set again."
+            f"{shards.place(row)}: sample {shards.key(row)} has a segmentation that is not a mask "
+            f"of its image. `bigdet check-shards {shards.address}` lists all; make the set again."
         )
     return areas
 
 
 def keypoints_per_object(categories: Sequence[Category]) -> int:
-    """Return P, the same for all categories that have keypoints; 0 where none has any."""
+    """Return P, the same for all categories with keypoints; 0 if there are none."""
     return max((len(category.keypoints or []) for category in categories), default=0)
 
 
 def _run_lengths(annotation: dict[str, Any], height: int, width: int) -> bytes:
-    """Return an object's mask, or else its box, as counts of compressed RLE."""
+    """Return an object's mask, or its box if it has none, as counts of compressed RLE."""
     x, y, across, down = annotation["bbox"]
     right, bottom = x + across, y + down
     segmentation = annotation.get("segmentation", [[x, y, right, y, right, bottom, x, bottom]])

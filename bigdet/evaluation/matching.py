@@ -1,11 +1,11 @@
 """Which detection finds which object: COCO's greedy rule, for many images at once.
 
-Detections choose in order of their scores. Each takes the object it covers best of those that are
-free, at each IoU threshold and in each area range on its own. The work runs over the places in
-that order: first the best detections of all images choose, then the second best, and so on.
+Detections choose in the order of their scores. Each takes the free object that it overlaps most,
+independently for each IoU threshold and area range. The loop is over ranks: first the best
+detections of all images choose, then the second best, and so on.
 
 Letters: N detections, M objects, Q pairs of the two, T IoU thresholds, A area ranges, S detections
-that cover any object enough to match it.
+that overlap some object enough to match it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,28 @@ class Pairs:
         detections: ``(Q,)`` in ``0..N-1``, rising. They are in the order of the images, and within
             an image in that of the scores.
         objects: ``(Q,)`` in ``0..M-1``, rising within a detection.
-        overlaps: ``(Q,)`` IoU or what stands for it, in [0, 1].
+        overlaps: ``(Q,)`` IoU, or OKS for keypoints, in [0, 1].
     """
 
     detections: Index
     objects: Index
     overlaps: NDArray[np.float64]
+
+    def only(self, kept: NDArray[np.bool_]) -> Pairs:
+        """Return the pairs that a mask ``(Q,)`` keeps."""
+        return Pairs(self.detections[kept], self.objects[kept], self.overlaps[kept])
+
+    def best(self, num_detections: int) -> tuple[Index, NDArray[np.float64]]:
+        """Return the object that each detection overlaps most, ``(N,)``, and by how much.
+
+        Of equal overlaps the first object; ``NOTHING`` and 0 for a detection without pairs.
+        """
+        order = np.lexsort((self.objects, -self.overlaps, self.detections))
+        first = order[np.flatnonzero(np.diff(self.detections[order], prepend=-1))]
+        best, most = np.full(num_detections, NOTHING), np.zeros(num_detections)
+        best[self.detections[first]] = self.objects[first]
+        most[self.detections[first]] = self.overlaps[first]
+        return best, most
 
 
 def match(
@@ -45,26 +61,24 @@ def match(
 ) -> tuple[Index, Index]:
     """Match detections to objects.
 
-    An object that counts comes before one that is ignored, whatever the overlap. A crowd may be
+    An object that counts has priority over an ignored one, whatever the overlaps. A crowd may be
     found many times. Of equal overlaps the later object wins, as in pycocotools.
 
     Args:
-        pairs: detections with the objects of their group.
-        groups: ``(N,)``, the group of each detection, such as its image: those of one group
+        pairs: detections and the objects of their group.
+        groups: ``(N,)``, the group of each detection, such as its image: detections of a group
             compete, and no object is paired with two groups.
-        is_ignored: ``(A, M)``, finding the object counts neither for nor against.
+        is_ignored: ``(A, M)``; a detection of an ignored object is neither right nor wrong.
         is_crowd: ``(M,)``.
         thresholds: ``(T,)`` least overlaps.
 
     Returns:
-        The detections that have a pair above the lowest threshold, ``(S,)`` rising, and the object
-        that each one found, ``(T, A, S)``, or ``NOTHING``.
+        The detections with a pair above the lowest threshold, ``(S,)`` rising, and the object that
+        each one found, ``(T, A, S)``, or ``NOTHING``.
     """
-    enough = pairs.overlaps >= thresholds.min()
-    objects, overlaps = pairs.objects[enough], pairs.overlaps[enough]
-    rows, firsts, counts = np.unique(
-        pairs.detections[enough], return_index=True, return_counts=True
-    )
+    pairs = pairs.only(pairs.overlaps >= thresholds.min())
+    objects, overlaps = pairs.objects, pairs.overlaps
+    rows, firsts, counts = np.unique(pairs.detections, return_index=True, return_counts=True)
     num_thresholds, num_areas = len(thresholds), len(is_ignored)
     found = np.full((num_thresholds, num_areas, len(rows)), NOTHING)
     is_taken = np.zeros((num_thresholds, num_areas, is_ignored.shape[1]), dtype=np.bool_)
@@ -88,7 +102,7 @@ def match(
 
 
 def _turns(groups: Index) -> list[Index]:
-    """Return places in ``groups``: the first of each group, then the second of each, ..."""
+    """Return indices into ``groups``: the first of each group, then the second of each, ..."""
     if not len(groups):
         return []
     starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))

@@ -1,4 +1,4 @@
-"""How well detections cover objects: IoU of boxes and masks, OKS of keypoints.
+"""Overlaps of detections and objects: IoU of boxes and masks, OKS of keypoints.
 
 The numbers are those of pycocotools to the last bit: the same operations in the same order.
 
@@ -20,9 +20,9 @@ from bigdet.evaluation.ground_truth import GroundTruth
 COCO_SIGMAS = np.array(
     [.26, .25, .25, .35, .35, .79, .79, .72, .72, .62, .62, 1.07, 1.07, .87, .87, .89, .89]
 ) / 10.0  # fmt: skip
-"""How widely annotators scatter on each of COCO's 17 keypoints, in parts of the object's size."""
+"""Deviation of annotators at each of COCO's 17 keypoints, relative to the object's size."""
 OTHER_SIGMA = 0.05
-"""The same where keypoints are not those 17, and nobody has measured it."""
+"""The same for other keypoints, for which it has not been measured."""
 
 _ROUNDING = 1 - 1e-9
 
@@ -30,7 +30,7 @@ Index = NDArray[np.int64]
 
 
 def detection_areas(found: DetectionTable, kind: Kind) -> NDArray[np.float64]:
-    """Return the size of each detection by its kind, ``(N,)``, pixels: of box, mask or points."""
+    """Return the area of each detection's box, mask or keypoints, ``(N,)``, pixels."""
     if found.areas is not None:
         return found.areas
     if kind == "segm":
@@ -51,7 +51,7 @@ def pair_up(images: Index, truth_images: Index) -> tuple[Index, Index]:
         truth_images: ``(M,)`` of the objects, rising.
 
     Returns:
-        Places of detections and of objects, ``(Q,)`` each, by detection, then by object.
+        Indices of detections and of objects, ``(Q,)`` each, by detection, then by object.
     """
     first = np.searchsorted(truth_images, images, side="left")
     count = np.searchsorted(truth_images, images, side="right") - first
@@ -68,15 +68,15 @@ def overlaps(
     objects: Index,
     at_least: float,
 ) -> NDArray[np.float64]:
-    """Return the overlap of each pair, in [0, 1]; of a crowd, the part of the detection in it.
+    """Return the overlap of each pair, in [0, 1]; with a crowd, the detection's part inside it.
 
     Args:
         kind: boxes, masks or keypoints.
-        truth: has the objects.
-        found: has the detections.
-        detections: ``(Q,)`` rows of ``found``; pairs of one image stand together.
+        truth: the objects.
+        found: the detections.
+        detections: ``(Q,)`` rows of ``found``; pairs of one image are adjacent.
         objects: ``(Q,)`` rows of ``truth``.
-        at_least: what is less may be 0 instead, to save work.
+        at_least: smaller overlaps may be returned as 0, to save work.
     """
     if kind == "bbox":
         is_crowd = truth.is_crowd[objects]
@@ -89,7 +89,7 @@ def overlaps(
 def box_overlaps(
     boxes: NDArray[np.float64], others: NDArray[np.float64], is_crowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Return the IoU of pairs of boxes, ``(Q,)``, both ``(Q, 4)`` xywh."""
+    """Return the IoU of pairs of boxes, ``(Q,)``; both are ``(Q, 4)`` xywh."""
     x, y, width, height = boxes.T
     other_x, other_y, other_width, other_height = others.T
     columns = np.minimum(width + x, other_width + other_x) - np.maximum(x, other_x)
@@ -107,7 +107,7 @@ def _mask_overlaps(
 ) -> NDArray[np.float64]:
     """Return the IoU of pairs of masks, ``(Q,)``.
 
-    An IoU is at most the smaller area over the larger one, so many pairs need no looking at.
+    An IoU is at most the smaller area divided by the larger one, which rules out many pairs.
     """
     is_crowd = truth.is_crowd | ~truth.has_mask
     area, other_area = found.mask_areas[detections], truth.mask_areas[objects]
@@ -142,24 +142,24 @@ def _point_overlaps(
 ) -> NDArray[np.float64]:
     """Return the object keypoint similarity of pairs, ``(Q,)``.
 
-    Of an object without labeled keypoints: how near the points are to its doubled box.
+    For an object without labeled keypoints: how near the points are to its box, doubled in size.
 
     Args:
-        truth: has the objects.
+        truth: the objects.
         points: ``(Q, P, 2)`` x, y of the detections.
-        objects: ``(Q,)``.
+        objects: ``(Q,)`` rows of ``truth``.
     """
     wanted = truth.keypoints[objects]
     labeled = wanted[:, :, 2] > 0  # (Q, P)
     x, y, width, height = truth.boxes[objects].T[:, :, None]
     zero = np.zeros(points.shape[:2])
     across, down = points[:, :, 0], points[:, :, 1]
-    beside = np.maximum(zero, (x - width) - across) + np.maximum(zero, across - (x + width * 2))
-    above = np.maximum(zero, (y - height) - down) + np.maximum(zero, down - (y + height * 2))
+    outside_x = np.maximum(zero, (x - width) - across) + np.maximum(zero, across - (x + width * 2))
+    outside_y = np.maximum(zero, (y - height) - down) + np.maximum(zero, down - (y + height * 2))
     counts = labeled.sum(axis=1)
     has_points = (counts > 0)[:, None]
-    dx = np.where(has_points, across - wanted[:, :, 0], beside)
-    dy = np.where(has_points, down - wanted[:, :, 1], above)
+    dx = np.where(has_points, across - wanted[:, :, 0], outside_x)
+    dy = np.where(has_points, down - wanted[:, :, 1], outside_y)
     variances = (keypoint_sigmas(points.shape[1]) * 2) ** 2
     areas = truth.areas[objects][:, None]
     errors = (dx**2 + dy**2) / variances / (areas + np.spacing(1)) / 2
@@ -167,14 +167,14 @@ def _point_overlaps(
     labeled |= ~has_points
     counts = labeled.sum(axis=1)
     similar = np.zeros(len(objects))
-    for count in np.unique(counts).tolist():  # rows of equal length add up in pycocotools' order
+    for count in np.unique(counts).tolist():  # equal lengths: sums in pycocotools' order
         rows = np.flatnonzero(counts == count)
         similar[rows] = near[rows][labeled[rows]].reshape(-1, count).sum(axis=1) / count
     return similar
 
 
 def keypoint_sigmas(num_points: int) -> NDArray[np.float64]:
-    """Return COCO's sigmas, or one for all where there are not 17 keypoints, ``(P,)``."""
+    """Return COCO's sigmas, or the same one for all if there are not 17 keypoints, ``(P,)``."""
     if num_points == len(COCO_SIGMAS):
         return COCO_SIGMAS
     return np.full(num_points, OTHER_SIGMA)

@@ -1,7 +1,7 @@
-"""Masks of results as compressed RLE: are they any, and how many pixels do they cover?
+"""Masks as compressed RLE: whether they are valid, and their areas.
 
-pycocotools checks nothing: counts that do not add up to the image make it run forever, those that
-break off make it write beyond its memory.
+pycocotools checks nothing: with counts that do not add up to the image it runs forever, and with
+counts that end too early it writes beyond its memory.
 
 Letters: N masks.
 """
@@ -26,14 +26,14 @@ Index = NDArray[np.int64]
 
 
 def mask_counts(mask: Any, size: list[int]) -> bytes:
-    """Return a mask, in any form that pycocotools takes, as counts of compressed RLE.
+    """Return a mask in any form that pycocotools accepts as counts of compressed RLE.
 
     Args:
-        mask: RLE, compressed (then it is not looked at further) or not, or polygons.
+        mask: RLE, compressed (then it is not checked further) or not, or polygons.
         size: height and width of its image.
 
     Raises:
-        ValueError: it is none of these, or of another size.
+        ValueError: it is none of these, or has another size.
     """
     if isinstance(mask, list):
         if not are_outlines(mask, size):
@@ -55,7 +55,7 @@ def mask_counts(mask: Any, size: list[int]) -> bytes:
 
 
 def are_outlines(parts: list[Any], size: list[int]) -> bool:
-    """Return whether these are polygons of an image of some height and width."""
+    """Return whether these are polygons of an image of this height and width."""
     height, width = size
     return (
         bool(parts)
@@ -63,7 +63,7 @@ def are_outlines(parts: list[Any], size: list[int]) -> bool:
             are_numbers(part)
             and len(part) >= 6
             and len(part) % 2 == 0
-            # pycocotools allocates by the length of the edges, so no point may lie miles away.
+            # pycocotools allocates by the length of edges: no point may be far outside.
             and all(-width <= x <= 2 * width for x in part[::2])
             and all(-height <= y <= 2 * height for y in part[1::2])
             for part in parts
@@ -74,14 +74,14 @@ def are_outlines(parts: list[Any], size: list[int]) -> bool:
 def mask_areas(
     masks: Sequence[bytes], num_pixels: Index
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the areas of masks, and which of them are masks of their images at all.
+    """Return the areas of masks, and which masks are valid.
 
     Args:
         masks: counts of compressed RLE.
         num_pixels: ``(N,)`` height times width of the image.
 
     Returns:
-        ``(N,)`` float64 areas in pixels, 0 for what is no mask; and ``(N,)`` bool, True for counts
+        ``(N,)`` float64 areas in pixels, 0 for invalid masks; and ``(N,)`` bool, True for counts
         that are well-formed and add up to the image.
     """
     lengths = np.array([len(text) for text in masks], dtype=np.int64)
@@ -95,7 +95,7 @@ def mask_areas(
             areas = _areas(masks)
             is_mask = (areas <= num_pixels) & _add_up(masks, areas, num_pixels, digits, starts)
             return np.where(is_mask, areas, 0.0), is_mask
-    # pycocotools would write beyond its memory: only the others may see it.
+    # pycocotools would write beyond its memory with these: give it the others only.
     areas, some = np.zeros(len(masks)), np.flatnonzero(is_mask)
     if len(some):
         part = [masks[n] for n in some.tolist()]
@@ -108,7 +108,7 @@ def _areas(masks: Sequence[bytes]) -> NDArray[np.float64]:
     areas = np.zeros(len(masks))
     for start in range(0, len(masks), _AT_ONCE):
         part = masks[start : start + _AT_ONCE]
-        rles = [{"size": (1, 1), "counts": counts} for counts in part]  # the size is not looked at
+        rles = [{"size": (1, 1), "counts": counts} for counts in part]  # the size is ignored
         areas[start : start + len(part)] = coco_mask.area(rles)
     return areas
 
@@ -120,19 +120,19 @@ def _add_up(
     digits: NDArray[np.uint8],
     starts: Index,
 ) -> NDArray[np.bool_]:
-    """Tell which well-formed masks have as many pixels as their images, ``(N,)``.
+    """Return which well-formed masks have as many pixels as their images, ``(N,)``.
 
-    COCO writes each count in digits of 5 bits, lowest first, plus 48; bit 5 says that another digit
-    follows, bit 4 of the last one is the sign. From the fourth count on it is the difference to the
-    count two places before. Counts of background and mask take turns. A 0 in front exchanges the
-    two, but adds the first count to each later one of the background.
+    COCO writes each count in digits of 5 bits, lowest first, plus 48; bit 5 means that another
+    digit follows, bit 4 of the last digit is the sign. From the fourth count on, the difference to
+    the count two places before is written. Counts of background and mask alternate. A 0 in front
+    exchanges the two, but adds the first count to each later count of the background.
 
     Args:
-        masks: the counts.
-        areas: ``(N,)`` of the masks.
+        masks: counts of compressed RLE.
+        areas: ``(N,)`` areas of the masks, pixels.
         num_pixels: ``(N,)`` height times width of the image.
-        digits: the counts of all masks, less 48.
-        starts: ``(N,)`` where those of each begin.
+        digits: the digits of all masks, minus 48.
+        starts: ``(N,)`` index of each mask's first digit.
     """
     is_end = ((digits >> 5) ^ 1).view(np.int8)
     num_counts = np.add.reduceat(is_end, starts, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Detections on disk: each rank writes its own, rank 0 gets all of them, once, and reads them back.
+"""Detections on disk: each rank writes its own, then rank 0 collects all of them and reads them.
 
-Files are temporary and have no name, so nothing is left of them even after SIGKILL; ``write`` makes
-one that stays.
+The files are temporary and have no name, so nothing is left even after SIGKILL; ``write`` makes a
+file that stays.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from bigdet.host.files import put_in_place
 
 
 class SavedResults:
-    """COCO results in a file, a line per image; iterating reads them, by image id."""
+    """COCO results in a file, one line per image; iteration reads them by image id."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Begin with an empty file.
+        """Start with an empty file.
 
         Args:
-            folder: on the disk to use; None for the system's place for temporary files.
+            folder: where it is, made if needed; None for the system's temporary folder.
         """
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._lines: list[tuple[int, int, int]] = []  # image id, where its line begins, its bytes
+        self._lines: list[tuple[int, int, int]] = []  # image id, start and size of its line, bytes
         self._end = 0
 
     @property
     def num_images(self) -> int:
-        """How many images there are, those without detections too."""
+        """The number of images, including those without detections."""
         return len(self._lines)
 
     def image_ids(self) -> list[int]:
-        """Return the ids of the images, rising."""
+        """Return the ids of the images in rising order."""
         return sorted(image_id for image_id, _, _ in self._lines)
 
     def add(self, image_id: int, results: Sequence[Result]) -> None:
@@ -51,7 +51,7 @@ class SavedResults:
         self._end += len(line)
 
     def write(self, file: Path) -> None:
-        """Write all of it to a file that stays, for ``read``; whole or not at all."""
+        """Write everything to a file that stays, for ``read``; complete or not at all."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.tmp")
         with temporary.open("wb") as opened:
@@ -62,7 +62,7 @@ class SavedResults:
 
     @classmethod
     def read(cls, file: Path) -> SavedResults:
-        """Open what ``write`` has written.
+        """Open a file that ``write`` has written.
 
         Raises:
             ValueError: the file is cut short or altered.
@@ -77,16 +77,16 @@ class SavedResults:
                 results._lines.append((image_id, results._file.tell(), size))
                 place = results._file.seek(size, os.SEEK_CUR)
         except ValueError:
-            place = -1  # a line that is none of ours
+            place = -1  # not a line of ``write``
         if place != end:
             raise ValueError(f"{file}: cut short or altered since it was written.")
         return results
 
     def gather(self) -> None:
-        """Move what all ranks have to rank 0 (collective); the others are empty then.
+        """Move the results of all ranks to rank 0 (collective); the others are empty afterwards.
 
         Raises:
-            SharedError: on all ranks, when the disk of rank 0 is full.
+            SharedError: on all ranks, if the disk of rank 0 is full.
         """
         gathered = distributed.gather_objects((self._end, self._lines))
         self._file.seek(0, 2)
@@ -98,7 +98,7 @@ class SavedResults:
                 try:
                     if problem is None:
                         self._file.write(part)
-                except OSError as error:  # the others wait to be heard to the end
+                except OSError as error:  # the others still have to send everything
                     problem = error
             self._lines += [(image_id, start + self._end, size) for image_id, start, size in lines]
             self._end += num_bytes
@@ -112,14 +112,14 @@ class SavedResults:
                 raise problem
 
     def of_images(self, image_ids: Collection[int]) -> Iterator[Result]:
-        """Yield the results of some images, by image id; the others are not read."""
+        """Yield the results of some images in the order of their ids; the others are not read."""
         for image_id, start, size in sorted(self._lines):
             if image_id in image_ids:
                 self._file.seek(start)
                 yield from orjson.loads(self._file.read(size))
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):  # not where there is no place for it
+        if hasattr(self, "_file"):  # not if opening it failed
             self._file.close()
 
     def __iter__(self) -> Iterator[Result]:

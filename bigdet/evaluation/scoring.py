@@ -1,4 +1,4 @@
-"""Detections to the numbers of an evaluation, and these as text."""
+"""Computes the numbers of an evaluation from detections, and formats them as text."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def evaluate_detections(
     max_detections: int = MAX_DETECTIONS,
     one_area: bool = False,
 ) -> Metrics:
-    """Measure detections against the ground truth of a whole shard set.
+    """Score detections against the ground truth of a whole shard set.
 
     Args:
         shards: the validation set; images without detections count too.
-        results: detections of any of its images, in any order, read once.
-        kinds: what to measure, see ``evaluation_kinds``. ``voc07`` and ``voc12`` know boxes only.
-        metric: how AP is defined.
-        where: where the results come from, for messages.
-        max_detections: of a class on an image that count, of boxes and masks. Another number than
-            100 is in the result, and in the name of its AR (``AR300``).
+        results: detections of any of its images, in any order; iterated once.
+        kinds: see ``evaluation_kinds``; ``voc07`` and ``voc12`` are for boxes only.
+        metric: the definition of AP.
+        where: origin of the results, for messages.
+        max_detections: how many detections per class and image count, for boxes and masks. A number
+            other than 100 is in the result, and in the name of its AR (``AR300``).
         one_area: see ``read_detections``.
 
     Returns:
         Per kind the numbers of ``METRICS`` (or ``KEYPOINT_METRICS``) in 0..1, and under
-        ``per_class`` the AP by class name. None stands where there is nothing to measure: no object
-        of this class or size. ``analysis``: see ``analysis.py``. With ``voc07`` and ``voc12`` the
-        numbers are ``AP`` (mean over IoUs of 0.5 to 0.95), ``AP50`` (VOC's own mAP) and ``AP75``,
-        the AP of a class is that at 0.5, and ``metric`` says which it was; in the analysis the AP
-        by IoU and by class are VOC's, all else is COCO's, with difficult objects as crowds.
+        ``per_class`` the AP by class name. None if there is no object of this class or size.
+        ``analysis``: see ``analysis.py``. With ``voc07`` and ``voc12`` the numbers are ``AP`` (mean
+        over IoUs of 0.5 to 0.95), ``AP50`` (VOC's mAP) and ``AP75``, the AP of a class is that at
+        0.5, and ``metric`` is the metric's name; in the analysis the AP by IoU and by class are
+        VOC's, all else is COCO's, with difficult objects as crowds.
         A federated set is scored by LVIS's rule, see ``federated.py``: ``LVIS_METRICS`` with
         ``APr``, ``APc``, ``APf`` (rare, common, frequent classes), and ``rule`` is ``lvis``.
     """
@@ -89,13 +89,13 @@ def evaluate_detections(
 
 
 def limit_note(metrics: Metrics) -> str:
-    """Say how many detections counted where it is not COCO's 100; empty where it is."""
+    """Return how many detections counted if it is not COCO's 100; otherwise empty."""
     count = metrics.get("max_detections")
-    return f"up to {count} detections of a class on an image counted" if count else ""
+    return f"up to {count} detections per class and image counted" if count else ""
 
 
 def with_numbers(results: Iterable[Result], source_ids: Mapping[str, int]) -> Iterator[Result]:
-    """Yield results with the numbers of the images that they name by the data set's own ids."""
+    """Yield results with string image ids of the data set replaced by the images' numbers."""
     for result in results:
         name = result.get("image_id") if isinstance(result, dict) else None
         if isinstance(name, str) and name in source_ids:
@@ -127,10 +127,10 @@ def _evaluate_voc(truth: GroundTruth, found: DetectionTable, metric: VocMetric) 
 
 
 def metrics_table(metrics: Metrics, per_class: bool = False) -> str:
-    """Return the numbers as text, in 0..1, with a dash where there is nothing to measure.
+    """Return the numbers as text, in 0..1, with a dash for None.
 
     Args:
-        metrics: what ``evaluate_detections`` returns.
+        metrics: the result of ``evaluate_detections``.
         per_class: add a line with the AP of each class.
     """
     kinds = [kind for kind in KIND_NAMES if kind in metrics]
@@ -151,11 +151,7 @@ def metrics_table(metrics: Metrics, per_class: bool = False) -> str:
 
 
 def analysis_table(analysis: Metrics) -> str:
-    """Return the numbers of ``analysis`` as text, kind after kind.
-
-    Args:
-        analysis: under that name in what ``evaluate_detections`` returns.
-    """
+    """Return the ``analysis`` in the result of ``evaluate_detections`` as text, kind by kind."""
     lines: list[str] = []
     for kind, numbers in analysis.items():
         lines += [f"--- {KIND_NAMES[kind]} ---", ""]  # type: ignore[index]
@@ -181,7 +177,7 @@ def _blocks(numbers: Metrics) -> Iterator[list[str]]:
         [f"all {name.replace('_', ' ')}", "", _text(special[name])] for name in list(special)[1:]
     ]
     yield [
-        f"errors at IoU 0.5, AP50 {_text(special['AP50'])}, and what mending them would gain:",
+        f"errors at IoU 0.5, AP50 {_text(special['AP50'])}, and the gain if they were corrected:",
         *_aligned([["error", "number", "dAP"], *rows], 20, 9),
     ]
     if (bins := numbers["calibration"]) is not None:
@@ -215,7 +211,7 @@ def _blocks(numbers: Metrics) -> Iterator[list[str]]:
 
 
 def _aligned(rows: Sequence[Sequence[str]], first: int, width: int) -> list[str]:
-    """Return rows as lines, the first column to the left, the others to the right."""
+    """Return rows as lines, the first column aligned to the left, the others to the right."""
     return [f"{head:<{first}}" + "".join(f"{c:>{width}}" for c in cells) for head, *cells in rows]
 
 

@@ -1,8 +1,8 @@
-"""The model over a whole split: every image once, on whichever rank, detections on rank 0.
+"""Runs a model over a whole split: every image once, on one of the ranks; rank 0 gets the results.
 
-Detections go to a file on disk as they come, so memory does not grow with the images. Also the one
-place where a model's output (labels, 28x28 masks) becomes COCO results (category ids, masks of the
-image as run lengths).
+Detections are written to disk at once, so memory does not grow with the images. This is also the
+only place where a model's output (labels, 28x28 masks) becomes COCO results (category ids, masks of
+the image as run lengths).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ PROGRESS_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Passes:
-    """How a module sees images.
+    """How images are given to a module.
 
     Attributes:
-        size_cap: short side and longest long side at which images are seen, pixels; None for
-            modules that resize images themselves.
+        size_cap: short side and longest long side to which images are resized, pixels; None for
+            modules that resize them themselves.
         images_per_gpu: images in one forward pass of one rank.
         workers: loader processes per rank.
-        precision: of activations and matrix products; weights are as they are.
+        precision: of activations and matrix products; weights are not converted.
     """
 
     size_cap: tuple[int, int] | None
@@ -56,7 +56,7 @@ class Passes:
 
 
 def passes_of(config: RunConfig, size_cap: tuple[int, int] | None) -> Passes:
-    """Return how the images of an evaluation are seen."""
+    """Return the passes that a run's config asks for."""
     images_per_gpu, precision = config.evaluation.images_per_gpu, config.engine.precision
     return Passes(size_cap, images_per_gpu, config.data.workers, precision)
 
@@ -71,26 +71,27 @@ def predict_split(
     folder: Path | None = None,
     ids: Sequence[int | None] | None = None,
 ) -> SavedResults | None:
-    """Detect the objects on every image of a shard set; every rank must call it.
+    """Detect the objects of every image of a shard set (a collective).
 
     Args:
-        module: the detector; in evaluation mode meanwhile, then as it was.
+        module: the detector; in evaluation mode here, in its former mode afterwards.
         shards: the validation set.
-        passes: how the module sees the images.
-        device: of the module.
-        must_stop: asked on all ranks after every batch (a collective); the same answer on all.
-        folder: where detections wait on disk, None for the system's place for temporary files.
-            Nothing is left there, whatever happens.
-        ids: the set's category id of each label of the module; detections of a label that has None
-            are left out. None for a module whose labels are those of the set.
+        passes: size, batch, loaders and precision.
+        device: where the module is.
+        must_stop: called on all ranks after every batch (a collective); must return the same on
+            all of them.
+        folder: where detections are buffered on disk; None for the system's temporary folder.
+            Nothing is left there, even after a crash.
+        ids: the set's category id for each label of the module; detections whose label has None are
+            left out. None if the module's labels are those of the set.
 
     Returns:
-        On rank 0 the COCO results of all images, by image id, best first within an image; nothing
-        on the other ranks. None on all when they had to stop.
+        On rank 0 the COCO results of all images, by image id, best first within an image; no
+        results on the other ranks. None on all ranks when asked to stop.
 
     Raises:
-        SharedError: on every rank, when one of them cannot read an image: a number over fewer
-            images would be another number.
+        SharedError: on every rank, if one cannot read an image: AP over fewer images is another
+            number.
     """
     batches = EvalStream(
         shards,
@@ -105,19 +106,19 @@ def predict_split(
     problem: Exception | None = None
     with evaluating(module):
         source = iter(batches)
-        for _ in range(len(batches)):  # equally many on all ranks, as are the collectives
+        for _ in range(len(batches)):  # equally many on all ranks: collectives
             try:
                 batch = next(source)
             except (ValueError, OSError) as error:
                 problem = error
-            # Before the forward pass: where weights are sharded, that is a collective too.
+            # Before the forward pass: with sharded weights that is a collective too.
             if distributed.any_rank(problem is not None):
                 break
             with autocast(device, passes.precision):
                 found = module(batch.to(device))
             try:
                 collected.add(batch, found)
-            except OSError as error:  # a full disk: told with the next batch
+            except OSError as error:  # a full disk: raised at the next batch
                 problem = error
             if must_stop():
                 return None
@@ -126,9 +127,10 @@ def predict_split(
             raise problem
     if collected.num_not_finite:
         logger.warning(
-            "evaluation: %d detections of this rank were not finite and left out; the model may "
-            "have diverged", collected.num_not_finite,
-        )  # fmt: skip
+            "evaluation: %d detections of this rank were not finite and are left out; the model "
+            "may have diverged",
+            collected.num_not_finite,
+        )
     results.gather()
     if distributed.is_main():
         seen = results.image_ids()
@@ -143,9 +145,9 @@ def coco_results(
 
     Args:
         detections: on the CPU, boxes in pixels of the image.
-        image_id: the data set's number of it.
-        size: height and width of the image.
-        ids: the data set's category id of each label.
+        image_id: the image's id in the data set.
+        size: height and width of the image, pixels.
+        ids: the data set's category id for each label.
     """
     boxes = detections.boxes.numpy().astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]  # xywh
@@ -163,7 +165,7 @@ def coco_results(
         for result, mask, box in zip(results, detections.masks, detections.boxes, strict=True):
             result["segmentation"] = _run_lengths(mask, box, size)
     if detections.keypoints is not None:
-        # COCO counts pixels: its 0 is the center of the first, where ours is 0.5.
+        # COCO counts from the center of the first pixel, which is 0.5 in bigdet.
         shifted = detections.keypoints - detections.keypoints.new_tensor([0.5, 0.5, 0.0])
         for result, points in zip(results, shifted.flatten(1).tolist(), strict=True):
             result["keypoints"] = points
@@ -171,10 +173,9 @@ def coco_results(
 
 
 def finite_detections(found: Detections) -> tuple[Detections, int]:
-    """Leave out detections that no metric can take, which a diverging model makes.
+    """Return the detections without NaN or infinity, and the number of the others.
 
-    Returns:
-        The others, and how many were left out.
+    A diverging model makes them, and no metric is defined for them.
     """
     is_finite = found.boxes.isfinite().all(dim=1) & found.scores.isfinite()
     if found.keypoints is not None:
@@ -183,19 +184,19 @@ def finite_detections(found: Detections) -> tuple[Detections, int]:
 
 
 class _Collected:
-    """What this rank has found so far.
+    """The detections of this rank so far.
 
     Attributes:
-        num_not_finite: detections left out because no metric can take them.
+        num_not_finite: detections that were left out because they are not finite.
     """
 
     def __init__(self, ids: Sequence[int | None], num_images: int, results: SavedResults) -> None:
-        """Begin with nothing.
+        """Start with no detections.
 
         Args:
-            ids: the data set's category id of each label; None for a class that it does not have.
+            ids: the data set's category id for each label; None for a class that it does not have.
             num_images: of all ranks, for the progress line.
-            results: where detections go.
+            results: where the detections are written.
         """
         self._ids, self._num_images, self._results = ids, num_images, results
         self._is_known = torch.tensor([number is not None for number in ids])
@@ -203,10 +204,10 @@ class _Collected:
         self._start = self._reported = time.monotonic()
 
     def add(self, batch: Batch, found: Sequence[Detections]) -> None:
-        """Take the detections of a batch, boxes in pixels of its canvas."""
+        """Add the detections of a batch, boxes in pixels of its canvas."""
         for slot, detections in enumerate(found):
             if batch.weights[slot] == 0:
-                continue  # it only makes this rank's number of passes that of the others
+                continue  # it only fills up this rank's number of passes
             image_id = int(batch.image_ids[slot])
             image_size, size = _size(batch.image_sizes[slot]), _size(batch.original_sizes[slot])
             detections = detections.to(torch.device("cpu"))
@@ -218,12 +219,17 @@ class _Collected:
         now = time.monotonic()
         if self._results.num_images and now - self._reported > PROGRESS_SECONDS:
             self._reported = now
-            num_done = self._results.num_images * distributed.world_size()
-            _log_progress(num_done, self._num_images, now - self._start)
+            # Other ranks are assumed to be as far as this one.
+            done = min(self._results.num_images * distributed.world_size(), self._num_images)
+            speed = done / (now - self._start)
+            logger.info(
+                f"evaluation: {done} of {self._num_images} images, {speed:.1f} images/s, "
+                f"{(self._num_images - done) / speed:.0f} s left"
+            )
 
 
 def _only(found: Detections, is_kept: Tensor) -> Detections:
-    """Return those of the detections that a mask ``(N,)`` keeps."""
+    """Return the detections that a mask ``(N,)`` keeps."""
     if is_kept.all():
         return found
     parts = {
@@ -242,8 +248,8 @@ def _size(height_and_width: Tensor) -> tuple[int, int]:
 def _run_lengths(prob: Tensor, box: Tensor, size: tuple[int, int]) -> dict[str, object]:
     """Return a mask ``(28, 28)`` over a box as compressed RLE of the whole image.
 
-    Only the pixels around the box are drawn: 2.5 times as fast as the whole image at 480x640, 4
-    times at 3000x4000. The counts are text, as JSON wants them.
+    Only the pixels around the box are computed: 2.5 times as fast as the whole image at 480x640, 4
+    times at 3000x4000. The counts are text, for JSON.
     """
     height, width = size
     x0, y0, x1, y1 = box.tolist()
@@ -254,13 +260,3 @@ def _run_lengths(prob: Tensor, box: Tensor, size: tuple[int, int]) -> dict[str, 
     crop = paste_mask(prob, box - shift, bottom - top, right - left)
     bitmap[top:bottom, left:right] = crop.numpy()
     return {"size": [height, width], "counts": coco_mask.encode(bitmap)["counts"].decode()}
-
-
-def _log_progress(num_done: int, num_images: int, seconds: float) -> None:
-    """Log one line; other ranks are taken to be as far as this one."""
-    num_done = min(num_done, num_images)
-    speed = num_done / seconds
-    logger.info(
-        "evaluation: %d of %d images, %.1f images/s, %.0f s left",
-        num_done, num_images, speed, (num_images - num_done) / speed,
-    )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Pictures of an evaluation: the images with the most and the fewest mistakes, and fixed ones.
+"""Pictures of an evaluation: the images with the most and the fewest mistakes.
 
-They are drawn from the detections that were measured, so nothing is detected twice.
+They are drawn from the detections that were scored, so the model runs only once.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from bigdet.host.strict_json import to_json
 from bigdet.pictures.drawing import SURE_LOGIT, draw
 from bigdet.run_dir import RunDir
 
-MIN_SCORE = 0.5  # of detections that are drawn and judged
-PIXEL_CENTER = 0.5  # COCO's keypoints count from the center of the first pixel
+MIN_SCORE = 0.5  # detections below it are neither drawn nor judged
+PIXEL_CENTER = 0.5  # COCO's keypoints are relative to the center of the first pixel
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Verdict:
     """How well the objects of one image were found, by boxes at an IoU of 0.5.
 
     Attributes:
-        image_id: the data set's number of it.
+        image_id: the image's id in the data set.
         num_right: detections that find an object of their class.
-        num_missed: objects that none finds.
-        num_wrong: detections that find nothing; those in crowds are left out.
+        num_missed: objects that no detection finds.
+        num_wrong: detections that find no object, without those in crowds.
     """
 
     image_id: int
@@ -57,12 +57,12 @@ class Verdict:
 def judge_images(
     truth: GroundTruth, found: DetectionTable, max_detections: int = MAX_DETECTIONS
 ) -> list[Verdict]:
-    """Judge every image on which there is something, or something was found.
+    """Judge every image with objects or detections.
 
     Args:
-        truth: what there is to find.
-        found: the detections, with boxes; those of lower scores than ``MIN_SCORE`` do not count.
-        max_detections: of an image that count, the best.
+        truth: the objects.
+        found: the detections, with boxes; scores below ``MIN_SCORE`` do not count.
+        max_detections: how many of an image count, the best first; at least 100.
     """
     cover = find_cover(truth, found, "bbox", max(MAX_DETECTIONS, max_detections))
     finds = match_all(truth, cover, same_class=True, min_score=MIN_SCORE)
@@ -80,7 +80,7 @@ def judge_images(
 
 
 def pick(verdicts: Sequence[Verdict], count: int) -> list[tuple[str, Verdict]]:
-    """Choose so many images: ``worst``, the worst first, then as many ``best``, the best first."""
+    """Choose ``count`` images: ``worst``, the worst first, then as many ``best``, best first."""
     by_quality = sorted(verdicts, key=lambda v: (v.f1, -v.num_missed - v.num_wrong, v.image_id))
     worst = by_quality[: -(-count // 2)]
     others = by_quality[len(worst) :]
@@ -104,12 +104,12 @@ def write_pictures(
 
     Args:
         shards: the validation set.
-        results: detections of all its images; read more than once.
-        kinds: what was measured.
-        count: images to draw.
-        run_dir: of the run.
-        phase: its name.
-        max_detections: of an image that count, the best.
+        results: detections of all its images; iterated more than once.
+        kinds: the kinds that were scored: masks and keypoints are drawn if they are among them.
+        count: number of images to draw.
+        run_dir: where the pictures go.
+        phase: part of their names.
+        max_detections: how many of an image count, the best first.
     """
     truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
     found = read_detections(results, truth, ["bbox"])
@@ -117,7 +117,7 @@ def write_pictures(
     of_image = results_of(results, {verdict.image_id for _, verdict in chosen})
     (run_dir.pictures / "truth").mkdir(parents=True, exist_ok=True)
     for old in run_dir.pictures.glob(f"{phase}-*.jpg"):
-        old.unlink()  # of an evaluation that was repeated after a stop
+        old.unlink()  # of an evaluation that was interrupted
     listed = []
     for among, verdict in chosen:
         row = int(np.flatnonzero(shards.index["image_id"] == verdict.image_id)[0])
@@ -132,13 +132,13 @@ def write_pictures(
 
 
 def read_pixels(shards: ShardSet, row: int) -> NDArray[np.uint8]:
-    """Return an image of a set: ``(H, W, 3)`` uint8 RGB."""
+    """Return an image of a shard set: ``(H, W, 3)`` uint8 RGB."""
     pixels: NDArray[np.uint8] = load_sample(shards, row)[0].permute(1, 2, 0).numpy()
     return pixels
 
 
 def results_of(results: Iterable[Result], image_ids: Collection[int]) -> dict[int, list[Result]]:
-    """Return the results of some images from ``MIN_SCORE`` on, by image id."""
+    """Return the results of some images, by image id, without scores below ``MIN_SCORE``."""
     found: dict[int, list[Result]] = defaultdict(list)
     for result in results:
         if result["image_id"] in image_ids and result["score"] >= MIN_SCORE:
@@ -149,12 +149,12 @@ def results_of(results: Iterable[Result], image_ids: Collection[int]) -> dict[in
 def draw_results(
     pixels: NDArray[np.uint8], results: Sequence[Result], shards: ShardSet
 ) -> Image.Image:
-    """Draw detections of one image that are in the COCO results format.
+    """Draw the detections of one image.
 
     Args:
         pixels: ``(H, W, 3)`` uint8 RGB.
-        results: of the image, best first.
-        shards: the set whose category ids they have.
+        results: in the COCO results format, best first.
+        shards: the shard set of the image, for its categories.
     """
     label_of = {number: label for label, number in enumerate(category_ids(shards))}
     labels = [label_of[result["category_id"]] for result in results]
@@ -181,12 +181,12 @@ def draw_results(
 
 
 def draw_truth(pixels: NDArray[np.uint8], truth: GroundTruth, image_id: int) -> Image.Image:
-    """Draw the objects of one image, with masks and keypoints as far as the ground truth has them.
+    """Draw the objects of one image, with masks and keypoints if the ground truth has them.
 
     Args:
         pixels: ``(H, W, 3)`` uint8 RGB.
         truth: of the whole set.
-        image_id: the data set's number of the image.
+        image_id: the image's id in the data set.
     """
     place = int(np.searchsorted(truth.image_ids, image_id))
     rows = np.flatnonzero(truth.images == place)

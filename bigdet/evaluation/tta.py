@@ -1,12 +1,11 @@
-"""Test-time augmentation: what a detector finds in several views of an image becomes one result.
+"""Test-time augmentation: the detections in several views of an image become one result.
 
-Views are sizes, each also mirrored. As in Detectron (``TEST.BBOX_AUG`` with ``UNION``): the
-candidates of all views are pooled, near duplicates within a class dropped, boxes may be moved to
-the mean of those that agree with them, and the best of each image are kept. Or as in detectron2,
-where each view drops its own near duplicates first (``evaluation.tta.pool``). Masks, and whatever
-else is a map over a box, are then read in every view for the boxes that remain, and averaged. So a
-view is run twice where there are such maps; its features are not kept, as those of 16 views do not
-fit on a device.
+Views are sizes, each also mirrored. As in Detectron (``TEST.BBOX_AUG`` with ``UNION``), the
+candidates of all views are pooled, near duplicates within a class are removed, boxes may be moved
+to the mean of the candidates that agree with them, and the best of each image are kept. As in
+detectron2, each view may remove its own near duplicates first (``evaluation.tta.pool``). Masks and
+other maps over a box are then computed in every view for the remaining boxes, and averaged. So each
+view is run twice if there are such maps: the features of 16 views would not fit on a device.
 
 Letters: B images, D detections of all images, N candidates of all images and views.
 """
@@ -28,11 +27,11 @@ from bigdet.models.heads.detections import FlatDetections, best_detections, usab
 from bigdet.ops.boxes import pairwise_iou
 from bigdet.structures import Batch, Detections
 
-CHUNK = 2**22  # pairs of a detection and a candidate that are compared at once
+CHUNK = 2**22  # pairs of a detection and a candidate compared at once
 
 
 class AugmentedDetector(nn.Module):
-    """A detector that looks at each image in several views; takes images at their own size."""
+    """A detector that runs on several views of each image; takes images at their original size."""
 
     def __init__(
         self,
@@ -44,11 +43,11 @@ class AugmentedDetector(nn.Module):
         """Wrap a detector; nothing is copied.
 
         Args:
-            detector: of any family.
+            detector: any detector of bigdet.
             config: the views.
-            categories: say which keypoints a mirror exchanges.
-            plain_size: short side and longest long side, pixels, of the evaluation without
-                augmentation. None: the detector's ``eval_size``.
+            categories: their keypoints, of which a mirror exchanges left and right.
+            plain_size: short side and longest long side of an evaluation without augmentation,
+                pixels. None: the detector's ``eval_size``.
         """
         super().__init__()
         self.mirrored: list[int] = []
@@ -61,10 +60,10 @@ class AugmentedDetector(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> list[Detections]:
-        """Give the detections of each image, boxes in pixels of the canvas.
+        """Return the detections of each image, boxes in pixels of the canvas.
 
         Args:
-            batch: images as large as they are.
+            batch: images at their original size.
         """
         detector, sizes = self.detector, batch.image_sizes
         settings, num_classes = detector.eval_settings, detector.num_classes
@@ -92,7 +91,7 @@ class AugmentedDetector(nn.Module):
         return detector.finish(found, maps, len(sizes))
 
     def _mean_maps(self, batch: Batch, found: FlatDetections) -> dict[str, Tensor]:
-        """Read the maps of the detections in every view and average them."""
+        """Return the maps of the detections, averaged over the views."""
         sums: dict[str, Tensor] = {}
         num_views = 0
         for view in self._views(batch):
@@ -109,7 +108,7 @@ class AugmentedDetector(nn.Module):
 
     def _views(self, batch: Batch) -> Iterator[View]:
         """Yield the views of a batch, one at a time."""
-        # Resizing of uint8, which keeps training and testing alike, is the CPU's.
+        # On the CPU, as resizing of uint8 in training is.
         images = [
             image[:, :height, :width]
             for image, (height, width) in zip(
@@ -127,11 +126,11 @@ class AugmentedDetector(nn.Module):
 
 @dataclass(frozen=True)
 class View:
-    """Images as a view shows them.
+    """One view of the images of a batch.
 
     Attributes:
-        batch: the resized, and maybe mirrored, images.
-        image_sizes: ``(B, 2)`` height, width of the images themselves.
+        batch: the resized, and perhaps mirrored, images.
+        image_sizes: ``(B, 2)`` height, width of the original images.
         is_flipped: left and right are exchanged.
     """
 
@@ -140,17 +139,17 @@ class View:
     is_flipped: bool
 
     def to_image(self, boxes: Tensor, images: Tensor) -> Tensor:
-        """Move boxes ``(D, 4)`` from the view to the images ``(D,)`` they belong to."""
+        """Move boxes ``(D, 4)`` from the view to their images ``(D,)``."""
         seen = self._mirror(boxes, images) if self.is_flipped else boxes
         return seen / self._scales(images).to(boxes.dtype)
 
     def from_image(self, boxes: Tensor, images: Tensor) -> Tensor:
-        """Move boxes ``(D, 4)`` from the images ``(D,)`` they belong to into the view."""
+        """Move boxes ``(D, 4)`` from their images ``(D,)`` into the view."""
         seen = boxes * self._scales(images).to(boxes.dtype)
         return self._mirror(seen, images) if self.is_flipped else seen
 
     def _scales(self, images: Tensor) -> Tensor:
-        """Give the factors ``(D, 4)`` from pixels of the images to pixels of the view."""
+        """Return the factors ``(D, 4)`` from pixels of the images to pixels of the view."""
         factors = self.batch.image_sizes.double() / self.image_sizes.double()
         return factors.flip(1).repeat(1, 2)[images]
 
@@ -175,11 +174,11 @@ def vote(found: FlatDetections, candidates: FlatDetections, iou: float) -> Tenso
 
     Args:
         found: D detections, which are among the candidates.
-        candidates: N of all views.
-        iou: candidates of the same image and class that overlap a box by at least this agree.
+        candidates: N candidates of all views.
+        iou: candidates of the same image and class agree with a box from this IoU on.
 
     Returns:
-        ``(D, 4)``
+        ``(D, 4)`` xyxy, like the boxes of ``found``.
     """
     voted = [found.boxes[:0]]
     for rows in torch.split(
@@ -190,7 +189,7 @@ def vote(found: FlatDetections, candidates: FlatDetections, iou: float) -> Tenso
         is_alike = (found.images[rows, None] == candidates.images) & (
             found.labels[rows, None] == candidates.labels
         )
-        # A box overlaps itself wholly, but for rounding, and what was cut at the image's border.
+        # A box overlaps itself by 1, except for rounding and clipping at the image's border.
         agrees = is_alike & (pairwise_iou(boxes, candidates.boxes) >= iou)  # (rows, N)
         weights = agrees * candidates.scores
         totals = weights.sum(dim=1, keepdim=True)

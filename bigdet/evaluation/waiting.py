@@ -1,4 +1,4 @@
-"""Rank 0 works on something long while the others wait, and no collective can time out."""
+"""Long work on rank 0 while the other ranks wait, without a collective that times out."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ T = TypeVar("T")
 
 
 def work_on_main(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | None:
-    """Run a function on rank 0, beside its main thread; every rank must call it.
+    """Run a function in a thread of rank 0 (a collective).
 
-    Meanwhile the ranks meet twice a second, so the work may take as long as it likes, and a request
-    to stop is heard.
+    Meanwhile the ranks run a collective twice a second, so the work may take any time, and requests
+    to stop are noticed.
 
     Args:
-        work: what rank 0 does, without collectives.
-        must_stop: asked on all ranks again and again (a collective); the same answer on all.
+        work: called on rank 0 only; without collectives.
+        must_stop: called repeatedly on all ranks (a collective); must return the same on all.
 
     Returns:
-        On every rank what rank 0 got; None when they had to stop. The work is then left alone.
+        On every rank the result of rank 0; None when asked to stop, while the work still runs.
 
     Raises:
-        SharedError: on every rank, when a user's mistake came out in the work.
+        SharedError: on every rank, for an error of the work that a user can cause.
     """
     future: Future[T] | None = None
     if distributed.is_main():
@@ -45,5 +45,5 @@ def work_on_main(work: Callable[[], T], must_stop: Callable[[], bool]) -> T | No
 
 
 def _is_done(future: Future[T] | None) -> bool:
-    """Tell whether the work is done, after waiting a little; False on ranks that do none."""
+    """Wait a little, then return whether the work is done; False on ranks without work."""
     return future is not None and bool(wait([future], timeout=POLL_SECONDS).done)

@@ -1,7 +1,7 @@
 """A detector with fixed shapes throughout, for torch.export and ONNX.
 
-What comes out has always the same size: the best D detections of each image, and which of them are
-detections at all. Regions are pooled by torchvision's RoIAlign, which ONNX knows, instead of the
+Outputs always have the same size: the best D detections of each image, and which of them are valid.
+Regions are pooled by torchvision's RoIAlign, which ONNX knows, instead of the
 embedding bag of training; the numbers are the same.
 
 Letters: B images, D detections of an image, R regions of an image, K classes, n candidates.
@@ -39,8 +39,8 @@ class FixedDetector(nn.Module):
 
         Args:
             detector: on the CPU in fp32.
-            num_candidates: n, of an R-CNN: so many pairs of region and class above the threshold
-                meet in NMS; a detector itself has no such limit.
+            num_candidates: n, for an R-CNN: how many pairs of region and class above the threshold
+                enter NMS; the detector itself has no such limit.
         """
         super().__init__()
         self.detector = detector
@@ -55,8 +55,8 @@ class FixedDetector(nn.Module):
             image_sizes: ``(B, 2)`` int64 height, width of each image on the canvas.
 
         Returns:
-            Boxes ``(B, D, 4)`` in pixels of the canvas, scores ``(B, D)`` falling, labels
-            ``(B, D)`` int64, is_valid ``(B, D)`` bool: which are detections; with a mask head
+            Boxes ``(B, D, 4)`` in pixels of the canvas, scores ``(B, D)`` descending, labels
+            ``(B, D)`` int64, is_valid ``(B, D)`` bool: which are valid; with a mask head
             masks ``(B, D, 28, 28)``, probabilities on a grid over the box.
         """
         batch = plain_batch(images, image_sizes)
@@ -65,8 +65,7 @@ class FixedDetector(nn.Module):
             return self._select(*self._retina_candidates(detector, batch), image_sizes)
         assert isinstance(detector, RCNN)
         pyramid, _ = detector.features(batch)
-        canvas_size = (images.shape[2], images.shape[3])
-        predictions = detector.rpn(pyramid, detector.strides, canvas_size)
+        predictions = detector.rpn(pyramid, detector.strides, detector.seen_size(batch))
         proposals = detector.rpn.propose(predictions, image_sizes, spread_nms)
         candidates = self._box_candidates(detector, pyramid, proposals.boxes, proposals.is_valid)
         found = self._select(*candidates, image_sizes)
@@ -80,7 +79,7 @@ class FixedDetector(nn.Module):
     def _box_candidates(
         self, detector: RCNN, pyramid: Sequence[Tensor], regions: Tensor, is_valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Give boxes ``(B, n, 4)``, scores (-inf for none) and labels ``(B, n)`` of the best."""
+        """Return boxes ``(B, n, 4)``, scores (-inf for none) and labels ``(B, n)`` of the best."""
         head = detector.box_head
         assert isinstance(head, BoxHead)
         logits, deltas = head(_pool(detector, pyramid, regions, BOX_POOLED_SIZE))
@@ -98,7 +97,7 @@ class FixedDetector(nn.Module):
     def _retina_candidates(
         self, detector: RetinaNet, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Give boxes ``(B, n, 4)``, scores (-inf for none) and labels ``(B, n)`` of the best."""
+        """Return boxes ``(B, n, 4)``, scores (-inf for none) and labels ``(B, n)`` of the best."""
         predictions = detector.features(batch)
         config, num_classes = detector.retina_head.config, detector.num_classes
         all_scores, anchors, labels, first_anchor = [], [], [], 0
@@ -118,7 +117,7 @@ class FixedDetector(nn.Module):
     def _select(
         self, boxes: Tensor, scores: Tensor, labels: Tensor, image_sizes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cut boxes at their images, drop near duplicates, keep the best D of each image."""
+        """Clip boxes to their images, drop near duplicates, keep the best D of each image."""
         num_images, num_classes = len(boxes), self.detector.num_classes
         settings = self.detector.eval_settings
         boxes = clip_boxes(boxes, image_sizes)
@@ -146,7 +145,7 @@ class FixedDetector(nn.Module):
 
 
 def _pool(detector: RCNN, pyramid: Sequence[Tensor], boxes: Tensor, size: int) -> Tensor:
-    """Give the features ``(N, C, size, size)`` of regions ``(B, S, 4)``, N = B x S."""
+    """Return the features ``(N, C, size, size)`` of regions ``(B, S, 4)``, N = B x S."""
     num_images, num_slots = boxes.shape[:2]
     flat = boxes.flatten(0, 1)
     images = torch.arange(num_images).repeat_interleave(num_slots).to(flat.dtype)

@@ -1,6 +1,6 @@
 """Exported detectors: writing them, running them, and comparing them with the detector itself.
 
-What is in them is ``export/fixed.py``'s.
+``export/fixed.py`` defines what they compute.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Differences:
     """How far an exported detector is from the detector.
 
     Attributes:
-        detections: of the detector.
-        unmatched: detections of either that the other one has not.
+        detections: number of the detector's detections.
+        unmatched: detections that only one of the two has.
         box: largest distance of an edge, pixels.
         score: largest difference, in [0, 1].
         mask: largest difference of a probability.
@@ -65,7 +65,7 @@ class Differences:
         )
 
     def is_within(self, limits: Differences) -> bool:
-        """Tell whether nothing exceeds the limits; how many detections there are does not count."""
+        """Return whether nothing exceeds the limits; the number of detections does not count."""
         mine = (self.unmatched, self.box, self.score, self.mask)
         most = (limits.unmatched, limits.box, limits.score, limits.mask)
         return all(value <= limit for value, limit in zip(mine, most, strict=True))
@@ -78,22 +78,27 @@ class Differences:
 
 
 TOLERANCES = Differences(box=0.1, score=1e-3, mask=0.01)
-"""What sums of fp32 in another order may make. A detection closer than this score to the threshold,
-or to the last one of an image that is full, may be missing."""
+"""Differences due to fp32 sums in another order. A detection whose score is this close to the
+threshold, or to the last one of a full image, may be missing."""
 
 
 def check_exportable(detector: Detector, out: Path, size: tuple[int, int], num_images: int) -> None:
-    """Raise ``ValueError`` where a detector, a file or a size cannot be had."""
+    """Raise ``ValueError`` where a detector, a file or a size cannot be exported."""
     kind = detector.config.detector
     if not detector_facts(kind).is_exportable:
         known = [name for name, facts in DETECTORS.items() if facts.is_exportable]
         raise ValueError(f"found a {kind}, expected one of {', '.join(known)} to export.")
+    if (nms := getattr(detector.eval_settings, "nms", "hard")) != "hard":
+        raise ValueError(
+            f"found nms: {nms}, expected hard: an exported detector has no soft-NMS. Evaluate it "
+            f"with nms=hard, and train or convert it without the option."
+        )
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}.")
     if any(side < 2 * CANVAS_MULTIPLE or side % CANVAS_MULTIPLE for side in size):
         raise ValueError(
-            f"--size: found {size[0]} {size[1]}, expected multiples of {CANVAS_MULTIPLE} from "
-            f"{2 * CANVAS_MULTIPLE} on."
+            f"--size: found {size[0]} {size[1]}, expected multiples of {CANVAS_MULTIPLE}, at "
+            f"least {2 * CANVAS_MULTIPLE}."
         )
     if num_images < 1:
         raise ValueError(f"--batch: found {num_images}, expected 1 or more.")
@@ -116,8 +121,8 @@ def write_exported(
         detector: on the CPU, in evaluation mode.
         out: ``.onnx`` or ``.pt2``.
         size: height, width of the canvas.
-        num_images: B.
-        num_candidates: see ``FixedDetector``.
+        num_images: B, fixed in the file.
+        num_candidates: n of ``FixedDetector``.
     """
     fixed = FixedDetector(detector, num_candidates).eval()
     images = torch.zeros(num_images, 3, *size, dtype=torch.uint8)
@@ -126,7 +131,7 @@ def write_exported(
         "categories": json.dumps(detector.categories),
         "test_size": json.dumps(detector.eval_size),
     }
-    with warnings.catch_warnings():  # torchvision's and the exporter's words to each other
+    with warnings.catch_warnings():  # of torchvision and the exporter, not for users
         warnings.simplefilter("ignore")
         program = torch.export.export(fixed, (images, sizes), strict=False)
         if out.suffix == ".pt2":
@@ -135,17 +140,13 @@ def write_exported(
             out.write_bytes(written.getbuffer())
             return
         names = OUTPUTS if has_masks(detector.config) else OUTPUTS[:-1]
-        chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-        levels = [logger.level for logger in chatter]
-        for logger in chatter:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             onnx = torch.onnx.export(
                 program, dynamo=True, input_names=INPUTS, output_names=names, verbose=False
             )
         finally:
-            for logger, level in zip(chatter, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(logging.NOTSET)
     assert onnx is not None
     onnx.model.metadata_props.update(facts)
     onnx.save(str(out))
@@ -179,10 +180,10 @@ def on_canvas(detector: Detector, image: Tensor, size: tuple[int, int], num_imag
     """Resize an image as the detector does at test, or smaller to fit, and put it on a canvas.
 
     Args:
-        detector: knows the size at test.
+        detector: has the test size, ``eval_size``.
         image: ``(3, h, w)`` uint8.
         size: height, width of the canvas.
-        num_images: so many copies of it.
+        num_images: B, all of them the same image.
     """
     height, width = eval_size(image.shape[1], image.shape[2], *detector.eval_size)
     scale = min(1.0, size[0] / height, size[1] / width)
@@ -193,7 +194,7 @@ def on_canvas(detector: Detector, image: Tensor, size: tuple[int, int], num_imag
 
 
 def compare(detector: Detector, exported: Exported, batch: Batch) -> Differences:
-    """Compare what both find on the images of a batch; each detection is met by its nearest."""
+    """Compare the detections of both on a batch, each with the nearest one of the other."""
     outputs = exported(batch.images, batch.image_sizes)
     settings = detector.eval_settings
     total = Differences()

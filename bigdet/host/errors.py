@@ -1,7 +1,7 @@
-"""What an error says to the user: the message of bigdet, or where the run was when one came up.
+"""The message of an error for the user: bigdet's own, or one with the place in the run.
 
-An error that bigdet raises itself says where, what and what to do. One that comes up elsewhere (in
-torch, in a codec, in the system) says nothing of the run; it is told with the place in the run.
+An error that bigdet raises itself says where, what and what to do. One from elsewhere (torch, a
+codec, the system) says nothing about the run, so the place in the run is added.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 _OWN = ("bigdet", "__main__")  # a command is __main__
 _GIB = 1 << 30
 _FULL = ("can't allocate memory", "std::bad_alloc")
-"""What torch says where the memory of the host is full."""
+"""What torch says when the memory of the host is full."""
 _place = ""
 
 
 class LostProcessError(ValueError, RuntimeError):
-    """A process that this one started was killed or failed; it is told without a traceback."""
+    """A process that this one started was killed or failed; shown without a traceback."""
 
 
 def at(place: str) -> None:
-    """Note what this process does from now on, for messages; empty for nothing to tell."""
+    """Record what this process does from now on, for messages; empty for nothing."""
     global _place
     _place = place
 
 
 def explain(error: BaseException) -> str:
-    """Return what an error says, and what to do where the system itself says no more.
+    """Return the message of an error, with advice if it is one of the system.
 
-    Whose it is, is told by where it was raised, not by its text or type.
+    Whether it is bigdet's own depends on where it was raised, not on its text or type.
     """
     if (own := type(error).__module__).startswith("bigdet.") or _is_raised_here(error):
         return _advised(error)
@@ -45,13 +45,11 @@ def explain(error: BaseException) -> str:
     kind = type(error).__name__ if own == "builtins" else f"{own}.{type(error).__name__}"
     begin = f"{_place}: " if _place else ""
     end = "" if text.endswith((".", "!", "?")) else "."
-    return (
-        f"{begin}{text}{end} ({kind}{_way(error)}. BIGDET_TRACEBACK=1 shows the whole way there.)"
-    )
+    return f"{begin}{text}{end} ({kind}{_way(error)}. BIGDET_TRACEBACK=1 shows the traceback.)"
 
 
 def explain_exit(code: int) -> str:
-    """Say what an exit code means that is of a signal, below 0 or above 128; else nothing."""
+    """Return what an exit code of a signal, below 0 or above 128, means; else an empty string."""
     try:
         name = signal.Signals(-code if code < 0 else code - 128).name
     except ValueError:
@@ -60,7 +58,7 @@ def explain_exit(code: int) -> str:
 
 
 def explain_killed(error: BaseException) -> str:
-    """Say that a loader process was killed, where an error of torch means that; else nothing."""
+    """Return a message if an error of torch means that a loader process was killed; else empty."""
     begin = "DataLoader worker (pid"
     if not (isinstance(error, RuntimeError) and str(error).startswith(begin)):
         return ""
@@ -70,20 +68,20 @@ def explain_killed(error: BaseException) -> str:
     hint = "" if "Segmentation fault" in found else f": {memory_hint()}"
     return (
         f"a loader process was lost ({found}){hint}. Lower data.workers (each holds a few batches "
-        f"and decoded images), or give the job more memory. The same command goes on from the "
-        f"newest checkpoint."
+        f"and decoded images), or give the job more memory. The same command continues from "
+        f"the newest checkpoint."
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a device, or the host as one, had no memory left."""
+    """Return whether a device, or the host as one, had no memory left."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # of torch
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
 
 
 def explain_full(error: BaseException) -> str:
-    """Say where memory ran out and what to do, where an error of torch means that; else nothing."""
+    """Return where memory ran out and what to do if an error of torch means that; else empty."""
     if isinstance(error, MemoryError) or not is_out_of_memory(error):
         return ""
     begin, lines = f"{_place}: " if _place else "", str(error).splitlines()
@@ -95,13 +93,13 @@ def explain_full(error: BaseException) -> str:
 
 
 def memory_hint() -> str:
-    """Say when the system kills processes, and how much memory there is."""
+    """Return when the system kills processes, and how much memory there is."""
     memory = host_memory()
     free = "" if memory.available is None else f"{memory.available / _GIB:.1f} of "
-    told = "GiB are free now" if free else "GiB in all"
+    unit = "GiB are free now" if free else "GiB in all"
     return (
         f"the system kills processes when the memory of the host or of the job is full, "
-        f"{free}{memory.total / _GIB:.1f} {told}"
+        f"{free}{memory.total / _GIB:.1f} {unit}"
     )
 
 
@@ -117,7 +115,7 @@ def _advised(error: BaseException) -> str:
 
 
 def _is_raised_here(error: BaseException) -> bool:
-    """Tell whether a ``raise`` of bigdet made an error, and not a call that it made."""
+    """Return whether a ``raise`` in bigdet made an error, and not a call from it."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -132,7 +130,7 @@ def _is_own(trace: TracebackType) -> bool:
 
 
 def _way(error: BaseException) -> str:
-    """Say which package raised an error, and what of bigdet had called it."""
+    """Return which package raised an error, and which code of bigdet had called it."""
     trace, caller, raised_in = error.__traceback__, None, ""
     while trace is not None:
         if _is_own(trace):

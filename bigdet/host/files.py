@@ -1,4 +1,4 @@
-"""Files that are whole or absent, on the disk before anyone counts on them; and their hash."""
+"""Files that are complete or absent, and on the disk before anyone relies on them; hashes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a small file whole or not at all, making its folder if need be."""
+    """Write a small file completely or not at all, creating its folder if needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -17,7 +17,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def put_in_place(temporary: Path, file: Path) -> None:
-    """Give what is written whole its name, so that not even a power cut leaves a part of it.
+    """Rename what is written completely, so that not even a power cut leaves a part of it.
 
     Args:
         temporary: a file, or a folder whose files are on the disk; on the same file system.
@@ -47,8 +47,8 @@ def check_folder(folder: Path, option: str) -> None:
     """Make a folder and try to write into it, so that this fails before the work and not after it.
 
     Args:
-        folder: for what a command writes.
-        option: that names the folder, for the message.
+        folder: where a command writes.
+        option: name of the option with the folder, for the message.
 
     Raises:
         ValueError: it cannot be written to.

@@ -1,4 +1,4 @@
-"""What launchers tell a process of its place among the ranks, put into the variables of torch.
+"""The place of a process among the ranks: from the variables of launchers to those of torch.
 
 ``deepspeed`` and ``torchrun`` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
 themselves. Here they are made from those of Slurm's ``srun`` and of ``mpirun`` (Open MPI, MPICH,
@@ -22,18 +22,18 @@ _MPI = (  # rank, number of ranks, rank on this host, ranks on this host
     ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # Cray
 )
 _JOBS = ("PMIX_NAMESPACE", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-"""What tells the runs of a host apart, the same for all ranks of a run."""
+"""Variables that differ between the runs of a host and agree in all ranks of a run."""
 _STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
-_FIRST_PORT, _NUM_PORTS = 12_000, 20_000  # below those that Linux gives away
+_FIRST_PORT, _NUM_PORTS = 12_000, 20_000  # below those that Linux assigns itself
 
 
 def adopt() -> None:
-    """Set what torch needs, where another launcher started this process as one of several.
+    """Set what torch needs if another launcher started this process as one of several.
 
     A process that torchrun started inside a task has RANK already.
 
     Raises:
-        ValueError: there are several ranks, and which of them this is cannot be told.
+        ValueError: there are several ranks, and which of them this is is unknown.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not _adopt_mpi():
         _adopt_slurm()
@@ -53,7 +53,7 @@ def adopt() -> None:
 
 
 def _adopt_mpi() -> bool:
-    """Read the variables of an MPI; False where there are none of several ranks.
+    """Read the variables of an MPI; False if they do not say that there are several ranks.
 
     Before Slurm's: ``mpirun`` inside a job starts its own daemons with ``srun``.
     """
@@ -99,7 +99,7 @@ def _adopt_slurm() -> None:
         if names:
             raise ValueError(
                 f"{names[0]} is {variables[names[0]]}, so there are several ranks, but their "
-                f"number or this one's place on its host is not told. Set RANK, WORLD_SIZE, "
+                f"number or this one's place on its host is unknown. Set RANK, WORLD_SIZE, "
                 f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each process, or start it with "
                 f"torchrun."
             )
@@ -131,12 +131,12 @@ def first_host(node_list: str) -> str:
 
 
 def _sees_one_gpu() -> bool:
-    """With --gpus-per-task a task sees its own GPU alone, as number 0."""
+    """With --gpus-per-task a task sees only its GPU, as number 0."""
     return torch.cuda.is_available() and torch.cuda.device_count() == 1
 
 
 def _count(name: str, default: int) -> int:
-    """Return a variable of the environment that counts; ``ValueError`` if it is no such number."""
+    """Return a whole number from the environment; ``ValueError`` if it is not one."""
     text = os.environ.get(name)
     if text is None:
         return default

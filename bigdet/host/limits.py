@@ -1,8 +1,8 @@
-"""How many CPUs and how much memory a process may take: of the host, and of its control groups.
+"""How many CPUs and how much memory a process may use: of the host, and of its control groups.
 
-Slurm, Kubernetes and ``docker --memory`` give a job a part of its host. The kernel ends whoever
-takes more, so that part counts, and not what ``/proc/meminfo`` says. A control group may lie in
-others; each has a limit of its own, and all of them hold.
+Slurm, Kubernetes and ``docker --memory`` give a job a part of its host. The kernel kills a process
+that takes more, so that part counts, not ``/proc/meminfo``. Control groups are nested, and the
+limits of all of them apply.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_MEMORY_LIMITS = (
-    "memory.max", "memory.high",  # version 2
-    "memory.limit_in_bytes",  # version 1
-)  # fmt: skip
+# The last one is of version 1.
+_MEMORY_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
 _MEMORY_USED = ("memory.current", "memory.usage_in_bytes")
 _CACHE = re.compile(r"^(?:active_file|inactive_file|slab_reclaimable) (\d+)$", re.MULTILINE)
 _CACHE_V1 = re.compile(r"^total_(?:active_file|inactive_file) (\d+)$", re.MULTILINE)
@@ -30,7 +28,7 @@ class Memory:
 
     Attributes:
         total: bytes that it has, used or not.
-        available: bytes that may still be taken; what the kernel keeps of files counts as free.
+        available: bytes that may still be taken; cached files count as free.
             None where the system does not say.
     """
 
@@ -39,11 +37,7 @@ class Memory:
 
 
 def num_cpus(root: Path = Path("/")) -> int:
-    """Return how many CPUs this process may use at a time, at least 1.
-
-    Args:
-        root: of the file system; another one for tests.
-    """
+    """Return how many CPUs this process may use at a time, at least 1; tests have another root."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         count = len(os.sched_getaffinity(0))
     else:
@@ -56,13 +50,9 @@ def num_cpus(root: Path = Path("/")) -> int:
 
 
 def host_memory(root: Path = Path("/")) -> Memory:
-    """Return the memory of this process's part of the host.
-
-    Args:
-        root: of the file system; another one for tests.
-    """
-    told = _text(root / "proc/meminfo")
-    kib = {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB$", told, re.M)}
+    """Return the memory of this process's part of the host; tests have another root."""
+    text = _text(root / "proc/meminfo")
+    kib = {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB$", text, re.M)}
     if "MemTotal" not in kib:  # no Linux
         return Memory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None)
     total = kib["MemTotal"] * 1024
@@ -80,14 +70,16 @@ def host_memory(root: Path = Path("/")) -> Memory:
 def _memory_limit(folder: Path) -> int | None:
     """Return the bytes that a control group may take; None without a limit."""
     limits = [_number(_text(folder / name)) for name in _MEMORY_LIMITS]
-    # Those of groups that a container does not see: version 1 tells the least of them all.
+    # Version 1 has the least limit of all groups, also of those that a container does not see.
     limits += map(int, _OUTER_LIMIT.findall(_text(folder / "memory.stat")))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _cache(stat: str) -> list[str]:
-    """Return the bytes that the kernel keeps of files, and would give to who needs them."""
-    return _CACHE_V1.findall(stat) or _CACHE.findall(stat)  # 1 has both: with inner groups, without
+    """Return the bytes of files that the kernel caches and frees when memory is needed."""
+    return _CACHE_V1.findall(stat) or _CACHE.findall(
+        stat
+    )  # version 1 has both: with inner groups, and without
 
 
 def _cpu_quota(folder: Path) -> tuple[float, float]:
@@ -117,12 +109,10 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _up(mounted: Path, path: str, top: str) -> Iterator[Path]:
-    """Yield a group's folder and those above it, as far as they are mounted.
+    """Yield the folder of a group and those above it, as far as they are mounted.
 
-    Args:
-        mounted: where the groups are.
-        path: of the group, from the root of all groups.
-        top: the group that is mounted: a container may see its own alone.
+    ``path`` is from the root of all groups. ``top`` is the group that is mounted: a container may
+    see only its own.
     """
     inner = Path(path).parts[1:]
     above = Path(top).parts[1:]
@@ -134,7 +124,7 @@ def _up(mounted: Path, path: str, top: str) -> Iterator[Path]:
 
 
 def _text(file: Path) -> str:
-    """Return what a file of the kernel says; nothing where it is not there or not for us."""
+    """Return the text of a file of the kernel; empty if it is absent or not readable."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -142,7 +132,7 @@ def _text(file: Path) -> str:
 
 
 def _number(text: str) -> int | None:
-    """Return a number; None for none, as ``max`` is."""
+    """Return a whole number; None for other text, such as ``max``."""
     try:
         return int(text)
     except ValueError:

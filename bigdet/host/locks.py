@@ -1,8 +1,8 @@
 """One process at a time writes into a folder: a lock file there says who, where and since when.
 
-A process of this host that has ended is known to have ended, even where its number was given to
-another one since: by the start of the process, the boot of the host, and the container. Of another
-host (or container) only the file's time is known, which its owner refreshes.
+Whether a process of this host has ended is certain, even if its number was given to another one
+since: from the start of the process, the boot of the host, and the container. For another host (or
+container) only the file's time is known, which its owner refreshes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Owner:
 
     Attributes:
         host: its name.
-        boot: of the host's kernel; two hosts may have one name.
+        boot: id of the kernel's boot; two hosts may have the same name.
         container: the space of process numbers that ``pid`` belongs to.
         pid: number of the process.
-        start: when that process began, in the system's own way; empty where it does not say.
+        start: when that process began, as the system writes it; empty if it does not say.
         since: local time for people.
-        token: of this lock alone.
+        token: unique to this lock.
     """
 
     host: str
@@ -70,7 +70,7 @@ class Owner:
         return cls(socket.gethostname(), boot, container, pid, start, since, uuid.uuid4().hex)
 
     def is_running(self) -> bool | None:
-        """Tell whether the process still runs; None where that cannot be seen from here."""
+        """Return whether the process still runs; None if that cannot be seen from here."""
         here = Owner.here()
         if (self.host, self.boot, self.container) != (here.host, here.boot, here.container):
             return None
@@ -105,9 +105,9 @@ class _Lock:
                     os.utime(self._file)
                 elif not self._is_over.is_set():
                     logger.error(
-                        "%s: another process has taken this folder over, as the lock was not "
-                        "refreshed for %g s. This one ends.", self._file, STALE_SECONDS,
-                    )  # fmt: skip
+                        f"{self._file}: another process has taken this folder over, as the lock "
+                        f"was not refreshed for {STALE_SECONDS:g} s. This one ends."
+                    )
                     os._exit(1)
             except OSError:
                 continue  # a file system that does not answer now
@@ -118,8 +118,8 @@ def held(folder: Path, file: Path) -> Iterator[None]:
     """Hold the lock file of a folder inside the block.
 
     Args:
-        folder: that is written to, for messages.
-        file: in it, or in a folder in it, which is there.
+        folder: where the holder writes, for messages.
+        file: in this folder, or in an existing folder inside it.
 
     Raises:
         LockedError: another process holds it; nothing in the folder has changed.
@@ -145,7 +145,7 @@ def _take(folder: Path, file: Path) -> _Lock:
         found = _read(file)
         if found is None:
             if file.is_symlink():
-                raise ValueError(f"{file}: is a link that leads nowhere. Remove it.")
+                raise ValueError(f"{file}: is a broken link. Remove it.")
             taken = _create(file, text)
         elif _is_alive(file, found):
             raise LockedError(_message(folder, file, found))
@@ -164,8 +164,8 @@ def _read(file: Path) -> str | None:
 
 
 def _create(file: Path, text: str) -> bool:
-    """Make a lock file, with all of its content at once; False if there is one now."""
-    with _beside(file, text) as written:
+    """Create a lock file, with all of its content at once; False if there is one now."""
+    with _temporary(file, text) as written:
         try:
             os.link(written, file)
             return True
@@ -185,7 +185,7 @@ def _create(file: Path, text: str) -> bool:
 def _replace(file: Path, found: str, text: str) -> bool:
     """Replace the lock of a process that is gone; False if another start did so meanwhile."""
     try:
-        with open(file, "r+b") as old, _beside(file, text) as written:
+        with open(file, "r+b") as old, _temporary(file, text) as written:
             with contextlib.suppress(OSError):  # some network file systems have no such locks
                 fcntl.flock(old, fcntl.LOCK_EX)
             if _read(file) != found:
@@ -198,8 +198,8 @@ def _replace(file: Path, found: str, text: str) -> bool:
 
 
 @contextlib.contextmanager
-def _beside(file: Path, text: str) -> Iterator[Path]:
-    """Give a complete file with the text, of a name of its own, that goes at the end."""
+def _temporary(file: Path, text: str) -> Iterator[Path]:
+    """Yield a complete file with the text in the same folder; it is deleted at the end."""
     path = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         path.write_text(text, encoding="utf-8")
@@ -209,7 +209,7 @@ def _beside(file: Path, text: str) -> Iterator[Path]:
 
 
 def _is_alive(file: Path, text: str) -> bool:
-    """Tell whether the owner of a lock goes on, waiting where that takes a while to see."""
+    """Return whether the owner of a lock still runs, waiting if that takes a while to see."""
     owner = _owner(text)
     running = None if owner is None else owner.is_running()
     if running is not None:
@@ -218,9 +218,9 @@ def _is_alive(file: Path, text: str) -> bool:
     if owner is None or age > STALE_SECONDS or not _may_be_gone(owner):
         return age <= STALE_SECONDS
     logger.warning(
-        "%s: waiting up to %.0f s to see whether process %d on %s, which began before this one, "
-        "still writes here", file.parent, STALE_SECONDS, owner.pid, owner.host,
-    )  # fmt: skip
+        f"{file.parent}: waiting up to {STALE_SECONDS:.0f} s to see whether process {owner.pid} on "
+        f"{owner.host}, which began before this one, still writes here"
+    )
     seen = age
     while 0 <= seen <= STALE_SECONDS:
         time.sleep(POLL_SECONDS)
@@ -231,7 +231,7 @@ def _is_alive(file: Path, text: str) -> bool:
 
 
 def _may_be_gone(owner: Owner) -> bool:
-    """Tell whether an owner elsewhere was perhaps this very run: restarted, or of a new container.
+    """Return whether an owner elsewhere may be this run, restarted or in a new container.
 
     A launcher that starts its ranks again, maybe with rank 0 on another host, would give up after a
     few refusals.
@@ -242,14 +242,16 @@ def _may_be_gone(owner: Owner) -> bool:
 
 
 def _age(file: Path) -> float:
-    """Return seconds since a lock was refreshed, by the clock of its disk; -1 if it is gone."""
+    """Return the seconds since a lock was refreshed, by the clock of its disk; -1 if it is gone."""
     try:
         refreshed = file.stat().st_mtime
     except FileNotFoundError:
         return -1.0
     now = time.time()
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=file.parent) as probe:
-        now = os.fstat(probe.fileno()).st_mtime  # where nothing can be written, by our own clock
+        now = os.fstat(
+            probe.fileno()
+        ).st_mtime  # if nothing can be written, this host's clock counts
     return max(0.0, now - refreshed)
 
 
@@ -278,23 +280,23 @@ def _message(folder: Path, file: Path, text: str) -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """Return when a process began; empty where the system does not say, None if it has ended."""
+    """Return when a process began; empty if the system does not say, None if it has ended."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return None
     except PermissionError:
-        pass  # it is there, of another user
+        pass  # it exists, of another user
     try:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "" if Path("/proc/self").exists() else _told_start(pid)
+        return "" if Path("/proc/self").exists() else _start_by_ps(pid)
     state, *fields = status.rpartition(")")[2].split()
     return None if state in "ZX" else fields[18]  # ended and not yet collected; clock ticks
 
 
-def _told_start(pid: int) -> str:
-    """Return when a process began, as ``ps`` tells it: macOS has no ``/proc``."""
+def _start_by_ps(pid: int) -> str:
+    """Return when a process began, from ``ps``: macOS has no ``/proc``."""
     words = ["ps", "-o", "lstart=", "-p", str(pid)]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()

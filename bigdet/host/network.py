@@ -1,4 +1,4 @@
-"""Why ranks cannot meet: what the errors of gloo and NCCL mean, with what this host has."""
+"""Why ranks cannot connect: what errors of gloo and NCCL mean, with the settings of this host."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ import sys
 import torch.distributed as dist
 
 VARIABLES = (
-    "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME",
-)  # fmt: skip
-"""That decide which address and interface ranks use."""
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+    "TP_SOCKET_IFNAME",
+)
+"""Variables that decide which address and interface ranks use."""
 
-# Of gloo, but for its checks, which are of a setting or a bug: "[enforce fail at ...".
+# Those of gloo except its checks, which are about a setting or a bug: "[enforce fail at ...".
 _LOST_GLOO = re.compile(
     r"\[(?!enforce fail)\S*gloo/transport/|Gloo connectFullMesh|Application timeout"
     r"|Connection (closed|reset)"
@@ -30,7 +34,7 @@ _SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # Linux
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Tell whether an error means that another rank is gone."""
+    """Return whether an error means that another rank is gone."""
     if not isinstance(error, RuntimeError):
         return False
     if isinstance(error, dist.DistBackendError):  # NCCL's, of many kinds
@@ -39,7 +43,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def explain_nccl(error: BaseException) -> str:
-    """Say what to do about an error of NCCL that is not of a lost rank; else nothing."""
+    """Return what to do about an error of NCCL; empty if it is not one, or means a lost rank."""
     if not isinstance(error, dist.DistBackendError) or is_lost_peer(error):
         return ""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -50,7 +54,7 @@ def explain_nccl(error: BaseException) -> str:
 
 
 def explain_start(error: BaseException) -> str:
-    """Say why the process group cannot be made."""
+    """Return why the process group cannot be made."""
     begin = "the process group cannot be made: "
     asked = os.environ.get("GLOO_SOCKET_IFNAME", "")
     known = _interfaces()
@@ -62,13 +66,13 @@ def explain_start(error: BaseException) -> str:
         )
     reason = re.sub(r"^\[enforce fail at \S+ (ifa != nullptr\. )?", "", _first_line(error))
     return (
-        f"{begin}{reason.rstrip('.')}. {settings()} Ranks meet over an interface that is up: "
-        f"GLOO_SOCKET_IFNAME names one, where the name of this host does not lead to it."
+        f"{begin}{reason.rstrip('.')}. {settings()} Ranks connect over an interface that is "
+        f"up: set GLOO_SOCKET_IFNAME to one if the name of this host does not lead to it."
     )
 
 
 def explain_address(error: BaseException, address: str, port: int) -> str:
-    """Say why rank 0 cannot be reached at its own address."""
+    """Return why rank 0 cannot be reached at its own address."""
     problem = _first_line(error).rstrip(".")
     if unresolved := resolve_problem(address):
         return unresolved
@@ -84,7 +88,7 @@ def explain_address(error: BaseException, address: str, port: int) -> str:
 
 
 def resolve_problem(address: str) -> str:
-    """Say what is wrong with MASTER_ADDR where its name has no address here; else nothing."""
+    """Return what is wrong with MASTER_ADDR if its name has no address here; else empty."""
     try:
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError) as error:
@@ -111,7 +115,7 @@ def _interfaces() -> list[str]:
 
 
 def _state(interface: str) -> str:
-    """Return whether Linux has an interface switched off."""
+    """Return a note if an interface is switched off; only Linux says so."""
     if sys.platform != "linux":
         return ""
     request = struct.pack("16sH14x", interface.encode(), 0)

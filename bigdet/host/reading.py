@@ -1,7 +1,7 @@
-"""Errors of the system while a file is read, which say nothing about what is in the file.
+"""Errors of the system while a file is read, which say nothing about its content.
 
-A read that may succeed later is tried again. What stays ends the command, with the reason and what
-to do: taken for damage, it would cost images, or advise to make sound files again.
+A read that may succeed later is tried again. An error that remains ends the command, with the
+reason and what to do: taken for damage, it would cost images, or intact files would be made again.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ from typing import TypeVar
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Pauses between the attempts, so there is one attempt more. No jitter: processes that fail
-together wait for each other's lock anyway where files are fetched, see ``data/format/cache.py``."""
+"""Pauses between attempts, so there is one more attempt. No jitter: processes that fail together
+wait for each other's lock anyway when files are fetched, see ``data/format/cache.py``."""
 
 
-def _numbers(*names: str) -> frozenset[int]:
-    """Return the error numbers that this system has of some names."""
-    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
+def _numbers(names: str) -> frozenset[int]:
+    """Return the error numbers of some names, as far as this system has them."""
+    return frozenset(getattr(errno, name) for name in names.split() if hasattr(errno, name))
 
 
-_MAY_NOT = _numbers("EACCES", "EPERM")
-_TOO_MANY = _numbers("EMFILE", "ENFILE")
-_NO_MEMORY = _numbers("ENOMEM", "ENOBUFS")
+_MAY_NOT = _numbers("EACCES EPERM")
+_TOO_MANY = _numbers("EMFILE ENFILE")
+_NO_MEMORY = _numbers("ENOMEM ENOBUFS")
 _NETWORK = _numbers(
-    "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET",
-    "ECONNRESET", "ECONNREFUSED", "ECONNABORTED",
-)  # fmt: skip
-_DISK = _numbers("EIO", "EREMOTEIO", "EBUSY", "EAGAIN", "EINTR", "ENOLCK")
-_GONE = _numbers("ENOENT", "ENOTDIR", "ENODEV", "ENXIO", "ENOTCONN", "ESHUTDOWN", "ENOMEDIUM")
+    "ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET ECONNRESET "
+    "ECONNREFUSED ECONNABORTED"
+)
+_DISK = _numbers("EIO EREMOTEIO EBUSY EAGAIN EINTR ENOLCK")
+_GONE = _numbers("ENOENT ENOTDIR ENODEV ENXIO ENOTCONN ESHUTDOWN ENOMEDIUM")
 MAY_PASS = _TOO_MANY | _NO_MEMORY | _NETWORK | _DISK
-NO_FILE = _numbers("ENOENT", "ENOTDIR", "ELOOP", "ENAMETOOLONG", "EINVAL", "EILSEQ", "EBADF")
-"""What the system says of a name that no file has, or could have."""
+NO_FILE = _numbers("ENOENT ENOTDIR ELOOP ENAMETOOLONG EINVAL EILSEQ EBADF")
+"""Errors for a name that no file has, or could have."""
 
 _ADVICE = (
-    (_MAY_NOT, "Let the user that runs this command read it (chmod, or the options of the mount)"),
+    (_MAY_NOT, "Allow the user that runs this command to read it (chmod, or mount options)"),
     (_TOO_MANY, "Raise the limit of open files (ulimit -n), or lower data.workers"),
     (_NO_MEMORY, "This host has no memory left: lower data.workers, or end other programs"),
-    (_NETWORK | _GONE, "See that its disk or network folder is mounted here and answers"),
-    (_DISK, "See to its disk or network folder; the system's log (dmesg) may say more"),
+    (_NETWORK | _GONE, "Check that its disk or network folder is mounted here and answers"),
+    (_DISK, "Check its disk or network folder; the system's log (dmesg) may say more"),
 )
 
 T = TypeVar("T")
 
 
 def patiently(read: Callable[[], T], name: str) -> T:
-    """Return what a function reads, called again where the system may only be busy or out of reach.
+    """Return what a function reads, called again if the system may only be busy or unreachable.
 
     Args:
-        read: begins anew each time.
+        read: starts from the beginning each time.
         name: of what is read, for the log.
 
     Raises:
-        OSError: of the last attempt, or one that waiting does not change.
+        OSError: that of the last attempt, or one that waiting does not change.
     """
     for pause in RETRY_SECONDS:
         try:
@@ -75,5 +75,5 @@ def why_unread(error: OSError | MemoryError) -> str:
     number = error.errno if isinstance(error, OSError) else errno.ENOMEM
     if number is None:
         return f"cannot be read ({error})."
-    advice = next((text for numbers, text in _ADVICE if number in numbers), "See to it")
+    advice = next((text for numbers, text in _ADVICE if number in numbers), "Check it")
     return f"cannot be read ({os.strerror(number)}). {advice}; nothing is known to be damaged."

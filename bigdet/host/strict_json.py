@@ -1,4 +1,4 @@
-"""JSON that every reader takes: numbers that are not finite become null."""
+"""JSON that every reader accepts: numbers that are not finite become null."""
 
 from __future__ import annotations
 

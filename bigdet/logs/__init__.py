@@ -1,1 +1,1 @@
-"""Where a run says what it does: logging, metrics.jsonl, TensorBoard and Weights & Biases."""
+"""What a run reports while it trains: logs, metrics.jsonl, TensorBoard and Weights & Biases."""

@@ -1,6 +1,6 @@
-"""Where a run can be watched: TensorBoard, and Weights & Biases if it is asked for.
+"""Where a run can be watched: TensorBoard, and Weights & Biases if requested.
 
-A board takes numbers and pictures; ``metrics.jsonl`` alone is what a resume and a report read.
+A board takes numbers and pictures. Resuming and reports read only ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from bigdet.host.files import write_text
 
 
 class Board(Protocol):
-    """What watches a run; exists on rank 0 alone.
+    """Shows the progress of a run; exists on rank 0 only.
 
-    One of your own is a class (or a function that returns a board) with these three methods, which
-    ``log.boards=[my_package.boards:File]`` names. It is called once at each start of the run, by
-    name with ``folder`` (for its files, in the run folder, made for it), ``first_step`` (what an
-    earlier process showed from this step on is to be forgotten) and ``options`` (of the config, by
-    full key). What it raises ends the run.
+    Your own is a class (or a function that returns a board) with these three methods, named in
+    ``log.boards=[my_package.boards:File]``. It is called once at each start of the run with the
+    keyword arguments ``folder`` (an existing folder for its files, in the run folder),
+    ``first_step`` (discard what an earlier process showed from this step on) and ``options`` (of
+    the config, by full key). Its exceptions end the run.
 
         class File:
             def __init__(self, folder, first_step, options):
@@ -48,13 +48,13 @@ class Board(Protocol):
         """Show a picture.
 
         Args:
-            name: of the same thing at other steps too.
+            name: the same at all steps.
             picture: ``(H, W, 3)`` RGB.
             step: optimizer steps over all phases.
         """
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is not yet written."""
 
 
 class TensorBoard:
@@ -64,8 +64,8 @@ class TensorBoard:
         """Begin a file.
 
         Args:
-            folder: of the event files.
-            first_step: what an earlier process wrote from this step on is forgotten.
+            folder: where the event files go.
+            first_step: what an earlier process wrote from this step on is discarded.
         """
         # Imported here: it takes a second and only rank 0 of a training run needs it.
         from torch.utils.tensorboard import SummaryWriter
@@ -100,25 +100,25 @@ class WeightsAndBiases:
         mode: str,
         options: Mapping[str, Any],
     ) -> None:
-        """Begin a run there, or go on with the one that this run folder began.
+        """Start a run there, or continue the one that this run folder started.
 
         Args:
-            folder: for its files; its file ``id`` says which run it is.
-            project: of the run.
-            name: of the run.
+            folder: for its files; the file ``id`` holds the id of the run there.
+            project: where the run is listed.
+            name: shown for the run.
             entity: user or team; None for the default one.
             mode: ``online`` or ``offline``.
-            options: of the config.
+            options: of the config, by full key.
 
         Raises:
-            ValueError: it is not installed.
+            ValueError: wandb is not installed.
         """
         try:
             import wandb
         except ImportError as error:
             raise ValueError(
-                f"log.wandb: wandb is not to be had here ({error}). Install it (pip install "
-                f"wandb), or write log.wandb=null."
+                f"log.wandb: wandb cannot be imported ({error}). Install it (pip install "
+                f"wandb), or set log.wandb=null."
             ) from error
         id_file = folder / "id"
         if not id_file.is_file():
@@ -134,7 +134,7 @@ class WeightsAndBiases:
             resume="allow",
             config=dict(options),
         )
-        # Its own count of steps only rises; after a resume some steps come again.
+        # Its own step counter only rises; after a resume some steps are repeated.
         self._run.define_metric("*", step_metric="total_step")
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:

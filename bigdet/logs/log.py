@@ -1,4 +1,4 @@
-"""Where a run says what it does: logging for people or machines, ``metrics.jsonl``, boards."""
+"""Logging for people or machines, ``metrics.jsonl``, and boards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class JsonFormatter(logging.Formatter):
     """Writes a line as a JSON object: ``time``, ``level``, ``logger``, ``message``, ``values``.
 
-    ``values`` is there where a line tells numbers: what ``metrics.jsonl`` gets.
+    ``values`` has the numbers that ``metrics.jsonl`` gets; only lines with numbers have it.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -45,9 +45,9 @@ def setup_logging(rank: int, file: Path | None = None, as_json: bool = False) ->
     """Set the handlers, once: rank 0 to the console, every rank to its own file.
 
     Args:
-        rank: stands in the lines of the file.
+        rank: written in each line of the file.
         file: the log file of this rank; None for commands without a run folder.
-        as_json: the console gets JSON objects, one a line.
+        as_json: the console gets JSON objects, one per line.
     """
     root = logging.getLogger("bigdet")
     root.handlers.clear()
@@ -70,7 +70,7 @@ class MetricsWriter:
     """Appends objects to ``metrics.jsonl``, and shows numbers and pictures on boards; on rank 0.
 
     Attributes:
-        boards: where the run is watched.
+        boards: get all numbers and pictures.
     """
 
     def __init__(self, file: Path, boards: Sequence[Board] = ()) -> None:
@@ -121,7 +121,7 @@ def cut_metrics(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
 
     Args:
         file: may be absent.
-        keep: tells whether an object was written before the checkpoint.
+        keep: returns whether an object was written before the checkpoint.
     """
     if not file.exists():
         return

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block keeps its input, and runs again in the backward pass.
+"""Activation checkpointing: a block keeps its input only, and runs again in the backward pass.
 
 ``engine.activation_checkpointing`` turns it on in everything that is `Checkpointed`: each block of
 the backbone, the pyramid, the convolutions of the heads. Losses and gradients stay what they are:
@@ -37,14 +37,14 @@ class Checkpointed(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
 
         def run_in_context(*given: Any) -> Any:
-            with valid_rows(self, rows):  # also when it runs again
+            with valid_rows(self, rows):  # also in the second run
                 return block(*given)
 
         return checkpoint(run_in_context, *inputs, use_reentrant=False)
 
 
 def enable_checkpointing(module: nn.Module) -> None:
-    """Let every part of a model that can run its blocks again in the backward pass do so."""
+    """Turn activation checkpointing on in every part of a model that supports it."""
     for layer in module.modules():
         if isinstance(layer, Checkpointed):
             layer.is_checkpointed = True

@@ -76,7 +76,7 @@ def grid_spacings(
 
 
 def within_border(anchors: Tensor, image_sizes: Tensor, border: int) -> Tensor:
-    """Tell which anchors reach at most so many pixels beyond their image: ``(B, A)`` bool.
+    """Return which anchors reach at most this many pixels beyond their image: ``(B, A)`` bool.
 
     Args:
         anchors: ``(A, 4)``.

@@ -42,7 +42,7 @@ class Objects:
 
 
 def pad_objects(targets: Targets, dtype: torch.dtype) -> Objects:
-    """Lay flat targets out by image; one wait for the device, for G (at least 1).
+    """Arrange flat targets by image; one wait for the device, for G (at least 1).
 
     Args:
         targets: M objects of B images.
@@ -79,9 +79,9 @@ def match(
         objects: of B images.
         boxes: ``(A, 4)`` for all images or ``(B, A, 4)``.
         keep_best: also find the boxes that overlap some object more than every other box does,
-            ties included, so that no object goes without (two passes).
-        lowest_iou: but no box that overlaps its object by less than this.
-        is_usable: ``(B, A)`` bool, the boxes among which the best is looked for. None: all.
+            ties included, so that every object has one (two passes).
+        lowest_iou: a box that overlaps its object by less than this is not its best.
+        is_usable: ``(B, A)`` bool, the boxes that may be an object's best. None: all.
 
     Returns:
         ``(B, A)`` IoU with the best object (0 without any), ``(B, A)`` int64 its slot, and
@@ -169,7 +169,7 @@ class Sample:
 
     Attributes:
         index: ``(B, S)`` int64, which of the A.
-        is_valid: ``(B, S)`` bool; False in slots that had nothing to take.
+        is_valid: ``(B, S)`` bool; False in empty slots.
         is_positive: ``(B, S)`` bool.
     """
 

@@ -29,11 +29,12 @@ from bigdet.models.heads.keypoint import KeypointHead
 from bigdet.models.heads.mask import MaskHead
 from bigdet.models.heads.retina import RetinaHead
 from bigdet.models.heads.rpn import RegionProposals
-from bigdet.models.necks.fpn import FPN, RetinaFPN
+from bigdet.models.necks.fpn import FPN, RetinaFPN, SimplePyramid
 from bigdet.models.norms import Kind, batch_norms
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet
 
+NECKS = {"fpn": FPN, "simple": SimplePyramid}
 TO_WRITE = (
     "losses", "features", "find", "maps", "has_maps", "eval_settings", "use_eval_settings",
 )  # fmt: skip
@@ -42,7 +43,7 @@ TO_WRITE = (
 
 def head_norm(config: ModelConfig) -> Kind:
     """Give the normalization of FPN and heads: the model's, where its scope is ``all``."""
-    scope = config.norm_scope or ("all" if config.norm == "gn" else "backbone")
+    scope = config.norm_scope or ("all" if config.norm in ("gn", "ln") else "backbone")
     return config.norm if scope == "all" else "none"
 
 
@@ -60,7 +61,13 @@ def build_detector(
         ValueError: a user's own backbone or detector is not what is asked for.
     """
     facts = detector_facts(config.detector)
-    backbone = build_backbone(config.backbone, config.norm, config.drop_path, config.stride_in_1x1)
+    backbone = build_backbone(
+        config.backbone,
+        config.norm,
+        config.drop_path,
+        config.stride_in_1x1,
+        config.relative_positions,
+    )
     build = import_callable("model.detector", facts.build)
     chosen = () if conventions is None else (conventions,)
     detector = build(config, num_classes, backbone, *chosen)
@@ -113,7 +120,7 @@ def build_rcnn(
     mask_head = keypoint_head = None
     fpn, width = None, backbone.channels[-1]
     if has_fpn(config):
-        fpn, width = FPN(backbone.channels, config.width, norm), config.width
+        fpn, width = NECKS[config.neck](backbone.channels, config.width, norm), config.width
     rpn = RegionProposals(used(config.rpn), width, conventions, has_fpn(config), config.detector)
     box_head: BoxHead | CascadeHead
     make_head = partial(BoxHead, config, norm, width, num_classes, conventions)

@@ -1,8 +1,8 @@
-"""Choices in which detection frameworks differ and which do not show in the weights.
+"""Choices in which detection frameworks differ and which weights do not show.
 
-bigdet's own are the defaults. Parity tests and imported weights select others. One difference needs
-no choice: where the background class stands. bigdet has it last, and importing permutes the rows
-of the classifier (see ``models/heads/box.py``). Nor are losses and assignment here: they are
+bigdet's own are the defaults. Parity tests and imported weights select others. The place of
+the background class is not one of them: bigdet has it last, and importing permutes the rows of the
+classifier (see ``models/heads/box.py``). Nor are losses and assignment: they are
 options of the config (``model.rpn.box_beta``, ``model.rpn.border``, ``model.roi.box_loss``, ...).
 """
 

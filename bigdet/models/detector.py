@@ -9,13 +9,13 @@ One of your own is named as ``model.detector=my_package.nets:build``, without a 
         return MyDetector(backbone, fpn, MyHead(config.retina, num_classes))
 
 ``config.families.describe_detector`` says what the rules of the config have to know without
-building it: the names of its parts, the options of ``model`` that it heeds (others are refused),
+building it: the names of its parts, the options of ``model`` that it uses (others are refused),
 which parts have norms with ``norm_scope: all``, and whether it learns masks or keypoints. The
 function gets the model section, the number of classes and the backbone. It returns a `Detector`
 that defines ``losses``, ``features``, ``find``, ``maps``, ``has_maps``, ``eval_settings`` and
 ``use_eval_settings``, and whose modules are the described parts; `Detector.pixels` gives it the
 normalized images of a batch. It may not use batch normalization of torch. ``models/retinanet.py``
-is an example to begin with; ``models/build.py`` checks what can be seen of it when it is built.
+is an example to start from; ``models/build.py`` checks what can be seen of it when it is built.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigdet.config.model import ModelConfig
@@ -188,6 +189,12 @@ class Detector(nn.Module):
         """Take thresholds and limits of the detections from a config."""
         raise NotImplementedError
 
+    def seen_size(self, batch: Batch) -> tuple[int, int]:
+        """Return height and width of the `pixels`: the canvas, or the square around it."""
+        height, width = batch.images.shape[-2:]
+        largest = max(height, width)
+        return (largest, largest) if self.config.pad_to_square else (height, width)
+
     def pixels(self, batch: Batch) -> Tensor:
         """Give the normalized images ``(B, 3, H, W)``; everything outside an image is 0."""
         mean, deviation = self.get_buffer("pixel_mean"), self.get_buffer("pixel_deviation")
@@ -198,7 +205,11 @@ class Detector(nn.Module):
         columns = torch.arange(width, device=mean.device) < batch.image_sizes[:, 1, None, None]
         pixels = batch.images.to(mean.dtype, memory_format=torch.channels_last)
         pixels = (pixels - mean).div_(deviation)
-        return pixels.mul_((lines & columns)[:, None])
+        pixels = pixels.mul_((lines & columns)[:, None])
+        size = self.seen_size(batch)
+        if size == (height, width):
+            return pixels
+        return F.pad(pixels, (0, size[1] - width, 0, size[0] - height))
 
     @torch.no_grad()
     def predict(self, images: Sequence[Picture]) -> list[Detections]:
@@ -227,7 +238,7 @@ class Detector(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a block; then each part is as it was, come what may."""
+    """Put a module into evaluation mode for a block, then restore it, also after an error."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

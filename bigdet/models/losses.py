@@ -75,11 +75,11 @@ def focal_loss_sum(
 
     Args:
         logits: ``(..., K)``, one binary decision per class.
-        labels: ``(...)`` int64 in ``0..K-1``; of use where the row is positive.
+        labels: ``(...)`` int64 in ``0..K-1``; used where the row is positive.
         is_positive: ``(...)`` bool; other rows belong to no class.
         weights: ``(...)`` of the rows; 0 leaves a row out.
         alpha: weight of the logit of the own class; the others weigh 1 - alpha.
-        gamma: how much less easy decisions count.
+        gamma: exponent that lowers the weight of easy decisions.
 
     Returns:
         A scalar. No one-hot targets are made, and nothing in the size of the logits is kept for
@@ -90,7 +90,7 @@ def focal_loss_sum(
 
 
 class _FocalLossSum(torch.autograd.Function):
-    """The sum in chunks of rows; backward works the slopes out from the logits again."""
+    """The sum in chunks of rows; backward computes the derivatives from the logits again."""
 
     @staticmethod
     def forward(

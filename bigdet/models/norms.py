@@ -4,7 +4,7 @@ Batch normalization has a mode, set for a whole model by `set_norm_mode`:
 
 | mode | normalizes with | scale and shift | running statistics |
 | --- | --- | --- | --- |
-| ``live`` | the batch in training, running statistics else | trained | one update per step |
+| ``live`` | the batch in training, else running statistics | trained | one update per step |
 | ``sync`` | the batches of all ranks together in training | trained | one update per step |
 | ``affine`` | running statistics | trained | stay |
 | ``fixed`` | running statistics | stay | stay |
@@ -15,9 +15,9 @@ its mean and (unbiased) variance in each layer, the detector then calls `count_l
 them up, and the trainer `update_running_statistics` once per step, which averages over the lanes of
 all ranks and moves the running statistics of all layers by one momentum. (A pass that activation
 checkpointing repeats leaves what the first one left, and is not counted.) So they depend on neither
-accumulation nor ranks. The mean of the variances leaves out how far the means of the lanes lie
-apart: a layer that will be fixed sees the spread that a lane saw, which is what its weights were
-trained for. In ``sync`` the lanes that run at the same time on all ranks have the statistics of
+accumulation nor ranks. The mean of the variances does not include the variance between the means of
+the lanes: a layer that will be fixed has the variance within a lane, which its weights were trained
+for. In ``sync`` the lanes that run at the same time on all ranks have the statistics of
 their joint batch, so there the number of ranks matters.
 
 Rows of a batch that fill empty slots (`valid_rows`) are normalized but not counted; a lane without
@@ -92,7 +92,7 @@ class BatchNorm2d(nn.Module):
         self.register_buffer("num_filled", torch.zeros(1, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``(B, C, H, W)`` as the mode says; dtype and memory format stay."""
+        """Normalize ``(B, C, H, W)`` as the mode says; dtype and memory format are kept."""
         if self.mode in ("live", "sync") and self.training:
             is_joint = self.mode == "sync" and distributed.world_size() > 1
             if self.rows is not None or (is_joint and not x.is_cuda):

@@ -1,4 +1,4 @@
-"""Detectors that look twice: proposals over a pyramid, then a head for each (the R-CNN family)."""
+"""Two-stage detectors: proposals over a pyramid, then heads on each proposal (R-CNN family)."""
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ class RCNN(Detector):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""
         features = self._features(batch)
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions = self.rpn(features, self.strides, canvas_size)
+        predictions = self.rpn(features, self.strides, self.seen_size(batch))
         objects = pad_objects(batch.targets, predictions.anchors.dtype)
         losses: dict[str, Tensor] = self.rpn.losses(
             predictions, objects, batch.weights, batch.image_sizes
@@ -149,10 +148,9 @@ class RCNN(Detector):
     ) -> tuple[Pool, Proposals]:
         """Give the proposals of a batch, and what pools the features of regions."""
         pyramid, table = features
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions = self.rpn(pyramid, self.strides, canvas_size)
+        predictions = self.rpn(pyramid, self.strides, self.seen_size(batch))
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
-        # Empty slots stand last. Training keeps them; here they would only cost time.
+        # Empty slots come last. Training keeps them; here they would only cost time.
         most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()), proposals.boxes.device)
         proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
         return partial(self._pool_all, table), proposals

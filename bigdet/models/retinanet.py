@@ -33,8 +33,8 @@ class RetinaNet(Detector):
 
     def _predictions(self, batch: Batch) -> RetinaPredictions:
         features = self.fpn(self.backbone(self.pixels(batch))[1:])  # C3 to C5 to P3 to P7
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions: RetinaPredictions = self.retina_head(features, self.strides, canvas_size)
+        size = self.seen_size(batch)
+        predictions: RetinaPredictions = self.retina_head(features, self.strides, size)
         return predictions
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ class RetinaNet(Detector):
         return self.retina_head.losses(predictions, objects, batch.weights)
 
     def features(self, batch: Batch) -> RetinaPredictions:
-        """Compute what is said about every anchor."""
+        """Compute the predictions for every anchor."""
         return self._predictions(batch)
 
     def find(self, features: RetinaPredictions, batch: Batch) -> FlatDetections:
@@ -56,7 +56,7 @@ class RetinaNet(Detector):
         return self.retina_head.decode(features, len(batch.image_sizes))
 
     def maps(self, features: RetinaPredictions, found: FlatDetections) -> dict[str, Tensor]:
-        """Give nothing: a RetinaNet finds boxes."""
+        """Give no maps: a RetinaNet finds boxes only."""
         return {}
 
     @property

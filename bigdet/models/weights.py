@@ -136,12 +136,12 @@ def _opened(file: Path) -> Iterator[Any]:
             yield opened
     except SafetensorError as error:
         raise ValueError(
-            f"{file}: cannot be read as safetensors ({error}). A cut file has to be copied again."
+            f"{file}: cannot be read as safetensors ({error}). If it was cut off, copy it again."
         ) from error
 
 
 def find_weights(path: Path) -> Path:
-    """Return the weights file that a path stands for: the file, or that of a checkpoint or run."""
+    """Return the weights file that a path refers to: the file, or that of a checkpoint or run."""
     if path.is_file():
         return path
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Weights that are not finite: found, and named."""
+"""Find and name weights that are not finite."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def describe_not_finite(tensors: Mapping[str, Tensor]) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds neither NaN nor infinities."""
-    if not tensor.is_floating_point() or tensor.is_meta:  # which has a shape but no numbers
+    """Return whether a tensor holds neither NaN nor infinities."""
+    if not tensor.is_floating_point() or tensor.is_meta:  # meta tensors have no values
         return True
     # The sum alone is several times as fast, but may overflow.
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())

@@ -16,7 +16,7 @@ def sample_masks(masks: Masks, objects: Tensor, boxes: Tensor, output_size: int)
 
     Args:
         masks: the objects' cropped bitmaps.
-        objects: ``(N,)`` int64, which object each box asks for.
+        objects: ``(N,)`` int64, the object of each box.
         boxes: ``(N, 4)`` pixels of the canvas.
         output_size: points along a side of the grid, P.
 

@@ -13,23 +13,23 @@ from torchvision.ops import nms
 from bigdet.ops.boxes import pairwise_iou
 
 GroupedNms = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
-"""`grouped_nms` and its stand-ins."""
+"""`grouped_nms` and what replaces it."""
 
 
 def grouped_nms(
     boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float
 ) -> Tensor:
-    """Tell which boxes no better box of the same group overlaps by more than ``iou``.
+    """Return which boxes no better box of the same group overlaps by more than ``iou``.
 
     Args:
         boxes: ``(N, 4)`` finite.
-        scores: ``(N,)``; ``-inf`` leaves a box out: it neither stays nor drops others.
+        scores: ``(N,)``; ``-inf`` leaves a box out: it is neither kept nor drops others.
         groups: ``(N,)`` int64 in ``0..num_groups-1``; boxes of different groups never meet.
         num_groups: how many groups there may be.
-        iou: overlap in [0, 1] above which the lower score goes.
+        iou: overlap in [0, 1] above which the lower score is dropped.
 
     Returns:
-        ``(N,)`` bool, True for a box that stays.
+        ``(N,)`` bool, True for a box that is kept.
     """
     is_candidate = scores > -torch.inf
     kept = torch.zeros_like(is_candidate)
@@ -48,23 +48,23 @@ def grouped_nms(
 
 
 def shifted_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
-    """Do what ``grouped_nms`` does in a single call, with one wait for the device.
+    """The same as ``grouped_nms`` in a single call, with one wait for the device.
 
     Groups lie side by side, too far apart to overlap. In fp64: shifted by some 100 groups, fp32
-    would move edges by hundredths of a pixel, and what stays would depend on the other images.
+    would move edges by hundredths of a pixel, and what is kept would depend on the other images.
     """
     kept = torch.zeros_like(scores, dtype=torch.bool)
     boxes, scores = boxes.double(), scores.double()
     shifts = groups.to(boxes.dtype) * (boxes.max() - boxes.min() + 1)
     kept.index_fill_(0, nms(boxes + shifts[:, None], scores, iou), True)
-    # What is left out comes last, by its score, so it drops nothing that stays.
+    # What is left out comes last, by its score, so it drops nothing that is kept.
     return kept & (scores > -torch.inf)
 
 
 def spread_nms(
     boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float
 ) -> Tensor:
-    """Do what ``grouped_nms`` does with shapes that do not depend on values, as an export needs.
+    """The same as ``grouped_nms`` with shapes that do not depend on values, as an export needs.
 
     ONNX has NMS in fp32 alone. Groups lie on a square around the origin, so that 80 of them on a
     canvas of 1344 pixels cost a corner at most 1/4000 of a pixel.
@@ -143,7 +143,7 @@ def best_of_groups(scores: Tensor, groups: Tensor, num_groups: int, limit: int) 
         scores: ``(N,)``.
         groups: ``(N,)`` int64 in ``0..num_groups-1``.
         num_groups: how many groups there may be.
-        limit: at most so many rows of each group.
+        limit: rows of each group, at most.
 
     Returns:
         ``(n,)`` int64, group after group, best first within a group.

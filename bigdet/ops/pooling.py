@@ -4,7 +4,7 @@ Every output bin is a weighted sum of feature vectors: by default 16, of 2 x 2 s
 4 neighbors each. With the features of all levels and images as rows of one table, that is one
 embedding bag, which is parallel and reads whole rows; torchvision's CPU kernel is neither (1024
 regions, 7x7, 256 channels, 2 threads: 0.35 s forward and 1.0 s backward, against 0.08 and 0.1 to
-0.2 s). Nothing here waits for a device, but for adaptive sampling: its bins have different numbers
+0.2 s). Nothing here waits for a device, except adaptive sampling: its bins have different numbers
 of points, so it is left to torchvision's kernel, level by level.
 
 Letters: N regions, P output side, n sampling points of a bin a side, S = nP sampling points of a
@@ -45,7 +45,7 @@ class FeatureTable:
 
 
 def tabulate(features: Sequence[Tensor], strides: Sequence[int]) -> FeatureTable:
-    """Lay the levels of a pyramid out as a table.
+    """Arrange the levels of a pyramid as a table.
 
     Args:
         features: L tensors ``(B, C, h, w)``, best in channels_last memory.

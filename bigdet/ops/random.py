@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 
 class _PhiloxKey(ISeedSequence):
-    """Hands 128 bits to Philox as its key.
+    """Gives 128 bits to Philox as its key.
 
-    The same as ``Philox(key=...)``, which however asks the operating system for entropy first, to
-    throw it away: 9 us and a system call, for each sample of a stream.
+    The same as ``Philox(key=...)``, which first asks the operating system for entropy and discards
+    it: 9 us and a system call, for each sample of a stream.
     """
 
     def __init__(self, bits: bytes) -> None:
@@ -73,5 +73,5 @@ class Words:
         return low + (high - low) * (word >> 11) * 2.0**-53
 
     def integer(self, count: int) -> int:
-        """Return a number in ``0..count-1``; its bias, below count / 2**64, is of no account."""
+        """Return a number in ``0..count-1``; its bias, below count / 2**64, is negligible."""
         return int(self._generator.random_raw()) % count

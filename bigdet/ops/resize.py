@@ -20,7 +20,7 @@ def resize_image(
         image: ``(3, H, W)`` uint8; channels_last memory keeps it fast.
         size: height and width to reach, pixels.
         extent: height and width that become ``size``, pixels of the image, where its last row or
-            column stands for less than a whole one. None: all of it.
+            column counts for less than a whole one. None: all of it.
 
     Returns:
         ``(3, height, width)`` uint8 in channels_last memory; the image itself where it fits.
@@ -28,7 +28,7 @@ def resize_image(
     if tuple(image.shape[1:]) == size and extent in (None, size):
         return image
     # By way of (H, W, 3): image[None] has strides that torch does not take for channels_last, and
-    # it would hand back another memory format, which costs as much again to copy.
+    # it would return another memory format, and copying that costs as much again.
     batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
     interpolate = partial(
         torch.nn.functional.interpolate,
@@ -38,6 +38,6 @@ def resize_image(
     )
     if extent is None or extent == tuple(image.shape[1:]):
         return interpolate(batch, size=size)[0]
-    # With factors torch rounds the new size down; a hair more keeps it from losing a pixel.
+    # With factors torch rounds the new size down; slightly larger ones keep it from losing a pixel.
     factors = [(1 + 1e-9) * new / old for new, old in zip(size, extent, strict=True)]
     return interpolate(batch, scale_factor=factors)[0, :, : size[0], : size[1]]

@@ -1,4 +1,4 @@
-"""Sizes at which images are seen, in plain numbers: without torch, for a config is checked by them.
+"""Sizes of images on a canvas, in plain numbers: without torch, as the checks of a config use them.
 
 All sizes are ``(height, width)`` in pixels.
 """
@@ -14,7 +14,7 @@ CANVAS_MULTIPLE = 32
 def eval_size(height: int, width: int, size: int, cap: int) -> tuple[int, int]:
     """Return the ``(height, width)`` whose short side is ``size`` and long side at most ``cap``.
 
-    The aspect ratio stays but for rounding down, as torchvision's detectors do: 480x640 at
+    The aspect ratio is kept up to rounding down, as torchvision's detectors do: 480x640 at
     (800, 1333) becomes 800x1066. In whole numbers: a float scale makes 799 of some short sides.
     """
     short, long = min(height, width), max(height, width)

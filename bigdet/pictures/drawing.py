@@ -58,9 +58,9 @@ def draw(
         boxes: ``(N, 4)`` xyxy, pixels of the image.
         names: N texts, for example the class names.
         labels: N numbers of classes, which choose the colors.
-        scores: N numbers in [0, 1], written behind the names, or None.
+        scores: N numbers in [0, 1], written after the names, or None.
         masks: N bitmaps ``(H, W)``, None for an object without one; or None.
-        keypoints: ``(N, K, 3)`` x, y in pixels of the image, and above 0 what is to be drawn.
+        keypoints: ``(N, K, 3)`` x, y in pixels of the image, and a number above 0 where drawn.
         skeletons: for each of the N, the pairs of keypoints that a line joins.
 
     Returns:
@@ -75,7 +75,7 @@ def draw(
     line = max(2, round(max(size) / 400))
     areas = (scaled[:, 2] - scaled[:, 0]) * (scaled[:, 3] - scaled[:, 1])
     order = [int(i) for i in np.argsort(-areas, kind="stable")]
-    # Of a tiny object, lines along its own edges would leave nothing to be seen.
+    # Lines along the edges of a tiny object would hide it.
     is_tiny = (scaled[:, 2:] - scaled[:, :2]).min(axis=1, initial=np.inf) < TINY * line
     scaled[is_tiny] += np.array([-line, -line, line, line])
     for i in order:
@@ -141,7 +141,7 @@ def draw_detections(
 
 
 def _first_of_each_class(labels: Sequence[int], ranks: Sequence[float]) -> set[int]:
-    """Return the places of the highest-ranked objects, one for each label."""
+    """Return the indices of the highest-ranked objects, one for each label."""
     rising = sorted(range(len(labels)), key=lambda i: ranks[i])
     return set({labels[i]: i for i in rising}.values())
 
@@ -152,13 +152,13 @@ def _draw_pose(
     skeleton: Sequence[Sequence[int]],
     line: int,
 ) -> None:
-    """Draw the shown ones of some keypoints, and the lines between them.
+    """Draw the visible keypoints of an object, and the lines between them.
 
     Args:
         pen: draws on the picture.
-        points: ``(K, 3)`` x, y in pixels of the picture, and above 0 what is shown.
-        skeleton: pairs of keypoints.
-        line: its width, pixels.
+        points: ``(K, 3)`` x, y in pixels of the picture, and a number above 0 where visible.
+        skeleton: pairs of keypoints that a line joins.
+        line: width of lines, pixels.
     """
     is_shown = points[:, 2] > 0
     for number, (start, end) in enumerate(skeleton):
@@ -197,7 +197,7 @@ def _paint_mask(picture: Image.Image, mask: Bitmap, scale: float, line: int, col
 class _LabelWriter:
     """Writes texts on filled rectangles, each where it hides the least of texts and objects.
 
-    A text that would hide too much wherever it stands is left out: the color still says the class.
+    A text that would hide too much at every place is left out: the color still shows the class.
     """
 
     picture: Image.Image

@@ -1,6 +1,6 @@
-"""Pictures of any kind to pixels, as people see them; a picture that cannot be read is one message.
+"""Reads pictures of any kind as people see them; one that cannot be read gives one message.
 
-For images that users hand over. Those of a data set are seen as it annotates them
+For images that users give. Images of a data set are read as they are annotated
 (``data/examples/samples.py``).
 """
 
@@ -39,11 +39,11 @@ def read_picture(path: Path, exif: Exif = "shown") -> NDArray[np.uint8]:
     The first picture of an animation. Transparency is dropped, 16 bits per channel become 8.
 
     Raises:
-        ValueError: it cannot be read, or is too large to be.
+        ValueError: it cannot be read, or is too large.
     """
     with _opened(path) as image:
         data = patiently(path.read_bytes, str(path))
-        # Pillow makes gray of what is lost of a JPEG, and does not say so.
+        # Pillow fills lost parts of a JPEG with gray, without an error.
         pixels = decode_jpeg(data) if is_jpeg(data) else None
         orientation = exif_orientation(image, exif)
         return turn_pixels(to_rgb(image) if pixels is None else pixels, orientation)
@@ -98,9 +98,9 @@ def to_pixels(picture: Picture) -> Tensor:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open a file with Pillow, whose errors become ``ValueError``, but for those of the host."""
+    """Open a file with Pillow; its errors become ``ValueError``, except those of the host."""
     try:
-        # Pillow warns of half of what it refuses, and photographs have become that large.
+        # Pillow warns from half the size that it refuses; some photographs are that large.
         with without_warnings():
             image = patiently(lambda: Image.open(path), str(path))
         with image:

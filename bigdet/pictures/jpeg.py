@@ -1,4 +1,4 @@
-"""JPEG files to pixels, and their damage: decoders are silent about some of it."""
+"""Decodes JPEG files, and finds damage that decoders do not report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 _START = b"\xff\xd8\xff"
-_ZEROS = bytes(64)  # a row of zeros as no compressed photograph has it
+_ZEROS = bytes(64)  # a run of zeros that no compressed photograph has
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _RESTART = re.compile(r"0xd[0-7]$")  # markers within a scan
 _SCAN, _TABLES, _SEQUENTIAL = 0xDA, 0xC4, (0xC0, 0xC1)  # markers
@@ -20,7 +20,7 @@ JPEG_DIVISORS = (8, 4, 2)
 
 
 def is_jpeg(data: bytes) -> bool:
-    """Tell whether these are the bytes of a JPEG file, damaged or not."""
+    """Return whether these are the bytes of a JPEG file, damaged or not."""
     return data.startswith(_START)
 
 
@@ -33,7 +33,7 @@ def decode_jpeg(
         data: the whole file.
         least_size: height, width; what is at least twice that is decoded smaller, at 1/2, 1/4 or
             1/8, but not smaller than this. None: at its own size.
-        is_whole: only by what divides height and width without remainder.
+        is_whole: only at a fraction that divides height and width without remainder.
 
     Returns:
         ``(H, W, 3)`` uint8 RGB as stored; None for a kind that Pillow must decode (CMYK, oddities).
@@ -70,13 +70,13 @@ def _divisor(size: tuple[int, int], least_size: tuple[int, int], is_whole: bool)
 
 
 def is_zeroed(data: bytes) -> bool:
-    """Tell whether a part of the compressed data was replaced by zeros (a file half on the disk).
+    """Return whether a part of the compressed data was replaced by zeros (a file half on the disk).
 
     Zeros decode to something, and decoders are often silent. In compressed data a long row of them
-    is genuine only where they mean "this block is flat", which the code tables tell: the code of
+    is genuine only where they mean "this block is flat", which the code tables show: the code of
     zeros alone belongs to the first symbol of each table, and symbol 0 is "no change" for a block's
-    mean and "no more" for its details. Such damage of a flat picture leaves data over, which the
-    decoder reports. Progressive files are left to it too: there zeros may be bits of values.
+    mean and "no more" for its details. Such damage of a flat picture leaves data unread, which the
+    decoder reports. Progressive files are left to it as well: there zeros may be bits of values.
     """
     if _ZEROS not in data:
         return False
@@ -93,10 +93,10 @@ def is_zeroed(data: bytes) -> bool:
 
 
 def loses_pixels(problem: str, data: bytes) -> bool:
-    """Tell whether what libjpeg says of a file means damage.
+    """Return whether a message of libjpeg about a file means damage.
 
-    Stray bytes before the first scan and before the end marker do not, and occur. They are also
-    what a decoder leaves over that has run through zeros; between scans, that data is lost.
+    Stray bytes before the first scan or the end marker occur in whole files. A decoder that has run
+    through zeros also leaves such bytes; between scans, they are lost data.
     """
     if "Corrupt JPEG data" not in problem and "Premature end" not in problem:
         return False  # not damage, but a kind of file: rare subsamplings, odd markers

@@ -1,6 +1,6 @@
-"""The one way from Pillow's pictures to uint8 RGB, and how EXIF says that they are to be turned.
+"""Converts Pillow's pictures to uint8 RGB, and turns them as EXIF says.
 
-Training, evaluation, prediction and conversion share it, so a model sees the same pixels in each.
+Training, evaluation, prediction and conversion use it, so a model sees the same pixels in each.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ READ_ERRORS = (
     LookupError,
     struct.error,
 )
-"""What Pillow raises of files that are damaged or no images: its readers differ."""
+"""What Pillow raises for files that are damaged or not images: its readers differ."""
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jfif", ".gif", ".avif", ".jp2",
     ".mpo", ".pbm", ".pgm", ".ppm",
 )  # fmt: skip
-"""Files of a folder that are taken for pictures, in any case; a file given by name may have any.
-Where a folder has a picture twice, the first of these wins."""
+"""Suffixes of files in a folder that count as pictures, in upper or lower case; a file given by
+name may have any. Where a folder has a picture twice, the first of these wins."""
 
 EXIF_ORIENTATION = 0x0112
 DECIMALS = 6  # of turned coordinates, so that turned back they are what they were
 
-_FILTERS = threading.RLock()  # Python's filters of warnings are of the whole process
+_FILTERS = threading.RLock()  # Python's filters of warnings apply to the whole process
 
 _TURNS = {
     1: (False, False, False),
@@ -61,7 +61,7 @@ _TURNS = {
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keep Pillow from warning of what is dealt with, also in several threads."""
+    """Suppress Pillow's warnings about what is handled here, also in several threads."""
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -93,11 +93,11 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def exif_orientation(image: Image.Image, exif: Exif = "shown") -> int:
-    """Return how what ``to_rgb`` gives of a file just opened is to be turned, ``1..8`` as in EXIF.
+    """Return how to turn the pixels of ``to_rgb``, ``1..8`` as in EXIF.
 
     Args:
-        image: the file.
-        exif: how it is wanted.
+        image: as just opened by Pillow.
+        exif: how the picture is to be seen.
     """
     if image.format == "TIFF":  # Pillow turns it itself
         return 1 if exif == "shown" else inverse_of(exif_tag(image))
@@ -109,7 +109,7 @@ def exif_tag(image: Image.Image) -> int:
     try:
         with without_warnings():  # of EXIF that is cut short
             value = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # damaged EXIF raises nearly anything, and says nothing of the pixels
+    except Exception:  # damaged EXIF raises nearly any error; the pixels may be intact
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 
@@ -132,11 +132,11 @@ def turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def turn_points(points: list[float], size: tuple[int, int], orientation: int) -> list[float]:
-    """Return where points of the stored picture lie after turning it.
+    """Return where points of the stored picture are after turning it.
 
     Args:
         points: x, y, x, y, ... in pixels.
-        size: height, width as stored; less 1 each for points that count from pixels' centers.
+        size: height, width as stored; minus 1 each for points that count from pixels' centers.
         orientation: ``1..8`` as in EXIF.
     """
     is_transposed, mirrors_x, mirrors_y = _TURNS[orientation]

@@ -1,1 +1,1 @@
-"""What settings cost, measured on one device: in memory, in time, on more GPUs."""
+"""Memory and time of settings, also on more GPUs, predicted from measurements on one device."""

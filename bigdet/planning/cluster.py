@@ -1,34 +1,34 @@
-"""What a step costs on many GPUs: predicted from one GPU's step, the model's sizes and the links.
+"""A step on many GPUs, predicted from one GPU's step, the model's sizes and the links.
 
 The model, for n GPUs, P weights of which P_t are trained, A micro-batches per GPU and step:
 
 - **Computing.** A micro-batch takes the measured seconds whatever n is (each GPU has its own
-  images); a third of them forward, two thirds backward (the backward pass has two matrix products
+  images): a third of them forward, two thirds backward (the backward pass has two matrix products
   for each one of the forward pass).
 - **A collective** over n GPUs carries ``(n-1)/n`` of its bytes once (all-gather, reduce-scatter)
-  or twice (all-reduce, which is one after the other) over every GPU's link: the optimum that rings
-  reach (Patarasuk and Yuan, *Bandwidth optimal all-reduce algorithms*, 2009; nccl-tests,
-  PERFORMANCE.md). Rings through several hosts are held up by the slower of a GPU's link inside its
-  host and all adapters of a host together, as every ring leaves a host through one of them. On top
-  come ``2 ceil(log2 n)`` latencies, as trees need (NCCL 2.4, double binary trees), for each of the
-  calls into which the bytes are cut.
+  or twice (all-reduce, which is one after the other) over every GPU's link, which is optimal for
+  rings (Patarasuk and Yuan, *Bandwidth optimal all-reduce algorithms*, 2009; nccl-tests,
+  PERFORMANCE.md). Rings through several hosts are limited by the slower of a GPU's link inside its
+  host and all adapters of a host together, as every ring leaves a host through one of them. Each
+  call adds ``2 ceil(log2 n)`` latencies, as trees need (NCCL 2.4, double binary trees); the bytes
+  are divided into several calls.
 - **Bytes** (Rajbhandari et al., *ZeRO*, 2020, sections 5 and 7, with bigdet's types: weights,
-  gradients and what is sent are fp32 in any precision).
+  gradients and all that is sent are fp32 in any precision).
   ZeRO-0: one all-reduce of gradients per step. ZeRO-1: a reduce-scatter of gradients and an
   all-gather of weights per step. ZeRO-2: the same, the reduce-scatter once per micro-batch. ZeRO-3
   and FSDP2: per micro-batch, weights gathered in the forward and again in the backward pass, and
   gradients scattered.
-- **Overlap.** On GPUs gradients travel while the backward pass of the same micro-batch computes,
-  gathered weights while the pass that needs them does; what exceeds the pass is waited for, and one
-  call at least: a bucket travels when it is full. ZeRO-1 and 2 wait for their gathered weights. On
-  CPUs nothing overlaps.
+- **Overlap.** On GPUs, gradients are sent during the backward pass of their micro-batch, and
+  weights are gathered during the pass that needs them. A GPU waits for the time by which sending
+  exceeds the pass, and for one call at least: a bucket is sent when it is full. ZeRO-1 and 2 wait
+  for their gathered weights. On CPUs nothing overlaps.
 - **Memory.** fp32: weights 4P, gradients 4 P_t, optimizer state 4 P_t for each of its tensors (with
-  AdamW 16 bytes per weight, as the 2+2+12 of ZeRO's section 3.1), and at ZeRO-1 and 2 a rank steps
-  a copy of its part of the trained weights. Sharded over n: optimizer state from stage 1 on,
+  AdamW 16 bytes per weight, as the 2+2+12 of ZeRO's section 3.1); at ZeRO-1 and 2 a rank updates a
+  copy of its part of the trained weights. Sharded over n: optimizer state from stage 1 on,
   gradients from 2, weights from 3. Activations and what the allocator keeps: the measured peak of
-  one GPU less its states.
+  one GPU minus these.
 
-Left out: the optimizer's own time, which sharding shortens; hosts that wait for the slowest; data.
+Not included: the optimizer's time, which sharding shortens; waiting for the slowest host; data.
 """
 
 from __future__ import annotations
@@ -51,14 +51,13 @@ LINKS = {"nvlink3": 300e9, "nvlink": 450e9, "nvlink5": 900e9, "pcie4": 32e9, "pc
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the GPUs are joined by.
+    """How the GPUs are connected.
 
     Attributes:
-        gpus_per_host: GPUs of one host.
         inside: bytes per second that a GPU's link inside its host carries.
         between: bytes per second of the network adapter of each GPU.
         latency: seconds of one message.
-        overlaps: communication goes on beside computing.
+        overlaps: whether communication overlaps with computation.
     """
 
     gpus_per_host: int
@@ -71,9 +70,9 @@ class Cluster:
         """Return the time of collectives.
 
         Args:
-            num_bytes: of the whole tensor.
-            gpus: that take part, n.
-            calls: into which the bytes are cut.
+            num_bytes: size of the whole tensor.
+            gpus: number of GPUs that take part, n.
+            calls: number of calls into which the bytes are divided.
             passes: 1 for an all-gather or reduce-scatter, 2 for an all-reduce.
         """
         if gpus == 1:
@@ -91,11 +90,11 @@ class Work:
     """What one GPU does in a step.
 
     Attributes:
-        sizes: of the model.
-        optimizer_tensors: that the optimizer keeps per trained weight.
+        sizes: numbers of weights of the model.
+        optimizer_tensors: fp32 numbers that the optimizer keeps per trained weight.
         micro_batch_seconds: forward and backward on one GPU.
-        activation_bytes: peak memory of one GPU less weights, gradients and optimizer state.
-        micro_batches: of one GPU per step, A.
+        activation_bytes: peak memory of one GPU minus weights, gradients and optimizer state.
+        micro_batches: number per GPU and step, A.
     """
 
     sizes: ModelSizes
@@ -110,11 +109,10 @@ class Forecast:
     """One way of sharding on a number of GPUs.
 
     Attributes:
-        kind: of ``KINDS``.
-        step_seconds: of one step.
-        waiting_seconds: of it, for communication.
+        kind: one of ``KINDS``.
+        waiting_seconds: the part of a step spent waiting for communication.
         memory_bytes: peak of one GPU.
-        efficiency: computing over step, in (0, 1].
+        efficiency: computing over step time, in (0, 1].
     """
 
     kind: str
@@ -163,7 +161,7 @@ def state_bytes(kind: str, gpus: int, work: Work) -> float:
     gradients = FP32_BYTES * work.sizes.trained
     optimizer = work.optimizer_tensors * gradients
     if kind in ("ZeRO-1", "ZeRO-2"):
-        optimizer += FP32_BYTES * work.sizes.trained  # DeepSpeed steps a copy
+        optimizer += FP32_BYTES * work.sizes.trained  # DeepSpeed updates a copy
     shares = [1 / gpus if stage >= first else 1.0 for first in (3, 2, 1)]
     return weights * shares[0] + gradients * shares[1] + optimizer * shares[2]
 
@@ -178,10 +176,10 @@ def best(forecasts: list[Forecast], room_bytes: float) -> Forecast | None:
 
 
 def link_speed(name: str) -> float:
-    """Return what collectives get out of a link, bytes per second.
+    """Return the speed that collectives reach on a link, bytes per second.
 
     Args:
-        name: of ``LINKS``, or gigabits per second such as ``400gb``.
+        name: one of ``LINKS``, or gigabits per second such as ``400gb``.
 
     Raises:
         ValueError: it is neither.

@@ -2,13 +2,13 @@
 
 The paper chooses the resolution and the batch of pre-training so that accuracy is highest while
 memory stays below a target. Which of the settings on the boundary trains best is for the user to
-try; here is where the boundary lies. Few settings of the grid are measured; for the others, with n
+try; this module finds the boundary. Few settings of the grid are measured; for the others, with n
 images of size s in a micro-batch,
 
     memory  = m0 + m1 n s^2 + m2 n        seconds = t0 + t1 n s^2 + t2 n
 
-none of the six below 0: m0 is weights, gradients, optimizer state and libraries; activations grow
-with the pixels; the heads work on as many regions of an image whatever its size.
+with all six 0 or more: m0 is weights, gradients, optimizer state and libraries; activations grow
+with the pixels; the heads process as many regions of an image at any size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """One choice.
+    """A size and a batch.
 
     Attributes:
         size: ``resize.size``, pixels.
@@ -47,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Line:
-    """What is linear in the terms of a setting: 1, images x pixels, images."""
+    """A function that is linear in the terms of a setting: 1, images x pixels, images."""
 
     factors: tuple[float, float, float]
 
@@ -82,15 +82,15 @@ def fit_line(values: dict[Setting, float]) -> Line:
 
 @dataclass
 class Search:
-    """Looks for the boundary of a memory on a grid of sizes and batches.
+    """Looks for the largest settings of a grid of sizes and batches that fit into a memory.
 
     Attributes:
         sizes: of the grid, ascending.
         batches: images per GPU of the grid, ascending.
         room_gib: memory that a setting may take.
         take: measures a setting; None when it ran out of memory.
-        shift_gib: what a GPU of the run takes more than the one that measures (less, if below 0).
-        measured: what came out so far.
+        shift_gib: memory of a GPU of the run minus that of the one that measures; may be negative.
+        measured: results so far; None where the memory was full.
     """
 
     sizes: Sequence[int]
@@ -124,7 +124,7 @@ class Search:
             logger.info("%s: %.2f GiB, %.3f s", setting, found.gib, found.seconds)
 
     def known(self) -> dict[Setting, Measured]:
-        """Return what was measured of the settings that did not run out of memory."""
+        """Return the results of the settings that did not run out of memory."""
         return {one: found for one, found in self.measured.items() if found is not None}
 
     def memory_gib(self, setting: Setting) -> float:
@@ -142,12 +142,12 @@ class Search:
         return fit_line({one: found.seconds for one, found in self.known().items()}).at(setting)
 
     def _cannot_fit(self, setting: Setting) -> bool:
-        """Tell whether this one, or one that is no larger in either way, ran out of memory."""
+        """Return whether a setting with no larger size and batch ran out of memory."""
         failed = [one for one, found in self.measured.items() if found is None]
         return any(o.size <= setting.size and o.images <= setting.images for o in failed)
 
     def fits(self, setting: Setting) -> bool:
-        """Tell whether a setting is known or predicted to fit."""
+        """Return whether a setting is known or predicted to fit."""
         return not self._cannot_fit(setting) and self.memory_gib(setting) <= self.room_gib
 
     def boundary(self) -> list[Setting]:
@@ -163,7 +163,7 @@ class Search:
         ]
 
     def most_images(self, size: int) -> int:
-        """Return how many images of a size fit by prediction, off the grid too."""
+        """Return how many images of a size are predicted to fit, also between those of the grid."""
         rate = self.predicted_gib(Setting(size, 1)) - self.predicted_gib(Setting(size, 0))
         left = self.room_gib - self.predicted_gib(Setting(size, 0))
         return max(0, math.floor(left / rate)) if rate > 0 else 0
@@ -172,8 +172,8 @@ class Search:
 def overrides(name: str, phase: PhaseConfig, setting: Setting) -> list[str]:
     """Return the options that give a phase a setting.
 
-    The ranks and their micro-batches stay, so that images per step follow; the learning rate
-    follows those by the linear rule, as in the paper.
+    Ranks and micro-batches per step stay, so images per step change with the batch; the learning
+    rate follows by the linear rule, as in the paper.
     """
     key, resize = f"phases.{name}", phase.resize
     words = [f"{key}.resize.size={setting.size}", f"{key}.images_per_gpu={setting.images}"]
@@ -193,7 +193,7 @@ def check_one_size(name: str, phase: PhaseConfig) -> None:
         if (found := getattr(phase.resize, option)) is not None:
             raise ConfigError(
                 f"phases.{name}.resize.{option}: found {found}, expected null: memory is planned "
-                f"for one size. Plan with {option}=null, and take it as the largest."
+                f"for one size. Plan with {option}=null, and use the result as the largest size."
             )
 
 

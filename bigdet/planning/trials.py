@@ -1,7 +1,7 @@
-"""A few real steps on this device, in a process of their own: their seconds and peak memory.
+"""The duration and peak memory of a few real steps on this device, in a separate process.
 
 The process is the command's own with ``--measure``, so that its memory is that of the steps alone,
-and running out of memory ends nothing but the trial.
+and running out of memory ends only the trial.
 """
 
 from __future__ import annotations
@@ -26,23 +26,22 @@ import torch
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
-from bigdet.config.model import has_keypoints, has_masks
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.build import build_engine
 from bigdet.host import errors
 from bigdet.host.limits import host_memory
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training.metrics import peak_memory_gib
+from bigdet.training.phase_stream import stream_for_phase
 from bigdet.training.phases import build_for_phase
 
 GIB = 1 << 30
 WARM_STEPS = 2
 MEASURED_STEPS = 5
 _HARD_LIMIT = 2.0
-"""On CPUs a trial may have so many times the asked memory: more could take down others."""
+"""On CPUs a trial may take this many times the given memory: more could end other processes."""
 
 
 @dataclass(frozen=True)
@@ -63,39 +62,38 @@ class Measured:
 
 
 def run_trial(command: Sequence[str]) -> Measured | None:
-    """Measure steps in a process of its own.
+    """Measure steps in a separate process.
 
     Args:
-        command: calls `write_trial`.
+        command: starts a process that calls `write_trial`.
 
     Returns:
         What was measured; None when the memory was full.
 
     Raises:
-        ValueError: the steps failed in another way, with what the process has told.
+        ValueError: the steps failed in another way; with the message of the process.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == -signal.SIGKILL:  # Linux ends whoever takes the last memory of the host
+    if (
+        done.returncode == -signal.SIGKILL
+    ):  # Linux ends the process that takes the host's last memory
         return None
     if done.returncode:
-        told, _, reason = done.stderr.rpartition("error: ")
-        sys.stderr.write(told)
+        log, _, reason = done.stderr.rpartition("error: ")
+        sys.stderr.write(log)
         raise ValueError(f"the steps could not be measured: {reason.strip()}")
     found = json.loads(done.stdout.splitlines()[-1])
     return None if found is None else Measured(**found)
 
 
 def write_trial(config: RunConfig, phase: str, memory_gib: float | None) -> None:
-    """Measure here, and write what ``run_trial`` reads.
+    """Measure in this process, and print what ``run_trial`` reads.
 
-    Args:
-        config: of the run.
-        phase: its name.
-        memory_gib: that the steps should fit into, with the engine of the config. None: with an
-            engine that shards nothing, in whatever memory there is.
+    The steps should fit into ``memory_gib``, with the engine of the config. With None, an engine
+    that shards nothing runs them, in all memory.
     """
     distributed.start()
-    logging.getLogger("bigdet").setLevel(logging.WARNING)  # of a run: nothing to say in a trial
+    logging.getLogger("bigdet").setLevel(logging.WARNING)  # without the messages of a run
     engine = dataclasses.replace(
         config.engine, kind="deepspeed", zero_stage=0, offload="none", clip_norm=None
     )
@@ -117,22 +115,12 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
     device = distributed.device()
     settings = config.phases[phase]
     train_set, _ = open_sets(config.data)
-    model = phase_model(config, phase)
-    stream = TrainStream(
-        train_set,
-        config.data,
-        dataclasses.replace(settings, images_per_step=None),
-        name=phase,
-        with_masks=has_masks(model),
-        with_keypoints=has_keypoints(model),
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-    )
+    alone = {phase: dataclasses.replace(settings, images_per_step=None)}
+    stream = stream_for_phase(dataclasses.replace(config, phases=alone), phase, train_set)
     batches = list(islice(stream, WARM_STEPS + MEASURED_STEPS))
-    stream.close()  # its processes would take part of the measured seconds
+    stream.close()  # its processes would slow down the measured steps
     with tempfile.TemporaryDirectory() as folder:
-        # As if resumed: which weights it starts from changes nothing.
+        # As if resumed: the initial weights make no difference.
         classes = [category.name for category in train_set.categories]
         detector = build_for_phase(config, phase, classes, RunDir(Path(folder)), device, True)
     make_optimizer = partial(optim.build_optimizer, phase=settings)
@@ -153,14 +141,14 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
 
 
 def _room_gib(device: torch.device) -> float:
-    """Memory of a device, or of this process's part of the host."""
+    """Return the memory of a device, or of this process's part of the host."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
     return host_memory().total / GIB
 
 
 def _limit_memory(gib: float) -> None:
-    """Let this process have so much more memory; to ask for more is an error then (Linux)."""
+    """Allow this process so much more memory; taking more raises an error (Linux)."""
     file = Path("/proc/self/status")
     if not file.is_file():  # macOS does not hold processes to such a limit
         return

@@ -1,4 +1,4 @@
-"""The pictures that runs wrote, as data addresses for a page."""
+"""The pictures of runs as data URLs for a page."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 
 from bigdet.reporting.runs import Groups, Run
 
-LONG_SIDE = 900  # pixels: as wide as a page shows them
-QUALITY = 75  # of WebP: text stays legible, 30 to 80 kB each
+LONG_SIDE = 900  # pixels, as wide as a page shows them
+QUALITY = 75  # WebP: text stays legible, 30 to 80 kB each
 
 
 def read_albums(groups: Groups) -> list[dict[str, Any]]:
-    """Return the pictures of the newest phase of the first run of each group that has any."""
+    """Return the pictures of the last phase of the first run with pictures of each group."""
     albums = []
     for name, runs in groups.items():
         found = next((album for run in runs if (album := _pictures(run))), None)
@@ -44,14 +44,14 @@ def _pictures(run: Run) -> list[dict[str, str]]:
             ]
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(
-                f"{file}: does not list pictures that are there ({type(error).__name__}: {error}). "
+                f"{file}: not a list of existing pictures ({type(error).__name__}: {error}). "
                 f"Remove the file to report without pictures."
             ) from error
     return []
 
 
 def _address(file: Path) -> str:
-    """Return a picture, made smaller, as a data address."""
+    """Return a picture, made smaller, as a data URL."""
     with Image.open(file) as opened:
         picture = opened.convert("RGB")
     picture.thumbnail((LONG_SIDE, LONG_SIDE))

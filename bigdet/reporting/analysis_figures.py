@@ -1,6 +1,6 @@
-"""Figures of what keeps the AP down, from the numbers of ``evaluation/analysis.py``.
+"""Figures on errors and AP by class, size and overlap, from ``evaluation/analysis.py``.
 
-Each shows the last evaluations of every group: means over its seeds, and whiskers of one standard
+Each shows the last evaluation of every group: means over its seeds, and whiskers of one standard
 deviation.
 """
 
@@ -17,10 +17,16 @@ from bigdet.reporting.runs import Groups
 from bigdet.reporting.seeds import Analysis, deviations, mean_analysis
 
 MAX_CONFUSED = 30
-"""Classes in a confusion table; of more, those most often taken for others are shown."""
+"""The most classes in a confusion table; of more classes, the most often confused are shown."""
 
 MAX_WRITTEN = 12
-"""Classes up to which a confusion table has its numbers written in."""
+"""Up to this many classes a confusion table shows its numbers."""
+
+_STYLES: dict[str, Trace] = {
+    "line": {"type": "scatter", "mode": "lines+markers"},
+    "bar": {"type": "bar", "textposition": "none"},
+    "dots": {"type": "scatter", "mode": "markers"},
+}
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,10 @@ class Measured:
     """The analyses of one kind of a group of runs.
 
     Attributes:
-        number: of the group.
-        name: of the group.
-        mean: over the seeds, see ``mean_analysis``.
-        deviation: over the seeds; None of one seed.
+        number: place of the group in the report, for its color.
+        name: name of the group.
+        mean: mean over the seeds, see ``mean_analysis``.
+        deviation: standard deviation over the seeds; None for one seed.
     """
 
     number: int
@@ -39,27 +45,28 @@ class Measured:
     mean: Analysis
     deviation: Analysis | None
 
-    def trace(self, role: str, **values: Any) -> Trace:
-        """Return a trace of this group."""
-        return {"role": role, "group": self.number, "name": self.name, **values}
+    def trace(self, role: str, hover: str, **values: Any) -> Trace:
+        """Return a trace of this group; ``hover`` is shown next to the group's name."""
+        values["hovertemplate"] = f"{hover}<extra>%{{fullData.name}}</extra>"
+        return {"role": role, "group": self.number, "name": self.name, **_STYLES[role], **values}
 
     def whiskers(self, of: Callable[[Analysis], Iterable[float | None]]) -> dict[str, Any]:
-        """Return the standard deviations in percent as plotly draws them; nothing of one seed."""
+        """Return the standard deviations in percent as plotly's error bars; empty for one seed."""
         if self.deviation is None:
             return {}
         up = [_percent(each) or 0.0 for each in of(self.deviation)]
         means = [_percent(each) or 0.0 for each in of(self.mean)]
-        # No AP is below 0, and no gain either.
+        # Neither AP nor a gain is below 0.
         down = [min(pair) for pair in zip(up, means, strict=True)]
         return {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
 
 
 WIDE = ("classes", "confusion")
-"""Ends of the keys of figures that need room: they have a line for each class."""
+"""Ends of the keys of wide figures, which have a line for each class."""
 
 
 def analysis_figures(groups: Groups) -> dict[Kind, list[Figure]]:
-    """Return the figures by kind; no kind for runs whose evaluations have no analysis."""
+    """Return the figures by kind, without kinds for which no evaluation has an analysis."""
     found: dict[Kind, list[Figure]] = {}
     for kind in KIND_NAMES:
         measured = []
@@ -68,7 +75,8 @@ def analysis_figures(groups: Groups) -> dict[Kind, list[Figure]]:
             if known := [each for each in analyses if each is not None]:
                 measured.append(Measured(number, name, mean_analysis(known), deviations(known)))
         if measured:
-            figures = [make(kind, measured) for make in _FIGURES]
+            makers = (_by_iou, _by_size, _errors, _calibration, _per_class, _confusion)
+            figures = [make(kind, measured) for make in makers]
             found[kind] = [figure for figure in figures if figure.choices]
     return found
 
@@ -79,35 +87,38 @@ def _by_iou(kind: str, measured: Sequence[Measured]) -> Figure:
 
     traces = [
         one.trace(
-            "line", type="scatter", mode="lines+markers", y=list(map(_percent, values(one.mean))),
-            x=[float(iou) for iou in one.mean["by_iou"]], error_y=one.whiskers(values),
-            hovertemplate="%{y:.1f} at %{x:.2f}<extra>%{fullData.name}</extra>",
+            "line",
+            "%{y:.1f} at %{x:.2f}",
+            y=list(map(_percent, values(one.mean))),
+            x=[float(iou) for iou in one.mean["by_iou"]],
+            error_y=one.whiskers(values),
         )
         for one in measured
-    ]  # fmt: skip
+    ]
     overlap = "OKS" if kind == "keypoints" else "IoU"
-    layout = axes(f"{overlap} from which a detection is right", "AP (%)")
+    layout = axes(f"least {overlap} of a right detection", "AP (%)")
     layout["xaxis"] |= {"tick0": 0.5, "dtick": 0.1}
     layout["yaxis"] |= {"rangemode": "tozero"}
     return _figure(kind, "iou", "AP by overlap", "", traces, layout)
 
 
 def _by_size(kind: str, measured: Sequence[Measured]) -> Figure:
-    note = "Small: below 32 x 32 pixels, large: above 96 x 96. Hover: recall (AR)."
+    note = "Small: below 32 x 32 pixels, large: above 96 x 96. Hover for recall (AR)."
     sizes = measured[0].mean["by_size"]
     traces = [
         one.trace(
-            "bar", type="bar", x=list(sizes),
+            "bar",
+            "AP %{y:.1f}, %{text}",
+            x=list(sizes),
             y=[_percent(each["AP"]) for each in one.mean["by_size"].values()],
-            error_y=one.whiskers(lambda numbers: (each["AP"] for each in
-                                                  numbers["by_size"].values())),
+            error_y=one.whiskers(
+                lambda numbers: (each["AP"] for each in numbers["by_size"].values())
+            ),
             text=[f"AR {_text(each['AR'])}" for each in one.mean["by_size"].values()],
-            hovertemplate="AP %{y:.1f}, %{text}<extra>%{fullData.name}</extra>",
-            textposition="none",
         )
         for one in measured
-    ]  # fmt: skip
-    layout = axes("size, and how many objects there are", "AP (%)")
+    ]
+    layout = axes("size, and number of objects", "AP (%)")
     layout["xaxis"] |= {
         "tickvals": list(sizes),
         "ticktext": [f"{name}<br>{each['objects']:,.0f}" for name, each in sizes.items()],
@@ -116,55 +127,52 @@ def _by_size(kind: str, measured: Sequence[Measured]) -> Figure:
 
 
 def _errors(kind: str, measured: Sequence[Measured]) -> Figure:
-    note = "What AP50 would gain if all errors of a type were mended (TIDE). Hover: how many."
+    note = "Gain in AP50 if all errors of a type were corrected (TIDE). Hover for their number."
     traces = [
         one.trace(
-            "bar", type="bar", orientation="h", y=list(one.mean["errors"]["dAP"]),
+            "bar",
+            "%{x:.1f}, %{text}",
+            orientation="h",
+            y=list(one.mean["errors"]["dAP"]),
             x=[_percent(gain) for gain in one.mean["errors"]["dAP"].values()],
             error_x=one.whiskers(lambda numbers: numbers["errors"]["dAP"].values()),
-            text=[f"{one.mean['errors']['count'][each]:,.0f} errors"
-                  for each in one.mean["errors"]["dAP"]],
-            hovertemplate="%{x:.1f}, %{text}<extra>%{fullData.name}</extra>",
-            textposition="none",
+            text=[
+                f"{one.mean['errors']['count'][each]:,.0f} errors"
+                for each in one.mean["errors"]["dAP"]
+            ],
         )
         for one in measured
-    ]  # fmt: skip
+    ]
     layout = axes("AP50 points", "")
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
-    return _figure(kind, "errors", "What errors cost", note, traces, layout)
+    return _figure(kind, "errors", "Cost of errors", note, traces, layout)
 
 
 def _calibration(kind: str, measured: Sequence[Measured]) -> Figure:
     note = (
-        "Of detections with such a score, how many are right at IoU 0.5; on the dashed line "
-        "scores mean what they say."
+        "How many of the detections with this score are right at IoU 0.5; on the dashed line the "
+        "score is that probability."
     )
     traces: list[Trace] = []
     for one in measured:
-        bins = one.mean["calibration"]
-        filled = [] if bins is None else [
-            (score, right, count)
-            for score, right, count in zip(
-                bins["score"], bins["precision"], bins["count"], strict=True
-            )
-            if count
-        ]  # fmt: skip
+        if (bins := one.mean["calibration"]) is None:
+            continue
+        columns = zip(bins["score"], bins["precision"], bins["count"], strict=True)
+        filled = [row for row in columns if row[2]]
         if not filled:
             continue
         traces.append(
             one.trace(
-                "line", type="scatter", mode="lines+markers", x=[score for score, _, _ in filled],
+                "line",
+                "%{y:.1f}% right at score %{x:.2f}, %{text}",
+                x=[score for score, _, _ in filled],
                 y=[_percent(right) for _, right, _ in filled],
                 text=[f"{count:,} detections" for _, _, count in filled],
-                hovertemplate="%{y:.1f}% right at score %{x:.2f}, %{text}"
-                              "<extra>%{fullData.name}</extra>",
             )
-        )  # fmt: skip
+        )
     if traces:
-        traces.append(
-            {"type": "scatter", "role": "guide", "mode": "lines", "name": "calibrated",
-             "x": [0, 1], "y": [0, 100], "hoverinfo": "skip"}
-        )  # fmt: skip
+        guide = {"type": "scatter", "role": "guide", "mode": "lines", "name": "calibrated"}
+        traces.append({**guide, "x": [0, 1], "y": [0, 100], "hoverinfo": "skip"})
     layout = axes("score", "right (%)")
     layout["yaxis"] |= {"rangemode": "tozero"}
     return _figure(kind, "calibration", "Calibration of scores", note, traces, layout)
@@ -175,23 +183,25 @@ def _per_class(kind: str, measured: Sequence[Measured]) -> Figure:
     classes = sorted(first, key=lambda name: first[name]["AP"] or 0.0)
     traces = [
         one.trace(
-            "dots", type="scatter", mode="markers", y=classes,
+            "dots",
+            "%{y}: AP %{x:.1f}, %{text}",
+            y=classes,
             x=[_percent(one.mean["per_class"][each]["AP"]) for each in classes],
-            error_x=one.whiskers(lambda numbers: (numbers["per_class"][each]["AP"]
-                                                  for each in classes)),
+            error_x=one.whiskers(
+                lambda numbers: (numbers["per_class"][each]["AP"] for each in classes)
+            ),
             text=[
                 f"{each['objects']:,.0f} objects, AP50 {_text(each['AP50'])}, "
                 f"AR {_text(each['AR'])}"
                 for each in (one.mean["per_class"][name] for name in classes)
             ],
-            hovertemplate="%{y}: AP %{x:.1f}, %{text}<extra>%{fullData.name}</extra>",
         )
         for one in measured
-    ]  # fmt: skip
+    ]
     layout = axes("AP (%)", "")
-    layout["yaxis"] |= {"type": "category", "dtick": 1, "range": [-0.5, len(classes) - 0.5],
-                        # room between the names and dots at 0
-                        "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}  # fmt: skip
+    layout["yaxis"] |= {"type": "category", "dtick": 1, "range": [-0.5, len(classes) - 0.5]}
+    # room between the names and dots at 0
+    layout["yaxis"] |= {"ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}
     layout["xaxis"] |= {"rangemode": "tozero"}
     height = max(300, 90 + 18 * len(classes))
     return _figure(kind, "classes", "AP by class", "", traces, layout, height)
@@ -211,15 +221,21 @@ def _confusion(kind: str, measured: Sequence[Measured]) -> Figure:
         table = [[counts.get((true, detected), 0) for detected in columns] for true in rows]
         totals = [sum(count for (t, _), count in counts.items() if t == true) for true in rows]
         trace: Trace = {
-            "type": "heatmap", "role": "table", "name": one.name,
+            "type": "heatmap",
+            "role": "table",
+            "name": one.name,
             "x": [each or "(nothing)" for each in columns],
             "y": [each or "(nothing)" for each in rows],
-            "z": [[100 * count / total if total else None for count in row]
-                  for row, total in zip(table, totals, strict=True)],
-            "text": table, "zmin": 0, "zmax": 100,
+            "z": [
+                [100 * count / total if total else None for count in row]
+                for row, total in zip(table, totals, strict=True)
+            ],
+            "text": table,
+            "zmin": 0,
+            "zmax": 100,
             "colorbar": {"ticksuffix": "%", "thickness": 10},
-            "hovertemplate": "%{y} taken for %{x}: %{text} (%{z:.1f}%)<extra></extra>",
-        }  # fmt: skip
+            "hovertemplate": "%{y} detected as %{x}: %{text} (%{z:.1f}%)<extra></extra>",
+        }
         if len(classes) <= MAX_WRITTEN:
             trace["texttemplate"] = "%{z:.0f}"
         layout = axes("detected", "true")
@@ -230,16 +246,16 @@ def _confusion(kind: str, measured: Sequence[Measured]) -> Figure:
     score = measured[0].mean["confusion"]["min_score"]
     seeds = " All seeds together." if any(one.deviation is not None for one in measured) else ""
     note = (
-        f"Each row, a true class, adds up to 100%. Scores from {score}, IoU 0.5. (nothing): not "
-        f"detected, or nothing there.{seeds}"
+        f"Each row, a true class, adds up to 100%. Scores from {score}, IoU 0.5. (nothing): an "
+        f"object without detection, or a detection without object.{seeds}"
     )
     height = 340 if not choices else 190 + 22 * len(choices[0].traces[0]["y"])
-    title = "Which class is taken for which"
+    title = "Which class is detected as which"
     return Figure(f"{kind}-confusion", title, note, choices, max(340, height))
 
 
 def _most_confused(pairs: Sequence[Sequence[Any]], classes: list[str]) -> list[str]:
-    """Return the classes to show, in the order in which they are given."""
+    """Return the classes to show, in the given order."""
     wrong = dict.fromkeys(classes, 0)
     for true, detected, count in pairs:
         if true is not None and detected is not None and true != detected:
@@ -247,11 +263,6 @@ def _most_confused(pairs: Sequence[Sequence[Any]], classes: list[str]) -> list[s
             wrong[detected] += count
     kept = set(sorted(classes, key=lambda name: -wrong[name])[:MAX_CONFUSED])
     return [name for name in classes if name in kept]
-
-
-_FIGURES: tuple[Callable[[str, Sequence[Measured]], Figure], ...] = (
-    _by_iou, _by_size, _errors, _calibration, _per_class, _confusion,
-)  # fmt: skip
 
 
 def _figure(

@@ -1,4 +1,4 @@
-"""Which group of runs is the best of those that took about the same time to train."""
+"""Which group of runs is the best among those that trained for about the same time."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from bigdet.reporting.compare import (
     final_values,
     measures_of,
     noise_band,
+    noise_cells,
     pooled_deviation,
 )
 from bigdet.reporting.runs import Groups
 from bigdet.reporting.table import MEASURES, Table, amount, decimals_of
 
 NEAR = 1.15
-"""Times of training count as one budget where each is at most so many times the next shorter one.
-Budgets that are compared differ by far more, and what is meant to be equal by less."""
+"""Times of training are one budget if each is at most so many times the next shorter one. Different
+budgets differ by far more, and times that should be equal by less."""
 
 
 @dataclass(frozen=True)
 class Behind:
-    """A group that came to less than the best one of its budget.
+    """A group with a lower AP than the best one of its budget.
 
     Attributes:
-        name: of the group.
+        name: name of the group.
         ap: its last AP in [0, 1], mean over the runs.
-        difference: of the best group's AP to it, not negative.
-        band: within which a difference is noise; None where no group has several seeds.
+        difference: the best group's AP minus this one, not negative.
+        band: differences up to this are noise; None if no group has several seeds.
     """
 
     name: str
@@ -41,15 +42,15 @@ class Behind:
 
 @dataclass(frozen=True)
 class Budget:
-    """Groups whose runs took about as long.
+    """Groups whose runs took about the same time.
 
     Attributes:
-        measure: of ``MEASURES``.
+        measure: a key of ``MEASURES``.
         time: ``CPU-hours`` or ``GPU-hours``.
-        hours: the least and the most of the groups.
+        hours: the shortest and the longest of the groups.
         best: name of the group with the highest AP.
         ap: its last AP in [0, 1], mean over the runs.
-        others: best first.
+        others: the other groups, best first.
     """
 
     measure: str
@@ -61,9 +62,10 @@ class Budget:
 
 
 def equal_budgets(groups: Groups) -> list[Budget]:
-    """Compare the finished runs of groups that trained for about as long, the shortest first."""
-    groups = {name: [run for run in runs if run.run_dir.is_finished]
-              for name, runs in groups.items()}  # fmt: skip
+    """Compare the finished runs of groups that trained for about the same time, shortest first."""
+    groups = {
+        name: [run for run in runs if run.run_dir.is_finished] for name, runs in groups.items()
+    }
     found = []
     for measure in measures_of(groups):
         finals = {name: final_values(runs, measure) for name, runs in groups.items()}
@@ -77,19 +79,18 @@ def equal_budgets(groups: Groups) -> list[Budget]:
             for names in alike(hours):
                 means = {name: statistics.mean(finals[name]) for name in names}
                 best, *others = sorted(names, key=means.__getitem__, reverse=True)
+                bands = [noise_band(deviation, len(finals[best]), len(finals[n])) for n in others]
                 behind = [
-                    Behind(name, means[name], means[best] - means[name],
-                           None if deviation is None else
-                           noise_band(deviation, len(finals[best]), len(finals[name])))
-                    for name in others
-                ]  # fmt: skip
+                    Behind(name, means[name], means[best] - means[name], band)
+                    for name, band in zip(others, bands, strict=True)
+                ]
                 span = hours[names[0]], hours[names[-1]]
                 found.append(Budget(measure, time, span, best, means[best], behind))
     return found
 
 
 def alike(hours: Mapping[str, float]) -> list[list[str]]:
-    """Return the names whose hours are alike, by rising hours; two or more in each list."""
+    """Return lists of two or more names with about the same hours, by rising hours."""
     sets: list[list[str]] = []
     for name in sorted(hours, key=hours.__getitem__):
         if not sets or hours[name] > NEAR * hours[sets[-1][-1]]:
@@ -99,33 +100,33 @@ def alike(hours: Mapping[str, float]) -> list[list[str]]:
 
 
 def budget_table(groups: Groups) -> Table:
-    """Return ``equal_budgets`` as a table, a line for each group behind the best of its budget."""
+    """Return ``equal_budgets`` as a table, one line for each group that is not the best."""
     rows = []
     for budget in equal_budgets(groups):
         decimals = decimals_of([budget.ap])
         for other in budget.others:
-            band = "not known: one seed"
-            if other.band is not None:
-                band = f"+-{100 * other.band:.{decimals}f}"
-            rows.append(
-                [_hours(budget), MEASURES[budget.measure], budget.best,
-                 f"{100 * budget.ap:.{decimals}f}", other.name, f"{100 * other.ap:.{decimals}f}",
-                 f"{100 * other.difference:+.{decimals}f}", band, _verdict(other)]
-            )  # fmt: skip
-    header = ["trained for", "measure", "best", "percent", "other", "its percent", "difference",
-              "noise band", "the difference is"]  # fmt: skip
+            best, ap = f"{100 * budget.ap:.{decimals}f}", f"{100 * other.ap:.{decimals}f}"
+            difference = f"{100 * other.difference:+.{decimals}f}"
+            noise = noise_cells(other.difference, other.band, decimals)
+            first = [_hours(budget), MEASURES[budget.measure], budget.best, best]
+            rows.append([*first, other.name, ap, difference, *noise])
+    header = ["trained for", "measure", "best", "percent", "other", "its percent"]
+    header += ["difference", "noise band", "the difference is"]
     return Table(header, rows).without_empty()
 
 
 def budget_sentences(groups: Groups) -> list[str]:
-    """Say of each budget which group is the best, and by how much."""
+    """Return a sentence for each budget: which group is the best, and by how much."""
     sentences = []
     for budget in equal_budgets(groups):
         decimals = decimals_of([budget.ap])
+        verdicts = [
+            noise_cells(other.difference, other.band, decimals)[1] for other in budget.others
+        ]
         leads = ", ".join(
             f"{100 * other.difference:.{decimals}f} more than {other.name}"
-            + (f" ({_verdict(other)})" if other.band is not None else "")
-            for other in budget.others
+            + (f" ({verdict})" if verdict else "")
+            for other, verdict in zip(budget.others, verdicts, strict=True)
         )
         sentences.append(
             f"At {_hours(budget)}, {budget.best} has the highest {MEASURES[budget.measure]}: "
@@ -137,9 +138,3 @@ def budget_sentences(groups: Groups) -> list[str]:
 def _hours(budget: Budget) -> str:
     least, most = (amount(each, 1.0) for each in budget.hours)
     return f"{least} {budget.time}" if least == most else f"{least} to {most} {budget.time}"
-
-
-def _verdict(other: Behind) -> str:
-    if other.band is None:
-        return ""
-    return "more than noise" if other.difference > other.band else "within noise"

@@ -1,4 +1,4 @@
-"""Groups of runs against each other: curves over seeds, differences and noise, cost at equal AP.
+"""Groups of runs compared: curves over seeds, differences and noise, cost at equal AP.
 
 Letters in comments: n runs of a group.
 """
@@ -21,9 +21,9 @@ COSTS = {
     "instances": ("seen/instances", 1.0),
     "pixels": ("seen/pixels", 1.0),
 }
-"""What AP is held against beside steps: its key in ``metrics.jsonl``, which of weights from
-elsewhere begins with ``imported/`` instead, and its unit. A run that counted its CPU time, as those
-do that train on CPUs, has CPU-hours in place of GPU-hours."""
+"""Costs that AP is compared by, besides steps: key in ``metrics.jsonl``, and unit. For imported
+weights the key begins with ``imported/`` instead. A run that counted its CPU time, because it
+trained on CPUs, has CPU-hours instead of GPU-hours."""
 TIMES_OF_TRAINING = ("CPU-hours", "GPU-hours")
 """The costs that are times; a run has one of them."""
 
@@ -33,14 +33,14 @@ class Point:
     """One evaluation of all runs of a group.
 
     Attributes:
-        phase: of the evaluation.
-        step: of the phase.
-        total_step: over all phases.
+        phase: phase of the evaluation.
+        step: finished steps of that phase.
+        total_step: finished steps of all phases.
         mean: AP in [0, 1], mean over the runs.
-        deviation: standard deviation over the runs; None of one run.
-        costs: up to here by the names of ``COSTS``, mean over the runs; without what was not
-            counted.
-        imported: what was stated of weights from elsewhere, likewise; empty where there are none.
+        deviation: standard deviation over the runs; None for one run.
+        costs: costs so far by the names of ``COSTS``, means over the runs; without those that were
+            not counted.
+        imported: stated costs of imported weights, in the same form; empty without such weights.
     """
 
     phase: str
@@ -52,11 +52,11 @@ class Point:
     imported: Mapping[str, float]
 
     def cost(self, name: str, with_imports: bool) -> float | None:
-        """Return one of the costs; None where it, or what was imported, is not known.
+        """Return one of the costs; None if it, or that of imported weights, is not known.
 
         Args:
-            name: of ``COSTS``.
-            with_imports: add what was stated of weights from elsewhere.
+            name: a key of ``COSTS``.
+            with_imports: add the stated cost of imported weights.
         """
         if name not in self.costs or (with_imports and self.imported and name not in self.imported):
             return None
@@ -64,11 +64,11 @@ class Point:
 
 
 def ap_curve(runs: Sequence[Run], measure: str) -> list[Point]:
-    """Return the evaluations that all runs of a group have made.
+    """Return the evaluations that all runs of a group have.
 
     Args:
-        runs: of the group; those without any evaluation are left out.
-        measure: of ``MEASURES``.
+        runs: the group; runs without evaluations are left out.
+        measure: a key of ``MEASURES``.
     """
     found = [each for each in (_evaluations(run, measure) for run in runs) if each]
     if not found:
@@ -100,7 +100,7 @@ def _evaluations(run: Run, measure: str) -> dict[tuple[str, int], _Evaluation]:
     found = {}
     seen: dict[str, float] = {}
     for line in run.lines:
-        seen |= _costs_in(line)  # evaluations of older runs had none: those of the last step count
+        seen |= _costs_in(line)  # older versions wrote none at evaluations: those of the last step
         if (ap := line.get(measure)) is not None:
             place = line["phase"], line["step"]
             found[place] = run.total_step(line), ap, dict(seen), _imports_in(line)
@@ -128,7 +128,7 @@ def _mean_costs(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def measures_of(groups: Groups) -> list[str]:
-    """Return what the runs are compared by; AP50 is VOC's own measure, and for others a detail."""
+    """Return the measures that runs have; AP50 only if the metric of some run is VOC's."""
     runs = [run for members in groups.values() for run in members]
     with_ap50 = any(run.options["evaluation.metric"] != "coco" for run in runs)
     return [
@@ -140,13 +140,13 @@ def measures_of(groups: Groups) -> list[str]:
 
 
 def final_values(runs: Sequence[Run], measure: str) -> list[float]:
-    """Return what the last evaluation of each run that has one came to, in [0, 1]."""
+    """Return the AP of the last evaluation of each run that has one, in [0, 1]."""
     outcomes = [run.outcome for run in runs]
     return [outcome.ap[measure] for outcome in outcomes if outcome and measure in outcome.ap]
 
 
 def pooled_deviation(values: Sequence[Sequence[float]]) -> float | None:
-    """Return the standard deviation within groups, over all that have two or more values."""
+    """Return the standard deviation within the groups of two or more values; None without any."""
     several = [each for each in values if len(each) > 1]
     if not several:
         return None
@@ -154,13 +154,23 @@ def pooled_deviation(values: Sequence[Sequence[float]]) -> float | None:
     return math.sqrt(squares / sum(len(each) - 1 for each in several))
 
 
-def noise_band(deviation: float, num_own: int, num_other: int) -> float:
-    """Return two standard errors of the difference of two means."""
+def noise_band(deviation: float | None, num_own: int, num_other: int) -> float | None:
+    """Return two standard errors of the difference of two means; None without a deviation."""
+    if deviation is None:
+        return None
     return 2 * deviation * math.sqrt(1 / num_own + 1 / num_other)
 
 
+def noise_cells(difference: float, band: float | None, decimals: int) -> tuple[str, str]:
+    """Return the noise band in percent, and whether a difference is larger, as cells."""
+    if band is None:
+        return "not known: one seed", ""
+    verdict = "more than noise" if abs(difference) > band else "within noise"
+    return f"+-{100 * band:.{decimals}f}", verdict
+
+
 def difference_table(groups: Groups) -> Table:
-    """Compare the last AP of each group with the first one's, in percent points."""
+    """Compare the last AP of each group with that of the first, in percentage points."""
     first = next(iter(groups))
     rows = []
     for measure in measures_of(groups):
@@ -171,32 +181,28 @@ def difference_table(groups: Groups) -> Table:
             if name == first or not values or not finals[first]:
                 continue
             difference = statistics.mean(values) - statistics.mean(finals[first])
-            if deviation is None:
-                band, verdict = "not known: one seed", ""
-            else:
-                width = noise_band(deviation, len(values), len(finals[first]))
-                band = f"+-{100 * width:.{decimals}f}"
-                verdict = "more than noise" if abs(difference) > width else "within noise"
+            band = noise_band(deviation, len(values), len(finals[first]))
             ap = f"{100 * statistics.mean(values):.{decimals}f}"
             minus = f"{100 * difference:+.{decimals}f}"
-            rows.append([name, MEASURES[measure], ap, minus, band, verdict])
+            noise = noise_cells(difference, band, decimals)
+            rows.append([name, MEASURES[measure], ap, minus, *noise])
     header = ["run", "measure", "percent", f"minus {first}", "noise band", "the difference is"]
     return Table(header, rows).without_empty()
 
 
 @dataclass(frozen=True)
 class Reached:
-    """Where a group first came to the last AP of another one.
+    """Where a group first reached the last AP of another group.
 
     Attributes:
-        name: of the group.
+        name: name of the group.
         other: name of the other group.
         goal: the AP in words.
-        point: the evaluation; None if it never came to as much.
-        steps: the part of the other's steps.
-        parts: of the other's costs, by the names of ``COSTS``.
-        parts_with_imports: likewise, with what was stated of weights from elsewhere on both sides;
-            empty where neither has any.
+        point: the evaluation; None if it never reached that AP.
+        steps: its steps as a fraction of the other's.
+        parts: its costs as fractions of the other's, by the names of ``COSTS``.
+        parts_with_imports: the same with the stated costs of imported weights on both sides; empty
+            if neither has any.
     """
 
     name: str
@@ -209,9 +215,9 @@ class Reached:
 
 
 def equal_ap(groups: Groups) -> list[Reached]:
-    """Compare what each group had cost when it first showed the last AP of each other one.
+    """Compare the cost of each group when it first reached the last AP of each other group.
 
-    Nothing is interpolated: the first evaluation that shows as much counts.
+    Nothing is interpolated: the first evaluation that reaches it counts.
     """
     found = []
     for measure in measures_of(groups):
@@ -228,24 +234,21 @@ def equal_ap(groups: Groups) -> list[Reached]:
                     found.append(Reached(name, other, words, None, 0.0, {}, {}))
                     continue
                 has_imports = bool(point.imported or end.imported)
-                found.append(
-                    Reached(
-                        name, other, words, point, point.total_step / end.total_step,
-                        _parts(point, end, with_imports=False),
-                        _parts(point, end, with_imports=True) if has_imports else {},
-                    )
-                )  # fmt: skip
+                steps = point.total_step / end.total_step
+                parts = _parts(point, end, with_imports=False)
+                imports = _parts(point, end, with_imports=True) if has_imports else {}
+                found.append(Reached(name, other, words, point, steps, parts, imports))
     return found
 
 
 def _parts(point: Point, end: Point, with_imports: bool) -> dict[str, float]:
-    """Return the costs of one evaluation as parts of those of another one."""
+    """Return the costs of one evaluation as fractions of those of another."""
     costs = {name: (point.cost(name, with_imports), end.cost(name, with_imports)) for name in COSTS}
     return {name: own / whole for name, (own, whole) in costs.items() if own is not None and whole}
 
 
 def equal_ap_table(groups: Groups) -> Table:
-    """Return ``equal_ap`` as a table; what a run never reached is in one line of it."""
+    """Return ``equal_ap`` as a table, with one line per group for all that it never reached."""
     rows, missed = [], dict[str, list[str]]()
     for one in equal_ap(groups):
         if one.point is None:
@@ -261,13 +264,14 @@ def equal_ap_table(groups: Groups) -> Table:
     costs = [header for name in COSTS for header in (name, f"{name} with imports")]
     header = ["run", "reaches", "at", "steps", *costs]
     width = len(header) - 3
-    rows += [[name, ", ".join(goals), "not reached", *[""] * width]
-             for name, goals in missed.items()]  # fmt: skip
+    rows += [
+        [name, ", ".join(goals), "not reached", *[""] * width] for name, goals in missed.items()
+    ]
     return Table(header, rows).without_empty()
 
 
 def equal_ap_sentences(groups: Groups) -> list[str]:
-    """Return what ``equal_ap`` says of the first group and each other one, where it costs less."""
+    """Return the lines of ``equal_ap`` with the first group as sentences, if the cost is lower."""
     first = next(iter(groups))
     sentences = []
     for one in equal_ap(groups):
@@ -275,8 +279,6 @@ def equal_ap_sentences(groups: Groups) -> list[str]:
         own, whole = one.parts.get(time), one.parts_with_imports.get(time)
         if own is None or first not in (one.name, one.other) or min(own, whole or own) >= 1:
             continue
-        imports = "" if whole is None else (
-            f" ({whole:.2f} with what the weights that they began with had cost)"
-        )  # fmt: skip
+        imports = "" if whole is None else f" ({whole:.2f} with the cost of imported weights)"
         sentences.append(f"{one.name} reaches {one.goal} at {own:.2f} of its {time}{imports}.")
     return sentences

@@ -1,4 +1,4 @@
-"""What stands beside the AP of runs: what they are, took and ran on, and options that differ."""
+"""Tables next to the AP of runs: model and phases, costs, environment, options that differ."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from bigdet.reporting.table import COUNTS, TIMES, Table, amount, unit_of
 
 
 def run_table(groups: Groups) -> Table:
-    """Return what the runs of each group are: the model, the phases and the validation data."""
+    """Return the model, the phases and the validation data of each group."""
     rows = []
     for name, members in groups.items():
         options = members[0].options
         phases = "\n".join(_phase_words(options, phase) for phase in members[0].phases)
         model = f"{options['model.detector']}, {options['model.backbone']}"
         rows.append([name, model, phases, str(options["data.val.shards"])])
-    return Table(["run", "model", "phases", "measured on"], rows)
+    return Table(["run", "model", "phases", "evaluated on"], rows)
 
 
 def _phase_words(options: Mapping[str, Any], phase: str) -> str:
@@ -27,11 +27,11 @@ def _phase_words(options: Mapping[str, Any], phase: str) -> str:
     length = next(f"{of(unit):,} {unit}" for unit in ("steps", "passes", "images") if of(unit))
     batch = of("images_per_step") or f"{of('images_per_gpu')} per GPU"
     size = of("resize.size") or of("resize.sizes") or of("resize.size_range")
-    return f"{phase}: {length}, {batch} images a step, {of('resize.kind')} {size}"
+    return f"{phase}: {length}, {batch} images per step, {of('resize.kind')} {size}"
 
 
 def cost_table(groups: Groups) -> Table:
-    """Return what each phase of each run has taken."""
+    """Return the cost of each phase of each run."""
     found = [
         (run.name, phase, taken)
         for members in groups.values()
@@ -41,27 +41,30 @@ def cost_table(groups: Groups) -> Table:
     ]
     pixels = unit_of([taken.get("pixels") for _, _, taken in found], COUNTS)
     device, times = time_parts([taken for _, _, taken in found])
-    seconds, unit = unit_of([taken.get(key) for _, _, taken in found for key in times.values()],
-                            TIMES)  # fmt: skip
-    header = ["run", "phase", "steps", "images", "instances",
-              f"pixels ({pixels[1]})" if pixels[1] else "pixels",
-              *(f"{part} {device}-{unit}" for part in times), "energy (kWh)"]  # fmt: skip
+    seconds = [taken.get(key) for _, _, taken in found for key in times.values()]
+    size, unit = unit_of(seconds, TIMES)
+    counts = ["steps", "images", "instances"]
     rows = [
-        [name, phase,
-         *(f"{taken[key]:,}" if key in taken else "" for key in ("steps", "images", "instances")),
-         amount(taken.get("pixels"), pixels[0]),
-         *(amount(taken.get(key), seconds) for key in times.values()),
-         amount(taken.get("energy_joules"), 3.6e6)]
+        [
+            name,
+            phase,
+            *(f"{taken[key]:,}" if key in taken else "" for key in counts),
+            amount(taken.get("pixels"), pixels[0]),
+            *(amount(taken.get(key), size) for key in times.values()),
+            amount(taken.get("energy_joules"), 3.6e6),
+        ]
         for name, phase, taken in found
-    ]  # fmt: skip
+    ]
+    header = ["run", "phase", *counts, f"pixels ({pixels[1]})" if pixels[1] else "pixels"]
+    header += [*(f"{part} {device}-{unit}" for part in times), "energy (kWh)"]
     return Table(header, rows).without_empty()
 
 
 def time_parts(costs: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
-    """Return ``CPU`` or ``GPU``, and the keys of the parts of the time by what people call them.
+    """Return ``CPU`` or ``GPU``, and the keys of the parts of the time by their names.
 
     Args:
-        costs: of phases, see ``phase_costs``; CPU time is shown if all of them have counted it.
+        costs: of phases, see ``phase_costs``; CPU time is used if all phases have counted it.
     """
     if costs and all("cpu_seconds" in taken for taken in costs):
         return "CPU", {"training": "cpu_seconds", "evaluation": "evaluation_cpu_seconds"}
@@ -70,32 +73,22 @@ def time_parts(costs: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, str]]
 
 
 def phase_costs(run: Run, phase: str) -> dict[str, Any]:
-    """Return what a phase has taken, by the names of ``phase_cost/``; empty if not counted."""
-    lines = [line for line in run.lines if line["phase"] == phase]
-    known = [line for line in lines if "phase_cost/steps" in line]
-    if not known:
-        return {}
-    return {
-        key.removeprefix("phase_cost/"): value
-        for key, value in known[-1].items()
-        if key.startswith("phase_cost/")
-    }
+    """Return the costs of a phase by the names of ``phase_cost/``; empty if not counted."""
+    prefix = "phase_cost/"
+    lines = [line for line in run.lines if line["phase"] == phase and f"{prefix}steps" in line]
+    last = lines[-1] if lines else {}
+    return {k.removeprefix(prefix): value for k, value in last.items() if k.startswith(prefix)}
 
 
 def option_table(groups: Groups) -> Table:
-    """Return the options in which the groups differ; a group's own differences between commas."""
+    """Return the options in which runs differ; values of a group are separated by commas."""
     runs = [run for members in groups.values() for run in members]
     keys = dict.fromkeys(key for run in runs for key in run.options if key != "output")
     rows = []
     for key in keys:
-        cells = [
-            ", ".join(dict.fromkeys(_option(run.options, key) for run in members))
-            for members in groups.values()
-        ]
-        if len(set(cells)) > 1 or any(
-            len({_option(run.options, key) for run in members}) > 1 for members in groups.values()
-        ):
-            rows.append([key, *cells])
+        found = [[_option(run.options, key) for run in members] for members in groups.values()]
+        if len({value for values in found for value in values}) > 1:
+            rows.append([key, *(", ".join(dict.fromkeys(values)) for values in found)])
     return Table(["option", *groups], rows)
 
 
@@ -107,9 +100,9 @@ def _option(options: Mapping[str, Any], key: str) -> str:
 
 
 def environment_table(groups: Groups) -> tuple[str, Table]:
-    """Return what the runs ran on: what is the same in all, and of each run what is not.
+    """Return host, device and versions: a sentence on what all runs share, a table of the rest.
 
-    Of a run that was started again, the last start counts.
+    The last start of each run counts.
     """
     runs = [run for members in groups.values() for run in members if run.starts]
     names = dict.fromkeys(name for run in runs for name in run.starts[-1] if name != "time")
@@ -124,10 +117,10 @@ def environment_table(groups: Groups) -> tuple[str, Table]:
     rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
     words = f"{'; '.join(same)}." if same else ""
     if words and len(runs) > 1:
-        words = f"The same in all: {words}"
+        words = f"The same in all runs: {words}"
     return words, Table(list(columns), rows).without_empty()
 
 
 def _minute(time: str) -> str:
-    """Return an ISO time in UTC as people write it."""
+    """Return an ISO time in UTC to the minute."""
     return time[:16].replace("T", " ") + (" UTC" if time.endswith("+00:00") else "")

@@ -1,8 +1,8 @@
 """Figures of a report: data and layout for plotly.js, as plain dicts; the page adds the colors.
 
-A trace has ``group``, the number of its group of runs, from which its color follows; ``role`` says
-what it is: ``line``, ``band`` (around a line, pale), ``bar`` or ``table`` (a heat map).
-Numbers that are not finite become null: JSON has none of them.
+The color of a trace follows from ``group``, the number of its group of runs, and its style from
+``role``: ``line``, ``band`` (around a line, pale), ``bar`` or ``table`` (a heat map).
+Numbers that are not finite become null, as JSON has no such numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bigdet.reporting.runs import Groups
 from bigdet.reporting.table import MEASURES, TIMES, unit_of
 
 MAX_POINTS = 1000
-"""Points of a curve; of longer ones, neighbors are averaged."""
+"""The most points of a curve; in longer curves neighbors are averaged."""
 AXES = {
     "steps": "optimizer steps, all phases",
     "CPU-hours": "CPU-hours of training, all ranks",
@@ -27,10 +27,10 @@ AXES = {
     "instances": "training objects seen",
     "pixels": "training pixels seen",
 }
-"""What an axis with this measure of cost is called."""
+"""Titles of axes by the names of ``COSTS``."""
 
-GPU_NOTE = "Seconds times GPUs of all phases; a wait for data is time in which a GPU stands still."
-CPU_NOTE = "CPU seconds of all ranks and phases; loader processes (data.workers) are not counted."
+GPU_NOTE = "Seconds times GPUs, all phases; during a wait for data the GPU is idle."
+CPU_NOTE = "CPU seconds of all ranks and phases, without loader processes (data.workers)."
 
 Trace = dict[str, Any]
 Layout = dict[str, Any]
@@ -41,9 +41,9 @@ class Choice:
     """One view of a figure.
 
     Attributes:
-        label: what a reader chooses it by.
-        traces: for plotly.
-        layout: for plotly, but for colors and margins.
+        label: entry in the menu of the figure.
+        traces: of plotly.
+        layout: of plotly, without colors and margins.
     """
 
     label: str
@@ -56,10 +56,10 @@ class Figure:
     """A plot.
 
     Attributes:
-        key: another one for each figure of a page; letters, digits and dashes.
-        title: above it.
-        note: a sentence below it, or nothing.
-        choices: its views; the first is shown first. None of them has no trace.
+        key: unique on the page; letters, digits and dashes.
+        title: heading.
+        note: a sentence below it, or empty.
+        choices: its views, each with one or more traces; the first is shown first.
         height: pixels.
     """
 
@@ -70,7 +70,7 @@ class Figure:
     height: int = 300
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as the page's script reads it."""
+        """Return the figure for the script of the page."""
         choices = [
             {"label": choice.label, "traces": _finite(choice.traces), "layout": choice.layout}
             for choice in self.choices
@@ -79,7 +79,7 @@ class Figure:
 
 
 def curve_figures(groups: Groups) -> list[Figure]:
-    """Return AP against all that it costs, for each kind that was measured."""
+    """Return one figure per measure: AP over steps and over each cost."""
     figures = []
     for measure in measures_of(groups):
         curves = {name: ap_curve(runs, measure) for name, runs in groups.items()}
@@ -90,7 +90,7 @@ def curve_figures(groups: Groups) -> list[Figure]:
         for name in COSTS:
             places[name] = AXES[name], _cost_of(name, with_imports=False)
             if any(name in point.imported for point in points):
-                title = f"{AXES[name]}, and those of imported weights"
+                title = f"{AXES[name]}, including imported weights"
                 places[f"{name} with imports"] = title, _cost_of(name, with_imports=True)
         choices = []
         for label, (title, place) in places.items():
@@ -104,9 +104,8 @@ def curve_figures(groups: Groups) -> list[Figure]:
                 layout["xaxis"]["rangemode"] = layout["yaxis"]["rangemode"] = "tozero"
                 choices.append(Choice(label, traces, layout))
         if choices:
-            note = "The band, or whisker, is one standard deviation over seeds." if any(
-                point.deviation is not None for point in points
-            ) else ""  # fmt: skip
+            several = any(point.deviation is not None for point in points)
+            note = "The band, or whisker, is one standard deviation over seeds." * several
             name = MEASURES[measure]
             key = measure.replace("/AP", "").lower()
             figures.append(Figure(f"ap-{key}", name[0].upper() + name[1:], note, choices, 380))
@@ -120,7 +119,7 @@ def _cost_of(name: str, with_imports: bool) -> Callable[[Point], float | None]:
 def _ap_traces(
     number: int, name: str, points: Sequence[Point], measure: Callable[[Point], float | None]
 ) -> list[Trace]:
-    """Return the line of a group, and the band around it where it has several seeds."""
+    """Return the line of a group, with a band around it if it has several seeds."""
     known = [(x, point) for point in points if (x := measure(point)) is not None]
     if not known:
         return []
@@ -137,42 +136,26 @@ def _ap_traces(
         return [line | {"error_y": {"type": "data", "array": [100 * (known[0][1].deviation or 0)]}}]
     low = [100 * max(0.0, point.mean - (point.deviation or 0)) for _, point in known]
     high = [100 * (point.mean + (point.deviation or 0)) for _, point in known]
-    band = {
-        "type": "scatter", "role": "band", "group": number, "name": name, "mode": "lines",
-        "x": [*places, *reversed(places)], "y": [*high, *reversed(low)], "fill": "toself",
-        "hoverinfo": "skip",
-    }  # fmt: skip
-    return [band, line]
+    band = _line(number, name, [*places, *reversed(places)], [*high, *reversed(low)])
+    return [band | {"role": "band", "fill": "toself", "hoverinfo": "skip"}, line]
 
 
 def training_figures(groups: Groups) -> list[Figure]:
-    """Return losses, learning rate, speed and memory against steps."""
+    """Return losses, learning rate, speed and memory over steps."""
     keys = dict.fromkeys(
         key for runs in groups.values() for run in runs for line in run.lines for key in line
     )
-    wanted = {key: key.removeprefix("loss/").replace("_", " ") for key in keys
-              if key.startswith("loss/")}  # fmt: skip
-    wanted = {"loss/total": "total", **wanted} if wanted else {}
-    figures = [
-        _training_figure(groups, f"Loss: {title}", "loss", _value_of(key), key)
-        for key, title in wanted.items()
-    ]
-    figures += [
-        _training_figure(groups, title, unit, measure, key)
-        for title, unit, key, measure in (
-            ("Learning rate", "learning rate", "lr", _value_of("lr")),
-            ("Gradient norm", "L2 norm", "grad_norm", _value_of("grad_norm")),
-            ("Throughput of all ranks", "images/s", "images_per_second",
-             _value_of("images_per_second")),
-            ("Wait for data", "% of step", "time-data", _data_wait),
-            ("Memory of the fullest rank", "GiB", "memory_gib", _value_of("memory_gib")),
-        )
-    ]  # fmt: skip
+    losses = sorted((key for key in keys if key.startswith("loss/")), key="loss/total".__ne__)
+    wanted = {key: (f"Loss: {key[len('loss/') :].replace('_', ' ')}", "loss") for key in losses}
+    wanted |= {
+        "lr": ("Learning rate", "learning rate"),
+        "grad_norm": ("Gradient norm", "L2 norm"),
+        "images_per_second": ("Throughput of all ranks", "images/s"),
+        "time-data": ("Wait for data", "% of step"),
+        "memory_gib": ("Memory of the rank that uses most", "GiB"),
+    }
+    figures = [_training_figure(groups, key, *words) for key, words in wanted.items()]
     return [figure for figure in figures if figure.choices]
-
-
-def _value_of(key: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda line: line.get(key)
 
 
 def _data_wait(line: Mapping[str, Any]) -> float | None:
@@ -182,13 +165,8 @@ def _data_wait(line: Mapping[str, Any]) -> float | None:
     return float(100 * line["time/data_seconds"] / line["time/step_seconds"])
 
 
-def _training_figure(
-    groups: Groups,
-    title: str,
-    unit: str,
-    measure: Callable[[Mapping[str, Any]], float | None],
-    key: str,
-) -> Figure:
+def _training_figure(groups: Groups, key: str, title: str, unit: str) -> Figure:
+    measure = _data_wait if key == "time-data" else lambda line: line.get(key)
     traces = []
     for number, (name, runs) in enumerate(groups.items()):
         for run in runs:
@@ -213,7 +191,7 @@ def _training_figure(
 
 
 def _phase_ends(groups: Groups) -> Layout:
-    """Return names of phases and lines between them; nothing where runs differ in them."""
+    """Return names of phases and lines between them; nothing if the phases of runs differ."""
     runs = [run for members in groups.values() for run in members]
     phases = {tuple((phase, run.last_step(phase)) for phase in run.phases) for run in runs}
     if len(phases) > 1 or len(runs[0].phases) == 1:
@@ -221,24 +199,24 @@ def _phase_ends(groups: Groups) -> Layout:
     lines, names, start = [], [], 0
     for phase, steps in phases.pop():
         place = {"x": start, "xref": "x", "yref": "paper"}
-        names.append({**place, "y": 1, "text": phase, "showarrow": False, "xanchor": "left",
-                      "yanchor": "bottom"})  # fmt: skip
+        anchor = {"y": 1, "showarrow": False, "xanchor": "left", "yanchor": "bottom"}
+        names.append({**place, **anchor, "text": phase})
         if start:
-            lines.append({"type": "line", "x0": start, "x1": start, "y0": 0, "y1": 1,
-                          "xref": "x", "yref": "paper"})  # fmt: skip
+            ends = {"x0": start, "x1": start, "y0": 0, "y1": 1}
+            lines.append({"type": "line", **ends, "xref": "x", "yref": "paper"})
         start += steps
     return {"shapes": lines, "annotations": names}
 
 
 def thinned(points: Sequence[tuple[int, float, str]]) -> list[tuple[int, float, str]]:
-    """Average neighbors until at most ``MAX_POINTS`` are left; each takes the last place."""
+    """Average neighbors until at most ``MAX_POINTS`` are left, each at its last step."""
     size = -(-len(points) // MAX_POINTS)
     bins = [points[start : start + size] for start in range(0, len(points), size)]
     return [(each[-1][0], sum(y for _, y, _ in each) / len(each), each[-1][2]) for each in bins]
 
 
 def cost_figures(groups: Groups) -> list[Figure]:
-    """Return where the time of each run went."""
+    """Return the parts of each run's time; no figure if none was counted."""
     runs = [run for members in groups.values() for run in members]
     counted = [run for run in runs if any(phase_costs(run, phase) for phase in run.phases)]
     if not counted:
@@ -251,22 +229,22 @@ def cost_figures(groups: Groups) -> list[Figure]:
         for name, key in keys.items()
     }
     unit, word = unit_of([second for seconds in parts.values() for second in seconds], TIMES)
-    traces: list[Trace] = [
-        {"type": "bar", "role": "part", "orientation": "h", "name": name, "y": names,
-         "x": [second / unit for second in seconds],
-         "hovertemplate": f"%{{x:.4~g}} {device}-{word}<extra>%{{fullData.name}}</extra>",
-         "showlegend": True}
+    style: Trace = {
+        "type": "bar",
+        "role": "part",
+        "orientation": "h",
+        "y": names,
+        "hovertemplate": f"%{{x:.4~g}} {device}-{word}<extra>%{{fullData.name}}</extra>",
+        "showlegend": True,
+    }
+    traces = [
+        {**style, "name": name, "x": [second / unit for second in seconds]}
         for name, seconds in parts.items()
-    ]  # fmt: skip
+    ]
     layout = axes(f"{device}-{word}", "") | {"barmode": "stack"}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
-    layout["legend"] = {
-        "orientation": "h",
-        "traceorder": "normal",
-        "y": 1.02,
-        "yanchor": "bottom",
-        "x": 0,
-    }
+    layout["legend"] = {"orientation": "h", "traceorder": "normal"}
+    layout["legend"] |= {"x": 0, "y": 1.02, "yanchor": "bottom"}
     layout["showlegend"] = True
     note = CPU_NOTE if device == "CPU" else GPU_NOTE
     height = 130 + 26 * len(names)
@@ -274,17 +252,17 @@ def cost_figures(groups: Groups) -> list[Figure]:
 
 
 def _line(number: int, name: str, x: Sequence[float], y: Sequence[float]) -> Trace:
-    return {"type": "scatter", "role": "line", "mode": "lines", "group": number, "name": name,
-            "x": list(x), "y": list(y)}  # fmt: skip
+    style = {"type": "scatter", "role": "line", "mode": "lines"}
+    return {**style, "group": number, "name": name, "x": list(x), "y": list(y)}
 
 
 def axes(x: str, y: str) -> Layout:
-    """Return a layout whose axes have these titles."""
+    """Return a layout with these titles of the axes."""
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not have."""
+    """Replace numbers that are not finite by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
 "use strict";
 // The figures of the page, drawn in the colors of its scheme; the legend; the pager of pictures.
-// Each stands out from its page by a contrast of 3 to 1 or more.
+// Each has a contrast of 3 to 1 or more with the page.
 const ON_LIGHT = ["#2f76ea", "#d9610a", "#0d8f69", "#d92f50", "#9550ea", "#a07a00", "#0588a3",
                   "#64870a", "#cf3d88", "#7d736a"];
 const ON_DARK = ["#4c8ff8", "#f58a3c", "#1dbb8b", "#f0566f", "#b07bf7", "#d3a70f", "#16b1d0",

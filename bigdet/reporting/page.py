@@ -1,19 +1,19 @@
-"""One HTML file that needs nothing else: tables, plots by plotly.js, pictures as data addresses."""
+"""One self-contained HTML file: tables, plots by plotly.js, pictures as data URLs."""
 
 from __future__ import annotations
 
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from bigdet.reporting.figures import Figure
 from bigdet.reporting.table import Table
 
-LONG_CELL = 40  # characters from which a cell may be broken into lines
-NUMBER = re.compile(r"[-+<]*[0-9]")  # a column of such cells stands to the right
+LONG_CELL = 40  # longer cells, in characters, may be broken into lines
+NUMBER = re.compile(r"[-+<]*[0-9]")  # a column of such cells is aligned to the right
 
 
 def write_page(
@@ -26,13 +26,13 @@ def write_page(
     """Return the page.
 
     Args:
-        title: above it.
+        title: heading of the page.
         groups: names of the groups of runs, in the order of their colors.
-        sections: HTML by heading; one with nothing in it is left out.
-        figures: all that the sections have a place for.
-        albums: ``name`` and ``pictures``, each with ``truth``, ``found`` (addresses) and ``text``.
+        sections: HTML by heading; empty ones are left out.
+        figures: all figures that the sections have a card for.
+        albums: ``name`` and ``pictures``, each with ``truth``, ``found`` (data URLs) and ``text``.
     """
-    # Imported here: only this needs it. MIT license; its text is in the file's first lines.
+    # Imported here, where alone it is needed. MIT license, in the first lines of its script.
     from plotly.offline import get_plotlyjs
 
     parts = resources.files("bigdet.reporting")
@@ -56,16 +56,18 @@ def write_page(
         "PLOTLY": get_plotlyjs(),
         "SCRIPT": parts.joinpath("page.js").read_text(encoding="utf-8"),
     }
-    pieces = page.split("@")  # text, name, text, name, ...: what is put in is not looked at again
+    pieces = page.split("@")  # text, name, text, name, ...; inserted text is not searched for names
     return "".join(values.get(piece, piece) for piece in pieces)
 
 
 def table_html(table: Table) -> str:
-    """Return a table that scrolls sideways where it is too wide; nothing without rows."""
+    """Return a table that scrolls sideways if it is too wide; empty without rows."""
     if not table.rows:
         return ""
-    are_text = [any(cell and not NUMBER.match(cell) for cell in column)
-                for column in zip(*table.rows, strict=True)]  # fmt: skip
+    are_text = [
+        any(cell and not NUMBER.match(cell) for cell in column)
+        for column in zip(*table.rows, strict=True)
+    ]
     head = "".join(
         f"<th{' class=text' if is_text else ''}>{html.escape(cell)}</th>"
         for cell, is_text in zip(table.header, are_text, strict=True)
@@ -81,7 +83,7 @@ def table_html(table: Table) -> str:
 
 
 def cards_html(figures: Sequence[Figure], wide: bool = False) -> str:
-    """Return places for figures, side by side where there is room; nothing without figures."""
+    """Return cards for figures, side by side if there is room; empty without figures."""
     if not figures:
         return ""
     cards = "".join(_card(figure) for figure in figures)
@@ -89,16 +91,16 @@ def cards_html(figures: Sequence[Figure], wide: bool = False) -> str:
 
 
 def paragraph_html(text: str, is_note: bool = False) -> str:
-    """Return a paragraph; nothing without text."""
+    """Return a paragraph; empty without text."""
     style = ' class="note"' if is_note else ""
     return f"<p{style}>{_escaped(text)}</p>\n" if text else ""
 
 
 def pager_html(albums: Sequence[Mapping[str, Any]]) -> str:
-    """Return what pages through the pictures; nothing where there are none."""
+    """Return the viewer of the pictures; empty without albums."""
     if not albums:
         return ""
-    options = "".join(f"<option>{html.escape(album['name'])}</option>" for album in albums)
+    options = _options(album["name"] for album in albums)
     return (
         '<div class="card pager" id="pager"><div class="controls">'
         f'<select id="album" aria-label="run">{options}</select>'
@@ -115,8 +117,7 @@ def _card(figure: Figure) -> str:
     key = html.escape(figure.key)
     select = ""
     if len(figure.choices) > 1:
-        options = "".join(f"<option>{html.escape(choice.label)}</option>"
-                          for choice in figure.choices)  # fmt: skip
+        options = _options(choice.label for choice in figure.choices)
         select = (
             f'<select id="choice-{key}" aria-label="{html.escape(figure.title)}">{options}</select>'
         )
@@ -127,18 +128,22 @@ def _card(figure: Figure) -> str:
     )
 
 
+def _options(names: Iterable[str]) -> str:
+    return "".join(f"<option>{html.escape(name)}</option>" for name in names)
+
+
 def _cell(text: str, is_text: bool) -> str:
     style = "long" if len(text) > LONG_CELL else "text" if is_text else ""
     return f"<td{f' class={style}' if style else ''}>{_escaped(text)}</td>"
 
 
 def _escaped(text: str) -> str:
-    """Return a text as HTML, line ends included."""
+    """Return a text as HTML, with its line breaks."""
     return html.escape(text).replace("+-", "&plusmn;").replace("\n", "<br>")
 
 
 def _breakable(cell: str) -> str:
-    """Let the name of an option be broken behind its dots and dashes."""
+    """Allow line breaks after the dots and underscores of an option's name."""
     return cell.replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 

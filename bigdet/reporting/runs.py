@@ -1,4 +1,4 @@
-"""Run folders read for a report, and which of them differ in nothing but their seed."""
+"""Reads run folders for a report, and groups those that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from bigdet.run_dir import RunDir
 logger = logging.getLogger(__name__)
 
 UNCOUNTED = ("output", "seed", "resume", "checkpoint", "log", "data.workers", "data.cache")
-"""Options and sections in which runs of one group may differ: the seed, and what changes no number.
-"""
+"""Options and sections in which runs of one group may differ: seed, and those without effect."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a report sees it.
+    """What a report needs of a run.
 
     Attributes:
-        name: short, and another one for each run.
+        name: short and unique.
         run_dir: its folder.
-        options: of the resolved config, by full key.
-        phases: in the order in which they run.
-        lines: of ``metrics.jsonl``.
-        evaluation: numbers of the last evaluation whose file is there; empty where none is.
-        starts: what each start of it ran on; empty for runs that did not write it down.
+        options: the resolved config, by full key.
+        phases: names in the order in which they run.
+        lines: the lines of ``metrics.jsonl``.
+        evaluation: numbers of the last evaluation with a file; empty if there is none.
+        starts: host and versions of each start; empty for runs of earlier versions.
     """
 
     name: str
@@ -48,30 +47,30 @@ class Run:
 
     @property
     def outcome(self) -> Outcome | None:
-        """Where it stands; None before its first evaluation."""
+        """Last AP and costs; None before its first evaluation."""
         return outcome_of(self.lines, self.run_dir.is_finished)
 
     def total_step(self, line: Mapping[str, Any]) -> int:
-        """Return the optimizer steps over all phases up to a line."""
+        """Return the optimizer steps of all phases up to a line."""
         before = self.phases[: self.phases.index(line["phase"])]
         return sum(self.last_step(phase) for phase in before) + int(line["step"])
 
     def last_step(self, phase: str) -> int:
-        """Return the steps of a phase; of one whose length is not given in steps, those made."""
+        """Return the steps of a phase; those made if its length is not given in steps."""
         given = self.options[f"phases.{phase}.steps"]
         made = (int(line["step"]) for line in self.lines if line["phase"] == phase)
         return int(given) if given else max(made, default=0)
 
 
 Groups = Mapping[str, Sequence[Run]]
-"""By name: runs that differ in nothing but their seed."""
+"""By name: runs that differ only in their seed."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders; each once, in the order in which they are given.
+    """Read run folders in the given order, each once.
 
     Raises:
-        ValueError: a folder is no run, has nothing to report, or measured on other data.
+        ValueError: a folder is not a run, has nothing to report, or was evaluated on other data.
     """
     by_place: dict[Path, Path] = {}
     for folder in folders:
@@ -87,7 +86,7 @@ def read_run(folder: Path, name: str) -> Run:
     """Read one run folder."""
     run_dir = RunDir(folder)
     if not run_dir.config.is_file():
-        found = "is no folder" if not folder.is_dir() else f"has no {run_dir.config.name}"
+        found = "is not a folder" if not folder.is_dir() else f"has no {run_dir.config.name}"
         raise ValueError(
             f"{folder}: not a run: it {found}. Give the output folder of `bigdet train`."
         )
@@ -102,49 +101,53 @@ def read_run(folder: Path, name: str) -> Run:
     if unknown := sorted({str(line["phase"]) for line in lines} - set(phases)):
         raise ValueError(
             f"{run_dir.metrics}: has the phases {', '.join(unknown)}, which {run_dir.config.name} "
-            f"does not list ({', '.join(phases)}). The files are of two runs."
+            f"does not list ({', '.join(phases)}). The files are of different runs."
         )
     if run_dir.weights.is_file() and not run_dir.is_finished:
-        logger.warning("%s: its last evaluation is not scored yet; start the run again, which does "
-                       "that alone", folder)  # fmt: skip
-    options = flat_options(config)
-    return Run(name, run_dir, options, phases, lines, _last_evaluation(run_dir, lines),
-               _read_json(run_dir.environment, []))  # fmt: skip
+        logger.warning(
+            "%s: its last evaluation is not scored yet; start the run again, which only does that",
+            folder,
+        )
+    evaluation, starts = _last_evaluation(run_dir, lines), _read_json(run_dir.environment, [])
+    return Run(name, run_dir, flat_options(config), phases, lines, evaluation, starts)
 
 
 def check_same_data(runs: Sequence[Run]) -> None:
-    """Check that all runs were measured on the same objects in the same way.
+    """Check that all runs were evaluated on the same objects in the same way.
 
-    The addresses of the data may differ: the classes, the number of objects of each, and how AP is
-    defined are compared.
+    The paths of the data may differ: classes, objects per class and the definition of AP are
+    compared.
     """
     measured = [run for run in runs if run.evaluation]
+    keys = ("evaluation.metric", "evaluation.max_detections")
     for run in measured[1:]:
         first = measured[0]
         for what, own, other in (
             ("classes", _classes(run), _classes(first)),
             ("objects of each class", _objects(run), _objects(first)),
-            *((key, run.options[key], first.options[key])
-              for key in ("evaluation.metric", "evaluation.max_detections")),
-        ):  # fmt: skip
+            *((key, run.options[key], first.options[key]) for key in keys),
+        ):
             if own is not None and other is not None and own != other:
                 raise ValueError(
-                    f"{run.run_dir.root}: was measured on other data than {first.run_dir.root}: "
+                    f"{run.run_dir.root}: was evaluated on other data than {first.run_dir.root}: "
                     f"{what}: {_brief(own)}, not {_brief(other)}. Their AP cannot be compared: "
-                    f"give each its own report, or measure one anew with `bigdet evaluate`."
+                    f"make a report for each, or evaluate one again with `bigdet evaluate`."
                 )
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Put runs together that differ in nothing but their seed, in the order in which they come.
+    """Group runs that differ only in their seed, in the given order.
 
-    A run that was made again with the same seed is no further seed: it stands for itself.
+    A second run with the same seed is not another seed: it is a group of its own.
     """
     by_options: dict[tuple[str, int], list[Run]] = {}
     times: Counter[tuple[str, str]] = Counter()
     for run in runs:
-        kept = {key: comparable(key, value) for key, value in run.options.items()
-                if not _is_uncounted(key)}  # fmt: skip
+        kept = {
+            key: comparable(key, value)
+            for key, value in run.options.items()
+            if not _is_uncounted(key)
+        }
         options, seed = json.dumps(kept, sort_keys=True, default=str), str(run.options.get("seed"))
         by_options.setdefault((options, times[options, seed]), []).append(run)
         times[options, seed] += 1
@@ -156,7 +159,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def common_name(names: Sequence[str]) -> str:
-    """Return what names have in common, such as ``direct`` of ``direct-s0`` and ``direct-s1``."""
+    """Return the common part of names, such as ``direct`` for ``direct-s0`` and ``direct-s1``."""
     if len(names) == 1:
         return names[0]
     without = {re.sub(r"[-_.]?(s|seed)[-_]?\d+$", "", name) for name in names}
@@ -165,7 +168,7 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return for each folder its name, with as many of those above it as tell them all apart."""
+    """Return each folder's name, with as many parents as are needed to make all different."""
     depth = 1
     while len({folder.parts[-depth:] for folder in folders}) < len(folders):
         depth += 1
@@ -186,7 +189,7 @@ def _last_evaluation(run_dir: RunDir, lines: Sequence[Mapping[str, Any]]) -> Map
 
 
 def _read_json(file: Path, absent: Any) -> Any:
-    """Return what a JSON file of a run holds, or what stands for an absent one."""
+    """Return the content of a JSON file, or ``absent`` if there is no file."""
     if not file.is_file():
         return absent
     try:

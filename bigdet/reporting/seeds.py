@@ -1,4 +1,4 @@
-"""The analyses of several seeds as one: means, standard deviations, and sums of what is counted."""
+"""The analyses of several seeds as one: means, standard deviations, and sums of counts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Analysis = dict[str, Any]
-"""Of one kind, as ``evaluation/analysis.py`` lays it out."""
+"""The analysis of one kind, see ``evaluation/analysis.py``."""
 
 
 def mean_analysis(analyses: Sequence[Analysis]) -> Analysis:
-    """Return the mean of every number; calibration and confusion are those of all seeds together.
+    """Return the mean of every number; calibration and confusion are of all seeds together.
 
-    A number that a seed does not have (null) is left out of its mean.
+    Seeds without a number (null) are left out of its mean.
     """
     rest: Analysis = _combined([_without_pairs(each) for each in analyses], statistics.mean)
     pairs: Counter[tuple[str | None, str | None]] = Counter()
@@ -31,7 +31,7 @@ def mean_analysis(analyses: Sequence[Analysis]) -> Analysis:
 
 
 def deviations(analyses: Sequence[Analysis]) -> Analysis | None:
-    """Return the standard deviation of every number; None of a single seed."""
+    """Return the standard deviation of every number; None for a single seed."""
     if len(analyses) == 1:
         return None
     found: Analysis = _combined([_without_pairs(each) for each in analyses], _deviation)
@@ -39,14 +39,14 @@ def deviations(analyses: Sequence[Analysis]) -> Analysis | None:
 
 
 def _without_pairs(analysis: Analysis) -> Analysis:
-    """Leave out what is not numbers with the same places in each seed."""
+    """Leave out the parts whose keys differ between seeds."""
     return {
         key: value for key, value in analysis.items() if key not in ("confusion", "calibration")
     }
 
 
 def _combined(values: Sequence[Any], combine: Callable[[list[float]], float | None]) -> Any:
-    """Combine the numbers at equal places of nested dicts."""
+    """Combine the numbers with the same keys of nested dicts."""
     if isinstance(values[0], dict):
         return {key: _combined([each[key] for each in values], combine) for key in values[0]}
     known = [value for value in values if value is not None]
@@ -58,7 +58,7 @@ def _deviation(values: list[float]) -> float | None:
 
 
 def _pooled(bins: Sequence[Analysis | None]) -> Analysis | None:
-    """Return the calibration of the detections of all seeds; None where a seed has none."""
+    """Return the calibration of the detections of all seeds; None if a seed has none."""
     known = [each for each in bins if each is not None]
     if len(known) < len(bins):
         return None
@@ -69,7 +69,6 @@ def _pooled(bins: Sequence[Analysis | None]) -> Analysis | None:
         for each in known:
             for place, (count, value) in enumerate(zip(each["count"], each[name], strict=True)):
                 sums[place] += count * value if count else 0.0
-        return [total / count if count else None
-                for total, count in zip(sums, counts, strict=True)]  # fmt: skip
+        return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
 
     return {"count": counts, "score": mean("score"), "precision": mean("precision")}

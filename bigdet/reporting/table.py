@@ -1,10 +1,10 @@
-"""Runs side by side: what each came to and what it took, as a table."""
+"""Runs side by side: last AP and costs as a table."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,30 +16,30 @@ MEASURES = {
     "segm/AP": "mask AP",
     "keypoints/AP": "keypoint AP",
 }
-"""What runs are compared by: its key in ``metrics.jsonl``, and what people call it."""
+"""Measures by which runs are compared: key in ``metrics.jsonl``, and name."""
 COUNTS = ((1e12, "10^12"), (1e9, "10^9"), (1e6, "million"), (1.0, ""))
 TIMES = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts, the same in Markdown and in HTML.
+    """A table of texts, for Markdown and HTML.
 
     Attributes:
         header: names of the columns.
-        rows: each with as many cells.
+        rows: each with one cell per column.
     """
 
     header: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """Write it as Markdown."""
+        """Return the table as Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return "".join(f"| {' | '.join(map(_escaped, cells))} |\n" for cells in lines)
 
     def without_empty(self) -> Table:
-        """Return it without the columns in which no row says anything."""
+        """Return the table without the columns in which all cells are empty."""
         kept = [place for place in range(len(self.header)) if any(row[place] for row in self.rows)]
         rows = [[row[place] for place in kept] for row in self.rows]
         return Table([self.header[place] for place in kept], rows)
@@ -47,19 +47,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended, or has come so far. None stands for what the run did not count.
+    """Last AP of a run and its costs until then. None for costs that the run did not count.
 
     Attributes:
-        ap: of the last evaluation by the keys of ``MEASURES``, in [0, 1].
+        ap: last evaluation by the keys of ``MEASURES``, in [0, 1].
         images: training images seen.
-        pixels: pixels seen.
-        gpu_seconds: of training steps times GPUs.
-        data_seconds: of them, spent waiting for data.
-        evaluation_seconds: of evaluations times GPUs.
-        imported_images: images that were stated for weights from elsewhere; 0 where none were.
+        pixels: pixels of them.
+        gpu_seconds: seconds of training steps times GPUs.
+        data_seconds: the part of them spent waiting for data.
+        evaluation_seconds: seconds of evaluations times GPUs.
+        imported_images: stated images of imported weights; 0 without such weights.
         is_finished: the run has its final weights, and all its numbers.
-        cpu_seconds: of training steps, of all ranks; known of runs on CPUs alone.
-        evaluation_cpu_seconds: of evaluations, likewise.
+        cpu_seconds: CPU time of training steps, all ranks; only for runs on CPUs.
+        evaluation_cpu_seconds: the same for evaluations.
     """
 
     ap: dict[str, float]
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def read_metrics(run_dir: RunDir) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; a last line that is being written just now is left out."""
+    """Read ``metrics.jsonl``, without an incomplete last line, which is being written."""
     if not run_dir.metrics.is_file():
         return []
     text = run_dir.metrics.read_text(encoding="utf-8")
@@ -86,29 +86,29 @@ def read_metrics(run_dir: RunDir) -> list[dict[str, Any]]:
             values = json.loads(line, parse_constant=lambda _: None)  # NaN, of older runs
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{run_dir.metrics}: line {number} is not JSON ({error}). The file is damaged; a "
-                f"resumed run mends it."
+                f"{run_dir.metrics}: line {number} is not JSON ({error}). The file is damaged; "
+                f"resuming the run repairs it."
             ) from error
         if not isinstance(values, dict) or not {"phase", "step"} <= values.keys():
             raise ValueError(
                 f"{run_dir.metrics}: line {number}: expected an object with phase and step, found "
-                f"{line[:60]}. It is not written by bigdet; give the folder of a run."
+                f"{line[:60]}. It was not written by bigdet; give the folder of a run."
             )
         lines.append(values)
     return lines
 
 
 def read_outcome(run_dir: RunDir) -> Outcome | None:
-    """Read where a run stands; None before its first evaluation."""
+    """Read the outcome of a run; None before its first evaluation."""
     return outcome_of(read_metrics(run_dir), run_dir.is_finished)
 
 
 def outcome_of(lines: Sequence[Mapping[str, Any]], is_finished: bool) -> Outcome | None:
-    """Return where a run stands; None before its first evaluation.
+    """Return the outcome of a run; None before its first evaluation.
 
     Args:
-        lines: of its ``metrics.jsonl``.
-        is_finished: it has its final weights, and all its numbers.
+        lines: the lines of ``metrics.jsonl``.
+        is_finished: the run has its final weights, and all its numbers.
     """
     places = [place for place, line in enumerate(lines) if "bbox/AP" in line]
     if not places:
@@ -131,14 +131,14 @@ def outcome_of(lines: Sequence[Mapping[str, Any]], is_finished: bool) -> Outcome
 
 
 def outcome_table(groups: Mapping[str, Sequence[Outcome | None]]) -> Table:
-    """Return a table with a line for each group of runs that differ in nothing but their seed.
+    """Return a table with one line for each group of runs that differ only in their seed.
 
-    AP is in percent: the mean over the runs, and behind it their standard deviation where there are
-    two or more. Costs are means, in the unit that suits the largest. Runs that are not finished
-    count with what they came to so far, and are told in the last column.
+    AP is in percent: the mean over the runs, and their standard deviation if there are two or more.
+    Costs are means, in the unit that suits the largest. Runs that are not finished count with their
+    last evaluation, and the last column has their number.
 
     Args:
-        groups: by name; None stands for a run without an evaluation.
+        groups: outcomes by the name of the group; None for a run without evaluation.
     """
     known = {name: [one for one in group if one is not None] for name, group in groups.items()}
     found = [outcome for outcomes in known.values() for outcome in outcomes]
@@ -162,8 +162,8 @@ def outcome_table(groups: Mapping[str, Sequence[Outcome | None]]) -> Table:
         "seeds": [str(len(outcomes)) for outcomes in known.values()],
         **{
             MEASURES[measure]: _ap_column(
-                [[one.ap[measure] for one in outcomes if measure in one.ap]
-                 for outcomes in known.values()]
+                [one.ap[measure] for one in outcomes if measure in one.ap]
+                for outcomes in known.values()
             )
             for measure in measures
         },
@@ -183,24 +183,25 @@ def outcome_table(groups: Mapping[str, Sequence[Outcome | None]]) -> Table:
         },
         **_counts("imported images", [each or None for each in means("imported_images")]),
         "state": [_state(outcomes) for outcomes in groups.values()],
-    }  # fmt: skip
+    }
     rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
     return Table(list(columns), rows).without_empty()
 
 
-def _ap_column(groups: Sequence[Sequence[float]]) -> list[str]:
-    decimals = decimals_of([value for values in groups for value in values])
-    return [spread(values, decimals) for values in groups]
+def _ap_column(groups: Iterable[Sequence[float]]) -> list[str]:
+    aps = list(groups)
+    decimals = decimals_of([value for values in aps for value in values])
+    return [spread(values, decimals) for values in aps]
 
 
 def decimals_of(values: Sequence[float]) -> int:
-    """Return with how many decimals values in [0, 1] are written as percent, by the largest."""
+    """Return the number of decimals for values in [0, 1] in percent, by the largest."""
     largest = max(values, default=1.0)
     return 1 if largest >= 0.05 else 2 if largest >= 0.005 else 3
 
 
 def spread(values: Sequence[float], decimals: int = 1) -> str:
-    """Write values in [0, 1] as percent: ``40.1``, or ``40.1 +- 0.2`` with a standard deviation."""
+    """Format values in [0, 1] as percent: ``40.1``, or ``40.1 +- 0.2`` (standard deviation)."""
     if not values:
         return ""
     mean = f"{100 * statistics.mean(values):.{decimals}f}"
@@ -212,18 +213,18 @@ def spread(values: Sequence[float], decimals: int = 1) -> str:
 def unit_of(
     values: Sequence[float | None], units: Sequence[tuple[float, str]]
 ) -> tuple[float, str]:
-    """Return the unit that suits the largest value: the first that it reaches, else the last.
+    """Return the unit that suits the largest value: the first that it reaches, or the last.
 
     Args:
-        values: None is not known.
-        units: of ``COUNTS`` or ``TIMES``.
+        values: None is ignored.
+        units: ``COUNTS`` or ``TIMES``.
     """
     largest = max((value for value in values if value is not None), default=0)
     return next((unit for unit in units if largest >= unit[0]), units[-1])
 
 
 def amount(value: float | None, unit: float) -> str:
-    """Write a number in a unit with three digits; nothing where it is not known."""
+    """Format a number in a unit with three digits; empty for None."""
     if value is None:
         return ""
     number = value / unit
@@ -233,14 +234,14 @@ def amount(value: float | None, unit: float) -> str:
 
 
 def _counts(name: str, values: Sequence[float | None]) -> dict[str, list[str]]:
-    """Return a column of counts by its header."""
+    """Return a column of counts, by its header with the unit."""
     unit, word = unit_of(values, COUNTS)
     header = f"{name} ({word})" if word else name
     return {header: [amount(value, unit) for value in values]}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None where one of the values is not known."""
+    """Return the mean; None if one of the values is None."""
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known and len(known) == len(values) else None
 

@@ -1,4 +1,4 @@
-"""A report on groups of runs: report.md with the tables, report.html with these and the plots."""
+"""A report on groups of runs: report.md with tables, report.html with tables and plots."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from bigdet.reporting.runs import Groups
 from bigdet.reporting.table import Outcome, Table, outcome_table
 
 RESULTS = (
-    "AP in percent: of the last evaluation, the mean over seeds and behind +- their standard "
-    "deviation. GPU time is that of training; of it, data wait is what GPUs stood still for. Runs "
-    "on CPUs have CPU time instead: that of all threads of the ranks, loader processes "
-    "(data.workers) not counted."
+    "AP in percent at the last evaluation: mean over seeds +- their standard deviation. GPU time "
+    "is that of training; data wait is the share of it in which the GPUs waited for data. Runs on "
+    "CPUs have CPU time instead: of all threads of the ranks, without loader processes "
+    "(data.workers)."
 )
 NOISE = (
-    "In percent points. The noise band is two standard errors of the difference of two means, from "
-    "the standard deviation within all groups of several seeds."
+    "In percentage points. The noise band is two standard errors of the difference of two means, "
+    "from the standard deviation within all groups with several seeds."
 )
 BUDGETS = (
-    f"Of the groups whose training took about as long (each at most {NEAR - 1:.0%} longer than the "
-    "one before), the one with the highest last AP, and in percent points how far it is ahead of "
-    "the others. Finished runs only; what weights from elsewhere had cost is not counted. The "
-    "noise band is two standard errors of the difference, as above."
+    "Of the groups whose training took about the same time (each at most "
+    f"{NEAR - 1:.0%} longer than the next shorter one), the one with the highest last AP, and its "
+    "lead over the others in percentage points. Finished runs only; the cost of imported weights "
+    "is not counted. The noise band is two standard errors of the difference, as above."
 )
 EQUAL_AP = (
-    "The part of the other run's whole cost that had been spent at the first evaluation that "
-    "showed as much. GPU-hours, and CPU-hours, are those of training."
+    "The cost up to the first evaluation that reached the other run's last AP, as a fraction of "
+    "the other run's total cost. GPU-hours and CPU-hours are those of training."
 )
 IMPORTS = (
-    " With imports: what was stated of weights from elsewhere (phases.NAME.start_from.cost) counts "
+    " With imports: the stated cost of imported weights (phases.NAME.start_from.cost) is included "
     "on both sides."
 )
 PICTURES = (
-    "Validation images with the most and the fewest mistakes, as each run drew them at the end of "
-    "its last phase; of several seeds, those of the first. Arrow keys page through "
-    "them, a click makes them larger."
+    "Validation images with the most and the fewest mistakes, drawn by each run at the end of its "
+    "last phase; with several seeds, those of the first. Arrow keys change the image, a click "
+    "enlarges it."
 )
 SEEDS = "Means over the seeds of each group; whiskers are one standard deviation."
 OTHER_METRIC = (
-    "AP by overlap and by class are of VOC's metric; all else is measured as COCO does, with "
-    "difficult objects as crowds."
+    "AP by overlap and by class are VOC's; everything else is measured as in COCO, with difficult "
+    "objects as crowds."
 )
 
 
@@ -60,10 +60,10 @@ def write_report(
     """Write both files and return their paths.
 
     Args:
-        groups: runs to compare; the first is what the others are compared with.
-        out: folder, made if need be.
-        title: of the report.
-        outcomes: rows of the first table; may have groups of which no run has begun.
+        groups: runs to compare; the first group is the reference for the others.
+        out: folder, made if needed.
+        title: heading of the HTML file.
+        outcomes: rows of the first table; may have groups whose runs have not begun.
     """
     results, results_note = outcome_table(outcomes), RESULTS + _limit_note(groups)
     same, environment = environment_table(groups)
@@ -74,7 +74,7 @@ def write_report(
         "Differences": (difference_table(groups), NOISE),
         "Equal time": (budget_table(groups), BUDGETS),
         "Cost at equal AP": (costs, EQUAL_AP + imports),
-        "What each phase took": (cost_table(groups), ""),
+        "Cost of each phase": (cost_table(groups), ""),
         "Options that differ": (option_table(groups), ""),
         "Environment": (environment, same),
     }
@@ -101,7 +101,7 @@ def _page(
     tables: Mapping[str, tuple[Table, str]],
     sentences: Mapping[str, Sequence[str]],
 ) -> str:
-    """Return the HTML file."""
+    """Return the text of the HTML file."""
     curves, training, costs = curve_figures(groups), training_figures(groups), cost_figures(groups)
     analysis = analysis_figures(groups)
     albums = read_albums(groups)
@@ -130,7 +130,7 @@ def _page(
             for kind, figures in analysis.items()
         },
         "Training": cards_html(training),
-        "What it took": cards_html(costs, wide=True) + html["What each phase took"],
+        "Cost": cards_html(costs, wide=True) + html["Cost of each phase"],
         "Options that differ": html["Options that differ"],
         "Environment": html["Environment"],
     }
@@ -139,18 +139,18 @@ def _page(
 
 
 def _limit_note(groups: Groups) -> str:
-    """Say how many detections AP counts where it is not COCO's 100."""
+    """Return how many detections AP counts if it is not COCO's 100; otherwise empty."""
     key = "evaluation.max_detections"
     counts = {run.options[key] for runs in groups.values() for run in runs} - {MAX_DETECTIONS}
-    return "".join(
-        f" AP counts up to {count} detections of a class on an image ({key}); COCO counts "
-        f"{MAX_DETECTIONS}." for count in sorted(counts)
-    )  # fmt: skip
+    text = (
+        f" AP counts up to %d detections per class and image ({key}); COCO counts {MAX_DETECTIONS}."
+    )
+    return "".join(text % count for count in sorted(counts))
 
 
 def _analysis_note(groups: Groups) -> str:
-    """Return what one should know of all plots of an analysis."""
+    """Return the note on all plots of an analysis."""
     several = any(len(runs) > 1 for runs in groups.values())
-    other = any(run.options["evaluation.metric"] != "coco" for runs in groups.values()
-                for run in runs)  # fmt: skip
+    metrics = {run.options["evaluation.metric"] for runs in groups.values() for run in runs}
+    other = bool(metrics - {"coco"})
     return " ".join([SEEDS] * several + [OTHER_METRIC] * other)

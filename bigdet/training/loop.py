@@ -107,7 +107,7 @@ class Run:
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
         world_size, device = distributed.world_size(), distributed.device().type
         logger.info(
-            f"{world_size} ranks on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
+            f"ranks: {world_size} on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
         )
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None
@@ -147,8 +147,6 @@ class PhaseTrainer:
         self.losses = LossMeter(device, run.state.interval)
         self.has_shown_batch = False
         self.micro_batches: list[Batch] = []  # of the present step, for messages
-        assert self.phase.images_per_step is not None
-        self.lr = optim.scaled_lr(self.phase, self.phase.images_per_step)
 
     def train(self) -> bool:
         """Take all steps that are left.
@@ -210,7 +208,7 @@ class PhaseTrainer:
                     self.run.metrics, micro_batches[0], self.run.train_set, self.state
                 )
         self._at("forward, backward, update")
-        lr = self.lr * optim.lr_factor(self.phase, self.state.step + 1)
+        lr = optim.lr_at(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
         result = self.engine.train_step(prefetch(micro_batches, self.device))
         self.state.step += 1

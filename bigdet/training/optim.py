@@ -70,7 +70,7 @@ def parameter_groups(
 
 
 def _kinds(module: nn.Module, decay_norms: bool) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Give what is trained by name: a ``weight``, a ``bias``, or ``plain``, never decayed."""
+    """Yield trained parameters with name and kind: ``weight``, ``bias``, ``plain`` (no decay)."""
     for place, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
         # Only normalization layers have a weight with one dimension.
@@ -88,7 +88,7 @@ def _kinds(module: nn.Module, decay_norms: bool) -> Iterator[tuple[str, nn.Param
 
 
 def layer_factors(module: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Give the rate of each parameter of a detector's backbone over that of the heads.
+    """Return the rate of each backbone parameter divided by that of the heads.
 
     ``layer_decay ** (depth + 1 - layer)`` with the layers of `layer_ids`, as BEiT, ViTDet and timm
     have it: output norms, pyramid, neck and heads are layer depth + 1, with factor 1.
@@ -122,11 +122,17 @@ def scaled_lr(phase: PhaseConfig, images_per_step: int) -> float:
 def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
     """Describe the rate for the log: ``lr 0.02 at 16 images per step -> 0.08 at 64``."""
     if phase.reference_images_per_step is None:
-        return f"lr {phase.lr:.3g} as written, whatever the images per step"
+        return f"lr {phase.lr:.3g} as written, not scaled with the images per step"
     return (
         f"lr {phase.lr:.3g} at {phase.reference_images_per_step} images per step -> "
         f"{scaled_lr(phase, images_per_step):.3g} at {images_per_step}"
     )
+
+
+def lr_at(phase: PhaseConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 1, without the factors of groups."""
+    assert phase.images_per_step is not None
+    return scaled_lr(phase, phase.images_per_step) * lr_factor(phase, step)
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from bigdet.config.run import RunConfig, phase_model
-from bigdet.models import backbones, norms
+from bigdet.models import norms
 from bigdet.models.activation_checkpointing import enable_checkpointing
+from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.ops.random import seed_of
@@ -45,7 +46,7 @@ def build_for_phase(
         load_start(detector, config, name, classes, run_dir)
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
-    backbones.freeze_stages(detector.backbone, phase.freeze_stages)
+    freeze_stages(detector.backbone, phase.freeze_stages)
     if config.engine.activation_checkpointing:
         enable_checkpointing(detector)
     if model.compile:

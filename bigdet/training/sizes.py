@@ -8,7 +8,8 @@ import torch
 
 from bigdet.config.phase import PhaseConfig
 from bigdet.config.run import RunConfig, phase_model
-from bigdet.models import backbones, norms
+from bigdet.models import norms
+from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
 
 FP32_BYTES = 4
@@ -36,7 +37,7 @@ def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
         detector = build_detector(phase_model(config, phase), num_classes)
     if settings.norm_mode is not None:
         norms.set_norm_mode(detector, settings.norm_mode)
-    backbones.freeze_stages(detector.backbone, settings.freeze_stages)
+    freeze_stages(detector.backbone, settings.freeze_stages)
     return ModelSizes(
         sum(parameter.numel() for parameter in detector.parameters()),
         sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad),

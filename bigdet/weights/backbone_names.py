@@ -7,18 +7,22 @@ framework are renamed is in its own file.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.backbones.convnext import ConvNeXt
 from bigdet.models.backbones.resnet import ResNet
 from bigdet.models.backbones.swin import Swin, SwinV2
-from bigdet.models.backbones.vit import ViT
+from bigdet.models.backbones.vit import GRID, PATCH, ViT
 from bigdet.weights import detectron_layout, mmdetection_layout, torchvision_layout
 from bigdet.weights.renaming import Rules, renamed_all
+
+logger = logging.getLogger(__name__)
 
 _DROPPED = re.compile(
     r"^(fc|fc_norm|head|head_dist|heads|classifier|norm|norm_pre|pre_logits)(\.|$)"
@@ -84,7 +88,24 @@ def _vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     positions = named.get("patch_embed.pos_embed")
     if positions is not None and is_with_class:
         named["patch_embed.pos_embed"] = positions[:, 1:]
-    return named
+    return _resampled(named)
+
+
+def _resampled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring patches of other than 16x16 pixels to that size, and positions to a grid of 14x14."""
+    kernel, positions = "patch_embed.proj.weight", "patch_embed.pos_embed"
+    found = dict(tensors)
+    if kernel in found and found[kernel].shape[-1] != PATCH:
+        found[kernel] = resample_patch_embed(found[kernel], [PATCH, PATCH])
+    if positions in found and found[positions].shape[1] != GRID**2:
+        found[positions] = resample_abs_pos_embed(
+            found[positions], [GRID, GRID], num_prefix_tokens=0
+        )
+    for name in (kernel, positions):
+        if name in found and found[name].shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)} to {tuple(found[name].shape)}"
+            logger.info("backbone.%s: resampled from %s", name, shapes)
+    return found
 
 
 _FAMILIES: dict[type[Backbone], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {

@@ -23,7 +23,7 @@ from bigdet.weights.torchvision_layout import channels_last
 
 _FC_LAYERS = (("pre_logits.fc1", "pre_logits.fc2"), ("classifier.0", "classifier.3"))
 """fc6 and fc7 as timm and torchvision call them."""
-_OWN = re.compile(r"(norm\d|pyramid)\.")
+_OWN = re.compile(r"(norm\d|pyramid)\.|.*\.rel_pos_[hw]$")
 """Layers that only detectors have; they start anew where a file has none."""
 
 

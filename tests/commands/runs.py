@@ -35,7 +35,7 @@ def arguments(output: Path, shards: Path, *more: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody uses now, below those that Linux gives to connections by itself."""
+    """A port that is not in use, below those that Linux gives to connections by itself."""
     while True:
         port = random.randrange(12_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

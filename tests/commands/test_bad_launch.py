@@ -1,4 +1,4 @@
-"""What is wrong with a launch is told once, by one rank, before the first step."""
+"""What is wrong with a launch is reported once, by one rank, before the first step."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def messages_of_two_ranks(
     return [line for line in printed.splitlines() if line.startswith("error")]
 
 
-def test_more_ranks_than_micro_batches_are_told(tmp_path: Path, shapes_shards: Path):
+def test_more_ranks_than_micro_batches_are_reported(tmp_path: Path, shapes_shards: Path):
     wrong = "phases.pretrain.images_per_step=2"
     (message,) = messages_of_two_ranks(tmp_path, shapes_shards, wrong)
     assert "phases.pretrain.images_per_step" in message
@@ -63,7 +63,7 @@ def test_a_run_folder_that_another_process_writes_to_is_left_as_it_is(
     assert f"{run_dir.root}: process {os.getpid()} on {os.uname().nodename} writes here" in message
 
 
-def test_hosts_with_other_code_are_told(tmp_path: Path, shapes_shards: Path):
+def test_hosts_with_other_code_are_reported(tmp_path: Path, shapes_shards: Path):
     shutil.copytree(ROOT / "bigdet", tmp_path / "code/bigdet")
     changed = tmp_path / "code/bigdet/ops/boxes.py"
     changed.write_text(changed.read_text() + "# changed\n")
@@ -73,7 +73,7 @@ def test_hosts_with_other_code_are_told(tmp_path: Path, shapes_shards: Path):
     assert "(rank 1)" in message
 
 
-def test_hosts_with_other_shards_are_told(tmp_path: Path, shapes_shards: Path):
+def test_hosts_with_other_shards_are_reported(tmp_path: Path, shapes_shards: Path):
     for rank, val in enumerate(["val", "train"]):
         shards = tmp_path / f"host-{rank}/shards"
         shutil.copytree(shapes_shards / "train", shards / "train")

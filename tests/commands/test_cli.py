@@ -118,7 +118,7 @@ def test_smaller_images_alone_need_torch(tmp_path: Path):
     assert heavy_imports(made) == {"torch"}
 
 
-def test_a_misspelled_command_is_told_with_the_nearest():
+def test_a_misspelled_command_is_reported_with_the_nearest():
     ended = run("-m", "bigdet", "check_shard")
     assert ended.returncode == 1
     assert "bigdet has no command 'check_shard'. Did you mean 'check-shards'?" in ended.stderr

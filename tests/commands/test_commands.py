@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_torchvision_of_another_torch_is_told_in_one_sentence(tmp_path: Path):
+def test_a_torchvision_of_another_torch_is_reported_in_one_sentence(tmp_path: Path):
     broken = tmp_path / "torchvision"
     broken.mkdir()
     text = 'raise RuntimeError("operator torchvision::nms does not exist")'

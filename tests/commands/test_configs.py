@@ -37,7 +37,7 @@ def build(config: RunConfig) -> None:
 
 
 def check_head(text: str, command: str) -> None:
-    """Check that the comment at the top tells hardware, number, whether it was run, and how."""
+    """Check that the comment at the top gives hardware, number, whether it was run, and how."""
     lines = text.splitlines()
     head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     told = " ".join(line.removeprefix("# ") for line in head)

@@ -106,7 +106,9 @@ def test_a_full_disk_is_one_message(tmp_path):
           "a.safetensors"], r"a\.safetensors is a folder\. Give the name of a file"),
     ],
 )  # fmt: skip
-def test_a_file_that_could_not_be_written_is_told_at_once(tmp_path, monkeypatch, words, message):
+def test_a_file_that_could_not_be_written_is_reported_at_once(
+    tmp_path, monkeypatch, words, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""torchrun with a changing number of hosts: one dies, the other goes on from a checkpoint."""
+"""torchrun with a changing number of hosts: one dies, the other continues from a checkpoint."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.commands.runs import Command, free_port, rank_processes
 
 
-def test_the_agent_that_is_left_goes_on_alone(tmp_path: Path, shapes_shards: Path):
+def test_the_agent_that_is_left_continues_alone(tmp_path: Path, shapes_shards: Path):
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:4", "--nproc-per-node",
              "1", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test",
              "--rdzv-endpoint", f"localhost:{free_port()}", "--local-addr", "localhost",

@@ -88,8 +88,8 @@ def test_command_ends_with_one_message_on_shards_that_are_not_there(run_and_shar
             [],
             "image_id is -5, which none of the",
         ),
-        ('[{"image_id": 1, "keypoints": [1, 2, 3]}]', [], "has none of what"),
-        ('[{"image_id": 1, "segmentation": {}}]', ["--metric", "voc07"], "has none of what"),
+        ('[{"image_id": 1, "keypoints": [1, 2, 3]}]', [], "has nothing that"),
+        ('[{"image_id": 1, "segmentation": {}}]', ["--metric", "voc07"], "has nothing that"),
         ("[]", ["evaluation.metric=voc07"], "evaluation.metric=voc07 would be ignored"),
         ("[]", ["--detections", "x.json"], "--detections would be ignored"),
         ("[]", ["--tta"], "--tta would be ignored"),
@@ -97,7 +97,7 @@ def test_command_ends_with_one_message_on_shards_that_are_not_there(run_and_shar
         ("{}", [], "found a dict, expected a list of detections"),
     ],
 )
-def test_what_is_wrong_with_a_file_of_detections_is_told(
+def test_what_is_wrong_with_a_file_of_detections_is_reported(
     run_and_shards, tmp_path, content, words, message
 ):
     (tmp_path / "found.json").write_text(content)
@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_file_of_detections_is_told(
         main([str(tmp_path / "found.json"), "--shards", str(run_and_shards[1].folder), *words])
 
 
-def test_what_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, in_process):
+def test_what_cannot_be_written_is_reported_before_a_model_is_loaded(tmp_path, in_process):
     (tmp_path / "x").write_text("")
     words = ["nowhere", "--shards", "nowhere"]
     for option in ("--out", "--detections"):
@@ -114,12 +114,12 @@ def test_what_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, in_pr
 
 
 def test_no_detections_and_the_metric_of_voc(run_and_shards, tmp_path, capsys, caplog):
-    with pytest.raises(ValueError, match="there is no such file of results"):
+    with pytest.raises(ValueError, match="there is no such results file"):
         main([str(tmp_path / "found.json"), "--shards", str(run_and_shards[1].folder)])
     (tmp_path / "found.json").write_text("[]")
     words = ["--shards", str(run_and_shards[1].folder), "--metric", "voc07", "--analysis"]
     assert main([str(tmp_path / "found.json"), *words]) == 0
-    assert "holds no detection, so every AP is 0" in caplog.text
+    assert "contains no detections, so every AP is 0" in caplog.text
     out = capsys.readouterr().out
     assert out.splitlines()[1].split() == ["box", "0.000", "0.000", "0.000"]
     assert "errors at IoU 0.5, AP50 0.000" in out
@@ -212,4 +212,4 @@ def test_masks_are_measured_where_the_first_detection_has_none(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines[1:3]] == ["box", "mask"]
     assert float(lines[2][1]) > 0.5
-    assert "APl go by the areas of boxes, also for masks, as pycocotools does" in caplog.text
+    assert "APl use the areas of boxes, also for masks, as in pycocotools" in caplog.text

@@ -131,7 +131,7 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks_and_stop_the_run_at_
         assert "images of this rank: [" in log
 
 
-def test_a_checkpoint_cut_short_is_named_and_the_one_before_goes_on(
+def test_a_checkpoint_cut_short_is_named_and_the_one_before_continues(
     tmp_path: Path, shapes_shards: Path
 ):
     output = tmp_path / "run"

@@ -75,6 +75,6 @@ def test_a_host_that_cannot_be_reached_ends_the_run_with_one_message(
     assert code != 0
     assert f"{hosts.address(UNUSED)}" in printed  # what ssh says of it
     (message,) = [line for line in printed.splitlines() if "error: only" in line]
-    assert "1 of 2 ranks came within 4 s" in message
+    assert "1 of 2 ranks connected within 4 s" in message
     assert "missing: 1." in message
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
 
 
-def test_shapes_are_made_checked_and_their_damage_is_told(tmp_path: Path) -> None:
+def test_shapes_are_made_checked_and_their_damage_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     made = run_tool("tools/make_shards.py", "shapes", "--out", folder, "--images", "12")
     assert (made.returncode, made.stderr) == (0, "")
@@ -100,7 +100,7 @@ from bigdet.cli.running import run_command
 from bigdet.data.making import processes
 processes.BYTES_PER_PROCESS = 10**6  # so that a small set is worth two processes
 print("ready", flush=True)
-run_command(make_shards.main, interrupted="stopped; start it again to go on")
+run_command(make_shards.main, interrupted="stopped; start it again to continue")
 """
 
 
@@ -124,7 +124,7 @@ def test_ctrl_c_is_one_line_and_finished_shards_stay(tmp_path: Path, coco_dir: P
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert (process.returncode, errors) == (130, "stopped; start it again to go on\n")
+    assert (process.returncode, errors) == (130, "stopped; start it again to continue\n")
     finished = {path.name: path.stat().st_ino for path in (tmp_path / "set").glob("*.tar")}
     assert not (tmp_path / "set" / "manifest.json").exists()
     again = run_tool("tools/make_shards.py", *arguments)

@@ -51,7 +51,7 @@ def test_every_command_refuses_them_by_name(
         ValueError, match=rf"{path}: 1 of \d+ tensors is not finite: fpn\.\S+ \(1 of"
     ):
         main(words)
-    assert not (tmp_path / "run/metrics.jsonl").exists()  # it is told before the first step
+    assert not (tmp_path / "run/metrics.jsonl").exists()  # it is reported before the first step
 
 
 def test_a_phase_whose_steps_were_all_skipped_does_not_finish(

@@ -58,7 +58,7 @@ def test_options_that_would_say_nothing_are_refused():
             parse_arguments(["config.yaml", *words])
 
 
-def test_data_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Path):
+def test_data_that_is_not_there_is_reported_before_anything_is_measured(tmp_path: Path):
     words = arguments(tmp_path / "none", tmp_path / "nowhere")
     done = plan(*words, "--gpus", "8x4")
     assert done.returncode == 1
@@ -66,7 +66,7 @@ def test_data_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Pa
     assert "nowhere/train: expected a shard set, but there is no such folder" in line
 
 
-def test_what_goes_wrong_in_a_measurement_is_told_once(tmp_path: Path, shapes_shards: Path):
+def test_what_goes_wrong_in_a_measurement_is_reported_once(tmp_path: Path, shapes_shards: Path):
     words = arguments(tmp_path / "none", shapes_shards, "data.train.subset.images=17")
     done = plan(*words, "--memory-gib", "8")
     assert done.returncode == 1
@@ -85,6 +85,6 @@ def test_plan_measures_and_recommends(tmp_path: Path, shapes_shards: Path):
     assert "32 GPUs, 64 images per step (1 micro-batches of 2 on each):" in done.stderr
     for kind in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"):
         assert re.search(rf"  {kind} +\d+\.\d+ ", done.stderr), kind
-    assert re.search(r"take engine\.kind=(deepspeed engine\.zero_stage=\d|fsdp)", done.stderr)
+    assert re.search(r"use engine\.kind=(deepspeed engine\.zero_stage=\d|fsdp)", done.stderr)
     assert re.search(r"  4096 \S+ +\d", done.stderr)
     assert not (tmp_path / "none").exists()

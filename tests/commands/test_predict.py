@@ -35,13 +35,13 @@ def test_folders_and_globs_give_their_pictures_sorted_and_each_file_is_done_once
     assert [path.name for path in only_text] == ["notes.txt"]
 
 
-def test_each_word_that_stands_for_no_picture_is_told_once(tmp_path, caplog):
+def test_each_word_that_names_no_picture_is_reported_once(tmp_path, caplog):
     words = [f"{tmp_path}/nowhere", f"{tmp_path}", f"{tmp_path}/*.jpg"]
     assert find_files(words) == ([], 3)
     told = [record.getMessage() for record in caplog.records]
     assert "nowhere: does not exist" in told[0]
-    assert "the folder holds no picture" in told[1]
-    assert "*.jpg: no picture fits" in told[2]
+    assert "the folder contains no picture" in told[1]
+    assert "*.jpg: no picture matches" in told[2]
 
 
 def test_shard_set_stands_alone_and_gives_its_own_ids(shapes_shards, tmp_path):
@@ -58,7 +58,7 @@ def test_shard_set_stands_alone_and_gives_its_own_ids(shapes_shards, tmp_path):
 
 def test_output_must_not_be_the_folder_of_the_pictures(tmp_path):
     inputs = [an_input(1, (2, 2), str(tmp_path / "a.jpg"))]
-    with pytest.raises(ValueError, match="could be written over"):
+    with pytest.raises(ValueError, match="could be overwritten"):
         check_output(tmp_path, inputs)
     check_output(tmp_path / "out", inputs)
 
@@ -161,7 +161,7 @@ def test_turned_photos_are_seen_alike_as_files_and_in_a_shard_set(tmp_path, in_p
         del result["file_name"]
     assert found[0] == found[1] != []
     out = str(tmp_path / "stored")
-    with pytest.raises(ValueError, match="--exif: a shard set is seen as it was annotated"):
+    with pytest.raises(ValueError, match="--exif: images of a shard set are used as annotated"):
         main([str(model), str(tmp_path / "shards"), "--out", out, "--exif", "stored"])
     assert main([str(model), str(tmp_path / "images"), "--out", out, "--exif", "stored"]) == 0
     results = json.loads((tmp_path / "stored/detections.json").read_text())
@@ -169,7 +169,7 @@ def test_turned_photos_are_seen_alike_as_files_and_in_a_shard_set(tmp_path, in_p
     assert sizes == {(96, 64), (64, 96)}  # the first is turned by 180 degrees
 
 
-def test_nothing_to_do_is_told_before_the_model_is_loaded(tmp_path, in_process):
+def test_nothing_to_do_is_reported_before_the_model_is_loaded(tmp_path, in_process):
     with pytest.raises(ValueError, match="no image to detect objects on: 1 were left out"):
         main(["no-model", str(tmp_path), "--out", str(tmp_path / "out")])
 

@@ -104,7 +104,7 @@ def test_the_markdown_has_the_tables(page: Path):
     for heading in (
         "Differences",
         "Cost at equal AP",
-        "What each phase took",
+        "Cost of each phase",
         "Options that differ",
         "Environment",
     ):
@@ -117,7 +117,7 @@ def test_mistakes_are_one_message(tmp_path: Path, page: Path):
         report.main([str(run), "--out", str(page)])
     broken = write_run(tmp_path / "broken", [0.1], pictures=1)
     (broken / "pictures/finetune-0.jpg").unlink()
-    with pytest.raises(ValueError, match=r"finetune\.json: does not list pictures that are there"):
+    with pytest.raises(ValueError, match=r"finetune\.json: not a list of existing pictures"):
         report.main([str(broken), "--out", str(tmp_path / "out")])
     (broken / "evaluation/pretrain-10.json").write_text("{")
     with pytest.raises(ValueError, match=r"pretrain-10\.json: not readable as JSON"):

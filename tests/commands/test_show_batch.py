@@ -82,6 +82,6 @@ def test_pictures_of_one_rank(show, tmp_path, capsys):
         (["--phase", "pretrain", "--step", "1", "data.train.subset.images=17"], "found 17"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told(show, words, message):
+def test_mistakes_are_reported(show, words, message):
     with pytest.raises(ValueError, match=message):
         main([CONFIG, *words, "--ids", *show.settings])

@@ -1,4 +1,4 @@
-"""The sweep command on a tiny set: forks, stops, goes on, prints, submits; the table at its end."""
+"""The sweep command on a tiny set: forks, stops, continues, prints, submits; its last table."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_sweep_ends_in_a_table_and_starts_nothing_again(swept: Path):
     page = (swept / "runs/report.html").read_text()
     assert all(f"</i>{name}</button>" in page for name in ("trunk", "short"))
     printed, _ = start(swept / "sweep.yaml").communicate(timeout=100)
-    assert printed.count("finished already") == 2
+    assert printed.count("already finished") == 2
 
 
 def test_finished_runs_with_other_options_are_refused(swept: Path, shapes_shards: Path):
@@ -171,7 +171,7 @@ def test_a_fork_that_was_another_run_is_refused_before_its_trunk_is_trained(
     file = write_sweep(tmp_path, shapes_shards)
     text = file.read_text().replace("phases.finetune.steps=2]", f"phases.finetune.lr=0.1, {word}]")
     file.write_text(text)
-    with pytest.raises(ConfigError, match=rf"^runs\.short: fork\.run: trunk .*: {said}\. Set"):
+    with pytest.raises(ConfigError, match=rf"^runs\.short: fork\.run: trunk .*: {said}\. Give"):
         sweep.main([str(file), "--print"])
 
 
@@ -304,7 +304,7 @@ def test_what_became_of_a_run_is_read_from_its_folder(
         ("a '", "No clos"),
     ],
 )
-def test_a_command_that_is_not_there_is_told_before_the_first_run(
+def test_a_command_that_is_not_there_is_reported_before_the_first_run(
     tmp_path, shapes_shards, text, said
 ):
     file = write_sweep(tmp_path, shapes_shards)

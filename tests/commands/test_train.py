@@ -108,7 +108,7 @@ def test_two_ranks_give_the_losses_of_one(whole: Path, whole_on_two: Path):
 
 
 @pytest.mark.parametrize(("phase", "step"), [("pretrain", 5), ("finetune", 1)])
-def test_a_killed_run_goes_on_exactly(
+def test_a_killed_run_continues_exactly(
     whole: Path, tmp_path: Path, shapes_shards: Path, phase: str, step: int
 ):
     command = Command(tmp_path / "run", shapes_shards)
@@ -147,14 +147,14 @@ def test_a_line_is_the_mean_over_its_images_also_of_a_run_killed_in_the_middle_o
             assert line[key] == pytest.approx(mean, rel=1e-9), (interval, key)
 
 
-def test_a_run_killed_at_random_moments_goes_on_exactly(
+def test_a_run_killed_at_random_moments_continues_exactly(
     whole: Path, tmp_path: Path, shapes_shards: Path
 ):
     counts = kill_often(whole, tmp_path / "run", shapes_shards, kills=3, seed=5, seconds=1.5)
     assert counts["kills"] == 3
 
 
-def test_a_killed_run_of_two_ranks_goes_on_exactly(
+def test_a_killed_run_of_two_ranks_continues_exactly(
     whole_on_two: Path, tmp_path: Path, shapes_shards: Path
 ):
     command = Command(tmp_path / "run", shapes_shards, ranks=2)
@@ -168,7 +168,7 @@ def test_a_killed_run_of_two_ranks_goes_on_exactly(
 @pytest.mark.parametrize(
     "engine", [["engine.zero_stage=3"], ["engine.kind=fsdp", "engine.zero_stage=null"]]
 )
-def test_a_run_goes_on_in_an_engine_that_shards_weights(
+def test_a_run_continues_in_an_engine_that_shards_weights(
     whole_on_two: Path, tmp_path: Path, shapes_shards: Path, engine: list[str]
 ):
     checkpoint = whole_on_two / "checkpoints/finetune-2"
@@ -252,7 +252,7 @@ def test_sigterm_to_one_of_two_ranks_stops_both(tmp_path: Path, shapes_shards: P
         (["phases.pretrian.steps=1"], ["phases.pretrian", "did you mean 'pretrain'"]),
     ],
 )
-def test_mistakes_are_told_and_lose_nothing(
+def test_mistakes_are_reported_and_lose_nothing(
     whole: Path, tmp_path: Path, shapes_shards: Path, in_process: None,
     more: list[str], words: list[str],
 ):  # fmt: skip
@@ -369,7 +369,7 @@ def test_a_damaged_validation_image_is_an_error_that_names_it(tmp_path: Path, sh
     assert "sample 0000" in message
 
 
-def test_another_batch_goes_on_under_the_linear_rule(tmp_path: Path, shapes_shards: Path):
+def test_another_batch_continues_under_the_linear_rule(tmp_path: Path, shapes_shards: Path):
     output = tmp_path / "run"
     more = ["phases.pretrain.warmup_steps=0", "phases.pretrain.reference_images_per_step=8",
             "phases.finetune.reference_images_per_step=4"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two ranks on damaged or unreachable data: go on and count, or stop together with one message."""
+"""Two ranks on damaged or unreachable data: continue and count, or stop with one message."""
 
 from __future__ import annotations
 
@@ -125,5 +125,5 @@ def test_a_disk_that_fails_on_one_rank_ends_all_ranks_and_replaces_no_image(sets
     one, other = run_ranks(train_with_a_failing_disk, 2, tmp_path, words)
     assert one == other
     assert one.startswith("rank 1: ")
-    assert ".tar: cannot be read (Input/output error). See to its disk" in one
+    assert ".tar: cannot be read (Input/output error). Check its disk" in one
     assert '"damaged_samples": 1' not in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -293,7 +293,7 @@ def test_resumed_steps_are_bitwise_those_of_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_state_of_every_engine_goes_on_in_every_other(cells: Any, world_size: int) -> None:
+def test_state_of_every_engine_continues_in_every_other(cells: Any, world_size: int) -> None:
     # The state itself arrives bitwise (asserted in the ranks); the steps after it sum gradients in
     # another order.
     _, _, expected = train_plainly("adamw")

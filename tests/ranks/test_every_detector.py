@@ -58,7 +58,7 @@ def scene(boxes, is_crowd=False):
 
 
 def train_and_predict(config):
-    """A step per kind of batch, which rank 1 sees beside an ordinary one, then a prediction."""
+    """A step per kind of batch, which rank 1 sees along with an ordinary one, then a prediction."""
     torch.manual_seed(0)
     detector = build_detector(config, num_classes=3).train()
     settings = EngineConfig(zero_stage=2, precision="fp32", clip_norm=5.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -111,12 +111,17 @@ def lr_at(step: int, base: float) -> float:
     return base * (1 + step % 3) / 3
 
 
+def ema_decay_at(step: int) -> float:
+    return (1 + step) / (4 + step)
+
+
 def train_plainly(
     optimizer: str,
     clip_norm: float | None = None,
     norm: str = "gn",
     precision: str = "fp32",
     num_ranks: int = 1,
+    after_step: Callable[[nn.Module, int], None] = lambda module, step: None,
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Train with plain PyTorch in this process: losses, gradient norms and final weights.
 
@@ -145,6 +150,7 @@ def train_plainly(
         torch_optimizer.zero_grad()
         norms.update_running_statistics(module)
         losses.append(total.item())
+        after_step(module, step)
     return losses, grad_norms, copy_of(module.state_dict())
 
 
@@ -159,6 +165,7 @@ def make_engine(
     precision: str = "fp32",
     norm: str = "gn",
     offload: str = "none",
+    with_ema: bool = False,
 ) -> Engine:
     """An engine of `ENGINES` around a new module, the same on all ranks."""
     from bigdet.engine import deepspeed_engine  # takes seconds: in the ranks only
@@ -171,8 +178,9 @@ def make_engine(
     make_optimizer = partial(build_optimizer, phase=OPTIMIZERS[optimizer])
     num_micro_batches = LANES // distributed.world_size()
     module = Toy(norm)
+    device = distributed.device()
     return build_engine(
-        module, make_optimizer, config, num_micro_batches, distributed.device(), module.units
+        module, make_optimizer, config, num_micro_batches, device, module.units, with_ema=with_ema
     )
 
 
@@ -186,6 +194,7 @@ def run_steps(
         result = engine.train_step(lanes_of_rank(step))
         assert result.is_finite
         norms.update_running_statistics(engine.module)
+        engine.update_ema(ema_decay_at(step))
         losses.append(distributed.mean_over_ranks(result.losses["total"]).item())
         grad_norms.append(result.grad_norm)
     return losses, grad_norms

@@ -1,4 +1,4 @@
-"""Boards: what TensorBoard and Weights & Biases are told."""
+"""Boards: what TensorBoard and Weights & Biases receive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRAY = np.full((4, 6, 3), 90, dtype=np.uint8)
 
 
 class FakeWandb(types.ModuleType):
-    """Stands in for the package, and keeps what it is told."""
+    """Replaces the package, and keeps what it receives."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -47,7 +47,7 @@ def begin(folder: Path) -> WeightsAndBiases:
     return WeightsAndBiases(folder, "shapes", "run", None, "offline", {"seed": 3})
 
 
-def test_wandb_goes_on_with_the_run_of_the_folder(monkeypatch, tmp_path: Path):
+def test_wandb_continues_with_the_run_of_the_folder(monkeypatch, tmp_path: Path):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     board = begin(tmp_path / "wandb")
@@ -67,10 +67,10 @@ def test_wandb_goes_on_with_the_run_of_the_folder(monkeypatch, tmp_path: Path):
     assert first["id"] == again["id"] != other["id"]
 
 
-def test_wandb_that_is_not_installed_is_told_with_its_key(monkeypatch, tmp_path: Path):
+def test_wandb_that_is_not_installed_is_reported_with_its_key(monkeypatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
-        ValueError, match=r"^log\.wandb: wandb is not to be had .*pip install wandb"
+        ValueError, match=r"^log\.wandb: wandb cannot be imported .*pip install wandb"
     ):
         begin(tmp_path)
 

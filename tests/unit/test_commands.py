@@ -13,14 +13,14 @@ from bigdet.cli.parsing import positive
 from bigdet.cli.running import explain
 
 
-def test_numbers_above_zero_are_taken_and_all_else_is_told():
+def test_numbers_above_zero_are_taken_and_all_else_is_reported():
     assert positive("12") == 12
     for text in ("0", "-3", "two", "1.5"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"^found {text}, expected a whole n"):
             positive(text)
 
 
-def test_a_full_disk_is_told_with_what_to_do():
+def test_a_full_disk_is_reported_with_what_to_do():
     assert explain(OSError(errno.ENOSPC, "No space left on device")) == (
         "[Errno 28] No space left on device. Make room where this command writes, or give it "
         "another place."

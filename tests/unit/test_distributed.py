@@ -97,7 +97,7 @@ def test_a_rank_that_does_not_come_is_named_by_rank_0_alone():
         for rank in (0, 2)
     ]
     told, silent = outputs(came)
-    assert told.startswith("error: only 2 of 3 ranks came within 5 s"), told
+    assert told.startswith("error: only 2 of 3 ranks connected within 5 s"), told
     assert "missing: 1." in told
     assert len(told.splitlines()) == 1
     assert silent == ""
@@ -114,7 +114,7 @@ def test_a_rank_that_does_not_come_is_named_by_rank_0_alone():
         ),
     ],
 )
-def test_a_launch_that_is_half_one_is_told_and_does_not_wait(monkeypatch, variables, said):
+def test_a_launch_that_is_half_one_is_reported_and_does_not_wait(monkeypatch, variables, said):
     for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **variables}.items():

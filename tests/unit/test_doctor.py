@@ -44,14 +44,14 @@ def test_what_differs_between_hosts_fails_with_who_has_what():
     }
 
 
-def test_whose_deepspeed_command_is_installed_is_told(tmp_path: Path):
+def test_whose_deepspeed_command_is_installed_is_reported(tmp_path: Path):
     command = tmp_path / "deepspeed"
     assert command_row(command).found.startswith(f"none at {command}; start with torchrun")
     start = "#!/home/bigdet/.venv/bin/python\n"  # a folder of that name says nothing
     command.write_text(f"{start}from deepspeed.launcher.runner import main\n")
     assert command_row(command).found.startswith("DeepSpeed's own, installed after bigdet's: it ")
     command.write_text(f"{start}from bigdet.cli.deepspeed import main\n")
-    assert command_row(command).found == "takes -m and --module"
+    assert command_row(command).found == "accepts -m and --module"
 
 
 def test_a_problem_of_one_rank_fails_with_its_host():
@@ -77,10 +77,10 @@ def test_what_a_system_does_not_tell_fails_nothing():
     config = load_config(ROOT / "configs/quickstart.yaml", ["data.workers=4"])
     silent = dataclasses.replace(FACTS, free_shm=None, free_memory=None)  # macOS
     rows = memory_rows(config, [silent])
-    assert [(row.found, row.is_ok) for row in rows] == [("not known on this system", True)] * 2
+    assert [(row.found, row.is_ok) for row in rows] == [("unknown on this system", True)] * 2
 
 
-def test_a_phase_shorter_than_its_warm_up_is_told_though_its_length_is_in_passes(
+def test_a_phase_shorter_than_its_warm_up_is_reported_though_its_length_is_in_passes(
     tmp_path: Path, shapes_shards: Path
 ):
     # 16 images are 2 steps of 8, as many as the warm-up takes.

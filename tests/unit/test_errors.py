@@ -20,7 +20,7 @@ from bigdet.config.rules import ConfigError
 from bigdet.host import errors
 from bigdet.training.watchdog import Watchdog
 
-END = "BIGDET_TRACEBACK=1 shows the whole way there.)"
+END = "BIGDET_TRACEBACK=1 shows the traceback.)"
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def read_only() -> None:
         (broken_picture, "cannot identify image file <", "PIL.UnidentifiedImageError from PIL"),
     ],
 )
-def test_what_came_up_elsewhere_is_told_with_the_place_in_the_run(
+def test_what_came_up_elsewhere_is_reported_with_the_place_in_the_run(
     tmp_path: Path, call, said: str, whose: str
 ):
     error = call_from_bigdet(call)
@@ -121,7 +121,7 @@ def test_a_failing_call_in_a_line_of_bigdet_is_none_of_its_messages(text: str):
         "def work():\n    error = ValueError('data.workers: found -1')\n    raise error\n",
     ],
 )
-def test_what_bigdet_raises_is_told_as_it_is(text: str):
+def test_what_bigdet_raises_is_reported_as_it_is(text: str):
     errors.at("pretrain step 7")
     assert errors.explain(caught(module(text).work)) == "data.workers: found -1"
 
@@ -145,7 +145,7 @@ def test_it_is_known_after_threads_and_processes_too():
     assert errors.explain(caught(lambda: exec("raise e", {"e": ConfigError("lr: 0")}))) == "lr: 0"
 
 
-def test_other_ranks_are_told_the_same(monkeypatch: pytest.MonkeyPatch):
+def test_other_ranks_are_reported_the_same(monkeypatch: pytest.MonkeyPatch):
     errors.at("pretrain step 7: evaluation")
     with pytest.raises(distributed.SharedError) as shared, distributed.together():
         read_only()
@@ -154,7 +154,7 @@ def test_other_ranks_are_told_the_same(monkeypatch: pytest.MonkeyPatch):
     assert told.count("BIGDET_TRACEBACK=1") == 1
 
 
-def test_exit_codes_of_killed_processes_are_told_with_the_memory():
+def test_exit_codes_of_killed_processes_are_reported_with_the_memory():
     for code in (0, 1, 75, 128, 255):
         assert errors.explain_exit(code) == ""
     assert errors.explain_exit(-11) == " It got SIGSEGV."
@@ -163,13 +163,13 @@ def test_exit_codes_of_killed_processes_are_told_with_the_memory():
         assert told.startswith(" It got SIGKILL: the system kills processes when the memory of")
 
 
-def test_memory_that_is_full_is_told():
+def test_memory_that_is_full_is_reported():
     told = errors.explain(caught(lambda: bytearray(1 << 62)))
     assert told.startswith("out of memory: none is left: the system kills processes when")
     assert os.uname().sysname != "Linux" or "GiB are free now" in told
 
 
-def test_memory_that_is_full_for_torch_is_told_by_every_command():
+def test_memory_that_is_full_for_torch_is_reported_by_every_command():
     errors.at("evaluating runs/x")
     begin = "evaluating runs/x: out of memory: "
     host = errors.explain_full(caught(lambda: torch.empty(1 << 60)))

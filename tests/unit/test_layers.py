@@ -1,6 +1,7 @@
 """Imports point down: a module may import lower levels and its own package, nothing else."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def test_imports_point_down(path: Path):
     own = path.relative_to(ROOT / "bigdet").with_suffix("").parts[0]
     for part in bigdet_imports(path) - {own}:
         assert LEVELS[part] < LEVELS[own], f"{own} imports {part}"
+
+
+def test_rooms_of_data_import_in_one_direction():
+    may_import = {
+        "format": "",
+        "ordering": "format",
+        "examples": "format ordering",
+        "streams": "format ordering examples",
+        "making": "format examples",
+    }
+    for room, others in may_import.items():
+        for path in (ROOT / "bigdet" / "data" / room).rglob("*.py"):
+            found = set(re.findall(r"^from bigdet\.data\.(\w+)", path.read_text(), re.MULTILINE))
+            assert found <= {room, *others.split()}, path
 
 
 def test_config_is_free_of_torch():

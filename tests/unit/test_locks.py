@@ -169,7 +169,7 @@ def test_what_is_no_lock_yet_is_one_until_it_is_old(tmp_path: Path):
     assert not is_held(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_to_tells_its_owner_all_the_same(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_still_names_its_owner(tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -181,9 +181,9 @@ def test_a_folder_that_cannot_be_written_to_tells_its_owner_all_the_same(tmp_pat
     locks.refuse_held(tmp_path, tmp_path / "lock")  # so that the folder itself can be complained of
 
 
-def test_a_lock_that_leads_nowhere_is_told(tmp_path: Path):
+def test_a_lock_that_leads_nowhere_is_reported(tmp_path: Path):
     (tmp_path / "lock").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="lock: is a link that leads nowhere"):
+    with pytest.raises(ValueError, match="lock: is a broken link"):
         is_held(tmp_path)
 
 

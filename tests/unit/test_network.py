@@ -47,7 +47,7 @@ def test_what_else_gloo_says_is_no_lost_rank(error: Exception):
     assert distributed.lost_peer(error) == ""
 
 
-def test_settings_of_nccl_are_told_as_such(monkeypatch: pytest.MonkeyPatch):
+def test_settings_of_nccl_are_reported_as_such(monkeypatch: pytest.MonkeyPatch):
     for name in network.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib7")
@@ -59,7 +59,7 @@ def test_settings_of_nccl_are_told_as_such(monkeypatch: pytest.MonkeyPatch):
     assert "lost the connection" not in told
 
 
-def test_an_interface_that_this_host_lacks_is_named_beside_those_that_it_has(monkeypatch):
+def test_an_interface_that_this_host_lacks_is_named_along_with_those_that_it_has(monkeypatch):
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0,ib0")
     error = RuntimeError(
@@ -111,7 +111,7 @@ def test_other_reasons_come_with_the_interfaces_and_variables(monkeypatch: pytes
     assert "GLOO_SOCKET_IFNAME" in told
 
 
-def test_a_name_of_rank_0_that_leads_nowhere_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_a_name_of_rank_0_that_leads_nowhere_is_reported(monkeypatch: pytest.MonkeyPatch):
     def fails(*_words):
         raise socket.gaierror(-2, "Name or service not known")
 

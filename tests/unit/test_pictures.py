@@ -87,7 +87,7 @@ def noise_jpeg(path, **options):
     return bytearray(path.read_bytes())
 
 
-def test_jpeg_whose_middle_is_lost_is_told_though_pillow_makes_gray_of_it(tmp_path):
+def test_jpeg_whose_middle_is_lost_is_reported_though_pillow_makes_gray_of_it(tmp_path):
     path = tmp_path / "x.jpg"
     data = noise_jpeg(path)
     middle = len(data) // 2
@@ -113,7 +113,7 @@ def test_jpegs_are_as_pillow_reads_and_turns_them(tmp_path, orientation):
     np.testing.assert_array_equal(read_picture(tmp_path / "x.jpg"), expected)
 
 
-def test_why_a_file_cannot_be_read_is_told_without_repeating_its_name(tmp_path):
+def test_why_a_file_cannot_be_read_is_reported_without_repeating_its_name(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     for name, reason in (("folder.jpg", "Is a directory"), ("away.jpg", "No such file or dir.*y")):
         with pytest.raises(ValueError, match=rf"^not a readable image \({reason}\)$"):
@@ -175,7 +175,7 @@ def test_arrays_of_other_shapes_and_types_are_refused(given):
         to_pixels(given)
 
 
-def test_what_is_no_list_of_pictures_is_told(tmp_path):
+def test_what_is_no_list_of_pictures_is_reported(tmp_path):
     path = tmp_path / "away.jpg"
     for given, said in [
         (str(path), rf"found one picture, {path}, expected a list of them"),
@@ -204,7 +204,7 @@ def test_what_the_system_says_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     failures[:] = [errno.ESTALE]
     assert read_picture(tmp_path / "a.png").shape == (3, 4, 3)  # at the second attempt
     failures[:] = [errno.EACCES]
-    with pytest.raises(ValueError, match=r"^cannot be read \(Permission denied\)\. Let the user"):
+    with pytest.raises(ValueError, match=r"^cannot be read \(Permission denied\)\. Allow the user"):
         read_picture(tmp_path / "a.png")
     failures[:] = [errno.EMFILE] * 2  # the other pictures of a folder would fail too
     with pytest.raises(OSError, match=r"a\.png: cannot be read \(Too many open files\)\. Raise"):

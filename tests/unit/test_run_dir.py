@@ -1,4 +1,4 @@
-"""What cannot be written to is told before the work."""
+"""What cannot be written to is reported before the work."""
 
 import errno
 import tempfile
@@ -33,7 +33,7 @@ def test_what_counts_by_being_there_is_on_the_disk_before_it_is_there(
     ]
 
 
-def test_where_nothing_can_be_written_is_told_with_the_option(tmp_path: Path):
+def test_where_nothing_can_be_written_is_reported_with_the_option(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     for folder, said in [
         (tmp_path / "file", "is a file"),
@@ -50,7 +50,7 @@ def test_where_nothing_can_be_written_is_told_with_the_option(tmp_path: Path):
         check_file(tmp_path / "file/x.json", "--out")
 
 
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(dir: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Run the runs of a sweep one after another, or print them as commands or as Slurm arrays.
+"""Train the runs of a sweep one after another, or print them as commands or as Slurm arrays.
 
     bigdet sweep configs/sweeps/small.yaml
     bigdet sweep configs/sweeps/figure1.yaml --print

@@ -1,8 +1,7 @@
-"""Samples to a group in a few flat tensors, and those to a ``Batch``.
+"""Packs the examples of a group into a few flat tensors, and unpacks these into a ``Batch``.
 
-A loader process hands over four tensors per group, whatever the number of objects: handing over
-many small ones costs more than their bytes (with 114 tensors, one worker gave 459 images per
-second, with 4 it gave 2797).
+A loader process passes on four tensors per group, however many objects it has: many small ones cost
+more than their bytes (one worker gave 459 images per second with 114 tensors, 2797 with 4).
 
 Letters: B images of the group, M objects of all of them, H and W the canvas.
 """
@@ -23,7 +22,7 @@ from bigdet.ops.sizes import canvas_size
 from bigdet.structures import Batch, Masks, Targets
 
 Allocate = Callable[[int], Tensor]
-"""Gives so many bytes of memory, ``(bytes,)`` uint8."""
+"""Returns memory of that many bytes, ``(bytes,)`` uint8."""
 
 
 class PackedGroup(NamedTuple):
@@ -35,7 +34,7 @@ class PackedGroup(NamedTuple):
         integers: int64, flat: ``B, M, 1 with masks, keypoints of an object or -1 without, boxes
             dropped, seed``, sizes, ids, labels, ...
         bytes: uint8, flat: is_crowd, mask bits.
-        notes: whatever else the sender has to say, small.
+        notes: other small values from the sender, such as damaged samples.
     """
 
     images: Tensor
@@ -66,9 +65,9 @@ def pack(
     Args:
         examples: at least one; all with masks or all without, keypoints likewise.
         canvas: height and width; None is the smallest that fits.
-        seed: of the model's randomness, in ``[0, 2**63)``.
-        notes: travel along as they are.
-        allocate: gives the memory of the group.
+        seed: for the model's random numbers, in ``[0, 2**63)``.
+        notes: passed on unchanged.
+        allocate: returns the memory for the tensors.
     """
     sizes = [(example.image.shape[1], example.image.shape[2]) for example in examples]
     objects = [example.objects for example in examples]
@@ -107,7 +106,7 @@ def pack(
 
 
 def _lay_flat(arrays: Sequence[NDArray[Any]], dtype: torch.dtype, allocate: Allocate) -> Tensor:
-    """Return arrays one behind the other, flat; each is copied once, whatever its strides."""
+    """Return arrays one after the other, flat; each is copied once, whatever its strides."""
     flat = allocate(dtype.itemsize * sum(array.size for array in arrays)).view(dtype)
     whole, start = flat.numpy(), 0
     for array in arrays:
@@ -129,24 +128,21 @@ def _lay_on_canvas(images: Sequence[Tensor], size: tuple[int, int], allocate: Al
 
 
 def group_bytes(num_images: int, plan: tuple[int, int], *, with_masks: bool) -> int:
-    """Return how many bytes a packed group usually takes at most.
+    """Return an upper estimate of the bytes of a packed group; many overlapping masks take more.
 
-    Args:
-        num_images: of the group.
-        plan: short side and longest long side, pixels.
-        with_masks: masks travel too; overlapping ones may take more than is reckoned here.
+    ``plan`` is the short side and the longest long side, pixels.
     """
     area = math.prod(canvas_size([plan]))
     return num_images * ((4 if with_masks else 3) * area + 65_536)
 
 
 def num_dropped(packed: PackedGroup) -> int:
-    """Return how many boxes of a group were dropped, as their crop does not show them."""
+    """Return how many boxes of a group were dropped because the crop does not show them."""
     return int(packed.integers[4])
 
 
 def unpack(packed: PackedGroup) -> Batch:
-    """Make a ``Batch`` of a packed group: views of the same memory, nothing is copied."""
+    """Return a packed group as a ``Batch`` of views of the same memory; nothing is copied."""
     num_images, num_objects, has_masks, num_keypoints, _, seed = packed.integers[:_HEAD].tolist()
     lengths = [2 * num_images, 2 * num_images, num_images, num_images + 1, num_objects]
     if has_masks:

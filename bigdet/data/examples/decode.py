@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def decode_image(
     data: bytes, least_size: tuple[int, int] | None = None, orientation: int = 1
 ) -> Tensor:
-    """Give what ``decode_pixels`` does as ``(3, H, W)`` uint8 0..255 in channels_last memory."""
-    import torch  # here, as making and checking shards decode too, and do without it
+    """Return the result of ``decode_pixels`` as ``(3, H, W)`` uint8 in channels_last memory."""
+    import torch  # here, because making and checking shards decode without torch
 
     return torch.from_numpy(decode_pixels(data, least_size, orientation)).permute(2, 0, 1)
 
@@ -32,24 +32,23 @@ def decode_pixels(
 ) -> NDArray[np.uint8]:
     """Decode an image file to RGB, see ``pixels.to_rgb``; the first picture of an animation.
 
-    What its EXIF says of an orientation is not looked at.
+    The EXIF orientation in the file is ignored.
 
     Args:
         data: the whole file.
-        least_size: height, width; a JPEG of at least twice that is decoded smaller, at 1/2, 1/4 or
-            1/8, but not smaller than this. None: at its own size.
-        orientation: how the stored pixels are turned, ``1..8`` as in EXIF; ``least_size`` is of
-            the turned ones.
+        least_size: height, width after turning; a JPEG of at least twice this size is decoded at
+            1/2, 1/4 or 1/8, but not smaller than this. None: full size.
+        orientation: how to turn the stored pixels, ``1..8`` as in EXIF.
 
     Returns:
         ``(H, W, 3)`` uint8 0..255.
 
     Raises:
-        ValueError: the bytes are no complete image.
+        ValueError: the bytes are not a complete image.
     """
     if least_size is not None:
         least_size = turned_size(least_size, orientation)
-    # A last row that stands for less than a whole one must not become the first one.
+    # A last row that covers less than a whole one must not become the first one.
     is_whole = orientation != 1
     pixels = decode_jpeg(data, least_size, is_whole) if is_jpeg(data) else None
     if pixels is None:
@@ -65,13 +64,9 @@ def stored_size(data: bytes) -> tuple[int, int]:
 
 
 def decoded_extent(size: tuple[int, int], decoded: tuple[int, int]) -> tuple[float, float]:
-    """Return what part of an image that was decoded smaller the stored one fills, its pixels.
+    """Return height and width of the stored image in pixels of one that was decoded smaller.
 
-    Of 427 rows at 1/4 there are 107, the last of which stands for three: 106.75.
-
-    Args:
-        size: height, width as stored.
-        decoded: height, width as decoded.
+    427 rows at 1/4 become 107, the last of which covers three rows: 106.75.
     """
     divisor = round(max(size) / max(decoded))
     return size[0] / divisor, size[1] / divisor
@@ -88,6 +83,6 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     except ValueError:
         raise
     except READ_ERRORS as error:
-        if "out of memory" in str(error):  # one of Pillow's own
+        if "out of memory" in str(error):  # an error of Pillow
             raise MemoryError(str(error)) from error
         raise ValueError(f"not a complete image: {error}") from error

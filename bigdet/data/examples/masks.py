@@ -1,7 +1,7 @@
-"""Segmentations as stored, polygons or RLE, to bitmaps: each object within its own crop.
+"""Stored segmentations, polygons or RLE, to bitmaps, each within the crop of its object.
 
-A pixel belongs to a mask if its center does. All polygons of an image are worked out together, as
-an object at a time costs more in calls than in work.
+A pixel belongs to a mask if its center does. All polygons of an image are rasterized together: one
+object at a time would cost more in calls than in work.
 
 Letters: L polygons, P corners of all of them, E edges, T crossings of edges with columns of pixels.
 """
@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 Bitmap = NDArray[np.uint8]
 
-_WORD = 8  # bytes of the words in which rows are added up; crops are that much aligned
+_WORD = 8  # bytes; rows of crops are padded to this, and combined in words of it
 
 
 def rasterize_polygons(
@@ -24,11 +24,11 @@ def rasterize_polygons(
 ) -> list[Bitmap]:
     """Return which pixels of its crop each polygon covers.
 
-    A polygon that meets itself covers what an odd number of its turns goes around. What lies
-    outside the crop is cut off.
+    A polygon that crosses itself covers what it goes around an odd number of times. What is outside
+    the crop is cut off.
 
     Args:
-        corners: ``(P, 2)`` x, y in pixels from the polygon's crop, polygon after polygon.
+        corners: ``(P, 2)`` x, y in pixels relative to the polygon's crop, polygon after polygon.
         num_corners: ``(L,)``, at least 1 each.
         sizes: ``(L, 2)`` height and width of the crops, at least 1.
 
@@ -36,7 +36,7 @@ def rasterize_polygons(
         L bitmaps ``(height, width)`` uint8, 0 or 1.
     """
     strides = -(-sizes[:, 1] // _WORD) * _WORD
-    num_bytes = (sizes[:, 0] + 1) * strides  # a row below the crop takes what leaves it there
+    num_bytes = (sizes[:, 0] + 1) * strides  # a row below the crop takes the crossings below it
     starts = np.cumsum(num_bytes) - num_bytes
     flips = np.zeros(int(num_bytes.sum()), dtype=np.uint8)
     layer, column, row = _crossings(corners, num_corners, sizes)
@@ -74,9 +74,8 @@ def _crossings(
     counts = np.abs(steps[edges])
     low = np.minimum(first[edges], first[following[edges]])
     slopes = (end[:, 1] - start[:, 1]) / (end[:, 0] - start[:, 0])
-    heights = (
-        start[:, 1] + (0.5 - start[:, 0]) * slopes
-    )  # where an edge crosses the center of column 0
+    # Where an edge crosses the center of column 0.
+    heights = start[:, 1] + (0.5 - start[:, 0]) * slopes
     edge = np.repeat(np.arange(len(edges)), counts)  # (T,)
     column = np.arange(len(edge)) + (low - np.cumsum(counts) + counts)[edge]
     layer = layer[edge]
@@ -88,12 +87,12 @@ def _crossings(
 def sample_rle(
     segmentation: dict[str, Any], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> Bitmap:
-    """Return what a run-length encoded mask has at a grid of points.
+    """Return the values of a run-length encoded mask at a grid of points.
 
     Args:
         segmentation: COCO's RLE, compressed or not.
-        x: ``(width,)`` of the points, in pixels of the stored mask.
-        y: ``(height,)`` of the points.
+        x: ``(width,)`` pixels of the stored mask.
+        y: ``(height,)`` likewise.
     """
     if isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])

@@ -1,4 +1,4 @@
-"""The objects of one image: brought from stored pixels into a view, cut, moved, put together.
+"""The objects of one image: moved from stored pixels into a view, clipped, shifted, joined.
 
 Letters: M objects of one image, K keypoints of an object.
 """
@@ -47,11 +47,11 @@ class Objects:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is worked out of a sample beside its image, boxes and labels.
+    """What is computed for a sample besides its image, boxes and labels.
 
     Attributes:
-        masks: the bitmaps.
-        keypoint_order: which keypoint each one is after a flip, ``(K,)`` int64; None for no
+        masks: bitmaps of the objects.
+        keypoint_order: which keypoint each one becomes in a flip, ``(K,)`` int64; None for no
             keypoints.
         tight_boxes: where a crop cuts a box, it shrinks to what is left of the mask.
         scaled_decoding: JPEGs may be decoded at a fraction of their size.
@@ -78,7 +78,7 @@ def keypoint_order(categories: Sequence[Category]) -> NDArray[np.int64]:
         what = "have different ones" if layouts else "have none"
         raise ValueError(
             f"keypoints are wanted, but the categories of the training set {what}. Make the shards "
-            "anew with --keypoints, of categories with the same keypoints."
+            "again with --keypoints, from categories with the same keypoints."
         )
     names, pairs = layouts[0]
     order = np.arange(len(names))
@@ -88,19 +88,14 @@ def keypoint_order(categories: Sequence[Category]) -> NDArray[np.int64]:
 
 
 def no_objects() -> Objects:
-    """Return no objects at all, as evaluation wants them."""
+    """Return an empty set of objects, which is what evaluation uses."""
     return objects_in_view([], View((1, 1), (1, 1), (0, 0), (1, 1), False), Wanted())
 
 
 def check_annotations(
     annotations: Sequence[dict[str, Any]], image_size: Size, wanted: Wanted
 ) -> None:
-    """See that what is wanted of an image's annotations can be worked out, in view or not.
-
-    Args:
-        annotations: of the image's record in the shards.
-        image_size: height, width as stored.
-        wanted: what will be worked out.
+    """Check that what is wanted can be computed from annotations, whether in view or not.
 
     Raises:
         ValueError: a segmentation is neither polygons nor RLE of the image's size, or keypoints
@@ -129,23 +124,18 @@ def check_annotations(
 
 
 def objects_in_view(annotations: Sequence[dict[str, Any]], view: View, wanted: Wanted) -> Objects:
-    """Bring the objects of one image into a view, see ``objects_in_views``."""
+    """Move the objects of one image into a view, see ``objects_in_views``."""
     return objects_in_views([annotations], [view], wanted)[0]
 
 
 def objects_in_views(
     annotations: Sequence[Sequence[dict[str, Any]]], views: Sequence[View], wanted: Wanted
 ) -> list[Objects]:
-    """Bring the objects of several images into their views, all at once: it is calls that cost.
+    """Move the objects of several images into their views, all at once to save calls.
 
-    Objects that are not seen are dropped: one stays if its clipped box has an area, however small,
-    as in paper 2's released code. Masks are worked out within the clipped box alone; crowd regions
-    carry none, as no loss uses them.
-
-    Args:
-        annotations: of each image's record in the shards, checked.
-        views: how each image is laid on its canvas.
-        wanted: what to work out.
+    Objects out of view are dropped: one is kept if its clipped box has an area, however small, as
+    in paper 2's released code. Masks are computed within the clipped box only; crowd regions have
+    none, as no loss uses them. The annotations are those of ``check_annotations``.
     """
     arrays, found = Views(views), list(chain.from_iterable(annotations))
     which = np.repeat(np.arange(len(views)), [len(of_image) for of_image in annotations])
@@ -189,7 +179,7 @@ def tighten(objects: Objects, which: NDArray[np.bool_]) -> Objects:
     """Shrink boxes to the pixels of their masks; those with nothing left are dropped and counted.
 
     Args:
-        objects: with masks; those without one, crowds too, stay as they are.
+        objects: with ``masks``; an object without one, such as a crowd, stays as it is.
         which: ``(M,)`` the boxes to shrink.
     """
     assert objects.masks is not None
@@ -209,13 +199,13 @@ def tighten(objects: Objects, which: NDArray[np.bool_]) -> Objects:
 
 
 def with_boxes(objects: Objects, boxes: NDArray[np.float32]) -> Objects:
-    """Give objects other boxes; those whose box has no area are dropped and counted."""
+    """Replace the boxes of objects; those whose box has no area are dropped and counted."""
     kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
     return select(replace(objects, boxes=boxes), kept, len(objects) - len(kept))
 
 
 def select(objects: Objects, kept: NDArray[np.int64], num_dropped: int = 0) -> Objects:
-    """Return some of the objects, and count so many as dropped."""
+    """Return some of the objects, and count ``num_dropped`` more as dropped."""
     return Objects(
         boxes=objects.boxes[kept],
         labels=objects.labels[kept],
@@ -241,10 +231,10 @@ def shift(objects: Objects, x: int, y: int) -> Objects:
 
 
 def clip(objects: Objects, size: Size) -> Objects:
-    """Cut off what lies right of or below an area; what has nothing left is dropped and counted.
+    """Cut off what is right of or below an area; what has nothing left is dropped and counted.
 
     Args:
-        objects: nothing of them is above or left of the canvas.
+        objects: none of them reaches above or left of the canvas.
         size: height, width of the area.
     """
     height, width = size
@@ -261,7 +251,7 @@ def clip(objects: Objects, size: Size) -> Objects:
 
 
 def join(parts: Sequence[Objects]) -> Objects:
-    """Put the objects of one canvas together, one behind the other."""
+    """Concatenate the objects of one canvas."""
     masks = [part.masks for part in parts]
     keypoints = [part.keypoints for part in parts]
     return Objects(
@@ -297,7 +287,7 @@ def _mask_crops(
     low: NDArray[np.int64],
     high: NDArray[np.int64],
 ) -> list[Bitmap]:
-    """Return each object's mask between two pixels, x, y of its crop; (0, 0) without a mask."""
+    """Return each object's mask from pixel ``low`` to ``high``, x, y; (0, 0) without a mask."""
     sizes = (high - low)[:, ::-1]
     masks: list[Bitmap] = []
     polygons: list[list[float]] = []
@@ -321,7 +311,7 @@ def _mask_crops(
     corners = arrays.move_points(corners, which[owner]) - low[owner]
     layers = rasterize_polygons(corners, num_corners, sizes[owners])
     for i, layer in zip(owners, layers, strict=True):
-        # An object of several parts is all of them.
+        # The mask of an object is the union of its parts.
         masks[i] = masks[i] | layer if masks[i].size else layer
     return masks
 
@@ -332,12 +322,12 @@ def _moved_keypoints(
     which: NDArray[np.int64],
     order: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Return keypoints on the canvas, ``(M, K, 3)``; those out of view are not labelled."""
+    """Return keypoints on the canvas, ``(M, K, 3)``; those out of view become not labeled."""
     absent = [0.0] * (3 * len(order))
     stored = [annotation.get("keypoints") or absent for annotation in annotations]
     keypoints = np.array(stored, dtype=np.float64).reshape(-1, len(order), 3)
-    # COCO counts pixels where boxes and masks have continuous edges: its 0 is the center of the
-    # first pixel.
+    # COCO counts pixels here, while boxes and masks have continuous edges: a keypoint at 0 is at
+    # the center of the first pixel.
     points = keypoints[..., :2].reshape(-1, 2) + 0.5
     points = views.move_points(points, np.repeat(which, len(order))).reshape(-1, len(order), 2)
     is_seen = ((points >= 0) & (points < views.limit[which][:, None])).all(axis=-1)

@@ -1,4 +1,4 @@
-"""One sample of a shard set, decoded and checked against its record; what to call it if damaged."""
+"""One sample of a shard set, decoded and checked against its record; errors of damaged ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DamagedSampleError(ShardError):
 
 @dataclass(frozen=True)
 class Damage:
-    """Note of a replaced sample: its row, the kind of damage, the whole message."""
+    """A sample that was replaced: its row, the kind of damage, the whole message."""
 
     row: int
     kind: str
@@ -44,7 +44,7 @@ def load_sample(shards: ShardSet, row: int) -> tuple[Tensor, dict[str, Any]]:
 
     Raises:
         DamagedSampleError: with shard, sample and offset.
-        UnavailableShardError: the shard cannot be fetched, or the system does not let it be read.
+        UnavailableShardError: the shard cannot be fetched, or the system does not allow reading it.
     """
     sample = read_sample(shards, row)
     return decode_sample(shards, row, sample), sample.record
@@ -55,7 +55,7 @@ def read_sample(shards: ShardSet, row: int) -> Sample:
     try:
         return shards.read(row)
     except UnavailableShardError:
-        raise  # the reason is not in the sample: others would fail in the same way
+        raise  # not because of the sample: others would fail in the same way
     except ShardError as error:
         raise DamagedSampleError(str(error), "unreadable") from error
 
@@ -63,17 +63,9 @@ def read_sample(shards: ShardSet, row: int) -> Sample:
 def decode_sample(
     shards: ShardSet, row: int, sample: Sample, least_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return the image of a sample as its data set annotates it; its size is checked.
+    """Return the image of a sample as it was annotated, ``(3, H, W)`` uint8; its size is checked.
 
-    Args:
-        shards: the set that it is of.
-        row: of the sample.
-        sample: as stored.
-        least_size: height, width; the image may come smaller than it is stored, but not smaller
-            than this. None for the whole image.
-
-    Returns:
-        ``(3, H, W)`` uint8.
+    With ``least_size`` (height, width) it may be decoded smaller, but not smaller than this.
 
     Raises:
         DamagedSampleError: with shard, sample and offset.
@@ -98,7 +90,7 @@ def decode_sample(
 
 
 def damaged(shards: ShardSet, row: int, kind: str, what: str) -> DamagedSampleError:
-    """Return the error for a sample whose image ``what``, a predicate."""
+    """Return the error of a damaged sample; ``what`` is a predicate of its image."""
     offset = int(shards.index[row]["image_offset"])
     return DamagedSampleError(
         f"{shards.place(row)}: the image of sample {shards.key(row)} (row {row}, offset {offset}) "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,8 +21,8 @@ from bigdet.data.examples.samples import (
 from bigdet.data.examples.transforms import Scene, make_examples
 from bigdet.data.examples.views import (
     Size,
+    draw_size,
     draw_view,
-    resize_of_image,
     resize_of_step,
     training_canvas,
 )
@@ -30,7 +32,15 @@ from bigdet.data.ordering.groups import Order
 from bigdet.ops.random import Words, seed_of
 
 REPLACEMENT_TRIES = 100
-"""Samples that are tried in place of a damaged one before the set is given up."""
+"""Samples that are tried in place of a damaged one before the run ends."""
+
+
+class _Shared(NamedTuple):
+    """What the images of a group have in common."""
+
+    pass_number: int
+    resize: ResizeConfig
+    canvas: Size | None
 
 
 class TrainGroups:
@@ -45,15 +55,15 @@ class TrainGroups:
         wanted: Wanted,
         key: tuple[int, str],
     ) -> None:
-        """Take what groups are made of.
+        """Keep what groups are made of.
 
         Args:
             shards: the training set.
-            rows: of the samples in it that are trained on.
-            order: of these.
-            phase: how their images are seen.
-            wanted: what is worked out beside boxes and labels.
-            key: seed of the run and name of the phase, for random words.
+            rows: ``(N,)`` those of the samples that are trained on.
+            order: which of the N samples are in which group.
+            phase: resize, flip and augmentation.
+            wanted: what to compute besides boxes and labels.
+            key: seed of the run and name of the phase, for random numbers.
         """
         self.shards = shards
         self.rows = rows
@@ -63,7 +73,7 @@ class TrainGroups:
         self._key = key
 
     def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:
-        """Return the group of (step, lane), in memory that ``allocate`` gives."""
+        """Return the group of (step, lane), in memory from ``allocate``."""
         step, lane = key
         upcoming = self.order.upcoming(step, lane)
         if upcoming is not None:
@@ -73,11 +83,10 @@ class TrainGroups:
         index = self.shards.index[self.rows[group.samples]]
         sizes = list(zip(index["height"].tolist(), index["width"].tolist(), strict=True))
         canvas = training_canvas(resize, sizes)
+        shared = _Shared(group.pass_number, resize, canvas)
         damages: list[Damage] = []
         scenes = (
-            self._sound_scene(
-                int(sample), int(copy), float(weight), group.pass_number, resize, canvas, damages
-            )
+            self._sound_scene(int(self.rows[sample]), int(copy), float(weight), shared, damages)
             for sample, copy, weight in zip(group.samples, group.copies, group.weights, strict=True)
         )
         square = canvas if is_square(resize) else None
@@ -86,35 +95,30 @@ class TrainGroups:
         return pack(examples, canvas=canvas, seed=seed, notes=damages, allocate=allocate)
 
     def _sound_scene(
-        self, sample: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig,
-        canvas: Size | None, damages: list[Damage],
-    ) -> Scene:  # fmt: skip
+        self, row: int, copy: int, weight: float, shared: _Shared, damages: list[Damage]
+    ) -> Scene:
         """Return the scene of a sample, or of one drawn in its place when it is damaged."""
-        row = int(self.rows[sample])
         replacement_words: Words | None = None
         for _ in range(REPLACEMENT_TRIES):
             try:
-                return self._scene(row, copy, weight, pass_number, resize, canvas)
+                return self._scene(row, copy, weight, shared)
             except DamagedSampleError as error:
                 damages.append(Damage(row, error.kind, str(error)))
                 if replacement_words is None:
-                    replacement_words = Words("replacement", *self._key, pass_number, row)
+                    replacement_words = Words("replacement", *self._key, shared.pass_number, row)
                 row = int(self.rows[replacement_words.integer(len(self.rows))])
         raise ShardError(
             f"{self.shards.address}: {REPLACEMENT_TRIES} samples drawn in a row are damaged, the "
             f"last one: {damages[-1].message}"
         )
 
-    def _scene(
-        self, row: int, copy: int, weight: float, pass_number: int, resize: ResizeConfig,
-        canvas: Size | None,
-    ) -> Scene:  # fmt: skip
+    def _scene(self, row: int, copy: int, weight: float, shared: _Shared) -> Scene:
         sample = read_sample(self.shards, row)
         record = sample.record
         copy_key = (copy,) if copy else ()  # a sample that comes again in a pass looks different
-        key = (*self._key, pass_number, row, *copy_key)
-        resize = resize_of_image(resize, *key)
-        view = draw_view(record, resize, self._phase.flip, Words("augmentation", *key), canvas)
+        key = (*self._key, shared.pass_number, row, *copy_key)
+        resize, words = draw_size(shared.resize, *key), Words("augmentation", *key)
+        view = draw_view(record, resize, self._phase.flip, words, shared.canvas)
         may_shrink = self._wanted.scaled_decoding and view.window is None
         least_size = view.scaled_size if may_shrink else None
         image = decode_sample(self.shards, row, sample, least_size)

@@ -1,7 +1,7 @@
 """What is done to the images of a group together: mosaic, copy-paste, color.
 
-Each image is looked at alone first (``Scene``); what is drawn here comes from words of its own, so
-that it changes no view. All of it is a function of the group.
+Each image already has its view (``Scene``). Random numbers here have keys of their own, so that
+drawing them changes no view. All results are functions of the group.
 
 Letters: M objects of one image.
 """
@@ -34,24 +34,24 @@ from bigdet.ops.random import Words
 COLOR_FACTORS = (0.6, 1.4)
 """Range of the factors of brightness, contrast and saturation."""
 PASTED_PART = 0.5
-"""Probability of each object of the other image to be pasted."""
+"""Probability that an object of the other image is pasted."""
 MOSAIC_CENTER = (0.3, 0.7)
 """Where the four images of a mosaic meet, in widths and heights of the canvas."""
 MOSAIC_FILL = (124, 116, 104)
-"""What no image of a mosaic covers: about the mean of all images, 0 after normalization."""
+"""Color where a mosaic has no image: about the mean of all images, 0 after normalization."""
 _LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A sample as it was read, and how it is looked at.
+    """A sample as it was read, and its view.
 
     Attributes:
         image: ``(3, H, W)`` uint8, maybe decoded smaller than it is stored.
         record: its annotations, as in the shards.
-        view: drawn for it.
+        view: how the image is laid on its canvas.
         weight: 0 for a masked slot, else 1.
-        key: of the words for what concerns other images and colors: seed, phase, pass and row.
+        key: seed, phase, pass and row, for random numbers about mixing and colors.
     """
 
     image: Tensor
@@ -86,11 +86,11 @@ def make_examples(
     """Make the examples of a group.
 
     Args:
-        scenes: of all images of the group. They are taken one by one if nothing is mixed, as
+        scenes: those of all images of the group, taken one by one if nothing is mixed, because
             pixels that were just decoded are still in the processor's cache.
-        augment: of the phase.
-        canvas: height, width that a mosaic fills; None for those of the image's own view.
-        wanted: what to work out of the objects.
+        augment: probabilities of mosaic, copy-paste and color changes.
+        canvas: height, width of a mosaic; None for those of the image's view.
+        wanted: what to compute for the objects.
     """
     if augment == AugmentConfig():
         return _alone(scenes, wanted)
@@ -111,7 +111,7 @@ def make_examples(
 
 
 def _alone(scenes: Iterable[Scene], wanted: Wanted) -> list[Example]:
-    """Return what each scene shows alone."""
+    """Return the example that each scene gives by itself."""
     looks = [
         (scene.view.move_image(scene.image), scene.record, scene.view, scene.weight)
         for scene in scenes
@@ -162,8 +162,8 @@ def _mosaic(
         scenes: top left, top right, bottom left, bottom right.
         own: the example that the mosaic replaces.
         size: height, width of the canvas.
-        wanted: what to work out of the objects.
-        words: to draw from.
+        wanted: what to compute for the objects.
+        words: random numbers of this image.
     """
     height, width = size
     x = max(1, round(width * words.uniform(*MOSAIC_CENTER)))
@@ -185,7 +185,7 @@ def _mosaic(
 
 
 def _half_view(scene: Scene, room: Size, words: Words) -> View:
-    """Return half of what the scaled image of a scene measures, cropped to a room."""
+    """Return the view of a scene at half its size, cropped to at most ``room``."""
     scaled = scene.view.scaled_size
     if scene.view.window is not None:  # of the whole image, not of the window alone
         scale, stored = scene.view.scale, scene.view.original_size
@@ -196,16 +196,12 @@ def _half_view(scene: Scene, room: Size, words: Words) -> View:
 
 
 def paste(below: Example, above: Example, words: Words) -> Example:
-    """Paste some objects of one image into another, at the places where they are.
+    """Paste some objects of one image into another, at the same places.
 
-    What they hide is taken from the masks there and boxes shrink to what is left; an object that
-    is hidden whole is dropped and counted. Pixels are pasted as they are: Ghiasi et al., *Simple
-    Copy-Paste is a Strong Data Augmentation Method*, found no use in blending.
-
-    Args:
-        below: with masks.
-        above: with masks; its crowds, and what has no mask, stay behind.
-        words: to draw from.
+    What they hide is removed from the masks below, and boxes shrink to what is left; an object that
+    is hidden completely is dropped and counted. There is no blending: Ghiasi et al., *Simple
+    Copy-Paste is a Strong Data Augmentation Method*, found no gain from it. Both images have masks;
+    crowds and objects without a mask are not pasted.
     """
     assert above.objects.masks is not None
     is_drawn = [words.uniform(0.0, 1.0) < PASTED_PART for _ in above.objects.labels]
@@ -222,7 +218,7 @@ def paste(below: Example, above: Example, words: Words) -> Example:
 
 
 def _cover(objects: Objects, size: Size) -> NDArray[np.uint8]:
-    """Return which pixels of a canvas objects cover, ``size``."""
+    """Return which pixels of a canvas objects cover, ``(H, W)`` 0 or 1."""
     cover = np.zeros(size, dtype=np.uint8)
     for (x, y), mask in zip(objects.mask_origins, objects.masks or [], strict=True):
         cover[y : y + mask.shape[0], x : x + mask.shape[1]] |= mask
@@ -230,7 +226,7 @@ def _cover(objects: Objects, size: Size) -> NDArray[np.uint8]:
 
 
 def _hidden(objects: Objects, cover: NDArray[np.uint8]) -> Objects:
-    """Return objects behind a cover: masks and boxes are what is left of them."""
+    """Return objects behind a cover, with what is left of their masks and boxes."""
     masks, is_changed = [], np.zeros(len(objects), dtype=np.bool_)
     for i, ((x, y), mask) in enumerate(zip(objects.mask_origins, objects.masks or [], strict=True)):
         above = cover[y : y + mask.shape[0], x : x + mask.shape[1]]
@@ -257,7 +253,7 @@ def change_colors(image: Tensor, brightness: float, contrast: float, saturation:
     """Change the colors of an image: factors of 1 leave it as it is.
 
     As torchvision's ``adjust_brightness``, ``adjust_contrast`` and ``adjust_saturation`` in this
-    order, but without clipping between them: all three are one matrix then.
+    order, but without clipping between them, so that all three are one matrix.
 
     Args:
         image: ``(3, H, W)`` uint8.

@@ -1,9 +1,7 @@
-"""Where an image lands on its canvas: scaled, cropped, flipped.
+"""Where an image is on its canvas: scaled, cropped, flipped.
 
-The **view** is worked out first, from numbers alone, before a pixel is decoded. Then image, boxes,
-masks and keypoints are brought into it, each once (``objects.py`` has the objects).
-
-Letters: M objects of one image.
+The **view** is decided first, from numbers alone, before a pixel is decoded. Then image, boxes,
+masks and keypoints are moved into it, each once (``objects.py`` has the objects).
 """
 
 from __future__ import annotations
@@ -66,14 +64,10 @@ class View:
     def stored_points(
         self, low: NDArray[np.int64], high: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return where the centers of canvas pixels between two corners lie in stored pixels.
+        """Return where the centers of canvas pixels are in stored pixels.
 
-        Args:
-            low: x, y of the first pixel.
-            high: x, y of the one past the last.
-
-        Returns:
-            The x of each column and the y of each row.
+        They go from ``low`` to before ``high``, both x, y. Returned are the x of each column and
+        the y of each row.
         """
         x, y = np.arange(low[0], high[0]) + 0.5, np.arange(low[1], high[1]) + 0.5
         if self.is_flipped:
@@ -82,14 +76,9 @@ class View:
         return (x + self.origin[0]) / scale[0] + left, (y + self.origin[1]) / scale[1] + top
 
     def move_image(self, image: Tensor) -> Tensor:
-        """Return the part of an image that is seen.
+        """Return the visible part, ``(3, *size)``, of an image, ``(3, H, W)`` uint8.
 
-        Args:
-            image: ``(3, H, W)`` uint8; where there is no window it may have been decoded smaller
-                than it is stored.
-
-        Returns:
-            ``(3, *size)``.
+        Without a window, the image may have been decoded smaller than it is stored.
         """
         extent = None
         if self.window is not None:
@@ -107,9 +96,9 @@ class View:
 
 
 class Views:
-    """The views of several images as arrays, so that what is in them is moved all at once.
+    """The views of several images as arrays, so that all their objects are moved at once.
 
-    In what follows N things belong to images by number, ``which``, ``(N,)``.
+    Of N points or boxes, ``which``, ``(N,)``, says to which image each belongs.
     """
 
     def __init__(self, views: Sequence[View]) -> None:
@@ -142,19 +131,19 @@ class Views:
     def clip_boxes(
         self, boxes: NDArray[np.float64], which: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """Cut ``(N, 4)`` boxes on the canvas off at the edges of their images."""
+        """Clip ``(N, 4)`` boxes on the canvas to their images."""
         limit = np.tile(self.limit, 2)[which]
         clipped: NDArray[np.float64] = np.minimum(np.maximum(boxes, 0), limit)
         return clipped.astype(np.float32)
 
 
 def whole_view(original_size: Size, plan: Size, canvas: Size | None = None) -> View:
-    """Return the view of test time: the whole image, scaled.
+    """Return the view used in evaluation: the whole image, scaled.
 
     Args:
         original_size: height, width as stored.
         plan: short side and longest long side, pixels.
-        canvas: height and width into which it must fit; None for no such limit.
+        canvas: height and width into which it must fit; None for no limit.
     """
     scaled = eval_size(*original_size, *plan)
     if canvas is not None and (scaled[0] > canvas[0] or scaled[1] > canvas[1]):
@@ -167,26 +156,18 @@ def whole_view(original_size: Size, plan: Size, canvas: Size | None = None) -> V
 
 
 def resize_of_step(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
-    """Return the resize of one step: the same for all lanes, its short side drawn if it varies.
+    """Return the resize of a step for all lanes: its short side is drawn, unless for each image.
 
-    Args:
-        resize: of the phase; one that is drawn for each image stays as it is.
-        key: seed, phase and step.
+    ``key`` is seed, phase and step.
     """
-    return resize if resize.draw == "image" else _with_drawn_size(resize, key)
+    return resize if resize.draw == "image" else draw_size(resize, *key)
 
 
-def resize_of_image(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
-    """Return the resize of one image, its short side drawn if it varies from image to image.
+def draw_size(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
+    """Return a resize with its short side drawn if it varies.
 
-    Args:
-        resize: of the step.
-        key: of the sample: seed, phase, pass and row.
+    ``key`` is seed, phase and step, or, for one image, seed, phase, pass and row.
     """
-    return _with_drawn_size(resize, key)
-
-
-def _with_drawn_size(resize: ResizeConfig, key: Sequence[int | str]) -> ResizeConfig:
     if resize.sizes is None and resize.size_range is None:
         return resize
     words = Words("size", *key)
@@ -203,9 +184,7 @@ def _with_drawn_size(resize: ResizeConfig, key: Sequence[int | str]) -> ResizeCo
 def training_canvas(resize: ResizeConfig, sizes: Sequence[Size]) -> Size | None:
     """Return height and width of a group's canvas; None if the smallest that fits is taken.
 
-    Args:
-        resize: that of the step.
-        sizes: height, width of the images as stored.
+    ``sizes`` are heights and widths as stored.
     """
     if is_square(resize):
         return resize.size, resize.size
@@ -226,16 +205,16 @@ def draw_view(
 ) -> View:
     """Draw the view of a training sample.
 
-    ``short_side`` and ``stitcher`` show the whole image, the others a crop where the scaled image
-    hangs over. A crop that shows no box is drawn again; after ``CROP_TRIES`` it is centered on a
-    random box.
+    ``short_side`` and ``stitcher`` show the whole image, the others a crop if the scaled image is
+    larger than the canvas. A crop that shows no box is drawn again; after ``CROP_TRIES`` it is
+    centered on a random box.
 
     Args:
-        record: of the shards.
-        resize: of the step.
+        record: see ``shard_set.Sample``.
+        resize: that of the image, its size drawn.
         flip: probability of a horizontal flip.
-        sample_words: of this sample in this pass.
-        canvas: height and width into which a whole image must fit; None for no such limit.
+        sample_words: random numbers of this sample in this pass.
+        canvas: height and width into which a whole image must fit; None for no limit.
     """
     original_size = (record["height"], record["width"])
     is_flipped = sample_words.uniform(0.0, 1.0) < flip
@@ -258,11 +237,8 @@ def draw_view(
 def crop_view(whole: View, size: Size, record: dict[str, Any], sample_words: Words) -> View:
     """Return a random crop of a view that shows a whole image.
 
-    Args:
-        whole: of the image.
-        size: height, width of the crop, at most those of the view.
-        record: of the image; the crop shows one of its boxes if it has any.
-        sample_words: of this sample in this pass.
+    Its ``size`` is height, width, at most those of the view. It shows one of the boxes of the
+    record, if there are any.
     """
     if size == whole.size:
         return whole
@@ -273,7 +249,7 @@ def crop_view(whole: View, size: Size, record: dict[str, Any], sample_words: Wor
 
 
 def _windowed(whole: View, size: Size, record: dict[str, Any], sample_words: Words) -> View:
-    """Return a random crop whose edges lie between stored pixels, so that it is scaled alone."""
+    """Return a random crop with edges between stored pixels, so that nothing else is scaled."""
     if size == whole.size:
         return whole
     (height, width), scaled = whole.original_size, whole.scaled_size
@@ -287,19 +263,17 @@ def _windowed(whole: View, size: Size, record: dict[str, Any], sample_words: Wor
 
 
 def _boxes_to_show(record: dict[str, Any], scale: tuple[float, float], size: Size) -> list[Box]:
-    """Return the boxes of which a crop must show one, xyxy; plain numbers, as they are few.
+    """Return the boxes of which a crop must show one, xyxy; as plain numbers, as they are few.
 
-    Args:
-        record: of the image.
-        scale: x and y from stored pixels to those that are cropped.
-        size: height, width of what is cropped.
+    ``scale``, x and y, is from stored pixels to those that are cropped, whose ``size`` is height,
+    width.
     """
     edges: list[float] = []
     for annotation in record["annotations"]:
         if not annotation["iscrowd"]:
             x, y, width, height = annotation["bbox"]
             edges += [x * scale[0], y * scale[1], (x + width) * scale[0], (y + height) * scale[1]]
-    # Rounded as in the targets, so that what counts as seen here has an area there.
+    # Rounded as in the targets, so that what counts as visible here has an area there.
     edges = array("f", edges).tolist()
     limit = (size[1], size[0], size[1], size[0])
     boxes = [
@@ -319,7 +293,7 @@ def _draw_crop(boxes: list[Box], scaled: Size, size: Size, sample_words: Words) 
         ):
             return x, y
     x0, y0, x1, y1 = boxes[sample_words.integer(len(boxes))]
-    # Half-way cases are decided by sums of 32 bits.
+    # Sums in 32 bits decide half-way cases.
     x_sum, y_sum = array("f", (x0 + x1, y0 + y1))
     x, y = round((x_sum - width) / 2), round((y_sum - height) / 2)
     return min(max(x, 0), room[0]), min(max(y, 0), room[1])

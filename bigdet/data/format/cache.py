@@ -1,15 +1,15 @@
 """A folder of fetched files that all processes and runs of a host share, within a budget.
 
-Whoever needs a file that is absent takes the file's lock, so that it is fetched once and the others
+A process that needs an absent file takes the file's lock, so that it is fetched once and the others
 wait. It is written as ``NAME.part`` and renamed when complete and checked: what a killed process
-leaves is never used. To make room, the files go that were used longest ago; a file that a process
-has open is in use (it holds a shared lock on it) and stays.
+leaves is never used. To make room, the least recently used files are deleted, but none that a
+process has open (it holds a shared lock on it).
 
     FOLDER/sets/HASH/            manifest.json and index.npy of a shard set; not part of the budget
     FOLDER/shards/HASH           a shard, or a run of bytes of one; HASH is of the full address
     FOLDER/shards/HASH.part      being fetched, of full size from the start, to reserve the space
-    FOLDER/shards/HASH.lock      who holds its lock fetches
-    FOLDER/shards/lock           who holds its lock makes room
+    FOLDER/shards/HASH.lock      the holder of its lock fetches the file
+    FOLDER/shards/lock           the holder of its lock makes room
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Fill = Callable[[IO[bytes]], object]
 
 
 def name_of(*parts: object) -> str:
-    """Return the name of a cached file by what tells it from all others: its address and so on."""
+    """Return the name of a cached file from what identifies it: its address and so on."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -40,9 +40,9 @@ class Cache:
     """The files, opened by name.
 
     Args:
-        folder: made if absent.
-        limit_bytes: of all files together. It is exceeded, with a warning, rather than that
-            processes wait for each other to close what they have open.
+        folder: created if absent.
+        limit_bytes: of all files together. If open files need more, it is exceeded with a warning:
+            processes do not wait for each other to close files.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -51,12 +51,9 @@ class Cache:
         self._is_warned = False
 
     def open(self, name: str, size: int, fill: Fill) -> int:
-        """Return a file descriptor of a file, for reading; it is in use until that is closed.
+        """Return a file descriptor for reading; the file is in use until it is closed.
 
-        Args:
-            name: of the file.
-            size: in bytes.
-            fill: writes an absent file.
+        An absent file, of ``size`` bytes, is written by ``fill``.
         """
         path = self.folder / name
         while (file := _open_for_use(path, size)) is None:
@@ -68,7 +65,7 @@ class Cache:
         return file
 
     def touch(self, name: str, size: int) -> bool:
-        """Count a file as just used; say whether it is there."""
+        """Mark a file as just used; return whether it is there."""
         path = self.folder / name
         is_there = _is_complete(path, size)
         with contextlib.suppress(FileNotFoundError):
@@ -76,14 +73,14 @@ class Cache:
         return is_there
 
     def _make_room(self, path: Path, size: int) -> None:
-        """Delete what was used longest ago until a file fits, and reserve its space."""
+        """Delete the least recently used files until a new one fits, and reserve its space."""
         with locked(self.folder / "lock"):
             for leftover in (path, path.with_name(path.name + _PART)):
                 leftover.unlink(missing_ok=True)
             used, old = 0, []
             for other in self.folder.iterdir():
-                if other.suffix == _PART and _remove_leftover(other):
-                    continue
+                if other.suffix == _PART and _remove_unless_locked(other, other.with_suffix(_LOCK)):
+                    continue  # its writer was killed
                 found = _stat(other) or _stat(other.with_suffix(""))  # a .part may be done by now
                 if found is None:
                     continue
@@ -93,21 +90,21 @@ class Cache:
             for _, other, other_size in sorted(old):
                 if used + size <= self.limit_bytes:
                     break
-                if _remove_unused(other):
+                if _remove_unless_locked(other, other):
                     used -= other_size
             if used + size > self.limit_bytes and not self._is_warned:
                 self._is_warned = True
                 logger.warning(
-                    "%s: %.2f GiB are in use at a time, data.cache.gib allows %.2f; raise it",
-                    self.folder, (used + size) / 2**30, self.limit_bytes / 2**30,
-                )  # fmt: skip
+                    f"{self.folder}: {(used + size) / 2**30:.2f} GiB are in use at once, "
+                    f"data.cache.gib allows {self.limit_bytes / 2**30:.2f}; raise it"
+                )
             with open(path.with_name(path.name + _PART), "wb") as part:
                 part.truncate(size)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, made if absent; other processes wait."""
+    """Hold the lock of a file, created if absent; other processes wait."""
     with open(path, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -132,7 +129,7 @@ def _open_for_use(path: Path, size: int) -> int | None:
         return None
     fcntl.flock(file, fcntl.LOCK_SH)
     found = os.fstat(file)
-    if not found.st_nlink or found.st_size != size:  # deleted meanwhile, or cut by someone
+    if not found.st_nlink or found.st_size != size:  # deleted meanwhile, or truncated
         os.close(file)
         return None
     os.utime(file)
@@ -150,23 +147,12 @@ def _is_complete(path: Path, size: int) -> bool:
     return found is not None and found.st_size == size
 
 
-def _remove_unused(path: Path) -> bool:
-    """Delete a file unless a process has it open; say whether it is gone."""
-    with open(path, "rb") as file:
+def _remove_unless_locked(path: Path, lock: Path) -> bool:
+    """Delete a file unless a process holds the lock of another; return whether it is gone."""
+    with os.fdopen(os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        path.unlink()
-        return True
-
-
-def _remove_leftover(part: Path) -> bool:
-    """Delete a file whose writer was killed; say whether it is gone."""
-    with open(part.with_suffix(_LOCK), "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        part.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         return True

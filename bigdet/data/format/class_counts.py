@@ -1,32 +1,45 @@
-"""How many objects of each class can be learned, and what to say of classes that have none.
+"""How many objects of each class can be learned, and warnings about classes that have none.
 
-Crowd regions are neither learned nor counted as missed, so a class may be there and have nothing.
+Crowd regions are neither learned nor counted as missed, so a class may have objects and yet nothing
+to learn.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bigdet.data.format.manifest import Category, Manifest, ShardError
 from bigdet.data.format.mix import MixedSet, name_key
 from bigdet.data.format.remote import is_remote
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.making.shard_tar import ClassCounter
 
 MAX_LISTED = 20
-"""Classes of which a message gives all numbers."""
+"""With more classes, a message gives the least and the largest count only."""
 MAX_NAMED = 5
 """Classes that a warning names."""
 MAX_READ = 20_000
-"""Images whose annotations are read to count, which takes seconds."""
+"""Images of the largest set whose annotations are read to count them, which takes seconds."""
+
+
+class ClassCounter(Counter[tuple[int, bool]]):
+    """How many annotations there are by label, and whether they are crowd."""
+
+    def add(self, annotations: list[dict[str, Any]]) -> None:
+        """Count those of one image."""
+        self.update((entry["label"], bool(entry["iscrowd"])) for entry in annotations)
+
+    def listed(self) -> list[list[int]]:
+        """Return ``[label, instances, crowd]`` of each class with any, by rising label."""
+        labels = sorted({label for label, _ in self})
+        return [[label, self[label, False], self[label, True]] for label in labels]
 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """What there is of each class.
+    """How many objects there are of each class.
 
     Attributes:
         categories: in the order of the labels.
@@ -39,7 +52,7 @@ class ClassCounts:
     crowd: Sequence[int]
 
     def line(self) -> str:
-        """Say in a line how many objects the classes have."""
+        """Return a line with the number of objects of each class."""
         if len(self.categories) > MAX_LISTED:
             least, most = min(self.instances), max(self.instances)
             return f"{len(self.categories)} classes with {least:,} to {most:,} objects"
@@ -51,7 +64,7 @@ class ClassCounts:
         )
 
     def warnings(self, use: Literal["learned", "measured"]) -> list[str]:
-        """Say which classes have nothing that can be learned, or measured in validation."""
+        """Return which classes have nothing that can be learned, or measured in validation."""
         crowd_only = [k for k, n in enumerate(self.crowd) if n and not self.instances[k]]
         absent = [k for k, n in enumerate(self.crowd) if not n and not self.instances[k]]
         advice = (
@@ -79,7 +92,7 @@ class ClassCounts:
         for category in self.categories:
             alike[name_key(category.name)].append(f"{category.id} ({category.name!r})")
         lines += [
-            f"categories {' and '.join(names)} have the same name, capitals and blanks aside; "
+            f"categories {' and '.join(names)} have the same name except for case and blanks; "
             "where classes are matched by name they are one"
             for names in alike.values()
             if len(names) > 1
@@ -87,7 +100,7 @@ class ClassCounts:
         return lines
 
     def _named(self, classes: Sequence[tuple[int, str]]) -> str:
-        """Return ``1 of 3 classes (ring: 8 crowd) has`` and the like, of labels with a note."""
+        """Return such as ``1 of 3 classes (ring: 8 crowd) has``, of labels with a note."""
         shown = [
             self.categories[label].name + (f": {note}" if note else "")
             for label, note in classes[:MAX_NAMED]
@@ -99,7 +112,7 @@ class ClassCounts:
 
 
 def counts_of(manifest: Manifest) -> ClassCounts | None:
-    """Return what a manifest says of its classes; None if it is of an older version."""
+    """Return the counts in a manifest; None if it is of an older version."""
     instances, crowd = manifest.instances_per_class, manifest.crowd_per_class
     if instances is None or crowd is None or len(instances) != len(manifest.categories):
         return None
@@ -107,7 +120,7 @@ def counts_of(manifest: Manifest) -> ClassCounts | None:
 
 
 def count_classes(shards: ShardSet) -> ClassCounts | None:
-    """Return what a set has of each class; None if it does not say and is large or damaged."""
+    """Return the counts of a set; None if it does not record them and is large or damaged."""
     known = counts_of(shards.manifest)
     parts = shards.parts if isinstance(shards, MixedSet) else [shards]
     if known or len(shards) > MAX_READ or any(is_remote(part.address) for part in parts):
@@ -125,9 +138,9 @@ def count_classes(shards: ShardSet) -> ClassCounts | None:
 
 
 def class_lines(shards: ShardSet, use: Literal["learned", "measured"]) -> tuple[str, list[str]]:
-    """Return what to say of a set's classes: a line with numbers, and warnings."""
+    """Return a line with the numbers of a set's classes, and warnings."""
     counts = count_classes(shards)
     if counts is None:
         command = f"`bigdet check-shards {shards.address}`"
-        return f"not known, as the set is of an older version; {command} counts them", []
+        return f"not known, because the set is of an older version; {command} counts them", []
     return counts.line(), counts.warnings(use)

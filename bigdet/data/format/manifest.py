@@ -25,7 +25,7 @@ class ShardError(ValueError):
     """A shard set that is missing, damaged or not what its manifest says.
 
     Attributes:
-        finding: of a damaged sample, what is wrong, without the place and the advice.
+        finding: what is wrong with a damaged sample, without the place and the advice.
     """
 
     finding = ""
@@ -36,10 +36,10 @@ class Category:
     """One class; its place in the manifest's list is its label.
 
     Attributes:
-        id: the data set's own number of it.
-        name: the data set's own name of it.
-        supercategory: the group it belongs to, where the data set has groups.
-        keypoints: names of its keypoints, where it has any.
+        id: its number in the data set.
+        name: its name in the data set.
+        supercategory: the group that it belongs to, if any.
+        keypoints: names of its keypoints, if any.
         skeleton: pairs of keypoints, by number from 0, between which a line is drawn.
         flip_pairs: pairs of keypoints, by number from 0, that a mirror exchanges: left and right.
         frequency: ``r``, ``c`` or ``f``: LVIS's rare, common and frequent classes.
@@ -71,9 +71,9 @@ class Shard:
     """One tar.
 
     Attributes:
-        file: its name in the folder.
-        bytes: its size.
-        samples: how many samples it holds.
+        file: name in the folder.
+        bytes: size of the file.
+        samples: number of samples.
         sha256: of the whole file, hexadecimal.
     """
 
@@ -89,7 +89,7 @@ class Manifest:
 
     Attributes:
         version: of the format.
-        name: what people call the set.
+        name: of the set, for people.
         source: the kind of data it was made from: ``coco``, ``shapes``.
         images: number of samples.
         instances: annotations that are not crowd.
@@ -103,8 +103,8 @@ class Manifest:
         shards: the tars, in order.
         options: what the set was made with.
         index_sha256: of ``index.npy``, hexadecimal; None in sets of older versions.
-        federated: on an image only some classes were looked for, as in LVIS, see
-            ``shards.Sample``.
+        federated: only some classes were looked for on each image, as in LVIS, see
+            ``shard_set.Sample``.
     """
 
     version: int
@@ -126,7 +126,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read the manifest of a shard set; ``ShardError`` if there is none that makes sense."""
+        """Read the manifest of a shard set; ``ShardError`` if it is absent or not valid."""
         path = folder / MANIFEST_NAME
         if not path.is_file():
             found = "the folder has no manifest.json" if folder.is_dir() else "this is a file"
@@ -145,8 +145,8 @@ class Manifest:
             expected = values.pop("sha256", None)
             if expected is not None and manifest_sha256(values) != expected:
                 raise ShardError(
-                    f"{path}: its values do not have the SHA-256 that stands in it, so it is "
-                    "damaged or was edited. Copy or make the set again."
+                    f"{path}: its values do not have the SHA-256 that it records, so it is damaged "
+                    "or was edited. Copy or make the set again."
                 )
             values["categories"] = [Category(**category) for category in values["categories"]]
             values["shards"] = [Shard(**shard) for shard in values["shards"]]
@@ -165,6 +165,6 @@ class Manifest:
 
 
 def manifest_sha256(values: dict[str, Any]) -> str:
-    """Return the hash of a manifest's values that stands in it beside them, under ``sha256``."""
+    """Return the hash of a manifest's values, which it records as ``sha256``."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,8 +1,8 @@
 """Several shard sets as one, and sets whose labels follow another list of categories.
 
-Categories are matched by name, blanks and capitals aside. The classes of a mix are those of its
-first set, in their order, and behind them what the others add. A class that one of the sets does
-not annotate is background on its images: that cannot be mended here, so it is said in a warning.
+Categories are matched by name, ignoring case and blanks. The classes of a mix are those of its
+first set, in their order, followed by those that the others add. A class that one of the sets does
+not annotate is background on its images; a warning says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -30,9 +31,9 @@ LISTED_NAMES = 10
 
 
 class MixedSet(ShardSet):
-    """Sets one behind the other, read like one set with one list of categories.
+    """Sets one after the other, read like one set with one list of categories.
 
-    Rows, and the numbers of shards in the index, count on from set to set. Image ids are those of
+    Rows, and the numbers of shards in the index, continue from set to set. Image ids are those of
     the sets, so different sets may use the same one.
 
     Attributes:
@@ -41,12 +42,7 @@ class MixedSet(ShardSet):
     """
 
     def __init__(self, parts: Sequence[ShardSet], categories: Sequence[Category]) -> None:
-        """Put sets together.
-
-        Args:
-            parts: at least one.
-            categories: in the order of the labels; those of all parts are among them, by name.
-        """
+        """Join sets, at least one; ``categories`` has those of all of them, by name."""
         self.parts = list(parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.address, self.folder = parts[0].address, parts[0].folder
@@ -133,7 +129,7 @@ class MixedSet(ShardSet):
         return part, row - int(self.starts[part])
 
     def _add_up(self, counts: Sequence[list[int] | None]) -> list[int] | None:
-        """Return the sums over the sets of what each has by its own labels; None if one has not."""
+        """Return counts by label, summed over the sets; None if one of them has no counts."""
         sums = [0] * len(self.manifest.categories)
         for own, labels in zip(counts, self._labels, strict=True):
             if own is None or len(own) != len(labels):
@@ -162,8 +158,8 @@ class MixedSet(ShardSet):
 def open_sets(data: DataConfig) -> tuple[ShardSet, ShardSet]:
     """Return the training set and the validation set of a config, labels meaning the same.
 
-    Where training sets are mixed, validation gets the categories of the mix; else both are as they
-    are on disk.
+    If training sets are mixed, validation gets the categories of the mix; otherwise both are as
+    they are on disk.
     """
     train = open_train_set(data)
     val = ShardSet(data.val.shards, cache=data.cache)
@@ -183,15 +179,15 @@ def open_train_set(data: DataConfig) -> ShardSet:
         absent = [category.name for category in categories if name_key(category.name) not in own]
         if absent:
             logger.warning(
-                "data.train.more_shards: %s does not know %d of the %d classes of the mix; objects "
-                "of these on its images are background: %s",
-                part.address, len(absent), len(categories), _shortened(absent),
-            )  # fmt: skip
+                f"data.train.more_shards: {part.address} does not have {len(absent)} of the "
+                f"{len(categories)} classes of the mix; objects of these on its images are "
+                f"background: {_shortened(absent)}"
+            )
     return MixedSet(parts, categories)
 
 
 def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSet:
-    """Return a set with its labels counted by another list of categories, matched by name."""
+    """Return a set with the labels of another list of categories, matched by name."""
     known = {name_key(category.name) for category in categories}
     unknown = [repr(entry.name) for entry in shards.categories if name_key(entry.name) not in known]
     if unknown:
@@ -203,7 +199,7 @@ def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSe
     own = {name_key(category.name): category.id for category in shards.categories}
     used = set(own.values())
     renumbered = []
-    for category in categories:  # results are to carry the ids of the set that they are of
+    for category in categories:  # results have the ids of the set that they are for
         known_id = own.get(name_key(category.name))
         number = take_id(category.id, used) if known_id is None else known_id
         renumbered.append(replace(category, id=number))
@@ -211,16 +207,13 @@ def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSe
 
 
 def class_ids(shards: ShardSet, names: Sequence[str]) -> list[int | None]:
-    """Return a set's own category id of each of a model's classes; None where it lacks the class.
+    """Return the id that a set has for each class of a model; None where it lacks the class.
 
-    Names are matched as they are, or else with blanks and capitals aside.
-
-    Args:
-        shards: what the model is measured on.
-        names: of the model's classes, in the order of its labels.
+    Names are matched as they are, or else ignoring case and blanks; those of the model's classes
+    are in the order of its labels.
 
     Raises:
-        ShardError: the set has classes that the model does not know, or a name may mean two.
+        ShardError: the set has classes that the model lacks, or a name may mean two.
     """
     ids = {category.name: category.id for category in shards.categories}
     if set(ids) <= set(names):
@@ -234,48 +227,49 @@ def class_ids(shards: ShardSet, names: Sequence[str]) -> list[int | None]:
             f"`bigdet shards ... --categories FILE`."
         )
     _check_names(shards)
-    twice = sorted({key for key in known if known.count(key) > 1})
-    if twice:
+    if twice := _repeated(known):
         raise ShardError(
-            f"{shards.address}: {', '.join(map(repr, twice))} may be several of the classes that "
-            f"are learned, which differ in capitals and blanks alone. Rename them."
+            f"{shards.address}: {twice} may be several of the classes that are learned, which "
+            f"differ in case and blanks only. Rename them."
         )
     own = {name_key(name): number for name, number in ids.items()}
     return [own.get(key) for key in known]
 
 
 def warn_of_absent(shards: ShardSet, names: Sequence[str]) -> None:
-    """Say once which of a model's classes a set lacks: nothing is measured of them."""
+    """Log which of a model's classes a set lacks: they are not measured."""
     ids = class_ids(shards, names)
     absent = [name for name, number in zip(names, ids, strict=True) if number is None]
     if absent:
         logger.warning(
-            "%s does not have %d of the %d classes that are learned; they are not measured, and "
-            "detections of them are left out: %s",
-            shards.address, len(absent), len(names), _shortened(absent),
-        )  # fmt: skip
+            f"{shards.address} does not have {len(absent)} of the {len(names)} classes that are "
+            f"learned; they are not measured, and detections of them are left out: "
+            f"{_shortened(absent)}"
+        )
 
 
 def _union(lists: Sequence[Sequence[Category]]) -> list[Category]:
-    """Return the categories of all lists, each name once; later ones get new ids if need be."""
+    """Return the categories of all lists, each name once; later ones get new ids if needed."""
     union: dict[str, Category] = {}
     used: set[int] = set()
     for category in (category for categories in lists for category in categories):
         if name_key(category.name) not in union:
-            number = take_id(category.id, used)
-            union[name_key(category.name)] = replace(category, id=number)
+            union[name_key(category.name)] = replace(category, id=take_id(category.id, used))
     return list(union.values())
 
 
 def _check_names(shards: ShardSet) -> None:
     """Refuse a set in which two categories would become one."""
-    names = [name_key(category.name) for category in shards.categories]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    if twice := _repeated([name_key(category.name) for category in shards.categories]):
         raise ShardError(
-            f"{shards.address}: several categories are named {', '.join(map(repr, twice))}, "
-            f"capitals and blanks aside, so categories cannot be matched by name. Rename them."
+            f"{shards.address}: several categories are named {twice}, ignoring case and blanks, so "
+            f"categories cannot be matched by name. Rename them."
         )
+
+
+def _repeated(names: Sequence[str]) -> str:
+    """Return the names that are there more than once, as a message lists them."""
+    return ", ".join(repr(name) for name, count in sorted(Counter(names).items()) if count > 1)
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -291,5 +285,5 @@ def take_id(wanted: int, used: set[int]) -> int:
 
 
 def name_key(name: str) -> str:
-    """Return what two names of a category have in common if they mean the same."""
+    """Return a name such that two names with the same meaning become equal."""
     return " ".join(unicodedata.normalize("NFC", name).casefold().split())

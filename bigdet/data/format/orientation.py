@@ -1,8 +1,8 @@
-"""Annotations carried over between an image as stored and as its EXIF orientation shows it.
+"""Annotations converted between an image as stored and as its EXIF orientation shows it.
 
-The record of a sample in a tar describes the stored pixels, as all readers of tars see them; where
-the image is seen turned, it says so in ``seen_orientation``. ``ShardSet`` hands out such a record
-turned, as the data set has it.
+The record of a sample in a tar describes the stored pixels, because these are what every reader of
+tars gets; if the image was annotated turned, ``seen_orientation`` is in the record. ``ShardSet``
+returns such a record turned, as the data set has it.
 """
 
 from __future__ import annotations
@@ -27,53 +27,45 @@ Size = tuple[int, int]
 def seen_orientation(
     tag: int, stored: Size, recorded: Size | None, exif: Exif
 ) -> tuple[int, str | None]:
-    """Return how an image is seen by those who annotated it.
+    """Return the orientation in which an image was annotated.
 
     Args:
         tag: its EXIF orientation, ``1..8``.
         stored: height, width of its pixels.
-        recorded: what its annotations say, one of the two; None for nothing.
-        exif: decides where that does not tell.
+        recorded: the size in its annotations, as stored or turned; None if there is none.
+        exif: decides if ``recorded`` does not.
 
     Returns:
-        The orientation to turn it by, and what is to be noted; 1 and None without a tag.
+        The orientation to turn it by, and a note for the log; 1 and None without a tag.
     """
     if tag == 1:
         return 1, None
     shown = turned_size(stored, tag)
-    is_told = recorded is not None and shown != stored
-    is_applied = recorded == shown if is_told else exif == "shown"
-    if is_told:
-        note = SHOWN if is_applied else STORED
-    else:
-        note = SHOWN_BY_OPTION if is_applied else STORED_BY_OPTION
-    return tag if is_applied else 1, note
+    if recorded is not None and shown != stored:
+        return (tag, SHOWN) if recorded == shown else (1, STORED)
+    return (tag, SHOWN_BY_OPTION) if exif == "shown" else (1, STORED_BY_OPTION)
 
 
 def exif_warning(changed: dict[str, int]) -> str | None:
-    """Return what to say of a set whose images may have been taken for what they are not.
-
-    Args:
-        changed: counts of the set's manifest.
-    """
+    """Return a warning about images that may have been turned wrongly, by a manifest's counts."""
     if not (STORED in changed and SHOWN_BY_OPTION in changed):
         return None
     return (
         f"the sizes of {changed[STORED]} images say that their annotations are of the stored "
-        f"pixels, so those of the {changed[SHOWN_BY_OPTION]} whose sizes do not tell may be too: "
-        "look at them, and convert with --exif stored if their boxes are wrong"
+        f"pixels, so those of the {changed[SHOWN_BY_OPTION]} whose sizes fit both may be too: "
+        "check them, and convert with --exif stored if their boxes are wrong"
     )
 
 
 def as_stored(record: Json, orientation: int) -> Json:
-    """Return the record of an image that is seen turned as the tar holds it."""
+    """Return the record for the tar of an image that was annotated turned."""
     if orientation == 1:
         return record
     return {**_turn_record(record, inverse_of(orientation)), ORIENTATION_KEY: orientation}
 
 
 def as_seen(record: Json) -> Json:
-    """Return the record of a tar as the image is seen; undoes ``as_stored``."""
+    """Return the record of a tar for the image as it was annotated; undoes ``as_stored``."""
     if ORIENTATION_KEY not in record:
         return record
     seen = _turn_record(record, record[ORIENTATION_KEY])
@@ -89,13 +81,7 @@ def _turn_record(record: Json, orientation: int) -> Json:
 
 
 def _turn_annotation(annotation: Json, size: Size, orientation: int) -> Json:
-    """Return an annotation of a turned image.
-
-    Args:
-        annotation: see ``shards.Sample``.
-        size: height, width before.
-        orientation: ``1..8`` as in EXIF.
-    """
+    """Return an annotation turned with its image, which had ``size`` (height, width) before."""
     x, y, w, h = annotation["bbox"]
     x0, y0, x1, y1 = turn_points([x, y, x + w, y + h], size, orientation)
     height, width = turned_size((h, w), orientation)

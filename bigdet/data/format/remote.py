@@ -1,4 +1,4 @@
-"""Files at an address: read in blocks, from any byte on, tried again when the network fails.
+"""Files at an address: read in blocks, from any byte on, and again when the network fails.
 
 ``http(s)://`` goes through the standard library (fsspec's needs aiohttp and a thread that does not
 survive a fork), ``pipe:COMMAND`` through webdataset's ``gopen``, any other protocol (``s3://``,
@@ -38,17 +38,17 @@ _RETRIED_CODES = {408, 425, 429}  # of the 4xx; all 5xx too
 
 
 class UnreachableError(OSError):
-    """A file that cannot be had, after all attempts or because another one is of no use."""
+    """A file that cannot be fetched: all attempts failed, or another one would be useless."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file elsewhere.
+    """A file at an address.
 
     Attributes:
-        address: the full one.
-        bytes: its size, if known.
-        sha256: of its content, hexadecimal, if known.
+        address: with its query, if any.
+        bytes: size, if known.
+        sha256: of the content, hexadecimal, if known.
     """
 
     address: str
@@ -57,7 +57,7 @@ class RemoteFile:
 
 
 def is_remote(path: str) -> bool:
-    """Tell an address from the path of a local folder."""
+    """Return whether this is an address and not the path of a local folder."""
     return path.startswith(_PIPE) or "://" in path
 
 
@@ -89,19 +89,19 @@ def shown(address: str) -> str:
 def fetch(remote: RemoteFile, file: IO[bytes], start: int = 0, stop: int | None = None) -> None:
     """Copy a remote file, or bytes ``start`` to ``stop`` of it, to an open file, and check it.
 
-    An attempt that fails is followed by others, after the pauses of ``RETRY_SECONDS`` or what the
-    server asks for (Retry-After), each from the byte on where the last one ended; content that is
-    not as expected is fetched once more.
+    A failed attempt is followed by others, after the pauses of ``RETRY_SECONDS`` or what the server
+    asks for (Retry-After), each from the byte where the last one ended; content that is not as
+    expected is fetched once more.
 
     Raises:
-        UnreachableError: with what the last attempt found.
+        UnreachableError: with the reason of the last attempt.
     """
     end = remote.bytes if stop is None else stop
     position, digest, reason = start, hashlib.sha256(), ""
     for pause in (*RETRY_SECONDS, None):
         try:
             for found, block in read_blocks(remote.address, position, stop):
-                if found != position:  # begun anew
+                if found != position:  # from the beginning
                     digest = hashlib.sha256()
                 if found == 0 and (page := describe_page(block)):
                     raise UnreachableError(f"{shown(remote.address)}: {page}")
@@ -132,7 +132,7 @@ def fetch(remote: RemoteFile, file: IO[bytes], start: int = 0, stop: int | None 
 def _content_problem(
     remote: RemoteFile, start: int, end: int | None, position: int, sha256: str
 ) -> str | None:
-    """Say how fetched bytes, ``start`` to ``position``, differ from what they should be."""
+    """Return how fetched bytes, ``start`` to ``position``, differ from what they should be."""
     if end is not None and position > end:
         return f"it has {position} bytes, expected {end}"
     is_whole = start == 0 and end == remote.bytes
@@ -147,9 +147,9 @@ def read_blocks(address: str, start: int, stop: int | None) -> Iterator[tuple[in
     A server that cannot begin at ``start`` begins at 0.
 
     Args:
-        address: the full one.
+        address: with its query, if any.
         start: first byte that is wanted.
-        stop: the byte behind the last one; None for all.
+        stop: the byte after the last one; None for all.
     """
     if address.startswith(_PIPE):
         return _pipe_blocks(address)
@@ -186,7 +186,7 @@ def _http_blocks(address: str, start: int, stop: int | None) -> Iterator[tuple[i
                 raise UnreachableError(f"{shown(address)}: {page}")
         position = start if response.status == http.client.PARTIAL_CONTENT else 0
         if stop is not None and response.status != http.client.PARTIAL_CONTENT:
-            raise UnreachableError("the server gives no parts of files")
+            raise UnreachableError("the server does not send parts of files")
         while block := response.read(BLOCK_BYTES):
             yield position, block
             position += len(block)
@@ -234,7 +234,7 @@ def _pipe_blocks(address: str) -> Iterator[tuple[int, bytes]]:
 def _fsspec_blocks(address: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
     position = start
     try:
-        # In every process anew: file systems keep connections, which a fork would share.
+        # Anew in every process: file systems keep connections, which a fork would share.
         filesystem, path = fsspec.core.url_to_fs(address)
         if stop is not None:
             yield start, filesystem.cat_file(path, start=start, end=stop)
@@ -249,5 +249,5 @@ def _fsspec_blocks(address: str, start: int, stop: int | None) -> Iterator[tuple
         raise UnreachableError(f"{type(error).__name__}: {error}") from error
     except OSError:
         raise
-    except Exception as error:  # each file system has errors of its own, of no common class
+    except Exception as error:  # errors of file systems have no common class
         raise OSError(f"{type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""A shard set on disk and its reader: WebDataset tars with an index and a manifest beside them.
+"""A shard set on disk and its reader: WebDataset tars with an index and a manifest.
 
     DIR/manifest.json      what the set holds, its categories, its tars with their hashes
     DIR/index.npy          one 48-byte record per sample; the row number is the sample's index
@@ -6,10 +6,9 @@
     DIR/skipped.jsonl      what was left out when the set was made, one object per line, if any
 
 ``manifest.json`` (``manifest.py``) is written last, so a folder without it is not a finished set.
-``KEY.json`` describes the pixels of its image as they are stored; where EXIF shows it turned, and
-it was annotated so, both are handed out turned (``orientation.py``).
-Writing is in ``shard_writer.py``; ``bigdet check-shards`` reads every byte. A set may also lie
-at an address (``remote.py``), and is then read through a cache (``cache.py``).
+``KEY.json`` describes the pixels of its image as they are stored; if EXIF shows the image turned,
+and it was annotated so, both are returned turned (``orientation.py``). A set may also be at an
+address (``remote.py``), read through a cache (``cache.py``). ``data/making`` writes sets.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ INDEX_DTYPE = np.dtype(
         ("annotation_offset", "<u8"),
         ("annotation_size", "<u4"),
         ("crc32", "<u4"),  # over the image bytes, then the annotation bytes
-        ("width", "<u2"),  # as the image is seen
+        ("width", "<u2"),  # after turning
         ("height", "<u2"),
         ("flags", "<u2"),
         ("num_boxes", "<u2"),  # crowds not counted
@@ -57,7 +56,7 @@ FLAG_MASKS = 2
 FLAG_KEYPOINTS = 4
 FLAG_PROGRESSIVE = 8
 FLAG_NOT_JPEG = 16
-TURN_BIT = 5  # from here on 3 bits: the EXIF orientation, less 1, that the image is seen with
+TURN_BIT = 5  # from here on 3 bits: the EXIF orientation, less 1, that the image is turned by
 
 INDEX_NAME = "index.npy"
 SKIPPED_NAME = "skipped.jsonl"
@@ -69,7 +68,7 @@ LABEL_LISTS = ("negative_labels", "not_exhaustive_labels")
 
 
 class UnavailableShardError(ShardError):
-    """A shard that cannot be had: no damage of a sample, but the end of a run."""
+    """A shard that cannot be read: its samples may be intact, but the run ends."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,9 @@ class Sample:
             ``keypoints`` (x, y, visibility 0..2 of each of the category's, flat). Where the data
             set's own image id is a string it is in ``source_id``. A federated set has two lists:
             ``negative_labels``, classes looked for that are not there, and
-            ``not_exhaustive_labels``, classes of which not all objects are annotated; of others
-            without objects nothing is known.
-        orientation: how the decoded image is turned to be what the record describes, ``1..8`` as
-            in EXIF.
+            ``not_exhaustive_labels``, classes of which not all objects are annotated; nothing is
+            known of other classes without objects.
+        orientation: how the decoded image is turned to fit the record, ``1..8`` as in EXIF.
     """
 
     image_bytes: bytes
@@ -98,11 +96,11 @@ class ShardSet:
     """Reads samples by row, in any order, from any process.
 
     The index is mapped, not read, so all processes of a host share it. Tars are opened when they
-    are first read from, anew in every process that gets a pickled copy. Not for several threads.
+    are first read from, again in every process that gets a pickled copy. Not thread-safe.
 
     Attributes:
-        address: what the set was opened by, for messages.
-        folder: where its manifest and index are: the set itself, or of a remote one the copies.
+        address: that of the set, for messages.
+        folder: of manifest and index: the set itself, or the copies of a remote one.
     """
 
     def __init__(
@@ -111,9 +109,9 @@ class ShardSet:
         """Open a shard set.
 
         Args:
-            path: its folder or address.
-            cache: how a remote set is read; None: as the config has it by default.
-            check_files: see first that every tar of a local set is as long as the manifest says.
+            path: folder or address.
+            cache: how a remote set is read; None for the defaults of the config.
+            check_files: check first that every tar of a local set has the size in the manifest.
         """
         self._cache = CacheConfig() if cache is None else cache
         self._path = str(path)
@@ -135,7 +133,7 @@ class ShardSet:
         except ShardError as error:
             if not is_remote(self._path):
                 raise
-            raise ShardError(f"{self.address}: of what was fetched from there, {error}") from error
+            raise ShardError(f"{self.address}: in the files fetched from there, {error}") from error
 
     def _load(self) -> None:
         """Read manifest and index."""
@@ -144,13 +142,13 @@ class ShardSet:
         expected = self.manifest.index_sha256
         if expected is not None and file_sha256(self.folder / INDEX_NAME) != expected:
             raise ShardError(
-                f"{self.folder / INDEX_NAME}: its SHA-256 is not that of {MANIFEST_NAME}, so it is "
+                f"{self.folder / INDEX_NAME}: its SHA-256 is not that in {MANIFEST_NAME}, so it is "
                 "damaged or of another set. Copy or make the set again."
             )
         self._tars = open_tars(self._path, self.manifest.shards, self._cache)
 
     def _check_files(self) -> None:
-        """See that every tar of a local set is there, whole, and may be read."""
+        """Check that every tar of a local set is complete and readable."""
         for shard in self.manifest.shards:
             path = self.folder / shard.file
             if problem := size_problem(self.folder, shard):
@@ -251,8 +249,8 @@ class ShardSet:
             data = self._tars.read(int(self.index[row]["shard"]), offset, size)
         except UnreachableError as error:
             raise UnavailableShardError(
-                f"{self.place(row)}: the shard cannot be fetched: {error}. See that the address "
-                "can be reached from this host, and start again to go on."
+                f"{self.place(row)}: the shard cannot be fetched: {error}. Check that the "
+                "address can be reached from this host, and start again to continue."
             ) from error
         except (OSError, MemoryError) as error:
             raise UnavailableShardError(f"{self.place(row)}: {why_unread(error)}") from error
@@ -290,17 +288,17 @@ def source_ids(shards: ShardSet) -> dict[str, int]:
 
 
 def orientation_of(flags: int) -> int:
-    """Return the EXIF orientation that an image is seen with, by its flags in the index."""
+    """Return the EXIF orientation that an image is turned by, from its flags in the index."""
     return 1 + (flags >> TURN_BIT & 7)
 
 
 def is_no_mask(segmentation: Any) -> bool:
-    """Tell whether tools say with this that there is no mask: null, "", {}, [], [[], []]."""
+    """Return whether this is how tools write that there is no mask: null, "", {}, [], [[], []]."""
     return not segmentation or (isinstance(segmentation, list) and not any(segmentation))
 
 
 def drop_empty_outlines(record: dict[str, Any]) -> None:
-    """Take masks and keypoints of nothing out of a record: in tars of others they mean "none"."""
+    """Remove empty masks and keypoints from a record: tars of others have them for "none"."""
     entries = record.get("annotations")
     for annotation in entries if isinstance(entries, list) else []:
         if not isinstance(annotation, dict):
@@ -321,7 +319,7 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     path = folder / INDEX_NAME
     try:
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header makes numpy raise nearly anything
+    except Exception as error:  # a damaged header makes numpy raise almost any error
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise
         reason = found_page(path) or error
@@ -337,14 +335,14 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     else:
         return index
     raise ShardError(
-        f"{path}: {what}; {MANIFEST_NAME} beside it says {manifest.images} samples of "
+        f"{path}: {what}; {MANIFEST_NAME} next to it says {manifest.images} samples of "
         f"{INDEX_DTYPE.itemsize} bytes in {num_shards} shards. The two files are not of one set: "
         "copy or make it again."
     )
 
 
 def size_problem(folder: Path, shard: Shard) -> str | None:
-    """Say what is wrong with a tar that is absent or of another size than the manifest says."""
+    """Return what is wrong with a tar that is absent or has another size than in the manifest."""
     path = folder / shard.file
     if not path.is_file():
         return MISSING

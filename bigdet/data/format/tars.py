@@ -29,18 +29,14 @@ from bigdet.host.reading import MAY_PASS, patiently
 
 MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
 RUN_BYTES = 8 << 20
-"""What is fetched at a time where shards are not fetched whole: some 50 photographs."""
+"""What is fetched at a time if shards are not fetched whole: some 50 photographs."""
 
 Span = tuple[int, int, int]
-"""Number of a tar, first byte, the byte behind the last."""
+"""Number of a tar, its first byte, and the byte after the last."""
 
 
 class LocalTars:
-    """Reads the tars of a local folder.
-
-    Args:
-        paths: in order.
-    """
+    """Reads the tars of a local folder."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -58,11 +54,11 @@ class LocalTars:
                 self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
             return os.pread(self._files[shard], size, start)
         except OSError:
-            self.close()  # a stale file is opened anew, and too many open ones are fewer
+            self.close()  # reopens a stale file, and frees some if too many are open
             raise
 
     def expect(self, spans: Sequence[Span]) -> None:
-        """Nothing: all of it is here."""
+        """Do nothing: all files are local."""
 
     def close(self) -> None:
         """Close what is open; it is opened again when needed."""
@@ -85,13 +81,13 @@ class _Piece:
 class CachedTars:
     """Reads the tars of a remote shard set through the cache.
 
-    One file is open at a time, so that a process keeps one alone from being deleted. What is
-    expected counts as just used, and is fetched ahead by a thread.
+    One file is open at a time, so that a process keeps only one from being deleted. Files that are
+    expected count as just used, and are fetched ahead by a thread.
 
     Args:
         files: the tars, in order, with their sizes.
         cache: where they are kept.
-        run_bytes: fetch them in runs of so many bytes; None: whole.
+        run_bytes: size of the pieces that are fetched; None for whole tars.
     """
 
     def __init__(self, files: Sequence[RemoteFile], cache: Cache, run_bytes: int | None) -> None:
@@ -105,7 +101,7 @@ class CachedTars:
         self._lock = threading.Lock()  # of the list and of this
 
     def read(self, shard: int, start: int, size: int) -> bytes:
-        """Return bytes of a tar, fewer where it ends; ``UnreachableError`` if it cannot be had."""
+        """Return bytes of a tar, fewer where it ends; ``UnreachableError`` if not fetched."""
         parts = []
         stop = min(start + size, self._size(shard))
         while start < stop:
@@ -120,11 +116,11 @@ class CachedTars:
         try:
             return os.pread(self._descriptor(piece), size, start)
         except OSError:
-            self.close()  # the cache may lie on a network folder, where a file can become stale
+            self.close()  # the cache may be on a network folder, where a file can become stale
             raise
 
     def expect(self, spans: Sequence[Span]) -> None:
-        """Keep what will be read soon, and fetch it ahead where the cache has room for it twice."""
+        """Keep what will be read soon, in this order, and fetch it ahead if it fits in twice."""
         pieces: dict[str, _Piece] = {}
         for shard, start, stop in spans:
             while start < min(stop, self._size(shard)):
@@ -132,7 +128,7 @@ class CachedTars:
                 pieces[piece.name] = piece
                 start = piece.stop
         ahead = [p for p in pieces.values() if not self._cache.touch(p.name, p.stop - p.start)]
-        # With less room processes would fetch what makes the others' files go.
+        # With less room, processes would remove each other's files.
         has_room = 2 * sum(p.stop - p.start for p in pieces.values()) <= self._cache.limit_bytes
         with self._lock:
             self._ahead = ahead if has_room else []
@@ -146,12 +142,12 @@ class CachedTars:
             with self._lock:
                 ahead = self._ahead
                 if not ahead:
-                    self._is_fetching = False  # it counts as alive for some time yet
+                    self._is_fetching = False  # the thread still counts as alive for a moment
                     return
                 piece = ahead.pop(0)
             try:
                 os.close(self._fetched(piece))
-            except OSError:  # for who reads it to tell; what was expected meanwhile is fetched
+            except OSError:  # its reader will report it; a newer list is still fetched
                 ahead.clear()
 
     def close(self) -> None:
@@ -166,12 +162,12 @@ class CachedTars:
         return size
 
     def _piece(self, shard: int, position: int) -> _Piece:
-        """Return the piece of a tar that has a byte."""
+        """Return the piece of a tar that contains a byte."""
         file, start, stop = self._files[shard], 0, self._size(shard)
         if self._run_bytes is not None:
             start = position // self._run_bytes * self._run_bytes
             stop = min(start + self._run_bytes, stop)
-        # The hash tells a shard from one that was there under the same address before.
+        # The hash distinguishes a shard from an older one at the same address.
         return _Piece(name_of(file.address, file.sha256, start, stop), file, start, stop)
 
     def _descriptor(self, piece: _Piece) -> int:
@@ -181,7 +177,7 @@ class CachedTars:
                 self._open = (piece.name, self._fetched(piece))
             except UnreachableError:
                 raise
-            except OSError as error:  # no damage of a shard either
+            except OSError as error:  # not damage either
                 if error.errno in MAY_PASS:
                     raise
                 raise UnreachableError(f"the cache cannot be written: {error}") from error
@@ -198,13 +194,7 @@ Tars: TypeAlias = LocalTars | CachedTars
 
 
 def open_tars(path: str, shards: Sequence[Shard], config: CacheConfig) -> Tars:
-    """Return the reader of a set's tars.
-
-    Args:
-        path: folder or address of the set.
-        shards: the tars, in order.
-        config: of the cache, for an address.
-    """
+    """Return the reader of the tars of a set, which is in a folder or at an address."""
     if not is_remote(path):
         return LocalTars([Path(path) / shard.file for shard in shards])
     run_bytes = None if config.mode == "shards" else RUN_BYTES
@@ -223,10 +213,7 @@ def open_tars(path: str, shards: Sequence[Shard], config: CacheConfig) -> Tars:
 
 
 def check_random_reads(path: str, shards: Sequence[Shard], config: CacheConfig) -> None:
-    """Raise ``ConfigError`` if reading in any order would fetch shards over and over.
-
-    Args: as for ``open_tars``.
-    """
+    """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
     num_bytes = sum(shard.bytes for shard in shards)
     if is_remote(path) and num_bytes > _limit_bytes(config):
         raise ConfigError(
@@ -239,12 +226,8 @@ def check_random_reads(path: str, shards: Sequence[Shard], config: CacheConfig) 
 def local_copy(path: str, config: CacheConfig) -> Path:
     """Return the folder that holds manifest and index: the set's own, or that of the copies.
 
-    The manifest is asked for whenever a set is opened: so a set that was made anew at the same
+    The manifest is fetched whenever a set is opened, so that a set made again at the same
     address is noticed. The index is fetched once per host.
-
-    Args:
-        path: folder or address of the set.
-        config: of the cache, for an address.
     """
     if not is_remote(path):
         return Path(path)
@@ -262,7 +245,7 @@ def local_copy(path: str, config: CacheConfig) -> Path:
 
 
 def _index_sha256(manifest: bytes) -> str | None:
-    """Return what a manifest says of the index; nothing if it makes no sense, told by others."""
+    """Return the hash of the index; None if the manifest is not valid, which is reported later."""
     try:
         values = json.loads(manifest)
     except ValueError:

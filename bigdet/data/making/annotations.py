@@ -1,4 +1,4 @@
-"""What a data set says of one object, to the form that shards hold; what is bad is never used.
+"""Annotations of a data set, checked and brought into the form of shards.
 
 Everything that is left out or altered is noted with its reason.
 """
@@ -20,9 +20,9 @@ BOX_TOLERANCE = 0.01  # pixels: COCO's boxes have two decimals, so a sum may go 
 MIN_SIDE = 0.01  # pixels: float32 edges of a thinner box, far from the origin, would coincide
 MAX_NUMBER = 1e15  # larger coordinates are no pixels, and sums of them lose whole pixels
 IGNORE_FLAGS = ("ignore", "difficult", "is_crowd", "IsGroupOf")
-"""Flags of objects that are neither to be learned nor missed: mmdetection's, VOC's, a spelling of
-``iscrowd``, Open Images' of a box around many. Objects365's ``isfake`` and ``isreflected`` are of
-objects that its own evaluation counts, so they are not read.
+"""Flags of objects that are neither learned nor counted as missed: those of mmdetection and VOC, a
+spelling of ``iscrowd``, that of Open Images for a box around many. Objects365's ``isfake`` and
+``isreflected`` mark objects that its evaluation counts, so they are not read.
 """
 
 CLIPPED = "box clipped to the image"
@@ -38,14 +38,14 @@ def clean_annotation(
     about: Json,
     log: SampleLog,
 ) -> Json | None:
-    """Return an annotation as shards hold it, see ``shards.Sample``.
+    """Return an annotation as shards hold it, see ``shard_set.Sample``.
 
     Args:
         source: ``id, bbox`` (xywh), maybe ``area, iscrowd, segmentation, keypoints``, as in COCO,
-            and ``IGNORE_FLAGS``; nothing of it looked at yet but the id.
+            and ``IGNORE_FLAGS``; only the id has been checked.
         image_size: height and width.
-        label: of its category.
-        category: the same.
+        label: place of the category, from 0.
+        category: its keypoints matter here.
         about: says in the log which annotation it is.
         log: gets what is left out or altered.
 
@@ -62,7 +62,9 @@ def clean_annotation(
         return None
     if angle := _rotation(source):
         box = _around_turned(box, angle)
-        log.change("box made to surround one that is turned (attributes.rotation)", **about)
+        log.change(
+            "rotated box replaced by the upright one around it (attributes.rotation)", **about
+        )
     clipped = clip_box(box, height, width)
     if clipped is None:
         log.change("annotation dropped: box has no area in the image", **about)
@@ -73,7 +75,7 @@ def clean_annotation(
     annotation = {"id": source["id"], "label": label, "bbox": clipped, "area": areas[0]}
     annotation["iscrowd"] = int(_is_crowd(source, about, log))
     _add_outlines(annotation, source, image_size, category, about, log)
-    # An area of 0 is one that nobody has measured: as a size it would make the object small.
+    # An area of 0 was not measured: as a size it would make the object small.
     if not are_numbers(areas) or not 0 < areas[0] <= height * width:
         what, annotation["area"] = own_area(annotation, image_size)
         if areas[0] is not None:
@@ -82,7 +84,7 @@ def clean_annotation(
 
 
 def _is_crowd(source: Json, about: Json, log: SampleLog) -> bool:
-    """Tell whether an object is neither to be learned nor missed."""
+    """Return whether an object is neither learned nor counted as missed."""
     if truth_value(source.get("iscrowd")):
         return True
     for flag in IGNORE_FLAGS:
@@ -93,7 +95,7 @@ def _is_crowd(source: Json, about: Json, log: SampleLog) -> bool:
 
 
 def _rotation(source: Json) -> float:
-    """Return by how many degrees, clockwise, CVAT's box is turned around its center."""
+    """Return the radians, clockwise, by which CVAT turns a box around its center."""
     attributes = source.get("attributes")
     angle = with_numbers(attributes.get("rotation")) if isinstance(attributes, dict) else 0
     return math.radians(angle) if are_numbers([angle]) else 0.0
@@ -109,12 +111,12 @@ def _around_turned(box: list[float], angle: float) -> list[float]:
 
 
 def _is_relative(mask: list[list[float]] | Json, box: list[float]) -> bool:
-    """Tell whether polygons are in parts of the image where the box is in pixels."""
+    """Return whether polygons are in fractions of the image while the box is in pixels."""
     return isinstance(mask, list) and max(map(max, mask)) <= 1 and min(box[2:]) > 1
 
 
 def are_relative(points: list[float], box: list[float]) -> bool:
-    """Tell whether keypoints are in parts of the image where the box is in pixels."""
+    """Return whether keypoints are in fractions of the image while the box is in pixels."""
     seen = [
         v for place in range(0, len(points), 3) if points[place + 2] for v in points[place:][:2]
     ]
@@ -140,7 +142,7 @@ def _add_outlines(
     about: Json,
     log: SampleLog,
 ) -> None:
-    """Give mask and keypoints of the source to an annotation, where they can be used."""
+    """Add mask and keypoints of the source to an annotation if they can be used."""
     mask: Any = source.get("segmentation")
     if not is_no_mask(mask):
         cleaned = clean_mask(mask, *image_size)
@@ -163,15 +165,9 @@ def _add_outlines(
 
 
 def clip_box(box: list[float], height: int, width: int) -> list[float] | None:
-    """Clip a box to its image.
+    """Clip a box (x, y, width, height in pixels, finite) to its image; None if no area is left.
 
-    Args:
-        box: x, y, width, height in pixels, finite.
-        height: of the image.
-        width: of the image.
-
-    Returns:
-        The box in the same form, untouched where it is inside; None if no area is left.
+    A box that is inside is returned as it is.
     """
     x, y, w, h = box
     if min(w, h) < MIN_SIDE:
@@ -185,7 +181,7 @@ def clip_box(box: list[float], height: int, width: int) -> list[float] | None:
 
 
 def box_warning(manifest: Manifest) -> str | None:
-    """Say what boxes seem to be when most of a set's leave their images; None if they do not."""
+    """Return a warning if most boxes of a set reach beyond their images; else None."""
     num_clipped, num_boxes = manifest.changed.get(CLIPPED, 0), manifest.instances + manifest.crowd
     if 2 * num_clipped <= num_boxes:
         return None
@@ -199,17 +195,11 @@ def box_warning(manifest: Manifest) -> str | None:
 
 
 def clean_mask(segmentation: Any, height: int, width: int) -> list[list[float]] | Json | None:
-    """Return a mask in the form in which shards hold it.
+    """Return a mask of an image, polygons or RLE as in COCO, in the form of shards.
 
-    Args:
-        segmentation: as COCO has it: polygons; RLE with counts as a list or compressed.
-        height: of the image.
-        width: of the image.
-
-    Returns:
-        Polygons as they are (one that crosses itself has inside what an odd number of its turns
-        goes around), without those that are none or that no pixel can be in; RLE compressed; None
-        for what is neither, does not fit the image or is empty.
+    Polygons stay as they are (one that crosses itself covers what it goes around an odd number of
+    times), without those that are invalid or outside of the image; RLE becomes compressed. None for
+    what is neither, does not fit the image or is empty.
     """
     if isinstance(segmentation, list):
         polygons = [part for part in segmentation if _is_polygon(part, height, width)]
@@ -229,7 +219,7 @@ def clean_mask(segmentation: Any, height: int, width: int) -> list[list[float]] 
 
 
 def decode_counts(text: str) -> list[int] | None:
-    """Return the run lengths of a compressed RLE; None if it is none (pycocotools checks nothing).
+    """Return the run lengths of a compressed RLE; None if not valid (pycocotools checks nothing).
 
     COCO writes each number in digits of 5 bits, lowest first, plus 48; bit 5 says that another
     digit follows, bit 4 of the last one is the sign. From the fourth number on it is the
@@ -253,19 +243,19 @@ def decode_counts(text: str) -> list[int] | None:
 
 
 def are_numbers(values: Any) -> TypeGuard[list[float]]:
-    """Tell whether this is a list of finite numbers of a size that coordinates can have."""
+    """Return whether this is a list of finite numbers that can be coordinates."""
     return isinstance(values, list) and all(
         type(value) in (int, float) and abs(value) <= MAX_NUMBER for value in values
     )
 
 
 def _is_polygon(part: Any, height: int, width: int) -> bool:
-    """Tell whether this is a polygon that pixels of the image can be in."""
+    """Return whether this is a polygon that can contain pixels of the image."""
     if not are_numbers(part) or len(part) < 6 or len(part) % 2:
         return False
     x, y = part[::2], part[1::2]
     left, top, right, bottom = min(x), min(y), max(x), max(y)
-    # pycocotools allocates by the length of the edges, so no point may lie miles away.
+    # pycocotools allocates by the length of edges, so points far outside are refused.
     if left < -width or top < -height or right > 2 * width or bottom > 2 * height:
         return False
     return left < min(right, width) and top < min(bottom, height) and right > 0 and bottom > 0
@@ -277,7 +267,7 @@ def _clean_keypoints(
     """Return x, y, visibility of each keypoint, flat: 0 not labeled, 1 hidden, 2 visible."""
     names = category.keypoints
     if names is None:
-        log.change("keypoints dropped: the category names none", **about)
+        log.change("keypoints dropped: the category has none", **about)
         return None
     if not are_numbers(points) or len(points) != 3 * len(names):
         log.change(f"keypoints dropped: not {len(names)} times x, y, 0 to 2", **about)

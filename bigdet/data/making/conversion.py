@@ -8,7 +8,7 @@ on neither the number of processes nor on what was there before. While a set is 
     DIR/.unfinished/000012.json    written after it: its hash and index records, so it is finished
 
 When all tars are finished, ``skipped.jsonl``, ``index.npy`` and at last ``manifest.json`` are
-written from these, and ``.unfinished`` goes.
+written from these, and ``.unfinished`` is removed.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class MadeSample:
-    """One image that can be used.
+    """One image that can be used; see ``shard_set.Sample``.
 
     Attributes:
-        image_bytes: as they are in the file, or of a PNG where tars do not hold its kind.
-        pixels: ``(H, W, 3)`` uint8, the same decoded and turned.
-        orientation: how they were turned, see ``shards.Sample``.
-        record: the same.
+        image_bytes: those of the file, or of a PNG if tars do not hold its format.
+        pixels: ``(H, W, 3)`` uint8, decoded and turned.
+        orientation: how they were turned.
+        record: its annotations.
     """
 
     image_bytes: bytes
@@ -76,7 +76,7 @@ class Span(Protocol):
     """Some consecutive samples of a source, small enough to be sent to another process."""
 
     def samples(self, log: SampleLog) -> Iterator[MadeSample | None]:
-        """Give one sample after the other; None after noting in the log why one is left out."""
+        """Yield one sample after the other; None after noting in the log why one is left out."""
 
 
 class Source(Protocol):
@@ -84,12 +84,12 @@ class Source(Protocol):
 
     Attributes:
         info: for the manifest.
-        notes: what is left out already, lines for ``skipped.jsonl``.
-        file_bytes: ``(N,)`` int64 of each image's file, 0 if it is not there.
-        annotation_bytes: ``(N,)`` int64, about what its annotations take.
+        notes: what was left out so far, lines for ``skipped.jsonl``.
+        file_bytes: ``(N,)`` int64, size of each image's file, 0 if it is absent.
+        annotation_bytes: ``(N,)`` int64, estimated size of its annotations.
         pixels: ``(N,)`` int64, height x width as recorded.
         long_sides: ``(N,)`` int64, pixels as recorded.
-        fingerprint: of all that the result depends on, but for the images' bytes.
+        fingerprint: a hash of all that the result depends on, except the images' bytes.
     """
 
     info: SetInfo
@@ -106,15 +106,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Making:
-    """How shards are made of a source.
+    """How shards are made from a source.
 
     Attributes:
-        shard_megabytes: about the size of a tar (10^6 bytes).
-        processes: how many work at a time; what comes out does not depend on it.
+        shard_megabytes: approximate size of a tar (10^6 bytes).
+        processes: how many work at a time; the result does not depend on it.
         part: ``"2/3"``: make the second third of the tars; ``merge_parts`` finishes the set.
         reencoding: images are made smaller; None keeps their bytes.
-        exif: what annotations are of, if an image is turned when shown and its recorded size does
-            not tell.
+        exif: which image the annotations are of if EXIF turns it and the recorded size does not
+            decide: as shown or as stored.
     """
 
     shard_megabytes: int = 256
@@ -135,11 +135,9 @@ class Making:
                 raise ShardError(f"part {self.part!r}: expected i/n with i from 1 to n, like 2/3.")
 
     def has(self, shard: int) -> bool:
-        """Tell whether a tar belongs to the part that is to be made."""
-        if self.part is None:
-            return True
-        number, _, parts = self.part.partition("/")
-        return shard % int(parts) == int(number) - 1
+        """Return whether a tar belongs to the part to be made."""
+        number, parts = map(int, (self.part or "1/1").split("/"))
+        return shard % parts == number - 1
 
     def options(self) -> dict[str, Any]:
         """Return the options that the manifest records."""
@@ -164,12 +162,12 @@ class ShardJob:
 def convert(
     source: Source, out: str | Path, making: Making, progress: Progress = no_progress
 ) -> Manifest | None:
-    """Write a source as shards, going on where an earlier call was stopped.
+    """Write a source as shards, continuing where an earlier call was stopped.
 
     Args:
         source: what to convert.
         out: folder, or address that fsspec knows.
-        making: how.
+        making: size of the tars, number of processes, part and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:
@@ -192,8 +190,8 @@ def convert(
             if not isinstance(error, OSError):
                 raise
             raise ShardError(
-                f"{storage.address}: {error}. {kept} of {len(spans)} shards are finished and stay: "
-                "mend it, make room if the disk is full, and start again to go on."
+                f"{storage.address}: {error}. {kept} of {len(spans)} shards are finished and stay. "
+                "Fix it (free space if the disk is full), and start again to continue."
             ) from error
 
 
@@ -226,7 +224,7 @@ def _make_missing(
 
 
 def merge_parts(out: str | Path) -> Manifest:
-    """Finish a set whose parts are all made and in one folder; ``ShardError`` if one lacks."""
+    """Finish a set whose parts are all made and in one folder; ``ShardError`` if one is missing."""
     storage = open_storage(out)
     if storage.size(PLAN_NAME) is None:
         raise ShardError(
@@ -238,7 +236,7 @@ def merge_parts(out: str | Path) -> Manifest:
 
 
 def plan_shards(sizes: NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
-    """Return the first sample of each tar and the one behind its last, by their sizes in bytes."""
+    """Return the first sample of each tar and the one after its last, by their sizes in bytes."""
     ends = np.cumsum(sizes)
     spans: list[tuple[int, int]] = []
     first, start = 0, 0
@@ -250,7 +248,7 @@ def plan_shards(sizes: NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
 
 
 def make_shard(job: ShardJob, tick: Tick) -> None:
-    """Write one tar and, when it is in its place, the note that it is finished."""
+    """Write one tar and, when it is in place, the note that it is finished."""
     storage, log = job.storage, SampleLog()
     with storage.scratch() as scratch:
         tar = ShardTar(scratch / shard_name(job.number))
@@ -260,7 +258,7 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
                     sample_bytes, record = reencode(
                         sample.image_bytes, sample.pixels, sample.record, job.reencoding, log
                     )
-                    is_same = sample_bytes is sample.image_bytes  # else it is stored as it is seen
+                    is_same = sample_bytes is sample.image_bytes  # else it was turned
                     tar.add(sample_bytes, record, sample.orientation if is_same else 1)
                 elif sample is not None:
                     tar.add(sample.image_bytes, sample.record, sample.orientation)
@@ -277,7 +275,7 @@ def make_shard(job: ShardJob, tick: Tick) -> None:
 
 
 def _stored_bytes(source: Source, reencoding: Reencoding | None) -> NDArray[np.int64]:
-    """Return about what each sample takes in a tar, ``(N,)``."""
+    """Return the estimated size of each sample in a tar, ``(N,)`` bytes."""
     images = source.file_bytes
     if reencoding is not None:
         images = reencoding.estimate_bytes(images, source.pixels, source.long_sides)
@@ -289,7 +287,7 @@ def _stored_bytes(source: Source, reencoding: Reencoding | None) -> NDArray[np.i
 
 
 def _begin(storage: Storage, source: Source, making: Making, num_shards: int) -> None:
-    """Note what is going to be made, or see that it is what was begun."""
+    """Write the plan, or check that it is the one of what was begun."""
     info = source.info
     made_of = {"source": info.source, "input": source.fingerprint, **making.options()}
     plan = {
@@ -307,7 +305,7 @@ def _begin(storage: Storage, source: Source, making: Making, num_shards: int) ->
     elif json.loads(storage.read(PLAN_NAME))["made_of"] != plan["made_of"]:
         raise ShardError(
             f"{storage.address}: holds the beginning of another conversion, of other images, "
-            "annotations or options. Give the same to go on, or delete the folder."
+            "annotations or options. Give the same ones to continue, or delete the folder."
         )
 
 
@@ -316,7 +314,7 @@ def _note_name(number: int) -> str:
 
 
 def _read_note(storage: Storage, number: int) -> FinishedShard | None:
-    """Return what is known of a finished tar; None if it is not finished."""
+    """Return the note of a finished tar; None if it is not finished."""
     if storage.size(_note_name(number)) is None:
         return None
     note = json.loads(storage.read(_note_name(number)))

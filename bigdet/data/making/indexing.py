@@ -1,9 +1,9 @@
 """Index and manifest for WebDataset tars that somebody else wrote.
 
 A sample is an image (jpg, jpeg, png, webp) and a json, of one key and adjacent; the json is a
-record as in ``shards.Sample``. The tars stay as they are. Samples that cannot be used are left out
-of the index, counted and listed; a tar that cannot be read to its end is an error. What systems and
-tar itself add (names that begin with a dot, ``__MACOSX``, ``PaxHeader``) is passed over.
+record as in ``shard_set.Sample``. The tars stay as they are. Samples that cannot be used are left
+out of the index, counted and listed; a tar that cannot be read to its end is an error. What systems
+and tar itself add (names that begin with a dot, ``__MACOSX``, ``PaxHeader``) is skipped.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import IO, Any
 import numpy as np
 import orjson
 
+from bigdet.data.format.class_counts import ClassCounter
 from bigdet.data.format.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.format.orientation import ORIENTATION_KEY, as_seen, seen_orientation
-from bigdet.data.format.record_check import annotation_problems, record_problem
 from bigdet.data.format.shard_set import (
     INDEX_DTYPE,
     INDEX_NAME,
@@ -36,9 +36,9 @@ from bigdet.data.making.annotations import IGNORE_FLAGS, are_relative
 from bigdet.data.making.conversion import Progress, no_progress
 from bigdet.data.making.loose_values import truth_value
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
+from bigdet.data.making.record_check import annotation_problems, record_problem
 from bigdet.data.making.shard_tar import (
     MAX_U2,
-    ClassCounter,
     FinishedShard,
     annotation_flags,
     count_boxes,
@@ -55,7 +55,7 @@ from bigdet.pictures.pixels import Exif, turned_size
 
 INCOMPLETE = "not one image (jpg, jpeg, png, webp) and one json"
 DOTTED = f"{INCOMPLETE}: the key of a sample ends at the first dot of a name, and these have more"
-APART = "its image and its json are not adjacent in the tar: pack it anew with tar --sort=name"
+APART = "its image and its json are not adjacent in the tar: pack it again with tar --sort=name"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_U4 = 2**32 - 1
 
@@ -64,7 +64,7 @@ Json = dict[str, Any]
 
 @dataclass
 class _Found:
-    """The files of one key: by extension, where their bytes are."""
+    """The files of one key, by extension: where their bytes are."""
 
     key: str
     files: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset, size
@@ -102,15 +102,14 @@ def index_shards(
     Args:
         folder: with the tars.
         categories: in the order of the labels that the records use.
-        name: what people call the set; None takes the folder's.
+        name: that of the set, for people; None takes the folder's.
         processes: how many tars are read at a time.
         progress: called with the number of tars done and in all.
-        exif: what the records are of, if an image is turned when shown and its recorded size does
-            not tell.
+        exif: which image the records are of if EXIF turns it and the recorded size does not decide.
 
     Raises:
-        ShardError: a tar cannot be read to its end (all such are told), no sample can be used, or
-            there is an index already.
+        ShardError: a tar cannot be read to its end (all of these are listed), no sample can be
+            used, or there is an index already.
     """
     paths = sorted(folder.glob("[!.]*.tar"))
     if not paths:
@@ -124,7 +123,7 @@ def index_shards(
     with storage.claim(None):
         if found := [n for n in (MANIFEST_NAME, INDEX_NAME) if (folder / n).exists()]:
             raise ShardError(
-                f"{folder}: has {' and '.join(found)} already. Delete it to index anew."
+                f"{folder}: has {' and '.join(found)} already. Delete it to index again."
             )
         results = _index_tars(paths, categories, exif, processes, progress)
         parts = [result.finished for result in results if result.finished is not None]
@@ -166,7 +165,7 @@ def _index_tar(job: _TarJob, tick: Tick) -> _TarResult:
     except OSError as error:
         return _TarResult(job.path.name, None, f"{job.path}: {why_unread(error)}")
     except (tarfile.TarError, EOFError, ValueError) as error:
-        what = f"{job.path}: cannot be read to its end ({error}). Mend it or take it away."
+        what = f"{job.path}: cannot be read to its end ({error}). Repair or remove it."
         return _TarResult(job.path.name, None, what)
 
 
@@ -199,7 +198,7 @@ def _read_tar(job: _TarJob, tick: Tick) -> _TarResult:
 
 
 def _samples(file: IO[bytes]) -> Iterator[_Found]:
-    """Give what stands under each key of a tar; raises what ``tarfile`` does if it is damaged."""
+    """Yield the files of each key of a tar; raises as ``tarfile`` does if it is damaged."""
     found: _Found | None = None
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -232,7 +231,7 @@ def _samples(file: IO[bytes]) -> Iterator[_Found]:
 
 
 def _is_added(name: str) -> bool:
-    """Recognize names of no sample: hidden ones, and those that macOS, tar or webdataset add."""
+    """Return whether a name is of no sample: hidden, or added by macOS, tar or webdataset."""
     *folders, base = PurePosixPath(name).parts or ("",)
     is_added = any(part == "__MACOSX" or part.startswith("PaxHeader") for part in folders)
     return is_added or base.startswith((".", "__"))
@@ -278,7 +277,7 @@ def _row(
 
 
 def _orientation(image: bytes, record: Json, exif: Exif) -> tuple[int, str | None] | str:
-    """Return how an image is seen, and what is to be noted of it; or what is wrong with it."""
+    """Return how an image is turned, and a note about that; or what is wrong with it."""
     if image_suffix(image) is None:
         return "the image is not JPEG, PNG or WebP"
     try:
@@ -299,7 +298,7 @@ def _orientation(image: bytes, record: Json, exif: Exif) -> tuple[int, str | Non
 
 
 def _text_problem(text: bytes) -> str | None:
-    """Say what readers of shards, which are stricter than ``json``, cannot read of a record."""
+    """Return why readers of shards, which are stricter than ``json``, cannot read a record."""
     try:
         orjson.loads(text)
     except ValueError as error:
@@ -308,10 +307,10 @@ def _text_problem(text: bytes) -> str | None:
 
 
 def _meaning_problem(record: Json) -> str | None:
-    """Say which annotations would be taken for something else than they were meant for."""
+    """Return which annotations would be misunderstood."""
     annotations, sides = record["annotations"], (record["height"], record["width"])
     if annotations and max(sides) > 2 and all(max(entry["bbox"]) <= 1 for entry in annotations):
-        return "its boxes lie within 0 to 1: relative coordinates, expected pixels"
+        return "its boxes are within 0 to 1: relative coordinates, expected pixels"
     for name in ("neg_category_ids", "not_exhaustive_category_ids"):
         if name in record:
             return f"has {name}, which shards have by label, as {' and '.join(LABEL_LISTS)}"
@@ -330,8 +329,8 @@ def _refuse_repeated(folder: Path, parts: list[FinishedShard]) -> None:
     found, counts = np.unique(ids, return_counts=True)
     if repeated := found[counts > 1].tolist():
         raise ShardError(
-            f"{folder}: {len(repeated)} image ids that more than one sample has: "
-            f"{', '.join(map(str, repeated[:5]))}. Give every image its own."
+            f"{folder}: {len(repeated)} image ids are used by more than one sample: "
+            f"{', '.join(map(str, repeated[:5]))}. Give every image its own id."
         )
 
 

@@ -30,7 +30,7 @@ def with_numbers(value: Any) -> Any:
 
 
 def truth_value(value: Any) -> bool | None:
-    """Return a flag, False where it is absent (null, NaN, an empty string); None if it is none."""
+    """Return a flag, False if it is absent (null, NaN, an empty string); None if it is not one."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return False
     if isinstance(value, str):

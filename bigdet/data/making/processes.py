@@ -1,7 +1,7 @@
 """Runs jobs in several processes, counting the images that they have done.
 
-Workers are started afresh (not forked: the caller may have threads and much memory), end when the
-caller ends, however it ends, and leave signals to it.
+Workers are spawned (not forked: the caller may have threads and much memory), end when the caller
+ends, however it ends, and leave signals to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tick = Callable[[], None]
 """A job calls it after every image."""
 
 REPORT_SECONDS = 0.2
-BYTES_PER_PROCESS = 50 * 10**6  # a second or two of work: as long as a process takes to start
+BYTES_PER_PROCESS = 50 * 10**6  # a second or two of work: as long as the start of a process
 
 # In a worker: the images that all of them have done, and whether to stop.
 _state: list[Any] = []
@@ -41,12 +41,12 @@ def run_jobs(
     processes: int,
     progress: Callable[[int], None],
 ) -> Iterator[Result]:
-    """Give the results of jobs as they are done, in any order.
+    """Yield the results of jobs as they are done, in any order.
 
     Args:
-        work: a function of a module.
-        jobs: what it is called with; asked for when their turn comes, and pickled.
-        processes: how many; 1 or less is this one.
+        work: a function at the top level of a module.
+        jobs: its arguments, taken when their turn comes, and pickled.
+        processes: how many; with 1 or less, it runs in this one.
         progress: called now and then with the number of images done.
     """
     if processes <= 1:
@@ -63,15 +63,14 @@ def run_jobs(
                 while True:
                     for job in remaining:
                         with _without_interrupts():
-                            waiting.add(pool.submit(_run_in_worker, work, job))
+                            waiting.add(pool.submit(work, job, _tick))
                         if len(waiting) >= 2 * processes:
                             break
                     if not waiting:
                         break
                     finished, waiting = wait(waiting, REPORT_SECONDS, FIRST_COMPLETED)
-                    progress(
-                        done.get_obj().value
-                    )  # without its lock, which a killed worker may hold
+                    # Read without its lock, which a killed worker may hold.
+                    progress(done.get_obj().value)
                     for future in finished:
                         yield future.result()
             except BaseException:
@@ -80,7 +79,7 @@ def run_jobs(
                 raise
     except BrokenProcessPool:
         raise ShardError(
-            "a process of the conversion was killed, maybe for want of memory. Start it again, "
+            "a process of the conversion was killed, maybe for lack of memory. Start it again, "
             "with fewer --processes if it happens again; finished shards stay."
         ) from None
     finally:
@@ -109,10 +108,10 @@ def _run_here(
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back; for good in the processes that are started meanwhile.
+    """Block Ctrl-C; permanently in the processes that are started meanwhile.
 
-    It reaches all processes of a terminal, and the caller answers it. From the first moment on:
-    while a process imports what it needs, Ctrl-C would end it with a traceback.
+    It reaches all processes of a terminal, and the caller handles it. It is blocked from the first
+    moment: during its imports, a process would end with a traceback.
     """
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -134,10 +133,6 @@ def _end_with_caller() -> None:
     assert caller is not None
     caller.join()
     os._exit(1)
-
-
-def _run_in_worker(work: Callable[[Job, Tick], Result], job: Job) -> Result:
-    return work(job, _tick)
 
 
 def _tick() -> None:

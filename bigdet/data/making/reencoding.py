@@ -20,7 +20,7 @@ from bigdet.data.making.annotations import MIN_SIDE
 from bigdet.data.making.shard_tar import SampleLog
 
 DECIMALS = 3  # of coordinates
-BYTES_PER_PIXEL = 0.6  # of COCO's images at quality 95 and 4:4:4, for the plan of the shards
+BYTES_PER_PIXEL = 0.6  # for COCO's images at quality 95 and 4:4:4; used to plan the shards
 
 Json = dict[str, Any]
 
@@ -50,7 +50,7 @@ class Reencoding:
         pixels: NDArray[np.int64],
         long_sides: NDArray[np.int64],
     ) -> NDArray[np.int64]:
-        """Return about how large images of these sizes will be, ``(N,)``."""
+        """Return the estimated bytes of images of these sizes, ``(N,)``."""
         scales = self.long_side / np.maximum(long_sides, 1)
         made = (pixels * scales**2 * BYTES_PER_PIXEL).astype(np.int64)
         return np.where((scales < 1) & (file_bytes > 0), made, file_bytes)
@@ -61,17 +61,13 @@ def reencode(
 ) -> tuple[bytes, Json]:
     """Return image and record of a sample, smaller.
 
-    Args:
-        image_bytes: encoded.
-        pixels: ``(H, W, 3)`` uint8, the same decoded.
-        record: see ``shards.Sample``.
-        how: to which size and quality.
-        log: annotations of which nothing is left are noted here.
+    ``pixels``, ``(H, W, 3)`` uint8, are those of ``image_bytes``. Annotations of which nothing is
+    left are noted in the log.
     """
     height, width = record["height"], record["width"]
     if max(height, width) <= how.long_side:
         return image_bytes, record
-    # Here, as images that keep their bytes are converted without torch.
+    # Here, because images that keep their bytes are converted without torch.
     import torch
 
     from bigdet.ops.resize import resize_image
@@ -95,12 +91,9 @@ def reencode(
 
 
 def scale_annotation(annotation: Json, old_size: tuple[int, int], size: tuple[int, int]) -> Json:
-    """Return an annotation of an image that was resized; without a mask if no pixel is left of it.
+    """Return an annotation of an image that was resized from a height and width to others.
 
-    Args:
-        annotation: see ``shards.Sample``.
-        old_size: height and width of the image before.
-        size: height and width of the image now.
+    A mask of which no pixel is left is dropped.
     """
     y_scale, x_scale = size[0] / old_size[0], size[1] / old_size[1]
     x, y, w, h = annotation["bbox"]

@@ -1,4 +1,4 @@
-"""Whether a shard set is whole: every byte, every image, every count."""
+"""Whether a shard set is intact: every byte, every image, every count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 from bigdet.config.data import CacheConfig
 from bigdet.data.examples.decode import decode_pixels
 from bigdet.data.format.manifest import Manifest, Shard, ShardError
-from bigdet.data.format.record_check import annotation_problems, record_problem
 from bigdet.data.format.remote import is_remote
 from bigdet.data.format.shard_set import (
     MISSING,
@@ -24,6 +23,7 @@ from bigdet.data.format.shard_set import (
 )
 from bigdet.data.making.conversion import Progress, no_progress
 from bigdet.data.making.processes import Tick, run_jobs, useful_processes
+from bigdet.data.making.record_check import annotation_problems, record_problem
 from bigdet.data.making.shard_tar import annotation_flags, count_boxes, image_flags, turn_flags
 from bigdet.host.files import file_sha256
 from bigdet.host.reading import patiently, why_unread
@@ -36,7 +36,7 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        place: the file, and the key of the sample if it is one.
+        place: the file, and the key of the sample if it is about one.
         what: what is wrong with it.
     """
 
@@ -58,11 +58,11 @@ def check_shards(
     progress: Progress = no_progress,
     tally: Counter[str] | None = None,
 ) -> Iterator[Problem]:
-    """Read a whole shard set and give its problems one by one.
+    """Read a whole shard set and yield its problems.
 
     Args:
-        path: folder or address of the set. From an address all is fetched anew, whatever is in a
-            cache, and kept no longer than it takes.
+        path: folder or address of the set. From an address everything is fetched again, whatever
+            is in a cache, and deleted afterwards.
         processes: how many shards are read at a time.
         progress: called now and then with the number of samples done and in all.
         tally: gets the counts of what could be read: ``images``, ``instances``, ``crowd``,
@@ -108,7 +108,7 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
         return [Problem(shard.file, why_unread(error))], found
     problems = [] if problem is None else [Problem(shard.file, problem)]
     if problem == MISSING:
-        return problems, found  # told once for all of its samples
+        return problems, found  # reported once for all of its samples
     for row in np.flatnonzero(shards.index["shard"] == job.shard).tolist():
         place = f"{shard.file} {shards.key(row)}"
         try:
@@ -135,7 +135,7 @@ def _check_shard(job: _Job, tick: Tick) -> tuple[list[Problem], Counter[str]]:
 
 
 def _file_problem(folder: Path, shard: Shard) -> str | None:
-    """Say what is wrong with a tar of a local set as a file."""
+    """Return what is wrong with the file of a local tar."""
     problem = size_problem(folder, shard)
     path = folder / shard.file
     if problem is None and patiently(lambda: file_sha256(path), str(path)) != shard.sha256:
@@ -144,7 +144,7 @@ def _file_problem(folder: Path, shard: Shard) -> str | None:
 
 
 def sample_problems(shards: ShardSet, row: int, sample: Sample) -> Iterator[str]:
-    """Tell what is wrong with a sample whose bytes are those that were written."""
+    """Yield what is wrong with a sample whose bytes are those that were written."""
     entry, record = shards.index[row], sample.record
     if problem := record_problem(record):
         yield f"record: {problem}"

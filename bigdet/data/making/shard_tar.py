@@ -1,4 +1,4 @@
-"""One tar of a shard set under way: samples in, tar and index records out.
+"""One tar of a shard set in the making: samples in, tar and index records out.
 
 The same samples give the same bytes: nothing of the machine or the moment goes into a tar.
 """
@@ -10,7 +10,6 @@ import io
 import json
 import tarfile
 import zlib
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.data.format.class_counts import ClassCounter
 from bigdet.data.format.manifest import Shard, ShardError
 from bigdet.data.format.orientation import as_stored
 from bigdet.data.format.shard_set import (
@@ -43,7 +43,7 @@ class SampleLog:
 
     Attributes:
         lines: of ``skipped.jsonl``: ``skipped`` (an image) or ``changed`` (an annotation) with
-            the reason, then what it was.
+            the reason, then what it is about.
     """
 
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -57,19 +57,6 @@ class SampleLog:
         self.lines.append({"changed": reason, **details})
 
 
-class ClassCounter(Counter[tuple[int, bool]]):
-    """How many annotations there are by label, and whether they are crowd."""
-
-    def add(self, annotations: list[dict[str, Any]]) -> None:
-        """Count those of one image."""
-        self.update((entry["label"], bool(entry["iscrowd"])) for entry in annotations)
-
-    def listed(self) -> list[list[int]]:
-        """Return ``[label, instances, crowd]`` of each class that there is, by rising label."""
-        labels = sorted({label for label, _ in self})
-        return [[label, self[label, False], self[label, True]] for label in labels]
-
-
 @dataclass(frozen=True)
 class FinishedShard:
     """What a set's index and manifest need to know of a tar.
@@ -77,7 +64,7 @@ class FinishedShard:
     Attributes:
         shard: its entry in the manifest; a tar without samples has no file.
         rows: its records of the index; ``shard`` in them is 0.
-        classes: ``[label, instances, crowd]`` of each class that it has, by rising label.
+        classes: ``[label, instances, crowd]`` of each class in it, by rising label.
         log: lines for ``skipped.jsonl``.
     """
 
@@ -100,12 +87,9 @@ class ShardTar:
         self._writer = tarfile.open(fileobj=self._file, mode="w|")  # noqa: SIM115
 
     def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
-        """Append one sample, see ``shards.Sample``.
+        """Append one sample, a JPEG, PNG or WebP with its record, see ``shard_set.Sample``.
 
-        Args:
-            image: the encoded image, of a format that ``image_suffix`` knows.
-            record: its annotations.
-            orientation: the image's own, if the annotations are of the image turned so.
+        ``orientation`` is that of EXIF if the annotations are of the image turned by it.
         """
         suffix = image_suffix(image)
         assert suffix is not None
@@ -137,7 +121,7 @@ class ShardTar:
 
     def abandon(self) -> None:
         """Close the file as it is, after an error."""
-        # A full disk fails once more when what is buffered is written; it has been told already.
+        # A full disk fails again when the buffer is written; that error is raised already.
         with contextlib.suppress(OSError):
             self._writer.close()
         with contextlib.suppress(OSError):
@@ -158,7 +142,7 @@ class ShardTar:
 
 
 def record_text(record: dict[str, Any]) -> bytes:
-    """Return the annotations of a sample as they stand in a tar."""
+    """Return the annotations of a sample as they are in a tar."""
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -186,7 +170,7 @@ def image_flags(image: bytes) -> int:
 
 
 def turn_flags(orientation: int) -> int:
-    """Return the index flags of an image that is seen turned as its EXIF orientation says."""
+    """Return the index flags of an image that is turned by an EXIF orientation."""
     return (orientation - 1) << TURN_BIT
 
 

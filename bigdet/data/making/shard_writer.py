@@ -64,14 +64,14 @@ class ShardWriter:
         options: dict[str, Any],
         shard_megabytes: int = 256,
     ) -> None:
-        """Say what to write; the folder is touched on entering.
+        """Set what to write; the folder is touched on entering.
 
         Args:
             folder: target; must not hold a shard set yet.
-            name: what people call the set.
+            name: that of the set, for people.
             source: the kind of data it is made from.
             categories: in the order of the labels.
-            options: what the set is made with, for the manifest.
+            options: those of the manifest: how the set is made.
             shard_megabytes: a tar is closed before it grows beyond this (10^6 bytes).
         """
         self.folder = folder
@@ -83,7 +83,7 @@ class ShardWriter:
         self._tar: ShardTar | None = None
 
     def __enter__(self) -> ShardWriter:
-        self._storage = open_unused(self.folder)
+        self._storage = open_unused(self.folder, resumes=False)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._storage.claim(None))
             self._scratch = stack.enter_context(self._storage.scratch())
@@ -107,12 +107,9 @@ class ShardWriter:
                     self._storage.clear()
 
     def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
-        """Append one sample, see ``shards.Sample``.
+        """Append one sample, a JPEG, PNG or WebP with its record, see ``shard_set.Sample``.
 
-        Args:
-            image: the encoded image, JPEG, PNG or WebP.
-            record: its annotations.
-            orientation: the image's own, if the annotations are of the image turned so.
+        ``orientation`` is that of EXIF if the annotations are of the image turned by it.
         """
         size = stored_bytes(len(image), len(record_text(record)))
         if self._tar is not None and self._tar.size + size > self._limit:
@@ -145,7 +142,7 @@ def summarize(
     """Return the manifest of a set of tars and its index; no manifest if there is no sample.
 
     Args:
-        info: what to say about it.
+        info: what does not depend on the samples.
         finished: its tars, in order; those without samples are left out.
         log: gets the lines of ``skipped.jsonl``.
     """

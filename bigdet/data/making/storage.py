@@ -1,8 +1,7 @@
 """Where shards are written to: a local folder, or any address that fsspec knows (s3://, gs://).
 
-A file is there whole or not at all: locally it gets its name when it is complete, and object
-stores show an upload when it has ended. What is under way is in the folder ``.unfinished``. Shards
-are read in ``data/format/shard_set.py``.
+A file is complete or absent: locally it gets its name when it is complete, and object stores show
+an upload when it has ended. What is not finished is in the folder ``.unfinished``.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ class LocalStorage:
             yield
 
     def clear(self) -> None:
-        """Remove ``.unfinished``, and the folder if that made it and nothing is in it."""
+        """Remove ``.unfinished``, and the folder if ``claim`` created it and it is empty."""
         shutil.rmtree(self.folder / UNFINISHED)
         for folder in self._made:
             with contextlib.suppress(OSError):
@@ -121,7 +120,7 @@ class LocalStorage:
 
 @dataclass(frozen=True)
 class RemoteStorage:
-    """A folder of an object store. There are no locks: give each part to one process alone."""
+    """A folder of an object store. There are no locks: give each part to one process only."""
 
     address: str
 
@@ -131,10 +130,10 @@ class RemoteStorage:
             found = self._files.ls(self._root, detail=True)
         except FileNotFoundError:
             return []
-        except Exception as error:  # each file system has errors of its own, of no common class
+        except Exception as error:  # errors of file systems have no common class
             raise ShardError(
                 f"{self.address}: cannot be reached ({type(error).__name__}: {error}). Give an "
-                "address that you may write to, with what its file system asks for to log in."
+                "address that you may write to, with the credentials that its file system needs."
             ) from error
         return sorted(e["name"].rsplit("/", 1)[-1] for e in found if e["type"] == "file")
 
@@ -168,11 +167,11 @@ class RemoteStorage:
             yield Path(path)
 
     def check_free(self) -> None:
-        """Nothing: object stores have no locks."""
+        """Do nothing: object stores have no locks."""
 
     @contextlib.contextmanager
     def claim(self, part: str | None) -> Iterator[None]:
-        """Nothing: object stores have no locks."""
+        """Do nothing: object stores have no locks."""
         yield
 
     def clear(self) -> None:
@@ -228,23 +227,23 @@ def open_storage(out: str | Path) -> Storage:
     return RemoteStorage(str(out))
 
 
-def open_unused(out: str | Path) -> Storage:
-    """Open a folder or address for a new shard set, or one whose conversion was interrupted.
+def open_unused(out: str | Path, *, resumes: bool = True) -> Storage:
+    """Open a folder or address for a new shard set, or to resume a conversion.
 
     Raises:
         ShardError: another process writes there, or there are shards of something else.
     """
     storage = open_storage(out)
     storage.check_free()
-    refuse_shards(storage)
+    refuse_shards(storage, resumes)
     return storage
 
 
-def refuse_shards(storage: Storage) -> None:
-    """Raise ``ShardError`` if there are shards that are not of a conversion under way."""
+def refuse_shards(storage: Storage, resumes: bool = True) -> None:
+    """Raise ``ShardError`` if there are shards, except those of a conversion to resume."""
     names = storage.names()
     found = [MANIFEST_NAME] if MANIFEST_NAME in names else []
-    if not found and storage.size(PLAN_NAME) is None:
+    if not found and not (resumes and storage.size(PLAN_NAME) is not None):
         found = [name for name in names if name == INDEX_NAME or name.endswith(".tar")]
     if found:
         raise ShardError(

@@ -1,6 +1,6 @@
-"""Which samples stand in which group: a pure function of the index, numpy only.
+"""Which samples are in which group: a pure function of the index, numpy only.
 
-A step of ``images_per_step`` samples is cut into **lanes** of ``images_per_gpu`` samples; the atom
+A step of ``images_per_step`` samples is cut into **lanes** of ``images_per_gpu`` samples; the unit
 is the **group** (phase, step, lane). Rank r of R runs the lanes r*L/R to (r+1)*L/R - 1, so a group
 is the same whatever the number of ranks and workers. Both orders are part of what a checkpoint
 relies on: a change of one needs a new name.
@@ -8,10 +8,10 @@ relies on: a change of one needs a new name.
 - A pass is a list of **entries**, equally long in every pass: each sample once, or as often as its
   ``repeats`` say (``repeats.py``).
 - ``shuffled``: one permutation of all entries per (seed, phase, pass), filled up to a whole number
-  of steps with **masked slots** and cut into (steps, lanes, images_per_gpu): all masked slots stand
+  of steps with **masked slots** and cut into (steps, lanes, images_per_gpu): all masked slots are
   at the end of the last step. They repeat the first entries of the permutation, with weight 0.
 - ``windowed``, for remote shards and slow disks: each lane walks through its own part of the shards
-  (``windows.py``). Lanes are equally long but for one entry, so masked slots stand at the end of a
+  (``windows.py``). Lanes differ in length by at most one entry, so masked slots are at the end of a
   lane, in the last step; they repeat what came one step before, with weight 0.
 - **Aspect pools**: within a lane, 16 consecutive groups are sorted by aspect ratio, cut into groups
   again, and the groups permuted: images of one group then need little padding. The last step of a
@@ -121,16 +121,11 @@ class Order:
         self._pass: _Pass | None = None
         # The last pool of each lane, and its pass and number.
         self._pools: dict[int, tuple[tuple[int, int], _Pool]] = {}
-        # The last pool of each lane that ``upcoming`` has told.
+        # The last pool of each lane that ``upcoming`` has returned.
         self._expected: dict[int, tuple[int, int]] = {}
 
     def group(self, step: int, lane: int) -> Group:
-        """Return one group.
-
-        Args:
-            step: of the phase, from 1.
-            lane: ``0..L-1``.
-        """
+        """Return the group of a step, from 1, and a lane, ``0..L-1``."""
         pass_number, position = divmod(step - 1, self.steps_per_pass)
         whole = self._whole_pass(pass_number)
         if position < self.steps_per_pass - 1:
@@ -152,13 +147,9 @@ class Order:
         return images
 
     def upcoming(self, step: int, lane: int) -> NDArray[np.int64] | None:
-        """Return what a lane reads next, a window from its aspect pool on; None if that is known.
+        """Return what a lane reads next, from its aspect pool to a window further, or None.
 
-        It is given once for each pool of a lane, and in the order ``windowed`` alone.
-
-        Args:
-            step: of the phase, from 1.
-            lane: ``0..L-1``.
+        It is returned once for each pool of a lane, and only in the order ``windowed``.
         """
         pass_number, position = divmod(step - 1, self.steps_per_pass)
         pool = (pass_number, position // POOL_GROUPS)
@@ -213,7 +204,7 @@ class Order:
     def _pooled(
         self, whole: _Pass, position: int, lane: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return samples and copies, both ``(m,)``, that the aspect pool of a group gives it."""
+        """Return samples and copies, both ``(m,)``, of a group from its aspect pool."""
         pool, place = divmod(position, POOL_GROUPS)
         known, found = self._pools.get(lane, (None, None))
         if found is None or known != (whole.number, pool):
@@ -255,10 +246,10 @@ def lanes_of_rank(num_lanes: int, rank: int, world_size: int) -> range:
 def evaluation_groups(
     aspect_ratios: NDArray[np.float64], images_per_gpu: int, world_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return who looks at which image: groups of similar shape, equally many for every rank.
+    """Return which rank evaluates which images: groups of similar shape, equally many per rank.
 
     All images are sorted by aspect ratio and dealt out group by group. Which images share a group,
-    and so the canvas of each, does not depend on the number of ranks.
+    and thus a canvas, does not depend on the number of ranks.
 
     Args:
         aspect_ratios: ``(N,)`` width over height.

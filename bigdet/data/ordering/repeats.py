@@ -1,9 +1,9 @@
 """How often a pass shows each sample: weights of data sets, repeat factors of rare classes.
 
 Numpy only. A sample with 1.4 repeats comes once in every pass and, in 2 of 5 passes, once more.
-Which passes is drawn per (seed, phase, pass), such that every pass has equally many entries: then
-any step is found without counting the passes before it. Whole numbers are exact: a sample with 1
-repeat comes exactly once.
+In which passes is drawn per (seed, phase, pass) so that every pass has equally many entries: any
+step is found without counting the passes before it. Whole numbers are exact: a sample with 1 repeat
+comes exactly once.
 
 Letters: N samples, P entries of a pass, K classes.
 """
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from bigdet.ops.random import permutation, words
 
-_UNIT = 2**32  # fractions are counted in parts of this: whole numbers add up alike everywhere
+_UNIT = 2**32  # fractions are counted in parts of this: sums of integers are the same everywhere
 
 
 class Repeats:
     """Draws how often each sample comes in a pass.
 
     Attributes:
-        num_entries: of every pass, P: the sum of ``repeats``, rounded down.
+        num_entries: P of every pass: the sum of ``repeats``, rounded down.
 
     Args:
         repeats: ``(N,)`` float64, 0 or more: the mean number of times in a pass.
@@ -37,10 +37,7 @@ class Repeats:
         self.num_entries = int(self._whole.sum(dtype=np.int64)) + self._num_extra
 
     def draw(self, *key: int | str) -> NDArray[np.int64]:
-        """Return the entries of a pass, in the order of the samples.
-
-        Args:
-            key: seed, phase, pass.
+        """Draw the entries of a pass; ``key`` is seed, phase, pass.
 
         Returns:
             ``(N,)``: sample i has the entries ``ends[i - 1]`` to ``ends[i] - 1``.
@@ -48,7 +45,7 @@ class Repeats:
         counts = self._whole.astype(np.int64)
         if self._num_extra:
             # Systematic sampling: points at equal distances on a line on which each sample takes
-            # as much as its fraction. In random order, as points do not fall on close neighbors.
+            # as much as its fraction; in random order, because points never hit close neighbors.
             order = permutation("extra", *key, count=len(counts))
             line = np.cumsum(self._parts[order])
             distance = self._total // self._num_extra  # at least _UNIT: no sample is hit twice
@@ -64,14 +61,14 @@ def repeat_factors(
 ) -> NDArray[np.float64]:
     """Return how often a pass should show each image, so that rare classes are seen more often.
 
-    A class that is on a part f of the images asks for ``sqrt(threshold / f)``; an image gets the
-    largest number that one of its classes asks for, at least 1 (LVIS, Gupta et al. 2019, appendix).
+    A class on a fraction f of the images asks for ``sqrt(threshold / f)``; an image gets the
+    largest number among its classes, at least 1 (LVIS, Gupta et al. 2019, appendix).
 
     Args:
-        classes: labels on the images, one image behind the other, each once per image.
+        classes: labels on the images, one image after the other, each once per image.
         offsets: ``(N + 1,)``: image i has ``classes[offsets[i]:offsets[i + 1]]``.
         num_classes: K.
-        threshold: in (0, 1]: the part of the images below which a class is rare.
+        threshold: in (0, 1]: the fraction of the images below which a class is rare.
 
     Returns:
         ``(N,)`` float64, at least 1.

@@ -1,7 +1,7 @@
 """Which images of a training set a phase uses, and how often each comes in a pass.
 
 All of it follows from config and index (and, for repeat factors, the annotations), so every
-machine comes to the same result.
+machine gets the same result.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Selection:
         rows: ``(N,)`` int32 rows of the set, rising.
         repeats: how often a pass shows each; None is once.
         windows: for the order ``windowed``; None is ``shuffled``.
-        state: what of this a position in the order depends on, as plain values; None stands for
-            options that are not in use, so that a checkpoint from before they existed fits.
+        state: the plain values that a position in the order depends on; None for options that are
+            not used, so that checkpoints from before they existed still fit.
     """
 
     rows: NDArray[np.int32]
@@ -49,7 +49,7 @@ class Selection:
 
 
 _selections: WeakKeyDictionary[ShardSet, tuple[TrainSplitConfig, Selection]] = WeakKeyDictionary()
-"""The last selection of each set: all phases have the same, and reading annotations takes long."""
+"""The last selection of each set: all phases share it, and reading annotations takes long."""
 
 
 def select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
@@ -87,7 +87,7 @@ def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
 
 
 def left_out(shards: ShardSet, split: TrainSplitConfig) -> str:
-    """Say why images of a set are not offered; empty if all are."""
+    """Return why images of a set are not used; empty if all are."""
     num_empty = len(shards) - int(np.count_nonzero(shards.index["num_boxes"]))
     if split.keep_empty or not num_empty:
         return ""
@@ -96,15 +96,15 @@ def left_out(shards: ShardSet, split: TrainSplitConfig) -> str:
         return f" All {manifest.crowd} objects are crowd (iscrowd: 1), which is not learned."
     return (
         f" {num_empty} of {len(shards)} images have no object that is not crowd; "
-        "data.train.keep_empty=true takes them."
+        "data.train.keep_empty=true includes them."
     )
 
 
 def _with_keypoints(shards: ShardSet, rows: NDArray[np.int32], least: int) -> NDArray[np.int32]:
-    """Return the rows whose objects have so many labelled keypoints together; crowds do not count.
+    """Return the rows whose objects have so many labeled keypoints together; crowds do not count.
 
     Raises:
-        ShardError: no image is left, or annotations cannot be read (see `read_classes`).
+        ShardError: no image is left, or annotations cannot be read, see ``read_classes``.
     """
     key = "data.train.min_keypoints"
     start = time.perf_counter()
@@ -115,13 +115,13 @@ def _with_keypoints(shards: ShardSet, rows: NDArray[np.int32], least: int) -> ND
                 counts[number] += sum(seen > 0 for seen in entry.get("keypoints", [])[2::3])
     kept = rows[counts >= least]
     logger.info(
-        "%s: %s of %s images have %d or more labelled keypoints; read in %.1f s",
-        key, f"{len(kept):,}", f"{len(rows):,}", least, time.perf_counter() - start,
-    )  # fmt: skip
+        f"{key}: {len(kept):,} of {len(rows):,} images have {least} or more labeled keypoints; "
+        f"read in {time.perf_counter() - start:.1f} s"
+    )
     if not len(kept):
         raise ShardError(
-            f"{key}: found {least}, but no image of {shards.address} has so many labelled "
-            f"keypoints. Write a smaller number, or make the shards with --keypoints."
+            f"{key}: found {least}, but no image of {shards.address} has so many labeled "
+            f"keypoints. Set a smaller number, or make the shards with --keypoints."
         )
     return kept
 
@@ -147,24 +147,22 @@ def read_classes(
     """Return which classes are on which image, from the annotations; crowds do not count.
 
     Returns:
-        Labels, one image behind the other, each once per image; and ``(N + 1,)`` offsets: image i
+        Labels, one image after the other, each once per image; and ``(N + 1,)`` offsets: image i
         has ``labels[offsets[i]:offsets[i + 1]]``.
 
     Raises:
         ShardError: annotations cannot be read; leaving an image out here would give machines
             different orders.
     """
-    start = time.perf_counter()
+    start, option = time.perf_counter(), "data.train.repeat_threshold"
     labels: list[int] = []
     offsets = [0]
     for row in rows.tolist():
-        annotations = _annotations(shards, row, "data.train.repeat_threshold")
+        annotations = _annotations(shards, row, option)
         labels += sorted({entry["label"] for entry in annotations if not entry["iscrowd"]})
         offsets.append(len(labels))
-    logger.info(
-        "data.train.repeat_threshold: read the classes of %s images in %.1f s",
-        f"{len(rows):,}", time.perf_counter() - start,
-    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    logger.info(f"{option}: read the classes of {len(rows):,} images in {seconds:.1f} s")
     return np.array(labels, np.int64), np.array(offsets)
 
 
@@ -192,9 +190,9 @@ def _subset(
     chosen = rows[np.isin(shards.index["image_id"][rows], ids)]
     if len(chosen) < len(ids):
         logger.info(
-            "data.train.subset.ids: %d of the %d images have no objects and are left out",
-            len(ids) - len(chosen), len(ids),
-        )  # fmt: skip
+            f"data.train.subset.ids: {len(ids) - len(chosen)} of the {len(ids)} images have no "
+            "objects and are left out"
+        )
     return chosen
 
 
@@ -202,8 +200,8 @@ def _read_ids(path: Path, numbers: Mapping[str, int]) -> NDArray[np.int64]:
     """Return the image ids that a file lists; ``ShardError`` if it is no such list.
 
     Args:
-        path: of the file.
-        numbers: of the images whose own ids are strings, which the file may list.
+        path: a JSON list, or ids between blanks or line ends.
+        numbers: ids of the images whose own ids are strings, which the file may list.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -211,13 +209,13 @@ def _read_ids(path: Path, numbers: Mapping[str, int]) -> NDArray[np.int64]:
         ids = np.array([numbers.get(value) or int(value) for value in values], np.int64)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ShardError(
-            f"data.train.subset.ids: {path} is no list of image ids ({error}). Write a JSON list, "
-            f"or numbers between blanks or line ends."
+            f"data.train.subset.ids: {path} is not a list of image ids ({error}). Write a JSON "
+            f"list, or numbers separated by blanks or line ends."
         ) from error
     unique, counts = np.unique(ids, return_counts=True)
     if not len(ids) or (counts > 1).any():
         twice = f"the image {unique[counts > 1][0]} more than once" if len(ids) else "no image"
-        raise ShardError(f"data.train.subset.ids: {path} lists {twice}. Mend the list.")
+        raise ShardError(f"data.train.subset.ids: {path} lists {twice}. Correct the list.")
     return unique
 
 

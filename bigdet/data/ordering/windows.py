@@ -2,8 +2,8 @@
 
 Per (seed, phase, pass) the shards are permuted, and within each shard its runs of 64 consecutive
 samples. This sequence is cut into one span per lane, equally long but for one sample, and each span
-into windows, within which all is shuffled. So a lane reads at a time what a window touches: one or
-two shards where they are larger than windows, in runs; and leaves a shard for the rest of the pass.
+into windows, within which all samples are shuffled. So a lane reads only what a window touches: one
+or two shards if they are larger than windows, in runs, to which it does not return in the pass.
 
 Letters: P entries of a pass, L lanes.
 """
@@ -23,7 +23,7 @@ RUN_SAMPLES = 64
 
 @dataclass(frozen=True)
 class Windows:
-    """What the order ``windowed`` goes by.
+    """What the order ``windowed`` depends on.
 
     Attributes:
         shards: ``(N,)`` the shard of each sample.

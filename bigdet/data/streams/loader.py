@@ -1,10 +1,10 @@
-"""Loader processes: read groups ahead of the training process, in order, and die with it.
+"""Loader processes: read groups ahead of the training process, in order, and end with it.
 
-What the processes read is the caller's function; this file knows of processes, signals, errors and
-shared memory. Start method is fork, by choice: a start takes milliseconds and the index stays
-shared, where spawn and forkserver would import the whole command again in each process, seconds
-each. It is safe here, as the children run one thread, never touch CUDA or the process group, and
-call nothing that a thread of the parent may hold a lock of.
+The caller's function reads; this file is about processes, signals, errors and shared memory. The
+start method is fork, by choice: a start takes milliseconds and the index stays shared, while spawn
+and forkserver would import the whole command again in each process, which takes seconds. It is safe
+here, because the children run one thread, never use CUDA or the process group, and call nothing
+whose lock a thread of the parent may hold.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Key = TypeVar("Key")
 Read = Callable[[Key, Allocate], PackedGroup]
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-"""What asks a run to stop; launchers send it to loader processes too, which must go on."""
+"""Signals that ask a run to stop; launchers send them to loader processes too, to no effect."""
 
-PREFETCHED_GROUPS = 2  # per process: begun or ready, not yet asked for
-TRIM_GROUPS = 200  # a process gives memory that it does not use back after so many
-STOP_SECONDS = 10  # what a process gets to finish its group before it is killed
+PREFETCHED_GROUPS = 2  # per process: being read or ready
+TRIM_GROUPS = 200  # after so many, a process returns unused memory to the system
+STOP_SECONDS = 10  # for a process to finish its group before it is killed
 
 
 class _Reads(Dataset[Any], Generic[Key]):
-    """A function as torch's DataLoader wants it, which hands over through shared memory.
+    """A function as torch's DataLoader needs it, with results in shared memory.
 
-    A ``ShardError`` is handed over, not raised: raised in a loader process it would come out
-    wrapped in two tracebacks.
+    A ``ShardError`` is returned, not raised: from a loader process it would arrive wrapped in two
+    tracebacks.
     """
 
     def __init__(self, read: Read[Key], slots: Slots | None) -> None:
@@ -71,20 +71,15 @@ class Loader(Generic[Key]):
     """An iterator over ``read(key, ...)`` for each key in order, read ahead by processes.
 
     Args:
-        read: makes a group in memory that it asks for; a function of the key and of nothing that
+        read: makes the group of a key, in memory from its second argument; depends on nothing that
             changes.
         keys: may be endless.
         workers: processes; 0 reads in this one, when asked.
-        group_bytes: what a group usually takes at most; a larger one travels more slowly.
+        group_bytes: estimate of the largest group; a larger one is passed on more slowly.
     """
 
     def __init__(
-        self,
-        read: Read[Key],
-        keys: Iterable[Key],
-        *,
-        workers: int,
-        group_bytes: int,
+        self, read: Read[Key], keys: Iterable[Key], *, workers: int, group_bytes: int
     ) -> None:
         # One more than are read ahead: the one that is being copied out.
         per_worker = PREFETCHED_GROUPS + 1
@@ -95,17 +90,17 @@ class Loader(Generic[Key]):
                 sampler=keys,
                 batch_size=None,  # a key is a whole group
                 num_workers=workers,
-                collate_fn=_as_it_is,
+                collate_fn=lambda item: item,
                 prefetch_factor=PREFETCHED_GROUPS if workers else None,
                 worker_init_fn=_begin_worker,
                 multiprocessing_context="fork" if workers else None,
-                generator=torch.Generator(),  # for its seed; else from the global one
+                generator=torch.Generator(),  # for its seed, instead of the global one
             )
         _give_back_free_memory()
         before = set(multiprocessing.active_children())
         self._items: list[Iterator[Any]] = [_start(loader)]
         processes = set(multiprocessing.active_children()) - before
-        # Also at exit, before multiprocessing waits for children that do not heed its SIGTERM.
+        # Also at exit, before multiprocessing waits for children, which ignore its SIGTERM.
         self._finalizer = weakref.finalize(self, _stop, self._items, processes)
 
     def __iter__(self) -> Iterator[PackedGroup]:
@@ -137,10 +132,10 @@ class Loader(Generic[Key]):
 
 @contextlib.contextmanager
 def _no_advice() -> Iterator[None]:
-    """Keep Python and torch from warning of what is meant.
+    """Silence warnings of Python and torch about what is intended.
 
     Python 3.12 and later warn of any fork of a process with threads; torch, at every start, of more
-    processes than cores, which the stream says in one line.
+    processes than cores, which the stream logs in one line.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -149,7 +144,7 @@ def _no_advice() -> Iterator[None]:
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Fork the processes, with stop signals held back until each has said that it ignores them."""
+    """Fork the processes, with stop signals blocked until each process ignores them."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with _no_advice():
@@ -164,27 +159,23 @@ def _give_back_free_memory() -> None:
     The C library keeps up to twice the largest array ever freed: the order of 1.75 million samples
     leaves 30 MB. And images of many sizes leave gaps: up to 170 MB after some thousand of 800x1333.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need it not
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has and needs it
     if trim is not None:
         trim(0)
 
 
 def _begin_worker(_: int) -> None:
-    """Ignore what asks a run to stop; torch itself limits the process to one thread."""
+    """Ignore stop signals; torch itself limits the process to one thread."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    gc.freeze()  # never look through what the parent left, hundreds of thousands of objects
+    gc.freeze()  # never scan what the parent left, hundreds of thousands of objects
 
 
 def _stop(items: list[Iterator[Any]], processes: set[Any]) -> None:
-    """End the processes: dropping torch's iterator asks them to, and what stays is killed."""
+    """End the processes: dropping torch's iterator asks them to, and those that stay are killed."""
     items.clear()
     for process in processes:
         process.join(STOP_SECONDS)
         if process.is_alive():
             process.kill()
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

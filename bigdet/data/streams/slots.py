@@ -1,10 +1,10 @@
 """Memory that loader processes and the training process share, used over and over.
 
-Torch hands over each tensor in a shared file of its own: made, mapped by both, thrown away. The
-faults of new pages and the passing of file descriptors take 0.8 ms per image of 448x448 where
-reading, decoding and resizing it take 3 (measured on 2 virtual cores). Here the memory is mapped
-once, before the fork, and the processes pass numbers. A group is made where it is handed over: to
-make it elsewhere and copy it costs 0.2 ms per image of 448x448 and 0.3 of 800x1333.
+Torch passes each tensor in a new shared file: made, mapped by both, thrown away. The faults of new
+pages and the passing of file descriptors take 0.8 ms per image of 448x448, while reading, decoding
+and resizing it takes 3 (measured on 2 virtual cores). Here the memory is mapped once, before the
+fork, and the processes pass numbers. A group is made right in this memory: making it elsewhere and
+copying it takes 0.2 ms per image of 448x448 and 0.3 of 800x1333.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bigdet.data.examples.collate import PackedGroup, fresh_memory
 
-_ALIGNMENT = 64  # bytes; also the room for the stamp
+_ALIGNMENT = 64  # bytes; also the size of the place for the stamp
 _TENSORS = ("images", "floats", "integers", "bytes")
 
 
@@ -29,13 +29,13 @@ Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a group lies.
+    """The place of a group in shared memory.
 
     Attributes:
         slot: number of the slot.
-        stamp: number of the group among those of its process, which the slot carries too.
-        layouts: of each tensor.
-        notes: of the group.
+        stamp: number of the group among those of its process, also written into the slot.
+        layouts: one for each tensor.
+        notes: those of the ``PackedGroup``.
     """
 
     slot: int
@@ -47,13 +47,13 @@ class Stored:
 class Slots:
     """A ring of slots for each loader process; made before the processes are forked.
 
-    A slot is written again when ``per_worker`` more groups are begun. The caller sees to it that
-    the group has been taken by then; its stamp tells.
+    A slot is written again when ``per_worker`` more groups are begun. The caller makes sure that
+    the group has been taken by then; the stamp verifies it.
 
     Args:
         workers: number of processes.
         per_worker: slots of each.
-        group_bytes: room for the tensors of a group.
+        group_bytes: space for the tensors of a group.
     """
 
     def __init__(self, workers: int, per_worker: int, group_bytes: int) -> None:
@@ -74,7 +74,7 @@ class Slots:
         self._free = _ALIGNMENT
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """Return memory of the slot, or ordinary memory where its room does not suffice."""
+        """Return memory of the slot, or ordinary memory if the slot has too little left."""
         if self._free + num_bytes > self._slot_bytes:
             return fresh_memory(num_bytes)
         start = self._slot * self._slot_bytes + self._free
@@ -82,11 +82,11 @@ class Slots:
         return self._memory[start : start + num_bytes]
 
     def store(self, group: PackedGroup) -> Stored | PackedGroup:
-        """Say where the group that was begun lies; if the room did not suffice, a copy of it."""
+        """Return the place of the group that was begun, or a copy of it if it did not fit."""
         tensors = [getattr(group, name) for name in _TENSORS]
         first = self._memory.data_ptr() + self._slot * self._slot_bytes
         starts = [tensor.data_ptr() - first for tensor in tensors]
-        # An empty tensor lies nowhere.
+        # An empty tensor has no place.
         is_inside = [
             not tensor.numel() or 0 <= start < self._slot_bytes
             for tensor, start in zip(tensors, starts, strict=True)

@@ -1,12 +1,13 @@
-"""The batches of training and of evaluation: which, in which order, read by whom.
+"""The batches of training and of evaluation.
 
 ``TrainStream`` is endless, starts at any step, and gives every group of images the same ids,
-pixels and seed whatever the number of ranks and loader processes (``order.py`` says which group
-is whose). ``EvalStream`` gives every image once.
+pixels and seed whatever the number of ranks and loader processes (``ordering/groups.py`` says which
+rank gets which group). ``EvalStream`` gives every image once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -43,7 +44,7 @@ from bigdet.structures import Batch
 logger = logging.getLogger(__name__)
 
 LISTED_DAMAGES = 20
-"""Damaged samples that the message of a run that stops for them names."""
+"""Damaged samples that are named when a run stops because of them."""
 
 
 class TrainStream:
@@ -52,7 +53,7 @@ class TrainStream:
     Attributes:
         damages: samples that this rank found damaged and replaced, by row.
         damaged: their number by kind.
-        dropped_boxes: boxes, so far, that a random crop left nothing of.
+        dropped_boxes: boxes so far of which a random crop left nothing.
     """
 
     def __init__(
@@ -69,19 +70,19 @@ class TrainStream:
         world_size: int,
         first_step: int = 0,
     ) -> None:
-        """Work out the order; nothing is read and no process started before iteration.
+        """Compute the order; nothing is read and no process started before iteration.
 
         Args:
             shards: the training set.
             data: which of its images in which order, how many damaged ones may be replaced before
-                iteration raises, and the loader processes, 0 of which read in this process. Its
-                folders are not looked at.
-            phase: how the images are seen, and how many of them a batch and a step have.
-            name: of the phase; another name is another order.
-            with_masks: give the targets' masks.
-            with_keypoints: give the targets' keypoints.
-            seed: of the run.
-            rank: this process.
+                iteration raises, and the number of loader processes (0 reads in this process). Its
+                paths are ignored.
+            phase: resize, augmentation, images per batch and per step.
+            name: that of the phase; another name is another order.
+            with_masks: targets have masks.
+            with_keypoints: targets have keypoints.
+            seed: that of the run.
+            rank: from 0.
             world_size: number of ranks.
             first_step: finished steps of this phase; iteration starts with the next one.
         """
@@ -89,7 +90,7 @@ class TrainStream:
         images_per_step = phase.images_per_step or world_size * images_per_gpu
         if images_per_step % images_per_gpu:
             raise ValueError(
-                f"phases.{name}.images_per_step: {images_per_step} is no multiple of "
+                f"phases.{name}.images_per_step: {images_per_step} is not a multiple of "
                 f"images_per_gpu, {images_per_gpu}. Change one of them."
             )
         selection = select(shards, data.train)
@@ -105,8 +106,8 @@ class TrainStream:
         )
         if order.num_entries < images_per_step:
             raise ValueError(
-                f"phase {name}: the training set has {order.num_entries} samples to offer, one "
-                f"step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu})."
+                f"phase {name}: the training set has {order.num_entries} samples that can be used, "
+                f"one step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu})."
                 f"{left_out(shards, data.train)} Lower phases.{name}.images_per_step or "
                 f"images_per_gpu, use fewer ranks, or more data."
             )
@@ -146,19 +147,17 @@ class TrainStream:
         self.close()
         order = self._groups.order
         logger.info(
-            "phase %s: %s of %s images, %s samples in a pass of %s steps, order %s",
-            self._state["phase"], f"{self._state['samples']:,}", f"{len(self._groups.shards):,}",
-            f"{order.num_entries:,}", f"{order.steps_per_pass:,}", order.name,
-        )  # fmt: skip
-        if self._workers > (cores := num_cpus()):
-            logger.info("data.workers: %d loader processes for each rank, on %d cores",
-                        self._workers, cores)  # fmt: skip
+            f"phase {self._state['phase']}: {self._state['samples']:,} of "
+            f"{len(self._groups.shards):,} images, {order.num_entries:,} samples in a pass of "
+            f"{order.steps_per_pass:,} steps, order {order.name}"
+        )
+        if (workers := self._workers) > (cores := num_cpus()):
+            logger.info(f"data.workers: {workers} loader processes for each rank, on {cores} cores")
         order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
+        steps = itertools.count(self._first_step + 1)
+        keys = ((step, lane) for step in steps for lane in self.lanes)
         self._loader = Loader(
-            self._groups.read,
-            _Keys(self._first_step, self.lanes),
-            workers=self._workers,
-            group_bytes=self._group_bytes,
+            self._groups.read, keys, workers=self._workers, group_bytes=self._group_bytes
         )
         for packed in self._loader:
             self._note(packed)
@@ -195,7 +194,7 @@ class TrainStream:
         return self._groups.order.lane_images(step)
 
     def state(self) -> dict[str, Any]:
-        """Return what a number of finished steps is relative to, for a checkpoint."""
+        """Return what a number of finished steps depends on, for a checkpoint."""
         return dict(self._state)
 
     def check_state(self, saved: dict[str, Any]) -> None:
@@ -208,7 +207,7 @@ class TrainStream:
         if wrong:
             raise ValueError(
                 f"phase {self._state['phase']}: the checkpoint was written on another data stream: "
-                f"{'; '.join(wrong)}. Go on with the data, their order, seed, images_per_gpu and "
+                f"{'; '.join(wrong)}. Continue with the data, order, seed, images_per_gpu and "
                 "images_per_step of the checkpoint (ranks and workers may change), or start a new "
                 "run in another output folder."
             )
@@ -237,13 +236,9 @@ class TrainStream:
 def too_damaged(
     address: str, num_damaged: Mapping[str, int], limit: int, messages: Iterable[str]
 ) -> str:
-    """Return the error of a training set with too many damaged samples.
+    """Return the error of a training set with more damaged samples than ``data.train.max_damaged``.
 
-    Args:
-        address: of the set.
-        num_damaged: samples by kind of damage.
-        limit: ``data.train.max_damaged``.
-        messages: one for each sample; the first ones are listed.
+    ``num_damaged`` counts them by kind; of ``messages``, one for each, the first ones are listed.
     """
     listed = "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
     return (
@@ -251,18 +246,6 @@ def too_damaged(
         f"({num_damaged}), data.train.max_damaged allows {limit}. Repair the shards or raise the "
         f"limit; `bigdet check-shards` lists all that is damaged. The first ones:{listed}"
     )
-
-
-class _Keys:
-    """The endless (step, lane) of one rank; iterable from the start any number of times."""
-
-    def __init__(self, first_step: int, lanes: range) -> None:
-        self._first_step = first_step
-        self._lanes = lanes
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        steps = itertools.count(self._first_step + 1)
-        return ((step, lane) for step in steps for lane in self._lanes)
 
 
 class EvalStream:
@@ -283,13 +266,13 @@ class EvalStream:
         world_size: int,
         workers: int,
     ) -> None:
-        """Work out which images this rank gets.
+        """Decide which images this rank gets.
 
         Args:
             shards: the set; all of it is used.
             size_cap: short side and longest long side, pixels; None leaves images as they are.
             images_per_gpu: images of a batch.
-            rank: this process.
+            rank: from 0.
             world_size: number of ranks.
             workers: loader processes; 0 reads in this process.
         """
@@ -311,14 +294,11 @@ class EvalStream:
             workers=self._workers,
             group_bytes=group_bytes(self._rows.shape[1], self._largest(), with_masks=False),
         )
-        try:
-            for packed in loader:
-                yield unpack(packed)
-        finally:
-            loader.close()
+        with contextlib.closing(loader):
+            yield from map(unpack, loader)
 
     def _largest(self) -> tuple[int, int]:
-        """Return the short side and the longest long side of what is given out, pixels."""
+        """Return the short side and the longest long side of the images in batches, pixels."""
         if self._size_cap is not None:
             return self._size_cap
         sizes = self._shards.index[["height", "width"]].tolist()

@@ -21,7 +21,11 @@ NUM_STAGES = 5
 
 
 def build_backbone(
-    name: str, norm: Kind, drop_path: float, stride_in_1x1: bool = False
+    name: str,
+    norm: Kind,
+    drop_path: float,
+    stride_in_1x1: bool = False,
+    relative_positions: bool = False,
 ) -> Backbone:
     """Build a backbone with random weights.
 
@@ -31,12 +35,18 @@ def build_backbone(
         drop_path: highest rate of stochastic depth of a backbone with LayerNorm, in [0, 1); it
             grows linearly from 0 at the first block. A ResNet has none.
         stride_in_1x1: of a ResNet of bottlenecks.
+        relative_positions: of a ViT.
 
     Raises:
         ValueError: a user's own is not what ``backbone_base.Backbone`` asks for.
     """
     facts = backbone_facts(name)
-    options = {"norm": norm, "drop_path": drop_path, "stride_in_1x1": stride_in_1x1}
+    options = {
+        "norm": norm,
+        "drop_path": drop_path,
+        "stride_in_1x1": stride_in_1x1,
+        "relative_positions": relative_positions,
+    }
     heeded = {option: options[option] for option in facts.heeds}
     backbone = import_callable("model.backbone", facts.build)(**facts.sizes, **heeded)
     if facts.is_own:

@@ -4,7 +4,7 @@ Letters: P proposals of one image, S sampled regions of one image, N regions of 
 classes.
 
 The background is class K, the last. The first fully connected layer reads a region's features in
-the order height, width, channels, which is how they lie in memory. Weights of torchvision,
+the order height, width, channels, which is their order in memory. Weights of torchvision,
 detectron2 and mmdetection have the background first (torchvision) and read channels, height, width,
 so importing permutes the rows of the classifier and the columns of that layer.
 """
@@ -91,11 +91,11 @@ class BoxHead(Checkpointed):
         """Build for pooled features of ``width`` channels.
 
         Convolutions MSRA, fully connected layers Xavier, classes N(0, 0.01), deltas N(0, 0.001).
-        Without a pyramid the fully connected layers begin as MSRA's too (Kaiming normal, fan-in):
+        Without a pyramid the fully connected layers have MSRA weights too (Kaiming normal, fan-in):
         paper 1 gives such weights to all layers of VGG, which has no normalization.
 
         Args:
-            model: says which layers, how wide they are, and how regions are trained and found.
+            model: options of the layers, of training and of detection.
             norm: of the convolutions.
             width: channels of the convolutions.
             num_classes: K.
@@ -260,7 +260,7 @@ class BoxHead(Checkpointed):
     def refine(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, image_sizes: Tensor
     ) -> Proposals:
-        """Move the regions as their best class says: the proposals of another stage.
+        """Move the regions by the deltas of their best class, as proposals of the next stage.
 
         Args:
             logits: ``(N, K + 1)``, N = B x S.

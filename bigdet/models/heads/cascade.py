@@ -27,7 +27,7 @@ from bigdet.models.norms import valid_rows
 
 logger = logging.getLogger(__name__)
 
-ONE_HEAD, STAGES = "box_head.", "box_head.stages."  # how names of tensors begin
+ONE_HEAD, STAGES = "box_head.", "box_head.stages."  # first words of the names of tensors
 POSITIVE_IOU = (0.5, 0.6, 0.7)
 DELTA_WEIGHTS = ((10.0, 5.0), (20.0, 10.0), (30.0, 15.0))  # of shifts and scales
 NUM_STAGES = len(POSITIVE_IOU)
@@ -35,7 +35,7 @@ LOSS_WEIGHTS = (1.0, 0.5, 0.25)  # of the stages, in mmdetection
 
 
 class CascadeHead(nn.Module):
-    """Three box heads; each refines the regions of the one before and asks for more overlap."""
+    """Three box heads; each refines the regions of the one before and requires more overlap."""
 
     def __init__(self, make_head: Callable[..., BoxHead], config: CascadeConfig) -> None:
         """Build the stages.
@@ -111,7 +111,7 @@ class CascadeHead(nn.Module):
     ) -> Proposals:
         """Give the proposals of the next stage: all valid regions, moved.
 
-        Where it samples anew the objects' own boxes are left out, for they are added again.
+        If it samples again, the objects' own boxes are left out, because sampling adds them.
         """
         refined = stage.refine(logits, deltas, regions.boxes, image_sizes)
         is_valid = refined.is_valid & regions.is_valid
@@ -121,7 +121,7 @@ class CascadeHead(nn.Module):
         return Proposals(refined.boxes, is_valid)
 
     def _limited(self, regions: Regions) -> Regions:
-        """Keep as many positives of an image as a sample may have: all regions can become some."""
+        """Keep as many positives of an image as a sample may have: all regions may be positive."""
         config = self._stages()[0].config
         limit = int(config.rois_per_image * config.positive_fraction)
         is_among_first = regions.is_positive.cumsum(dim=1) <= limit
@@ -167,7 +167,7 @@ def spread_over_stages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """Hands a tensor on as it is, and its gradient back times a factor."""
+    """Passes a tensor on unchanged, and multiplies its gradient by a factor."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Detections of a group of images before they are handed out, and which of them are.
+"""Detections of a group of images, and the choice of those that are reported.
 
 Letters: D detections of all images.
 """
@@ -6,7 +6,7 @@ Letters: D detections of all images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,10 @@ class FlatDetections:
 
 
 class EvalSettings(Protocol):
-    """The options that every detector has for its detections."""
+    """The options that every detector has for its detections.
+
+    Those of bigdet's have ``nms`` (``hard``, ``linear`` or ``gaussian``) and ``nms_sigma`` too.
+    """
 
     @property
     def score_threshold(self) -> float:
@@ -50,20 +53,8 @@ class EvalSettings(Protocol):
         """At most this many detections are reported per image."""
 
 
-class SoftNms(Protocol):
-    """Options of soft-NMS, which the settings of a detector may have as ``soft_nms``."""
-
-    @property
-    def kind(self) -> Literal["linear", "gaussian"]:
-        """How scores fall with the overlap."""
-
-    @property
-    def sigma(self) -> float:
-        """For ``gaussian``."""
-
-
 def _cut(candidates: FlatDetections, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut boxes ``(D, 4)`` at their images; also tell which are left with a size, ``(D,)``."""
+    """Cut boxes ``(D, 4)`` at their images; also return which still have an area, ``(D,)``."""
     boxes = clip_boxes(candidates.boxes, image_sizes[candidates.images])
     return boxes, boxes.isfinite().all(-1) & (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(-1)
 
@@ -100,13 +91,13 @@ def best_detections(
     num_images = len(image_sizes)
     usable_scores = torch.where(is_usable, scores, -torch.inf)
     groups, num_groups = images * num_classes + labels, num_images * num_classes
-    soft: SoftNms | None = getattr(config, "soft_nms", None)  # a user's own settings may lack it
-    if soft is None:
+    kind = getattr(config, "nms", "hard")  # settings of a user's own detector may lack it
+    if kind == "hard":
         kept = grouped_nms(boxes, usable_scores, groups, num_groups, config.nms_iou)
     else:
         scores = soft_nms(
-            boxes, usable_scores, groups, num_groups, soft.kind, config.nms_iou, soft.sigma,
-            config.detections_per_image,
+            boxes, usable_scores, groups, num_groups, kind, config.nms_iou,
+            config.nms_sigma, config.detections_per_image,
         )  # fmt: skip
         kept = scores > config.score_threshold
     rows = kept.nonzero().squeeze(1)

@@ -98,7 +98,7 @@ class KeypointHead(Checkpointed):
     def losses(self, logits: Tensor, regions: Positives, keypoints: Tensor) -> dict[str, Tensor]:
         """Give the mean cross entropy, over a grid's cells, of the keypoints that can be learned.
 
-        It is 0 where there are fewer of them than the option ``min_visible`` asks for.
+        It is 0 if there are fewer than ``min_visible`` of them.
 
         Args:
             logits: ``(N, K, 56, 56)``.

@@ -13,7 +13,7 @@ from torch import Tensor
 from bigdet.models.heads.box import Regions
 
 BUCKET, CPU_BUCKET = 32, 8
-"""On a CPU time goes with the slots, so that fewer of them are wasted."""
+"""On a CPU the time grows with the slots, so a smaller bucket wastes less."""
 
 
 def pad_to_bucket(count: int, device: torch.device) -> int:

@@ -32,7 +32,7 @@ PRIOR = 0.01  # probability of every class at the start, so that the background 
 
 @dataclass(frozen=True)
 class RetinaPredictions:
-    """What the head says about every anchor.
+    """The head's predictions for every anchor.
 
     Attributes:
         logits: ``(B, A_l, K)`` of each level: views of what the convolution gave, in its type.

@@ -29,7 +29,7 @@ DELTA_WEIGHTS = (1.0, 1.0)  # of shifts and scales
 
 @dataclass(frozen=True)
 class AnchorPredictions:
-    """What the network says about every anchor.
+    """The network's predictions for every anchor.
 
     Attributes:
         logits: ``(B, A)`` of holding an object.
@@ -54,7 +54,7 @@ class Proposals:
 
     Attributes:
         boxes: ``(B, P, 4)``, cut at the images.
-        is_valid: ``(B, P)`` bool; False in empty slots, which stand last.
+        is_valid: ``(B, P)`` bool; False in empty slots, which come last.
     """
 
     boxes: Tensor
@@ -64,8 +64,8 @@ class Proposals:
 class RegionProposals(nn.Module):
     """3x3 convolutions, shared by the levels, then logits and deltas of the anchors.
 
-    Never with normalization, whatever the rest has: Detectron's baselines with GN have it in
-    backbone, FPN and the other heads alone.
+    They never have a normalization: Detectron's baselines with GN have it in the backbone, the FPN
+    and the other heads only.
     """
 
     def __init__(
@@ -75,12 +75,11 @@ class RegionProposals(nn.Module):
         conventions: Conventions,
         has_levels: bool = True,
         detector: str = "faster_rcnn",
-        num_convs: int = 1,
     ) -> None:
         """Build for features of ``width`` channels; weights N(0, 0.01), biases 0.
 
-        The anchor sizes are those of a pyramid's levels, or without levels all of one map. How many
-        proposals are made follows from the detector where the config does not say it.
+        The anchor sizes are those of a pyramid's levels, or without levels all of one map. The
+        number of proposals follows from the detector where the config does not set it.
         """
         super().__init__()
         self.config = proposal_limits(config, detector)
@@ -93,7 +92,7 @@ class RegionProposals(nn.Module):
         num_shapes = len(cells[0])
         # A buffer, for it waits on the device: a copy at every step would stop the host.
         self.register_buffer("cells", torch.stack(cells).float(), persistent=False)
-        convs = [conv_norm(width, width, 3, "none", relu=True) for _ in range(num_convs)]
+        convs = [conv_norm(width, width, 3, "none", relu=True) for _ in range(config.num_convs)]
         self.conv, self.more_convs = convs[0], nn.Sequential(*convs[1:])
         self.objectness = nn.Conv2d(width, num_shapes, 1)
         self.deltas = nn.Conv2d(width, 4 * num_shapes, 1)
@@ -142,7 +141,7 @@ class RegionProposals(nn.Module):
         Args:
             predictions: of B images.
             image_sizes: ``(B, 2)`` height, width.
-            suppress: stands in for `grouped_nms` in an exported model.
+            suppress: replaces `grouped_nms` in an exported model.
         """
         config = self.config
         limit = config.train_proposals if self.training else config.test_proposals

@@ -53,7 +53,7 @@ def leaves(section, prefix=""):
             yield f"{prefix}{name}"
 
 
-def test_a_key_chooses_its_section_and_any_name_stands_for_a_phase():
+def test_a_key_chooses_its_section_and_any_name_matches_a_phase():
     text = describe_options("data.val")
     assert text.splitlines() == [
         "data.val:",

@@ -107,7 +107,7 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(caplog: pytest.LogC
     (message,) = caplog.messages
     for word in ("train_proposals=2000", "low_quality_iou=0.0", "crowd_coverage=0.7"):
         assert word in message
-    # Now the checkpoint has all options: the same command goes on again.
+    # Now the checkpoint has all options: the same command continues again.
     again = parse_config(dump_config(kept), "x")
     assert keep_former(config_of("r50_direct"), again).model == before.model
 

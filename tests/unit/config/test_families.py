@@ -138,7 +138,7 @@ def test_a_detector_that_does_not_fit_is_refused(nets: str, name: str, expected:
         build_detector(model(detector=f"{nets}:{name}", backbone="resnet10"), 2)
 
 
-def test_a_module_that_is_not_there_or_fails_is_told(tmp_path: Path, monkeypatch) -> None:
+def test_a_module_that_is_not_there_or_fails_is_reported(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "their_broken.py").write_text("x = 1\ny = x / 0\n")
     (tmp_path / "their_needy.py").write_text("import not_installed_here\n")

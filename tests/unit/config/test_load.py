@@ -108,7 +108,7 @@ def test_a_fragment_includes_nothing(experiment: Path):
         load_config(experiment)
 
 
-def test_a_file_that_is_not_there_is_told_with_the_nearest_and_with_who_includes_it(experiment):
+def test_a_file_that_is_not_there_is_reported_with_the_nearest_and_with_who_includes_it(experiment):
     folder = experiment.parent
     with pytest.raises(ConfigError, match=rf"no such config file; did you mean '{experiment}'\?"):
         load_config(folder / "experimnet.yaml")
@@ -128,7 +128,7 @@ def test_a_folder_and_a_sweep_are_no_config(experiment):
         load_config(folder / "sweep.yaml")
 
 
-def test_a_phase_that_does_not_exist_is_told_with_the_nearest(experiment):
+def test_a_phase_that_does_not_exist_is_reported_with_the_nearest(experiment):
     config = load_config(experiment)
     check_phase(config, "finetune")
     with pytest.raises(

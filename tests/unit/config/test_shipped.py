@@ -77,7 +77,7 @@ def test_a_shipped_sweep_finds_its_configs_and_so_does_a_local_one(elsewhere):
 
 
 @pytest.mark.parametrize("name", ["quikstart", "quikstart.yaml", "configs/quikstart.yaml"])
-def test_a_misspelled_name_is_told_with_the_nearest(name):
+def test_a_misspelled_name_is_reported_with_the_nearest(name):
     with pytest.raises(ConfigError, match=rf"^{name}: .*did you mean 'quickstart', which comes"):
         load_config(name)
     with pytest.raises(ConfigError, match="did you mean 'sweeps/small', which comes with bigdet"):

@@ -1,4 +1,4 @@
-"""A local HTTP server of a folder that answers parts of files, and fails as it is told."""
+"""A local HTTP server of a folder that serves parts of files, and fails on request."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ShardServer:
         self.stop()
 
     def stop(self) -> None:
-        """Answer nobody any more."""
+        """Stop answering."""
         if self._thread.is_alive():
             self.released.set()
             self._server.shutdown()

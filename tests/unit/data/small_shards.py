@@ -45,7 +45,7 @@ def write_set(
         options={},
     ) as writer:
         for row in range(num_shards * per_shard):
-            writer._limit = 0 if row % per_shard == 0 else 10**12  # bytes: begin a tar, or go on
+            writer._limit = 0 if row % per_shard == 0 else 10**12  # bytes: begin a tar, or continue
             image = (images or {}).get(row) or noise_jpeg(seed + row)
             writer.add(image, record_of(row + 1))
     shards = ShardSet(folder)

@@ -83,11 +83,11 @@ def test_of_many_classes_only_those_without_objects_are_named() -> None:
     ]
 
 
-def test_a_root_class_and_sets_with_nothing_are_told() -> None:
+def test_a_root_class_and_sets_with_nothing_are_reported() -> None:
     categories = [Category(0, "parts"), Category(1, "bolt", "parts"), Category(2, "Bolt", "parts")]
     assert ClassCounts(categories, [0, 2, 2], [0, 0, 0]).warnings("learned") == [
         "1 of 3 classes (parts: a group of other classes) has no object at all",
-        "categories 1 ('bolt') and 2 ('Bolt') have the same name, capitals and blanks aside; where "
+        "categories 1 ('bolt') and 2 ('Bolt') have the same name except for case and blanks; where "
         "classes are matched by name they are one",
     ]
     one = categories[:1]
@@ -101,7 +101,7 @@ def test_a_root_class_and_sets_with_nothing_are_told() -> None:
 def test_why_images_are_left_out(shards: ShardSet) -> None:
     split = TrainSplitConfig(shards="x")
     assert left_out(shards, split) == (  # images 2 and 3
-        " 2 of 3 images have no object that is not crowd; data.train.keep_empty=true takes them."
+        " 2 of 3 images have no object that is not crowd; data.train.keep_empty=true includes them."
     )
     assert left_out(shards, dataclasses.replace(split, keep_empty=True)) == ""
     shards.index = np.array(shards.index)
@@ -124,7 +124,7 @@ def test_labels_of_what_was_looked_for_follow_the_mix(tmp_path: Path) -> None:
     assert record["not_exhaustive_labels"] == [2]
 
 
-def test_boxes_that_leave_their_images_are_told(tmp_path: Path) -> None:
+def test_boxes_that_leave_their_images_are_reported(tmp_path: Path) -> None:
     trial = Trial(tmp_path)
     trial.picture("1.jpg")
     corners = [[1, 2, 7, 5], [5, 1, 8, 6], [1, 1, 2, 2]]  # as x0, y0, x1, y1 in 8 x 6 pixels

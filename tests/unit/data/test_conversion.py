@@ -122,7 +122,7 @@ def test_after_a_kill_finished_shards_stay_and_the_set_becomes_the_same(
     data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    # The third image of the fifth shard takes for ever: a named pipe that nobody writes to.
+    # The third image of the fifth shard takes forever: a named pipe that nothing writes to.
     script = (
         "import sys, time; from bigdet.data.making.sources import coco; read = coco.read_image\n"
         "def slow(path, *rest):\n"
@@ -219,7 +219,7 @@ def test_parts_at_an_address_are_merged_there(data: Path, whole: dict[str, bytes
     files.rm("/parted", recursive=True)
 
 
-def test_a_full_disk_is_one_message_and_the_rest_goes_on_later(
+def test_a_full_disk_is_one_message_and_the_rest_continues_later(
     data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     limited = ["bash", "-c", 'ulimit -f 700; exec "$@"', "-"]  # KB a file may have

@@ -1,4 +1,4 @@
-"""Every kind of damage, counted exactly: what is lost is told, what is not lost is used."""
+"""Every kind of damage, counted exactly: what is lost is reported, what is not lost is used."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_wrong_crc_in_the_index_is_refused_and_in_an_old_set_loses_its_sample(
     index = np.load(folder / "index.npy")
     index["crc32"][4] ^= 1
     np.save(folder / "index.npy", index)
-    with pytest.raises(ShardError, match=r"index\.npy: its SHA-256 is not that of manifest\.json"):
+    with pytest.raises(ShardError, match=r"index\.npy: its SHA-256 is not that in manifest\.json"):
         ShardSet(folder)
     forget_hashes(folder)
     damaged, seen = damage_of_a_pass(ShardSet(folder))

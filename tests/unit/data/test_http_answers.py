@@ -103,7 +103,7 @@ def test_a_server_says_when_to_come_again(
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.npy", "000000.tar"])
 @pytest.mark.parametrize("mode", ["shards", "ranges"])
-def test_a_login_page_is_told_with_its_address_at_once(
+def test_a_login_page_is_reported_with_its_address_at_once(
     server: Server, cache, monkeypatch, name: str, mode: str
 ):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: pytest.fail("it waits"))
@@ -117,32 +117,32 @@ def test_a_login_page_is_told_with_its_address_at_once(
     )
 
 
-def test_a_redirection_to_a_login_page_is_told(server: Server, cache):
+def test_a_redirection_to_a_login_page_is_reported(server: Server, cache):
     where = f"{server.address}/login"
     server.planned["manifest.json"] = [(302, {"Location": f"{where}?next=%2Fdata"}, b"")]
     server.planned["login"] = [(200, {}, b"<html><body>who are you?</body></html>")]
     with pytest.raises(ShardError) as caught:
         ShardSet(server.address, cache=cache)
     assert (
-        f"{server.address}/manifest.json: there is a web page at {where}, where the server led to, "
-        "instead of the file;" in str(caught.value)
+        f"{server.address}/manifest.json: there is a web page at {where}, where the server "
+        "redirected to, instead of the file;" in str(caught.value)
     )
 
 
-def test_a_page_that_comes_through_a_command_is_told(server: Server, cache, tmp_path: Path):
+def test_a_page_that_comes_through_a_command_is_reported(server: Server, cache, tmp_path: Path):
     (tmp_path / "page").write_bytes(PAGE)
     with pytest.raises(ShardError, match=r"there is a web page \('Please sign in'\)"):
         ShardSet(f"pipe:cat {tmp_path}/page # {{}}", cache=cache)
 
 
-def test_an_answer_that_is_no_manifest_is_told_with_its_address(server: Server, cache):
+def test_an_answer_that_is_no_manifest_is_reported_with_its_address(server: Server, cache):
     server.planned["manifest.json"] = [(200, {}, b'{"error": "not logged in"}')]
-    with pytest.raises(ShardError, match=rf"^{server.address}: of what was fetched .*KeyError"):
+    with pytest.raises(ShardError, match=rf"^{server.address}: in the files fetched .*KeyError"):
         ShardSet(server.address, cache=cache)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.npy"])
-def test_pages_that_somebody_saved_are_told_too(server: Server, tmp_path: Path, name: str):
+def test_pages_that_somebody_saved_are_reported_too(server: Server, tmp_path: Path, name: str):
     shutil.copytree(tmp_path / "set", tmp_path / "copied")
     (tmp_path / "copied" / name).write_bytes(PAGE)
     with pytest.raises(ShardError, match=rf"copied/{name}: not the .*there is a web page"):

@@ -108,7 +108,7 @@ def test_samples_that_cannot_be_used_are_left_out_with_one_line_each(tmp_path: P
         ("gif", "the image is not JPEG, PNG or WebP"),
         ("size", "the image is 6 x 8 pixels, its record says (6, 9)"),
         ("mask", "annotation 1: segmentation is neither polygons nor RLE of (6, 8)"),
-        ("points", "annotation 1: has keypoints, its category names none"),
+        ("points", "annotation 1: has keypoints, but its category has none"),
         ("text", lines[11]["skipped"]),
         ("two", "not one image (jpg, jpeg, png, webp) and one json"),
         ("same", "two members end in .jpg"),
@@ -146,12 +146,12 @@ def test_a_segmentation_of_nothing_is_no_mask(tmp_path: Path, mask: Any) -> None
     assert read_ground_truth(shards, True, False).has_mask.tolist() == [False, True]
 
 
-def test_members_that_are_not_adjacent_are_told_with_what_to_do(tmp_path: Path) -> None:
+def test_members_that_are_not_adjacent_are_reported_with_what_to_do(tmp_path: Path) -> None:
     (image, text), whole = sample("x", record_of(1)), sample("y", record_of(2))
     write_tar(tmp_path / "a.tar", [image, *whole, text, ("z.jpg", JPEG)])
     assert index_shards(tmp_path, CATEGORIES).images == 1
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    apart = "its image and its json are not adjacent in the tar: pack it anew with tar --sort=name"
+    apart = "its image and its json are not adjacent in the tar: pack it again with tar --sort=name"
     assert [(line["key"], line["skipped"]) for line in lines] == [
         ("x", apart),
         ("x", apart),
@@ -159,7 +159,7 @@ def test_members_that_are_not_adjacent_are_told_with_what_to_do(tmp_path: Path) 
     ]
 
 
-def test_suffixes_come_in_any_case_and_beside_others(tmp_path: Path) -> None:
+def test_suffixes_come_in_any_case_and_next_to_others(tmp_path: Path) -> None:
     text = json.dumps(record_of(1)).encode()
     members = [
         ("1.JPEG", JPEG),
@@ -228,7 +228,7 @@ def test_what_is_no_set_of_tars_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"not one sample can be used; the first: .*readme"):
         index_shards(tmp_path, CATEGORIES)
     write_tar(tmp_path / "a.tar", sample("x", record_of(7)) + sample("y", record_of(7)))
-    with pytest.raises(ShardError, match="1 image ids that more than one sample has: 7"):
+    with pytest.raises(ShardError, match="1 image ids are used by more than one sample: 7"):
         index_shards(tmp_path, CATEGORIES)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ShardError, match=r"has manifest\.json already"):
@@ -242,7 +242,7 @@ def test_what_is_no_set_of_tars_is_an_error(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ('{"a": 1}', "no list of categories"),
         ('[{"id": "1", "name": "x"}]', "category 0 is .*, expected an object with an integer id"),
-        ('[{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]', "id 1 stands there twice"),
+        ('[{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]', "id 1 occurs twice"),
         ('[{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]', r"the same name \('x': ids 1, 2\)"),
     ],
 )
@@ -289,7 +289,7 @@ def test_fields_that_would_be_misread_leave_a_sample_out(tmp_path: Path) -> None
         "annotation 1 has ignore set, which shards write as iscrowd: 1",
         "has neg_category_ids, which shards have by label, as negative_labels and "
         "not_exhaustive_labels",
-        "its boxes lie within 0 to 1: relative coordinates, expected pixels",
+        "its boxes are within 0 to 1: relative coordinates, expected pixels",
         "negative_labels is [2], expected labels of 2 classes",
         "source_id is 7, expected a string",
     ]
@@ -354,7 +354,7 @@ def test_json_that_readers_of_shards_refuse_is_left_out(tmp_path: Path, text: by
     assert list(check_shards(tmp_path)) == []
 
 
-def test_names_with_several_dots_are_told(tmp_path: Path) -> None:
+def test_names_with_several_dots_are_reported(tmp_path: Path) -> None:
     members = [*sample("1", record_of(1)), *sample("a_jpg.rf.12", record_of(2))]
     write_tar(tmp_path / "a.tar", members)
     (reason,) = index_shards(tmp_path, CATEGORIES).skipped
@@ -363,7 +363,7 @@ def test_names_with_several_dots_are_told(tmp_path: Path) -> None:
     )
 
 
-def test_keypoints_in_parts_of_the_image_are_told(tmp_path: Path) -> None:
+def test_keypoints_in_parts_of_the_image_are_reported(tmp_path: Path) -> None:
     categories = [Category(1, "dog", keypoints=["nose"]), Category(2, "cat", keypoints=["nose"])]
     right, relative = {"keypoints": [2, 3, 2]}, {"keypoints": [0.25, 0.5, 2]}
     members = [*sample("1", record_of(1, **right)), *sample("2", record_of(2, **relative))]

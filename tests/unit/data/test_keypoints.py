@@ -82,7 +82,7 @@ def test_keypoints_that_cannot_be_used_are_counted(trial: Trial) -> None:
 @pytest.mark.parametrize(
     ("person", "message"),
     [
-        ({"id": 2, "name": "person"}, "category 2 is 'person', and not so in"),
+        ({"id": 2, "name": "person"}, "category 2 is 'person', but not in"),
         ({"id": 2, "name": "bicycle"}, "no category has keypoints"),
         ({**PERSON, "keypoints": "nose"}, "keypoints is 'nose', expected a list of names"),
     ],
@@ -155,7 +155,7 @@ def test_classes_without_keypoints_do_not_matter_in_old_sets_either() -> None:
 
 
 @pytest.mark.parametrize("visibility", [3, 0.97, -1])
-def test_a_visibility_of_another_kind_is_told(trial: Trial, visibility: float) -> None:
+def test_a_visibility_of_another_kind_is_reported(trial: Trial, visibility: float) -> None:
     shards = convert(trial, [box_of(1, keypoints=[*POINTS[:5], visibility, 0, 0, 0])])
     reason = "keypoints dropped: a visibility is not 0, 1 or 2"
     assert shards.manifest.changed == {reason: 1}

@@ -1,4 +1,4 @@
-"""A loader process that the system kills: told as that, on whatever line training is then."""
+"""A loader process that the system kills: reported as that, wherever training is then."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def dies(key: int, allocate: Allocate) -> PackedGroup:
 
 
 @pytest.mark.parametrize(("key", "found"), [(0, "Killed"), (1, "Segmentation fault")])
-def test_who_waits_for_data_is_told_of_memory_and_workers(key: int, found: str):
+def test_who_waits_for_data_is_warned_of_memory_and_workers(key: int, found: str):
     loader = Loader(dies, [key], workers=1, group_bytes=1000)
     with pytest.raises(ShardError) as caught:
         next(loader)
@@ -27,7 +27,7 @@ def test_who_waits_for_data_is_told_of_memory_and_workers(key: int, found: str):
     assert found in message
     assert ("when the memory of the host or of the job is full" in message) == (key == 0)
     assert "Lower data.workers" in message
-    assert "The same command goes on from the newest checkpoint" in message
+    assert "The same command continues from the newest checkpoint" in message
     assert "\n" not in message
     loader.close()
 

@@ -91,7 +91,7 @@ def test_image_ids_that_are_text_keep_their_number_if_all_have_one(trial: Trial)
     assert shards.manifest.options["image_ids"] == "strings"
 
 
-def test_ids_that_are_numbers_beside_names_are_kept_as_text(trial: Trial) -> None:
+def test_ids_that_are_numbers_mixed_with_names_are_kept_as_text(trial: Trial) -> None:
     trial.picture("b.jpg")
     images = [image_of("b"), image_of(1)]  # image 1 becomes number 2
     boxes = [box_of(1, image_id="b"), box_of(2, image_id=1)]
@@ -124,7 +124,7 @@ def test_a_subset_may_list_the_names(trial: Trial, tmp_path: Path) -> None:
 
 def test_a_name_given_to_two_images_is_an_error(trial: Trial) -> None:
     images = [image_of("a", file_name="1.jpg"), image_of("a", file_name="2.jpg")]
-    with pytest.raises(ShardError, match="1 image ids that stand there more than once: a"):
+    with pytest.raises(ShardError, match="1 image ids that occur more than once: a"):
         trial.convert(images, [])
 
 
@@ -134,7 +134,7 @@ def test_annotation_ids_that_are_missing_or_shared_are_numbered(trial: Trial) ->
     shards = trial.convert(images, [box_of(0, 2), box_of(0, 1), box_of(0, 2, area=5)])
     ids = [[entry["id"] for entry in shards.record(row)["annotations"]] for row in (0, 1)]
     assert ids == [[2], [1, 3]]
-    assert shards.manifest.changed == {f"{reason}: some are of several annotations": 1}
+    assert shards.manifest.changed == {f"{reason}: some are shared": 1}
 
 
 def test_annotation_ids_that_are_no_numbers_are_numbered(trial: Trial) -> None:
@@ -144,7 +144,7 @@ def test_annotation_ids_that_are_no_numbers_are_numbered(trial: Trial) -> None:
 
 
 def test_keypoints_are_not_matched_by_ids_that_were_made_up(trial: Trial) -> None:
-    with pytest.raises(ShardError, match=r"a\.json: the annotations have no ids of their own"):
+    with pytest.raises(ShardError, match=r"a\.json: the annotations have no unique ids"):
         trial.convert([image_of(1), image_of(2)], [box_of(0), box_of(0, 2)], keypoints=trial.file)
 
 
@@ -218,7 +218,7 @@ def test_a_box_that_is_turned_becomes_the_one_around_it(trial: Trial) -> None:
     found = [entry["bbox"] for entry in shards.record(0)["annotations"]]
     assert found == [[3, 1, 2, 4], [1.77, 1.13, 4.46, 3.73], *[[2, 2, 4, 2]] * 3]
     assert [entry["area"] for entry in shards.record(0)["annotations"]] == [8] * 5
-    reason = "box made to surround one that is turned (attributes.rotation)"
+    reason = "rotated box replaced by the upright one around it (attributes.rotation)"
     assert shards.manifest.changed == {reason: 2}
 
 
@@ -265,7 +265,7 @@ def test_a_relative_mask_of_a_box_in_pixels_is_dropped(trial: Trial) -> None:
 
 def test_relative_coordinates_are_an_error(trial: Trial) -> None:
     boxes = [box_of(1, bbox=["0.25", "0.5", 0.5, 0.5]), box_of(2, bbox=[0, 0, 1, 0.75])]
-    with pytest.raises(ShardError, match=r"all 2 boxes lie within 0 to 1, .* relative coordinates"):
+    with pytest.raises(ShardError, match=r"all 2 boxes are within 0 to 1, .* relative coordinates"):
         trial.convert([image_of(1)], boxes)
     trial.assert_nothing_is_left()
     assert trial.convert([image_of(1)], [*boxes, box_of(3)]).manifest.instances == 3

@@ -1,4 +1,4 @@
-"""Segmentations to bitmaps, by hand and beside pycocotools."""
+"""Segmentations to bitmaps, by hand and against pycocotools."""
 
 from __future__ import annotations
 

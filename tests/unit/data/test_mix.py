@@ -1,4 +1,4 @@
-"""Several sets as one: rows, labels by name, what is told when categories do not fit."""
+"""Several sets as one: rows, labels by name, what is reported when categories do not fit."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_rows_of_a_mix_are_those_of_its_sets_with_labels_by_name(shapes_shards, 
     assert val.index_hash() == ShardSet(shapes_shards / "val").index_hash()
 
 
-def test_a_mix_goes_through_pickle_and_its_hash_tells_the_sets(shapes_shards, other_set):
+def test_a_mix_goes_through_pickle_and_its_hash_identifies_the_sets(shapes_shards, other_set):
     folder = other_set(NAMES)
     mix, _ = open_sets(config(shapes_shards / "train", [folder], shapes_shards / "val"))
     again = pickle.loads(pickle.dumps(mix))
@@ -94,12 +94,12 @@ def test_a_mix_goes_through_pickle_and_its_hash_tells_the_sets(shapes_shards, ot
     assert mix.read(20) == again.read(20)
 
 
-def test_classes_that_a_set_does_not_know_are_told(shapes_shards, other_set, caplog):
+def test_classes_that_a_set_does_not_know_are_reported(shapes_shards, other_set, caplog):
     folder = other_set(["star", "circle", "hexagon", "square"])
     with caplog.at_level(logging.WARNING):
         open_sets(config(shapes_shards / "train", [folder], shapes_shards / "val"))
     first, second = [record.getMessage() for record in caplog.records]
-    assert "train does not know 1 of the 5 classes" in first
+    assert "train does not have 1 of the 5 classes" in first
     assert first.endswith("hexagon")
     assert second.endswith("triangle")
 

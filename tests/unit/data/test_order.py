@@ -59,7 +59,7 @@ def test_images_of_a_lane_are_its_slots_that_are_not_masked():
 
 
 def test_the_permutation_fills_steps_before_pooling():
-    # In the last step, which no pool touches, the permutation stands as drawn.
+    # In the last step, which no pool touches, the permutation stays as drawn.
     order = make(30, images_per_gpu=2, num_lanes=2, seed=5)  # 8 steps of 4, 2 masked
     drawn = permutation("order", 5, "train", 0, count=30)
     samples, _ = pass_of(order)
@@ -96,7 +96,7 @@ def test_samples_of_equal_shape_keep_the_order_that_was_drawn():
 
 
 def test_the_order_is_final():
-    # Written down once: a checkpoint of any version goes on with this order.
+    # Written down once: a checkpoint of any version continues with this order.
     order = make(23, images_per_gpu=2, num_lanes=2, seed=7, phase="pretrain")
     samples, weights = pass_of(order, pass_number=1)
     assert samples.reshape(6, 4).tolist() == [

@@ -174,7 +174,7 @@ def test_images_recorded_as_stored_are_seen_as_stored_whatever_the_option(tmp_pa
     manifest = convert_coco(tmp_path / "images", file, tmp_path / "out")
     assert manifest is not None
     assert (manifest.changed[STORED], manifest.changed[SHOWN_BY_OPTION]) == (1, 1)
-    # Turned counterclockwise (x, y) lies at (y, 96 - x): y 96 - 8 - 30 = 58.
+    # Turned counterclockwise (x, y) is at (y, 96 - x): y 96 - 8 - 30 = 58.
     assert red_box(pixels_of(ShardSet(tmp_path / "out"), 0)) == [6, 58, 18, 30]
     warning = exif_warning(manifest.changed)
     assert warning is not None

@@ -119,7 +119,7 @@ def test_values_that_fill_a_part_of_16_bits_are_counted_with_what_to_do(
     assert shards.manifest.changed == ({reason: 2} if factor else {})
 
 
-def test_numbers_of_no_known_range_are_told(tmp_path):
+def test_numbers_of_no_known_range_are_reported(tmp_path):
     deep, real = Image.new("I", SIZE[::-1], 70_000), Image.new("F", SIZE[::-1], 0.5)
     files = {"a.tif": encode(deep, "TIFF"), "b.tif": encode(real, "TIFF")}
     with pytest.raises(ShardError, match="2 x not decodable"):

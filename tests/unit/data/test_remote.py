@@ -1,4 +1,4 @@
-"""Shard sets at an address: whatever the network does, the bytes are right, or a message tells."""
+"""Shard sets at an address: whatever the network does, bytes are right, or a message says why."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_without_its_server_a_run_stops_with_one_message_that_names_the_shard(
     assert shards.read(1) == local.read(1)  # of the shard that is there
 
 
-def test_a_set_that_is_not_there_is_told_at_once(local, cache, tmp_path):
+def test_a_set_that_is_not_there_is_reported_at_once(local, cache, tmp_path):
     with ShardServer(local.folder) as server:
         with pytest.raises(ShardError, match=r"/nowhere: manifest and .* the server answers 404"):
             ShardSet(f"{server.address}/nowhere", cache=cache)
@@ -191,7 +191,7 @@ def test_a_shard_that_a_process_has_open_is_not_deleted(local, cache, caplog):
         assert server.requests["000000.tar"] == 1
         third = ShardSet(server.address, cache=config)
         third.read(10 * PER_SHARD)  # while two others are in use
-        assert "in use at a time, data.cache.gib allows" in caplog.text
+        assert "in use at once, data.cache.gib allows" in caplog.text
         for shards in (first, second, third):
             shards.close()
 
@@ -327,7 +327,7 @@ def test_a_leftover_of_another_shard_takes_no_room_for_long(local, cache):
     assert list(parts.glob("*.part")) == []
 
 
-def test_a_fetch_goes_on_where_the_connection_broke(local, cache):
+def test_a_fetch_continues_where_the_connection_broke(local, cache):
     shard = local.manifest.shards[0]
     with ShardServer(local.folder) as server:
         shards = ShardSet(server.address, cache=cache)
@@ -353,7 +353,7 @@ def test_ranges_fetch_the_runs_that_are_read_and_each_once(local, cache, monkeyp
         expected = [f"bytes={run * 4096}-{run * 4096 + 4095}" for run in runs]
         assert server.ranges["000000.tar"] == expected
         server.has_ranges = False
-        with pytest.raises(UnavailableShardError, match="the server gives no parts of files"):
+        with pytest.raises(UnavailableShardError, match="the server does not send parts of files"):
             shards.read(PER_SHARD)
 
 
@@ -442,7 +442,7 @@ def test_addresses_of_files_keep_queries_and_quote_names():
     assert shown("https://host/a/x.tar?key=1") == "https://host/a/x.tar"
 
 
-def test_retries_are_told_and_the_pauses_double(local, cache, monkeypatch, caplog):
+def test_retries_are_reported_and_the_pauses_double(local, cache, monkeypatch, caplog):
     monkeypatch.undo()
     pauses: list[float] = []
     monkeypatch.setenv("no_proxy", "127.0.0.1")

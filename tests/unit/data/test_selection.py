@@ -90,10 +90,10 @@ def test_a_subset_by_ids_leaves_out_empty_images(shards, tmp_path, form):
         ("123456789 1", "lists 1 images that"),
         ("1 2 1", "the image 1 more than once"),
         ("", "lists no image"),
-        ("one two", "no list of image ids"),
-        ('[{"id": 1}]', "no list of image ids"),
-        ("[1, 2", "no list of image ids"),
-        (None, "no list of image ids"),
+        ("one two", "not a list of image ids"),
+        ('[{"id": 1}]', "not a list of image ids"),
+        ("[1, 2", "not a list of image ids"),
+        (None, "not a list of image ids"),
     ],
 )
 def test_lists_of_ids_that_cannot_be_used_are_refused(shards, tmp_path, text, reason):

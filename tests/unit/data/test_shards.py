@@ -279,7 +279,7 @@ def test_a_tar_that_is_cut_is_refused_at_once_and_every_lost_sample_listed(folde
     assert places == ["000000.tar", "000000.tar 1099511627776"]
 
 
-def test_a_missing_tar_is_told_once(folder: Path) -> None:
+def test_a_missing_tar_is_reported_once(folder: Path) -> None:
     (folder / "000000.tar").unlink()
     with pytest.raises(ShardError, match=r"000000\.tar: the file is missing"):
         ShardSet(folder)
@@ -392,6 +392,16 @@ def test_a_folder_with_shards_is_never_written_to(tmp_path: Path, name: str) -> 
     with pytest.raises(ShardError, match=expected), writer_for(tmp_path):
         pass
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_a_folder_with_an_interrupted_conversion_is_left_alone(tmp_path: Path) -> None:
+    plan = tmp_path / UNFINISHED / "plan.json"
+    plan.parent.mkdir()
+    for path in (plan, tmp_path / "000000.tar"):
+        path.write_text("mine")
+    with pytest.raises(ShardError, match=r"has shards already \(000000"), writer_for(tmp_path):
+        pass
+    assert plan.read_text() == "mine"
 
 
 def test_what_the_index_cannot_hold_is_an_error(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_group_that_is_too_large_is_handed_over_as_it_is():
         large = store(slots, number, worker=0, num_values=2000)
         assert isinstance(large, PackedGroup)
         store(slots, 3, worker=0)
-        store(slots, 4, worker=0)  # into the slot in which the large group was begun
+        store(slots, 4, worker=0)  # into the slot in which the large group started
         assert_is(large, number, num_values=2000)
 
 

@@ -249,7 +249,7 @@ def test_images_whose_annotations_are_secret_come_without_any(trial: Trial) -> N
 @pytest.mark.parametrize(
     ("images", "annotations", "message"),
     [
-        ([image_of(1), image_of(1)], [], "1 image ids that stand there more than once: 1"),
+        ([image_of(1), image_of(1)], [], "1 image ids that occur more than once: 1"),
         ([image_of(1)], [box_of(4), box_of(4)], "1 annotation ids .* more than once: 4"),
         ([image_of(1)], [box_of(4, category_id=7)], "1 annotations of category ids .* not .*: 7"),
         ([image_of(-1), image_of(-5)], [], "2 image ids that are negative: -5, -1"),

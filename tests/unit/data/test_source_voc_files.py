@@ -153,7 +153,7 @@ def test_xml_files_are_found_by_other_capitals_and_accents(voc, tmp_path, stem, 
     }
 
 
-def test_xml_that_is_no_annotation_of_one_image_is_left_out_and_told(voc, tmp_path):
+def test_xml_that_is_no_annotation_of_one_image_is_left_out_and_reported(voc, tmp_path):
     # As a picture without objects it would teach that there is nothing on it.
     inner = "<annotation><object/></annotation>"
     for stem, text in (("b", "<svg><g/></svg>"), ("c", f"<all>{inner}{inner}</all>")):
@@ -173,7 +173,7 @@ def test_lone_accented_letters_are_not_taken_for_chinese(voc, tmp_path):
     assert [category.name for category in shards.categories] == ["pi\u00e8ce"]
 
 
-def test_boxes_that_count_from_0_are_told_in_words_of_voc(voc, tmp_path):
+def test_boxes_that_count_from_0_are_reported_in_words_of_voc(voc, tmp_path):
     change(voc, "<xmin>1<", "<xmin>0<")
     warning = box_warning(voc.convert(tmp_path / "out", "a").manifest)
     assert warning is not None
@@ -215,7 +215,7 @@ def test_lines_of_a_list_may_have_flags_suffixes_and_folders(voc):
     assert [line["changed"] for line in log.lines] == [reason] * 3
 
 
-def test_what_is_listed_twice_by_other_names_is_told(voc):
+def test_what_is_listed_twice_by_other_names_is_reported(voc):
     log = SampleLog()
     assert names_of(voc, b"a\na.jpg\n./a\n../a\nnone 1\n", log) == ["a", "../a", "none 1"]
     assert [line["skipped"] for line in log.lines] == ["listed twice"] * 2
@@ -230,7 +230,7 @@ def test_lists_come_in_other_encodings(voc, encoding):
     assert [line["changed"] for line in log.lines] == counted
 
 
-def test_text_without_a_mark_is_told_by_its_bytes():
+def test_text_without_a_mark_is_reported_by_its_bytes():
     assert decode_text("a b".encode("utf-16-be")) == ("a b", "utf-16-be")
     assert decode_text(b"\xff") == ("\xff", "latin-1")
     assert decode_text("\u3042".encode("shift_jis"), "shift_jis") == ("\u3042", "shift_jis")
@@ -256,7 +256,7 @@ def test_files_that_macos_adds_are_no_annotations(voc, tmp_path):
     assert [c.name for c in voc.convert(tmp_path / "out", "a").categories] == ["dog"]
 
 
-def test_the_reason_stands_in_the_error(voc, tmp_path):
+def test_the_reason_is_in_the_error(voc, tmp_path):
     change(voc, "</annotation>", "")
     first = (
         r"1 x annotation file not readable \(the first: file_name a, error no element found: .*\)"
@@ -269,7 +269,7 @@ def test_the_reason_stands_in_the_error(voc, tmp_path):
         voc.convert(tmp_path / "out", "a")
 
 
-def test_relative_coordinates_are_told(voc, tmp_path):
+def test_relative_coordinates_are_reported(voc, tmp_path):
     voc.add("a", object_of("dog", (0.1375, 0.1, 0.625, 0.6667)))
     with pytest.raises(ShardError, match="relative coordinates"):
         voc.convert(tmp_path / "out", "a")

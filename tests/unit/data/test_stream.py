@@ -119,7 +119,7 @@ def test_a_pass_shows_every_image_once_and_masked_slots_are_real_images(shards):
     ids = torch.cat([batch.image_ids for batch in batches])
     weights = torch.cat([batch.weights for batch in batches])
     assert sorted(ids[weights == 1].tolist()) == sorted(shards.index["image_id"].tolist())
-    assert weights[:12].all()  # masked slots stand in the last step alone
+    assert weights[:12].all()  # masked slots are in the last step only
     assert all(image.any() for batch in batches for image in batch.images)
 
 
@@ -165,7 +165,7 @@ def test_a_sample_that_comes_twice_in_a_pass_looks_different(shards):
 
 
 @pytest.mark.parametrize("first_step", [1, 2, 5])
-def test_a_stream_goes_on_from_any_step_on_another_number_of_ranks(shards, first_step):
+def test_a_stream_continues_from_any_step_on_another_number_of_ranks(shards, first_step):
     whole = take(open_stream(shards), first_step + 2)
     rest = {key: batch for key, batch in whole.items() if key[0] > first_step}
     found = {}
@@ -240,7 +240,7 @@ def test_no_global_generator_is_touched(shards):
 
 
 def test_a_set_smaller_than_a_step_is_refused(shards):
-    with pytest.raises(ValueError, match="16 samples to offer, one step needs 20"):
+    with pytest.raises(ValueError, match="16 samples that can be used, one step needs 20"):
         open_stream(shards, images_per_gpu=5, images_per_step=20)
 
 
@@ -329,7 +329,7 @@ def test_every_option_of_the_order_is_compared_with_a_checkpoint(shards, options
     changed.check_state(json.loads(json.dumps(changed.state())))
 
 
-def test_another_index_is_told(shards, shapes_shards):
+def test_another_index_is_reported(shards, shapes_shards):
     mix = MixedSet([shards, ShardSet(shapes_shards / "val")], shards.categories)
     with pytest.raises(ValueError, match="index was"):
         open_stream(mix).check_state(open_stream(shards).state())
@@ -455,8 +455,6 @@ def test_a_set_of_empty_images_says_why_they_are_left_out(shards):
     few = ShardSet(shards.folder)
     few.index = np.array(few.index)
     few.index["num_boxes"][3:] = 0
-    message = (
-        "has 3 samples to offer.* 13 of 16 images have no object that is not crowd; data.train"
-    )
-    with pytest.raises(ValueError, match=rf"{message}\.keep_empty=true"):
+    message = r"has 3 samples that can .* 13 of 16 images have no object that is not crowd; data"
+    with pytest.raises(ValueError, match=rf"{message}\.train\.keep_empty=true"):
         open_stream(few, keep_empty=False, images_per_gpu=4, images_per_step=8)

@@ -102,7 +102,7 @@ def test_advice_fits_the_reason():
     assert told.endswith(" Lower data.workers or --processes, or end other programs.")
 
 
-def test_a_tar_that_may_not_be_read_is_told_when_the_set_is_opened(shards, monkeypatch):
+def test_a_tar_that_may_not_be_read_is_reported_when_the_set_is_opened(shards, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("000001.tar"))
     with pytest.raises(UnavailableShardError, match=r"000001\.tar: cannot be read \(Permission"):
         ShardSet(shards.folder)
@@ -119,7 +119,7 @@ def test_memory_that_ends_while_an_image_is_decoded_is_no_damage(shards, monkeyp
     assert not stream.damages
 
 
-def test_check_shards_tells_the_reason_once_for_a_tar_and_goes_on(shards, monkeypatch):
+def test_check_shards_reports_the_reason_once_for_a_tar_and_continues(shards, monkeypatch):
     Failing(monkeypatch, "pread", errno.EACCES, 1)
     problems = list(check_shards(shards.folder))
     assert len(problems) == 1
@@ -127,10 +127,10 @@ def test_check_shards_tells_the_reason_once_for_a_tar_and_goes_on(shards, monkey
     assert "SHA-256" not in problems[0].what
 
 
-def test_index_shards_tells_the_reason_of_a_tar(tmp_path, monkeypatch):
+def test_index_shards_reports_the_reason_of_a_tar(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", sample("1", record_of(1)))
     failing = Failing(monkeypatch, "pread", errno.EIO, 10**6)
-    with pytest.raises(ShardError, match=r"a\.tar: cannot be read \(Input/output error\)\. See"):
+    with pytest.raises(ShardError, match=r"a\.tar: cannot be read \(Input/output error\)\. Check"):
         index_shards(tmp_path, CATEGORIES)
     assert failing.calls == 3
     monkeypatch.undo()

@@ -13,8 +13,8 @@ from bigdet.data.examples import views as views_module
 from bigdet.data.examples.views import (
     View,
     Views,
+    draw_size,
     draw_view,
-    resize_of_image,
     resize_of_step,
     whole_view,
 )
@@ -241,12 +241,12 @@ def test_the_short_side_of_a_step_is_drawn_for_all_its_lanes():
 def test_the_short_side_of_an_image_is_drawn_for_it_alone_where_asked_for():
     each = ResizeConfig(kind="short_side", size=800, size_range=(640, 800), draw="image")
     assert resize_of_step(each, 0, "train", 7) == each
-    drawn = [resize_of_image(each, 0, "train", 0, row) for row in range(1000)]
+    drawn = [draw_size(each, 0, "train", 0, row) for row in range(1000)]
     sizes = [resize.size for resize in drawn]
     assert (min(sizes), max(sizes)) == (640, 800)
     assert abs(sum(sizes) / 1000 - 720) < 6  # four deviations of the mean of a uniform draw
     assert {resize.cap for resize in drawn} == {1333}
-    assert resize_of_image(each, 0, "train", 0, 5) == drawn[5]
-    assert resize_of_image(each, 0, "train", 1, 5) != drawn[5]  # another pass
+    assert draw_size(each, 0, "train", 0, 5) == drawn[5]
+    assert draw_size(each, 0, "train", 1, 5) != drawn[5]  # another pass
     by_step = resize_of_step(replace(each, draw="step"), 0, "train", 7)
-    assert resize_of_image(by_step, 0, "train", 0, 5) == by_step
+    assert draw_size(by_step, 0, "train", 0, 5) == by_step

@@ -120,7 +120,7 @@ def test_a_lane_reads_few_shards_at_a_time():
 
 
 def test_the_order_is_final():
-    # Written down once: a checkpoint of any version goes on with this order.
+    # Written down once: a checkpoint of any version continues with this order.
     shards = np.array([0] * 9 + [1] * 9 + [2] * 5, np.uint32)
     order = Order(
         np.linspace(0.5, 2, 23),
@@ -165,7 +165,7 @@ def test_shards_need_not_be_in_the_order_of_the_rows():
 
 
 @pytest.mark.parametrize("lane", [0, 5])
-def test_what_is_upcoming_is_told_once_per_pool_and_covers_a_window_from_there(lane):
+def test_what_is_upcoming_is_reported_once_per_pool_and_covers_a_window_from_there(lane):
     order = make(3000, 4, 6, size=128)  # lanes of 500: 125 steps, the last pool of 12
     told = {step: order.upcoming(step, lane) for step in range(1, 251)}
     assert [step for step, samples in told.items() if samples is not None] == [

@@ -1,4 +1,4 @@
-"""Images with an EXIF orientation, whose red rectangle lies at ``BOX`` when they are shown."""
+"""Images with an EXIF orientation, whose red rectangle is at ``BOX`` when they are shown."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def turned_file(
 
 
 def red_box(pixels: np.ndarray) -> list[int]:
-    """Return where the red rectangle lies in ``(H, W, 3)`` pixels."""
+    """Return where the red rectangle is in ``(H, W, 3)`` pixels."""
     is_red = pixels[..., 0].astype(int) - pixels[..., 1] > 70
     columns, rows = np.flatnonzero(is_red.any(axis=0)), np.flatnonzero(is_red.any(axis=1))
     x, y = int(columns[0]), int(rows[0])

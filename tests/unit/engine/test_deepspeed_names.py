@@ -25,8 +25,12 @@ FLAT, SHARDED = DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3
 METHODS = [
     (FLAT, "_lazy_init_hp_params_optimizer_state"),
     (FLAT, "refresh_fp32_params"),
+    (FLAT, "update_lp_params"),
     (FLAT, "loss_scale"),
     (SHARDED, "get_param_id"),
+    (SHARDED, "checkpoint_event_prologue"),
+    (SHARDED, "checkpoint_event_epilogue"),
+    (SHARDED, "_reassign_or_swap_out_partitioned_parameters"),
     (SHARDED, "loss_scale"),
     (DeepSpeedEngine, "set_gradient_accumulation_boundary"),
     (DeepSpeedEngine, "get_global_grad_norm"),
@@ -43,6 +47,7 @@ SET_ON_SELF = [
     (SHARDED, "overflow"),
     (SHARDED, "fp32_partitioned_groups_flat"),
     (SHARDED, "grad_position"),
+    (SHARDED, "fp16_groups"),
 ]
 
 

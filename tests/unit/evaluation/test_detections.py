@@ -86,12 +86,12 @@ def test_only_what_is_measured_need_be_there(truth):
         (result(bbox=[[1, 2, 3, 4]]), "expected four numbers"),
         (result(image_id=2**70), "which none of the 2 images"),
         (result(segmentation=rle() | {"counts": rle()["counts"][:-1]}), "do not make an image"),
-        ({k: v for k, v in result().items() if k != "score"}, "has no score.*no results file"),
+        ({k: v for k, v in result().items() if k != "score"}, "has no score.*not a results file"),
         ({k: v for k, v in result().items() if k != "bbox"}, "has no bbox"),
         ([1, 2], r"found \[1, 2\], expected an object"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_number(truth, wrong, message):
+def test_what_is_wrong_is_reported_with_its_number(truth, wrong, message):
     with pytest.raises(ResultsError, match=f"^some.json: detection 3: .*{message}"):
         read_detections([result(), result(), wrong, result()], truth, KINDS, "some.json")
 
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_told_with_its_number(truth, wrong, message):
         ("", "not a readable JSON file"),
     ],
 )
-def test_files_that_are_no_results_are_told(tmp_path, text, message):
+def test_files_that_are_no_results_are_reported(tmp_path, text, message):
     (tmp_path / "some.json").write_text(text)
     with pytest.raises(ResultsError, match=f"some.json: {message}"):
         list(load_results(tmp_path / "some.json"))
@@ -113,7 +113,7 @@ def test_files_that_are_no_results_are_told(tmp_path, text, message):
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_files_read_in_parts_give_what_they_hold(tmp_path, monkeypatch, indent):
-    results = [  # what looks like the end of a detection stands in strings and inner lists too
+    results = [  # strings and inner lists contain what looks like the end of a detection
         {"image_id": n, "note": '}, {"\\', "extra": [{"a": 1}, {"b": [{}, {}]}], "score": n / 7}
         for n in range(50)
     ]

@@ -1,4 +1,4 @@
-"""How many detections of a class on an image count, and what is said where they are too few."""
+"""How many detections per class and image count, and the warnings if they are too few."""
 
 import dataclasses
 import json
@@ -67,18 +67,18 @@ def test_another_limit_than_cocos_is_named_in_the_numbers_and_in_the_table(dense
     assert more["max_detections"] == 300
     table = metrics_table(more, per_class=True)
     assert table.splitlines()[0].split()[-1] == "AR300"
-    assert table.endswith("\n\nup to 300 detections of a class on an image counted")
+    assert table.endswith("\n\nup to 300 detections per class and image counted")
     assert "counted" not in metrics_table(coco, per_class=True)
 
 
-def test_more_objects_than_are_counted_are_told_after_and_before(dense, results, caplog):
-    expected = "an image has 120 objects of the class cat, of which AP can find"
+def test_more_objects_than_are_counted_are_reported_after_and_before(dense, results, caplog):
+    expected = "an image has 120 objects of the class cat, but AP counts"
     config = load_config(CONFIG, ["evaluation.max_detections=110"])
     warn_at_start(config, dense)
     few, many = (record.getMessage() for record in caplog.records)
     assert few.startswith("evaluation.max_detections is 110, but the model gives 100 detections")
     assert "model.roi.detections_per_image" in few
-    assert f"{dense.address}: {expected} 110: raise evaluation.max_detections" in many
+    assert f"{dense.address}: {expected} 110 detections: raise evaluation.max_detections" in many
     caplog.clear()
     evaluate_detections(dense, results, ("bbox",))
     assert f"{expected} 100" in caplog.text

@@ -212,5 +212,5 @@ def test_only_what_was_looked_for_counts(convert):
 
 def test_other_rules_are_refused_for_a_federated_set(convert):
     shards = convert(lvis_form([[]], [{"negative_labels": [0], "not_exhaustive_labels": []}]))
-    with pytest.raises(ValueError, match=r"evaluation\.metric: found voc12.* as LVIS does"):
+    with pytest.raises(ValueError, match=r"evaluation\.metric: found voc12.* as in LVIS"):
         evaluation_kinds(shards, with_masks=True, with_keypoints=False, metric="voc12")

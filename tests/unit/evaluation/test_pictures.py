@@ -1,4 +1,4 @@
-"""Which images are drawn, and that what is drawn lies where it belongs."""
+"""Which images are drawn, and that all is drawn where it belongs."""
 
 import json
 

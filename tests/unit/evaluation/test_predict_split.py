@@ -90,7 +90,7 @@ def test_damaged_image_is_an_error_that_names_it(make_shards):
     assert oracle.training
 
 
-def test_progress_is_told_with_the_time_left(make_shards, monkeypatch, caplog):
+def test_progress_is_reported_with_the_time_left(make_shards, monkeypatch, caplog):
     monkeypatch.setattr(predict, "PROGRESS_SECONDS", 0.0)
     shards = make_shards(FIVE_IMAGES)
     with caplog.at_level(logging.INFO, "bigdet"):
@@ -147,7 +147,7 @@ def test_module_runs_in_the_precision_of_the_run_with_single_precision_weights(m
 
 
 def test_keypoints_are_counted_in_cocos_pixels():
-    # COCO's keypoint 0, 0 is the center of the first pixel, which lies at 0.5, 0.5.
+    # COCO's keypoint 0, 0 is the center of the first pixel, which is at 0.5, 0.5.
     found = Detections(
         torch.tensor([[1.0, 2.0, 4.0, 8.0]]),
         torch.tensor([0.5]),
@@ -172,7 +172,7 @@ def test_detections_of_a_diverged_model_are_left_out_and_counted(make_shards, ca
     assert "1 detections of this rank were not finite" in caplog.text
 
 
-def test_a_rank_that_has_no_image_yet_tells_no_progress(monkeypatch, caplog):
+def test_a_rank_that_has_no_image_yet_reports_no_progress(monkeypatch, caplog):
     monkeypatch.setattr(predict, "PROGRESS_SECONDS", -1.0)  # a slow machine: always due
     surplus = SimpleNamespace(weights=torch.zeros(1))
     predict._Collected([1], 8, SavedResults()).add(surplus, [None])

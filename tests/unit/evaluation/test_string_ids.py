@@ -53,7 +53,7 @@ def test_results_name_images_as_the_annotations_do(tmp_path, ids):
         evaluate_detections(shards, [found("b")], ("bbox",))
 
 
-def test_results_of_numbers_beside_names_are_of_the_images_with_these_ids(tmp_path):
+def test_results_of_numbers_mixed_with_names_are_of_the_images_with_these_ids(tmp_path):
     shards = make(tmp_path, "a", 2, 1)  # numbered 1, 2, 3
     results = list(with_own_ids([found(1), found(2.0), found("a")], shards))
     assert [result["image_id"] for result in results] == ["1", "2", "a"]
@@ -93,7 +93,7 @@ def test_numbers_stay_numbers(tmp_path):
     assert [one.source_id for one in list_inputs([str(tmp_path / "shards")])[0]] == [None, None]
 
 
-def test_a_set_with_nothing_to_find_is_told(make_shards, caplog):
+def test_a_set_with_nothing_to_find_is_reported(make_shards, caplog):
     with caplog.at_level(logging.WARNING):
         warn_of_nothing(
             make_shards([[{"id": 1, "label": 0, "bbox": BOX, "area": 1, "iscrowd": 1}]])

@@ -53,7 +53,7 @@ def test_anchors_of_several_sizes_go_by_ratio_first_as_torchvisions() -> None:
 
 
 def test_anchors_that_cross_the_border_of_their_image_by_hand() -> None:
-    # Images of 40 x 60 and 20 x 60 on one canvas. The first anchor lies in both, touching their
+    # Images of 40 x 60 and 20 x 60 on one canvas. The first anchor is inside both, touching their
     # left and upper edges, the second reaches 4 pixels above, the third ends at y = 25.
     anchors = torch.tensor(
         [[0.0, 0.0, 8.0, 20.0], [10.0, -4.0, 18.0, 4.0], [50.0, 5.0, 60.0, 25.0]]

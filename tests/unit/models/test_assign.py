@@ -124,8 +124,8 @@ def test_labels_of_anchors_equal_torchvisions_matcher() -> None:
 
 
 def test_labels_of_anchors_follow_the_reference_table() -> None:
-    # detectron2's test of its matcher: columns are anchors. The first and third are nobody's best
-    # and lie between or below the thresholds; the fourth is between, but the first object's best.
+    # detectron2's test of its matcher: columns are anchors. The first and third are no object's
+    # best and lie between or below the thresholds; the fourth is between, but object 1's best.
     table = torch.tensor([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
     is_best = (table == table.amax(dim=1, keepdim=True)).any(dim=0)
     labels = label_anchors(table.amax(dim=0)[None], is_best[None])

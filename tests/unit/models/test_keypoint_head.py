@@ -139,7 +139,7 @@ def peak_at(row: int, column: int) -> Tensor:
 
 def test_peaks_are_found_in_pixels_of_the_box() -> None:
     # A box of 56 x 112: cell (row 30, column 7) covers pixels 7 to 8 across and 60 to 62 down; of
-    # the two rows the bicubic hill is equally high in both, so the center lies in either.
+    # the two rows the bicubic hill is equally high in both, so the center may be in either.
     maps = torch.stack([peak_at(30, 7), peak_at(0, 55)])[None]
     found = find_keypoints(maps, torch.tensor([BOX], dtype=torch.float64))
     assert found.shape == (1, 2, 3)

@@ -266,7 +266,7 @@ def test_detections_of_a_retinanet_equal_torchvisions(model: tuple) -> None:
     for one, other in zip(found, expected_found, strict=True):
         assert len(other["boxes"]) > 10
         assert len(other["labels"].unique()) > 1
-        # torchvision also reports boxes beside the image, of which nothing is left.
+        # torchvision also reports boxes outside the image, of which nothing is left.
         is_real = (other["boxes"][:, 2:] > other["boxes"][:, :2]).all(dim=1)
         boxes, scores, labels = (other[key][is_real] for key in ("boxes", "scores", "labels"))
         torch.testing.assert_close(one.boxes, boxes.float(), rtol=1e-6, atol=1e-5)

@@ -54,7 +54,7 @@ def test_duplicates_of_other_levels_stay() -> None:
 def test_proposals_are_cut_at_their_image_and_empty_ones_dropped() -> None:
     predictions = predictions_of([A, C], [[0.0, 1.0], [0.0, 1.0]], [2])
     proposals = rpn_of().propose(predictions, torch.tensor([[64, 64], [5, 15]]))
-    # C begins at (20, 20): nothing of it lies in an image of 5 x 15.
+    # C begins at (20, 20): nothing of it is inside an image of 5 x 15.
     assert proposals.boxes[0].tolist() == [C, A]
     assert proposals.is_valid[1].tolist() == [True, False]
     assert proposals.boxes[1, 0].tolist() == [0.0, 0.0, 10.0, 5.0]

@@ -73,7 +73,7 @@ def test_size_is_that_of_the_evaluation_else_of_the_phase(tmp_path, phase, evalu
     assert load_detector(tmp_path / "model.safetensors").eval_size == size
 
 
-def test_a_run_folder_stands_for_its_final_weights_else_for_its_newest_checkpoint(tmp_path):
+def test_a_run_folder_means_its_final_weights_else_its_newest_checkpoint(tmp_path):
     run_dir = RunDir(tmp_path / "run")
     checkpoint = run_dir.checkpoint("pretrain", 2)
     save(RunDir(checkpoint).weights, make_detector())
@@ -114,7 +114,7 @@ def test_weights_without_our_metadata_are_one_clear_error(tmp_path):
         load_detector(path)
 
 
-def test_load_parts_loads_the_named_parts_alone_and_tells_what():
+def test_load_parts_loads_the_named_parts_alone_and_reports_them():
     detector, other = make_detector(0), make_detector(1)
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     rows = load_parts(detector, other.state_dict(), ["backbone", "fpn"], "elsewhere")

@@ -80,7 +80,7 @@ def test_a_mask_sampled_on_a_box_and_pasted_back_is_the_mask(number: int) -> Non
 
 def test_pasting_fills_exactly_the_pixels_whose_centers_lie_in_the_box() -> None:
     # Columns 2.4 to 5.6 hold the centers 2.5, 3.5, 4.5, 5.5; lines 1 to 3 hold 1.5 and 2.5. At
-    # the border a full mask falls off to one half, so only what lies further in is certain.
+    # the border a full mask falls off to one half, so only pixels further in are certain.
     mask = paste_mask(torch.ones(28, 28), torch.tensor([2.4, 1.0, 5.6, 3.0]), 6, 8)
     expected = torch.zeros(6, 8, dtype=torch.bool)
     expected[1:3, 2:6] = True

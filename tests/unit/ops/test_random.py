@@ -51,7 +51,7 @@ def test_permutation_of_nothing_is_empty():
 
 
 def test_permutation_is_fair():
-    # 4 numbers, 2000 keys: each stands first 500 times but for noise of sqrt(2000 * 3/16) = 19.
+    # 4 numbers, 2000 keys: each comes first 500 times, with noise of sqrt(2000 * 3/16) = 19.
     first = [int(permutation("fair", key, count=4)[0]) for key in range(2000)]
     assert all(abs(first.count(number) - 500) < 5 * 19 for number in range(4))
 

@@ -61,7 +61,7 @@ def test_the_best_of_equal_time_leads_by_more_than_the_noise(groups):
     )
 
 
-def test_one_seed_of_equal_time_tells_nothing_of_noise(tmp_path: Path):
+def test_one_seed_of_equal_time_says_nothing_about_noise(tmp_path: Path):
     folders = [write_run(tmp_path / "a", [0.1] * 5), write_run(tmp_path / "b", [0.2] * 5, OTHER)]
     groups = group_runs(read_runs(folders))
     assert budgets.budget_table(groups).rows[0] == [

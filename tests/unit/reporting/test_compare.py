@@ -64,7 +64,7 @@ def test_differences_are_held_against_the_noise_of_seeds(groups):
     assert table.rows[1] == ["slow", "mask AP", "10.0", "-5.5", "+-1.7", "more than noise"]
 
 
-def test_one_seed_tells_nothing_of_noise(tmp_path: Path):
+def test_one_seed_says_nothing_about_noise(tmp_path: Path):
     folders = [write_run(tmp_path / "a", [0.1] * 5), write_run(tmp_path / "b", [0.2] * 5, SLOW)]
     rows = compare.difference_table(group_runs(read_runs(folders))).rows
     assert rows[0] == ["b", "box AP", "20.0", "+10.0", "not known: one seed"]
@@ -129,10 +129,10 @@ def test_cost_at_equal_ap_with_what_was_imported(imports):
     row = next(row for row in table.rows if row[:2] == ["scratch", "imagenet's 20.0 box AP"])
     assert row[2:] == ["finetune 20", "1.00", "1.00", "0.33", "1.00", "0.17", "1.00", "1.00"]
     assert compare.equal_ap_sentences(imports)[:2] == [
-        "imagenet reaches scratch's 20.0 box AP at 0.40 of its GPU-hours (2.40 with what the "
-        "weights that they began with had cost).",
-        "scratch reaches imagenet's 20.0 box AP at 1.00 of its GPU-hours (0.33 with what the "
-        "weights that they began with had cost).",
+        "imagenet reaches scratch's 20.0 box AP at 0.40 of its GPU-hours (2.40 with the cost of "
+        "imported weights).",
+        "scratch reaches imagenet's 20.0 box AP at 1.00 of its GPU-hours (0.33 with the cost "
+        "of imported weights).",
     ]
 
 
@@ -185,9 +185,9 @@ def test_options_that_differ_between_groups_and_within(groups):
 def test_phases_and_what_runs_ran_on(groups):
     line = facts.run_table(groups).rows[0]
     assert line[:2] == ["fast", "mask_rcnn, resnet10"]
-    assert line[2].splitlines()[0] == "pretrain: 30 steps, 16 images a step, direct 96"
+    assert line[2].splitlines()[0] == "pretrain: 30 steps, 16 images per step, direct 96"
     words, table = facts.environment_table(groups)
-    assert words == "The same in all: ranks 2; device CPU; torch 2.15."
+    assert words == "The same in all runs: ranks 2; device CPU; torch 2.15."
     assert table.header == ["run", "starts", "last start"]
     assert table.rows[0] == ["fast-s0", "1", "2026-01-01 00:00 UTC"]
 

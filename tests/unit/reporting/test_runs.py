@@ -12,14 +12,14 @@ from bigdet.reporting.writing import write_report
 from tests.fake_runs import write_run
 
 
-def test_a_folder_that_is_no_run_is_told(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"absent: not a run: it is no folder"):
+def test_a_folder_that_is_no_run_is_reported(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"absent: not a run: it is not a folder"):
         read_runs([tmp_path / "absent"])
     with pytest.raises(ValueError, match=r"not a run: it has no config\.yaml.*output folder"):
         read_runs([tmp_path])
 
 
-def test_a_run_without_metrics_is_told(tmp_path: Path):
+def test_a_run_without_metrics_is_reported(tmp_path: Path):
     run = write_run(tmp_path / "a", [0.1])
     (run / "metrics.jsonl").write_text('{"phase": "pretrain", "st')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: has no line"):
@@ -29,7 +29,7 @@ def test_a_run_without_metrics_is_told(tmp_path: Path):
 def test_runs_measured_on_other_data_are_refused(tmp_path: Path):
     first, other = write_run(tmp_path / "a", [0.1]), write_run(tmp_path / "b", [0.1], objects=11)
     with pytest.raises(
-        ValueError, match=r"b: was measured on other data than .*a: objects of each"
+        ValueError, match=r"b: was evaluated on other data than .*a: objects of each"
     ):
         read_runs([first, other])
     file = other / "evaluation/pretrain-10.json"
@@ -47,7 +47,7 @@ def test_runs_measured_on_other_data_are_refused(tmp_path: Path):
 
 
 def test_a_report_names_how_many_detections_ap_counts(tmp_path: Path):
-    note = "AP counts up to 300 detections of a class on an image (evaluation.max_detections)"
+    note = "AP counts up to 300 detections per class and image (evaluation.max_detections)"
     for words in (["evaluation.max_detections=300"], []):
         groups = group_runs(read_runs([write_run(tmp_path / f"run{len(words)}", [0.1], *words)]))
         outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
@@ -55,7 +55,7 @@ def test_a_report_names_how_many_detections_ap_counts(tmp_path: Path):
             assert (note in file.read_text()) == bool(words)
 
 
-def test_metrics_of_another_config_are_told(tmp_path: Path):
+def test_metrics_of_another_config_are_reported(tmp_path: Path):
     run = write_run(tmp_path / "a", [0.1])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "train", "step": 1}\n')
@@ -91,7 +91,7 @@ def test_seeds_on_the_same_shards_are_one_group_however_these_are_written(
     assert [len(members) for members in groups.values()] == [3, 1]
 
 
-def test_an_ended_run_with_an_evaluation_unscored_is_told(
+def test_an_ended_run_with_an_evaluation_unscored_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     run = write_run(tmp_path / "a", [0.1, 0.2, 0.3, 0.4, 0.5])

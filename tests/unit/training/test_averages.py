@@ -70,7 +70,7 @@ def saved(meter: LossMeter) -> Interval:
     return RunState.from_json(json.loads(json.dumps(state.to_json()))).interval
 
 
-def test_a_run_that_goes_on_in_the_middle_of_a_line_gives_the_same_line_to_the_bit() -> None:
+def test_a_run_that_continues_in_the_middle_of_a_line_gives_the_same_line_to_the_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     steps = []
     for number in range(40):

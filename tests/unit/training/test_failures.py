@@ -21,7 +21,7 @@ def trainer(tmp_path: Path) -> SimpleNamespace:
     )
 
 
-def test_memory_that_is_full_is_told_with_shapes_and_what_to_lower(trainer: SimpleNamespace):
+def test_memory_that_is_full_is_reported_with_shapes_and_what_to_lower(trainer: SimpleNamespace):
     with pytest.raises(StepError) as caught, explained(trainer):
         torch.empty(1 << 60)  # more than any host has: fails for real
     message = str(caught.value)
@@ -34,7 +34,7 @@ def test_memory_that_is_full_is_told_with_shapes_and_what_to_lower(trainer: Simp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_rank_that_is_gone_is_told_and_a_bug_stays_a_bug(trainer: SimpleNamespace):
+def test_a_rank_that_is_gone_is_reported_and_a_bug_stays_a_bug(trainer: SimpleNamespace):
     lost = "[/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"
     with pytest.raises(StepError, match=r"step 7: .*lost the connection"), explained(trainer):
         raise RuntimeError(lost)

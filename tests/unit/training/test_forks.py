@@ -69,7 +69,7 @@ def start(config: RunConfig) -> tuple[Path, RunState]:
 @pytest.mark.parametrize(
     ("spelled", "is_old"), [("ABSOLUTE", False), *((each, True) for each in SPELLED)]
 )
-def test_the_best_stays_with_a_run_that_goes_on_however_its_folder_is_written(
+def test_the_best_stays_with_a_run_that_continues_however_its_folder_is_written(
     folder: Path, spelled: str, is_old: bool
 ) -> None:
     save("run", 4, is_old)
@@ -81,7 +81,7 @@ def test_the_best_stays_with_a_run_that_goes_on_however_its_folder_is_written(
     assert not is_fork(config_of("run", resume), checkpoint.load(found))
 
 
-def test_a_moved_run_goes_on_as_itself(folder: Path) -> None:
+def test_a_moved_run_continues_as_itself(folder: Path) -> None:
     (folder / "run").rename(folder / "moved")
     for word in ("moved", str(folder / "moved")):
         _, state = start(config_of(word, f"{word}/checkpoints/pretrain-4"))
@@ -118,7 +118,7 @@ def test_a_fork_leaves_the_best_behind_once(folder: Path) -> None:
     assert start(config_of("moved", "run/checkpoints/pretrain-4"))[1].best_ap == 0.5
 
 
-def test_a_fork_that_goes_on_with_auto_is_still_one_until_its_first_checkpoint(
+def test_a_fork_that_continues_with_auto_is_still_one_until_its_first_checkpoint(
     folder: Path,
 ) -> None:
     start(config_of("fork", "run/checkpoints/pretrain-4"))

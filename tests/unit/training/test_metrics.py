@@ -56,7 +56,7 @@ def test_costs_are_counted_by_phase_and_in_all():
     meter.sync(state, {}, 0)
     assert state.costs["pretrain"] == Cost(2, 4, 4, 4000, 3.0, 1.0, 7.0, None, 3.0, 6.0)
     counters = state.counters()
-    # 2 images, 2 objects that are not crowd and 2000 pixels a step; a CPU has no energy counter.
+    # 2 images, 2 objects that are not crowd and 2000 pixels per step; a CPU reports no energy.
     assert counters == {
         "seen/images": 6, "seen/instances": 6, "seen/pixels": 6000, "seen/gpu_seconds": 7.0,
         "cost/steps": 3, "cost/compute_gpu_seconds": 5.75, "cost/data_gpu_seconds": 1.25,

@@ -91,7 +91,7 @@ def test_statistics_before_weights_and_the_training_stream_do_not_matter_or_chan
     assert all(torch.equal(p, weights[name]) for name, p in detector.named_parameters())
     assert all(parameter.grad is None for parameter in detector.parameters())
     assert detector.training
-    after = [batch.image_ids.tolist() for batch in islice(batches, 4)]  # goes on where it was
+    after = [batch.image_ids.tolist() for batch in islice(batches, 4)]  # continues where it was
     _, other = parts(shapes_shards, "live")
     assert after == [other.read_group(4, lane).image_ids.tolist() for lane in range(4)]
 

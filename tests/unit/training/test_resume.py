@@ -8,6 +8,7 @@ import timm
 
 from bigdet.config.load import dump_config, load_config, parse_config
 from bigdet.config.rules import ConfigError
+from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.checkpoint import Checkpoint
@@ -94,7 +95,7 @@ def test_what_changes_the_training_is_named_with_both_values(
         settle_config(config, saved_by(*SIZES), Path("x"), shards)
 
 
-def test_a_run_from_before_some_options_goes_on_as_it_began(shards: ShardSet):
+def test_a_run_from_before_some_options_continues_as_it_began(shards: ShardSet):
     # Its checkpoint has a config without them, which meant an overlap of 0 and 70 % of a crowd.
     saved = saved_by(*SIZES)
     lines = saved.run["config"].splitlines()
@@ -260,7 +261,7 @@ def run_dir(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-def test_auto_goes_on_from_the_latest_and_never_refuses_it(run_dir: RunDir):
+def test_auto_continues_from_the_latest_and_never_refuses_it(run_dir: RunDir):
     newest = run_dir.checkpoint("pretrain", 5)
     assert find_checkpoint(load_config(CONFIG), run_dir) == newest
     assert find_checkpoint(load_config(CONFIG), RunDir(run_dir.root / "new")) is None
@@ -281,7 +282,7 @@ def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tm
         find_checkpoint(elsewhere, run_dir)
 
 
-def test_an_ended_run_goes_on_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
+def test_an_ended_run_continues_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
     config, newest = load_config(CONFIG), run_dir.checkpoint("pretrain", 5)
     run_dir.weights.touch()
     with pytest.raises(ConfigError, match="holds a finished run"):
@@ -307,19 +308,19 @@ def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDi
     assert find_checkpoint(config, run_dir) == newest
 
 
+def stream_of(shards: ShardSet, config: RunConfig, **more: int) -> TrainStream:
+    """The stream of ``pretrain`` on one rank."""
+    ranks = {"rank": 0, "world_size": 1}
+    phase = config.phases["pretrain"]
+    return TrainStream(
+        shards, config.data, phase, name="pretrain", with_masks=False, seed=0, **ranks, **more
+    )
+
+
 def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
     """Config, checkpoint and state of a run in ``pretrain``."""
     config = load_config(CONFIG, overrides)
-    stream = TrainStream(
-        shards,
-        config.data,
-        config.phases["pretrain"],
-        name="pretrain",
-        with_masks=False,
-        seed=0,
-        rank=0,
-        world_size=1,
-    )
+    stream = stream_of(shards, config)
     state = RunState("pretrain", step, stream=stream.state(), ranks=ranks)
     return Checkpoint(run={"config": dump_config(config)}), state, stream
 
@@ -327,7 +328,7 @@ def at_step(shards: ShardSet, step: int, ranks: int, *overrides: str):
 SMALL = ["data.train.keep_empty=true", "phases.pretrain.images_per_gpu=2"]
 
 
-def test_other_ranks_change_the_accumulation_and_are_told(
+def test_other_ranks_change_the_accumulation_and_are_reported(
     shards: ShardSet, caplog: pytest.LogCaptureFixture
 ):
     overrides = [*SMALL, "phases.pretrain.images_per_step=16"]
@@ -356,17 +357,7 @@ def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
     assert "step 6: 8 images per step instead of 4" in line
     assert "lr 0.002 instead of 0.001; pass 3 begins, the last 2 steps of the pass before" in line
     assert state.stream_shift == 4 - 6
-    stream = TrainStream(
-        shards,
-        config.data,
-        config.phases["pretrain"],
-        name="pretrain",
-        with_masks=False,
-        seed=0,
-        rank=0,
-        world_size=1,
-        first_step=state.step + state.stream_shift,
-    )
+    stream = stream_of(shards, config, first_step=state.step + state.stream_shift)
     stream.check_state(state.stream)
     ids = [i for step in (5, 6) for lane in range(4) for i in stream.group_ids(step, lane)]
     assert sorted(ids) == sorted(shards.index["image_id"])

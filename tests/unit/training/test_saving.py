@@ -1,4 +1,4 @@
-"""Saving beside training: what a step waits for, and what becomes of a save that fails."""
+"""Saving during training: what a step waits for, and what happens when a save fails."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def names(run_dir: RunDir) -> list[str]:
     return sorted(path.name for path in run_dir.checkpoints.iterdir())
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
+def test_training_continues_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
     saver: Saver, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, running = threading.Event(), []

@@ -1,4 +1,4 @@
-"""Evaluations scored beside training: what comes of them, and that no end of a run loses one."""
+"""Evaluations scored during training: their results, and that no end of a run loses one."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_detections_that_were_cut_short_are_not_scored(run: Fixed, change: str) 
 def test_the_numbers_are_written_down_when_they_are_there(run: Fixed) -> None:
     beside = run.scorer()
     beside.start(run.results())
-    run.state.step, run.state.total_steps = 31, 31  # training goes on
+    run.state.step, run.state.total_steps = 31, 31  # training continues
     assert run.state.unscored.step == 30
     collect(beside)
     expected = evaluate_detections(run.val_set, run.results(), ["bbox"])
@@ -215,7 +215,7 @@ def test_what_was_scored_after_the_checkpoint_counts_for_the_best(run: Fixed) ->
     assert len(run.lines()) == 1
 
 
-def test_detections_that_stayed_elsewhere_are_told(
+def test_detections_that_stayed_elsewhere_are_reported(
     run: Fixed, caplog: pytest.LogCaptureFixture
 ) -> None:
     beside = run.scorer()
@@ -227,7 +227,7 @@ def test_detections_that_stayed_elsewhere_are_told(
     assert "pretrain step 30: its detections are not in this run folder" in caplog.text
 
 
-def test_what_a_user_has_to_mend_ends_the_run_with_a_message(run: Fixed) -> None:
+def test_what_a_user_has_to_fix_ends_the_run_with_a_message(run: Fixed) -> None:
     beside = run.scorer()
     beside.start(run.results(category_id=77))
     with pytest.raises(ValueError, match=r"evaluation at pretrain step 30: .*77"):

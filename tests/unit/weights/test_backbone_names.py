@@ -7,16 +7,19 @@ import torch
 import torchvision
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 from torchvision.models import _utils as torchvision_utils
 
 from bigdet.config.model import ModelConfig
 from bigdet.models.backbones.build import build_backbone
+from bigdet.models.backbones.vit import ViT
 from bigdet.models.build import build_detector
 from bigdet.models.weights import load_parts
 from bigdet.weights.backbone_names import rename
 from bigdet.weights.pixel_order import warn_of_stride
 from bigdet.weights.published_backbones import (
+    _OWN,
     PUBLISHED,
     load_backbone_file,
     load_timm_backbone,
@@ -106,6 +109,24 @@ def test_torchvisions_vit_gives_torchvisions_blocks_and_positions_of_patches():
         patches = reference.conv_proj(images).flatten(2).transpose(1, 2)
         expected = patches + reference.encoder.pos_embedding[:, 1:]  # the first is the class's
         torch.testing.assert_close(backbone.patch_embed(images).flatten(1, 2), expected)
+
+
+def test_patches_of_14_pixels_become_16_as_in_timm():
+    # MAE's ViT-H has 16 x 16 patches of 14 pixels; the positions of its class token go.
+    sizes = {"embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0}
+    published = randomized(VisionTransformer(img_size=224, patch_size=14, **sizes))
+    nn.init.normal_(published.pos_embed)
+    backbone = ViT(48, 4, 3, 0.0, relative_positions=True).double()
+    tensors = rename(published.state_dict(), backbone)
+    missing, unexpected = backbone.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert all(_OWN.match(name) for name in missing)
+    assert sum(".rel_pos_" in name for name in missing) == 2 * 4
+    reference = VisionTransformer(img_size=224, patch_size=16, **sizes).double()
+    reference.load_state_dict(checkpoint_filter_fn(published.state_dict(), reference))
+    embedding = backbone.patch_embed
+    torch.testing.assert_close(embedding.proj.weight, reference.patch_embed.proj.weight)
+    torch.testing.assert_close(embedding.pos_embed, reference.pos_embed[:, 1:])
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
             path.write_bytes(pickle.dumps({"conv1_w": ARRAYS["plain"], "x": attack}, protocol))
             with pytest.raises(ValueError, match=r"a\.pkl: .*it asks for .*Nothing in it was run"):
                 read_tensors(path)
-    pickle.loads(pickle.dumps(attacks[0]))  # the attack works where nobody guards
+    pickle.loads(pickle.dumps(attacks[0]))  # the attack works where nothing guards
     assert trace.exists()
 
 

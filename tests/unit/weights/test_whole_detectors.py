@@ -379,7 +379,7 @@ def test_the_first_convolution_takes_our_images(small, mean, deviation, pixels, 
         from_framework(detector, state, "detectron2", None, "x.pkl")
 
 
-def test_what_would_be_computed_otherwise_is_told(small, caplog) -> None:
+def test_what_would_be_computed_otherwise_is_reported(small, caplog) -> None:
     state, detector = small
     with caplog.at_level(logging.WARNING, "bigdet"):
         from_framework(detector, state, "detectron2", "bgr", "x.pkl")

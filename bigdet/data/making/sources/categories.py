@@ -1,4 +1,4 @@
-"""Categories as annotation files and lists of them give them."""
+"""Categories, from annotation files and lists."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_categories(path: Path) -> list[Category]:
         entry["id"] = number
     twice = [value for value, n in Counter(entry["id"] for entry in entries).items() if n > 1]
     if twice:
-        raise ShardError(f"{path}: id {twice[0]!r} stands there twice. Correct the file.")
+        raise ShardError(f"{path}: id {twice[0]!r} occurs twice. Correct the file.")
     refuse_same_names(path, entries)
     notes: list[Json] = []
     # A manifest counts keypoints from 0 and has their pairs; COCO's files count from 1.
@@ -65,12 +65,7 @@ def load_categories(path: Path) -> list[Category]:
 
 
 def refuse_same_names(where: Path, entries: Sequence[Json]) -> None:
-    """Raise ``ShardError`` if two categories have one name, or names that look the same.
-
-    Args:
-        where: they are from, for the message.
-        entries: with ``id`` and ``name``.
-    """
+    """Raise ``ShardError`` if two categories have the same name, or names that look the same."""
     ids: dict[str, list[int]] = {}
     for entry in entries:
         ids.setdefault(" ".join(entry["name"].split()), []).append(entry["id"])
@@ -85,12 +80,9 @@ def refuse_same_names(where: Path, entries: Sequence[Json]) -> None:
 
 
 def make_category(where: Path, entry: Json, notes: list[Json]) -> Category:
-    """Return a category from its entry in COCO's form; ``ShardError`` if it has another.
+    """Return a category from its entry in COCO's form; ``ShardError`` if that is not valid.
 
-    Args:
-        where: it is from, for messages.
-        entry: with ``id`` and ``name``.
-        notes: gets what is left out, as a line for ``skipped.jsonl``.
+    What is left out is added to ``notes``, lines for ``skipped.jsonl``.
     """
     group, points, skeleton = (entry.get(key) for key in ("supercategory", "keypoints", "skeleton"))
     what = f"{where}: category {entry['id']} ({entry['name']})"
@@ -121,7 +113,7 @@ def make_category(where: Path, entry: Json, notes: list[Json]) -> Category:
 def flip_pairs(names: list[str]) -> list[list[int]]:
     """Return which keypoints change places in a mirrored image: ``left_eye`` and ``right_eye``.
 
-    Also ``Left Eye``, ``eyeLeft``, and ``L_eye``, where the letter has blanks or signs beside it.
+    Also ``Left Eye``, ``eyeLeft``, and ``L_eye``, where the letter has blanks or signs next to it.
     """
     places = {name.lower(): place for place, name in enumerate(names)}
     pairs = []
@@ -135,6 +127,6 @@ def flip_pairs(names: list[str]) -> list[list[int]]:
 
 
 def short_repr(value: Any) -> str:
-    """Return a value as a message shows it."""
+    """Return a value as messages show it, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

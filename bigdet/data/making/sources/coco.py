@@ -1,6 +1,6 @@
-"""COCO's annotation files, and Objects365's, with a folder of images: to shards.
+"""COCO's and Objects365's annotation files, with a folder of images, to shards.
 
-What contradicts itself as a whole (an id given twice, an unknown category) is an error. What is
+A file that contradicts itself (an id is used twice, a category is unknown) is an error. What is
 wrong with one image or one annotation is left out or clipped, counted in the manifest and listed
 in ``skipped.jsonl``.
 """
@@ -60,7 +60,7 @@ def convert_coco(
         categories: the classes in the order of the labels, found by name (on the command line a
             JSON list, annotation file or manifest.json of them); None takes those of the
             annotations by rising id.
-        making: how.
+        making: size of the tars, number of processes and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:
@@ -86,19 +86,19 @@ def convert_objects365(
     making: Making = DEFAULT_MAKING,
     progress: Progress = no_progress,
 ) -> Manifest | None:
-    """Write Objects365 (v1 or v2) as shards: COCO's form, but files lie elsewhere than named.
+    """Write Objects365 (v1 or v2) as shards: COCO's form, but files are not where they are named.
 
     ``images/v1/patch8/x.jpg`` may be ``patch8/x.jpg`` or ``x.jpg`` in the folder of the images.
 
     Args:
         images: folder of the patches.
         annotations: a file like ``zhiyuan_objv2_train.json``.
-        out: as of ``convert_coco``, like results and errors.
+        out: as for ``convert_coco``, like results and errors.
         categories: the classes in the order of the labels, found by name (on the command line a
             JSON list, annotation file or manifest.json of them); None takes those of the
             annotations by rising id.
-        making: the same.
-        progress: the same.
+        making: as for ``convert_coco``.
+        progress: likewise.
     """
     open_unused(out)  # before a file of 450 MB is read
     check_folder(images)
@@ -111,7 +111,7 @@ def in_order(coco: CocoFile, categories: list[Category] | None) -> CocoFile:
     """Return a file with its classes in the order of a list, matched by name as ``mix.py`` does.
 
     A class keeps the id that it has in the file, so that results fit the file; one that the file
-    lacks gets its own from the list, or a free one.
+    lacks gets that of the list, or a free one.
 
     Raises:
         ShardError: there are objects of a class that is not in the list.
@@ -153,7 +153,7 @@ class CocoSource:
         if any(entry.source_id is not None for entry in entries):
             options |= STRING_IDS
         self.info = SetInfo(coco.path.stem, kind, coco.categories, options, coco.federated)
-        # Records beyond the format are skipped later; here they must not overflow.
+        # What is too large for the format is skipped later; here it must not overflow.
         sides = np.array([(e.height, e.width) for e in entries]).clip(0, 2 * MAX_U2)  # (N, 2)
         self.pixels: NDArray[np.int64] = sides.prod(axis=1)
         self.long_sides: NDArray[np.int64] = sides.max(axis=1)
@@ -165,19 +165,19 @@ class CocoSource:
         self.fingerprint = self._fingerprint(coco.digest)
 
     def add_keypoints(self, points: CocoFile) -> None:
-        """Take keypoints for the annotations of the same image and id from another file."""
+        """Add keypoints from another file to the annotations of the same image and id."""
         if self.coco.is_numbered or points.is_numbered:
             numbered = self.coco.path if self.coco.is_numbered else points.path
             raise ShardError(
-                f"{numbered}: the annotations have no ids of their own, by which keypoints are "
-                "matched. Give every annotation its own id, the same in both files."
+                f"{numbered}: the annotations have no unique ids, by which keypoints are matched. "
+                "Give every annotation an id of its own, the same in both files."
             )
         numbers = {image.source_id: image.id for image in self.coco.images}
         for image in points.images:
             if image.source_id is not None and numbers.get(image.source_id, -1) != image.id:
                 raise ShardError(
-                    f"{points.path}: image {image.source_id!r} is number {image.id}, and not so in "
-                    f"{self.coco.path}. Where image ids are strings, list the same images in the "
+                    f"{points.path}: image {image.source_id!r} is number {image.id}, but not in "
+                    f"{self.coco.path}. If image ids are strings, list the same images in the "
                     "same order in both files."
                 )
         known = {category.id: place for place, category in enumerate(self.coco.categories)}
@@ -186,7 +186,7 @@ class CocoSource:
             place = known.get(category.id)
             if place is None or categories[place].name != category.name:
                 raise ShardError(
-                    f"{points.path}: category {category.id} is {category.name!r}, and not so in "
+                    f"{points.path}: category {category.id} is {category.name!r}, but not in "
                     f"{self.coco.path}. Give the keypoints of the same data set."
                 )
             categories[place] = replace(
@@ -239,22 +239,22 @@ class CocoSource:
     def _way(self, place: int) -> str | None:
         """Return how a file was found if that is worth saying.
 
-        Objects365's lie elsewhere than named, and LVIS names COCO's folders train2017 and val2017,
-        one of which may be given.
+        Objects365's files are not where they are named, and LVIS names COCO's folders train2017 and
+        val2017, one of which may be given.
         """
         way = self._files.ways.get(place)
         lies_elsewhere = self.info.source == "objects365" or self.coco.has_urls
         return None if way == FRONT and lies_elsewhere else way
 
     def _refuse_folder(self) -> None:
-        """Fail at once, and not after an hour of misses, when the folder is the wrong one."""
+        """Fail at once, not after an hour of misses, if the folder is the wrong one."""
         names, paths = [image.file_name for image in self.coco.images], self._files.paths
         if any(path is not None and file_bytes(self.images / path) is not None for path in paths):
-            return  # but empty ones
+            return  # only empty ones
         raise ShardError(
             f"{self.images}: holds none of the {len(names)} images that {self.coco.path} names "
-            f"(the first is {names[0]}), nor one file alone that it could mean, with other "
-            "slashes, case, accents or suffix, %20 decoded or folders in front left out. "
+            f"(the first is {names[0]}), nor any that could be meant (other slashes, case, "
+            "accents or suffix, %20 decoded, leading folders left out). "
             f"{what_is_there(self.images, names[0])} Give the folder that the names are relative "
             "to."
         )
@@ -284,7 +284,7 @@ class CocoSpan:
     points: list[NDArray[np.void]] | None
 
     def samples(self, log: SampleLog) -> Iterator[MadeSample | None]:
-        """Give one sample after the other; None after noting in the log why one is left out."""
+        """Yield one sample after the other; None after noting in the log why one is left out."""
         labels = {category.id: label for label, category in enumerate(self.categories)}
         for place, image in enumerate(self.images):
             about = {"image_id": image.id, "file_name": image.file_name}
@@ -295,8 +295,8 @@ class CocoSpan:
             if read is None:
                 if self.were_there[place] and path is not None and file_bytes(path) is None:
                     raise ShardError(
-                        f"{path}: was there when the conversion began and is gone. See that its "
-                        "disk or network folder is mounted here, and start again to go on."
+                        f"{path}: was there when the conversion began and is gone. Check that "
+                        "its disk or network folder is mounted here, and start again to continue."
                     )
                 yield None
                 continue
@@ -333,7 +333,7 @@ class CocoSpan:
 
 
 def merge_keypoints(sources: list[Json], points: list[Json], image_id: int, log: SampleLog) -> None:
-    """Give the keypoints of an image to its annotations of the same ids."""
+    """Add the keypoints of an image to its annotations of the same ids."""
     by_id = {source["id"]: source for source in sources}
     for point in points:
         ids = {"image_id": image_id, "annotation_id": point["id"]}

@@ -1,7 +1,7 @@
-"""An annotation file of COCO's form, looked at as a whole.
+"""An annotation file in COCO's form, checked as a whole.
 
-What contradicts itself as a whole (an id given twice, an unknown category) is an error here. Of the
-annotations only their ids are held; the rest is read when the turn of their image comes.
+A file that contradicts itself (an id is used twice, a category is unknown) is an error. Only the
+ids of annotations are kept in memory; the rest is read when their image is converted.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from bigdet.data.making.sources.json_lists import Entry, read_lists
 LISTS = ["images", "annotations", "categories"]
 COLUMNS = ["id", "image_id", "category_id", "offset", "size"]
 NO_ID = -(2**63)
-"""Stands for the id of an annotation that has none."""
+"""The id of an annotation that has none."""
 FIRST_NAME = NO_ID + 1
-"""Ids of images that are no numbers are counted from here until all are known."""
+"""Image ids that are not numbers are counted from here until all are known."""
 MAX_NAMES = 2**40
 
 Json = dict[str, Any]
@@ -45,9 +45,9 @@ class ImageEntry:
         file_name: as the file has it, or the last two parts of ``coco_url`` (LVIS).
         height: pixels; 0 where height or width are not recorded.
         width: likewise.
-        source_id: its id in the file where that is a string, or others are no numbers.
-        negative: categories that were looked for and are not there (LVIS), by id.
-        not_exhaustive: categories of which not all objects are annotated, by id.
+        source_id: its id in the file if that is a string, or if others are not numbers.
+        negative: ids of categories that were looked for and are not there (LVIS).
+        not_exhaustive: ids of categories of which not all objects are annotated.
     """
 
     id: int
@@ -61,7 +61,7 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class CocoFile:
-    """The content of an annotation file. A annotations.
+    """The content of an annotation file with A annotations.
 
     Attributes:
         path: of the file.
@@ -71,7 +71,7 @@ class CocoFile:
             of their text in the file, bytes; by rising image id, then in the order of the file.
         digest: of the whole file.
         notes: what is left out or altered, lines for ``skipped.jsonl``.
-        is_numbered: the ids of its annotations are places in the file, counted from 1.
+        is_numbered: ids of annotations are places in the file, from 1.
         has_urls: some file names are from ``coco_url``.
         federated: images say which categories were looked for on them.
     """
@@ -87,7 +87,7 @@ class CocoFile:
     federated: bool
 
     def of_images(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the first annotation of each image and the one behind its last, ``(N,)`` each."""
+        """Return the first annotation of each image and the one after its last, ``(N,)`` each."""
         image_ids = self.annotations["image_id"]
         return np.searchsorted(image_ids, ids), np.searchsorted(image_ids, ids, side="right")
 
@@ -107,7 +107,7 @@ def load_coco(path: Path) -> CocoFile:
 
 
 def read_text(path: Path, entries: NDArray[np.void]) -> list[Json]:
-    """Return annotations by their places in the file, with the numbers that ``entries`` has."""
+    """Return annotations by their places in the file, with the ids of ``entries``."""
     annotations = []
     try:
         with open(path, "rb") as file:
@@ -173,11 +173,11 @@ class _Lists:
 
     @property
     def num_names(self) -> int:
-        """How many ids of images are no numbers."""
+        """How many image ids are not numbers."""
         return len(self._names)
 
     def add_image(self, entry: Entry, value: Json) -> None:
-        """Take one image, with the characters that it has in the file."""
+        """Add one image, decoded from UTF-8."""
         number, given = self._image_id(entry, "id", value), value["id"]
         height, width = self._side(entry, "height"), self._side(entry, "width")
         name, url = value.get("file_name"), value.get("coco_url")
@@ -189,16 +189,13 @@ class _Lists:
         self.federated |= any(ids is not None for ids in lists)
         if min(height, width) <= 0:
             height = width = 0
-        self.images.append(
-            ImageEntry(
-                number, name, height, width, given if isinstance(given, str) else None,
-                *(ids or () for ids in lists),
-            )
-        )  # fmt: skip
+        source_id = given if isinstance(given, str) else None
+        negative, others = (ids or () for ids in lists)
+        self.images.append(ImageEntry(number, name, height, width, source_id, negative, others))
         self.counts["images"] += 1
 
     def add_annotation(self, entry: Entry) -> None:
-        """Take the numbers of one annotation and its place in the file."""
+        """Add the ids of one annotation and its place in the file."""
         value = entry.value if isinstance(entry.value, dict) else {}
         number = whole_number(value.get("id"))
         self.columns["id"].append(NO_ID if number is None else number)
@@ -215,7 +212,7 @@ class _Lists:
                 self._num_relative += 1
 
     def add_category(self, entry: Entry, value: Json) -> None:
-        """Take one category, with the characters that it has in the file."""
+        """Add one category, decoded from UTF-8."""
         number = self._whole(entry, "id")
         if not isinstance(value.get("name"), str):
             raise self._misfit(entry, "name", value.get("name"), "a string")
@@ -223,17 +220,17 @@ class _Lists:
         self.counts["categories"] += 1
 
     def check_coordinates(self) -> None:
-        """Raise ``ShardError`` if all boxes are parts of an image and not pixels."""
+        """Raise ``ShardError`` if all boxes are fractions of the image, not pixels."""
         largest = max((max(image.height, image.width) for image in self.images), default=0)
         if self._num_relative and largest != 1:
             raise ShardError(
-                f"{self.path}: all {self._num_relative} boxes lie within 0 to 1, so they seem to "
+                f"{self.path}: all {self._num_relative} boxes are within 0 to 1, so they seem to "
                 "be relative coordinates. Expected x, y, width, height in pixels: multiply them by "
                 "the sizes of the images."
             )
 
     def _image_id(self, entry: Entry, key: str, value: Any) -> int:
-        """Return the number of an image; of an id that is no number, one from ``FIRST_NAME`` on."""
+        """Return the number of an image; if its id is not a number, one from ``FIRST_NAME`` on."""
         given = value.get(key) if isinstance(value, dict) else None
         if isinstance(given, str) and whole_number(given) is None:
             return FIRST_NAME + self._names.setdefault(given, len(self._names))
@@ -270,12 +267,12 @@ class _Lists:
 def number_images(
     images: list[ImageEntry], annotations: NDArray[np.void], num_names: int
 ) -> list[ImageEntry]:
-    """Return the images with numbers for ids; where one id is none, places in the list from 1.
+    """Return the images with numbers as ids; if any id is not a number, places in the list from 1.
 
     Args:
         images: in the order of the file.
-        annotations: their ``image_id`` is changed likewise; -1 is of an image that is not listed.
-        num_names: how many ids there are that are no numbers.
+        annotations: their ``image_id`` is changed likewise; -1 for an image that is not listed.
+        num_names: how many image ids are not numbers.
     """
     ids = np.array([image.id for image in images])
     of_object = annotations["image_id"]
@@ -283,7 +280,7 @@ def number_images(
         order = np.argsort(ids)
         place = order[np.minimum(np.searchsorted(ids, of_object, sorter=order), len(ids) - 1)]
         of_object[:] = np.where(ids[place] == of_object, place + 1, -1)
-        # Those that are numbers would else be taken for places in the list where results name them.
+        # Ids that are numbers could otherwise be mistaken for places in the list in results.
         names = [str(image.id) if image.source_id is None else image.source_id for image in images]
         return [
             replace(image, id=number, source_id=name)
@@ -296,9 +293,9 @@ def number_images(
 def _number_annotations(
     path: Path, data: mmap.mmap, annotations: NDArray[np.void], notes: list[Json]
 ) -> bool:
-    """Give annotations new ids if some have none, or share one over the set; tell whether it did.
+    """Give annotations new ids if some have none or the same; return whether it did.
 
-    An annotation that stands there twice, word for word, is an error.
+    An annotation that occurs twice, word for word, is an error.
     """
     found, first, counts = np.unique(annotations["id"], return_inverse=True, return_counts=True)
     is_shared = (counts > 1)[first]
@@ -310,9 +307,9 @@ def _number_annotations(
         if number != NO_ID
     )
     twice = {number for (_, number, _), count in texts.items() if count > 1}
-    _refuse(path, "annotation ids that stand there more than once", twice)
+    _refuse(path, "annotation ids that occur more than once", twice)
     annotations["id"] = np.arange(1, len(annotations) + 1)
-    what = "some have none" if NO_ID in found else "some are of several annotations"
+    what = "some have none" if NO_ID in found else "some are shared"
     notes.append({"changed": f"ids of annotations replaced by their places in the file: {what}"})
     return True
 
@@ -344,7 +341,7 @@ def _check_ids(
         if what == "image":
             entries = (images[place] for place in first[counts > 1].tolist())
             shown = [image.id if image.source_id is None else image.source_id for image in entries]
-        _refuse(path, f"{what} ids that stand there more than once", shown)
+        _refuse(path, f"{what} ids that occur more than once", shown)
     known = [category["id"] for category in categories]
     unknown = np.setdiff1d(annotations["category_id"], known).tolist()
     _refuse(path, "annotations of category ids that are not in its categories", unknown)
@@ -363,7 +360,7 @@ def _table(columns: dict[str, array[int]]) -> NDArray[np.void]:
 
 
 def _with_characters(path: Path, data: mmap.mmap, entry: Entry) -> Json:
-    """Return an entry with characters for what ``Entry.value`` has bytes for."""
+    """Return an entry decoded from UTF-8, while ``Entry.value`` has a character for each byte."""
     text = data[entry.offset : entry.offset + entry.size]
     if text.isascii():
         return entry.value if isinstance(entry.value, dict) else {}

@@ -1,12 +1,12 @@
-"""DeepPCB's layout (lists of a split, one text file of boxes per image), to shards.
+"""DeepPCB's layout (a list per split, a text file of boxes per image), to shards.
 
 https://github.com/tangsanli5201/DeepPCB: a line of ``trainval.txt`` or ``test.txt`` names an image
 and its text file, ``group20085/20085/20085000.jpg group20085/20085_not/20085000.txt``, where the
-image with the defects is ``20085000_test.jpg``, beside ``20085000_temp.jpg`` without. A line of a
+image with the defects is ``20085000_test.jpg``, next to ``20085000_temp.jpg`` without. A line of a
 text file is ``x1 y1 x2 y2 type``, corners in pixels of the image and a type of 1 to 6.
 
-It becomes a file in COCO's form, and shards are made of that, so that what is wrong with one box is
-clipped or left out, counted and listed as there.
+It is converted to COCO's form first, so that what is wrong with one box is clipped or left out,
+counted and listed as there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bigdet.data.making.storage import open_unused
 from bigdet.pictures.pixels import Exif, turned_size
 
 TYPES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
-"""Of the defects, in the order of their numbers from 1."""
+"""Types of defects, in the order of their numbers from 1."""
 
 
 def convert_deeppcb(
@@ -40,30 +40,27 @@ def convert_deeppcb(
         root: the folder PCBData, which holds the lists and what they name.
         split: a list in it without ``.txt``: ``trainval`` or ``test``.
         out: folder or address for the shards.
-        making: how.
+        making: size of the tars, number of processes and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:
         The manifest of the new set; None if only a part was made.
 
     Raises:
-        ShardError: the layout is another.
+        ShardError: the layout is not as expected.
     """
     open_unused(out)
     check_folder(root)
+    records, options = read_split(root, split, making.exif), {"root": str(root), "split": split}
     return convert_records(
-        "deeppcb", root, read_split(root, split, making.exif), out,
-        options={"root": str(root), "split": split}, making=making, progress=progress,
-    )  # fmt: skip
+        "deeppcb", root, records, out, options=options, making=making, progress=progress
+    )
 
 
 def read_split(root: Path, split: str, exif: Exif = "shown") -> dict[str, list[dict[str, Any]]]:
     """Return a split in COCO's form, file names relative to the folder.
 
-    Args:
-        root: the folder ``PCBData``.
-        split: a list in it without ``.txt``.
-        exif: what the boxes are of where EXIF turns an image: no size of it is recorded.
+    ``exif`` says which image the boxes are of if EXIF turns it, as no size is recorded.
     """
     listed = root / f"{split}.txt"
     found = ", ".join(sorted(path.stem for path in root.glob("*.txt"))) or "none"
@@ -85,10 +82,8 @@ def read_split(root: Path, split: str, exif: Exif = "shown") -> dict[str, list[d
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         for x1, y1, x2, y2, kind in _boxes(root / names[1]):
             box = [x1, y1, x2 - x1, y2 - y1]
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": kind, "bbox": box,
-                 "area": box[2] * box[3], "iscrowd": 0}
-            )  # fmt: skip
+            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": kind}
+            annotations.append({**ids, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
     categories = [{"id": number, "name": name} for number, name in enumerate(TYPES, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -107,8 +102,8 @@ def _size(path: Path, exif: Exif, place: str) -> tuple[int, int]:
         return turned_size(header.size, header.tag) if exif == "shown" else header.size
     except (OSError, ValueError, SyntaxError) as error:
         raise ShardError(
-            f"{path}: cannot be read as an image ({error}); {place} names it. Get it anew, or take "
-            f"the line out."
+            f"{path}: cannot be read as an image ({error}); {place} names it. Get it again, or "
+            f"remove the line."
         ) from error
 
 
@@ -121,7 +116,7 @@ def _boxes(path: Path) -> list[list[int]]:
         if len(words) != 5 or len(values) != 5 or not 1 <= values[4] <= len(TYPES):
             raise ShardError(
                 f"{path}: line {number}: found {line!r}, expected x1 y1 x2 y2 type, whole numbers, "
-                f"the type 1 to {len(TYPES)} ({', '.join(TYPES)}). Mend the line, or take it out."
+                f"the type 1 to {len(TYPES)} ({', '.join(TYPES)}). Correct or remove the line."
             )
         boxes.append(values)
     return boxes

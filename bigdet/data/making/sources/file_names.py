@@ -1,8 +1,8 @@
-"""Files of images by the names that annotation tools give them.
+"""Finds image files by the names that annotation tools give them.
 
-A name is tried as it is written. Where there is no such file, it is tried in the other ways in
-which tools write names, in a fixed order. What is found lies inside the folder, and is taken only
-if no other file and no other name could be meant.
+A name is tried as it is written. If there is no such file, it is tried in the other ways in which
+tools write names, in a fixed order. A file that is found is inside the folder, and is used only if
+no other file and no other name could be meant.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class FoundFiles:
     """Where the files of N names are.
 
     Attributes:
-        paths: N paths relative to the folder; the name itself where nothing is found, None where
-            that leads out of the folder.
-        file_bytes: ``(N,)`` int64, 0 where nothing is found.
-        ways: by place, how those were found that are not as they are written.
+        paths: N paths relative to the folder; the name itself if nothing is found, None if that
+            leads out of the folder.
+        file_bytes: ``(N,)`` int64, 0 if nothing is found.
+        ways: by place, how files were found whose names are written differently.
     """
 
     paths: list[str | None]
@@ -57,7 +57,7 @@ class FoundFiles:
 
 
 def find_files(folder: Path, names: Sequence[str]) -> FoundFiles:
-    """Return the files that names stand for; the folder is listed once, and only if need be."""
+    """Return the files that names mean; the folder is listed once, and only if needed."""
     paths = [name if is_inside(name) else None for name in names]
     sizes = np.zeros(len(names), dtype=np.int64)
     ways: dict[int, str] = {}
@@ -96,7 +96,7 @@ def what_is_there(folder: Path, name: str) -> str:
 
 
 def _candidates(name: str) -> list[Candidate]:
-    """Return the paths that a name may mean: those that leave out least of it come first."""
+    """Return the paths that a name may mean, those that leave out least of it first."""
     text, ways = name.strip().replace("\\", "/"), [BACKSLASHES] if "\\" in name else []
     if text != name.replace("\\", "/"):
         ways.append(BLANKS)
@@ -115,7 +115,7 @@ def _candidates(name: str) -> list[Candidate]:
 
 
 def _find_in_list(folder: Path, lost: dict[int, list[Candidate]]) -> dict[int, Candidate]:
-    """Return those that the list of all files has but for letters or suffix, by place."""
+    """Return, by place, files that differ from a name in letters or suffix only."""
     wanted = {spelling_key(path) for candidates in lost.values() for path, _ in candidates}
     bare = {
         path: _bare(spelling_key(path)) for candidates in lost.values() for path, _ in candidates
@@ -153,7 +153,7 @@ def _find_in_list(folder: Path, lost: dict[int, list[Candidate]]) -> dict[int, C
 
 
 def spelling_key(path: str) -> str:
-    """Return what paths have in common that differ in upper and lower case or form of accents."""
+    """Return a path such that two that differ in case or form of accents become equal."""
     return _composed(_composed(path).casefold())
 
 
@@ -172,7 +172,7 @@ def _suffix(path: str) -> str:
 
 
 def _list_files(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder, relative to it; without those of macOS."""
+    """Yield the paths of all files below a folder, relative to it, without those of macOS."""
     for inner, _, names in os.walk(folder):
         front = inner[len(str(folder)) :].strip("/")
         names = [name for name in names if not name.startswith("._")]
@@ -182,7 +182,7 @@ def _list_files(folder: Path) -> Iterator[str]:
 def _claimed_twice(
     names: Sequence[str], paths: Sequence[str | None], ways: dict[int, str]
 ) -> list[int]:
-    """Return the places of those not found as written whose file another name means, too."""
+    """Return the places of those not found as written whose file another name means too."""
     owners = {str(paths[place]): names[place] for place in ways}
     claimed = set()
     for name, path in zip(names, paths, strict=True) if ways else ():

@@ -1,4 +1,4 @@
-"""Files of images, as annotations name them: found, read, decoded, or left out with a reason."""
+"""Image files that annotations name: found, read, decoded, or left out with a reason."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def safe_path(folder: Path, name: str) -> Path | None:
 
 
 def is_inside(name: str) -> bool:
-    """Tell whether a name does not lead out of the folder that it is relative to."""
+    """Return whether a name stays inside the folder that it is relative to."""
     return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
 
 
 def file_bytes(path: str | Path) -> int | None:
-    """Return the size of a file; None if there is none, or no name that a file could have.
+    """Return the size of a file; None if there is none, or if it is no name for a file.
 
     Raises:
-        ShardError: the system does not let it be looked at.
+        ShardError: the system does not allow looking at it.
     """
     try:
         found = patiently(lambda: os.stat(path), str(path))
-    except ValueError:  # a name with half a character
+    except ValueError:  # a name with an incomplete character
         return None
     except OSError as error:
         if error.errno in NO_FILE:
@@ -70,22 +70,21 @@ def read_image(
     log: SampleLog,
     exif: Exif = "shown",
 ) -> tuple[bytes, NDArray[np.uint8], int] | None:
-    """Return an image that can be used.
+    """Read and decode an image; None if it cannot be used.
 
     Args:
-        path: of its file; None if its name leads out of the folder.
+        path: None if its name leads out of the folder.
         size: recorded height and width; None if nothing is recorded.
         about: says in the log which image it is.
         log: gets the reason if it cannot be used, and what is done to it.
-        exif: which image the annotations are of if its EXIF turns it and ``size`` does not tell.
+        exif: which image the annotations are of if EXIF turns it and ``size`` does not decide.
 
     Returns:
-        The file's bytes (those of a PNG where tars do not hold its format); ``(H, W, 3)`` uint8 as
-        the annotations see it; the EXIF orientation by which that is turned. None if it cannot be
-        used.
+        The file's bytes (those of a PNG if tars do not hold its format); ``(H, W, 3)`` uint8 as it
+        was annotated; the EXIF orientation by which that is turned.
 
     Raises:
-        ShardError: the system does not let it be read, which is no fault of the image.
+        ShardError: the system does not allow reading it, which is no fault of the image.
     """
     if path is None:
         log.skip("file name leads out of the image folder", **about)
@@ -107,7 +106,7 @@ def read_image(
 def _decode(
     data: bytes, size: tuple[int, int] | None, about: dict[str, Any], log: SampleLog, exif: Exif
 ) -> tuple[bytes, NDArray[np.uint8], int] | None:
-    """Decode an image, if its header says that it has the size that it is to have."""
+    """Decode an image if the size in its header is as expected."""
     is_kept, header = image_suffix(data) is not None, None
     try:
         header = read_header(data)
@@ -139,7 +138,7 @@ def _decode(
 def _skip_size(
     size: tuple[int, int], header: Header, about: dict[str, Any], log: SampleLog
 ) -> None:
-    """Note that an image has another height and width than are recorded."""
+    """Note that the height and width of an image are not as recorded."""
     details = {**about, "found": list(header.size), "recorded": list(size)}
     if header.tag == 1:
         log.skip("size differs", **details)

@@ -1,4 +1,4 @@
-"""What image files say of themselves; and files of formats that tars do not hold, as PNGs."""
+"""Headers of image files; and PNGs from files of formats that tars do not hold."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from bigdet.pictures.pixels import (
     without_warnings,
 )
 
-MAX_PIXELS = 89_478_485  # Pillow's limit, too: what is larger is there to exhaust memory
+MAX_PIXELS = 89_478_485  # Pillow's limit, too: larger files are made to exhaust memory
 TAR_FORMATS = ("JPEG", "PNG", "WEBP")
 DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")
 PNG_EXIF = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
-"""What a PNG has where Pillow finds an EXIF orientation in it."""
+"""What is in a PNG in which Pillow finds an EXIF orientation."""
 
 LOW_VALUES = (0, 3, 15, 63)
-"""The highest of 255 of 8, 10, 12 and 14 bits in a file of 16."""
+"""The highest value, of 255, if only 8, 10, 12 or 14 of the 16 bits of a file are used."""
 
 
 class TooLargeError(ValueError):
@@ -39,13 +39,13 @@ class TooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself.
+    """The header of an image file.
 
     Attributes:
         size: height and width as stored.
-        tag: its EXIF orientation, ``1..8``.
+        tag: EXIF orientation, ``1..8``.
         format: as Pillow names it.
-        num_pictures: in the file; 1 of a JPEG, whose others are previews and the like.
+        num_pictures: 1 for a JPEG, whose other pictures are previews and the like.
         is_deep: it has 16 bits per channel.
     """
 
@@ -56,11 +56,7 @@ class Header:
     is_deep: bool = False
 
     def notes(self, pixels: NDArray[np.uint8]) -> Iterator[str]:
-        """Yield what is to be noted of a file that is used.
-
-        Args:
-            pixels: ``(H, W, 3)`` uint8.
-        """
+        """Yield notes for the log about a file that is used, of pixels ``(H, W, 3)`` uint8."""
         if self.format not in TAR_FORMATS:
             yield f"{self.format} file stored as a PNG of the same pixels"
         if self.num_pictures > 1:
@@ -75,7 +71,7 @@ class Header:
 
 
 def read_header(data: bytes) -> Header:
-    """Return what an image file says of itself, without decoding it.
+    """Return the header of an image file, without decoding it.
 
     Raises:
         TooLargeError: it says so many pixels that Pillow refuses them.
@@ -86,18 +82,20 @@ def read_header(data: bytes) -> Header:
     try:
         with without_warnings(), Image.open(io.BytesIO(data)) as image:
             is_deep = image.mode.startswith("I") or ";16" in str(image.tile)
-            # For the EXIF of a PNG, which may be at its end, Pillow decodes all of it.
+            # To find the EXIF of a PNG, which may be at its end, Pillow decodes all of it.
             has_tag = image.format != "PNG" or any(name in data for name in PNG_EXIF)
             tag = exif_tag(image) if has_tag else 1
             return Header(
-                size=turned_size(size, tag) if image.format == "TIFF" else size,  # shown so far
+                size=turned_size(size, tag)
+                if image.format == "TIFF"
+                else size,  # Pillow's is as shown
                 tag=tag,
                 format="JPEG" if is_jpeg else image.format,
                 is_deep=is_deep and image.format in DEEP_FORMATS,
                 num_pictures=1 if is_jpeg else getattr(image, "n_frames", 1),
             )
     except (*READ_ERRORS, Image.DecompressionBombError):
-        return Header(size)  # a JPEG that Pillow alone does not take
+        return Header(size)  # a JPEG that only Pillow refuses
 
 
 def as_png(data: bytes, orientation: int) -> bytes:
@@ -136,7 +134,7 @@ def header_size(data: bytes) -> tuple[int, int]:
                 return image.height, image.width
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(str(error)) from error
-    except UnidentifiedImageError:  # its words are of an address in memory
+    except UnidentifiedImageError:  # whose message has an address in memory
         raise ValueError(f"not an image that is known: begins with {data[:16]!r}") from None
     except READ_ERRORS as error:
         raise ValueError(f"not an image: {error}") from error

@@ -1,8 +1,8 @@
 """The lists of a large JSON file, entry by entry.
 
-COCO's annotation file has 450 MB and Objects365's several GB, which as Python objects take 8 times
-as much. So a window is moved over the file, and of each entry its place is told, to read it again
-when its turn comes.
+COCO's annotation file has 450 MB and Objects365's several GB, and Python objects would take 8 times
+as much. So a window moves over the file, and each entry comes with its place, so that it can be
+read again when needed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from bigdet.data.format.manifest import ShardError
 
-WINDOW = 1 << 22  # bytes that are looked at together
-# An error so near to the end of the window may come from where the window ends.
+WINDOW = 1 << 22  # bytes that are parsed together
+# An error this near to the end of the window may be due to the end.
 END_OF_WINDOW = 4096
 
 
@@ -26,10 +26,10 @@ class Entry:
     """One element of one of the lists.
 
     Attributes:
-        name: of the list.
-        value: parsed, but for characters beyond ASCII, of which there is one for each byte.
-        offset: of its first byte in the file.
-        size: its bytes.
+        name: that of the list.
+        value: parsed, with one character for each byte of those beyond ASCII.
+        offset: place of its first byte in the file.
+        size: bytes.
     """
 
     name: str
@@ -39,12 +39,7 @@ class Entry:
 
 
 def read_lists(path: Path, data: mmap.mmap, names: list[str]) -> Iterator[Entry | str]:
-    """Give the entries of some lists of a JSON file that holds one object.
-
-    Args:
-        path: of the file, for messages.
-        data: its content.
-        names: of the lists; a name stands there once at most.
+    """Yield the entries of some lists, each in the file once at most, of one JSON object.
 
     Yields:
         First the name of each key of the object, then, if it is one of the lists, its entries.

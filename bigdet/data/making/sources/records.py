@@ -1,6 +1,6 @@
-"""Records in COCO's form, made by whatever code, to shards: the way in for a format of your own.
+"""Records in COCO's form to shards: how to convert a format of your own.
 
-A source of ``bigdet shards`` is a function. A user's own is named where bigdet's are:
+A source of ``bigdet shards`` is a function. Yours is named in place of those of bigdet:
 
     bigdet shards my_package.readers:convert --root DIR --out DIR
 
@@ -9,23 +9,19 @@ A source of ``bigdet shards`` is a function. A user's own is named where bigdet'
     from bigdet.data.making.sources.records import convert_records
 
     def convert(root: Path, *, out, making, progress):
-        '''Write my data as shards.
-
-Args:
-            root: the folder of the images.
-        '''
+        # Options are explained by the lines of the docstring's Args.
         images = [{"id": 1, "file_name": "1.jpg", "height": 480, "width": 640}]
         annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40]}]
         categories = [{"id": 1, "name": "bolt"}]
         records = {"images": images, "annotations": annotations, "categories": categories}
         return convert_records("mine", root, records, out, making=making, progress=progress)
 
-It gets by name ``out`` (folder or address for the shards), ``making`` (what ``--processes``,
-``--part``, ``--long-side`` and the like say) and ``progress`` (to be called with the images done
-and in all), which it hands on. Its other parameters become options of the command, of type
-``Path``, ``str``, ``int`` or ``float``. It returns the manifest of the new set, None if only a part
-was made. What is wrong with the data it raises as ``ValueError``. A source that does not fit
-in memory as records calls ``conversion.convert`` with a ``conversion.Source`` instead.
+It is given ``out`` (folder or address for the shards), ``making`` (``--processes``, ``--part``,
+``--long-side`` and the like) and ``progress`` (called with the images done and in all) by name, and
+passes them on. Its other parameters become options of the command, of type ``Path``, ``str``,
+``int`` or ``float``. It returns the manifest of the new set, None if only a part was made, and
+raises ``ValueError`` if something is wrong with the data. A source whose records do not fit in
+memory calls ``conversion.convert`` with a ``conversion.Source`` instead.
 """
 
 from __future__ import annotations
@@ -55,17 +51,17 @@ def convert_records(
     making: Making = DEFAULT_MAKING,
     progress: Progress = no_progress,
 ) -> Manifest | None:
-    """Write records in COCO's form as shards; what is wrong with one of them is noted, as there.
+    """Write records in COCO's form as shards; what is wrong with one of them is noted.
 
     Args:
-        name: of the source, for the manifest.
+        name: that of the source, for the manifest.
         images: folder that the file names are relative to.
         records: ``images`` (id, file_name, height, width), ``annotations`` (id, image_id,
             category_id, bbox as x, y, width, height in pixels, maybe segmentation, ...) and
             ``categories`` (id, name); all that JSON can hold.
         out: folder or address for the shards.
-        options: for the manifest.
-        making: how.
+        options: those of the manifest: how the set is made.
+        making: size of the tars, number of processes and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:

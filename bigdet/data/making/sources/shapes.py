@@ -1,9 +1,9 @@
 """Synthetic images of circles, squares, triangles and stars with boxes and masks.
 
-To try everything on without a data set: small enough to learn on two CPU cores in minutes, with
-what makes real data awkward: varied sizes and backgrounds, objects that hide each other or leave
-the image, images without objects, polygons and RLE side by side. Every image is a function of
-(split, seed, its number, size) alone.
+For trying everything without a data set: small enough to learn on two CPU cores in minutes, with
+what makes real data difficult: varied sizes and backgrounds, objects that hide each other or leave
+the image, images without objects, polygons as well as RLE. Every image is a function of (split,
+seed, its number, size) alone.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CLASSES = ["circle", "square", "triangle", "star"]
 NUM_IMAGES = {"train": 1200, "val": 200}
 MIN_SIZE = 48  # pixels of the long side
 MAX_OBJECTS = 5
-EMPTY_IMAGES = 0.02  # part of the images that show nothing but background
+EMPTY_IMAGES = 0.02  # fraction of the images that show only background
 OBJECT_SIZE = (0.2, 0.6)  # diameter of an object, in long sides of the image
-MAX_NEWLY_HIDDEN = 0.35  # part of an object that the next one on top may hide
-MIN_VISIBLE = 0.4  # objects of which less is to be seen are not annotated
-MIN_PIXELS = 60  # nor are those with less pixels to be seen
+MAX_NEWLY_HIDDEN = 0.35  # fraction of an object that the next one on top may hide
+MIN_VISIBLE = 0.4  # objects of which less is visible are not annotated
+MIN_PIXELS = 60  # nor are those with fewer visible pixels
 MIN_CONTRAST = 180  # between an object and the mean of what is behind it, summed over RGB
 JPEG_QUALITY = 92
 SUPERSAMPLING = 4
@@ -117,7 +117,7 @@ def draw_image(
     """Draw one image.
 
     Returns:
-        ``(H, W, 3)`` uint8 RGB, and its annotations as in ``shards.Sample``, without ids.
+        ``(H, W, 3)`` uint8 RGB, and its annotations as in ``shard_set.Sample``, without ids.
     """
     key = ("shapes", split, seed, number)
     draws = Words(*key)
@@ -145,15 +145,15 @@ def draw_image(
 
 
 def annotate(shape: Shape, visible: Mask) -> dict[str, Any] | None:
-    """Describe what can be seen of an object.
+    """Return the annotation of what is visible of an object.
 
     Args:
         shape: the object.
         visible: ``(H, W)`` 0 or 1: the pixels of it that nothing hides.
 
     Returns:
-        An annotation without id: with a polygon where all of the object is seen, else with RLE;
-        None where too little is seen.
+        An annotation without id, with a polygon if all of the object is visible, else with RLE;
+        None if too little is visible.
     """
     area = int(visible.sum())
     if area < MIN_PIXELS or area < MIN_VISIBLE * shape.mask.sum():

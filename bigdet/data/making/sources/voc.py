@@ -85,16 +85,16 @@ def convert_voc(
         split: a file in ``ImageSets/Main`` without ``.txt``.
         out: folder or address for the shards.
         categories: the classes in the order of the labels (on the command line a JSON list of
-            them); None takes the names in all XML files of the
-            folder, of whatever split, in alphabetical order with ids from 1.
-        making: how.
+            them); None takes the names in all XML files of the folder, of any split, in
+            alphabetical order with ids from 1.
+        making: size of the tars, number of processes and the like.
         progress: called now and then with the number of images done and in all.
 
     Returns:
         The manifest of the new set; None if only a part was made.
 
     Raises:
-        ShardError: the layout is another, or nothing in it can be used.
+        ShardError: the layout is not VOC's, or nothing in it can be used.
     """
     open_unused(out)
     log, folder = SampleLog(), ImageFolder(root / "JPEGImages")
@@ -115,7 +115,7 @@ def convert_voc(
     images = _find_others(root / "JPEGImages", images, log)
     images = _usable(images, making, log)
     if not images:
-        raise ShardError(f"{root}: not one image could be used{_reasons(log)}. See to the files.")
+        raise ShardError(f"{root}: not one image could be used{_reasons(log)}. Check the files.")
     source = VocSource(root, split, images, categories, log.lines, making.exif)
     return convert(source, out, making, progress)
 
@@ -182,7 +182,7 @@ class VocSource:
             [(file_bytes(image.path) if image.path else None) or 0 for image in images],
             dtype=np.int64,
         )
-        # Ids of annotations go on from image to image; those that are dropped leave gaps.
+        # Ids of annotations continue from image to image; those that are dropped leave gaps.
         self._first_ids = (1 + np.cumsum(counts) - counts).tolist()
         made_of = hashlib.blake2b(self.file_bytes.tobytes(), digest_size=16)
         made_of.update(repr([(image.stem, image.size, image.objects) for image in images]).encode())
@@ -206,7 +206,7 @@ class VocSpan:
     exif: Exif
 
     def samples(self, log: SampleLog) -> Iterator[MadeSample | None]:
-        """Give one sample after the other; each of them has been found usable before."""
+        """Yield one sample after the other; all of them were found usable before."""
         labels = {category.name: label for label, category in enumerate(self.categories)}
         for place, image in enumerate(self.images):
             read = read_image(image.path, image.size, {"file_name": image.stem}, log, self.exif)
@@ -237,15 +237,9 @@ def clean_object(
     about: Json,
     log: SampleLog,
 ) -> Json | None:
-    """Return an object as shards hold it; None after noting why it is left out.
+    """Return an entry of ``VocImage.objects`` as shards hold it; None after noting why not.
 
-    Args:
-        number: its id.
-        entry: see ``VocImage``.
-        image_size: height and width.
-        labels: by name.
-        about: says in the log which object it is.
-        log: gets what is left out or altered.
+    ``number`` is its id; ``about`` says in the log which object it is.
     """
     for _ in range(entry["num_parts"]):
         log.change("part of an object left out", **about)
@@ -253,7 +247,7 @@ def clean_object(
         log.change("annotation dropped: the object has no name", **about)
         return None
     x0, y0, x1, y1 = entry["box"]
-    if x1 <= x0 or y1 <= y0:  # both edges the same would be one pixel, but is a slip of the mouse
+    if x1 <= x0 or y1 <= y0:  # equal edges would mean one pixel, but are a slip of the mouse
         log.change("annotation dropped: box has no area in the image", **about)
         return None
     if entry["difficult"]:
@@ -298,13 +292,13 @@ def _load(files: XmlFolder, stem: str, folder: ImageFolder, log: SampleLog) -> V
     return VocImage(
         stem=stem,
         path=folder.find(stem, _text(tree, "filename")),
-        size=(int(height), int(width)) if has_size else None,  # many tools leave it open
+        size=(int(height), int(width)) if has_size else None,  # many tools leave it out
         objects=[_object(entry, stem, log) for entry in objects],
     )
 
 
 def _find_others(folder: Path, images: list[VocImage], log: SampleLog) -> list[VocImage]:
-    """Return the images with the files of those whose suffix or letters are less common."""
+    """Return the images, with the files of those that have another suffix or other letters."""
     images = list(images)
     lost = [
         place
@@ -322,7 +316,7 @@ def _find_others(folder: Path, images: list[VocImage], log: SampleLog) -> list[V
 
 
 def _object(entry: ElementTree.Element, stem: str, log: SampleLog) -> Json:
-    """Return what is said of one object; its parts stand deeper and have boxes of their own."""
+    """Return the entry of one object; its parts are nested deeper, with boxes of their own."""
     edges = ("xmin", "ymin", "xmax", "ymax")
     is_difficult = False
     for name in FLAGS:

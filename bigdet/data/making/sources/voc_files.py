@@ -1,6 +1,6 @@
 """VOC's text files as many tools write them: lists of a split, XML, and the images of these.
 
-What is not as VOC has it is taken where it can mean one thing only, and counted in the log.
+What is not as in VOC is accepted if it can mean only one thing, and counted in the log.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bigdet.data.making.sources.image_files import file_bytes, safe_path
 from bigdet.host.reading import patiently, why_unread
 from bigdet.pictures.pixels import SUFFIXES
 
-CLASS_FLAGS = {"-1", "0", "1"}  # of VOC's own lists of a class: absent, difficult, present
+CLASS_FLAGS = {"-1", "0", "1"}  # in VOC's own lists of a class: absent, difficult, present
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 _DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")
 _DECLARED = re.compile(rb"<\?xml[^>]*?\sencoding\s*=\s*[\"']([\w.:-]+)")
@@ -31,19 +31,17 @@ Element = ElementTree.Element
 
 
 def decode_text(data: bytes, declared: str | None = None) -> tuple[str, str]:
-    """Return bytes as text, and the encoding that they are found to be in.
+    """Return the bytes of a file as text, and the encoding that was found.
 
-    Args:
-        data: of a whole file.
-        declared: encoding that the file itself names, tried after its byte order mark and UTF-8.
+    The encoding that the file itself declares is tried after its byte order mark and UTF-8.
     """
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return data.decode(encoding, "replace"), encoding
-    # Of GBK's common characters both bytes are beyond ASCII; accented letters mostly stand alone.
+    # Common characters of GBK have two bytes beyond ASCII; accented letters are mostly single.
     others = ["gbk"] if _TWO_BEYOND_ASCII.search(data) else []
     guesses = ["utf-8", declared, *others, "latin-1"]
-    if b"\0" in data[:2]:  # of two bytes to a character, without a mark
+    if b"\0" in data[:2]:  # two bytes per character, without a mark
         guesses = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
     for encoding in filter(None, guesses):
         try:
@@ -54,7 +52,7 @@ def decode_text(data: bytes, declared: str | None = None) -> tuple[str, str]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the bytes of a file; ``ShardError`` if the system does not let it be read."""
+    """Return the bytes of a file; ``ShardError`` if the system does not allow it."""
     try:
         return patiently(path.read_bytes, str(path))
     except OSError as error:
@@ -64,12 +62,8 @@ def read_bytes(path: Path) -> bytes:
 def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element | str:
     """Return the annotation that an XML file holds, or what is wrong with it.
 
-    Names of elements come in small letters and without namespaces.
-
-    Args:
-        path: of the file.
-        log: gets what was repaired; None for no log.
-        about: says in the log which file it is.
+    Names of elements are in lower case and without namespaces. What was repaired is noted in the
+    log; ``about`` says there which file it is.
     """
     data = read_bytes(path)
     try:
@@ -79,7 +73,7 @@ def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element
     declared = _DECLARED.search(data[:200])
     text, encoding = decode_text(data, declared and declared.group(1).decode().lower())
     text, num_bare = _DECLARATION.sub("", text, count=1).strip(), 0
-    if "<!ENTITY" not in text:  # else it is no slip
+    if "<!ENTITY" not in text:  # else it is intended
         text, num_bare = _BARE_AMPERSAND.subn("&amp;", text)
     try:
         root = ElementTree.fromstring(text)
@@ -93,7 +87,7 @@ def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element
 
 
 def _annotation(root: Element) -> Element | str:
-    """Return the element with the objects of an image; what is wrong if there is none."""
+    """Return the element with the objects of an image, or what is wrong if there is none."""
     for element in root.iter():
         if isinstance(element.tag, str):  # else a comment
             element.tag = element.tag.rpartition("}")[2].lower()
@@ -102,7 +96,7 @@ def _annotation(root: Element) -> Element | str:
         return f"it has {len(found)} annotations, expected that of one image"
     element = found[0] if found else root
     if all(element.find(name) is None for name in _PARTS):
-        return f"its <{element.tag}> has none of {', '.join(_PARTS)}, so it is not as VOC has it"
+        return f"its <{element.tag}> has none of {', '.join(_PARTS)}, so it is not as in VOC"
     return element
 
 
@@ -110,7 +104,7 @@ def read_split(root: Path, split: str, log: SampleLog) -> list[str]:
     """Return the names in the list of a split, each once, in its order.
 
     A line is the name of an XML file without ``.xml``. It may also name an image or an XML file
-    with suffix and folders, several files of one image, or have the flag of a class behind it.
+    with suffix and folders, or several files of one image, or end with the flag of a class.
     """
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     if file_bytes(path) is None:
@@ -154,19 +148,19 @@ def _meanings(line: str) -> Iterator[str]:
 
 
 class XmlFolder:
-    """Finds XML files by their names without suffix; lists the folder once, and only if need be."""
+    """Finds XML files by their names without suffix; lists the folder once, and only if needed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._listed: dict[str, list[Path]] | None = None
 
     def paths(self, with_folders: bool) -> list[Path]:
-        """Return the XML files, also those in folders below, but none that macOS adds."""
+        """Return the XML files, also those in folders below, but none that macOS added."""
         found = self._folder.rglob("*") if with_folders else self._folder.iterdir()
         return sorted(p for p in found if p.suffix.lower() == ".xml" and p.name[0] != ".")
 
     def find(self, stem: str) -> Path | None:
-        """Return a file, if need be one whose name alone has other capitals or form of accents."""
+        """Return a file, if needed the only one whose name differs in case or form of accents."""
         path = safe_path(self._folder, f"{stem}.xml")
         if path is None or file_bytes(path) is not None:
             return path
@@ -189,9 +183,8 @@ class ImageFolder:
     def find(self, stem: str, named: str) -> Path | None:
         """Return the path of an image; None if its name leads out of the folder.
 
-        Args:
-            stem: of its XML file.
-            named: what that calls the image, which tools often leave wrong: asked second.
+        ``stem`` is the name of its XML file without suffix. ``named``, the image's name in that
+        file, is often wrong, so it is tried second.
         """
         plain = safe_path(self._folder, f"{stem}{SUFFIXES[0]}")
         if plain is None or file_bytes(plain) is not None:

@@ -1,4 +1,4 @@
-"""Whether the record of a sample is what readers of shards rely on, see ``shards.Sample``."""
+"""Whether the record of a sample is what readers of shards rely on, see ``shard_set.Sample``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bigdet.data.format.shard_set import LABEL_LISTS
 from bigdet.data.making.annotations import are_numbers, clean_mask
 from bigdet.data.making.loose_values import MAX_ID
 
-EDGE_TOLERANCE = 1  # pixel: where exactly an edge may lie is the converter's business
+EDGE_TOLERANCE = 1  # pixels: converters check exactly where an edge is
 
 
 def record_problem(record: Any) -> str | None:
-    """Say what is wrong with a record but for its annotations."""
+    """Return what is wrong with a record apart from its annotations; None for nothing."""
     if not isinstance(record, dict):
         return f"its JSON is a {type(record).__name__}, expected an object"
     for name in ("image_id", "height", "width"):
@@ -33,7 +33,7 @@ def record_problem(record: Any) -> str | None:
 
 
 def annotation_problems(record: dict[str, Any], categories: list[Category]) -> Iterator[str]:
-    """Say what is wrong with the annotations of a record that is else as it should be."""
+    """Yield what is wrong with the annotations of a record that has no other problem."""
     image_size = (record["height"], record["width"])
     for name in LABEL_LISTS:
         labels = record.get(name, [])
@@ -85,7 +85,7 @@ def _outline_problem(
     if "keypoints" in annotation:
         points, names = annotation["keypoints"], category.keypoints
         if names is None:
-            return "has keypoints, its category names none"
+            return "has keypoints, but its category has none"
         if not are_numbers(points) or len(points) != 3 * len(names):
             return f"keypoints are not {len(names)} times x, y, visibility"
         if set(points[2::3]) - {0, 1, 2}:
