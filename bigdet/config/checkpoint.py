@@ -21,6 +21,14 @@ class CheckpointConfig:
     """Further checkpoints, PHASE-STEP, to write and keep, for other runs to fork from."""
     keep_every: int | None = None
     """Also keep checkpoints at multiples of this many steps of a phase. None: none of them."""
+    gather: bool = False
+    """Send what ranks on other hosts save to rank 0's host, for hosts that share no disk. Rank 0
+    then has weights and optimizer state whole in its memory. Without it every rank writes its own
+    part, and the files stay on the host that wrote them."""
+    remote: str | None = None
+    """An address such as ``s3://bucket/run`` (any that fsspec knows) to which finished checkpoints
+    are copied, for machines that lose their disks: if the run folder has no checkpoint as new,
+    ``resume: auto`` continues from there. One address for each run. None: no copies."""
 
 
 def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseConfig]) -> None:
@@ -35,6 +43,9 @@ def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseCon
     is_fine = keep_every is None or keep_every % every == 0
     expected = f"a multiple of checkpoint.every, {every}"
     require(is_fine, "checkpoint.keep_every", keep_every, expected)
+    remote = checkpoint.remote
+    is_address = remote is None or "://" in remote
+    require(is_address, "checkpoint.remote", remote, "an address, such as s3://bucket/run")
     for name in checkpoint.at:
         phase, _, step = name.rpartition("-")
         is_known = phase in phases and step.isdecimal()

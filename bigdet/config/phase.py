@@ -11,6 +11,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from bigdet.config.augment import AugmentConfig, check_augment
+from bigdet.config.ema import EmaConfig
 from bigdet.config.families import DETECTORS
 from bigdet.config.model import ModelConfig, has_batch_norm, parts_with_batch_norm
 from bigdet.config.own import FORM
@@ -89,6 +90,14 @@ class PhaseConfig:
     """Decay biases of other layers. False in Detectron."""
     bias_lr_factor: float = 1.0
     """Learning rate of these biases over that of the weights. 2 in Detectron."""
+    layer_decay: float | None = None
+    """Learning rate of each layer of the backbone over that of the layer after it. The factor of a
+    layer is ``layer_decay`` to the power of the layers above it: depth + 1 for the stem (and the
+    positions of a ViT), 1 for the last block, and 0 for output norms, neck and heads, whose rate is
+    ``lr``. ViTDet from MAE weights: 0.7, 0.8, 0.9 for B, L, H. None: one rate."""
+    ema: EmaConfig | None = None
+    """A moving average (EMA) of the weights, which is evaluated, and what the phase gives to the
+    next one. None: no average."""
     schedule: Literal["constant", "step", "cosine"] = "step"
     """After the warm-up: ``constant``; ``step``: times ``decay_factor`` at each of ``drops``; or
     ``cosine``: half a cosine, from the full rate at the end of the warm-up to 0 at the end."""
@@ -231,6 +240,10 @@ def _check_schedule(key: str, phase: PhaseConfig) -> None:
         factor = getattr(phase, name)
         require(0 < factor <= 1, f"{key}.{name}", factor, "in (0, 1]")
     require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
+    is_fine = phase.layer_decay is None or 0 < phase.layer_decay <= 1
+    require(is_fine, f"{key}.layer_decay", phase.layer_decay, "in (0, 1], or null")
+    if phase.ema is not None:
+        require(0 < phase.ema.decay < 1, f"{key}.ema.decay", phase.ema.decay, "in (0, 1)")
     is_fine = all(0 <= beta < 1 for beta in phase.betas)
     require(is_fine, f"{key}.betas", phase.betas, "two in [0, 1)")
 

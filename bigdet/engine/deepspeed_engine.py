@@ -9,6 +9,7 @@ loss scale are the same in all engines (`precision.py`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import math
@@ -24,16 +25,17 @@ from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
     BUCKET_ELEMENTS,
-    EngineState,
     MakeOptimizer,
     StepResult,
     check_fits,
+    has_optimizer_state,
     state_keys,
-    to_save,
     weight_shapes,
 )
 from bigdet.engine.ema import MovingAverage
+from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.pieces.index import EMA, MODEL
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
@@ -186,71 +188,50 @@ class DeepSpeedEngine:
         """Let the module have the average of the weights inside a block. Collective."""
         return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
 
-    def state(self) -> EngineState:
-        """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
-        is_main = distributed.is_main()
-        optimizer: dict[str, dict[str, Tensor]] = {}
-        if self._optimizer.state:
-            self._state.prepare()
-            for name, (parameter, group) in self._trained.items():
-                full = {key: self._state.read(parameter, group, key) for key in self._keys}
-                if is_main:
-                    optimizer[name] = {key: to_save(value) for key, value in full.items()}
-        model, ema = self._weights(self._shapes), {}
+    def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
+        """Give what this rank holds of parameters and buffers, as they are now."""
+        own = self.module.state_dict(keep_vars=True)
+        return [self._state.weight(kind, name, own[name], self._shapes[name]) for name in names]
+
+    def _optimizer_parts(self) -> list[Part]:
+        """Give what this rank holds of the optimizer state, once there is any."""
+        if not self._optimizer.state:
+            return []
+        self._state.prepare()
+        return [
+            self._state.part(name, parameter, group, key, self._shapes[name])
+            for name, (parameter, group) in self._trained.items()
+            for key in self._keys
+        ]
+
+    def share(self, position: int, size: int) -> Share:
+        """Copy what this rank saves; see ``parts.copy_share``. Collective."""
+        share = copy_share(
+            self._weights(MODEL, self._shapes) + self._optimizer_parts(), position, size
+        )
         if self._ema is not None:
             with self._ema.in_place():
-                ema = self._weights(self._ema.names)
-        if not is_main:
-            return EngineState()
-        return EngineState(model, optimizer, self._scale.state(), ema)
+                averages = copy_share(self._weights(EMA, self._ema.names), position, size)
+            share = share.with_more(averages)
+        return dataclasses.replace(share, loss_scale=self._scale.state())
 
-    def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Give parameters and buffers, on rank 0, as they are now. Collective."""
-        weights: dict[str, Tensor] = {}
-        own = self.module.state_dict(keep_vars=True)
-        for name in names:
-            with self._state.whole(own[name]):
-                if distributed.is_main():
-                    weights[name] = to_save(own[name])
-        return weights
-
-    def load_state(self, state: EngineState) -> None:
-        """Go on from the state that rank 0 has. Collective.
+    def load_state(self, source: Source) -> None:
+        """Go on from what was saved, reading this rank's part of it. Collective.
 
         Raises:
-            ValueError: on every rank, when the state is that of another model or optimizer.
+            SharedError: on every rank, when the state is that of another model or optimizer.
         """
         averaged = () if self._ema is None else self._ema.names
-        check_fits(state, self._shapes, self._trained, self._keys, averaged)
-        if self._ema is not None:
-            with self._ema.in_place():
-                self._set_weights(averaged, state.ema)
-        self._set_weights(self._shapes, state.model)
+        check_fits(source.catalog, self._shapes, self._trained, self._keys, averaged)
         self._optimizer.state.clear()
-        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
-        if self._keys and has_optimizer:
-            self._load_optimizer(state.optimizer)
-        self._scale.load_state(state.loss_scale)
-
-    @torch.no_grad()
-    def _set_weights(self, names: Iterable[str], saved: dict[str, Tensor]) -> None:
-        """Set parameters and buffers to those that rank 0 has."""
-        own = self.module.state_dict(keep_vars=True)
-        for name in names:
-            self._state.set_weight(own[name], saved.get(name))
-        self._state.weights_are_set()
-
-    def _load_optimizer(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Put the optimizer state that rank 0 has in place."""
-        self._state.create(self._keys)
-        for name, (parameter, group) in self._trained.items():
-            for key in self._keys:
-                shape = () if key == "step" else self._shapes[name]
-                device = torch.device("cpu") if key == "step" else distributed.device()
-                empty = torch.empty(shape, device=device)
-                source = saved[name][key].to(empty) if name in saved else empty
-                value = distributed.broadcast_tensor(source)
-                self._state.write(parameter, group, key, value)
+        if has_optimizer_state(source.catalog):
+            self._state.create(self._keys)
+        if self._ema is not None:
+            with self._ema.in_place(), self._state.setting():
+                fill(self._weights(EMA, averaged), source)
+        with self._state.setting():
+            fill(self._weights(MODEL, self._shapes) + self._optimizer_parts(), source)
+        self._scale.load_state(source.loss_scale)
 
     def close(self) -> None:
         """Let go of all memory but the module's own."""

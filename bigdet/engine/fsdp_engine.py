@@ -8,6 +8,7 @@ reduced in fp32, as in the other engine; see `precision.py`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,21 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
-    EngineState,
     MakeOptimizer,
     StepResult,
     check_fits,
+    has_optimizer_state,
     state_keys,
-    to_save,
     weight_shapes,
 )
 from bigdet.engine.ema import MovingAverage
+from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.pieces.index import EMA, MODEL
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -155,78 +158,51 @@ class FsdpEngine:
         """Let the module have the average of the weights inside a block. Collective."""
         return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
 
-    def state(self) -> EngineState:
-        """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
-        model, ema = self._weights(self._shapes), {}
+    def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
+        """Give what this rank holds of parameters and buffers, as they are now."""
+        own = self.module.state_dict()
+        return [_part(kind, name, own[name], self._shapes[name]) for name in names]
+
+    def _optimizer_parts(self) -> list[Part]:
+        """Give what this rank holds of the optimizer state, once there is any."""
+        return [
+            _part(key, name, self._optimizer.state[parameter][key], self._shapes[name])
+            for name, parameter in self._trained.items()
+            if parameter in self._optimizer.state
+            for key in self._keys
+        ]
+
+    def share(self, position: int, size: int) -> Share:
+        """Copy what this rank saves; see ``parts.copy_share``. Collective."""
+        share = copy_share(
+            self._weights(MODEL, self._shapes) + self._optimizer_parts(), position, size
+        )
         if self._ema is not None:
             with self._ema.in_place():
-                ema = self._weights(self._ema.names)
-        optimizer: dict[str, dict[str, Tensor]] = {}
-        if self._optimizer.state:
-            for name, parameter in self._trained.items():
-                values = self._optimizer.state[parameter]
-                optimizer[name] = {key: self._gather(values[key]) for key in self._keys}
-        if not distributed.is_main():
-            return EngineState()
-        return EngineState(model, optimizer, self._scale.state(), ema)
+                averages = copy_share(self._weights(EMA, self._ema.names), position, size)
+            share = share.with_more(averages)
+        return dataclasses.replace(share, loss_scale=self._scale.state())
 
-    def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Give parameters and buffers as they are now, on rank 0. Collective."""
-        own = self.module.state_dict()
-        return {name: self._gather(own[name]) for name in names}
-
-    def _gather(self, value: Tensor) -> Tensor:
-        """Put the shards of a tensor together on the CPU of rank 0; others get an empty one."""
-        is_main = distributed.is_main()
-        if isinstance(value, DTensor):
-            shards = value.to(self._device)
-            assert isinstance(shards, DTensor)
-            value = shards.full_tensor()
-        return to_save(value) if is_main else torch.empty(0)
-
-    def load_state(self, state: EngineState) -> None:
-        """Go on from the state that rank 0 has. Collective.
+    def load_state(self, source: Source) -> None:
+        """Go on from what was saved, reading this rank's part of it. Collective.
 
         Raises:
-            ValueError: on every rank, when the state is that of another model or optimizer.
+            SharedError: on every rank, when the state is that of another model or optimizer.
         """
         averaged = () if self._ema is None else self._ema.names
-        check_fits(state, self._shapes, self._trained, self._keys, averaged)
-        if self._ema is not None:
-            with self._ema.in_place():
-                self._set_weights(averaged, state.ema)
-        self._set_weights(self._shapes, state.model)
+        check_fits(source.catalog, self._shapes, self._trained, self._keys, averaged)
         self._optimizer.state.clear()
-        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
-        if self._keys and has_optimizer:
-            for name, parameter in self._trained.items():
-                saved = state.optimizer.get(name, {})
-                values = {
+        if has_optimizer_state(source.catalog):
+            for parameter in self._trained.values():
+                self._optimizer.state[parameter] = {
                     key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
                     for key in self._keys
                 }
-                for key, value in values.items():
-                    self._scatter(saved.get(key), value)
-                self._optimizer.state[parameter] = values
-        self._scale.load_state(state.loss_scale)
-
-    def _set_weights(self, names: Iterable[str], saved: dict[str, Tensor]) -> None:
-        """Set parameters and buffers to those that rank 0 has."""
-        own = self.module.state_dict()
-        for name in names:
-            self._scatter(saved.get(name), own[name])
-
-    @torch.no_grad()
-    def _scatter(self, source: Tensor | None, value: Tensor) -> None:
-        """Fill a tensor, or its shards, from the whole one that rank 0 has."""
-        if source is None:
-            source = torch.empty(value.shape, dtype=value.dtype)
-        if isinstance(value, DTensor):
-            whole = source.to(self._device, value.dtype)
-            shards = distribute_tensor(whole, value.device_mesh, value.placements)
-            _shard(value).copy_(_shard(shards))
-        else:
-            value.copy_(distributed.broadcast_tensor(source.to(value.device, value.dtype)))
+        if self._ema is not None:
+            with self._ema.in_place():
+                fill(self._weights(EMA, averaged), source)
+        fill(self._weights(MODEL, self._shapes) + self._optimizer_parts(), source)
+        self._scale.load_state(source.loss_scale)
 
     def close(self) -> None:
         """Let go of all memory but the module's own."""
@@ -241,3 +217,13 @@ def _shard(value: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor."""
     assert isinstance(value, DTensor), type(value)
     return value.to_local()
+
+
+def _part(kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
+    """Say what this rank holds of a tensor: rows of it, or all."""
+    if not isinstance(value, DTensor):
+        return Part(kind, name, tuple(value.shape), 0, value, is_whole=True)
+    _, offset = compute_local_shape_and_global_offset(
+        value.shape, value.device_mesh, value.placements
+    )
+    return Part(kind, name, shape, offset[0] * math.prod(shape[1:]), value.to_local())
