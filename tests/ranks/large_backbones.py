@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bigdet.config.model_schema import ModelConfig, RoiConfig, RpnConfig
-from bigdet.config.schema import EngineConfig
 from bigdet.models.vit import ViT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.optim import AdamW
 
 from bigdet import distributed
+from bigdet.config.engine import EngineConfig
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine, EngineState
 from bigdet.models.activation_checkpointing import enable_checkpointing

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from bigdet.config.schema import EngineConfig
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from bigdet import distributed
+from bigdet.config.engine import EngineConfig
 from bigdet.models.backbone_base import Backbone
 from bigdet.training.optim import parameter_groups
 from tests.ranks import large_backbones
