@@ -22,7 +22,7 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Also keep checkpoints at multiples of this many steps of a phase. None: none of them."""
     gather: bool = False
-    """Send all that ranks on other hosts save to rank 0's host, for hosts that share no disk: rank 0
+    """Send what ranks on other hosts save to rank 0's host, for hosts that share no disk. Rank 0
     then has weights and optimizer state whole in its memory. Without it every rank writes its own
     part, and the files stay on the host that wrote them."""
     remote: str | None = None

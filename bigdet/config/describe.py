@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from bigdet.config.rules import CHOICES, ConfigError
 from bigdet.config.run import RunConfig
+from bigdet.config.timm_names import timm_table
 
 WIDTH = 100  # of the text, characters
 INDENT = "    "
@@ -79,7 +80,8 @@ def describe_options(prefix: str = "") -> str:
         near = difflib.get_close_matches(prefix, [option.key for option in options], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--options {prefix}: there is no such option or section.{hint}")
-    return "\n".join(_lines(option) for option in chosen) + "\n"
+    text = "\n".join(_lines(option) for option in chosen) + "\n"
+    return text + timm_table() if wanted == ["model", "backbone"] else text
 
 
 def _lines(option: Option) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from bigdet.config.own import import_callable, parameters_of, refuse_unknown
+from bigdet.config.timm_names import PREFIX as TIMM
+from bigdet.config.timm_names import timm_row
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -21,6 +23,9 @@ LACKS = {
     "drop_path": "has no drop path",
     "relative_positions": "has no choice of relative positions",
     "stride_in_1x1": "has no blocks with 1x1 convolutions",
+    "taps": "gives features of its stages, not of chosen blocks",
+    "token_window": "has no windows of tokens to choose",
+    "image_windows": "takes images whole",
 }
 """Options of ``model`` that are for some backbones, and why others do not heed them."""
 
@@ -36,6 +41,7 @@ class BackboneFacts:
         heeds: the options of ``model`` that it takes, of `LACKS`.
         has_levels: it gives four levels, C2 to C5, of which a pyramid is made; else one map, and
             the model has no FPN.
+        depth: blocks that ``taps`` may name; 0 where there are none.
         published: timm's name of its ImageNet weights, of the plain recipe that detection papers
             start from.
         is_own: a user's.
@@ -45,6 +51,7 @@ class BackboneFacts:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     heeds: tuple[str, ...] = ()
     has_levels: bool = True
+    depth: int = 0
     published: str | None = None
     is_own: bool = False
 
@@ -216,15 +223,32 @@ DETECTORS: dict[str, DetectorFacts] = {
 
 
 def backbone_facts(name: str) -> BackboneFacts:
-    """Return what a backbone is: ``model.backbone``.
+    """Return what a backbone is: ``model.backbone``, bigdet's, ``timm:NAME`` or a user's own.
 
     A user's own takes those of `LACKS` that its function has as parameters.
 
     Raises:
         ValueError: there is none of this name, or it cannot be imported, or takes something else.
     """
+    if name.startswith(TIMM):
+        return _timm_backbone(name)
     refuse_unknown("model.backbone", name, BACKBONES)
     return BACKBONES[name] if name in BACKBONES else _own_backbone(name)
+
+
+@functools.cache
+def _timm_backbone(name: str) -> BackboneFacts:
+    row = timm_row(name)
+    sizes: dict[str, Any] = {"name": row.name}
+    if row.is_plain and "_dino" in row.name:  # DINOv2 and v3: their features are those of the norm
+        sizes["final_norm"] = True
+    return BackboneFacts(
+        build=f"bigdet.models.backbones.timm_net:Timm{'Plain' if row.is_plain else 'Pyramid'}",
+        sizes=sizes,
+        heeds=tuple(row.heeds),
+        depth=row.depth,
+        published=row.name if row.has_weights else None,
+    )
 
 
 @functools.cache

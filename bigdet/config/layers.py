@@ -19,6 +19,8 @@ from bigdet.config.families import BACKBONES, DETECTORS
 from bigdet.config.own import refuse_unknown
 from bigdet.config.rules import ConfigError
 from bigdet.config.shipped import nearest_shipped
+from bigdet.config.timm_names import PREFIX as TIMM
+from bigdet.config.timm_names import timm_row
 
 _PLAIN_WORDS = {
     "is not Optional": "found null, expected a value. Write one, or leave the option out.",
@@ -83,7 +85,10 @@ def _check_names(values: DictConfig, source: str) -> None:
         known = names.get(kind)
         if known is not None and value is not None:
             try:
-                refuse_unknown(key, str(value), known)
+                if str(value).startswith(TIMM):
+                    timm_row(str(value))
+                else:
+                    refuse_unknown(key, str(value), known)
             except ValueError as error:
                 raise ConfigError(f"{source}: {error}") from error
 

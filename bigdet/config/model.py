@@ -28,6 +28,7 @@ from bigdet.config.heads import (
 from bigdet.config.own import FORM
 from bigdet.config.rpn import RpnConfig, check_rpn
 from bigdet.config.rules import CHOICES, ConfigError, Ignored, positive, require
+from bigdet.config.timm_names import PREFIX as TIMM
 
 BoxHead = Literal["2fc", "4conv1fc"]
 Neck = Literal["fpn", "simple"]
@@ -41,8 +42,20 @@ class ModelConfig:
 
     detector: str = field(default=MISSING, metadata={CHOICES: (*DETECTORS, FORM)})
     """Which detector: one of these, or a function of your own."""
-    backbone: str = field(default=MISSING, metadata={CHOICES: (*BACKBONES, FORM)})
-    """Which backbone: one of these, or a function of your own."""
+    backbone: str = field(default=MISSING, metadata={CHOICES: (*BACKBONES, f"{TIMM}NAME", FORM)})
+    """Which backbone: one of these, a network of timm, or a function of your own. ``bigdet train
+    --options model.backbone`` lists timm's names. Networks of patches of another size get patches
+    of 16 pixels here, and their weights are resampled."""
+    taps: list[int] = field(default_factory=list)
+    """Of a plain ``timm:NAME`` (whose features have one stride): the numbers of the blocks whose
+    outputs are concatenated for the pyramid. Empty: the last block."""
+    token_window: int | None = 14
+    """Of a plain ``timm:NAME`` with absolute positions: all blocks but four attend within windows
+    of so many patches a side (ViTDet). None: all blocks attend over the whole image."""
+    image_windows: int = 1
+    """Of a plain ``timm:NAME``: images are cut into so many windows a side, each of which goes
+    through the network by itself, as does the whole image at the size of a window; both are
+    concatenated (DINOv3: 3). 1: images go through whole."""
     box_head: BoxHead = "2fc"
     """Two fully connected layers, or four 3x3 convolutions and one."""
     neck: Neck = "fpn"
@@ -178,6 +191,11 @@ def _check_backbone(model: ModelConfig) -> None:
             f"Remove it, or choose one of {', '.join(with_it)}."
         )
     require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
+    positive("model", model, "token_window", "image_windows")
+    if (depth := backbone_facts(model.backbone).depth) and model.taps:
+        is_rising = model.taps == sorted({tap for tap in model.taps if 1 <= tap <= depth})
+        expected = f"rising numbers from 1 to {depth}, its blocks"
+        require(is_rising, "model.taps", model.taps, expected)
     if not has_fpn(model) and "rpn" not in model_parts(model):
         raise ConfigError(
             f"model.backbone: {model.backbone} has one level of features, but {model.detector} "
@@ -219,10 +237,9 @@ def ignored_in_model(model: ModelConfig, detectors: Collection[str]) -> Ignored:
         model: its section.
         detectors: those of all phases: one of them may be a cascade, or learn keypoints.
     """
-    if lacks := lacking(model, "stride_in_1x1"):
-        yield "model.stride_in_1x1", lacks
-    if lacks := lacking(model, "relative_positions"):
-        yield "model.relative_positions", lacks
+    for option in LACKS:
+        if option not in ("norm", "drop_path") and (lacks := lacking(model, option)):
+            yield f"model.{option}", lacks
     if not has_fpn(model):
         yield "model.width", f"the heads are as wide as {model.backbone}'s features"
         yield "model.neck", f"{model.backbone} has one level of features"

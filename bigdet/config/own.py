@@ -27,12 +27,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from bigdet.config.timm_names import PREFIX
+
 FORM = "package.module:attribute"
 
 
 def is_own(name: str) -> bool:
-    """Tell whether a name is a user's own, ``package.module:attribute``."""
-    return ":" in name
+    """Tell whether a name is a user's own, ``package.module:attribute``, and not one of timm's."""
+    return ":" in name and not name.startswith(PREFIX)
 
 
 def refuse_unknown(key: str, name: str, known: Collection[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bigdet.config.families import DETECTORS, detector_facts
+from bigdet.config.families import DETECTORS, LACKS, detector_facts
 from bigdet.config.model import (
     ModelConfig,
     has_cascade,
@@ -60,13 +60,8 @@ def build_detector(
         ValueError: a user's own backbone or detector is not what is asked for.
     """
     facts = detector_facts(config.detector)
-    backbone = build_backbone(
-        config.backbone,
-        config.norm,
-        config.drop_path,
-        config.stride_in_1x1,
-        config.relative_positions,
-    )
+    options = {option: getattr(config, option) for option in LACKS}
+    backbone = build_backbone(config.backbone, **options)
     build = import_callable("model.detector", facts.build)
     chosen = () if conventions is None else (conventions,)
     detector = build(config, num_classes, backbone, *chosen)

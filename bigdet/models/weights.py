@@ -44,12 +44,14 @@ class LoadedPart:
         source: where it came from.
         tensors: how many parameters and buffers.
         parameters: how many numbers in the parameters.
+        note: what else is to be known of them, such as their licence.
     """
 
     part: str
     source: str
     tensors: int
     parameters: int
+    note: str = ""
 
 
 def weights_metadata(

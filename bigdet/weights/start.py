@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from bigdet import distributed
 from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig, phase_before, phase_model, phase_source, start_parts
 from bigdet.config.start import is_timm, stated_cost
+from bigdet.host.files import write_text
+from bigdet.host.strict_json import to_json
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.weights import AVERAGE, FORMAT, LoadedPart, find_weights, part_of, read_metadata
@@ -48,6 +51,9 @@ def load_start(
         tensor.copy_(distributed.broadcast_tensor(tensor))
     for line in start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
+    if notes := [f"{row.source}: {row.note}" for row in rows if row.note]:
+        logger.info("phase %s: weights from %s", name, "; ".join(notes))
+        _add_to_environment(run_dir.environment, f"weights of {name}", "; ".join(notes))
     if warning:
         logger.warning("phases.%s.start_from: %s", name, warning)
     start = config.phases[name].start_from
@@ -58,6 +64,14 @@ def load_start(
             "phase %s: cost of the weights from elsewhere: %s",
             name, stated or "not stated (start_from.cost)",
         )  # fmt: skip
+
+
+def _add_to_environment(file: Path, key: str, value: str) -> None:
+    """Add something to the last start in the list that ``environment.json`` is."""
+    if file.is_file():
+        starts = json.loads(file.read_text(encoding="utf-8"))
+        starts[-1][key] = value
+        write_text(file, to_json(starts, indent=1))
 
 
 def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:

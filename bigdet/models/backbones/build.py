@@ -26,6 +26,7 @@ def build_backbone(
     drop_path: float,
     stride_in_1x1: bool = False,
     relative_positions: bool = False,
+    **more: Any,
 ) -> Backbone:
     """Build a backbone with random weights.
 
@@ -36,6 +37,7 @@ def build_backbone(
             grows linearly from 0 at the first block. A ResNet has none.
         stride_in_1x1: of a ResNet of bottlenecks.
         relative_positions: of a ViT.
+        more: the other options of ``families.LACKS``.
 
     Raises:
         ValueError: a user's own is not what ``backbone_base.Backbone`` asks for.
@@ -46,8 +48,9 @@ def build_backbone(
         "drop_path": drop_path,
         "stride_in_1x1": stride_in_1x1,
         "relative_positions": relative_positions,
+        **more,
     }
-    heeded = {option: options[option] for option in facts.heeds}
+    heeded = {option: options[option] for option in facts.heeds if option in options}
     backbone = import_callable("model.backbone", facts.build)(**facts.sizes, **heeded)
     if facts.is_own:
         _check_own(name, backbone, heeded)
@@ -139,3 +142,5 @@ def freeze_stages(backbone: Backbone, num_stages: int) -> None:
                 continue
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad_(not is_frozen)
+    for parameter in backbone.stem_parameters:
+        parameter.requires_grad_(num_stages == 0)

@@ -215,10 +215,10 @@ class Waits(TorchDispatchMode):
 def test_the_host_waits_for_the_device_at_most_three_times_a_step(
     detector: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On a CPU, suppression is one call per image and level; a device takes the branch with one.
+    # On a CPU, suppression waits for the sizes of its groups; with Triton it waits for nothing.
     calls = []
 
-    def one_call(boxes: Tensor, scores: Tensor, *_: Any) -> Tensor:
+    def one_call(boxes: Tensor, scores: Tensor, *_: Any, is_sorted: bool) -> Tensor:
         calls.append(len(boxes))
         return torch.ones_like(scores, dtype=torch.bool)
 
