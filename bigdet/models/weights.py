@@ -31,6 +31,8 @@ from bigdet.pieces.tensor_file import TensorFile
 from bigdet.run_dir import RunDir
 
 FORMAT = "bigdet-1"
+AVERAGE = "moving average (EMA)"
+"""Under ``weights`` in the metadata of what is one."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ def weights_metadata(
         categories: of the training set, in the order of the labels.
         phase: the phase that the weights come from.
     """
+    averaged = {} if config.phases[phase].ema is None else {"weights": AVERAGE}
     return {
         "format": FORMAT,
         "config": dump_config(config),
         "categories": json.dumps(list(categories)),
         "phase": phase,
+        **averaged,
     }
 
 

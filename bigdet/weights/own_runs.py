@@ -13,6 +13,7 @@ from bigdet.config.run import phase_model
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.models.weights import (
+    AVERAGE,
     LoadedPart,
     find_weights,
     load_parts,
@@ -35,6 +36,7 @@ def load_run(
         classes, or the file does not say which.
     """
     tensors, metadata = read_safetensors(find_weights(path))
+    source = f"{path} ({AVERAGE})" if metadata.get("weights") == AVERAGE else str(path)
     if has_cascade(detector.config):
         tensors = spread_over_stages(tensors)
     kept = None
@@ -42,7 +44,7 @@ def load_run(
     if theirs and theirs != list(classes):
         tensors, kept = carry_classes(detector.state_dict(), tensors, theirs, classes)
     try:
-        return load_parts(detector, tensors, parts, str(path)), kept
+        return load_parts(detector, tensors, parts, source), kept
     except ValueError as error:
         raise ValueError(f"{error}{_other_options(detector, metadata, path)}") from error
 

@@ -214,11 +214,13 @@ class Whole:
 
     @property
     def model(self) -> dict[str, Tensor]:
-        return self.of_kind("model")
+        """The weights that are trained, whether or not there is an average of them too."""
+        return self.of_kind("model") | self.of_kind("newest")
 
     @property
     def ema(self) -> dict[str, Tensor]:
-        return self.of_kind("ema")
+        averages = self.of_kind("model")
+        return {name: averages[name] for name in self.of_kind("newest")}
 
     def of_kind(self, kind: str) -> dict[str, Tensor]:
         return {name: value for (own, name), value in self.tensors.items() if own == kind}
