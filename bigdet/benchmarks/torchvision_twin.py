@@ -76,7 +76,10 @@ class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
         sizes = [(level.shape[2], level.shape[3]) for level in features]
         canvas_size = (images.tensors.shape[2], images.tensors.shape[3])
         spacings = grid_spacings(sizes, self.strides, canvas_size, from_canvas=False)
-        anchors = grid_anchors(sizes, spacings, self.cells.to(features[0]))
+        cells = self.cells.to(
+            features[0].device, torch.promote_types(features[0].dtype, torch.float32)
+        )
+        anchors = grid_anchors(sizes, spacings, cells)
         return [anchors for _ in images.image_sizes]
 
 
@@ -96,7 +99,9 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
         images = torch.repeat_interleave(torch.tensor([len(one) for one in boxes]))
         rois = torch.cat([images[:, None].to(flat), flat], dim=1)
         levels = pyramid_levels(flat, self.strides)
-        pooled = flat.new_zeros(len(flat), x[self.featmap_names[0]].shape[1], *self.output_size)
+        # Under autocast features are shorter than boxes, and so is what is pooled from them.
+        finest = x[self.featmap_names[0]]
+        pooled = finest.new_zeros(len(flat), finest.shape[1], *self.output_size)
         for number, (name, stride) in enumerate(zip(self.featmap_names, self.strides, strict=True)):
             rows = torch.where(levels == number)[0]
             pooled[rows] = roi_align(
