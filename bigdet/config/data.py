@@ -57,7 +57,7 @@ class TrainSplitConfig:
     keep_empty: bool = False
     """Train on images without objects too. The papers' code leaves them out."""
     min_keypoints: int = 0
-    """Train only on images whose objects together have at least this many labelled keypoints; 1 for
+    """Train only on images whose objects together have at least this many labeled keypoints; 1 for
     Keypoint R-CNN in Detectron and detectron2. Reads all annotations at the start. 0: no limit."""
     max_damaged: int = 100
     """Damaged samples, over all ranks, that may be replaced before the run stops."""
