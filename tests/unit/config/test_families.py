@@ -12,6 +12,7 @@ import pytest
 from bigdet.cli import make_shards
 from bigdet.config.describe import describe_options
 from bigdet.config.families import BACKBONES, DETECTOR_OPTIONS, DETECTORS, backbone_facts
+from bigdet.config.heads import RetinaConfig
 from bigdet.config.load import load_config, parse_config
 from bigdet.config.model import ModelConfig
 from bigdet.config.own import import_own
@@ -111,7 +112,10 @@ def model(**options: object) -> ModelConfig:
             r"expected a list of C2 to C5, \[.*\(1, 16, 2, 3\)\]",
         ),
         ("three_maps", r"gives \[\(1, 8, 8, 12\), \(1, 8, 4, 6\), \(1, 8, 2, 3\)\], expected"),
-        ("wants", r"requires depth\. Expected parameters that are options of model \(norm, drop_path"),
+        (
+            "wants",
+            r"requires depth\. Expected parameters that are options of model \(norm, drop_path",
+        ),
         ("many", r"takes \*args, expected parameters with names only"),
         ("number", r"which is a int, expected a function or a class"),
         ("plane", r"has no plane; did you mean 'plain'\?"),
@@ -134,8 +138,9 @@ def test_a_backbone_that_does_not_fit_is_refused(nets: str, name: str, expected:
     ],
 )
 def test_a_detector_that_does_not_fit_is_refused(nets: str, name: str, expected: str) -> None:
+    retina = RetinaConfig()  # loading a config would have filled it in
     with pytest.raises(ValueError, match=rf"^model\.detector: .*{nets}.*{expected}"):
-        build_detector(model(detector=f"{nets}:{name}", backbone="resnet10"), 2)
+        build_detector(model(detector=f"{nets}:{name}", backbone="resnet10", retina=retina), 2)
 
 
 def test_a_module_that_is_not_there_or_fails_is_reported(tmp_path: Path, monkeypatch) -> None:
