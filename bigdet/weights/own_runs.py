@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bigdet.config.compare import flat_options
 from bigdet.config.load import parse_config
-from bigdet.config.model import ModelConfig, has_cascade
+from bigdet.config.model import ModelConfig, has_cascade, used
 from bigdet.config.run import phase_model
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
@@ -52,8 +52,8 @@ def load_run(
 def other_sampling(detector: Detector, path: Path) -> str:
     """Say that a detector pools regions otherwise than its weights were trained to, if it does."""
     trained = _trained_model(read_metadata(find_weights(path)), path)
-    own = detector.config.roi.sampling_ratio
-    theirs = own if trained is None else trained.roi.sampling_ratio
+    own = used(detector.config.roi).sampling_ratio
+    theirs = own if trained is None or trained.roi is None else trained.roi.sampling_ratio
     if theirs == own:
         return ""
     return (

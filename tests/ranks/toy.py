@@ -106,9 +106,13 @@ def make_batch(step: int, lanes: Iterable[int]) -> dict[str, Any]:
 
 def lanes_of_rank(step: int, **changed: str) -> list[dict[str, Any]]:
     """This rank's lanes; ``changed`` goes into the very last lane, which is the last rank's."""
-    share = LANES // distributed.world_size()
+    share, device = LANES // distributed.world_size(), distributed.device()
     lanes = range(distributed.rank() * share, (distributed.rank() + 1) * share)
-    return [make_batch(step, [k]) | (changed if k == LANES - 1 else {}) for k in lanes]
+    return [
+        {name: tensor.to(device) for name, tensor in make_batch(step, [lane]).items()}
+        | (changed if lane == LANES - 1 else {})
+        for lane in lanes
+    ]
 
 
 def lr_at(step: int, base: float) -> float:

@@ -11,32 +11,40 @@ from tests.shipped import CONFIGS, config_of
 
 SWIN = "patch4_window7_224.ms_in22k"
 VITDET = [
-    # Name, backbone, start, passes, rate, weight decay, drop path. detectron2's projects/ViTDet:
+    # Name, backbone, start, passes, rate, weight decay, drop path, layer decay. projects/ViTDet:
     # mask_rcnn_vitdet_{b,l}_100ep.py, mask_rcnn_vitdet_h_75ep.py, common/optim.py.
-    ("vitdet_b", "vit_b", "timm:vit_base_patch16_224.mae", 100, 1e-4, 0.1, 0.1),
-    ("vitdet_l", "vit_l", "timm:vit_large_patch16_224.mae", 100, 1e-4, 0.1, 0.4),
-    ("vitdet_h", "vit_h", "timm:vit_huge_patch14_224.mae", 75, 1e-4, 0.1, 0.5),
+    ("vitdet_b", "vit_b", "timm:vit_base_patch16_224.mae", 100, 1e-4, 0.1, 0.1, 0.7),
+    ("vitdet_l", "vit_l", "timm:vit_large_patch16_224.mae", 100, 1e-4, 0.1, 0.4, 0.8),
+    ("vitdet_h", "vit_h", "timm:vit_huge_patch14_224.mae", 75, 1e-4, 0.1, 0.5, 0.9),
     # cascade_mask_rcnn_swin_{b,l}_in21k_50ep.py.
-    ("swin_b_cascade", "swin_b", f"timm:swin_base_{SWIN}", 50, 4e-5, 0.05, 0.4),
-    ("swin_l_cascade", "swin_l", f"timm:swin_large_{SWIN}", 50, 4e-5, 0.05, 0.4),
+    ("swin_b_cascade", "swin_b", f"timm:swin_base_{SWIN}", 50, 4e-5, 0.05, 0.4, None),
+    ("swin_l_cascade", "swin_l", f"timm:swin_large_{SWIN}", 50, 4e-5, 0.05, 0.4, None),
     # The paper's tables 4 and 11: from random weights and supervised ones, without layer decay.
-    ("vitdet:b_none", "vit_b", "random", 300, 1.6e-4, 0.2, 0.1),
-    ("vitdet:l_none", "vit_l", "random", 200, 1.6e-4, 0.2, 0.4),
-    ("vitdet:b_in1k", "vit_b", "timm:deit_base_patch16_224.fb_in1k", 50, 8e-5, 0.1, 0.1),
-    ("vitdet:b_mae", "vit_b", "timm:vit_base_patch16_224.mae", 100, 1e-4, 0.1, 0.1),
-    ("vitdet:l_mae", "vit_l", "timm:vit_large_patch16_224.mae", 100, 1e-4, 0.1, 0.4),
+    ("vitdet:b_none", "vit_b", "random", 300, 1.6e-4, 0.2, 0.1, None),
+    ("vitdet:l_none", "vit_l", "random", 200, 1.6e-4, 0.2, 0.4, None),
+    ("vitdet:b_in1k", "vit_b", "timm:deit_base_patch16_224.fb_in1k", 50, 8e-5, 0.1, 0.1, None),
+    ("vitdet:b_mae", "vit_b", "timm:vit_base_patch16_224.mae", 100, 1e-4, 0.1, 0.1, 0.7),
+    ("vitdet:l_mae", "vit_l", "timm:vit_large_patch16_224.mae", 100, 1e-4, 0.1, 0.4, 0.8),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "backbone", "start", "passes", "lr", "decay", "drop_path"), VITDET
+    ("name", "backbone", "start", "passes", "lr", "decay", "drop_path", "layer_decay"), VITDET
 )
 def test_recipes_of_vitdet_are_detectron2s(
-    name: str, backbone: str, start: str, passes: int, lr: float, decay: float, drop_path: float
+    name: str,
+    backbone: str,
+    start: str,
+    passes: int,
+    lr: float,
+    decay: float,
+    drop_path: float,
+    layer_decay: float | None,
 ):
     config = config_of(name)
     model, phase = config.model, config.phases["train"]
     assert (model.backbone, model.drop_path) == (backbone, drop_path)
+    assert phase.layer_decay == layer_decay
     assert (phase.start_from.source, phase.passes) == (start, passes)
     assert (phase.optimizer, phase.betas, phase.lr, phase.weight_decay) == (
         "adamw", (0.9, 0.999), lr, decay,
