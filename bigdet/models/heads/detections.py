@@ -92,7 +92,7 @@ def best_detections(
     usable_scores = torch.where(is_usable, scores, -torch.inf)
     groups, num_groups = images * num_classes + labels, num_images * num_classes
     settings: Any = config
-    kind = getattr(settings, "nms", "hard")  # those of a user's own detector may lack it
+    kind: Any = getattr(settings, "nms", "hard")  # those of a user's own detector may lack it
     if kind == "hard":
         kept = grouped_nms(boxes, usable_scores, groups, num_groups, config.nms_iou)
     else:
