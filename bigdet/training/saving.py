@@ -64,7 +64,7 @@ class Saver:
             )
         if distributed.is_main():
             folder = self._run_dir.checkpoint(state.phase, state.step)
-            metadata = weights_metadata(self._config, self._categories, state.phase)
+            metadata = weights_metadata(self._config, self._categories, state.phase, state.frozen)
             run = {"config": dump_config(self._config), "run": state.to_json()}
             unscored = state.unscored  # its checkpoint may become the best
             needed = [
