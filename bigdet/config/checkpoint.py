@@ -22,9 +22,9 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Also keep checkpoints at multiples of this many steps of a phase. None: none of them."""
     gather: bool = False
-    """Send what ranks on other hosts save to rank 0's host, for hosts that share no disk. Rank 0
-    then has weights and optimizer state whole in its memory. Without it every rank writes its own
-    part, and the files stay on the host that wrote them."""
+    """Send what all ranks save to rank 0, for hosts that share no disk: rank 0 then has weights and
+    optimizer state whole in its memory, and writes them. false: every rank writes its own part, and
+    a file stays on the host that wrote it."""
     remote: str | None = None
     """An address such as ``s3://bucket/run`` (any that fsspec knows) to which finished checkpoints
     are copied, for machines that lose their disks: if the run folder has no checkpoint as new,

@@ -7,12 +7,14 @@ its time. One that lacks an option below was written before it, and means what w
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def keep_former(config: RunConfig, before: RunConfig) -> RunConfig:
         config: as the user wrote it.
         before: of the checkpoint.
     """
-    plain = RunConfig()
+    sections = ModelConfig(rpn=RpnConfig(), roi=RoiConfig())
+    plain = RunConfig(model=sections)
     kept = []
     for key, former in FORMER_DEFAULTS.items():
         own, theirs, default = (_option(each, key) for each in (config, before, plain))
@@ -76,7 +79,10 @@ def keep_former(config: RunConfig, before: RunConfig) -> RunConfig:
 
 
 def _option(config: RunConfig, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _with_option(section: Any, names: list[str], value: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import MISSING
 
@@ -34,6 +35,15 @@ BoxHead = Literal["2fc", "4conv1fc"]
 Neck = Literal["fpn", "simple"]
 Norm = Literal["bn", "gn", "ln", "none"]
 NormScope = Literal["backbone", "all"]
+Section = TypeVar("Section")
+SECTIONS: dict[str, type] = {
+    "rpn": RpnConfig,
+    "roi": RoiConfig,
+    "cascade": CascadeConfig,
+    "keypoint": KeypointConfig,
+    "retina": RetinaConfig,
+}
+"""Sections of parts that some detectors have: None in the models of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +100,51 @@ class ModelConfig:
     first steps take minutes."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
-    rpn: RpnConfig = field(default_factory=RpnConfig)
-    """Region proposals."""
-    roi: RoiConfig = field(default_factory=RoiConfig)
-    """Regions of interest."""
-    cascade: CascadeConfig = field(default_factory=CascadeConfig)
-    """Stages of a cascade."""
-    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
-    """The head of ``keypoint_rcnn``."""
-    retina: RetinaConfig = field(default_factory=RetinaConfig)
-    """RetinaNet."""
+    rpn: RpnConfig | None = None
+    """Region proposals. None: the detector has none."""
+    roi: RoiConfig | None = None
+    """Regions of interest. None: the detector has none."""
+    cascade: CascadeConfig | None = None
+    """Stages of a cascade. None: the detector is none."""
+    keypoint: KeypointConfig | None = None
+    """The head of ``keypoint_rcnn``. None: the detector has none."""
+    retina: RetinaConfig | None = None
+    """RetinaNet. None: another detector."""
+
+    def __post_init__(self) -> None:
+        """Fill in the sections of bigdet's detectors; those of a user's own when it is loaded."""
+        if self.detector in DETECTORS:
+            for name in SECTIONS.keys() & DETECTORS[self.detector].options:
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, SECTIONS[name]())
+
+
+def used(section: Section | None) -> Section:
+    """Return a section that the detector of a model uses, so that it is not None."""
+    assert section is not None
+    return section
+
+
+def settle_sections(
+    model: ModelConfig, detectors: Collection[str], written: Collection[str]
+) -> ModelConfig:
+    """Return a model that has the sections that detectors use, and no others that are at default.
+
+    Args:
+        model: its section.
+        detectors: those of all phases.
+        written: full keys that a user set to their defaults: their sections stay, to be refused.
+    """
+    options = [option for name in detectors for option in detector_facts(name).options]
+    changes: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        found = getattr(model, name)
+        if name in options and found is None:
+            changes[name] = section()
+        is_written = any(key.startswith(f"model.{name}.") for key in written)
+        if name not in options and found == section() and not is_written:
+            changes[name] = None
+    return dataclasses.replace(model, **changes)
 
 
 def model_parts(model: ModelConfig) -> list[str]:
@@ -130,7 +175,7 @@ def has_cascade(model: ModelConfig) -> bool:
 
 def is_class_agnostic(model: ModelConfig) -> bool:
     """Tell whether a region has one box for all classes, with the default filled in."""
-    chosen = model.roi.class_agnostic
+    chosen = used(model.roi).class_agnostic
     return has_cascade(model) if chosen is None else chosen
 
 
@@ -173,14 +218,14 @@ def check_model(model: ModelConfig) -> None:
     _check_backbone(model)
     _check_norm(model)
     positive("model", model, "width", "fc_width")
-    options = detector_facts(model.detector).options
-    if "rpn" in options:
+    if model.rpn is not None:
         check_rpn(model.rpn, has_fpn=has_fpn(model))
-    if "roi" in options:
+    if model.roi is not None:
         check_roi(model.roi)
-    if "retina" in options:
+    if model.keypoint is not None:
+        check_keypoint(model.keypoint)
+    if model.retina is not None:
         check_retina(model.retina)
-    check_keypoint(model.keypoint)
 
 
 def _check_backbone(model: ModelConfig) -> None:
@@ -246,14 +291,15 @@ def ignored_in_model(model: ModelConfig, detectors: Collection[str]) -> Ignored:
     elif (lacks := lacking(model, "norm")) and model.norm == "bn" and model.norm_scope != "all":
         yield "model.norm", f"{lacks}, and norm_scope leaves out all else"
     facts = detector_facts(model.detector)
-    used = [option for each in detectors for option in detector_facts(each).options]
+    heeded = [option for each in detectors for option in detector_facts(each).options]
     for name, lacks in DETECTOR_OPTIONS.items():
         if name in ("cascade", "keypoint"):  # which one of the phases may have
             known = [each for each, row in DETECTORS.items() if name in row.options]
-            if name not in used:
+            if name not in heeded:
                 yield f"model.{name}", f"is for {' and '.join(known)}"
         elif name not in facts.options:
             yield f"model.{name}", lacks.format(model.detector)
-    if detectors and all(detector_facts(each).is_cascade for each in detectors):
+    are_cascades = [detector_facts(each).is_cascade for each in detectors]
+    if model.roi is not None and are_cascades and all(are_cascades):
         reason = "the stages of a cascade have their own, 0.5, 0.6 and 0.7"
         yield "model.roi.positive_iou", reason

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet import distributed
 from bigdet.engine.parts import Share, Source
-from bigdet.pieces.index import EMA, MODEL, Catalog
+from bigdet.pieces.index import MODEL, NEWEST, Catalog
 
 BUCKET_ELEMENTS = 50_000_000
 """Numbers that ZeRO's stages 0 to 2 send in one call. DeepSpeed's own 500 million would be a buffer
@@ -127,7 +127,7 @@ def weight_shapes(module: nn.Module) -> Shapes:
 
 def has_optimizer_state(catalog: Catalog) -> bool:
     """Tell whether what was saved has optimizer state: not before the first step of a phase."""
-    return bool(catalog.keys() - {MODEL, EMA})
+    return bool(catalog.keys() - {MODEL, NEWEST})
 
 
 def check_fits(
@@ -167,15 +167,16 @@ def misfits(
     found = {name: spec.shape for name, spec in catalog.get(MODEL, {}).items()}
     problems = _differences("weights", found, shapes)
     if not problems:
-        found = {name: spec.shape for name, spec in catalog.get(EMA, {}).items()}
-        problems = _differences("moving averages", found, {name: shapes[name] for name in averaged})
+        found = {name: spec.shape for name, spec in catalog.get(NEWEST, {}).items()}
+        expected = {name: shapes[name] for name in averaged}
+        problems = _differences("weights besides their average", found, expected)
     if has_optimizer_state(catalog) and not problems:
         problems = _differences(
             "optimizer state",
             {
                 f"{name}/{kind}": spec.shape
                 for kind, specs in catalog.items()
-                if kind not in (MODEL, EMA)
+                if kind not in (MODEL, NEWEST)
                 for name, spec in specs.items()
             },
             {

@@ -35,7 +35,7 @@ from bigdet.engine.base import (
 from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
-from bigdet.pieces.index import EMA, MODEL
+from bigdet.pieces.index import MODEL, NEWEST
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
@@ -206,12 +206,11 @@ class DeepSpeedEngine:
 
     def share(self, position: int, size: int) -> Share:
         """Copy what this rank saves; see ``parts.copy_share``. Collective."""
-        share = copy_share(
-            self._weights(MODEL, self._shapes) + self._optimizer_parts(), position, size
-        )
+        newest = (MODEL, self._shapes) if self._ema is None else (NEWEST, self._ema.names)
+        share = copy_share(self._weights(*newest) + self._optimizer_parts(), position, size)
         if self._ema is not None:
             with self._ema.in_place():
-                averages = copy_share(self._weights(EMA, self._ema.names), position, size)
+                averages = copy_share(self._weights(MODEL, self._shapes), position, size)
             share = share.with_more(averages)
         return dataclasses.replace(share, loss_scale=self._scale.state())
 
@@ -228,9 +227,10 @@ class DeepSpeedEngine:
             self._state.create(self._keys)
         if self._ema is not None:
             with self._ema.in_place(), self._state.setting():
-                fill(self._weights(EMA, averaged), source)
+                fill(self._weights(MODEL, self._shapes), source)
+        newest = (MODEL, self._shapes) if self._ema is None else (NEWEST, averaged)
         with self._state.setting():
-            fill(self._weights(MODEL, self._shapes) + self._optimizer_parts(), source)
+            fill(self._weights(*newest) + self._optimizer_parts(), source)
         self._scale.load_state(source.loss_scale)
 
     def close(self) -> None:

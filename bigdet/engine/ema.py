@@ -64,7 +64,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the module have the average inside a block, and its own weights after it. Collective.
+        """Let the module have the average inside a block, its own weights after it. Collective.
 
         They change places, so that it costs no memory. After an error in the block they stay where
         they are, as ranks that wait for each other then would hang.

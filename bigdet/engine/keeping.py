@@ -64,13 +64,19 @@ def clean(
     found = numbers(checkpoints)
     newest = sorted(found, key=lambda name: found[name])[-keep:] if keep else []
     named = [read_mark(checkpoints, "latest"), read_mark(checkpoints, "best")]
-    milestones = [
-        name for name in found if keep_every and int(name.rsplit("-", 1)[1]) % keep_every == 0
-    ]
-    for name in found.keys() - {*newest, *named, *protected, *milestones}:
+    for name in found.keys() - {*newest, *named}:
+        if stays(name, protected, keep_every):
+            continue
         doomed = checkpoints / f"{PARTIAL}{name}"
         os.replace(checkpoints / name, doomed)  # so that a crash here leaves no half a checkpoint
         delete(doomed)
+
+
+def stays(name: str, protected: Collection[str], keep_every: int | None) -> bool:
+    """Tell whether a checkpoint stays however old it is; see `clean`."""
+    step = name.rpartition("-")[2]
+    is_milestone = keep_every is not None and step.isdecimal() and int(step) % keep_every == 0
+    return name in protected or is_milestone
 
 
 def remove_leftovers(checkpoints: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ class Remote:
     def copy(
         self,
         save: Save,
-        kept: Callable[[], Collection[str]],
+        is_kept: Callable[[str], bool],
         must_end: Callable[[], bool] = lambda: False,
     ) -> None:
         """Copy this rank's pieces of a complete checkpoint; on rank 0 also the rest, at the end.
@@ -58,7 +58,7 @@ class Remote:
 
         Args:
             save: that is written.
-            kept: gives the names of the checkpoints that stay; others go from the address (rank 0).
+            is_kept: tells of the name of a checkpoint whether it stays at the address (rank 0).
             must_end: tells when to wait for the other ranks no longer.
 
         Raises:
@@ -84,7 +84,7 @@ class Remote:
             for name in (index_file(save.number), STATE_FILE):
                 self._put(save.folder / name, f"{save.folder.name}/{name}")
             self._put(save.folder.parent / "latest", "latest")
-            self._clean(save, kept())
+            self._clean(save, is_kept)
 
     def newest(self) -> tuple[str, Mapping[str, Any]] | None:
         """Return the name and ``state.json`` of the newest complete checkpoint, None if none is."""
@@ -124,7 +124,7 @@ class Remote:
                 write_text(folder / STATE_FILE, self._read(f"{name}/{STATE_FILE}"))
                 keeping.mark_latest(folder)
 
-    def _clean(self, save: Save, kept: Collection[str]) -> None:
+    def _clean(self, save: Save, is_kept: Callable[[str], bool]) -> None:
         """Delete what is not kept, and what earlier saves of this name have left."""
         named = {STATE_FILE, *keeping.named_files(save.folder)}
         files = self._files
@@ -134,7 +134,7 @@ class Remote:
                 for file in files.ls(path, detail=False):
                     if file.rsplit("/", 1)[-1] not in named:
                         files.rm(file)
-            elif name != "latest" and name not in kept:
+            elif name != "latest" and not is_kept(name):
                 state = f"{path.rstrip('/')}/{STATE_FILE}"
                 if files.exists(state):  # first, so that no half a checkpoint looks complete
                     files.rm(state)

@@ -32,6 +32,8 @@ from bigdet.pieces.tensor_file import TensorFile
 from bigdet.run_dir import RunDir
 
 FORMAT = "bigdet-1"
+AVERAGE = "moving average (EMA)"
+"""Under ``weights`` in the metadata of what is one."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def weights_metadata(
         frozen: hash of the frozen backbone, which is not among them.
     """
     found = {} if frozen is None else {"frozen": frozen}
+    if config.phases[phase].ema is not None:
+        found["weights"] = AVERAGE
     return found | {
         "format": FORMAT,
         "config": dump_config(config),

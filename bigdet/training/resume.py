@@ -103,7 +103,7 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
 
 
 def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
-    """Copy the newest checkpoint of ``checkpoint.remote`` unless one here is as new. Collective.
+    """Copy the newest checkpoint of ``checkpoint.remote`` here if it is newer (collective).
 
     Raises:
         SharedError: it cannot be copied, or there is one although ``resume`` is ``never``.

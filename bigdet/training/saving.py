@@ -128,8 +128,6 @@ class Saver:
                 keeping.clean(save.folder.parent, settings.keep, kept, settings.keep_every)
             if distributed.is_main():
                 self._write_whole()
-            if self._remote is not None:
-                self._copy_away(self._remote, save)
         except (OSError, ValueError) as error:
             self._problem = errors.explain(error)
             return
@@ -142,17 +140,24 @@ class Saver:
             f"checkpoint written: {save.folder} (copied in {copied:.2f} s, written during training "
             f"in {written:.2f} s)"
         )
+        if self._remote is not None:
+            self._copy_away(self._remote, save, kept)
 
     def _must_end(self) -> bool:
         """Tell the thread whether to wait for the other ranks no longer."""
         return time.monotonic() > self._deadline
 
-    def _copy_away(self, remote: Remote, save: Save) -> None:
+    def _copy_away(self, remote: Remote, save: Save, kept: Collection[str]) -> None:
         """Copy a checkpoint to ``checkpoint.remote`` (a thread of each rank)."""
-        started = time.perf_counter()
+        started, keep_every = time.perf_counter(), self._config.checkpoint.keep_every
+
+        def is_kept(name: str) -> bool:  # of what a machine before has left, only what always stays
+            is_here = (save.folder.with_name(name) / STATE_FILE).is_file()
+            return is_here or keeping.stays(name, kept, keep_every)
+
         try:
-            remote.copy(save, lambda: keeping.numbers(save.folder.parent), self._must_end)
-        except OSError as error:
+            remote.copy(save, is_kept, self._must_end)
+        except (OSError, RuntimeError) as error:
             logger.warning(f"{save.folder} is on this machine only: {errors.explain(error)}")
             return
         seconds = time.perf_counter() - started

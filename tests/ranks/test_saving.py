@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 from bigdet import distributed
 from bigdet.engine import checkpoint, keeping, whole, writing
 from bigdet.engine.parts import Part, Share, copy_share, fill, gather_share
+from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Save
 from bigdet.pieces.reading import open_stored
 from tests.spawn import run_ranks
 
 ROWS, STATISTICS = torch.arange(60.0).view(6, 10), torch.arange(7.0)
 METADATA = {"config": "output: x"}
+attempts = itertools.count(1)
 
 
 # ---- What the ranks run.
@@ -54,7 +57,9 @@ def save(folder: Path, values: float, share: Share | None = None) -> str:
     number = distributed.broadcast_object(writing.next_number(folder.parent))
     problem = ""
     try:
-        writing.write(Save(folder, number, disks, METADATA, {"step": values}), share)
+        writing.write(
+            Save(folder, number, disks, METADATA, {"step": values}, next(attempts)), share
+        )
     except ValueError as error:
         problem = str(error)
     distributed.barrier()
@@ -67,6 +72,7 @@ def run_all(folder: Path) -> dict[str, Any]:
         "dead": die(folder / "dead"),
         "apart": save_apart(folder / f"host-{distributed.rank() // 2}"),
         "lacking": load_what_is_lacking(folder / f"host-{distributed.rank() // 2}"),
+        "remote": copy_away(folder),
         "gathered": gather(folder / f"gathered-{distributed.rank()}"),
     }
 
@@ -97,7 +103,8 @@ def die(folder: Path) -> list[str]:
         problem = ""
         if distributed.rank() != dead:
             try:
-                writing.write(Save(folder / f"train-{number}", number, disks), share, lambda: True)
+                one = Save(folder / f"train-{number}", number, disks, attempt=-number)
+                writing.write(one, share, lambda: True)
             except RuntimeError as error:
                 problem = str(error)
         problems.append(problem)
@@ -175,6 +182,19 @@ def gather(folder: Path) -> list[str]:
     return [problem]
 
 
+def copy_away(folder: Path) -> list[str]:
+    """All ranks copy what they wrote, on two disks, to one address; each disk gets all of it."""
+    remote = Remote(f"file://{folder}/bucket/run")
+    here = folder / f"host-{distributed.rank() // 2}" / "train-2"
+    fresh = folder / f"fresh-{distributed.rank() // 2}"
+    one = Save(here, 2, writing.find_disks(here.parent), attempt=next(attempts))
+    remote.copy(one, lambda name: name == "train-2")
+    distributed.barrier()
+    remote.fetch(fresh, writing.find_disks(fresh))
+    assert_loaded(fresh / "train-2", 2, owners=(1, 2, 0))
+    return names(fresh / "train-2")
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -205,7 +225,7 @@ def test_a_full_disk_of_one_rank_is_one_error_and_earlier_checkpoints_stay(
 
 
 def test_a_save_during_which_a_rank_dies_is_no_checkpoint(ranks: Any) -> None:
-    assert ranks[0]["dead"] == ["", "no word of save 0 2/from 1", ""]
+    assert ranks[0]["dead"] == ["", "no word of save -2 2/from 1", ""]
     assert [rank["dead"] for rank in ranks[1:]] == [["", "", ""], ["", "", ""]]
 
 
@@ -228,3 +248,11 @@ def test_what_a_host_lacks_is_said_on_all_ranks(ranks: Any, folder: Path) -> Non
 
 def test_gathered_checkpoints_are_on_the_host_of_rank_0_and_sent_from_there(ranks: Any) -> None:
     assert [rank["gathered"] for rank in ranks] == [[""]] * 3
+
+
+def test_a_copy_elsewhere_has_what_all_disks_have_and_goes_to_each(
+    ranks: Any, folder: Path
+) -> None:
+    pieces = [f"pieces-2-{rank}.safetensors" for rank in range(3)]
+    assert names(folder / "bucket/run/train-2") == ["index-2.json", *pieces, "state.json"]
+    assert [rank["remote"] for rank in ranks] == [["index-2.json", *pieces, "state.json"]] * 3
