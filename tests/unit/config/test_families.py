@@ -111,8 +111,8 @@ def model(**options: object) -> ModelConfig:
             r"expected a list of C2 to C5, \[.*\(1, 16, 2, 3\)\]",
         ),
         ("three_maps", r"gives \[\(1, 8, 8, 12\), \(1, 8, 4, 6\), \(1, 8, 2, 3\)\], expected"),
-        ("wants", r"must be given depth, expected parameters of the names norm, drop_path"),
-        ("many", r"takes \*args, expected parameters with names alone"),
+        ("wants", r"requires depth\. Expected parameters that are options of model \(norm, drop_path"),
+        ("many", r"takes \*args, expected parameters with names only"),
         ("number", r"which is a int, expected a function or a class"),
         ("plane", r"has no plane; did you mean 'plain'\?"),
     ],
@@ -125,7 +125,7 @@ def test_a_backbone_that_does_not_fit_is_refused(nets: str, name: str, expected:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("silent", r"does not say what it is\. Write @describe_detector"),
+        ("silent", r"has no description\. Write @describe_detector"),
         ("empty", r"empty returned None, expected a Detector"),
         ("other", r"has the parts backbone, fpn, retina_head, but its .* says backbone, neck"),
         ("torch_head", r"has BatchNorm2d of torch"),

@@ -318,7 +318,7 @@ def test_norms_are_decayed_where_the_released_code_does():
 
 def test_keypoints_are_trained_as_paper_1_says():
     # 4conv1fc with GN as the baseline; Detectron: 2000 candidates a level, images without a
-    # labelled keypoint left out, fewer than 20 keypoints not learned from. detectron2: 1500.
+    # labeled keypoint left out, fewer than 20 keypoints not learned from. detectron2: 1500.
     config = config_of("keypoint_r50_gn")
     model = config.model
     assert (model.box_head, model.norm) == ("4conv1fc", "gn")
