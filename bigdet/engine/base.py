@@ -1,4 +1,4 @@
-"""The protocol of an engine: what the training loop may ask of whatever updates the weights.
+"""The protocol of an engine: what the training loop calls to update the weights.
 
 An engine knows nothing of detection. It runs a module whose ``forward(batch)`` gives a dict of
 scalar losses, and keeps its state by parameter name, so that any engine on any number of ranks
@@ -69,7 +69,7 @@ class Engine(Protocol):
     def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
         """Take one optimizer step on the mean loss of all micro-batches of all ranks.
 
-        Micro-batches are drawn one after the other, each when the one before was computed.
+        Each micro-batch is taken from the iterable when the one before it has been computed.
         """
         ...
 
@@ -78,16 +78,16 @@ class Engine(Protocol):
         ...
 
     def update_ema(self, decay: float) -> None:
-        """Move the average of the weights towards the newest ones, ``decay`` of the old stays.
+        """Move the average of the weights towards the newest ones; ``decay`` of the old stays.
 
-        For an engine that keeps one, after each step that counted. No communication.
+        Called after each step that counted, if the engine keeps an average. No communication.
         """
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Let the module have the average of the weights inside a block, to evaluate. Collective.
+        """Give the module the average of the weights inside a block, to evaluate it. Collective.
 
-        No other method may be called in it. Without an average nothing happens.
+        No other method may be called in the block. Without an average nothing happens.
         """
         ...
 
@@ -105,7 +105,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of all memory but the module's own."""
+        """Free all memory but the module's own."""
         ...
 
 
@@ -126,7 +126,7 @@ def weight_shapes(module: nn.Module) -> Shapes:
 
 
 def has_optimizer_state(catalog: Catalog) -> bool:
-    """Tell whether what was saved has optimizer state: not before the first step of a phase."""
+    """Return whether what was saved has optimizer state; before the first step it has none."""
     return bool(catalog.keys() - {MODEL, NEWEST})
 
 

@@ -12,9 +12,8 @@ import pytest
 from bigdet.cli import make_shards
 from bigdet.config.describe import describe_options
 from bigdet.config.families import BACKBONES, DETECTOR_OPTIONS, DETECTORS, backbone_facts
-from bigdet.config.heads import RetinaConfig
 from bigdet.config.load import load_config, parse_config
-from bigdet.config.model import ModelConfig
+from bigdet.config.model import ModelConfig, settle_sections
 from bigdet.config.own import import_own
 from bigdet.config.rules import ConfigError
 from bigdet.models.build import build_detector
@@ -69,6 +68,8 @@ of_retina = dict(parts=("backbone", "fpn", "retina_head"), options=("width", "re
 retina = describe_detector(**of_retina)(lambda config, num_classes, backbone:
     build_retinanet(config, num_classes, backbone))
 empty = describe_detector(**of_retina)(lambda config, num_classes, backbone: None)
+no_section = describe_detector(parts=("backbone", "fpn", "retina_head"), options=("width",))(
+    lambda config, num_classes, backbone: build_retinanet(config, num_classes, backbone))
 other = describe_detector(parts=("backbone", "neck"), options=("width", "retina"))(retina_like :=
     lambda config, num_classes, backbone: build_retinanet(config, num_classes, backbone))
 def with_more(norm):
@@ -93,7 +94,8 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
 
 
 def model(**options: object) -> ModelConfig:
-    return ModelConfig(width=8, fc_width=8, **({"detector": "faster_rcnn"} | options))
+    chosen = ModelConfig(width=8, fc_width=8, **({"detector": "faster_rcnn"} | options))
+    return settle_sections(chosen, [chosen.detector], ())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,8 @@ def model(**options: object) -> ModelConfig:
         ("three_maps", r"gives \[\(1, 8, 8, 12\), \(1, 8, 4, 6\), \(1, 8, 2, 3\)\], expected"),
         (
             "wants",
-            r"requires depth\. Expected parameters that are options of model \(norm, drop_path",
+            r"requires depth\. Expected parameters that are options of model \(norm, "
+            r"drop_path",
         ),
         ("many", r"takes \*args, expected parameters with names only"),
         ("number", r"which is a int, expected a function or a class"),
@@ -138,9 +141,14 @@ def test_a_backbone_that_does_not_fit_is_refused(nets: str, name: str, expected:
     ],
 )
 def test_a_detector_that_does_not_fit_is_refused(nets: str, name: str, expected: str) -> None:
-    retina = RetinaConfig()  # loading a config would have filled it in
     with pytest.raises(ValueError, match=rf"^model\.detector: .*{nets}.*{expected}"):
-        build_detector(model(detector=f"{nets}:{name}", backbone="resnet10", retina=retina), 2)
+        build_detector(model(detector=f"{nets}:{name}", backbone="resnet10"), 2)
+
+
+def test_a_section_that_an_own_detector_uses_has_to_be_among_its_options(nets: str) -> None:
+    config = model(detector=f"{nets}:no_section", backbone="resnet10")
+    with pytest.raises(ConfigError, match=r"^model\.detector: it uses .* retina\) that is null"):
+        build_detector(config, 2)
 
 
 def test_a_module_that_is_not_there_or_fails_is_reported(tmp_path: Path, monkeypatch) -> None:
