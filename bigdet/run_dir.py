@@ -72,6 +72,10 @@ class RunDir:
         """
         return self.weights.is_file() and not self.all_detections()
 
+    def frozen(self, phase: str) -> Path:
+        """The frozen backbone of a phase, which its checkpoints do not have."""
+        return self.root / "frozen" / f"{phase}.safetensors"
+
     @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""

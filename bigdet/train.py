@@ -34,7 +34,7 @@ from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phase_stream import stream_for_phase
-from bigdet.training.phases import build_for_phase
+from bigdet.training.phases import build_for_phase, settle_frozen
 from bigdet.training.watchdog import Watchdog
 
 PEER_SECONDS = 60.0
@@ -141,7 +141,9 @@ def run_phase(run: Run) -> bool:
     state.stream = stream.state()
     resume.check_same_stream(state.stream)
     classes = [category.name for category in run.train_set.categories]
-    detector = build_for_phase(config, name, classes, run.run_dir, device, run.restored is not None)
+    is_resumed = run.restored is not None
+    detector = build_for_phase(config, name, classes, run.run_dir, device, is_resumed)
+    settle_frozen(detector, state, run.run_dir, is_resumed=is_resumed)
     make_optimizer = partial(optim.build_optimizer, phase=phase)
     num_micro_batches = len(stream.lanes)
     engine = build_engine(

@@ -39,7 +39,7 @@ def row_of(name: str) -> TimmRow:
         except ValueError as error:
             return TimmRow(name=name, lacks=f"{error}".partition(" lacks ")[2] or f"{error}"[:100])
         except FAILURES as error:
-            return TimmRow(name=name, lacks=f"layers that bigdet knows ({error})"[:100])
+            return TimmRow(name=name, lacks=f"layers as bigdet expects them ({error})"[:100])
 
 
 def _row(name):
@@ -103,7 +103,9 @@ def _lacks(backbone):
     try:
         _try(backbone)
     except FAILURES as error:
-        return f"features at any image size ({error})"[:100]
+        if "more than 1 value per channel" in f"{error}":  # of pooled features
+            return "statistics of a single image in its batch normalization"
+        return "features at any image size"
     unreached = [name for name, p in backbone.net.named_parameters() if p.grad is None]
     return f"a use for {', '.join(unreached[:2])}" if unreached else ""
 

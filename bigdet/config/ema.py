@@ -15,12 +15,12 @@ class EmaConfig:
     """
 
     decay: float = 0.9999
-    """Part of the old average that stays in a step; the newest weights are the rest. It looks back
-    about 1 / (1 - ``decay``) steps: a phase should be several times as long."""
+    """Weight of the old average in each step; the newest weights have 1 - ``decay``. The average
+    covers about 1 / (1 - ``decay``) steps: a phase should be several times as long."""
     warm_up: bool = True
-    """Begin with a lower decay, so that the weights that the phase starts from are soon forgotten:
-    the n-th step uses (1 + n) / (10 + n) until that reaches ``decay``, as TensorFlow does. False:
-    the same decay in every step."""
+    """Begin with a lower decay, so that the weights that the phase starts from soon lose their
+    weight: the n-th step uses (1 + n) / (10 + n) until that reaches ``decay``, as TensorFlow does.
+    False: the same decay in every step."""
     evaluate: Literal["average", "both"] = "average"
     """What is evaluated. ``average``: the average instead of the newest weights. ``both``: the
     newest weights too, as ``weights/bbox/AP`` and so on in ``metrics.jsonl``. The best checkpoint

@@ -19,10 +19,10 @@ from yaml import YAMLError
 
 from bigdet.config.compare import leaf_items
 from bigdet.config.earlier import fill_in_former
-from bigdet.config.layers import merge, nearest, one_line, override, read_yaml
+from bigdet.config.layers import merge, one_line, override, read_yaml
 from bigdet.config.model import settle_sections
 from bigdet.config.own import is_own
-from bigdet.config.rules import ConfigError
+from bigdet.config.rules import ConfigError, nearest
 from bigdet.config.run import RunConfig, check_config
 from bigdet.config.shipped import find_config
 

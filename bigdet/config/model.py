@@ -120,8 +120,16 @@ class ModelConfig:
 
 
 def used(section: Section | None) -> Section:
-    """Return a section that the detector of a model uses, so that it is not None."""
-    assert section is not None
+    """Return a section that the detector of a model uses, so that it is not None.
+
+    Raises:
+        ConfigError: it is None: a detector of a user's own does not name it among its options.
+    """
+    if section is None:
+        raise ConfigError(
+            "model.detector: it uses a section of model (rpn, roi, cascade, keypoint or retina) "
+            "that is null. Name that section in the options of its describe_detector."
+        )
     return section
 
 

@@ -115,6 +115,11 @@ class PhaseConfig:
     """For BN only. ``live``: statistics of the batch of each GPU. ``sync``: of the batches of all
     GPUs together, so that losses depend on their number. ``affine``: statistics fixed, scale and
     shift trained. ``fixed``: both fixed. Must be null without BN."""
+    freeze: Literal["backbone"] | None = None
+    """``backbone``: keep the whole backbone as it starts, its matrices in bf16 (half the memory),
+    without gradients, optimizer state, kept activations or drop path. It is on every rank whole,
+    and in no checkpoint: the run folder has it once, in ``frozen``. Output norms and the pyramid of
+    a ViT are trained. None: as ``freeze_stages`` says."""
     freeze_stages: int = 0
     """How many first stages of the backbone are not trained; the stem is the first."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
@@ -195,10 +200,16 @@ def _check_freezing(key: str, phase: PhaseConfig, loaded: list[str]) -> None:
     stages = phase.freeze_stages
     is_fine = 0 <= stages <= BACKBONE_STAGES
     require(is_fine, f"{key}.freeze_stages", stages, f"0 to {BACKBONE_STAGES}")
-    if stages and "backbone" not in loaded:
+    if stages and phase.freeze is not None:
         raise ConfigError(
-            f"{key}.freeze_stages: found {stages}, but the backbone starts from random weights, "
-            f"and frozen random filters cost about 3 AP. Write 0."
+            f"{key}.freeze_stages: found {stages}, but freeze: {phase.freeze} freezes all of them. "
+            f"Remove one of the two."
+        )
+    if "backbone" not in loaded and (stages or phase.freeze is not None):
+        option, found = ("freeze_stages", stages) if stages else ("freeze", phase.freeze)
+        raise ConfigError(
+            f"{key}.{option}: found {found}, but the backbone starts from random weights, and "
+            f"frozen random filters cost about 3 AP. Remove it."
         )
 
 

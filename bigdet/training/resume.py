@@ -155,6 +155,9 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
         return own if is_new else newest
     if newest is None:
         checkpoint.adopt(folder.resolve(), run_dir.checkpoints)
+        frozen = RunDir(folder.resolve().parents[1]).frozen("")
+        if frozen.parent.is_dir():
+            shutil.copytree(frozen.parent, run_dir.frozen("").parent, dirs_exist_ok=True)
         return newest_checkpoint(run_dir)
     if is_new:
         raise ConfigError(

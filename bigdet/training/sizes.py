@@ -11,8 +11,10 @@ from bigdet.config.run import RunConfig, phase_model
 from bigdet.models import norms
 from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
+from bigdet.models.frozen import freeze_backbone, frozen_tensors
 
 FP32_BYTES = 4
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class ModelSizes:
         parameters: all weights.
         trained: weights that the phase trains.
         buffers: running statistics.
+        frozen: weights of a frozen backbone, in bf16 and in no checkpoint.
     """
 
     parameters: int
     trained: int
     buffers: int
+    frozen: int = 0
 
 
 def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
@@ -38,10 +42,14 @@ def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
     if settings.norm_mode is not None:
         norms.set_norm_mode(detector, settings.norm_mode)
     freeze_stages(detector.backbone, settings.freeze_stages)
+    if settings.freeze == "backbone":
+        freeze_backbone(detector.backbone)
+    frozen = sum(tensor.numel() for tensor in frozen_tensors(detector).values())
     return ModelSizes(
         sum(parameter.numel() for parameter in detector.parameters()),
         sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad),
-        sum(buffer.numel() for buffer in detector.buffers()),
+        sum(buffer.numel() for buffer in detector.buffers()) - frozen,
+        frozen,
     )
 
 

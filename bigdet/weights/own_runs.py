@@ -18,7 +18,7 @@ from bigdet.models.weights import (
     find_weights,
     load_parts,
     read_metadata,
-    read_safetensors,
+    read_weights,
 )
 from bigdet.weights.classes import carry_classes
 
@@ -35,7 +35,7 @@ def load_run(
         A row per part, and how many classes kept their weights: None where both have the same
         classes, or the file does not say which.
     """
-    tensors, metadata = read_safetensors(find_weights(path))
+    tensors, metadata = read_weights(find_weights(path))
     source = f"{path} ({AVERAGE})" if metadata.get("weights") == AVERAGE else str(path)
     if has_cascade(detector.config):
         tensors = spread_over_stages(tensors)

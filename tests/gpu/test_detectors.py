@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bigdet.config.heads import CascadeConfig, RetinaConfig
 from bigdet.config.model import ModelConfig
-from bigdet.engine.precision import TotalLoss
+from bigdet.engine.precision import TotalLoss, autocast
 from bigdet.models.detector import Detector
 from tests.unit.models.test_detector import CONFIG, detector_of, scene
 
@@ -83,6 +84,30 @@ def test_detections_are_those_of_a_cpu(name: str, exact: torch.device) -> None:
         torch.testing.assert_close(one.scores.cpu(), other.scores, rtol=1e-3, atol=1e-4)
         nearest = torch.cdist(one.boxes.cpu(), other.boxes, p=math.inf).amin(dim=1)
         assert (nearest < 0.1).float().mean() > 0.95
+
+
+def types_of(detector: Detector, device: torch.device) -> dict[str, set[torch.dtype]]:
+    """The types of all that each module gives in a training step under bf16."""
+    types: dict[str, set[torch.dtype]] = {}
+
+    def note(name: str, values: Any) -> None:
+        found = types.setdefault(name, set())
+        found |= {x.dtype for x in tree_leaves(values) if isinstance(x, Tensor)}
+
+    detector.to(device).train()
+    for name, module in detector.named_modules():
+        module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+    with autocast(device, "bf16"):
+        losses = detector(scene().to(device))
+    torch.stack(list(losses.values())).sum().backward()
+    return types
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_have_the_types_that_they_have_on_a_cpu(name: str, exact: torch.device) -> None:
+    on_cpu = types_of(detector_of(MODELS[name]), torch.device("cpu"))
+    assert types_of(detector_of(MODELS[name]), exact) == on_cpu
+    assert torch.bfloat16 in set().union(*on_cpu.values())
 
 
 @contextmanager

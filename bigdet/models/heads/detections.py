@@ -6,7 +6,7 @@ Letters: D detections of all images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -91,13 +91,14 @@ def best_detections(
     num_images = len(image_sizes)
     usable_scores = torch.where(is_usable, scores, -torch.inf)
     groups, num_groups = images * num_classes + labels, num_images * num_classes
-    kind = getattr(config, "nms", "hard")  # settings of a user's own detector may lack it
+    settings: Any = config
+    kind: Any = getattr(settings, "nms", "hard")  # those of a user's own detector may lack it
     if kind == "hard":
         kept = grouped_nms(boxes, usable_scores, groups, num_groups, config.nms_iou)
     else:
         scores = soft_nms(
             boxes, usable_scores, groups, num_groups, kind, config.nms_iou,
-            config.nms_sigma, config.detections_per_image,
+            settings.nms_sigma, config.detections_per_image,
         )  # fmt: skip
         kept = scores > config.score_threshold
     rows = kept.nonzero().squeeze(1)
