@@ -58,6 +58,7 @@ class Targets:
         keypoints: ``(M, K, 3)`` float32 x, y, visibility: pixels of the canvas, the center of the
             first one at 0.5, and 0 not labelled or out of view (x and y are 0 too), 1 labelled but
             hidden, 2 visible. None where the model has no use for them.
+        most: objects of the image that has most of them. None where the host has to ask the device.
     """
 
     boxes: Tensor
@@ -66,6 +67,7 @@ class Targets:
     offsets: Tensor
     masks: Masks | None = None
     keypoints: Tensor | None = None
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on ``device``; copies from pinned memory overlap."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        moved = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        if self.images.is_cuda or device.type != "cuda":
+            return moved
+        most = int(self.targets.offsets.diff().max())
+        return replace(moved, targets=replace(moved.targets, most=most))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory from being reused before the work queued on a stream is done."""
