@@ -19,8 +19,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
-
 from bigdet import distributed
 from bigdet.cli.running import run_command
 from bigdet.config.evaluation import MAX_DETECTIONS, Metric, TtaConfig, check_max_detections
@@ -46,7 +44,7 @@ from bigdet.host.files import check_file
 from bigdet.host.strict_json import to_json
 from bigdet.logs.log import setup_logging
 from bigdet.models.detector import Detector
-from bigdet.models.weights import find_weights, load_detector
+from bigdet.models.weights import find_weights, load_detector, read_metadata
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 
@@ -55,10 +53,14 @@ CHANGEABLE = (
     "evaluation.images_per_gpu",
     "evaluation.tta",
     "model.roi.score_threshold",
+    "model.roi.nms",
     "model.roi.nms_iou",
+    "model.roi.nms_sigma",
     "model.roi.detections_per_image",
     "model.retina.score_threshold",
+    "model.retina.nms",
     "model.retina.nms_iou",
+    "model.retina.nms_sigma",
     "model.retina.detections_per_image",
     "evaluation.metric",
     "evaluation.max_detections",
@@ -268,9 +270,7 @@ def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
                 f"{', '.join(CHANGEABLE)}. Leave it out."
             )
     file = find_weights(model)
-    with safe_open(file, framework="pt") as opened:
-        text = (opened.metadata() or {}).get("config", "")
-    return parse_config(text, str(file), overrides)
+    return parse_config(read_metadata(file).get("config", ""), str(file), overrides)
 
 
 def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:

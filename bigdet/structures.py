@@ -85,7 +85,7 @@ class Targets:
         offsets: ``(B + 1,)`` int64: image b has rows ``offsets[b]:offsets[b + 1]``.
         masks: the objects' masks, or None where the model has no use for them.
         keypoints: ``(M, K, 3)`` float32 x, y, visibility: pixels of the canvas, the center of the
-            first one at 0.5, and 0 not labelled or out of view (x and y are 0 too), 1 labelled but
+            first one at 0.5, and 0 not labeled or out of view (x and y are 0 too), 1 labeled but
             hidden, 2 visible. None where the model has no use for them.
         most: objects of the image that has most of them. None where the host has to ask the device.
     """

@@ -30,7 +30,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from bigdet.config.model import ModelConfig, has_fpn, has_keypoints, has_masks
+from bigdet.config.model import ModelConfig, has_fpn, has_keypoints, has_masks, used
 from bigdet.config.rpn import RpnConfig
 from bigdet.models.anchors import grid_anchors, grid_spacings
 from bigdet.models.build import head_norm
@@ -177,7 +177,7 @@ def _anchors(
 
 
 def _retinanet(detector: OwnRetinaNet) -> Any:
-    config, head = detector.config.retina, detector.retina_head
+    config, head = used(detector.config.retina), detector.retina_head
     scales = [2 ** (step / config.scales_per_octave) for step in range(config.scales_per_octave)]
     sizes = [tuple(int(size * scale) for scale in scales) for size in config.anchor_sizes]
     backbone = _backbone(detector, detector.fpn)
@@ -209,7 +209,7 @@ def training_options(
 
     ``rpn`` has the limits of its proposals; features have ``width`` channels.
     """
-    roi, norm = config.roi, _norm_layer(head_norm(config))
+    roi, norm = used(config.roi), _norm_layer(head_norm(config))
     head = TwoMLPHead(width * 49, config.fc_width)
     if config.box_head == "4conv1fc":
         head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
@@ -240,7 +240,7 @@ def _rcnn(detector: RCNN) -> Any:
     config, box_head = detector.config, detector.box_head
     assert isinstance(box_head, BoxHead)
     conventions, num_classes = box_head.conventions, box_head.num_classes
-    rpn, roi, strides = detector.rpn.config, config.roi, detector.backbone.strides
+    rpn, roi, strides = detector.rpn.config, used(config.roi), detector.backbone.strides
     backbone = _backbone(detector, detector.fpn)
     width = config.width if has_fpn(config) else detector.backbone.channels[-1]
     names = [str(index) for index in range(len(strides))]
@@ -264,7 +264,7 @@ def _rcnn(detector: RCNN) -> Any:
         "box_roi_pool": pool(7),
     }
     if has_keypoints(config):
-        keypoints = config.keypoint
+        keypoints = used(config.keypoint)
         options |= {
             "keypoint_roi_pool": pool(keypoint.POOLED_SIZE),
             "keypoint_head": KeypointRCNNHeads(width, [keypoints.width] * keypoint.NUM_CONVS),

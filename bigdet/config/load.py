@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from yaml import YAMLError
 
 from bigdet.config.compare import leaf_items
 from bigdet.config.earlier import fill_in_former
-from bigdet.config.layers import merge, nearest, one_line, override, read_yaml
-from bigdet.config.rules import ConfigError
+from bigdet.config.layers import merge, one_line, override, read_yaml
+from bigdet.config.model import settle_sections
+from bigdet.config.own import is_own
+from bigdet.config.rules import ConfigError, nearest
 from bigdet.config.run import RunConfig, check_config
 from bigdet.config.shipped import find_config
 
@@ -64,7 +66,8 @@ def read_unchecked(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Run
     layers = [(plain, fragments, base), (base, experiment, merged), (merged, changes, final)]
     if _is_resolved(experiment):  # which lists options without effect too
         layers = layers[2:]
-    return _complete(final, str(path)), _repeated(layers)
+    written = _repeated(layers)
+    return _settle(_complete(final, str(path)), written), written
 
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -87,7 +90,11 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
     final, changes = override(merged, overrides)
     config = _complete(final, source)
     if overrides:
-        check_config(config, _repeated([(merged, changes, final)]))
+        written = _repeated([(merged, changes, final)])
+        config = _settle(config, written)
+        check_config(config, written)
+    elif not is_own(config.model.detector):  # which only those import who run it
+        config = _settle(config, ())
     return config
 
 
@@ -207,6 +214,14 @@ def _complete(merged: DictConfig, source: str) -> RunConfig:
     assert isinstance(config, RunConfig)
     output, resume = os.path.expanduser(config.output), os.path.expanduser(config.resume)
     return dataclasses.replace(config, output=output, resume=resume)  # no shell did in a file
+
+
+def _settle(config: RunConfig, written: Collection[str]) -> RunConfig:
+    """Give the model the sections of the detectors of all phases, and no others."""
+    own = [phase.model.detector for phase in config.phases.values()]
+    detectors = {config.model.detector, *(name for name in own if name is not None)}
+    model = settle_sections(config.model, detectors, written)
+    return dataclasses.replace(config, model=model)
 
 
 def _leaves(values: DictConfig) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import MISSING
 
@@ -28,10 +29,21 @@ from bigdet.config.heads import (
 from bigdet.config.own import FORM
 from bigdet.config.rpn import RpnConfig, check_rpn
 from bigdet.config.rules import CHOICES, ConfigError, Ignored, positive, require
+from bigdet.config.timm_names import PREFIX as TIMM
 
 BoxHead = Literal["2fc", "4conv1fc"]
-Norm = Literal["bn", "gn", "none"]
+Neck = Literal["fpn", "simple"]
+Norm = Literal["bn", "gn", "ln", "none"]
 NormScope = Literal["backbone", "all"]
+Section = TypeVar("Section")
+SECTIONS: dict[str, type] = {
+    "rpn": RpnConfig,
+    "roi": RoiConfig,
+    "cascade": CascadeConfig,
+    "keypoint": KeypointConfig,
+    "retina": RetinaConfig,
+}
+"""Sections of parts that some detectors have: None in the models of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +52,39 @@ class ModelConfig:
 
     detector: str = field(default=MISSING, metadata={CHOICES: (*DETECTORS, FORM)})
     """Which detector: one of these, or a function of your own."""
-    backbone: str = field(default=MISSING, metadata={CHOICES: (*BACKBONES, FORM)})
-    """Which backbone: one of these, or a function of your own."""
+    backbone: str = field(default=MISSING, metadata={CHOICES: (*BACKBONES, f"{TIMM}NAME", FORM)})
+    """Which backbone: one of these, a network of timm, or a function of your own. ``bigdet train
+    --options model.backbone`` lists timm's names. Networks of patches of another size get patches
+    of 16 pixels here, and their weights are resampled."""
+    taps: list[int] = field(default_factory=list)
+    """Of a plain ``timm:NAME`` (whose features have one stride): the numbers of the blocks whose
+    outputs are concatenated for the pyramid. Empty: the last block."""
+    token_window: int | None = 14
+    """Of a plain ``timm:NAME`` with absolute positions: all blocks but four attend within windows
+    of so many patches a side (ViTDet). None: all blocks attend over the whole image."""
+    image_windows: int = 1
+    """Of a plain ``timm:NAME``: images are cut into so many windows a side, each of which goes
+    through the network by itself, as does the whole image at the size of a window; both are
+    concatenated (DINOv3: 3). 1: images go through whole."""
     box_head: BoxHead = "2fc"
     """Two fully connected layers, or four 3x3 convolutions and one."""
+    neck: Neck = "fpn"
+    """``fpn``: a feature pyramid network, whose coarse levels are added to the finer ones.
+    ``simple``: ViTDet's pyramid: the same convolutions for each level by itself."""
     norm: Norm = "bn"
-    """Normalization of convolutional backbones and, by scope, of FPN and heads."""
+    """Normalization of convolutional backbones and, by scope, of neck and heads: batch, group or
+    layer normalization (``ln``: over the channels of each position, as in ViTDet)."""
     norm_scope: NormScope | None = None
     """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
-    bn, ``all`` with gn."""
+    bn, ``all`` with gn and ln."""
+    relative_positions: bool = False
+    """The attention of vit_* backbones has relative positions too, which start at 0, as in
+    detectron2's ViTDet (about 1 AP more). They are made for windows of 14 and images of 1024
+    pixels, and interpolated for others."""
+    pad_to_square: bool = False
+    """Canvases are padded to squares before the backbone, as detectron2 does for ViTDet. Training
+    with ``resize.kind`` jitter or direct has squares anyway; at test time the positions of a ViT
+    then have the scale that they were trained at, and a step takes up to twice as long."""
     stride_in_1x1: bool = False
     """Bottlenecks of a ResNet have their stride in the first 1x1 convolution, as in MSRA's
     (Caffe's) R-50 and R-101 and detectors on them: ``STRIDE_IN_1X1`` in detectron2,
@@ -64,16 +100,59 @@ class ModelConfig:
     first steps take minutes."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
-    rpn: RpnConfig = field(default_factory=RpnConfig)
-    """Region proposals."""
-    roi: RoiConfig = field(default_factory=RoiConfig)
-    """Regions of interest."""
-    cascade: CascadeConfig = field(default_factory=CascadeConfig)
-    """Stages of a cascade."""
-    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
-    """The head of ``keypoint_rcnn``."""
-    retina: RetinaConfig = field(default_factory=RetinaConfig)
-    """RetinaNet."""
+    rpn: RpnConfig | None = None
+    """Region proposals. None: the detector has none."""
+    roi: RoiConfig | None = None
+    """Regions of interest. None: the detector has none."""
+    cascade: CascadeConfig | None = None
+    """Stages of a cascade. None: the detector is none."""
+    keypoint: KeypointConfig | None = None
+    """The head of ``keypoint_rcnn``. None: the detector has none."""
+    retina: RetinaConfig | None = None
+    """RetinaNet. None: another detector."""
+
+    def __post_init__(self) -> None:
+        """Fill in the sections of bigdet's detectors; those of a user's own when it is loaded."""
+        if self.detector in DETECTORS:
+            for name in SECTIONS.keys() & DETECTORS[self.detector].options:
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, SECTIONS[name]())
+
+
+def used(section: Section | None) -> Section:
+    """Return a section that the detector of a model uses, so that it is not None.
+
+    Raises:
+        ConfigError: it is None: a detector of a user's own does not name it among its options.
+    """
+    if section is None:
+        raise ConfigError(
+            "model.detector: it uses a section of model (rpn, roi, cascade, keypoint or retina) "
+            "that is null. Name that section in the options of its describe_detector."
+        )
+    return section
+
+
+def settle_sections(
+    model: ModelConfig, detectors: Collection[str], written: Collection[str]
+) -> ModelConfig:
+    """Return a model that has the sections that detectors use, and no others that are at default.
+
+    Args:
+        model: its section.
+        detectors: those of all phases.
+        written: full keys that a user set to their defaults: their sections stay, to be refused.
+    """
+    options = [option for name in detectors for option in detector_facts(name).options]
+    changes: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        found = getattr(model, name)
+        if name in options and found is None:
+            changes[name] = section()
+        is_written = any(key.startswith(f"model.{name}.") for key in written)
+        if name not in options and found == section() and not is_written:
+            changes[name] = None
+    return dataclasses.replace(model, **changes)
 
 
 def model_parts(model: ModelConfig) -> list[str]:
@@ -104,7 +183,7 @@ def has_cascade(model: ModelConfig) -> bool:
 
 def is_class_agnostic(model: ModelConfig) -> bool:
     """Tell whether a region has one box for all classes, with the default filled in."""
-    chosen = model.roi.class_agnostic
+    chosen = used(model.roi).class_agnostic
     return has_cascade(model) if chosen is None else chosen
 
 
@@ -147,14 +226,14 @@ def check_model(model: ModelConfig) -> None:
     _check_backbone(model)
     _check_norm(model)
     positive("model", model, "width", "fc_width")
-    options = detector_facts(model.detector).options
-    if "rpn" in options:
+    if model.rpn is not None:
         check_rpn(model.rpn, has_fpn=has_fpn(model))
-    if "roi" in options:
+    if model.roi is not None:
         check_roi(model.roi)
-    if "retina" in options:
+    if model.keypoint is not None:
+        check_keypoint(model.keypoint)
+    if model.retina is not None:
         check_retina(model.retina)
-    check_keypoint(model.keypoint)
 
 
 def _check_backbone(model: ModelConfig) -> None:
@@ -165,6 +244,11 @@ def _check_backbone(model: ModelConfig) -> None:
             f"Remove it, or choose one of {', '.join(with_it)}."
         )
     require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
+    positive("model", model, "token_window", "image_windows")
+    if (depth := backbone_facts(model.backbone).depth) and model.taps:
+        is_rising = model.taps == sorted({tap for tap in model.taps if 1 <= tap <= depth})
+        expected = f"rising numbers from 1 to {depth}, its blocks"
+        require(is_rising, "model.taps", model.taps, expected)
     if not has_fpn(model) and "rpn" not in model_parts(model):
         raise ConfigError(
             f"model.backbone: {model.backbone} has one level of features, but {model.detector} "
@@ -206,21 +290,24 @@ def ignored_in_model(model: ModelConfig, detectors: Collection[str]) -> Ignored:
         model: its section.
         detectors: those of all phases: one of them may be a cascade, or learn keypoints.
     """
-    if lacks := lacking(model, "stride_in_1x1"):
-        yield "model.stride_in_1x1", lacks
+    for option in LACKS:
+        if option not in ("norm", "drop_path") and (lacks := lacking(model, option)):
+            yield f"model.{option}", lacks
     if not has_fpn(model):
         yield "model.width", f"the heads are as wide as {model.backbone}'s features"
+        yield "model.neck", f"{model.backbone} has one level of features"
     elif (lacks := lacking(model, "norm")) and model.norm == "bn" and model.norm_scope != "all":
         yield "model.norm", f"{lacks}, and norm_scope leaves out all else"
     facts = detector_facts(model.detector)
-    used = [option for each in detectors for option in detector_facts(each).options]
+    heeded = [option for each in detectors for option in detector_facts(each).options]
     for name, lacks in DETECTOR_OPTIONS.items():
         if name in ("cascade", "keypoint"):  # which one of the phases may have
             known = [each for each, row in DETECTORS.items() if name in row.options]
-            if name not in used:
+            if name not in heeded:
                 yield f"model.{name}", f"is for {' and '.join(known)}"
         elif name not in facts.options:
             yield f"model.{name}", lacks.format(model.detector)
-    if detectors and all(detector_facts(each).is_cascade for each in detectors):
+    are_cascades = [detector_facts(each).is_cascade for each in detectors]
+    if model.roi is not None and are_cascades and all(are_cascades):
         reason = "the stages of a cascade have their own, 0.5, 0.6 and 0.7"
         yield "model.roi.positive_iou", reason

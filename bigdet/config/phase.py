@@ -11,6 +11,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from bigdet.config.augment import AugmentConfig, check_augment
+from bigdet.config.ema import EmaConfig
 from bigdet.config.families import DETECTORS
 from bigdet.config.model import ModelConfig, has_batch_norm, parts_with_batch_norm
 from bigdet.config.own import FORM
@@ -89,6 +90,14 @@ class PhaseConfig:
     """Decay biases of other layers. False in Detectron."""
     bias_lr_factor: float = 1.0
     """Learning rate of these biases over that of the weights. 2 in Detectron."""
+    layer_decay: float | None = None
+    """Learning rate of each layer of the backbone over that of the layer after it. The factor of a
+    layer is ``layer_decay`` to the power of the layers above it: depth + 1 for the stem (and the
+    positions of a ViT), 1 for the last block, and 0 for output norms, neck and heads, whose rate is
+    ``lr``. ViTDet from MAE weights: 0.7, 0.8, 0.9 for B, L, H. None: one rate."""
+    ema: EmaConfig | None = None
+    """A moving average (EMA) of the weights, which is evaluated, and what the phase gives to the
+    next one. None: no average."""
     schedule: Literal["constant", "step", "cosine"] = "step"
     """After the warm-up: ``constant``; ``step``: times ``decay_factor`` at each of ``drops``; or
     ``cosine``: half a cosine, from the full rate at the end of the warm-up to 0 at the end."""
@@ -106,6 +115,11 @@ class PhaseConfig:
     """For BN only. ``live``: statistics of the batch of each GPU. ``sync``: of the batches of all
     GPUs together, so that losses depend on their number. ``affine``: statistics fixed, scale and
     shift trained. ``fixed``: both fixed. Must be null without BN."""
+    freeze: Literal["backbone"] | None = None
+    """``backbone``: keep the whole backbone as it starts, its matrices in bf16 (half the memory),
+    without gradients, optimizer state, kept activations or drop path. It is on every rank whole,
+    and in no checkpoint: the run folder has it once, in ``frozen``. Output norms and the pyramid of
+    a ViT are trained. None: as ``freeze_stages`` says."""
     freeze_stages: int = 0
     """How many first stages of the backbone are not trained; the stem is the first."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
@@ -186,10 +200,16 @@ def _check_freezing(key: str, phase: PhaseConfig, loaded: list[str]) -> None:
     stages = phase.freeze_stages
     is_fine = 0 <= stages <= BACKBONE_STAGES
     require(is_fine, f"{key}.freeze_stages", stages, f"0 to {BACKBONE_STAGES}")
-    if stages and "backbone" not in loaded:
+    if stages and phase.freeze is not None:
         raise ConfigError(
-            f"{key}.freeze_stages: found {stages}, but the backbone starts from random weights, "
-            f"and frozen random filters cost about 3 AP. Write 0."
+            f"{key}.freeze_stages: found {stages}, but freeze: {phase.freeze} freezes all of them. "
+            f"Remove one of the two."
+        )
+    if "backbone" not in loaded and (stages or phase.freeze is not None):
+        option, found = ("freeze_stages", stages) if stages else ("freeze", phase.freeze)
+        raise ConfigError(
+            f"{key}.{option}: found {found}, but the backbone starts from random weights, and "
+            f"frozen random filters cost about 3 AP. Remove it."
         )
 
 
@@ -231,6 +251,10 @@ def _check_schedule(key: str, phase: PhaseConfig) -> None:
         factor = getattr(phase, name)
         require(0 < factor <= 1, f"{key}.{name}", factor, "in (0, 1]")
     require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
+    is_fine = phase.layer_decay is None or 0 < phase.layer_decay <= 1
+    require(is_fine, f"{key}.layer_decay", phase.layer_decay, "in (0, 1], or null")
+    if phase.ema is not None:
+        require(0 < phase.ema.decay < 1, f"{key}.ema.decay", phase.ema.decay, "in (0, 1)")
     is_fine = all(0 <= beta < 1 for beta in phase.betas)
     require(is_fine, f"{key}.betas", phase.betas, "two in [0, 1)")
 

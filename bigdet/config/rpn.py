@@ -20,6 +20,9 @@ class RpnConfig:
     all anchors of a point, in any number; Detectron has 64, 128, 256, 512."""
     anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     """Height over width of the anchors, area kept."""
+    num_convs: int = 1
+    """3x3 convolutions before the predictions, without normalization. ViTDet and detectron2's
+    newer baselines have 2."""
     anchors_per_image: int = 256
     """Sampled anchors per image in the loss, at most half of them positive."""
     train_proposals: int | None = None
@@ -71,6 +74,7 @@ def check_rpn(rpn: RpnConfig, *, has_fpn: bool) -> None:
     num_anchors = rpn.anchors_per_image
     half = "2 or more, half of them for objects"
     require(num_anchors >= 2, f"{key}.anchors_per_image", num_anchors, half)
+    positive(key, rpn, "num_convs")
     positive(key, rpn, "train_proposals", "test_proposals", "train_candidates", "test_candidates")
     not_negative(key, rpn, "border", "box_beta")
     fraction(key, rpn, "low_quality_iou", "nms_iou")

@@ -26,6 +26,7 @@ from bigdet.config.model import (
     has_keypoints,
     ignored_in_model,
     is_class_agnostic,
+    used,
 )
 from bigdet.config.phase import PhaseConfig, check_phase, ignored_in_phase
 from bigdet.config.resize import ResizeConfig
@@ -72,7 +73,7 @@ def phase_model(config: RunConfig, name: str) -> ModelConfig:
     model, detector = config.model, config.phases[name].model.detector
     if detector is None:
         return model
-    roi = dataclasses.replace(model.roi, class_agnostic=is_class_agnostic(model))
+    roi = dataclasses.replace(used(model.roi), class_agnostic=is_class_agnostic(model))
     return dataclasses.replace(model, detector=detector, roi=roi)
 
 

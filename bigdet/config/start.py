@@ -53,7 +53,8 @@ class StartFromConfig:
     ema: bool | None = None
     """For files with both plain weights and their moving average (EMA): true for the average, false
     for the plain ones. None: the plain ones, but the average for files of mmengine, which puts it
-    in their place. The log says what a file has and what was taken."""
+    in their place. The log says what a file has and what was taken. A phase of bigdet with ``ema``
+    gives its average alone."""
     cost: StartCostConfig | None = None
     """For ``timm`` and paths: what the weights cost, reported next to the run's own cost in
     ``metrics.jsonl`` (``imported/images``, ...). None: unknown."""

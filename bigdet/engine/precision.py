@@ -138,14 +138,14 @@ class LossScale:
         self._good_steps = 0
 
     def update(self, is_finite: bool, losses: dict[str, Tensor]) -> bool:
-        """Take note of how a step went, on all ranks alike (a collective for a bad step of fp16).
+        """Update the scale after a step, on all ranks (a collective after a bad step of fp16).
 
         Args:
             is_finite: the gradient norm is, on all ranks.
             losses: of this rank's micro-batches, by name.
 
         Returns:
-            True for a step that failed because the scale was too high.
+            True if the step failed because the scale was too high.
         """
         if not self._is_used:
             return False
@@ -165,7 +165,7 @@ class LossScale:
         return {"value": self.value, "good_steps": self._good_steps} if self._is_used else {}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Go on from the state that rank 0 has, or start anew where it has none. Collective."""
+        """Continue from the state that rank 0 has, or start anew if it has none. Collective."""
         state = distributed.broadcast_object(state)
         self.value = state.get("value", INITIAL_SCALE) if self._is_used else 1.0
         self._good_steps = int(state.get("good_steps", 0)) if self._is_used else 0

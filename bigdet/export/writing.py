@@ -88,6 +88,11 @@ def check_exportable(detector: Detector, out: Path, size: tuple[int, int], num_i
     if not detector_facts(kind).is_exportable:
         known = [name for name, facts in DETECTORS.items() if facts.is_exportable]
         raise ValueError(f"found a {kind}, expected one of {', '.join(known)} to export.")
+    if (nms := getattr(detector.eval_settings, "nms", "hard")) != "hard":
+        raise ValueError(
+            f"found nms: {nms}, expected hard: an exported detector has no soft-NMS. Evaluate it "
+            f"with nms=hard, and train or convert it without the option."
+        )
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}.")
     if any(side < 2 * CANVAS_MULTIPLE or side % CANVAS_MULTIPLE for side in size):

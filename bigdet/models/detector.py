@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigdet.config.model import ModelConfig
@@ -190,6 +191,12 @@ class Detector(nn.Module):
         """Take thresholds and limits of the detections from a config."""
         raise NotImplementedError
 
+    def seen_size(self, batch: Batch) -> tuple[int, int]:
+        """Return height and width of the `pixels`: the canvas, or the square around it."""
+        height, width = batch.images.shape[-2:]
+        largest = max(height, width)
+        return (largest, largest) if self.config.pad_to_square else (height, width)
+
     def pixels(self, batch: Batch) -> Tensor:
         """Give the normalized images ``(B, 3, H, W)``; everything outside an image is 0."""
         mean, deviation = self.get_buffer("pixel_mean"), self.get_buffer("pixel_deviation")
@@ -200,7 +207,11 @@ class Detector(nn.Module):
         columns = torch.arange(width, device=mean.device) < batch.image_sizes[:, 1, None, None]
         pixels = batch.images.to(mean.dtype, memory_format=torch.channels_last)
         pixels = (pixels - mean).div_(deviation)
-        return pixels.mul_((lines & columns)[:, None])
+        pixels = pixels.mul_((lines & columns)[:, None])
+        size = self.seen_size(batch)
+        if size == (height, width):
+            return pixels
+        return F.pad(pixels, (0, size[1] - width, 0, size[0] - height))
 
     @torch.no_grad()
     def predict(self, images: Sequence[Picture]) -> list[Detections]:

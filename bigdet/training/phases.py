@@ -6,14 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
+from bigdet import distributed
 from bigdet.config.run import RunConfig, phase_model
 from bigdet.models import norms
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
+from bigdet.models.frozen import (
+    freeze_backbone,
+    frozen_tensors,
+    hash_of,
+    read_frozen,
+    write_frozen,
+)
 from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
+from bigdet.training.state import RunState
 from bigdet.weights.start import load_start
 
 
@@ -47,8 +56,36 @@ def build_for_phase(
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     freeze_stages(detector.backbone, phase.freeze_stages)
+    if phase.freeze == "backbone":
+        freeze_backbone(detector.backbone)
     if config.engine.activation_checkpointing:
         enable_checkpointing(detector)
     if model.compile:
         detector.compile_dense()
     return detector.to(device).train()
+
+
+def settle_frozen(
+    detector: Detector, state: RunState, run_dir: RunDir, *, is_resumed: bool
+) -> None:
+    """Write the frozen backbone of a phase at its start, and read it again in a resumed run.
+
+    A collective; nothing for a phase without one.
+
+    Raises:
+        SharedError: on all ranks: the file is missing, or not the one of the checkpoint.
+    """
+    frozen, file = frozen_tensors(detector), run_dir.frozen(state.phase)
+    if not frozen:
+        return
+    with distributed.together():
+        if distributed.is_main() and is_resumed:
+            for name, tensor in read_frozen(file, str(state.frozen)).items():
+                frozen[name].copy_(tensor)
+        elif distributed.is_main():
+            write_frozen(file, frozen)
+            state.frozen = hash_of(frozen)
+    state.frozen = distributed.broadcast_object(state.frozen)
+    if is_resumed:
+        for tensor in frozen.values():
+            tensor.copy_(distributed.broadcast_tensor(tensor))

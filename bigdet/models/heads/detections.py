@@ -6,7 +6,7 @@ Letters: D detections of all images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from bigdet.ops.boxes import clip_boxes
 from bigdet.ops.nms import first_of_groups, grouped_nms, soft_nms
 
 MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
-SIGMA = 0.5  # of Gaussian soft-NMS, in its paper
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,14 @@ def best_detections(
     num_images = len(image_sizes)
     usable_scores = torch.where(is_usable, scores, -torch.inf)
     groups, num_groups = images * num_classes + labels, num_images * num_classes
-    kind = getattr(config, "nms", "hard")  # settings of a user's own detector may lack it
+    settings: Any = config
+    kind: Any = getattr(settings, "nms", "hard")  # those of a user's own detector may lack it
     if kind == "hard":
         kept = grouped_nms(boxes, usable_scores, groups, num_groups, config.nms_iou)
     else:
         usable_scores = soft_nms(
             boxes, usable_scores, groups, num_groups, kind, config.nms_iou,
-            getattr(config, "nms_sigma", SIGMA), config.detections_per_image,
+            settings.nms_sigma, config.detections_per_image,
         )  # fmt: skip
         kept = usable_scores > config.score_threshold
     scores = torch.where(kept, usable_scores, -torch.inf)

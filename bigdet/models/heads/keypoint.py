@@ -32,7 +32,7 @@ def keypoint_cells(keypoints: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(N, K)`` int64 in ``0..56 * 56 - 1``, row after row, and ``(N, K)`` bool, whether the
-        keypoint is labelled (hidden or not) and in the region; points on its right and lower edge
+        keypoint is labeled (hidden or not) and in the region; points on its right and lower edge
         are.
     """
     corners, sides = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]

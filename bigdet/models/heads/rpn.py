@@ -76,7 +76,6 @@ class RegionProposals(nn.Module):
         conventions: Conventions,
         has_levels: bool = True,
         detector: str = "faster_rcnn",
-        num_convs: int = 1,
     ) -> None:
         """Build for features of ``width`` channels; weights N(0, 0.01), biases 0.
 
@@ -94,7 +93,7 @@ class RegionProposals(nn.Module):
         num_shapes = len(cells[0])
         # A buffer, for it waits on the device: a copy at every step would stop the host.
         self.register_buffer("cells", torch.stack(cells).float(), persistent=False)
-        convs = [conv_norm(width, width, 3, "none", relu=True) for _ in range(num_convs)]
+        convs = [conv_norm(width, width, 3, "none", relu=True) for _ in range(config.num_convs)]
         self.conv, self.more_convs = convs[0], nn.Sequential(*convs[1:])
         self.objectness = nn.Conv2d(width, num_shapes, 1)
         self.deltas = nn.Conv2d(width, 4 * num_shapes, 1)

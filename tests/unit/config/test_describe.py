@@ -66,7 +66,7 @@ def test_a_key_chooses_its_section_and_any_name_matches_a_phase():
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"data\.trian.*Did you mean data\.train\?"):
+    with pytest.raises(ConfigError, match=r"data\.trian.*did you mean 'data\.train'\?"):
         describe_options("data.trian")
 
 
