@@ -10,7 +10,7 @@ import datetime
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, TypeVar
 
@@ -215,11 +215,11 @@ def sum_with_gradient(tensor: Tensor) -> Tensor:
     return total
 
 
-def group() -> dist.ProcessGroup:
-    """Return the group of all ranks."""
-    world = dist.group.WORLD
-    assert world is not None, "start() comes first"
-    return world
+def stack_over_ranks(tensor: Tensor) -> Tensor:
+    """Stack a tensor ``(N,)`` of all ranks, in their order, on every rank: ``(ranks, N)``."""
+    parts = tensor.new_empty(world_size(), len(tensor))
+    dist.all_gather(list(parts.unbind()), tensor)
+    return parts
 
 
 def max_over_ranks(value: float) -> float:
@@ -344,3 +344,43 @@ def receive_bytes(sender: int, num_bytes: int) -> Iterator[bytes]:
         dist.recv(part, src=sender)
         yield part.numpy().tobytes()
         num_bytes -= len(part)
+
+
+def send_tensor(tensor: Tensor) -> None:
+    """Send a tensor on the CPU to rank 0, which calls ``receive_tensor``."""
+    dist.send(tensor.contiguous(), dst=0)
+
+
+def receive_tensor(room: Tensor, sender: int) -> Tensor:
+    """Fill a tensor on the CPU with what another rank sends to rank 0, and return it."""
+    dist.recv(room, src=sender)
+    return room
+
+
+class Notes:
+    """Short texts between ranks that no collective is needed for, so that threads can use them.
+
+    A note is read once, by one rank.
+    """
+
+    def __init__(self) -> None:
+        """Open a connection of its own to the store of the process group."""
+        self._store = dist.distributed_c10d._get_default_store().clone()
+
+    def leave(self, name: str, text: str) -> None:
+        """Write a note."""
+        self._store.set(f"note/{name}", text)
+
+    def take(self, name: str, must_end: Callable[[], bool]) -> str:
+        """Wait for a note, and remove it.
+
+        Raises:
+            RuntimeError: rank 0, which keeps the notes, is gone, or ``must_end`` says so.
+        """
+        while not self._store.check([f"note/{name}"]):
+            if must_end():
+                raise RuntimeError(f"no word of {name}")
+            time.sleep(POLL_SECONDS)
+        text: str = self._store.get(f"note/{name}").decode()
+        self._store.delete_key(f"note/{name}")
+        return text

@@ -19,8 +19,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
-
 from bigdet import distributed
 from bigdet.cli.running import run_command
 from bigdet.config.evaluation import MAX_DETECTIONS, Metric, TtaConfig, check_max_detections
@@ -46,7 +44,7 @@ from bigdet.host.files import check_file
 from bigdet.host.strict_json import to_json
 from bigdet.logs.log import setup_logging
 from bigdet.models.detector import Detector
-from bigdet.models.weights import find_weights, load_detector
+from bigdet.models.weights import find_weights, load_detector, read_metadata
 
 logger = logging.getLogger("bigdet.evaluate")  # __name__ is __main__ here
 
@@ -272,9 +270,7 @@ def read_config(model: Path, overrides: Sequence[str]) -> RunConfig:
                 f"{', '.join(CHANGEABLE)}. Leave it out."
             )
     file = find_weights(model)
-    with safe_open(file, framework="pt") as opened:
-        text = (opened.metadata() or {}).get("config", "")
-    return parse_config(text, str(file), overrides)
+    return parse_config(read_metadata(file).get("config", ""), str(file), overrides)
 
 
 def check_categories(detector: Detector, model: Path, shards: ShardSet) -> None:

@@ -114,9 +114,9 @@ class RunDir:
         """The folder of one checkpoint, ``PHASE-STEP``."""
         return self.checkpoints / f"{phase}-{step}"
 
-    def evaluation(self, phase: str, step: int) -> Path:
-        """The numbers of one evaluation."""
-        return self.root / "evaluation" / f"{phase}-{step}.json"
+    def evaluation(self, phase: str, step: int, prefix: str = "") -> Path:
+        """The numbers of one evaluation; ``weights/``: of the weights besides their average."""
+        return self.root / "evaluation" / prefix / f"{phase}-{step}.json"
 
     def detections(self, phase: str, step: int) -> Path:
         """The detections of one evaluation, until they are scored."""

@@ -37,6 +37,9 @@ from bigdet.training.phase_stream import stream_for_phase
 from bigdet.training.phases import build_for_phase, settle_frozen
 from bigdet.training.watchdog import Watchdog
 
+PEER_SECONDS = 60.0
+"""How long a run that ends in an error waits for the other ranks to write the last checkpoint."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run all phases of a config and return the exit code."""
@@ -66,6 +69,8 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
         train_set, val_set = open_sets(config.data)
         check_data(config, train_set, val_set)
         warn_at_start(config, val_set)
+    resume.fetch_newer(config, run_dir)
+    with distributed.together():
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
             run_dir.stopped.unlink(missing_ok=True)
@@ -81,7 +86,6 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
     run = Run(config, run_dir, train_set, val_set, metrics, state, watchdog)
     if saved is not None:
         run.restored = saved.engine
-        del saved  # so that its tensors are freed once they are in place
     run.log_start(folder)
     try:
         with watchdog:
@@ -91,7 +95,7 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
             return code
     finally:
         run.scorer.end()
-        run.saver.join()
+        run.saver.join(PEER_SECONDS)
         if metrics is not None:
             metrics.close()
 
@@ -99,6 +103,7 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
 def run_phases(run: Run) -> int:
     """Run the current phase and those after it, and return the exit code."""
     names = list(run.config.phases)
+    run.saver.finish()  # what a killed run has left to do for its checkpoints
     with distributed.together():
         run.scorer.resume()
     run.state.needs_evaluation = distributed.broadcast_object(run.state.needs_evaluation)
@@ -109,6 +114,7 @@ def run_phases(run: Run) -> int:
             return STOPPED
     if not run.scorer.finish(run.must_stop):
         return STOPPED
+    run.saver.finish()  # the best may be another one now
     saving.write_final_weights(run.config, run.run_dir)
     return 0
 
@@ -141,7 +147,13 @@ def run_phase(run: Run) -> bool:
     make_optimizer = partial(optim.build_optimizer, phase=phase)
     num_micro_batches = len(stream.lanes)
     engine = build_engine(
-        detector, make_optimizer, config.engine, num_micro_batches, device, detector.units
+        detector,
+        make_optimizer,
+        config.engine,
+        num_micro_batches,
+        device,
+        detector.units,
+        with_ema=phase.ema is not None,
     )
     try:
         if run.restored is not None:

@@ -1,4 +1,4 @@
-"""The protocol of an engine: what the training loop may ask of whatever updates the weights.
+"""The protocol of an engine: what the training loop calls to update the weights.
 
 An engine knows nothing of detection. It runs a module whose ``forward(batch)`` gives a dict of
 scalar losses, and keeps its state by parameter name, so that any engine on any number of ranks
@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet import distributed
+from bigdet.engine.parts import Share, Source
+from bigdet.pieces.index import MODEL, NEWEST, Catalog
 
 BUCKET_ELEMENTS = 50_000_000
 """Numbers that ZeRO's stages 0 to 2 send in one call. DeepSpeed's own 500 million would be a buffer
 of 2 GB, whatever the model; overlapped communication has two of them."""
-
-EMA = "ema"
-"""What checkpoints call the moving average of a parameter or buffer: ``NAME/ema``."""
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 """Called by an engine once the parameters are where and how it wants them."""
@@ -58,25 +56,6 @@ class StepResult:
         return {name: values.mean() for name, values in self.lane_losses.items()}
 
 
-@dataclass(frozen=True)
-class EngineState:
-    """Weights and optimizer state by parameter name, on the CPU; empty on ranks but 0.
-
-    Attributes:
-        model: parameters and persistent buffers; what is floating point is fp32.
-        optimizer: per trained parameter ``momentum_buffer`` (SGD) or ``exp_avg``, ``exp_avg_sq``
-            and the scalar ``step`` (AdamW), fp32. Empty before the first step of a phase.
-        loss_scale: of fp16: ``value`` and ``good_steps`` since it last changed. Empty otherwise.
-        ema: the moving averages of trained parameters and floating-point buffers, fp32. Empty for
-            an engine that keeps none.
-    """
-
-    model: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    loss_scale: dict[str, float] = field(default_factory=dict)
-    ema: dict[str, Tensor] = field(default_factory=dict)
-
-
 class Engine(Protocol):
     """Updates the weights of one module during one phase.
 
@@ -90,7 +69,7 @@ class Engine(Protocol):
     def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
         """Take one optimizer step on the mean loss of all micro-batches of all ranks.
 
-        Micro-batches are drawn one after the other, each when the one before was computed.
+        Each micro-batch is taken from the iterable when the one before it has been computed.
         """
         ...
 
@@ -99,29 +78,34 @@ class Engine(Protocol):
         ...
 
     def update_ema(self, decay: float) -> None:
-        """Move the average of the weights towards the newest ones, ``decay`` of the old stays.
+        """Move the average of the weights towards the newest ones; ``decay`` of the old stays.
 
-        For an engine that keeps one, after each step that counted. No communication.
+        Called after each step that counted, if the engine keeps an average. No communication.
         """
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Let the module have the average of the weights inside a block, to evaluate. Collective.
+        """Give the module the average of the weights inside a block, to evaluate it. Collective.
 
-        No other method may be called in it. Without an average nothing happens.
+        No other method may be called in the block. Without an average nothing happens.
         """
         ...
 
-    def state(self) -> EngineState:
-        """Give weights and optimizer state, complete on rank 0. Collective."""
+    def share(self, position: int, size: int) -> Share:
+        """Copy to the CPU what this rank saves of weights and optimizer state. Collective.
+
+        Args:
+            position: of this rank among those that divide between them what all of them hold.
+            size: how many these are.
+        """
         ...
 
-    def load_state(self, state: EngineState) -> None:
-        """Go on from the state that rank 0 has; what other ranks pass is not read. Collective."""
+    def load_state(self, source: Source) -> None:
+        """Go on from what was saved, by any engine on any number of ranks. Collective."""
         ...
 
     def close(self) -> None:
-        """Let go of all memory but the module's own."""
+        """Free all memory but the module's own."""
         ...
 
 
@@ -141,17 +125,22 @@ def weight_shapes(module: nn.Module) -> Shapes:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
+def has_optimizer_state(catalog: Catalog) -> bool:
+    """Return whether what was saved has optimizer state; before the first step it has none."""
+    return bool(catalog.keys() - {MODEL, NEWEST})
+
+
 def check_fits(
-    state: EngineState,
+    catalog: Catalog,
     shapes: Shapes,
     trained: Collection[str],
     keys: Sequence[str],
     averaged: Collection[str] = (),
 ) -> None:
-    """Check on rank 0 that a state is that of this model and optimizer. Collective.
+    """Check that what was saved is of this model and optimizer.
 
     Args:
-        state: complete on rank 0.
+        catalog: of what was saved, the same on all ranks.
         shapes: of the module, from `weight_shapes`.
         trained: names of the parameters that the optimizer steps.
         keys: of the optimizer, from `state_keys`.
@@ -160,9 +149,7 @@ def check_fits(
     Raises:
         SharedError: on every rank, with the names that differ.
     """
-    problems = misfits(state, shapes, trained, keys, averaged) if distributed.is_main() else ""
-    problems = distributed.broadcast_object(problems)
-    if problems:
+    if problems := misfits(catalog, shapes, trained, keys, averaged):
         raise distributed.SharedError(
             f"The checkpoint does not fit the model and optimizer of this phase: {problems}. "
             f"Go on with the config it was made with, or start anew in another output folder."
@@ -170,25 +157,27 @@ def check_fits(
 
 
 def misfits(
-    state: EngineState,
+    catalog: Catalog,
     shapes: Shapes,
     trained: Collection[str],
     keys: Sequence[str],
     averaged: Collection[str] = (),
 ) -> str:
     """Say how a state differs from what a module and its optimizer need; empty if it fits."""
-    found = {name: tuple(value.shape) for name, value in state.model.items()}
+    found = {name: spec.shape for name, spec in catalog.get(MODEL, {}).items()}
     problems = _differences("weights", found, shapes)
     if not problems:
-        found = {name: tuple(value.shape) for name, value in state.ema.items()}
-        problems = _differences("moving averages", found, {name: shapes[name] for name in averaged})
-    if state.optimizer and not problems:
+        found = {name: spec.shape for name, spec in catalog.get(NEWEST, {}).items()}
+        expected = {name: shapes[name] for name in averaged}
+        problems = _differences("weights besides their average", found, expected)
+    if has_optimizer_state(catalog) and not problems:
         problems = _differences(
             "optimizer state",
             {
-                f"{name}/{key}": tuple(value.shape)
-                for name, values in state.optimizer.items()
-                for key, value in values.items()
+                f"{name}/{kind}": spec.shape
+                for kind, specs in catalog.items()
+                if kind not in (MODEL, NEWEST)
+                for name, spec in specs.items()
             },
             {
                 f"{name}/{key}": () if key == "step" else shapes[name]
@@ -197,12 +186,6 @@ def misfits(
             },
         )
     return problems
-
-
-def to_save(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the CPU, as fp32 if it is floating point."""
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _differences(

@@ -1,9 +1,9 @@
 """The engine on DeepSpeed: ZeRO stages 0 to 3.
 
-What is DeepSpeed's here: gradients reduced over the ranks; gradients, optimizer state and weights
-sharded over them; the optimizer step. What is ours: precision, accumulation, the verdict whether a
-step counts, and the state by parameter name. DeepSpeed itself always runs in fp32: autocast and
-loss scale are the same in all engines (`precision.py`).
+DeepSpeed reduces gradients over the ranks, shards gradients, optimizer state and weights, and takes
+the optimizer step. Precision, accumulation, the decision whether a step counts, and the state by
+parameter name are bigdet's. DeepSpeed itself always runs in fp32: autocast and loss scale are the
+same in all engines (`precision.py`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
     BUCKET_ELEMENTS,
-    EngineState,
     MakeOptimizer,
     StepResult,
-    check_fits,
     state_keys,
-    to_save,
     weight_shapes,
 )
 from bigdet.engine.ema import MovingAverage
+from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.engine.stateful import StatefulEngine
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
@@ -50,17 +49,17 @@ WHOLE_ELEMENTS = 10_000
 # compiler, takes half a minute, and a rank killed meanwhile leaves a lock that hangs later runs.
 deepspeed.ops.__compatible_ops__ = {}
 
-# What DeepSpeed need not say: that it knows Adam alone (tests/ranks/test_engine.py tests SGD), that
-# a step was skipped, which the training loop counts and tells, and that its stage 3 finds no
-# tensors in the dataclasses that heads return: the layers inside, which have the parameters, do
-# return tensors.
+# Messages of DeepSpeed that are left out: that it was tested with Adam only
+# (tests/ranks/test_engine.py tests SGD), that a step was skipped (the training loop logs and counts
+# it), and that its stage 3 finds no tensors in the dataclasses that heads return: the layers
+# inside, which have the parameters, do return tensors.
 UNSAID = ("untested optimizer", "OVERFLOW! Skipping step", "unknown inputs or outputs type")
 logging.getLogger("DeepSpeed").addFilter(
     lambda record: not any(words in record.getMessage() for words in UNSAID)
 )
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(StatefulEngine):
     """``Engine`` with ZeRO stage 0 to 3.
 
     Args:
@@ -172,88 +171,32 @@ class DeepSpeedEngine:
             return math.inf
         return float(self._engine.get_global_grad_norm())
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps, times each group's own factor."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
-
-    def update_ema(self, decay: float) -> None:
-        """Move the average of the weights towards the newest ones."""
-        if self._ema is not None:
-            self._ema.update(decay)
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Let the module have the average of the weights inside a block. Collective."""
-        return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
-
-    def state(self) -> EngineState:
-        """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
-        is_main = distributed.is_main()
-        optimizer: dict[str, dict[str, Tensor]] = {}
-        if self._optimizer.state:
-            self._state.prepare()
-            for name, (parameter, group) in self._trained.items():
-                full = {key: self._state.read(parameter, group, key) for key in self._keys}
-                if is_main:
-                    optimizer[name] = {key: to_save(value) for key, value in full.items()}
-        model, ema = self._weights(self._shapes), {}
-        if self._ema is not None:
-            with self._ema.in_place():
-                ema = self._weights(self._ema.names)
-        if not is_main:
-            return EngineState()
-        return EngineState(model, optimizer, self._scale.state(), ema)
-
-    def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Give parameters and buffers, on rank 0, as they are now. Collective."""
-        weights: dict[str, Tensor] = {}
+    def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
+        """Give what this rank holds of parameters and buffers, as they are now."""
         own = self.module.state_dict(keep_vars=True)
-        for name in names:
-            with self._state.whole(own[name]):
-                if distributed.is_main():
-                    weights[name] = to_save(own[name])
-        return weights
+        return [self._state.weight(kind, name, own[name], self._shapes[name]) for name in names]
 
-    def load_state(self, state: EngineState) -> None:
-        """Go on from the state that rank 0 has. Collective.
+    def _optimizer_parts(self) -> list[Part]:
+        """Give what this rank holds of the optimizer state, once there is any."""
+        if not self._optimizer.state:
+            return []
+        self._state.prepare()
+        return [
+            self._state.part(name, parameter, group, key, self._shapes[name])
+            for name, (parameter, group) in self._trained.items()
+            for key in self._keys
+        ]
 
-        Raises:
-            ValueError: on every rank, when the state is that of another model or optimizer.
-        """
-        averaged = () if self._ema is None else self._ema.names
-        check_fits(state, self._shapes, self._trained, self._keys, averaged)
-        if self._ema is not None:
-            with self._ema.in_place():
-                self._set_weights(averaged, state.ema)
-        self._set_weights(self._shapes, state.model)
-        self._optimizer.state.clear()
-        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
-        if self._keys and has_optimizer:
-            self._load_optimizer(state.optimizer)
-        self._scale.load_state(state.loss_scale)
-
-    @torch.no_grad()
-    def _set_weights(self, names: Iterable[str], saved: dict[str, Tensor]) -> None:
-        """Set parameters and buffers to those that rank 0 has."""
-        own = self.module.state_dict(keep_vars=True)
-        for name in names:
-            self._state.set_weight(own[name], saved.get(name))
-        self._state.weights_are_set()
-
-    def _load_optimizer(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Put the optimizer state that rank 0 has in place."""
+    def _make_optimizer_state(self) -> None:
+        """Make room for the optimizer state, as a first step would."""
         self._state.create(self._keys)
-        for name, (parameter, group) in self._trained.items():
-            for key in self._keys:
-                shape = () if key == "step" else self._shapes[name]
-                device = torch.device("cpu") if key == "step" else distributed.device()
-                empty = torch.empty(shape, device=device)
-                source = saved[name][key].to(empty) if name in saved else empty
-                value = distributed.broadcast_tensor(source)
-                self._state.write(parameter, group, key, value)
+
+    def _setting(self) -> contextlib.AbstractContextManager[None]:
+        """Let weights be set inside a block, and take them over at its end."""
+        return self._state.setting()
 
     def close(self) -> None:
-        """Let go of all memory but the module's own."""
+        """Free all memory but the module's own."""
         wrapped = self._engine.module
         self._engine.destroy()
         if self._stage == 3:

@@ -1,13 +1,12 @@
 """The engine on torch's FSDP2: weights, gradients and optimizer state sharded by rows.
 
 Each unit (a stage of the backbone, a head) is gathered when its forward or backward pass begins and
-let go when it ends; its gradients are reduced to shards after each micro-batch. Gathered and
-reduced in fp32, as in the other engine; see `precision.py`.
+freed when it ends; its gradients are reduced to shards after each micro-batch. Both are done in
+fp32, as in the other engine; see `precision.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
-    EngineState,
     MakeOptimizer,
     StepResult,
-    check_fits,
     state_keys,
-    to_save,
     weight_shapes,
 )
 from bigdet.engine.ema import MovingAverage
+from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.engine.stateful import StatefulEngine
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -40,7 +39,7 @@ CLIP_EPSILON = 1e-6
 """As in torch's own clipping."""
 
 
-class FsdpEngine:
+class FsdpEngine(StatefulEngine):
     """``Engine`` on ``fully_shard``.
 
     Args:
@@ -101,7 +100,7 @@ class FsdpEngine:
         return [_shard(parameter) for parameter in self._trained.values()]
 
     def _use_parts(self) -> None:
-        """Let go of what is gathered: after an evaluation the outermost unit still is."""
+        """Free what is gathered: after an evaluation the outermost unit still is."""
         for layer in self.module.modules():
             if isinstance(layer, FSDPModule):
                 layer.reshard()
@@ -141,95 +140,30 @@ class FsdpEngine:
         self._optimizer.zero_grad()
         return norm
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps, times each group's own factor."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
-
-    def update_ema(self, decay: float) -> None:
-        """Move the average of the weights towards the newest ones."""
-        if self._ema is not None:
-            self._ema.update(decay)
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Let the module have the average of the weights inside a block. Collective."""
-        return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
-
-    def state(self) -> EngineState:
-        """Give weights and optimizer state, complete on rank 0, one parameter after the other."""
-        model, ema = self._weights(self._shapes), {}
-        if self._ema is not None:
-            with self._ema.in_place():
-                ema = self._weights(self._ema.names)
-        optimizer: dict[str, dict[str, Tensor]] = {}
-        if self._optimizer.state:
-            for name, parameter in self._trained.items():
-                values = self._optimizer.state[parameter]
-                optimizer[name] = {key: self._gather(values[key]) for key in self._keys}
-        if not distributed.is_main():
-            return EngineState()
-        return EngineState(model, optimizer, self._scale.state(), ema)
-
-    def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Give parameters and buffers as they are now, on rank 0. Collective."""
+    def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
+        """Give what this rank holds of parameters and buffers, as they are now."""
         own = self.module.state_dict()
-        return {name: self._gather(own[name]) for name in names}
+        return [_part(kind, name, own[name], self._shapes[name]) for name in names]
 
-    def _gather(self, value: Tensor) -> Tensor:
-        """Put the shards of a tensor together on the CPU of rank 0; others get an empty one."""
-        is_main = distributed.is_main()
-        if isinstance(value, DTensor):
-            shards = value.to(self._device)
-            assert isinstance(shards, DTensor)
-            value = shards.full_tensor()
-        return to_save(value) if is_main else torch.empty(0)
+    def _optimizer_parts(self) -> list[Part]:
+        """Give what this rank holds of the optimizer state, once there is any."""
+        return [
+            _part(key, name, self._optimizer.state[parameter][key], self._shapes[name])
+            for name, parameter in self._trained.items()
+            if parameter in self._optimizer.state
+            for key in self._keys
+        ]
 
-    def load_state(self, state: EngineState) -> None:
-        """Go on from the state that rank 0 has. Collective.
-
-        Raises:
-            ValueError: on every rank, when the state is that of another model or optimizer.
-        """
-        averaged = () if self._ema is None else self._ema.names
-        check_fits(state, self._shapes, self._trained, self._keys, averaged)
-        if self._ema is not None:
-            with self._ema.in_place():
-                self._set_weights(averaged, state.ema)
-        self._set_weights(self._shapes, state.model)
-        self._optimizer.state.clear()
-        has_optimizer = distributed.broadcast_object(bool(state.optimizer))
-        if self._keys and has_optimizer:
-            for name, parameter in self._trained.items():
-                saved = state.optimizer.get(name, {})
-                values = {
-                    key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
-                    for key in self._keys
-                }
-                for key, value in values.items():
-                    self._scatter(saved.get(key), value)
-                self._optimizer.state[parameter] = values
-        self._scale.load_state(state.loss_scale)
-
-    def _set_weights(self, names: Iterable[str], saved: dict[str, Tensor]) -> None:
-        """Set parameters and buffers to those that rank 0 has."""
-        own = self.module.state_dict()
-        for name in names:
-            self._scatter(saved.get(name), own[name])
-
-    @torch.no_grad()
-    def _scatter(self, source: Tensor | None, value: Tensor) -> None:
-        """Fill a tensor, or its shards, from the whole one that rank 0 has."""
-        if source is None:
-            source = torch.empty(value.shape, dtype=value.dtype)
-        if isinstance(value, DTensor):
-            whole = source.to(self._device, value.dtype)
-            shards = distribute_tensor(whole, value.device_mesh, value.placements)
-            _shard(value).copy_(_shard(shards))
-        else:
-            value.copy_(distributed.broadcast_tensor(source.to(value.device, value.dtype)))
+    def _make_optimizer_state(self) -> None:
+        """Make room for the optimizer state, as a first step would."""
+        for parameter in self._trained.values():
+            self._optimizer.state[parameter] = {
+                key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
+                for key in self._keys
+            }
 
     def close(self) -> None:
-        """Let go of all memory but the module's own."""
+        """Free all memory but the module's own."""
         self._optimizer.zero_grad()
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
@@ -241,3 +175,13 @@ def _shard(value: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor."""
     assert isinstance(value, DTensor), type(value)
     return value.to_local()
+
+
+def _part(kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
+    """Say what this rank holds of a tensor: rows of it, or all."""
+    if not isinstance(value, DTensor):
+        return Part(kind, name, tuple(value.shape), 0, value, is_whole=True)
+    _, offset = compute_local_shape_and_global_offset(
+        value.shape, value.device_mesh, value.placements
+    )
+    return Part(kind, name, shape, offset[0] * math.prod(shape[1:]), value.to_local())

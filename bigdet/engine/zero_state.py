@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import (
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bigdet import distributed
+from bigdet.engine.parts import Part
 
 
 class ZeroState(Protocol):
-    """One stage's way to its state. All methods are collectives, parameter by parameter."""
+    """One stage's way to its state; all ranks call the same methods in the same order."""
 
     def prepare(self) -> None:
         """Make the optimizer state readable."""
@@ -39,24 +34,18 @@ class ZeroState(Protocol):
         """Make room for the optimizer state, as a first step would."""
         ...
 
-    def read(self, parameter: Tensor, group: int, key: str) -> Tensor:
-        """Give one tensor of a parameter's optimizer state, whole."""
+    def weight(self, kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
+        """Give what this rank holds of a parameter or buffer; ``shape`` is that of the whole."""
         ...
 
-    def write(self, parameter: Tensor, group: int, key: str, value: Tensor) -> None:
-        """Set one tensor of a parameter's optimizer state; every rank has it whole."""
+    def part(
+        self, name: str, parameter: Tensor, group: int, key: str, shape: tuple[int, ...]
+    ) -> Part:
+        """Give what this rank holds of one tensor of a parameter's optimizer state."""
         ...
 
-    def whole(self, weight: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """Have a parameter or buffer whole inside a block."""
-        ...
-
-    def set_weight(self, weight: Tensor, value: Tensor | None) -> None:
-        """Set a parameter or buffer to the value that rank 0 passes."""
-        ...
-
-    def weights_are_set(self) -> None:
-        """Take over all weights that were set."""
+    def setting(self) -> contextlib.AbstractContextManager[None]:
+        """Let weights be set inside a block, and take them over at its end."""
         ...
 
     def parts(self) -> list[Tensor]:
@@ -78,28 +67,25 @@ class PlainState:
         """Nothing to do."""
 
     def create(self, keys: Sequence[str]) -> None:
-        """Nothing to do: `write` adds what is not there."""
+        """Fill the state with zeros."""
+        for settings in self._optimizer.param_groups:
+            for parameter in settings["params"]:
+                _add_zeros(self._optimizer, parameter, keys)
 
-    def read(self, parameter: Tensor, group: int, key: str) -> Tensor:
-        """Give one tensor of a parameter's optimizer state."""
-        value: Tensor = self._optimizer.state[parameter][key]
-        return value
-
-    def write(self, parameter: Tensor, group: int, key: str, value: Tensor) -> None:
-        """Set one tensor of a parameter's optimizer state."""
-        self._optimizer.state[parameter][key] = value
-
-    def whole(self, weight: Tensor) -> contextlib.AbstractContextManager[Any]:
+    def weight(self, kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
         """Weights are whole."""
-        return contextlib.nullcontext()
+        return Part(kind, name, shape, 0, value, is_whole=True)
 
-    def set_weight(self, weight: Tensor, value: Tensor | None) -> None:
-        """Set a parameter or buffer to the value that rank 0 passes."""
-        source = weight if value is None else value.to(weight)
-        weight.copy_(distributed.broadcast_tensor(source))
+    def part(
+        self, name: str, parameter: Tensor, group: int, key: str, shape: tuple[int, ...]
+    ) -> Part:
+        """The optimizer's state is whole."""
+        return _whole(name, key, self._optimizer.state[parameter][key])
 
-    def weights_are_set(self) -> None:
+    @contextlib.contextmanager
+    def setting(self) -> Iterator[None]:
         """Nothing to do."""
+        yield
 
     def parts(self) -> list[Tensor]:
         """Give the parameters, or what DeepSpeed put in their place."""
@@ -125,34 +111,23 @@ class FlatState(PlainState):
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
-    def create(self, keys: Sequence[str]) -> None:
-        """Fill the partitions with zeros."""
-        for settings in self._optimizer.param_groups:
-            _add_zeros(self._optimizer, settings["params"][0], keys)
-        self.prepare()
-
-    def read(self, parameter: Tensor, group: int, key: str) -> Tensor:
-        """Put one tensor of a parameter's optimizer state together."""
+    def part(
+        self, name: str, parameter: Tensor, group: int, key: str, shape: tuple[int, ...]
+    ) -> Part:
+        """Give this rank's slice of a parameter's optimizer state, empty where it has none."""
+        state = self._optimizer.state[self._optimizer.param_groups[group]["params"][0]]
         if key == "step":
-            step: Tensor = self._optimizer.state[self._partition(group)][key]
-            return step
-        full: Tensor = safe_get_full_optimizer_state(parameter, key)
-        return full
+            return _whole(name, key, state[key])
+        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+        if fragment is None:
+            return Part(key, name, shape, 0, state[key][:0])
+        values = fragment.get_optim_state_fragment(key)
+        return Part(key, name, shape, fragment.lp_fragment_address.start, values)
 
-    def write(self, parameter: Tensor, group: int, key: str, value: Tensor) -> None:
-        """Set this rank's part of one tensor of a parameter's optimizer state."""
-        if key == "step":
-            self._optimizer.state[self._partition(group)][key] = value
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
-
-    def _partition(self, group: int) -> Tensor:
-        """What the optimizer steps for a group."""
-        partition: Tensor = self._optimizer.param_groups[group]["params"][0]
-        return partition
-
-    def weights_are_set(self) -> None:
-        """Renew the partitions, which are copies."""
+    @contextlib.contextmanager
+    def setting(self) -> Iterator[None]:
+        """Renew the partitions, which are copies, from the weights that were set."""
+        yield
         self._zero.refresh_fp32_params()
 
     def use_parts(self) -> None:
@@ -175,55 +150,36 @@ class ShardedState:
         for flat in self._zero.fp32_partitioned_groups_flat:
             _add_zeros(self._optimizer, flat, keys)
 
-    def read(self, parameter: Tensor, group: int, key: str) -> Tensor:
-        """Put one tensor of a parameter's optimizer state together."""
-        if key == "step":
-            step: Tensor = self._optimizer.state[self._flat(parameter)][key]
-            return step
-        full: Tensor = safe_get_full_optimizer_state(parameter, key)
-        return full
+    def weight(self, kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:
+        """Give this rank's partition of a parameter; buffers are whole."""
+        if not hasattr(value, "ds_tensor"):
+            return Part(kind, name, shape, 0, value, is_whole=True)
+        return _partition(kind, name, shape, value.ds_tensor)
 
-    def write(self, parameter: Tensor, group: int, key: str, value: Tensor) -> None:
-        """Set this rank's part of one tensor of a parameter's optimizer state."""
-        if key == "step":
-            self._optimizer.state[self._flat(parameter)][key] = value
-        else:
-            # safe_set_full_* forgets the padding (DeepSpeed 0.19.8).
-            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            padded = value.new_zeros(size * distributed.world_size())
-            padded[: value.numel()] = value.flatten()
-            part = padded.narrow(0, size * distributed.rank(), size)
-            safe_set_local_optimizer_state(parameter, part, key)
+    def part(
+        self, name: str, parameter: Tensor, group: int, key: str, shape: tuple[int, ...]
+    ) -> Part:
+        """Give this rank's partition of a parameter's optimizer state."""
+        values = self._slice(parameter, key)
+        return _whole(name, key, values) if key == "step" else _partition(key, name, shape, values)
 
-    def _flat(self, parameter: Tensor) -> Tensor:
-        """The flat tensor that has this rank's partition of a parameter."""
-        group = self._zero.grad_position[self._zero.get_param_id(parameter)][0]
-        flat: Tensor = self._zero.fp32_partitioned_groups_flat[group]
-        return flat
+    def _slice(self, parameter: Tensor, key: str | None) -> Tensor:
+        """Give the numbers of a parameter in a flat tensor: its fp32 copy, or the state ``key``."""
+        number, begin, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        flat: Tensor = self._zero.fp32_partitioned_groups_flat[number]
+        if key is not None:
+            flat = self._optimizer.state[flat][key]
+        return flat if key == "step" else flat.narrow(0, begin, size)
 
-    def whole(self, weight: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """Gather a parameter inside the block; buffers are whole."""
-        if not hasattr(weight, "ds_tensor"):
-            return contextlib.nullcontext()
-        gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-            [weight]
-        )
-        return gathered
-
-    def set_weight(self, weight: Tensor, value: Tensor | None) -> None:
-        """Set a parameter or buffer to the value that rank 0 passes."""
-        if not hasattr(weight, "ds_tensor"):
-            source = weight if value is None else value.to(weight)
-            weight.copy_(distributed.broadcast_tensor(source))
-            return
-        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-            if value is not None:
-                weight.data.copy_(value)
-        # The same memory, but for offload, which has another copy for the optimizer.
-        safe_set_local_fp32_param(weight, weight.ds_tensor.data)
-
-    def weights_are_set(self) -> None:
-        """Nothing to do."""
+    @contextlib.contextmanager
+    def setting(self) -> Iterator[None]:
+        """Let go of the small parameters that are kept whole, and gather them anew afterwards."""
+        self._zero.checkpoint_event_prologue()
+        yield
+        for parameter in (parameter for group in self._zero.fp16_groups for parameter in group):
+            # The same memory, but for offload, which has another copy for the optimizer.
+            self._slice(parameter, None).data.copy_(parameter.ds_tensor.data)
+        self._zero.checkpoint_event_epilogue()
 
     def parts(self) -> list[Tensor]:
         """Give the flat tensors of the partitions."""
@@ -236,6 +192,18 @@ class ShardedState:
         for number in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(number)
         self._zero.checkpoint_event_epilogue()
+
+
+def _whole(name: str, key: str, value: Tensor) -> Part:
+    """Describe a tensor of the optimizer that every rank has whole."""
+    return Part(key, name, tuple(value.shape), 0, value, is_whole=True)
+
+
+def _partition(kind: str, name: str, shape: tuple[int, ...], padded: Tensor) -> Part:
+    """Describe this rank's partition of a tensor, without the padding behind the last number."""
+    first = min(len(padded) * distributed.rank(), math.prod(shape))
+    count = min(len(padded), math.prod(shape) - first)
+    return Part(kind, name, shape, first, padded[:count])
 
 
 def let_go_of(wrapped: nn.Module) -> None:

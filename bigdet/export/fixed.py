@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from bigdet.config.model import used
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
 from bigdet.models.heads.box import BoxHead, deltas_of
@@ -152,7 +153,7 @@ def _pool(detector: RCNN, pyramid: Sequence[Tensor], boxes: Tensor, size: int) -
     strides = detector.backbone.strides
     levels = pyramid_levels(flat, strides)
     is_aligned = detector.rpn.conventions.roi_align_aligned
-    ratio = detector.config.roi.sampling_ratio
+    ratio = used(detector.config.roi).sampling_ratio
     pooled = pyramid[0].new_zeros(len(flat), pyramid[0].shape[1], size, size)
     for number, (level, stride) in enumerate(zip(pyramid, strides, strict=False)):  # P6: not pooled
         rows = (levels == number).nonzero().squeeze(1)

@@ -16,6 +16,7 @@ from bigdet.config.model import (
     has_masks,
     model_parts,
     parts_with_batch_norm,
+    used,
 )
 from bigdet.config.own import import_callable, type_name
 from bigdet.models.backbone_base import Backbone
@@ -115,14 +116,14 @@ def build_rcnn(
     fpn, width = None, backbone.channels[-1]
     if has_fpn(config):
         fpn, width = NECKS[config.neck](backbone.channels, config.width, norm), config.width
-    rpn = RegionProposals(config.rpn, width, conventions, has_fpn(config), config.detector)
+    rpn = RegionProposals(used(config.rpn), width, conventions, has_fpn(config), config.detector)
     box_head: BoxHead | CascadeHead
     make_head = partial(BoxHead, config, norm, width, num_classes, conventions)
-    box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
+    box_head = CascadeHead(make_head, used(config.cascade)) if has_cascade(config) else make_head()
     if has_masks(config):
         mask_head = MaskHead(norm, width, num_classes)
     if has_keypoints(config):
-        keypoint_head = KeypointHead(norm, width, config.keypoint, num_classes)
+        keypoint_head = KeypointHead(norm, width, used(config.keypoint), num_classes)
     return RCNN(backbone, fpn, rpn, box_head, mask_head, keypoint_head)
 
 
@@ -135,5 +136,5 @@ def build_retinanet(
     """Build a RetinaNet; see `build_detector`."""
     norm = head_norm(config)
     fpn = RetinaFPN(backbone.channels[1:], config.width, norm, conventions.p6_source)
-    head = RetinaHead(config.retina, norm, config.width, num_classes, conventions)
+    head = RetinaHead(used(config.retina), norm, config.width, num_classes, conventions)
     return RetinaNet(backbone, fpn, head)

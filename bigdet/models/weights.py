@@ -8,14 +8,13 @@ the first word of a name is its part (``backbone``, ``fpn``, ``rpn``, ``box_head
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,9 +26,14 @@ from bigdet.models.detector import Detector
 from bigdet.models.frozen import find_frozen, freeze_backbone, read_frozen
 from bigdet.models.norms import set_norm_mode
 from bigdet.ops.finite import describe_not_finite
+from bigdet.pieces.index import MODEL, MODEL_FILE, STATE_FILE
+from bigdet.pieces.reading import open_stored
+from bigdet.pieces.tensor_file import TensorFile
 from bigdet.run_dir import RunDir
 
 FORMAT = "bigdet-1"
+AVERAGE = "moving average (EMA)"
+"""Under ``weights`` in the metadata of what is one."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ def weights_metadata(
         frozen: hash of the frozen backbone, which is not among them.
     """
     found = {} if frozen is None else {"frozen": frozen}
+    if config.phases[phase].ema is not None:
+        found["weights"] = AVERAGE
     return found | {
         "format": FORMAT,
         "config": dump_config(config),
@@ -100,7 +106,7 @@ def load_detector(path: str | Path) -> Detector:
         long side, pixels) as the run evaluated it.
     """
     file = find_weights(Path(path))
-    if file.suffix != ".safetensors":
+    if file.is_file() and file.suffix != ".safetensors":
         raise ValueError(
             f"{file}: found the ending {file.suffix!r}, expected the model.safetensors of a run, a "
             f"checkpoint folder or a run folder. The file was not opened, so nothing in it was "
@@ -135,31 +141,29 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a safetensors file onto the CPU, and its metadata."""
-    with _opened(file) as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return tensors, opened.metadata() or {}
+    """Read weights onto the CPU, and their metadata.
+
+    Args:
+        file: a safetensors file, or a checkpoint in pieces.
+    """
+    if file.is_dir():
+        stored = open_stored(file)
+        return dict(zip(stored.catalog[MODEL], stored.whole(), strict=True)), stored.metadata
+    tensors = TensorFile(file)
+    return dict(tensors), tensors.metadata
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file alone."""
-    with _opened(file) as opened:
-        return opened.metadata() or {}
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: cannot be read as safetensors ({error}). If it was cut off, copy it again."
-        ) from error
+    """Read the metadata of a safetensors file, or of a checkpoint in pieces, alone."""
+    return open_stored(file).metadata if file.is_dir() else TensorFile(file).metadata
 
 
 def find_weights(path: Path) -> Path:
-    """Return the weights file that a path refers to: the file, or that of a checkpoint or run."""
+    """Return where the weights are that a path stands for: a file, or a checkpoint in pieces.
+
+    Args:
+        path: a file, a checkpoint, or a run (its final weights, or its newest checkpoint).
+    """
     if path.is_file():
         return path
     if not path.exists():
@@ -168,12 +172,13 @@ def find_weights(path: Path) -> Path:
             f"folder."
         )
     run_dir = RunDir(path)
-    if run_dir.weights.is_file():  # a checkpoint's weights have the name of a run's
-        return run_dir.weights
+    folders = [path]
     if run_dir.latest.is_file():
-        newest = RunDir(run_dir.checkpoints / run_dir.latest.read_text().strip()).weights
-        if newest.is_file():
-            return newest
+        folders.append(run_dir.checkpoints / run_dir.latest.read_text().strip())
+    for folder in folders:
+        for found in (folder / MODEL_FILE, folder / STATE_FILE):
+            if found.is_file():
+                return found if found.name == MODEL_FILE else folder
     raise ValueError(
         f"{path}: found neither {run_dir.weights.name} nor a finished checkpoint. Give a run "
         f"folder with at least one checkpoint, a checkpoint folder, or the file."

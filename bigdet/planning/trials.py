@@ -124,7 +124,10 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
         classes = [category.name for category in train_set.categories]
         detector = build_for_phase(config, phase, classes, RunDir(Path(folder)), device, True)
     make_optimizer = partial(optim.build_optimizer, phase=settings)
-    engine = build_engine(detector, make_optimizer, engine_config, 1, device, detector.units)
+    with_ema = settings.ema is not None
+    engine = build_engine(
+        detector, make_optimizer, engine_config, 1, device, detector.units, with_ema=with_ema
+    )
     engine.set_lr(0.0)
     seconds = []
     for batch in batches:

@@ -20,8 +20,11 @@ from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
+from bigdet.engine.remote import Remote
+from bigdet.engine.writing import find_disks
 from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
+from bigdet.pieces.index import STATE_FILE
 from bigdet.run_dir import RunDir
 from bigdet.training import optim, same_hosts
 from bigdet.training.forks import (
@@ -35,7 +38,7 @@ from bigdet.training.forks import (
 )
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.showing import note_start, open_boards
-from bigdet.training.state import RunState
+from bigdet.training.state import NEWEST, RunState
 from bigdet.weights.start import check_start
 
 logger = logging.getLogger(__name__)
@@ -99,6 +102,24 @@ def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | Non
             check_start(config, name, classes)
 
 
+def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
+    """Copy the newest checkpoint of ``checkpoint.remote`` here if it is newer (collective).
+
+    Raises:
+        SharedError: it cannot be copied, or there is one although ``resume`` is ``never``.
+    """
+    if config.checkpoint.remote is None or config.resume not in ("auto", "never"):
+        return
+    with distributed.together():
+        remote = Remote(config.checkpoint.remote)
+        if config.resume == "never" and distributed.is_main() and remote.newest() is not None:
+            raise ConfigError(
+                f"resume: found never, but checkpoint.remote, {remote.address}, has checkpoints. "
+                f"Choose another address, remove them, or write resume=auto to continue."
+            )
+    remote.fetch(run_dir.checkpoints, find_disks(run_dir.checkpoints))
+
+
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     """Return the checkpoint to continue from, None for a fresh start (rank 0).
 
@@ -122,9 +143,9 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
     if config.resume in ("auto", "never"):
         return newest
     folder = Path(config.resume)
-    if not (folder / checkpoint.STATE_FILE).is_file():
+    if not (folder / STATE_FILE).is_file():
         raise ConfigError(
-            f"resume: {folder} is not a checkpoint (it has no {checkpoint.STATE_FILE}). Write "
+            f"resume: {folder} is not a checkpoint (it has no {STATE_FILE}). Write "
             f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
         )
     is_new = newest is None or not is_same_request(config, read_config(run_dir.config))
@@ -312,8 +333,8 @@ def begin(
 
     def was_before(line: Mapping[str, Any]) -> bool:
         place = (names.index(line["phase"]), line["step"])
-        is_ap = "bbox/AP" in line
-        if is_ap and run_dir.detections(line["phase"], line["step"]).is_file():
+        is_ap = "bbox/AP" in line or f"{NEWEST}bbox/AP" in line
+        if "bbox/AP" in line and run_dir.detections(line["phase"], line["step"]).is_file():
             return False  # about to be scored again
         return place < here or (place == here and not (is_ap and state.needs_evaluation))
 

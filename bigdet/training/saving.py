@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from bigdet import distributed
 from bigdet.config.load import dump_config
 from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.engine import checkpoint
-from bigdet.engine.base import Engine, EngineState
+from bigdet.engine import checkpoint, keeping, whole, writing
+from bigdet.engine.base import Engine
+from bigdet.engine.parts import Share, gather_share
+from bigdet.engine.remote import Remote
+from bigdet.engine.writing import Disks, Save, find_disks
 from bigdet.host import errors
 from bigdet.host.files import put_in_place
 from bigdet.models.weights import weights_metadata
 from bigdet.ops.finite import describe_not_finite
+from bigdet.pieces.index import MODEL, MODEL_FILE, STATE_FILE
 from bigdet.run_dir import RunDir
 from bigdet.training.state import RunState
 
@@ -31,19 +35,23 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Writes the checkpoints of a run during training, one at a time.
 
-    Training waits only for the copy to rank 0's memory (two or three times the size of the
-    weights); a thread of rank 0 writes it. If a write fails, the run continues with a warning and
-    the checkpoints before it stay; if the next write fails too, or it was the last one of a phase
-    or before a stop, the run ends with the reason.
+    Training waits only for the copy of each rank's share to its own memory; a thread of each rank
+    writes it. If a write fails on any rank, the run continues with a warning and the checkpoints
+    before it stay; if the next write fails too, or it was the last one of a phase or before a stop,
+    the run ends with the reason.
     """
 
     def __init__(self, config: RunConfig, run_dir: RunDir, train_set: ShardSet) -> None:
         """Prepare; nothing is written yet."""
         self._config, self._run_dir = config, run_dir
         self._categories = [asdict(category) for category in train_set.categories]
+        self._disks: Disks | None = None
+        address = config.checkpoint.remote
+        self._remote = None if address is None else Remote(address)
         self._is_pending = False  # the same on all ranks, as is the number of failures
-        self._num_failures = 0
+        self._num_failures = self._num_saves = 0
         self._thread: threading.Thread | None = None
+        self._deadline = math.inf
         self._problem: str | None = None
 
     def save(self, engine: Engine, state: RunState) -> None:
@@ -55,59 +63,116 @@ class Saver:
         """
         self.wait()
         started = time.perf_counter()
-        saved = engine.state()
-        if found := distributed.broadcast_object(describe_not_finite(saved.model)):
-            raise distributed.SharedError(
-                f"{state.position}: {found}. The run has diverged, and no checkpoint of it is "
-                f"written. Lower phases.{state.phase}.lr, or set engine.clip_norm. Last good "
-                f"checkpoint: {last_good_checkpoint(self._run_dir) or 'none'}."
-            )
+        if self._disks is None:
+            self._disks = find_disks(self._run_dir.checkpoints)
+        share = self._copy(engine, self._disks.sharing)
+        self._check_finite(share, state)
+        plan = None
+        with distributed.together():
+            if self._disks.is_owner:
+                keeping.remove_leftovers(self._run_dir.checkpoints)
+            if distributed.is_main():
+                plan = writing.next_number(self._run_dir.checkpoints), self._kept(state)
+        number, kept = distributed.broadcast_object(plan) or (0, set())
+        folder = self._run_dir.checkpoint(state.phase, state.step)
+        metadata, run = {}, {}
         if distributed.is_main():
-            folder = self._run_dir.checkpoint(state.phase, state.step)
             metadata = weights_metadata(self._config, self._categories, state.phase, state.frozen)
             run = {"config": dump_config(self._config), "run": state.to_json()}
-            unscored = state.unscored  # its checkpoint may become the best
-            needed = [
-                *([] if state.best_checkpoint is None else [state.best_checkpoint]),
-                *([] if unscored is None else [f"{unscored.phase}-{unscored.step}"]),
-            ]
-            copied = time.perf_counter() - started
-            self._thread = threading.Thread(
-                target=self._write, args=(folder, saved, metadata, run, needed, copied)
-            )
-            self._thread.start()
+        self._num_saves += 1
+        save = Save(folder, number, self._disks, metadata, run, self._num_saves)
+        copied = time.perf_counter() - started
+        self._thread = threading.Thread(target=self._write, args=(save, share, kept, copied))
+        self._thread.start()
         self._is_pending = True
 
-    def _write(
-        self,
-        folder: Path,
-        saved: EngineState,
-        metadata: dict[str, str],
-        run: dict[str, Any],
-        needed: Sequence[str],
-        copied: float,
-    ) -> None:
-        """Write a checkpoint and delete those that are not kept (the thread of rank 0)."""
+    def _copy(self, engine: Engine, sharing: Sequence[int]) -> Share:
+        """Copy what this rank saves (collective); ``sharing`` are the ranks on its disk."""
+        if self._config.checkpoint.gather:
+            return gather_share(engine.share(distributed.rank(), distributed.world_size()))
+        return engine.share(sharing.index(distributed.rank()), len(sharing))
+
+    def _check_finite(self, share: Share, state: RunState) -> None:
+        """Refuse weights that are not finite (collective)."""
+        weights = {piece.name: piece.values for piece in share.pieces if piece.kind == MODEL}
+        found = distributed.all_gather_objects(describe_not_finite(weights))
+        if any(found):
+            raise distributed.SharedError(
+                f"{state.position}: {next(filter(None, found))}. The run has diverged, and no "
+                f"checkpoint of it is written. Lower phases.{state.phase}.lr, or set "
+                f"engine.clip_norm. Last good checkpoint: "
+                f"{last_good_checkpoint(self._run_dir) or 'none'}."
+            )
+
+    def _kept(self, state: RunState) -> set[str]:
+        """Return the names of checkpoints that stay although newer ones are there (rank 0)."""
+        unscored = state.unscored  # its checkpoint may become the best
+        needed = [
+            *([] if state.best_checkpoint is None else [state.best_checkpoint]),
+            *([] if unscored is None else [f"{unscored.phase}-{unscored.step}"]),
+        ]
+        return {*self._ends(), *self._config.checkpoint.at, *needed}
+
+    def _ends(self) -> list[str]:
+        """Return the names of the checkpoints at the ends of the phases."""
+        phases = self._config.phases.items()
+        return [self._run_dir.checkpoint(name, num_steps(phase)).name for name, phase in phases]
+
+    def _write(self, save: Save, share: Share, kept: Collection[str], copied: float) -> None:
+        """Write a checkpoint and delete those that are not kept (a thread of each rank)."""
         started = time.perf_counter()
         settings = self._config.checkpoint
         try:
-            checkpoint.save(folder, saved, metadata, run)
-            phases = self._config.phases.items()
-            ends = {self._run_dir.checkpoint(name, num_steps(phase)).name for name, phase in phases}
-            kept = ends | {*settings.at, *needed}
-            checkpoint.clean(self._run_dir.checkpoints, settings.keep, kept, settings.keep_every)
+            writing.write(save, share, self._must_end)
+            if save.disks.is_owner:
+                keeping.clean(save.folder.parent, settings.keep, kept, settings.keep_every)
+            if distributed.is_main():
+                self._write_whole()
         except (OSError, ValueError) as error:
             self._problem = errors.explain(error)
             return
         except Exception as error:  # of a thread: it would not end the run
-            logger.exception("%s: the checkpoint is not written", folder)
-            self._problem = f"{folder}: cannot write the checkpoint: {error!r}."
+            logger.exception("%s: the checkpoint is not written", save.folder)
+            self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
             return
         written = time.perf_counter() - started
         logger.info(
-            f"checkpoint written: {folder} (copied in {copied:.2f} s, written during training in "
-            f"{written:.2f} s)"
+            f"checkpoint written: {save.folder} (copied in {copied:.2f} s, written during training "
+            f"in {written:.2f} s)"
         )
+        if self._remote is not None:
+            self._copy_away(self._remote, save, kept)
+
+    def _must_end(self) -> bool:
+        """Tell the thread whether to wait for the other ranks no longer."""
+        return time.monotonic() > self._deadline
+
+    def _copy_away(self, remote: Remote, save: Save, kept: Collection[str]) -> None:
+        """Copy a checkpoint to ``checkpoint.remote`` (a thread of each rank)."""
+        started, keep_every = time.perf_counter(), self._config.checkpoint.keep_every
+
+        def is_kept(name: str) -> bool:  # of what a machine before has left, only what always stays
+            is_here = (save.folder.with_name(name) / STATE_FILE).is_file()
+            return is_here or keeping.stays(name, kept, keep_every)
+
+        try:
+            remote.copy(save, is_kept, self._must_end)
+        except (OSError, RuntimeError) as error:
+            logger.warning(f"{save.folder} is on this machine only: {errors.explain(error)}")
+            return
+        seconds = time.perf_counter() - started
+        logger.info(f"checkpoint copied to {remote.address} in {seconds:.2f} s")
+
+    def _write_whole(self) -> list[Path]:
+        """Write the weights of the best checkpoint and of ends of phases to one file each (rank 0).
+
+        Returns:
+            The checkpoints of which other hosts have pieces, so that it takes all ranks.
+        """
+        best = keeping.read_mark(self._run_dir.checkpoints, "best")
+        folders = [self._run_dir.checkpoints / name for name in {*self._ends(), best} - {""}]
+        complete = [folder for folder in folders if (folder / STATE_FILE).is_file()]
+        return [folder for folder in complete if not whole.write_whole(folder)]
 
     def wait(self) -> None:
         """Wait until the last save is written (collective).
@@ -133,6 +198,12 @@ class Saver:
             SharedError: on all ranks: the last save failed.
         """
         self.wait()
+        left = None
+        with distributed.together():
+            if distributed.is_main() and self._run_dir.checkpoints.is_dir():
+                left = self._write_whole()
+        for folder in distributed.broadcast_object(left) or []:
+            whole.write_whole_together(folder)
         if self._num_failures:
             raise distributed.SharedError(
                 f"{self._run_dir.checkpoints}: the last checkpoint could not be written; see the "
@@ -140,9 +211,14 @@ class Saver:
                 f"{newest_checkpoint(self._run_dir) or 'its beginning'}."
             )
 
-    def join(self) -> None:
-        """Wait for this rank's thread, without the other ranks."""
+    def join(self, seconds: float = math.inf) -> None:
+        """Wait for this rank's thread.
+
+        Args:
+            seconds: after these the thread no longer waits for the other ranks.
+        """
         if self._thread is not None:
+            self._deadline = time.monotonic() + seconds
             self._thread.join()
             self._thread = None
 
@@ -152,7 +228,7 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
     name, phase = list(config.phases.items())[-1]
     with distributed.together():
         if distributed.is_main():
-            source = run_dir.checkpoint(name, num_steps(phase)) / checkpoint.MODEL_FILE
+            source = run_dir.checkpoint(name, num_steps(phase)) / MODEL_FILE
             temporary = run_dir.weights.with_suffix(".tmp")
             shutil.copyfile(source, temporary)
             put_in_place(temporary, run_dir.weights)

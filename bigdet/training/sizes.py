@@ -54,10 +54,11 @@ def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
 
 
 def optimizer_tensors(phase: PhaseConfig) -> int:
-    """Tensors of a trained weight's size that the optimizer keeps."""
+    """Tensors of a trained weight's size that the optimizer and the moving average keep."""
+    of_average = phase.ema is not None
     if phase.optimizer == "adamw":
-        return 2
-    return 1 if phase.momentum else 0
+        return 2 + of_average
+    return (1 if phase.momentum else 0) + of_average
 
 
 def checkpoint_bytes(sizes: ModelSizes, phase: PhaseConfig) -> int:

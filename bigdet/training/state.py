@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+NEWEST = "weights/"
+"""Before the names of the numbers of the newest weights, where their average is evaluated too."""
+
 
 @dataclass
 class Seen:
@@ -86,12 +89,14 @@ class Unscored:
         step: its finished steps of that phase.
         total_steps: its finished steps of all phases.
         counters: the costs until then, as in ``metrics.jsonl``.
+        prefix: what comes before the names of its numbers there: nothing, or `NEWEST`.
     """
 
     phase: str
     step: int
     total_steps: int
     counters: dict[str, float]
+    prefix: str = ""
 
 
 @dataclass

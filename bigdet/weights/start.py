@@ -17,7 +17,7 @@ from bigdet.host.files import write_text
 from bigdet.host.strict_json import to_json
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
-from bigdet.models.weights import FORMAT, LoadedPart, find_weights, part_of, read_metadata
+from bigdet.models.weights import AVERAGE, FORMAT, LoadedPart, find_weights, part_of, read_metadata
 from bigdet.run_dir import RunDir
 from bigdet.weights.classes import class_rows
 from bigdet.weights.own_runs import load_run, other_sampling
@@ -112,13 +112,19 @@ def _read(
     start = config.phases[name].start_from
     if is_published_file(path):
         return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0, ""
-    if start.ema:
-        raise ValueError(
-            f"{path}: found no moving average (EMA) of its weights in it. Leave out ema."
-        )
+    if start.ema is not None:
+        _check_ema(path, start.ema)
     rows, kept = load_run(detector, path, parts, classes)
     is_warned = source != "previous" and "box_head" in parts
     return rows, kept, other_sampling(detector, path) if is_warned else ""
+
+
+def _check_ema(path: Path, is_wanted: bool) -> None:
+    """Raise ``ValueError`` unless weights that bigdet wrote are, or are not, an average."""
+    is_average = read_metadata(find_weights(path)).get("weights") == AVERAGE
+    if is_wanted != is_average:
+        found = f"the {AVERAGE} of its weights alone" if is_average else f"no {AVERAGE}"
+        raise ValueError(f"{path}: found {found} in it. Leave out ema.")
 
 
 def is_published_file(path: Path) -> bool:

@@ -129,9 +129,10 @@ def twins(detector: Detector) -> list[Twin]:
             f"model.detector {config.detector}: torchvision has no cascade and no class-agnostic "
             f"boxes, so the weights have no place there."
         )
-    if config.neck != "fpn" or config.rpn.num_convs != 1 or config.norm == "ln":
+    num_convs = 1 if config.rpn is None else config.rpn.num_convs
+    if config.neck != "fpn" or num_convs != 1 or config.norm == "ln":
         raise ValueError(
-            f"model.neck {config.neck}, model.rpn.num_convs {config.rpn.num_convs}, model.norm "
+            f"model.neck {config.neck}, model.rpn.num_convs {num_convs}, model.norm "
             f"{config.norm}: expected fpn, 1, and bn, gn or none, as torchvision has."
         )
     if not any(hasattr(detector.backbone, name) for name in ("layer4", "features")):

@@ -18,7 +18,7 @@ from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
 from bigdet.models.norms import update_running_statistics
 from bigdet.training import optim
-from tests.ranks.toy import ENGINES
+from tests.ranks.toy import ENGINES, whole_state
 from tests.spawn import run_ranks
 from tests.unit.models.scenes import make_scene
 
@@ -93,7 +93,7 @@ def train_with_engines(names, model, is_checkpointed):
             values = torch.stack([result.losses[key].double() for key in keys])
             losses.append(distributed.mean_over_ranks(values).tolist())
             found = detect(detector, distributed.rank())
-        results.append((losses, found, engine.state().model))
+        results.append((losses, found, whole_state(engine).model))
         engine.close()
     return results
 

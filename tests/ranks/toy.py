@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.config.phase import PhaseConfig
+from bigdet.engine import writing
 from bigdet.engine.precision import autocast
 from bigdet.models import norms
+from bigdet.pieces.reading import Stored, open_stored
 from bigdet.training.optim import build_optimizer
 
 if TYPE_CHECKING:
@@ -102,9 +106,13 @@ def make_batch(step: int, lanes: Iterable[int]) -> dict[str, Any]:
 
 def lanes_of_rank(step: int, **changed: str) -> list[dict[str, Any]]:
     """This rank's lanes; ``changed`` goes into the very last lane, which is the last rank's."""
-    share = LANES // distributed.world_size()
+    share, device = LANES // distributed.world_size(), distributed.device()
     lanes = range(distributed.rank() * share, (distributed.rank() + 1) * share)
-    return [make_batch(step, [k]) | (changed if k == LANES - 1 else {}) for k in lanes]
+    return [
+        {name: tensor.to(device) for name, tensor in make_batch(step, [lane]).items()}
+        | (changed if lane == LANES - 1 else {})
+        for lane in lanes
+    ]
 
 
 def lr_at(step: int, base: float) -> float:
@@ -200,9 +208,86 @@ def run_steps(
     return losses, grad_norms
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The state of an engine whole on every rank, which an engine can go on from (a ``Source``)."""
+
+    catalog: dict[str, dict[str, Any]]
+    loss_scale: dict[str, float]
+    tensors: dict[tuple[str, str], Tensor]
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """The weights that are trained, whether or not there is an average of them too."""
+        return self.of_kind("model") | self.of_kind("newest")
+
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        averages = self.of_kind("model")
+        return {name: averages[name] for name in self.of_kind("newest")}
+
+    def of_kind(self, kind: str) -> dict[str, Tensor]:
+        return {name: value for (own, name), value in self.tensors.items() if own == kind}
+
+    def read(self, kind: str, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        flat = self.tensors[kind, name].flatten()
+        return flat[first:] if count is None else flat[first : first + count]
+
+    def lacking(self, ranges: Any) -> set[str]:
+        return set()
+
+
+def whole_of(stored: Stored) -> Whole:
+    """Read a checkpoint whole."""
+    tensors = {
+        (kind, name): stored.read(kind, name).view(spec.shape)
+        for kind, specs in stored.catalog.items()
+        for name, spec in specs.items()
+    }
+    return Whole(stored.catalog, stored.loss_scale, tensors)
+
+
+def save_together(engine: Engine, path: Path, **run: Any) -> Whole:
+    """Write a checkpoint of an engine as all ranks do; give what it has to hold."""
+    disks = writing.find_disks(path.parent)
+    assert list(disks.owners) == [0] * distributed.world_size()
+    share = engine.share(distributed.rank(), distributed.world_size())
+    writing.write(writing.Save(path, 1, disks, {"format": "test"}, run), share)
+    expected = whole_state(engine)
+    distributed.barrier()  # rank 0 returns last, when the checkpoint is complete
+    assert_same_state(whole_of(open_stored(path)), expected)
+    return expected
+
+
+def assert_same_state(found: Whole, expected: Whole) -> None:
+    assert found.catalog == expected.catalog
+    assert found.loss_scale == expected.loss_scale
+    torch.testing.assert_close(found.tensors, expected.tensors, rtol=0, atol=0)
+
+
+def whole_state(engine: Engine) -> Whole:
+    """Put the shares of all ranks together: every number of every tensor is in one of them."""
+    rank, size = distributed.rank(), distributed.world_size()
+    shares = distributed.all_gather_objects(engine.share(rank, size))
+    catalog = shares[0].catalog
+    assert all(share.catalog == catalog for share in shares)
+    tensors, times = {}, {}
+    for kind, specs in catalog.items():
+        for name, spec in specs.items():
+            tensors[kind, name] = torch.empty(spec.count, dtype=spec.torch_dtype)
+            times[kind, name] = torch.zeros(spec.count)
+    for piece in (piece for share in shares for piece in share.pieces):
+        held = slice(piece.first, piece.first + len(piece.values))
+        tensors[piece.kind, piece.name][held] = piece.values
+        times[piece.kind, piece.name][held] += 1
+    assert all((count == 1).all() for count in times.values())
+    shaped = {key: flat.view(catalog[key[0]][key[1]].shape) for key, flat in tensors.items()}
+    return Whole(catalog, shares[0].loss_scale, shaped)
+
+
 def weights(name: str, engine: Engine) -> dict[str, Tensor] | None:
     """All weights: of rank 0 as saved, of the others as they have them (None where sharded)."""
-    saved = engine.state().model
+    saved = whole_state(engine).model
     if distributed.is_main():
         return saved
     return copy_of(engine.module.state_dict()) if name in REPLICATED else None

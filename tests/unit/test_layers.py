@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 LEVELS = {
     "host": -1,
     "structures": 0, "run_dir": 0, "distributed": 0,
-    "ops": 1, "logs": 1,
+    "ops": 1, "logs": 1, "pieces": 1,
     "config": 2, "pictures": 2,
     "data": 3, "models": 3, "engine": 3,
     "evaluation": 4, "weights": 4,

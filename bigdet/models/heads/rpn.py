@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +167,8 @@ class RegionProposals(nn.Module):
         images = torch.arange(len(boxes), device=boxes.device)[:, None]
         num_levels = len(predictions.counts)
         groups = images * num_levels + torch.cat(levels, dim=1)
-        kept = (suppress or grouped_nms)(
+        # topk gives them best first, level after level.
+        kept = (suppress or partial(grouped_nms, is_sorted=True))(
             boxes.flatten(0, 1),
             scores.flatten(),
             groups.flatten(),

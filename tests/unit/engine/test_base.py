@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bigdet.engine.base import EngineState, Shapes, misfits, state_keys, weight_shapes
+from bigdet.engine.base import Shapes, misfits, state_keys, weight_shapes
+from bigdet.pieces.index import Catalog
+from bigdet.pieces.tensor_file import Spec
 
 
 def make_module() -> nn.Module:
@@ -21,31 +23,32 @@ def fits_to() -> tuple[Shapes, list[str]]:
     return weight_shapes(make_module()), list(TRAINED)
 
 
-def make_state() -> EngineState:
-    return EngineState(
-        make_module().state_dict(),
-        {name: {"momentum_buffer": torch.zeros(shape)} for name, shape in TRAINED.items()},
-    )
+def make_catalog() -> Catalog:
+    return {
+        "model": {name: Spec("F32", shape) for name, shape in fits_to()[0].items()},
+        "momentum_buffer": {name: Spec("F32", shape) for name, shape in TRAINED.items()},
+    }
 
 
 def test_state_of_the_same_module_fits_with_and_without_optimizer_state() -> None:
-    state = make_state()
-    assert misfits(state, *fits_to(), ["momentum_buffer"]) == ""
-    assert misfits(EngineState(state.model, {}), *fits_to(), ["momentum_buffer"]) == ""
+    catalog = make_catalog()
+    assert misfits(catalog, *fits_to(), ["momentum_buffer"]) == ""
+    del catalog["momentum_buffer"]
+    assert misfits(catalog, *fits_to(), ["momentum_buffer"]) == ""
 
 
 def test_missing_unexpected_and_reshaped_weights_are_named() -> None:
-    model = make_state().model
-    model["0.weight"] = torch.zeros(4, 3)
+    model = make_catalog()["model"]
+    model["0.weight"] = Spec("F32", (4, 3))
     model["2.weight"] = model.pop("1.running_mean")
-    assert misfits(EngineState(model, {}), *fits_to(), []) == (
+    assert misfits({"model": model}, *fits_to(), []) == (
         "weights: 1 missing (1.running_mean), 1 unexpected (2.weight), "
         "1 reshaped (0.weight (4, 3) instead of (2, 3))"
     )
 
 
 def test_state_of_another_optimizer_does_not_fit() -> None:
-    assert misfits(make_state(), *fits_to(), ["exp_avg", "exp_avg_sq", "step"]).startswith(
+    assert misfits(make_catalog(), *fits_to(), ["exp_avg", "exp_avg_sq", "step"]).startswith(
         "optimizer state: 9 missing (0.weight/exp_avg, 0.weight/exp_avg_sq, 0.weight/step), 3 un"
     )
 

@@ -5,6 +5,7 @@ pyproject.toml takes DeepSpeed below the next minor version; when that is raised
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -18,6 +19,8 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import mixed_precision_linkage
+from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 
 ENGINE_CODE = Path(__file__).parents[3] / "bigdet" / "engine"
 FLAT, SHARDED = DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3
@@ -27,6 +30,7 @@ METHODS = [
     (FLAT, "refresh_fp32_params"),
     (FLAT, "update_lp_params"),
     (FLAT, "loss_scale"),
+    (tensor_fragment, "get_optim_state_fragment"),
     (SHARDED, "get_param_id"),
     (SHARDED, "checkpoint_event_prologue"),
     (SHARDED, "checkpoint_event_epilogue"),
@@ -63,6 +67,9 @@ def test_attributes_are_set(owner, name):
 
 def test_parameters_and_arguments_are_there():
     assert "param.ds_tensor = " in inspect.getsource(Init)
+    assert "lp_param._hp_mapping" in inspect.getsource(mixed_precision_linkage)
+    assert {"lp_fragment_address"} <= {field.name for field in dataclasses.fields(tensor_fragment)}
+    assert {"start", "numel"} == {field.name for field in dataclasses.fields(fragment_address)}
     assert "scale_wrt_gas" in inspect.getsource(DeepSpeedEngine)
     decorated = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     assert hasattr(inspect.getclosurevars(decorated).nonlocals["func"], "cache_clear")

@@ -8,6 +8,7 @@ antialiasing, timm and bigdet with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -23,6 +24,7 @@ from bigdet.models.backbones.vit import ViT
 from bigdet.models.build import build_detector
 from bigdet.models.necks.fpn import SimplePyramid
 from bigdet.models.norms import conv_norm, make_norm
+from tests.unit.models.scenes import make_scene
 
 DEPTH, WIDTH, HEADS = 8, 48, 3  # global blocks: 1, 3, 5, 7
 
@@ -239,6 +241,25 @@ def test_levels_of_the_simple_pyramid_do_not_see_each_other() -> None:
     for number, (mine, theirs) in enumerate(zip(neck(features), before, strict=True)):
         assert torch.equal(mine, theirs) == (number < 3)
     assert before[4].shape == (1, 16, 1, 1)
+
+
+def test_a_canvas_padded_to_a_square_gives_what_a_square_canvas_gives() -> None:
+    options = {"neck": "simple", "norm": "ln", "width": 16, "fc_width": 16}
+    config = ModelConfig(detector="mask_rcnn", backbone="vit_ti", pad_to_square=True, **options)
+    scene = make_scene([[(4, 8, 40, 50), (50, 10, 90, 44)]], [(60, 90)], (64, 96))
+    square = replace(scene, images=F.pad(scene.images, (0, 0, 0, 32)))
+    losses, found = [], []
+    for model in (config, replace(config, pad_to_square=False)):
+        torch.manual_seed(0)
+        detector = build_detector(model, 3)
+        batch = scene if model.pad_to_square else square
+        losses.append(detector.train()(batch))
+        found.append(detector.eval()(batch)[0])
+        plain = detector.pixels(scene)
+        assert plain.shape[-2:] == ((96, 96) if model.pad_to_square else (64, 96))
+    assert losses[0] == losses[1]
+    assert torch.equal(found[0].boxes, found[1].boxes)
+    assert torch.equal(found[0].masks, found[1].masks)
 
 
 SIZES = {"vit_b": (768, 12, 12), "vit_l": (1024, 24, 16), "vit_h": (1280, 32, 16)}

@@ -10,8 +10,9 @@ import torch
 from bigdet.config.load import dump_config
 from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
-from bigdet.engine import checkpoint
-from bigdet.engine.base import EngineState
+from bigdet.engine import checkpoint, writing
+from bigdet.engine.parts import Piece, Share
+from bigdet.pieces.tensor_file import Spec
 from bigdet.run_dir import RunDir
 from bigdet.training.forks import changed_options, is_fork
 from bigdet.training.resume import begin, find_checkpoint
@@ -39,7 +40,11 @@ def save(output: str, step: int, is_old: bool = False) -> None:
         del state["interval"]
     run = {"config": dump_config(config_of(output)), "run": state}
     folder = RunDir(Path(output)).checkpoint("pretrain", step)
-    checkpoint.save(folder, EngineState({"weight": torch.zeros(1)}), {}, run)
+    share = Share(
+        [Piece("model", "weight", 0, torch.zeros(1))], {"model": {"weight": Spec("F32", (1,))}}
+    )
+    number = writing.next_number(folder.parent)
+    writing.write(writing.Save(folder, number, writing.Disks(), {}, run), share)
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,11 @@ import torch
 
 from bigdet import distributed
 from bigdet.config.load import load_config
-from bigdet.engine import checkpoint
-from bigdet.engine.base import EngineState
+from bigdet.config.phase import num_steps
+from bigdet.engine import checkpoint, keeping, writing
+from bigdet.engine.parts import Part, Share, copy_share
+from bigdet.engine.writing import Save
+from bigdet.models.weights import find_weights
 from bigdet.run_dir import RunDir
 from bigdet.training.saving import Saver, newest_checkpoint, write_final_weights
 from bigdet.training.state import RunState
@@ -25,11 +28,20 @@ from tests.shipped import unchecked
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
 
+def share_of(weights: dict[str, torch.Tensor]) -> Share:
+    parts = [
+        Part("model", name, tuple(value.shape), 0, value, is_whole=True)
+        for name, value in weights.items()
+    ]
+    return copy_share(parts, 0, 1)
+
+
 class FakeEngine:
     """Gives 400 KB of state."""
 
-    def state(self) -> EngineState:
-        return EngineState({"weight": torch.zeros(100_000)})
+    def share(self, position: int, size: int) -> Share:
+        assert (position, size) == (0, 1)
+        return share_of({"weight": torch.zeros(100_000)})
 
 
 @pytest.fixture
@@ -69,15 +81,15 @@ def test_training_continues_while_a_checkpoint_is_written_and_one_is_written_at_
     saver: Saver, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, running = threading.Event(), []
-    original = checkpoint.save
+    original = writing.write
 
-    def slow_save(folder: Path, *rest: Any) -> None:
-        running.append(folder.name)
+    def slow_save(one: Save, *rest: Any) -> None:
+        running.append(one.folder.name)
         assert may_write.wait(20)
-        original(folder, *rest)
-        running.remove(folder.name)
+        original(one, *rest)
+        running.remove(one.folder.name)
 
-    monkeypatch.setattr(checkpoint, "save", slow_save)
+    monkeypatch.setattr(writing, "write", slow_save)
     save(saver, 1)  # returns although nothing can be written yet
     assert newest_checkpoint(run_dir) is None
     second = threading.Thread(target=save, args=(saver, 2))
@@ -131,7 +143,7 @@ def test_a_save_that_dies_of_whatever_is_no_save(
     def fail(*_: Any) -> None:
         raise MemoryError("no room to hash")
 
-    monkeypatch.setattr(checkpoint, "save", fail)
+    monkeypatch.setattr(writing, "write", fail)
     save(saver, 1)
     with pytest.raises(distributed.SharedError, match="the last checkpoint could not be written"):
         saver.finish()
@@ -162,9 +174,9 @@ def test_the_last_save_of_a_run_must_succeed(saver: Saver, run_dir: RunDir, full
 class DivergedEngine:
     """Gives a weight and a running variance, the latter infinite."""
 
-    def state(self) -> EngineState:
+    def share(self, position: int, size: int) -> Share:
         variance = torch.tensor([1.0, float("inf")])
-        return EngineState({"bn.weight": torch.ones(2), "bn.running_var": variance})
+        return share_of({"bn.weight": torch.ones(2), "bn.running_var": variance})
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_named(
@@ -181,3 +193,25 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_named(
         f"Last good checkpoint: {run_dir.checkpoints / 'pretrain-1'}."
     )
     assert names(run_dir) == ["latest", "pretrain-1"]
+
+
+def test_ends_of_phases_and_the_best_have_their_weights_in_one_file(
+    saver: Saver, run_dir: RunDir
+) -> None:
+    last = num_steps(load_config(CONFIG).phases["pretrain"])
+    save(saver, 1)
+    saver.wait()
+    keeping.mark_best(run_dir.checkpoint("pretrain", 1))  # once its score is known
+    save(saver, 2)
+    save(saver, last)
+    save(saver, last + 1)
+    saver.finish()
+    found = {folder.name: find_weights(folder).name for folder in run_dir.checkpoints.glob("*-*")}
+    assert found == {
+        "pretrain-1": "model.safetensors",
+        f"pretrain-{last}": "model.safetensors",
+        f"pretrain-{last + 1}": f"pretrain-{last + 1}",
+    }
+    keeping.mark_best(run_dir.checkpoint("pretrain", last + 1))
+    saver.finish()  # of a run that ends
+    assert find_weights(run_dir.checkpoint("pretrain", last + 1)).is_file()

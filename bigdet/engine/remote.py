@@ -1,0 +1,185 @@
+"""Copies of checkpoints elsewhere, such as s3://bucket/run, for machines that lose their disks.
+
+An address has what the folder of checkpoints has: ``PHASE-STEP`` with the pieces, the index and,
+last, ``state.json``; and ``latest``. Ranks copy what they have written, all at the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from bigdet import distributed
+from bigdet.engine import keeping
+from bigdet.engine.writing import Disks, Save
+from bigdet.host.files import put_in_place, write_text
+from bigdet.host.reading import RETRY_SECONDS
+from bigdet.pieces.index import STATE_FILE, index_file, pieces_file
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError)
+"""Errors that another attempt does not change."""
+
+
+class Remote:
+    """The checkpoints of a run at an address that fsspec knows."""
+
+    def __init__(self, address: str) -> None:
+        """Take the address.
+
+        Raises:
+            ValueError: nothing is known of its kind.
+        """
+        self.address = address.rstrip("/")
+        try:
+            fsspec.core.url_to_fs(self.address)
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"checkpoint.remote: {address}: cannot be written to ({error}). Give an address of "
+                f"a kind that fsspec has installed, such as s3://bucket/run with s3fs."
+            ) from error
+
+    def copy(
+        self,
+        save: Save,
+        is_kept: Callable[[str], bool],
+        must_end: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Copy this rank's pieces of a complete checkpoint; on rank 0 also the rest, at the end.
+
+        Called on all ranks, by threads or not; no collective.
+
+        Args:
+            save: that is written.
+            is_kept: tells of the name of a checkpoint whether it stays at the address (rank 0).
+            must_end: tells when to wait for the other ranks no longer.
+
+        Raises:
+            OSError: it cannot be copied.
+        """
+        rank, others = distributed.rank(), range(1, distributed.world_size())
+        notes = distributed.Notes() if others else None
+        file = pieces_file(save.number, rank)
+        problem = ""
+        try:
+            if (save.folder / file).is_file():
+                self._put(save.folder / file, f"{save.folder.name}/{file}")
+        except (OSError, ValueError, ImportError) as error:
+            problem = f"{self.address}: {error!r}"
+        if notes is not None and rank:
+            notes.leave(f"{save.notes}/copied by {rank}", problem)
+        elif notes is not None:
+            told = [notes.take(f"{save.notes}/copied by {other}", must_end) for other in others]
+            problem = next(filter(None, (problem, *told)), "")
+        if problem:
+            raise OSError(problem)
+        if rank == 0:
+            for name in (index_file(save.number), STATE_FILE):
+                self._put(save.folder / name, f"{save.folder.name}/{name}")
+            self._put(save.folder.parent / "latest", "latest")
+            self._clean(save, is_kept)
+
+    def newest(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Return the name and ``state.json`` of the newest complete checkpoint, None if none is."""
+        try:
+            name = self._read("latest").strip()
+            state: dict[str, Any] = json.loads(self._read(f"{name}/{STATE_FILE}"))
+        except FileNotFoundError:
+            return None
+        return name, state
+
+    def fetch(self, checkpoints: Path, disks: Disks) -> None:
+        """Copy the newest checkpoint to every disk that has none as new (collective).
+
+        The ranks of a disk share the work. The files are checked when they are loaded.
+
+        Raises:
+            SharedError: it cannot be copied.
+        """
+        found, own = None, 0
+        with distributed.together():
+            if distributed.is_main():
+                found = self.newest()
+                own = max(keeping.numbers(checkpoints).values(), default=0)
+        found = distributed.broadcast_object(found)
+        if found is None or distributed.broadcast_object(own) >= found[1]["number"]:
+            return
+        name, state = found
+        logger.info(f"{self.address}/{name} is newer than what is here: copied to {checkpoints}")
+        folder, sharing = checkpoints / name, disks.sharing
+        with distributed.together():
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, file in enumerate(state["files"]):
+                if sharing[number % len(sharing)] == distributed.rank():
+                    self._get(f"{name}/{file}", folder / file)
+        with distributed.together():
+            if disks.is_owner:
+                write_text(folder / STATE_FILE, self._read(f"{name}/{STATE_FILE}"))
+                keeping.mark_latest(folder)
+
+    def _clean(self, save: Save, is_kept: Callable[[str], bool]) -> None:
+        """Delete what is not kept, and what earlier saves of this name have left."""
+        named = {STATE_FILE, *keeping.named_files(save.folder)}
+        files = self._files
+        for path in files.ls(self._path(""), detail=False):
+            name = path.rstrip("/").rsplit("/", 1)[-1]
+            if name == save.folder.name:
+                for file in files.ls(path, detail=False):
+                    if file.rsplit("/", 1)[-1] not in named:
+                        files.rm(file)
+            elif name != "latest" and not is_kept(name):
+                state = f"{path.rstrip('/')}/{STATE_FILE}"
+                if files.exists(state):  # first, so that no half a checkpoint looks complete
+                    files.rm(state)
+                files.rm(path, recursive=True)
+
+    def _put(self, source: Path, name: str) -> None:
+        def put() -> None:
+            files, path = self._files, self._path(name)
+            files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            files.put_file(str(source), path)
+
+        self._patiently(put, name)
+
+    def _get(self, name: str, file: Path) -> None:
+        temporary = file.with_name(f"{file.name}.tmp")
+        self._patiently(lambda: self._files.get_file(self._path(name), str(temporary)), name)
+        put_in_place(temporary, file)
+
+    def _read(self, name: str) -> str:
+        content: bytes = self._patiently(lambda: self._files.cat_file(self._path(name)), name)
+        return content.decode()
+
+    def _patiently(self, work: Callable[[], T], name: str) -> T:
+        """Do something that may fail for a while, such as a copy over a network."""
+        for pause in RETRY_SECONDS:
+            try:
+                return work()
+            except FINAL:
+                raise
+            except Exception as error:  # each file system has errors of its own, of no common class
+                logger.warning(f"{self.address}/{name}: {error!r}; again in {pause:.1f} s")
+            time.sleep(pause)
+        try:
+            return work()
+        except FINAL:
+            raise
+        except Exception as error:
+            raise OSError(f"{self.address}/{name}: {error!r}") from error
+
+    @property
+    def _files(self) -> Any:
+        files = fsspec.core.url_to_fs(self.address)[0]
+        files.invalidate_cache()  # other machines write here too
+        return files
+
+    def _path(self, name: str) -> str:
+        root: str = fsspec.core.url_to_fs(self.address)[1]
+        return f"{root.rstrip('/')}/{name}".rstrip("/")

@@ -1,0 +1,115 @@
+"""Copies of checkpoints at an address: what is there when, what a fresh machine gets of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from bigdet.engine import checkpoint, keeping, remote, writing
+from bigdet.engine.parts import Part, copy_share
+from bigdet.engine.remote import Remote
+from bigdet.engine.writing import Disks, Save
+
+ADDRESS = "memory://bucket/run"
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.01,) * 3)
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/", recursive=True)
+
+
+def save(checkpoints: Path, step: int) -> Save:
+    weight = Part("model", "w", (3,), 0, torch.full((3,), float(step)), is_whole=True)
+    number = writing.next_number(checkpoints)
+    one = Save(checkpoints / f"train-{step}", number, Disks(), {}, {"step": step})
+    writing.write(one, copy_share([weight], 0, 1))
+    return one
+
+
+def copy(one: Save) -> None:
+    Remote(ADDRESS).copy(one, lambda name: name in keeping.numbers(one.folder.parent))
+
+
+def found(files: Any) -> list[str]:
+    return sorted(path.removeprefix("/bucket/run/") for path in files.find("/bucket/run"))
+
+
+def test_a_fresh_machine_goes_on_from_the_newest_copy(tmp_path: Path, memory: Any) -> None:
+    here, fresh = tmp_path / "here", tmp_path / "fresh"
+    assert Remote(ADDRESS).newest() is None
+    for step in (1, 2):
+        copy(save(here, step))
+    assert found(memory) == [
+        "latest",
+        *(f"train-1/{name}" for name in ("index-1.json", "pieces-1-0.safetensors", "state.json")),
+        *(f"train-2/{name}" for name in ("index-2.json", "pieces-2-0.safetensors", "state.json")),
+    ]
+    Remote(ADDRESS).fetch(fresh, Disks())
+    assert sorted(path.name for path in fresh.iterdir()) == ["latest", "train-2"]
+    loaded = checkpoint.load(fresh / "train-2")
+    assert loaded.run == {"step": 2}
+    assert loaded.engine.read("model", "w").tolist() == [2, 2, 2]
+    save(fresh, 3)
+    Remote(ADDRESS).fetch(fresh, Disks())  # what is here is newer
+    assert (fresh / "latest").read_text() == "train-3\n"
+
+
+def test_what_is_not_kept_here_goes_there_too(tmp_path: Path, memory: Any) -> None:
+    for step in (1, 2, 3):
+        one = save(tmp_path, step)
+        keeping.clean(tmp_path, keep=1, protected=["train-1"])
+        copy(one)
+    assert {path.split("/")[0] for path in found(memory)} == {"latest", "train-1", "train-3"}
+    copy(save(tmp_path, 3))  # again, by the run that was started again
+    assert [path for path in found(memory) if "train-3" in path] == [
+        "train-3/index-4.json", "train-3/pieces-4-0.safetensors", "train-3/state.json",
+    ]  # fmt: skip
+
+
+class Flaky(MemoryFileSystem):
+    """A file system whose every second call fails, and some of whose calls always do."""
+
+    protocol = "flaky"
+    calls = itertools.count()
+    never = ""
+
+    def put_file(self, lpath: Any, rpath: Any, *rest: Any, **more: Any) -> None:
+        if next(self.calls) % 2 == 0 or (self.never and self.never in rpath):
+            raise ConnectionError("the network is away")
+        super().put_file(lpath, rpath, *rest, **more)
+
+
+def test_a_copy_is_tried_again_and_complete_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    address = Remote("flaky://bucket/run")
+    address.copy(save(tmp_path, 1), lambda name: True)
+    assert "the network is away" in caplog.text
+    newest = address.newest()
+    assert newest is not None
+    assert newest[0] == "train-1"
+    for never in ("pieces-", "index-", "state.json"):
+        monkeypatch.setattr(Flaky, "never", never)
+        with pytest.raises(OSError, match=f"{never}.*the network is away"):
+            address.copy(save(tmp_path, 2), lambda name: True)
+        assert address.newest() == newest
+    monkeypatch.setattr(Flaky, "never", "")
+    address.copy(save(tmp_path, 2), lambda name: True)
+    address.fetch(tmp_path / "fresh", Disks())
+    assert checkpoint.load(tmp_path / "fresh/train-2").run == {"step": 2}
+
+
+def test_an_address_of_an_unknown_kind_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.remote: nowhere://x: cannot be written to"):
+        Remote("nowhere://x")
