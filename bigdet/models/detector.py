@@ -147,7 +147,9 @@ class Detector(nn.Module):
             maps: what `maps` gave for them.
             num_images: of the batch.
         """
-        counts = torch.bincount(found.images, minlength=num_images).tolist()
+        counts = found.counts
+        if counts is None:
+            counts = torch.bincount(found.images, minlength=num_images).tolist()
         maps = dict(maps)
         if "keypoints" in maps:
             maps["keypoints"] = find_keypoints(maps["keypoints"], found.boxes).float()
@@ -226,10 +228,10 @@ class Detector(nn.Module):
         pixels = list_pixels(images)
         if not pixels:
             return []
-        batch = collate_images(pixels, self.eval_size).to(self.get_buffer("pixel_mean").device)
-        with evaluating(self):
-            found = self(batch)
+        batch = collate_images(pixels, self.eval_size)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
+        with evaluating(self):
+            found = self(batch.to(self.get_buffer("pixel_mean").device))
         return [
             scale_detections(one, size, (image.shape[1], image.shape[2]))
             for one, size, image in zip(found, resized, pixels, strict=True)

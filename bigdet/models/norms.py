@@ -27,6 +27,7 @@ any other row is left out of the averages.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm
 
 from bigdet import distributed
+from bigdet.models.joint_norm import JointNorm
 
 Mode = Literal["live", "sync", "affine", "fixed"]
 Kind = Literal["bn", "gn", "ln", "none"]
@@ -112,10 +113,7 @@ class BatchNorm2d(nn.Module):
         # empty, and a layer has all its passes with them or all without: is_filled stays 1.
         left = (self.batch_mean, self.batch_var)
         if is_joint:
-            normalized: Tensor = SyncBatchNorm.apply(  # torch's own, for CUDA alone
-                x, self.weight, self.bias, *left, self.eps, 1.0,
-                distributed.group(), distributed.world_size(),
-            )  # fmt: skip
+            normalized: Tensor = JointNorm.apply(x, self.weight, self.bias, *left, self.eps)
             return normalized
         return F.batch_norm(
             x, *left, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
@@ -236,9 +234,19 @@ def conv_norm(
     return nn.Sequential(layers)
 
 
+_NORMS: weakref.WeakKeyDictionary[nn.Module, list[BatchNorm2d]] = weakref.WeakKeyDictionary()
+
+
 def batch_norms(module: nn.Module) -> list[BatchNorm2d]:
     """List the batch normalization layers of a model, in its order."""
     return [layer for layer in module.modules() if isinstance(layer, BatchNorm2d)]
+
+
+def _known_norms(module: nn.Module) -> list[BatchNorm2d]:
+    """The same, looked for once in each module: a step asks several times, and a model is whole."""
+    if module not in _NORMS:
+        _NORMS[module] = batch_norms(module)
+    return _NORMS[module]
 
 
 @contextmanager
@@ -251,7 +259,7 @@ def valid_rows(module: nn.Module, rows: Tensor | None) -> Iterator[None]:
         module: whose batch normalization layers it is for.
         rows: ``(N,)`` bool, which of the N rows count. None: all.
     """
-    layers = batch_norms(module)
+    layers = _known_norms(module)
     before = [layer.rows for layer in layers]
     try:
         for layer in layers:
@@ -274,7 +282,7 @@ def set_norm_mode(module: nn.Module, mode: Mode) -> None:
 
 
 def _live_norms(module: nn.Module) -> list[BatchNorm2d]:
-    return [layer for layer in batch_norms(module) if layer.mode in ("live", "sync")]
+    return [layer for layer in _known_norms(module) if layer.mode in ("live", "sync")]
 
 
 @torch.no_grad()

@@ -150,9 +150,10 @@ class RCNN(Detector):
         pyramid, table = features
         predictions = self.rpn(pyramid, self.strides, self.seen_size(batch))
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
-        # Empty slots come last. Training keeps them; here they would only cost time.
-        most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()), proposals.boxes.device)
-        proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
+        if proposals.boxes.device.type == "cpu":
+            # Empty slots come last. On a GPU they cost less time than to wait for their number.
+            most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()), proposals.boxes.device)
+            proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
         return partial(self._pool_all, table), proposals
 
     def maps(

@@ -192,7 +192,15 @@ def soft_nms(
 
 
 def best_of_groups(scores: Tensor, groups: Tensor, num_groups: int, limit: int) -> Tensor:
-    """Give the rows of the best scores of each group.
+    """Give the rows of the best scores of each group: ``(n,)`` int64; see `first_of_groups`."""
+    rows, is_first = first_of_groups(scores, groups, num_groups, limit)
+    return rows[is_first]
+
+
+def first_of_groups(
+    scores: Tensor, groups: Tensor, num_groups: int, limit: int
+) -> tuple[Tensor, Tensor]:
+    """Order rows by group and score.
 
     Args:
         scores: ``(N,)``.
@@ -201,9 +209,10 @@ def best_of_groups(scores: Tensor, groups: Tensor, num_groups: int, limit: int) 
         limit: rows of each group, at most.
 
     Returns:
-        ``(n,)`` int64, group after group, best first within a group.
+        ``(N,)`` int64 rows, group after group, best first within a group; ``(N,)`` bool, whether a
+        row is among the first ``limit`` of its group.
     """
     rows = _by_group(scores, groups)
     groups = groups[rows]
     places = torch.arange(len(rows), device=rows.device) - _starts(groups, num_groups)[groups]
-    return rows[places < limit]
+    return rows, places < limit

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from bigdet.models import losses as losses_module
 from bigdet.models.losses import (
@@ -82,6 +82,18 @@ def test_giou_losses_are_worked_out_by_hand() -> None:
     torch.testing.assert_close(giou_losses(boxes, targets), expected, rtol=0, atol=1e-6)
 
 
+def test_giou_losses_and_gradients_are_torchvisions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 200, 2, generator=generator) * 40
+    sides = torch.rand(2, 200, 2, generator=generator) * 30
+    sides[:, ::9] = 0
+    boxes, targets = torch.cat([corners, corners + sides], dim=2).requires_grad_().unbind()
+    found, expected = giou_losses(boxes, targets), generalized_box_iou_loss(boxes, targets)
+    assert torch.equal(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), boxes)
+    assert torch.equal(gradient, torch.autograd.grad(expected.sum(), boxes)[0])
+
+
 @pytest.mark.parametrize(
     ("logit", "of_yes", "of_no"),
     # Alpha 0.25, gamma 2: of yes 0.25 x (1 - p)^2 x -log(p), of no 0.75 x p^2 x -log(1 - p).
@@ -112,7 +124,7 @@ def test_focal_loss_equals_torchvisions_in_value_and_gradient_whatever_the_chunk
     expected = (expected * weights[..., None]).sum()
     (3 * expected).backward()
     for chunk in (2**22, 20):
-        monkeypatch.setattr(losses_module, "CHUNK", chunk)
+        monkeypatch.setattr(losses_module, "CPU_CHUNK", chunk)
         ours = logits.clone().requires_grad_()
         total = focal_loss_sum(ours, labels, is_positive, weights, 0.25, gamma)
         (3 * total).backward()
