@@ -83,7 +83,7 @@ def check_averages(output: Path, phase: str, steps: int, decay: float, start: Te
 
 
 def test_a_run_evaluates_hands_on_and_ends_with_averages(tmp_path: Path, shapes_shards: Path):
-    (codes,) = run_ranks(train_two, 1, tmp_path, tmp_path, shapes_shards)
+    (codes,) = run_ranks(train_two, 1, tmp_path, tmp_path, shapes_shards, timeout_seconds=600)
     assert codes == [0, 0]
     whole = tmp_path / "whole"
     assert_same_run(tmp_path / "resumed", whole)

@@ -53,7 +53,7 @@ LOSSES_CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def tiny_vit(drop_path: float) -> ViT:
-    return ViT(width=48, depth=4, num_heads=3, drop_path=drop_path)
+    return ViT(48, depth=4, num_heads=3, drop_path=drop_path, relative_positions=True)
 
 
 def vit_l(drop_path: float) -> ViT:
@@ -77,9 +77,11 @@ def make_engine(backbone: str, name: str) -> Engine:
         detector="mask_rcnn",
         backbone=backbone,
         drop_path=0.1,
+        neck="simple",
+        norm="ln",
         width=32,
         fc_width=32,
-        rpn=RpnConfig(anchor_sizes=[16, 24, 32, 48, 64], train_proposals=30),
+        rpn=RpnConfig(num_convs=2, anchor_sizes=[16, 24, 32, 48, 64], train_proposals=30),
         roi=RoiConfig(rois_per_image=32),
     )
     detector = build_detector(config, num_classes=3).train()
