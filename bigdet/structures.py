@@ -49,7 +49,7 @@ class _Copies:
         if 2 * self._used[place] < memory.nbytes():  # a part of something larger
             return tensor.to(self._device, non_blocking=True)
         if place not in self._copies:
-            whole = torch.empty(0, dtype=torch.uint8).set_(memory)  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=torch.uint8).set_(memory)
             self._copies[place] = whole.to(self._device, non_blocking=True).untyped_storage()
         copy = torch.empty(0, dtype=tensor.dtype, device=self._device)
         return copy.set_(

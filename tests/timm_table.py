@@ -7,6 +7,7 @@ tests.timm_table``. With names, it prints the rows of these.
 """
 
 import csv
+import dataclasses
 import re
 import sys
 import warnings
@@ -124,9 +125,10 @@ def _try(backbone):
 def main(names: list[str]) -> None:
     with sys.stdout if names else TABLE.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(TimmRow.header())
+        table.writerow(each.name for each in dataclasses.fields(TimmRow))
         for name in names or timm.list_models():
-            table.writerow(row_of(name).cells())
+            values = dataclasses.astuple(row_of(name))
+            table.writerow(" ".join(map(str, v)) if isinstance(v, list) else v for v in values)
             file.flush()
 
 

@@ -140,7 +140,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
         total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
         for group in optimizer.param_groups:
-            group["lr"] = phase.lr * optim.lr_factor(phase, step)
+            group["lr"] = phase.lr * optim.lr_factor(phase, step) * group["lr_factor"]
         optimizer.step()
         optimizer.zero_grad()
         update_running_statistics(detector)

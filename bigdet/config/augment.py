@@ -21,8 +21,8 @@ class AugmentConfig:
     """Probability that some objects of another image of the group are pasted into an image, cut out
     by their masks."""
     mosaic: float = 0.0
-    """Probability that an image is replaced by a 2x2 grid of four at half their size: itself and
-    three others of its group. Nothing is pasted into a mosaic."""
+    """Probability that an image is replaced by four in a 2x2 grid, at about half their size: itself
+    and three others of its group. Nothing is pasted into a mosaic."""
 
 
 def check_augment(

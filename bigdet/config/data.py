@@ -48,7 +48,7 @@ class TrainSplitConfig:
     subset: SubsetConfig | None = None
     """Train on some of the images only. None: all."""
     repeat_threshold: float | None = None
-    """Show images more often that have a class which occurs in less than this fraction of the
+    """Show images of rare classes more often: classes that occur in less than this fraction of the
     images (repeat factor sampling; LVIS uses 0.001). Reads all annotations at the start. None:
     off."""
     order: Order = "shuffled"

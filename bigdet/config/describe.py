@@ -88,7 +88,7 @@ def _lines(option: Option) -> str:
     head = option.key
     if option.kind:
         head += f": {option.kind} = {option.default}" if option.default else f": {option.kind}"
-        head += "" if option.default else " (must be given)"
+        head += "" if option.default else " (required)"
     else:
         head += ":" if not option.default else ": (a section) = null"
     lines = textwrap.wrap(head, WIDTH, subsequent_indent=2 * INDENT)

@@ -9,6 +9,7 @@ from bigdet.config.resize import FOR_TRAINING, ResizeConfig, check_resize, ignor
 from bigdet.config.rules import (
     ConfigError,
     Ignored,
+    all_positive,
     not_negative,
     positive,
     positive_fraction,
@@ -31,7 +32,7 @@ class TtaConfig:
     """Short sides of the views, pixels."""
     cap: int = 2000
     """Longest long side of the views, pixels. With ``pool: candidates`` the view at the size of the
-    plain evaluation has the cap of that, 1333 for a short side of 800."""
+    plain evaluation keeps the cap of that one, 1333 for a short side of 800."""
     pool: Literal["candidates", "detections"] = "candidates"
     """What is merged. ``candidates``: all boxes of all views above ``model.roi.score_threshold``,
     then NMS and voting, and the best ``detections_per_image`` are kept, as in Detectron.
@@ -102,7 +103,7 @@ def check_max_detections(value: int, metric: Metric) -> None:
 
 def _check_tta(tta: TtaConfig) -> None:
     key, scales = "evaluation.tta", tta.scales
-    require(bool(scales) and min(scales) > 0, f"{key}.scales", scales, "sizes above 0")
+    all_positive(key, tta, "scales")
     require(tta.cap >= max(scales), f"{key}.cap", tta.cap, f"at least {max(scales)}")
     positive_fraction(key, tta, "vote_iou")
 

@@ -29,7 +29,7 @@ class RoiConfig:
     sampling_ratio: int = 2
     """Points per side at which RoIAlign samples each cell of a region (Detectron, torchvision). 0:
     as many as the cell has pixels of the features, rounded up, as in detectron2 and mmdetection,
-    whose weights were trained so; slower."""
+    whose weights were trained that way; slower."""
     class_agnostic: bool | None = None
     """One box per region for all classes, instead of one per class. None: true if
     ``model.detector`` is a cascade, else false, for all phases."""
@@ -136,7 +136,7 @@ class RetinaConfig:
 def check_retina(retina: RetinaConfig) -> None:
     """Check the options of RetinaNet."""
     key = "model.retina"
-    check_anchors(key, retina.anchor_sizes, retina.anchor_ratios, "P3 to P7")
+    check_anchors(key, retina, "P3 to P7")
     positive(key, retina, "scales_per_octave", "candidates_per_level", "detections_per_image")
     positive(key, retina, "nms_sigma")
     not_negative(key, retina, "focal_gamma", "box_beta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 CHOICES = "choices"
@@ -32,33 +32,23 @@ def require(holds: bool, key: str, found: object, expected: str) -> None:
         raise ConfigError(f"{key}: found {found}, expected {expected}.")
 
 
-def positive(key: str, section: Any, *names: str) -> None:
-    """Refuse numbers of a section that are not above 0; None means off."""
-    for name in names:
-        value = getattr(section, name)
-        holds = value is None or 0 < value < math.inf
-        require(holds, f"{key}.{name}", value, "a number above 0")
+def _rule(holds: Callable[[Any], bool], expected: str) -> Callable[..., None]:
+    """Return a check of some options of a section: their key, the section, and their names."""
+
+    def check(key: str, section: Any, *names: str) -> None:
+        for name in names:
+            value = getattr(section, name)
+            require(value is None or holds(value), f"{key}.{name}", value, expected)
+
+    return check
 
 
-def not_negative(key: str, section: Any, *names: str) -> None:
-    """Refuse numbers of a section below 0; None means off."""
-    for name in names:
-        value = getattr(section, name)
-        require(value is None or 0 <= value < math.inf, f"{key}.{name}", value, "0 or more")
-
-
-def fraction(key: str, section: Any, *names: str) -> None:
-    """Refuse numbers of a section outside [0, 1]; None means off."""
-    for name in names:
-        value = getattr(section, name)
-        require(value is None or 0 <= value <= 1, f"{key}.{name}", value, "in [0, 1]")
-
-
-def positive_fraction(key: str, section: Any, *names: str) -> None:
-    """Refuse numbers of a section outside (0, 1]; None means off."""
-    for name in names:
-        value = getattr(section, name)
-        require(value is None or 0 < value <= 1, f"{key}.{name}", value, "in (0, 1]")
+positive = _rule(lambda value: 0 < value < math.inf, "a number above 0")
+not_negative = _rule(lambda value: 0 <= value < math.inf, "0 or more")
+fraction = _rule(lambda value: 0 <= value <= 1, "a number in [0, 1]")
+positive_fraction = _rule(lambda value: 0 < value <= 1, "a number in (0, 1]")
+below_one = _rule(lambda value: 0 <= value < 1, "a number in [0, 1)")
+all_positive = _rule(lambda values: bool(values) and min(values) > 0, "a list of numbers above 0")
 
 
 def only_for(choice: str, *values: str) -> dict[str, tuple[str, tuple[str, ...]]]:

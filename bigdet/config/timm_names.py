@@ -1,13 +1,12 @@
 """Which networks of timm can be a backbone, ``model.backbone: timm:NAME``, and what they are.
 
-The table ``timm_backbones.csv`` was made with timm by ``tests/timm_table.py``, since finding out
-takes building each: a config is checked without torch.
+``tests/timm_table.py`` made the table ``timm_backbones.csv`` by building each network with timm;
+a config is checked without torch.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import difflib
 import functools
 from dataclasses import dataclass, field
@@ -23,11 +22,11 @@ class TimmRow:
 
     Attributes:
         name: in timm, without a tag of weights.
-        parameters: without classifier, and without the layers that bigdet adds.
-        channels: of C2 to C5; of a network whose features have one stride, 16, its width alone.
-        depth: blocks of a network whose features have one stride.
+        parameters: without the classifier and the layers that bigdet adds.
+        channels: of C2 to C5, or only the width of a plain network, whose features have stride 16.
+        depth: blocks of a plain network.
         heeds: the options of ``model`` that it takes.
-        has_weights: timm has weights of it.
+        has_weights: timm has weights for it.
         lacks: why it cannot be a backbone; empty if it can.
     """
 
@@ -38,16 +37,6 @@ class TimmRow:
     heeds: list[str] = field(default_factory=list)
     has_weights: bool = False
     lacks: str = ""
-
-    @classmethod
-    def header(cls) -> list[str]:
-        """Return the names of the columns."""
-        return [each.name for each in dataclasses.fields(cls)]
-
-    def cells(self) -> list[str]:
-        """Return the row as text, lists with blanks between."""
-        values = (getattr(self, name) for name in self.header())
-        return [" ".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]
 
     @property
     def is_plain(self) -> bool:
@@ -62,7 +51,7 @@ class TimmRow:
 
 @functools.cache
 def timm_rows() -> dict[str, TimmRow]:
-    """Return the table by the names of timm's networks, those that lack something too."""
+    """Return all rows by the name of the network, including those that cannot be a backbone."""
     with TABLE.open(newline="") as file:
         return {
             cells["name"]: TimmRow(
@@ -94,7 +83,7 @@ def timm_table() -> str:
 
 
 def timm_row(backbone: str) -> TimmRow:
-    """Return what ``timm:NAME`` is.
+    """Return the row of ``timm:NAME``.
 
     Raises:
         ValueError: timm has no such network, or it cannot be a backbone.
@@ -106,7 +95,7 @@ def timm_row(backbone: str) -> TimmRow:
     network, _, tag = name.partition(".")
     if tag and network in timm_rows():
         raise ValueError(
-            f"model.backbone: found {backbone}, which names weights of {network} too. Write "
+            f"model.backbone: found {backbone}, which also names weights of {network}. Write "
             f"model.backbone: {PREFIX}{network}, and start_from.source: {backbone} in the phase "
             f"that starts from them."
         )

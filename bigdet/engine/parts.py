@@ -79,7 +79,7 @@ class Share:
 
 
 class Source(Protocol):
-    """What an engine can go on from, such as ``pieces.reading.Stored``."""
+    """What an engine can continue from, such as ``pieces.reading.Stored``."""
 
     @property
     def catalog(self) -> Catalog:

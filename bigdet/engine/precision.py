@@ -46,9 +46,9 @@ accumulate in fp32. Normalizations too, whose scale and shift need a cast."""
 
 
 @functools.cache
-def _keep_types() -> torch.library.Library:
+def _keep_types() -> Any:
     """Make autocast on CUDA leave the types that it leaves on a CPU; once per process."""
-    library = torch.library.Library("aten", "IMPL")
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*[Oo]verriding a previously registered kernel.*")
         for name in KEPT:

@@ -34,7 +34,7 @@ class JointNorm(torch.autograd.Function):
         mean, inverse = torch.batch_norm_stats(x, eps)
         count = torch.full((1,), x.numel() // channels, dtype=mean.dtype, device=x.device)
         of_ranks = distributed.stack_over_ranks(torch.cat([mean, inverse, count]))
-        means, inverses, counts = of_ranks.split([channels, channels, 1], dim=1)
+        means, inverses, counts = torch.split(of_ranks, [channels, channels, 1], dim=1)
         counts = counts.flatten()
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
             x, means, inverses, batch_mean, batch_var, 1.0, eps, counts

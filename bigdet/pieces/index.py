@@ -26,7 +26,7 @@ STATE_FILE = "state.json"
 MODEL = "model"
 """The kind of parameters and buffers, as they are evaluated: where a moving average is kept, it."""
 NEWEST = "newest"
-"""The kind of the weights that training goes on from, where `MODEL` is their average. All other
+"""The kind of the weights that training continues from, where `MODEL` is their average. All other
 kinds are what the optimizer keeps of a parameter: ``momentum_buffer``, ``exp_avg``, ..."""
 
 Catalog = dict[str, dict[str, Spec]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,8 @@ from bigdet.ops.random import seed_of
 from bigdet.run_dir import RunDir
 from bigdet.training.state import RunState
 from bigdet.weights.start import load_start
+
+logger = logging.getLogger(__name__)
 
 
 def build_for_phase(
@@ -86,6 +89,11 @@ def settle_frozen(
             write_frozen(file, frozen)
             state.frozen = hash_of(frozen)
     state.frozen = distributed.broadcast_object(state.frozen)
+    size = sum(tensor.nbytes for tensor in frozen.values())
+    logger.info(
+        "phase %s: the backbone is frozen: %.1f MiB on each rank, kept in %s and in no checkpoint",
+        state.phase, size / 2**20, file,
+    )  # fmt: skip
     if is_resumed:
         for tensor in frozen.values():
             tensor.copy_(distributed.broadcast_tensor(tensor))

@@ -82,7 +82,7 @@ def detectron2_heads(
 
 
 def _heads(first_level: int) -> Rules:
-    """Give the rules for names, with a pyramid that begins at P2 or P3."""
+    """Return the rules for names, with a pyramid that begins at P2 or P3."""
     return [
         (
             r"^backbone\.fpn_(lateral|output)(\d)\.(norm\.)?",
@@ -115,7 +115,7 @@ _HEADS: Rules = [
     (r"^roi_heads\.mask_head\.(deconv|predictor)\.", r"mask_head.\1."),
     (r"^roi_heads\.keypoint_head\.score_lowres\.", "keypoint_head.deconv."),
     (
-        r"^head\.(cls|bbox)_subnet\.([0246])\.",  # an activation stands between two
+        r"^head\.(cls|bbox)_subnet\.([0246])\.",  # an activation is between two
         lambda m: f"retina_head.{BRANCHES[m[1]]}_convs.{int(m[2]) // 2}.conv.",
     ),
     (r"^head\.cls_score\.", "retina_head.classifier."),

@@ -21,7 +21,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 NESTS = ("model", "state_dict", "blobs")
-"""Keys under which files keep the tensors beside other things."""
+"""Keys under which files keep the tensors next to other things."""
 
 _EMA = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
 _KEY = re.compile(

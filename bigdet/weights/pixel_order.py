@@ -36,7 +36,7 @@ def to_rgb(state: Mapping[str, Tensor], pixels: Pixels, source: str) -> dict[str
 
 
 def taking_rgb(weight: Tensor, pixels: Pixels) -> Tensor:
-    """Give the first convolution ``(C, 3, h, w)`` that does with our images what theirs does."""
+    """Return the first convolution ``(C, 3, h, w)`` that does with our images what theirs does."""
     if pixels == "rgb":
         return weight
     weight = weight.flip(1)
@@ -60,7 +60,7 @@ def warn_of_stride(detector: Detector, pixels: Pixels, source: str) -> None:
 
 
 def checked_pixels(tensors: Mapping[str, Tensor], pixels: Pixels | None, source: str) -> Pixels:
-    """Give how images were given to the network, by what was said and by what the file says."""
+    """Return how images were given to the network, as stated by the user or by the file."""
     stated = _stated_pixels(tensors, source)
     chosen = pixels or stated
     if chosen is None:

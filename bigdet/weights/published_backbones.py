@@ -34,11 +34,11 @@ from bigdet.weights.torchvision_layout import channels_last
 _FC_LAYERS = (("pre_logits.fc1", "pre_logits.fc2"), ("classifier.0", "classifier.3"))
 """fc6 and fc7 as timm and torchvision call them."""
 _OWN = re.compile(r"(norm\d|pyramid)\.|.*\.rel_pos_[hw]$")
-"""Layers that only detectors have; they start anew where a file has none."""
+"""Layers that only detectors have; they start from random weights where a file has none."""
 
 
 def timm_name(source: str, backbone: str) -> str:
-    """Return timm's name of the weights that ``timm`` or ``timm:NAME`` stands for.
+    """Return timm's name of the weights that ``timm`` or ``timm:NAME`` means.
 
     Raises:
         ValueError: timm has no such weights.
@@ -113,7 +113,7 @@ def load_backbone_file(
     if parts is None and path.suffix == ".safetensors":
         raise ValueError(
             f"{path}: found no bigdet detector in it. Write start_from.parts: [backbone] to load "
-            f"the backbone from it, the rest starting anew."
+            f"the backbone from it, the rest starts from random weights."
         )
     state, _ = read_tensors(path, ema)
     if pixels is not None and pixels != "rgb":

@@ -15,7 +15,7 @@ BRANCHES = {"cls": "class", "bbox": "box", "reg": "box"}
 
 
 def box_head(stage: str | None) -> str:
-    """Give our name of the box head, or of a stage of a cascade's."""
+    """Return our name of the box head, or of a stage of a cascade's."""
     return f"box_head.stages.{stage}" if stage else "box_head"
 
 

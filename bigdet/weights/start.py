@@ -128,7 +128,7 @@ def _check_ema(path: Path, is_wanted: bool) -> None:
 
 
 def is_published_file(path: Path) -> bool:
-    """Tell whether a path is a file of weights that bigdet did not write."""
+    """Return whether a path is a file of weights that bigdet did not write."""
     if not path.is_file() or path.suffix != ".safetensors":
         return path.is_file()
     return read_metadata(path).get("format") != FORMAT

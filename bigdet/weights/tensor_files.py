@@ -1,7 +1,7 @@
-"""Weights files that others wrote, read without running what may stand in them.
+"""Weights files that others wrote, read without running what may be in them.
 
 safetensors; torch's files, with ``weights_only``, or where those of mmdetection hold notes of
-training beside the weights, with these notes left out; pickles of Detectron and detectron2, in
+training next to the weights, with these notes left out; pickles of Detectron and detectron2, in
 which nothing but arrays, text and plain containers is admitted. What the names mean is left to
 ``backbone_names.py`` and ``whole_detectors.py``.
 """
@@ -69,18 +69,18 @@ class _ArraysOnly(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give what a name in the file stands for; called before anything of it could run."""
+        """Return what a name in the file means; called before anything of it could run."""
         if (module, name) not in _ADMITTED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return _ADMITTED[module, name]
 
 
 class _ArrayClass:
-    """Stands for ``numpy.ndarray``, which pickles name."""
+    """Takes the place of ``numpy.ndarray``, which pickles name."""
 
 
 class _Dtype:
-    """Stands for ``numpy.dtype``: numbers only."""
+    """Takes the place of ``numpy.dtype``: numbers only."""
 
     def __init__(self, code: object, *_flags: object) -> None:
         if not (isinstance(code, str) and re.fullmatch(r"[biuf]\d", code)):
@@ -91,13 +91,13 @@ class _Dtype:
         self.dtype = self.dtype.newbyteorder("<" if state[1] == "|" else state[1])
 
     def decode(self, content: str | bytes) -> np.ndarray[Any, Any]:
-        """Give the numbers of raw bytes, in this machine's order; Python 2 wrote bytes as text."""
+        """Return the numbers of raw bytes in this machine's order; Python 2 wrote bytes as text."""
         raw = content.encode("latin1") if isinstance(content, str) else content
         return np.frombuffer(raw, self.dtype).astype(self.dtype.newbyteorder("="))
 
 
 class _Array:
-    """Stands for numpy's ``_reconstruct``: an array that its state fills."""
+    """Takes the place of numpy's ``_reconstruct``: an array that its state fills."""
 
     def __init__(self, *_kind_shape_type: object) -> None:
         self.values: np.ndarray[Any, Any] = np.zeros(0)
@@ -110,7 +110,7 @@ class _Array:
 def _from_buffer(
     content: bytes, dtype: _Dtype, shape: Any, order: Any, *_axis_order: object
 ) -> _Array:
-    """Stand in for what newer pickles call instead of ``_reconstruct``."""
+    """Take the place of what newer pickles call instead of ``_reconstruct``."""
     array = _Array()
     array.values = dtype.decode(bytes(content)).reshape(shape, order=order)
     return array
@@ -121,14 +121,14 @@ def _new_scalar(dtype: _Dtype, content: str | bytes) -> Any:
 
 
 def _encode(text: str, encoding: object) -> bytes:
-    """Stand in for ``_codecs.encode``: how old pickles write bytes."""
+    """Take the place of ``_codecs.encode``: how old pickles write bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """Stand in for ``bytes``, which old pickles call for an empty array."""
+    """Take the place of ``bytes``, which old pickles call for an empty array."""
     return b""
 
 
@@ -174,7 +174,7 @@ def _read_pickle(file: Path) -> Any:
 
 
 class _Note:
-    """Stands for an object that is no weight: takes what the file says of it and does nothing."""
+    """Takes the place of an object that is no weight; accepts any arguments and does nothing."""
 
     def __new__(cls, *_arguments: object, **_named: object) -> _Note:
         return super().__new__(cls)
@@ -199,7 +199,7 @@ class _TensorsOnly(pickle.Unpickler):
     """Reads tensors; notes of others' runs become nothing, any other name is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give what a name in the file stands for; called before anything of it could run."""
+        """Return what a name in the file means; called before anything of it could run."""
         if (module, name) in _OF_TENSORS:
             return _OF_TENSORS[module, name]
         if module.partition(".")[0] in _OF_NOTES or (module, name) in _PLAIN:

@@ -92,9 +92,9 @@ def published_cfg(file: Path, backbone: TimmBackbone) -> dict[str, Any]:
 
     Else that of the weights that timm takes for the network if none are named.
     """
-    beside = file.parent / "config.json"
-    if beside.is_file():
-        found = json.loads(beside.read_text(encoding="utf-8")).get("pretrained_cfg")
+    config = file.parent / "config.json"
+    if config.is_file():
+        found = json.loads(config.read_text(encoding="utf-8")).get("pretrained_cfg")
         if isinstance(found, dict):
             return found
     cfg = timm.get_pretrained_cfg(backbone.name)

@@ -1,7 +1,7 @@
 """The same weights by torchvision's names and in its order of rows and columns, and back.
 
 torchvision's detectors are those of ``torchvision.models.detection`` over one of its ResNets with a
-pyramid, or over VGG's convolutions. Beside the names three things differ: torchvision has the
+pyramid, or over VGG's convolutions. Three things differ as well as the names: torchvision has the
 background first where bigdet has it last, it has box deltas and masks of a background where bigdet
 has none (zeros go there, and nothing reads them), and its first fully connected layer reads a
 region channel by channel. Of its other backbones (Swin, ConvNeXt, ViT) there are the names alone.
@@ -118,7 +118,7 @@ def swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def twins(detector: Detector) -> list[Twin]:
-    """Give the place in torchvision's detector of every parameter and buffer of ours.
+    """Return the place in torchvision's detector of every parameter and buffer of ours.
 
     Raises:
         ValueError: torchvision has no such detector or backbone.
@@ -159,7 +159,7 @@ def twins(detector: Detector) -> list[Twin]:
 
 
 def to_torchvision(detector: Detector, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors of a detector by torchvision's names; what it has beside them is 0.
+    """Return tensors of a detector by torchvision's names; what it has in addition is 0.
 
     The tensors are weights or gradients by our names; others than the detector's are an error.
     """
@@ -177,7 +177,7 @@ def to_torchvision(detector: Detector, tensors: Mapping[str, Tensor]) -> dict[st
 def from_torchvision(
     detector: Detector, tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Give the weights of torchvision's detector by our names.
+    """Return the weights of torchvision's detector by our names.
 
     The tensors are the ``state_dict`` of torchvision's detector of the same settings.
 
@@ -221,7 +221,7 @@ def _twin(name: str, detector: Detector) -> Twin:
             there, back = channels_first, channels_last
     elif module.startswith("keypoint_head.convs."):
         index = int(module.split(".")[2])
-        theirs = f"roi_heads.keypoint_head.{2 * index}"  # an activation stands between them
+        theirs = f"roi_heads.keypoint_head.{2 * index}"  # an activation is between them
     else:
         pattern, target = next(pair for pair in NAMES if re.fullmatch(pair[0], module))
         parts = re.sub(pattern, target, module).split(".")

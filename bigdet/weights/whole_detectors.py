@@ -45,7 +45,7 @@ def from_framework(
     pixels: Pixels | None,
     source: str,
 ) -> dict[str, Tensor]:
-    """Give the weights of a detector of detectron2 or mmdetection by our names.
+    """Return the weights of a detector of detectron2 or mmdetection by our names.
 
     What is not understood keeps its name, and shapes may be others than the detector's:
     ``load_parts`` says so.
@@ -59,7 +59,7 @@ def from_framework(
         source: where they come from, for messages.
 
     Raises:
-        ValueError: the file contradicts what was said of it, or is of mmdetection 1.
+        ValueError: the file contradicts what was stated about it, or is of mmdetection 1.
     """
     pixels = checked_pixels(tensors, pixels, source)
     backbone = _backbone_of(tensors)
@@ -92,7 +92,7 @@ def parts_to_load(detector: Detector, tensors: Mapping[str, Tensor]) -> list[str
 
 
 def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of the backbone itself, which detectron2 has within its pyramid."""
+    """Return the tensors of the backbone itself, which detectron2 has within its pyramid."""
     is_within = any(name.startswith("backbone.bottom_up.") for name in tensors)
     prefix = "backbone.bottom_up." if is_within else "backbone."
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

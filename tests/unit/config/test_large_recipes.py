@@ -155,6 +155,6 @@ LARGE = [*(n for n, *_ in (*VITDET, *EVA02) if ":" not in n), "dinov3_l_frozen",
 @pytest.mark.parametrize("name", LARGE)
 def test_what_was_not_run_says_what_to_expect_and_on_how_many_gpus(name: str):
     text = (CONFIGS / f"{name}.yaml").read_text().replace("\n# ", " ")
-    assert "box AP" in text or "No number to expect" in text or "no AP published" in text
+    assert "box AP" in text or "No number to expect" in text
     assert "Sized for " in text
-    assert "Not run by us." in text
+    assert "Not run yet by us." in text
