@@ -1,0 +1,67 @@
+"""Steps and predictions of every detector on the null GPU; prints what was seen as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from bigdet.engine.precision import TotalLoss, autocast
+from bigdet.models.detector import Detector
+from bigdet.structures import Batch, _map_tensors
+from tests.gpu.test_detectors import MODELS, many_images, types_of
+from tests.nullgpu import null_gpu
+from tests.unit.models.test_detector import detector_of, scene
+
+GPU = torch.device("cuda", 0)
+
+
+def pinned(batch: Batch) -> Batch:
+    return _map_tensors(batch, lambda tensor: tensor.pin_memory())
+
+
+def seen() -> dict[str, Any]:
+    return {**null_gpu.counts(), "waits": dict(null_gpu.waits)}
+
+
+def step(detector: Detector, batch: Batch) -> dict[str, Any]:
+    """A training step under bf16, the second one."""
+    total = TotalLoss(detector.to(GPU).train(), "bf16", GPU)
+    for _ in range(2):
+        null_gpu.reset()
+        total(batch.to(GPU))[0].backward()
+    assert all(parameter.is_cuda for parameter in detector.parameters())
+    return {**seen(), "suppressions": null_gpu.launches_of("_suppress")}
+
+
+def prediction(detector: Detector) -> dict[str, Any]:
+    detector.to(GPU).eval()
+    batch = pinned(scene()).to(GPU)
+    null_gpu.reset()
+    with autocast(GPU, "bf16"):
+        detector(batch)
+    return seen()
+
+
+def main() -> None:
+    null_gpu.install()
+    found: dict[str, Any] = {}
+    for name, config in MODELS.items():
+        on_cpu = types_of(detector_of(config), torch.device("cpu"))
+        found[name] = {
+            "step": step(detector_of(config), pinned(scene())),
+            "prediction": prediction(detector_of(config)),
+            "other types": [
+                f"{part}: {types} instead of {on_cpu[part]}"
+                for part, types in types_of(detector_of(config), GPU).items()
+                if types != on_cpu[part]
+            ],
+        }
+    detector, batch = many_images()
+    found["many images"] = {"step": step(detector, pinned(batch))}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

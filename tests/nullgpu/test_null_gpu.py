@@ -1,0 +1,85 @@
+"""Every detector on a GPU that does nothing: what a step launches, copies and waits for.
+
+Where this fails after a change, the change costs time on every GPU: a wait for the device, a copy
+from ordinary memory, a type that is twice as large, more launches. Results are not tested here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.nullgpu import null_gpu
+
+# Seen with torch 2.15, and a twentieth more; R-CNNs have 16 to 32 channels, as in other tests.
+MOST_LAUNCHES = {
+    "mask_rcnn": 1360,
+    "faster_rcnn, giou": 1180,
+    "faster_rcnn, vgg16": 750,
+    "mask_rcnn, gn": 1610,
+    "cascade_mask_rcnn": 1920,
+    "cascade_rcnn, mmdet": 1680,
+    "keypoint_rcnn": 1380,
+    "mask_rcnn, swin_t": 2730,
+    "retinanet": 1360,
+    "many images": 1440,
+}
+pytestmark = pytest.mark.skipif(bool(null_gpu.missing()), reason=null_gpu.missing())
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `run.py` prints."""
+    folder = tmp_path_factory.mktemp("nullgpu")
+    null_gpu.build(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.nullgpu.run"],
+        env=null_gpu.environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_step_waits_at_most_once_and_copies_from_page_locked_memory(seen: dict[str, Any]) -> None:
+    assert seen.keys() == MOST_LAUNCHES.keys()
+    for name, found in seen.items():
+        step = found["step"]
+        assert step["syncs"] == step["pageable"] == step["to_host"] == 0, name
+        # For the number of regions on objects. What else a step needs to know, the batch says.
+        has_positives = any(word in name for word in ("mask", "keypoint", "many"))
+        assert step["waits"] == ({"item": 1} if has_positives else {}), name
+
+
+def test_a_prediction_waits_at_most_twice(seen: dict[str, Any]) -> None:
+    for name, found in seen.items():
+        if name == "many images":
+            continue
+        prediction = found["prediction"]
+        assert prediction["pageable"] == 0, name
+        # For the numbers of candidates (but in RetinaNet) and of detections.
+        assert prediction["waits"] == ({} if name == "retinanet" else {"nonzero": 1}), name
+        assert prediction["syncs"] == prediction["to_host"] == 1, name
+
+
+def test_a_step_launches_no_more_than_it_did(seen: dict[str, Any]) -> None:
+    found = {name: of["step"]["launches"] for name, of in seen.items()}
+    assert {name: n for name, n in found.items() if n > MOST_LAUNCHES[name]} == {}
+    assert min(found.values()) > 500  # they are counted
+
+
+def test_suppression_is_one_launch_also_of_many_images(seen: dict[str, Any]) -> None:
+    for name, found in seen.items():
+        assert found["step"]["suppressions"] == (name != "retinanet"), name
+        assert found["step"]["refused"] == 0, name
+
+
+def test_activations_have_the_types_that_they_have_on_a_cpu(seen: dict[str, Any]) -> None:
+    assert [(name, of["other types"]) for name, of in seen.items() if of.get("other types")] == []
