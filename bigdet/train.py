@@ -35,7 +35,7 @@ from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
-from bigdet.training.phases import build_for_phase
+from bigdet.training.phases import build_empty, start_weights
 from bigdet.training.watchdog import Watchdog
 
 PEER_SECONDS = 60.0
@@ -150,12 +150,18 @@ def run_phase(run: Run) -> bool:
     state.stream = stream.state()
     resume.check_same_stream(state.stream)
     classes = [category.name for category in run.train_set.categories]
-    detector = build_for_phase(config, name, classes, run.run_dir, device, run.restored is not None)
+    detector = build_empty(config, name, classes)
     make_optimizer = partial(optim.build_optimizer, phase=phase)
     num_micro_batches = len(stream.lanes)
-    engine = build_engine(
-        detector, make_optimizer, config.engine, num_micro_batches, device, detector.units
-    )
+    with contextlib.ExitStack() as until_begun:
+        start = None
+        if run.restored is None:
+            start = until_begun.enter_context(start_weights(config, name, classes, run.run_dir))
+        engine = build_engine(
+            detector, make_optimizer, config.engine, num_micro_batches, device, detector.units
+        )
+        if start is not None:
+            engine.begin(start)
     try:
         if run.restored is not None:
             engine.load_state(run.restored)

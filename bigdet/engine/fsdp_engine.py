@@ -47,7 +47,8 @@ class FsdpEngine:
     """``Engine`` on ``fully_shard``.
 
     Args:
-        module: with its weights loaded and ``requires_grad`` set; the same on every rank.
+        module: the same on every rank, with ``requires_grad`` set; with its weights, or with
+            parameters on the meta device, whose weights `begin` or `load_state` brings.
         make_optimizer: gives SGD or AdamW over what is trained in the module.
         config: precision, clipping and offload.
         num_micro_batches: of this rank per step, the same on every rank.
@@ -75,7 +76,7 @@ class FsdpEngine:
         self._device = device
         self._scale = LossScale(config.precision)
         self._shapes = weight_shapes(module)
-        module.to(device)
+        module._apply(lambda value: value if value.is_meta else value.to(device))
         for parameter in module.parameters():
             # Shards are rows, so channels_last weights cannot be sharded.
             parameter.data = parameter.data.contiguous()
@@ -87,6 +88,10 @@ class FsdpEngine:
             if any(True for part in unit for _ in part.parameters()):
                 fully_shard(list(unit), mesh=mesh, offload_policy=offload)
         fully_shard(module, mesh=mesh, offload_policy=offload)
+        place = torch.device("cpu") if config.offload == "all" else device
+        module._apply(
+            lambda value: torch.empty_like(value, device=place) if value.is_meta else value
+        )
         self._total = TotalLoss(module, config.precision, device)
         self._optimizer = make_optimizer(module)
         self._keys = state_keys(self._optimizer)
@@ -182,6 +187,13 @@ class FsdpEngine:
                 averages = copy_share(self._weights(EMA, self._ema.names), position, size)
             share = share.with_more(averages)
         return dataclasses.replace(share, loss_scale=self._scale.state())
+
+    def begin(self, source: Source) -> None:
+        """Take the weights to start from, reading this rank's part of them. Collective."""
+        check_fits(source.catalog, self._shapes, self._trained, self._keys)
+        fill(self._weights(MODEL, self._shapes), source)
+        if self._ema is not None:
+            self._ema.restart()
 
     def load_state(self, source: Source) -> None:
         """Go on from what was saved, reading this rank's part of it. Collective.
