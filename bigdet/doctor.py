@@ -48,7 +48,6 @@ class Facts:
     """What one rank found on its host.
 
     Attributes:
-        host: the host's name.
         device: name of the GPU, or cpu.
         software: versions and the hash of the code.
         inputs: hashes of the config and of each shard set, by name.

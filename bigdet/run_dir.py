@@ -72,6 +72,10 @@ class RunDir:
         """
         return self.weights.is_file() and not self.all_detections()
 
+    def frozen(self, phase: str) -> Path:
+        """The frozen backbone of a phase, which its checkpoints do not have."""
+        return self.root / "frozen" / f"{phase}.safetensors"
+
     @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
@@ -110,9 +114,9 @@ class RunDir:
         """The folder of one checkpoint, ``PHASE-STEP``."""
         return self.checkpoints / f"{phase}-{step}"
 
-    def evaluation(self, phase: str, step: int) -> Path:
-        """The numbers of one evaluation."""
-        return self.root / "evaluation" / f"{phase}-{step}.json"
+    def evaluation(self, phase: str, step: int, prefix: str = "") -> Path:
+        """The numbers of one evaluation; ``weights/``: of the weights besides their average."""
+        return self.root / "evaluation" / prefix / f"{phase}-{step}.json"
 
     def detections(self, phase: str, step: int) -> Path:
         """The detections of one evaluation, until they are scored."""

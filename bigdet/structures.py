@@ -6,6 +6,7 @@ H and W the padded canvas.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -26,6 +27,34 @@ def _map_tensors(bundle: T, move: Callable[[Tensor], Tensor]) -> T:
         elif isinstance(value, (Targets, Masks)):
             moved[field.name] = _map_tensors(value, move)  # type: ignore[type-var]
     return replace(bundle, **moved)
+
+
+class _Copies:
+    """Copies of tensors that share memory, such as those of a packed group: 4 copies and not 13."""
+
+    def __init__(self, bundle: Batch, device: torch.device) -> None:
+        self._device = device
+        self._used: Counter[int] = Counter()  # bytes of each memory that the bundle has
+        self._copies: dict[int, torch.UntypedStorage] = {}
+        _map_tensors(bundle, self._count)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        self._used[tensor.untyped_storage().data_ptr()] += tensor.nbytes
+        return tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the copy of a tensor, with its strides."""
+        memory = tensor.untyped_storage()
+        place = memory.data_ptr()
+        if 2 * self._used[place] < memory.nbytes():  # a part of something larger
+            return tensor.to(self._device, non_blocking=True)
+        if place not in self._copies:
+            whole = torch.empty(0, dtype=torch.uint8).set_(memory)  # type: ignore[call-overload]
+            self._copies[place] = whole.to(self._device, non_blocking=True).untyped_storage()
+        copy = torch.empty(0, dtype=tensor.dtype, device=self._device)
+        return copy.set_(
+            self._copies[place], tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
 
 
 @dataclass(frozen=True)
@@ -56,8 +85,9 @@ class Targets:
         offsets: ``(B + 1,)`` int64: image b has rows ``offsets[b]:offsets[b + 1]``.
         masks: the objects' masks, or None where the model has no use for them.
         keypoints: ``(M, K, 3)`` float32 x, y, visibility: pixels of the canvas, the center of the
-            first one at 0.5, and 0 not labelled or out of view (x and y are 0 too), 1 labelled but
+            first one at 0.5, and 0 not labeled or out of view (x and y are 0 too), 1 labeled but
             hidden, 2 visible. None where the model has no use for them.
+        most: objects of the image that has most of them. None where the host has to ask the device.
     """
 
     boxes: Tensor
@@ -66,6 +96,7 @@ class Targets:
     offsets: Tensor
     masks: Masks | None = None
     keypoints: Tensor | None = None
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +124,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on ``device``; copies from pinned memory overlap."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        if self.images.is_cuda or device.type != "cuda":
+            return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        moved = _map_tensors(self, _Copies(self, device).of)
+        most = int(self.targets.offsets.diff().max())
+        return replace(moved, targets=replace(moved.targets, most=most))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory from being reused before the work queued on a stream is done."""

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         _check_finished(run)
     check_forks(runs)
     command = read_command(options, sweep)
-    left = [run for run in runs if not _is_finished(run)]
+    left = [run for run in runs if not _run_dir(run).is_finished]
     if options.print:
         sys.stdout.writelines(f"{shlex.join([*command, *run.words])}\n" for run in left)
         return 0
@@ -152,7 +152,7 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
     failed: list[str] = []
     for number, run in enumerate(runs, start=1):
         place = f"run {number} of {len(runs)}, {run.name}"
-        if _is_finished(run):
+        if _run_dir(run).is_finished:
             logger.info("%s: already finished", place)
         elif run.after in failed:
             logger.warning("%s: not started, because %s failed", place, run.after)
@@ -162,7 +162,7 @@ def run_all(runs: Sequence[PlannedRun], command: Sequence[str]) -> list[str]:
             code = _run(run, command)
             # Launchers change exit codes; the run folder says what happened.
             is_stopped = _run_dir(run).stopped.is_file()
-            if not _is_finished(run) and not is_stopped:
+            if not _run_dir(run).is_finished and not is_stopped:
                 logger.warning(
                     "%s: failed: its command ended with exit code %d, and %s is neither finished "
                     "nor stopped.%s",
@@ -241,7 +241,7 @@ def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) 
     """Return a shell script that submits runs as arrays, each of which waits for the one before.
 
     Args:
-        name: the name of the jobs.
+        name: job name in Slurm.
         runs: those to train; one that waits for none of them is in the first array.
         command: starts a run inside a job.
     """
@@ -294,7 +294,7 @@ def _run(run: PlannedRun, command: Sequence[str]) -> int:
 
 def _check_finished(run: PlannedRun) -> None:
     """Refuse a sweep whose finished runs were trained with other options than it now lists."""
-    if not _is_finished(run):
+    if not _run_dir(run).is_finished:
         return
     made = flat_options(read_config(_run_dir(run).config))
     changed = [
@@ -309,10 +309,6 @@ def _check_finished(run: PlannedRun) -> None:
             f"runs.{run.group}: {_run_dir(run).root} holds a finished run with other options: "
             f"{', '.join(changed)}. Give this one another name, or remove the folder."
         )
-
-
-def _is_finished(run: PlannedRun) -> bool:
-    return _run_dir(run).is_finished
 
 
 def _run_dir(run: PlannedRun) -> RunDir:

@@ -19,11 +19,9 @@ from pathlib import Path
 from bigdet import distributed
 from bigdet.cli.running import STOPPED, run_command
 from bigdet.config.load import load_config
-from bigdet.config.model import has_keypoints, has_masks
 from bigdet.config.phase import num_steps
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import TrainStream
 from bigdet.doctor import examine
 from bigdet.engine import checkpoint
 from bigdet.engine.build import build_engine
@@ -35,7 +33,8 @@ from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
-from bigdet.training.phases import build_empty, start_weights
+from bigdet.training.phase_stream import stream_for_phase
+from bigdet.training.phases import build_empty, build_for_phase, settle_frozen, start_weights
 from bigdet.training.watchdog import Watchdog
 
 PEER_SECONDS = 60.0
@@ -133,32 +132,34 @@ def run_phase(run: Run) -> bool:
         run.restored = None  # the phase is complete, but its last evaluation may be unscored
         return True
     with distributed.together():
-        stream = TrainStream(
-            run.train_set,
-            config.data,
-            phase,
-            name=name,
-            with_masks=has_masks(phase_model(config, name)),
-            with_keypoints=has_keypoints(phase_model(config, name)),
-            seed=config.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            first_step=state.step + state.stream_shift,
+        rank, first_step = distributed.rank(), state.step + state.stream_shift
+        stream = stream_for_phase(
+            config, name, run.train_set, rank, distributed.world_size(), first_step
         )
         if run.restored is not None:
             stream.check_state(state.stream)
     state.stream = stream.state()
     resume.check_same_stream(state.stream)
     classes = [category.name for category in run.train_set.categories]
-    detector = build_empty(config, name, classes)
-    make_optimizer = partial(optim.build_optimizer, phase=phase)
-    num_micro_batches = len(stream.lanes)
     with contextlib.ExitStack() as until_begun:
-        start = None
-        if run.restored is None:
-            start = until_begun.enter_context(start_weights(config, name, classes, run.run_dir))
+        is_resumed, start = run.restored is not None, None
+        if phase.freeze == "backbone":  # which is whole on each rank
+            detector = build_for_phase(config, name, classes, run.run_dir, device, is_resumed)
+            settle_frozen(detector, state, run.run_dir, is_resumed=is_resumed)
+        else:
+            detector = build_empty(config, name, classes)
+            if not is_resumed:
+                start = until_begun.enter_context(start_weights(config, name, classes, run.run_dir))
+        make_optimizer = partial(optim.build_optimizer, phase=phase)
+        num_micro_batches = len(stream.lanes)
         engine = build_engine(
-            detector, make_optimizer, config.engine, num_micro_batches, device, detector.units
+            detector,
+            make_optimizer,
+            config.engine,
+            num_micro_batches,
+            device,
+            detector.units,
+            with_ema=phase.ema is not None,
         )
         if start is not None:
             engine.begin(start)

@@ -14,6 +14,12 @@ from bigdet.data.making.sources.shapes import make_shapes
 PROJECT = Path(__file__).parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, before torch looks for them, from all tests but those of ``-m gpu``."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
     """Leaves bigdet's logger as it was: a command that runs in this process sets it up anew."""

@@ -48,7 +48,7 @@ def _subject(option: Option) -> str:
 def _row(option: Option) -> str:
     kind = option.kind.replace(" | ", ", ") or "a section"
     text = option.text.replace("``", "`").replace("|", r"\|")
-    default = f"`{option.default}`" if option.default else "must be given"
+    default = f"`{option.default}`" if option.default else "required"
     return f"| `{option.key}` | {kind} | {default} | {text} |\n"
 
 

@@ -36,8 +36,11 @@ def run_ranks(
     tmp_path: Path,
     *args: Any,
     timeout_seconds: float = 240.0,
+    gpus: str = "",
 ) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` ranks and return their results in rank order.
+
+    ``gpus`` are the numbers of those that the ranks see, such as ``0,1``; none by default.
 
     Raises:
         RankError: a rank failed, died or did not end in time. The message is that of the rank
@@ -49,7 +52,7 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [_start(folder, rank, world_size, port) for rank in range(world_size)]
+    processes = [_start(folder, rank, world_size, port, gpus) for rank in range(world_size)]
     try:
         failures = _wait(folder, processes, time.time() + timeout_seconds)
     finally:
@@ -64,7 +67,9 @@ def run_ranks(
     return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
+def _start(
+    folder: Path, rank: int, world_size: int, port: int, gpus: str
+) -> subprocess.Popen[bytes]:
     """Start one rank; its output goes to a file."""
     environment = os.environ | {
         "RANK": str(rank),
@@ -73,7 +78,7 @@ def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Po
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_VISIBLE_DEVICES": gpus,
         # The test modules must be found under the names they have in this process.
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
     }

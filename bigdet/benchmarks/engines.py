@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import socket
@@ -37,6 +36,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
@@ -73,11 +73,11 @@ def run(
     """Measure all engines, one after the other.
 
     Args:
-        config: model and engine settings.
+        config: its model, precision and ``clip_norm`` are used.
         phase: its optimizer and norm mode are used.
         make_batch: returns a scene for a seed; can be pickled.
         num_classes: K.
-        arguments: ranks and rounds.
+        arguments: ``engines``, ``ranks`` and ``rounds`` of the command line.
     """
     names = list(ENGINES) if arguments.engines == "all" else arguments.engines.split(",")
     unknown = sorted(set(names) - set(ENGINES))
@@ -113,18 +113,11 @@ def run(
 
 def _run_ranks(num_ranks: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
     """Call `_measure` on so many ranks of this host and return what they returned."""
-    port = _free_port()
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_rank, args=(rank, num_ranks, port, folder, *arguments))
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode != 0 for process in processes):
-        raise ValueError(f"a rank of {arguments[-2]} failed; see above")
+    try:
+        words = (num_ranks, _free_port(), folder, *arguments)
+        spawn(_rank, words, num_ranks)  # type: ignore[no-untyped-call]
+    except ProcessException as error:
+        raise ValueError(f"a rank of {arguments[-2]} failed: {error}") from error
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 

@@ -21,8 +21,8 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +79,35 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def new_shards(folder: Path, categories: Sequence[Category]) -> ShardWriter:
+    """Return what writes the shards of a measurement."""
+    return ShardWriter(
+        folder / "shards",
+        name="benchmark",
+        source="coco",
+        categories=list(categories),
+        options={},
+    )
+
+
+def blank_image() -> bytes:
+    """Return a small JPEG."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "jpeg")
+    return file.getvalue()
+
+
 def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -> None:
     """Write shards of blank images, their annotations as a COCO file, and synthetic results."""
     random = np.random.default_rng(arguments.seed)
     records = [source.record(row) for row in range(len(source))]
     pools: dict[int, list[dict[str, Any]]] = {}
-    about: dict[str, Any] = {"name": "benchmark", "source": "coco", "options": {}}
-    about["categories"] = source.categories
     results: list[dict[str, Any]] = []
-    blank = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(blank, "jpeg")
-    with ShardWriter(folder / "shards", **about) as writer:
+    blank = blank_image()
+    with new_shards(folder, source.categories) as writer:
         for image_id in range(1, arguments.images + 1):
             number = int(random.integers(len(records)))
-            writer.add(blank.getvalue(), {**records[number], "image_id": image_id})
+            writer.add(blank, {**records[number], "image_id": image_id})
             if number not in pools:
                 pools[number] = make_pool(records[number], records, source, random)
             chosen = random.choice(len(pools[number]), arguments.detections, replace=False)
@@ -108,15 +123,11 @@ def make_boxes(folder: Path, arguments: argparse.Namespace) -> None:
     commonness = 1 / np.arange(1, arguments.classes + 1) ** 0.8
     commonness /= commonness.sum()
     categories = [Category(number, f"class {number}") for number in range(1, len(commonness) + 1)]
-    about: dict[str, Any] = {"name": "benchmark", "source": "coco", "options": {}}
-    about["categories"] = categories
-    blank = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(blank, "jpeg")
-    shards = ShardWriter(folder / "shards", **about)
-    with shards as writer, (folder / "results.json").open("wb") as results:
+    blank = blank_image()
+    with new_shards(folder, categories) as writer, (folder / "results.json").open("wb") as results:
         for image_id in range(1, arguments.images + 1):
             record, made = make_image(image_id, arguments.detections, commonness, random)
-            writer.add(blank.getvalue(), record)
+            writer.add(blank, record)
             results.write(b"[" if image_id == 1 else b",")
             results.write(orjson.dumps(made)[1:-1])
         results.write(b"]")
@@ -219,22 +230,17 @@ def moved_mask(
 def in_a_process(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Run a scorer in a fresh process; return its numbers, seconds and peak memory in GiB."""
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(score, folder, sender))
-    process.start()
-    sender.close()
-    found: dict[str, Any] = receiver.recv()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_measure, score, folder).result()
 
 
-def _measure(score: Callable[[Path], dict[str, Any]], folder: Path, sender: Connection) -> None:
+def _measure(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
     before = _peak_gib()
     started, cpu_started = time.perf_counter(), time.process_time()
     numbers = score(folder)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     found = {"numbers": numbers, "seconds": seconds, "cpu_seconds": cpu_seconds}
-    sender.send({**found, "memory_gib": _peak_gib() - before})
+    return {**found, "memory_gib": _peak_gib() - before}
 
 
 def _peak_gib() -> float:

@@ -38,7 +38,7 @@ from bigdet.benchmarks import engines
 from bigdet.benchmarks.memory import peak_memory, start_memory
 from bigdet.benchmarks.torchvision_twin import mask_options, training_options
 from bigdet.config.load import check_phase
-from bigdet.config.model import ModelConfig, has_fpn, has_masks, model_parts
+from bigdet.config.model import ModelConfig, has_fpn, has_masks, model_parts, used
 from bigdet.config.rpn import proposal_limits
 from bigdet.config.run import RunConfig
 from bigdet.engine.precision import autocast
@@ -125,10 +125,12 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 def check_peer(config: ModelConfig) -> None:
     """Raise ``ValueError`` for detectors whose steps cannot be compared."""
     parts = model_parts(config)
-    if "box_head" not in parts or "keypoint_head" in parts or not has_fpn(config):
+    is_plain = config.neck == "fpn" and config.rpn is not None and config.rpn.num_convs == 1
+    if "box_head" not in parts or "keypoint_head" in parts or not has_fpn(config) or not is_plain:
         raise ValueError(
             f"model.detector: found {config.detector} on {config.backbone}, expected Faster or "
-            f"Mask R-CNN with a feature pyramid, as steps are compared with torchvision's. "
+            f"Mask R-CNN with an FPN and one convolution in the RPN head, as steps are compared "
+            f"with torchvision's. "
             f"`bigdet benchmark predict` measures other detectors too."
         )
 
@@ -222,9 +224,7 @@ class Pyramid(nn.Module):
 def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
     """Build torchvision's own ResNet with its pyramid.
 
-    Args:
-        config: of our model.
-        is_live: batch normalization with live statistics; else frozen, torchvision's default.
+    Its batch normalization has live statistics, or is frozen, as is torchvision's default.
     """
     norm: Callable[..., nn.Module] = nn.BatchNorm2d if is_live else FrozenBatchNorm2d
     if config.norm == "gn":
@@ -245,7 +245,7 @@ def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
 
 def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
     """Build torchvision's detector with the settings of ours on a backbone with pyramid."""
-    rpn = proposal_limits(config.rpn, config.detector)
+    rpn = proposal_limits(used(config.rpn), config.detector)
     options = training_options(config, rpn, config.width, NUM_CLASSES) | {
         "image_mean": [value / 255 for value in PIXEL_MEAN],
         "image_std": [value / 255 for value in PIXEL_DEVIATION],

@@ -33,7 +33,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
 from bigdet.config.load import check_phase
-from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.model import has_masks
 from bigdet.config.resize import plan_of
 from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.examples.decode import decode_image
@@ -41,6 +41,7 @@ from bigdet.data.format.shard_set import Sample, ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.ops.resize import resize_image
 from bigdet.ops.sizes import eval_size
+from bigdet.training.phase_stream import stream_for_phase
 
 Plan = tuple[int, int]
 
@@ -54,22 +55,12 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     workers = config.data.workers if arguments.workers is None else arguments.workers
     if workers < 0:
         raise ValueError(f"--workers: found {workers}, expected 0 or more.")
-    model = phase_model(config, name)
-    with_masks, with_keypoints = has_masks(model), has_keypoints(model)
+    with_masks = has_masks(phase_model(config, name))
 
     def open_stream(workers: int) -> TrainStream:
         data = dataclasses.replace(config.data, workers=workers)
-        return TrainStream(
-            ShardSet(data.train.shards),
-            data,
-            phase,
-            name=name,
-            with_masks=with_masks,
-            with_keypoints=with_keypoints,
-            seed=config.seed,
-            rank=0,
-            world_size=1,
-        )
+        changed = dataclasses.replace(config, data=data)
+        return stream_for_phase(changed, name, ShardSet(data.train.shards))
 
     num_groups = max(1, arguments.images // phase.images_per_gpu)
     samples = _samples(open_stream(0), ShardSet(config.data.train.shards), num_groups)
@@ -135,7 +126,13 @@ def _rate(images: Iterator[object]) -> float:
     """Return images per CPU second of this process, over all of an iterator."""
     start = time.process_time()
     count = sum(1 for _ in images)
-    return count / (time.process_time() - start)
+    return _per_second(count, time.process_time() - start)
+
+
+def _per_second(count: int, seconds: float) -> float:
+    if not count or not seconds:
+        raise ValueError("--images: too few to measure their time. Raise it.")
+    return count / seconds
 
 
 def _decode_and_resize(file: bytes, plan: Plan) -> torch.Tensor:
@@ -150,7 +147,7 @@ def _stream_rate(stream: TrainStream, num_groups: int) -> float:
         next(batches)  # the clock starts when the processes run
         start = _cpu_seconds()
         num_images = sum(len(batch.images) for batch in islice(batches, num_groups))
-        return num_images / (_cpu_seconds() - start)
+        return _per_second(num_images, _cpu_seconds() - start)
 
 
 def _cpu_seconds() -> float:
@@ -257,7 +254,7 @@ def _torchvision_rate(dataset: Dataset[Any], images_per_gpu: int, workers: int) 
     start, count = _cpu_seconds(), 0
     for _ in range(len(loader) - 1 - 2 * workers):
         count += len(next(batches)[0])
-    return count / (_cpu_seconds() - start)
+    return _per_second(count, _cpu_seconds() - start)
 
 
 def _as_lists(samples: list[Any]) -> tuple[list[Any], ...]:

@@ -30,7 +30,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from bigdet.config.model import ModelConfig, has_fpn, has_keypoints, has_masks
+from bigdet.config.model import ModelConfig, has_fpn, has_keypoints, has_masks, used
 from bigdet.config.rpn import RpnConfig
 from bigdet.models.anchors import grid_anchors, grid_spacings
 from bigdet.models.build import head_norm
@@ -76,7 +76,10 @@ class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
         sizes = [(level.shape[2], level.shape[3]) for level in features]
         canvas_size = (images.tensors.shape[2], images.tensors.shape[3])
         spacings = grid_spacings(sizes, self.strides, canvas_size, from_canvas=False)
-        anchors = grid_anchors(sizes, spacings, self.cells.to(features[0]))
+        cells = self.cells.to(
+            features[0].device, torch.promote_types(features[0].dtype, torch.float32)
+        )
+        anchors = grid_anchors(sizes, spacings, cells)
         return [anchors for _ in images.image_sizes]
 
 
@@ -96,7 +99,9 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
         images = torch.repeat_interleave(torch.tensor([len(one) for one in boxes]))
         rois = torch.cat([images[:, None].to(flat), flat], dim=1)
         levels = pyramid_levels(flat, self.strides)
-        pooled = flat.new_zeros(len(flat), x[self.featmap_names[0]].shape[1], *self.output_size)
+        # Under autocast features are shorter than boxes, and so is what is pooled from them.
+        finest = x[self.featmap_names[0]]
+        pooled = finest.new_zeros(len(flat), finest.shape[1], *self.output_size)
         for number, (name, stride) in enumerate(zip(self.featmap_names, self.strides, strict=True)):
             rows = torch.where(levels == number)[0]
             pooled[rows] = roi_align(
@@ -172,7 +177,7 @@ def _anchors(
 
 
 def _retinanet(detector: OwnRetinaNet) -> Any:
-    config, head = detector.config.retina, detector.retina_head
+    config, head = used(detector.config.retina), detector.retina_head
     scales = [2 ** (step / config.scales_per_octave) for step in range(config.scales_per_octave)]
     sizes = [tuple(int(size * scale) for scale in scales) for size in config.anchor_sizes]
     backbone = _backbone(detector, detector.fpn)
@@ -202,13 +207,9 @@ def training_options(
 ) -> dict[str, Any]:
     """Return the box head of torchvision's R-CNNs, and their settings of training.
 
-    Args:
-        config: ours.
-        rpn: with the limits of its proposals.
-        width: channels of the features.
-        num_classes: K.
+    ``rpn`` has the limits of its proposals; features have ``width`` channels.
     """
-    roi, norm = config.roi, _norm_layer(head_norm(config))
+    roi, norm = used(config.roi), _norm_layer(head_norm(config))
     head = TwoMLPHead(width * 49, config.fc_width)
     if config.box_head == "4conv1fc":
         head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.fc_width], norm)
@@ -239,7 +240,7 @@ def _rcnn(detector: RCNN) -> Any:
     config, box_head = detector.config, detector.box_head
     assert isinstance(box_head, BoxHead)
     conventions, num_classes = box_head.conventions, box_head.num_classes
-    rpn, roi, strides = detector.rpn.config, config.roi, detector.backbone.strides
+    rpn, roi, strides = detector.rpn.config, used(config.roi), detector.backbone.strides
     backbone = _backbone(detector, detector.fpn)
     width = config.width if has_fpn(config) else detector.backbone.channels[-1]
     names = [str(index) for index in range(len(strides))]
@@ -263,7 +264,7 @@ def _rcnn(detector: RCNN) -> Any:
         "box_roi_pool": pool(7),
     }
     if has_keypoints(config):
-        keypoints = config.keypoint
+        keypoints = used(config.keypoint)
         options |= {
             "keypoint_roi_pool": pool(keypoint.POOLED_SIZE),
             "keypoint_head": KeypointRCNNHeads(width, [keypoints.width] * keypoint.NUM_CONVS),

@@ -28,7 +28,6 @@ from bigdet.config.resize import plan_of
 from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
-from bigdet.data.streams.stream import TrainStream
 from bigdet.evaluation.coco_metrics import KIND_NAMES, evaluation_kinds
 from bigdet.evaluation.scoring import evaluate_detections, metrics_table
 from bigdet.evaluation.split import Passes, predict_split
@@ -37,6 +36,7 @@ from bigdet.models.detector import Detector
 from bigdet.models.norms import update_running_statistics
 from bigdet.ops.sizes import eval_size
 from bigdet.training import optim
+from bigdet.training.phase_stream import stream_for_phase
 
 NUM_IMAGES = 16
 MIN_SIDE = 24  # pixels
@@ -129,17 +129,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = build_detector(model, shards.num_classes).to(device).train()
     optimizer = optim.build_optimizer(detector, phase)
-    stream = TrainStream(
-        shards,
-        config.data,
-        phase,
-        name=NAME,
-        with_masks=has_masks(model),
-        with_keypoints=has_keypoints(model),
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-    )
+    stream = stream_for_phase(config, NAME, shards)
     print(f"{model.detector} {model.backbone}, {shards.manifest.instances} objects, {device}")
     start, training_seconds = time.monotonic(), 0.0
     reached: dict[str, float] = {}
@@ -150,7 +140,7 @@ def train(shards: ShardSet, config: RunConfig, goal: float, every: int) -> int:
         total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
         for group in optimizer.param_groups:
-            group["lr"] = phase.lr * optim.lr_factor(phase, step)
+            group["lr"] = phase.lr * optim.lr_factor(phase, step) * group["lr_factor"]
         optimizer.step()
         optimizer.zero_grad()
         update_running_statistics(detector)

@@ -24,12 +24,7 @@ class ProgressBar:
         self._is_terminal = sys.stdout.isatty()
 
     def __call__(self, done: int, total: int) -> None:
-        """Print a line if it is time for one.
-
-        Args:
-            done: number of images so far.
-            total: number of images in all.
-        """
+        """Print a line if it is time for one, after ``done`` of ``total`` images."""
         if self._is_complete:
             return
         self._is_complete, now = done >= total, time.monotonic()

@@ -17,15 +17,14 @@ from pathlib import Path
 
 from bigdet.cli.running import run_command
 from bigdet.config.load import check_phase, load_config
-from bigdet.config.model import has_keypoints, has_masks
 from bigdet.config.phase import in_steps, length_of, num_steps
-from bigdet.config.run import phase_model
 from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.mix import open_train_set
 from bigdet.data.ordering.groups import lanes_of_rank
 from bigdet.data.streams.stream import TrainStream
 from bigdet.host.files import check_folder
 from bigdet.run_dir import RunDir
+from bigdet.training.phase_stream import stream_for_phase
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,17 +44,7 @@ def main(argv: Sequence[str]) -> int:
     shards = open_train_set(config.data)
     ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]
     # One stream makes the groups of all ranks: they do not depend on who asks.
-    stream = TrainStream(
-        shards,
-        config.data,
-        phase,
-        name=arguments.phase,
-        with_masks=has_masks(phase_model(config, arguments.phase)),
-        with_keypoints=has_keypoints(phase_model(config, arguments.phase)),
-        seed=config.seed,
-        rank=0,
-        world_size=arguments.world,
-    )
+    stream = stream_for_phase(config, arguments.phase, shards, world_size=arguments.world)
     num_lanes = len(stream.lanes) * arguments.world
     units = {
         "steps": 1,

@@ -12,33 +12,28 @@ _MOSAIC_IMAGES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of training images besides scale, crop and flip: probabilities, 0 is off."""
+    """Random changes of training images besides scale, crop and flip; 0 turns one off."""
 
     color_jitter: float = 0.0
-    """Brightness, contrast and saturation of an image change by factors of 0.6 to 1.4."""
+    """Probability that brightness, contrast and saturation of an image change, each by a factor of
+    0.6 to 1.4."""
     copy_paste: float = 0.0
-    """Some objects of another image of the group are pasted into an image, as their masks are."""
+    """Probability that some objects of another image of the group are pasted into an image, cut out
+    by their masks."""
     mosaic: float = 0.0
-    """An image is replaced by four at half their size side by side: itself and three others of its
-    group. Nothing is pasted into a mosaic."""
+    """Probability that an image is replaced by four in a 2x2 grid, at about half their size: itself
+    and three others of its group. Nothing is pasted into a mosaic."""
 
 
 def check_augment(
     key: str, augment: AugmentConfig, images_per_gpu: int, model: ModelConfig
 ) -> None:
-    """Check the probabilities, and that groups and masks suffice.
-
-    Args:
-        key: of the section.
-        augment: the section.
-        images_per_gpu: of the phase: images of a group.
-        model: that the phase trains.
-    """
+    """Check the probabilities, and that masks and groups of ``images_per_gpu`` suffice."""
     fraction(key, augment, "color_jitter", "copy_paste", "mosaic")
     if augment.copy_paste and not has_masks(model):
         raise ConfigError(
-            f"{key}.copy_paste: objects are pasted as their masks are, but {model.detector} has no "
-            f"use for masks. Remove it, or choose mask_rcnn."
+            f"{key}.copy_paste: objects are cut out by their masks, but {model.detector} does "
+            f"not learn masks. Remove it, or choose mask_rcnn."
         )
     for name, num_images in (("copy_paste", 2), ("mosaic", _MOSAIC_IMAGES)):
         if getattr(augment, name) and images_per_gpu < num_images:

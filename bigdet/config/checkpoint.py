@@ -16,14 +16,15 @@ class CheckpointConfig:
     every: int = 1000
     """Steps between checkpoints."""
     keep: int = 2
-    """How many of the newest checkpoints to keep, besides the best and the last of each phase."""
+    """How many of the newest checkpoints to keep, in addition to the best and the last of each
+    phase."""
     at: list[str] = field(default_factory=list)
     """Further checkpoints, PHASE-STEP, to write and keep, for other runs to fork from."""
     keep_every: int | None = None
     """Also keep checkpoints at multiples of this many steps of a phase. None: none of them."""
     gather: bool = False
     """Send what all ranks save to rank 0, for hosts that share no disk: rank 0 then has weights and
-    optimizer state whole in its memory, and writes them. false: every rank writes its own part, and
+    optimizer state whole in its memory, and writes them. False: every rank writes its own part, and
     a file stays on the host that wrote it."""
     remote: str | None = None
     """An address such as ``s3://bucket/run`` (any that fsspec knows) to which finished checkpoints
@@ -32,17 +33,12 @@ class CheckpointConfig:
 
 
 def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseConfig]) -> None:
-    """Check intervals, and that the checkpoints to keep are steps of the run.
-
-    Args:
-        checkpoint: its section.
-        phases: of the run, by name.
-    """
+    """Check intervals, the address, and that the checkpoints to keep are steps of the run."""
     positive("checkpoint", checkpoint, "every", "keep", "keep_every")
     every, keep_every = checkpoint.every, checkpoint.keep_every
-    is_fine = keep_every is None or keep_every % every == 0
+    is_multiple = keep_every is None or keep_every % every == 0
     expected = f"a multiple of checkpoint.every, {every}"
-    require(is_fine, "checkpoint.keep_every", keep_every, expected)
+    require(is_multiple, "checkpoint.keep_every", keep_every, expected)
     remote = checkpoint.remote
     is_address = remote is None or "://" in remote
     require(is_address, "checkpoint.remote", remote, "an address, such as s3://bucket/run")

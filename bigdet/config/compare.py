@@ -1,4 +1,4 @@
-"""Options to compare: every one by its full key, and paths such that equal places are equal."""
+"""Comparing configs: every option by its full key, and one text for all ways to write a path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from bigdet.config.start import is_timm
 
 PLACES = (".shards", ".more_shards", ".subset.ids", ".start_from.source")
-"""Ends of the keys whose values are paths or addresses of what a run reads."""
+"""Ends of the keys of options that are paths or addresses of what a run reads."""
 
 
 def flat_options(config: Any) -> dict[str, Any]:
@@ -29,12 +29,7 @@ def leaf_items(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def comparable(key: str, value: Any) -> Any:
-    """Return the value of an option such that ways to write the same path are equal.
-
-    Args:
-        key: full key.
-        value: as written.
-    """
+    """Return the value of the option with this full key, a path as `place_of` it."""
     if isinstance(value, list):
         return [comparable(key, each) for each in value]
     is_name = isinstance(value, str) and (value in ("random", "previous") or is_timm(value))
@@ -44,11 +39,7 @@ def comparable(key: str, value: Any) -> Any:
 
 
 def place_of(path: str) -> str:
-    """Return one text for all ways to write a place: links, ``..``, relative, a slash at the end.
-
-    Args:
-        path: of what lies here, or an address.
-    """
+    """Return one text for all ways to write a path or address: links, ``..``, a last slash."""
     if "://" in path or path.startswith("pipe:"):
         return path.rstrip("/")
     return os.path.realpath(path)

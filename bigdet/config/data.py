@@ -13,6 +13,7 @@ from bigdet.config.rules import (
     not_negative,
     only_for,
     positive,
+    positive_fraction,
     require,
 )
 
@@ -47,17 +48,18 @@ class TrainSplitConfig:
     subset: SubsetConfig | None = None
     """Train on some of the images only. None: all."""
     repeat_threshold: float | None = None
-    """Show images more often if they have a class that is on less than this fraction of the images
-    (repeat factor sampling; LVIS uses 0.001). Reads all annotations at the start. None: off."""
+    """Show images of rare classes more often: classes that occur in less than this fraction of the
+    images (repeat factor sampling; LVIS uses 0.001). Reads all annotations at the start. None:
+    off."""
     order: Order = "shuffled"
     """``shuffled``: shuffle the whole set. ``windowed``: each lane reads its own shards and
     shuffles within windows, for remote shards and slow disks."""
     window: int = field(default=1024, metadata=only_for("order", "windowed"))
-    """Images that are shuffled together in ``windowed``."""
+    """For ``windowed``: how many images are shuffled together, 256 to 2048."""
     keep_empty: bool = False
     """Train on images without objects too. The papers' code leaves them out."""
     min_keypoints: int = 0
-    """Train only on images whose objects together have at least this many labelled keypoints; 1 for
+    """Train only on images whose objects together have at least this many labeled keypoints; 1 for
     Keypoint R-CNN in Detectron and detectron2. Reads all annotations at the start. 0: no limit."""
     max_damaged: int = 100
     """Damaged samples, over all ranks, that may be replaced before the run stops."""
@@ -106,11 +108,9 @@ def check_data(data: DataConfig) -> None:
     positive("data.cache", data.cache, "gib")
     not_negative("data", data, "workers")
     require(bool(data.cache.folder), "data.cache.folder", "nothing", "a folder")
-    for key, address in (
-        ("data.train.shards", data.train.shards),
-        *(("data.train.more_shards", address) for address in data.train.more_shards),
-        ("data.val.shards", data.val.shards),
-    ):
+    addresses = [("data.train.shards", data.train.shards), ("data.val.shards", data.val.shards)]
+    addresses += [("data.train.more_shards", address) for address in data.train.more_shards]
+    for key, address in addresses:
         if not address.startswith("pipe:"):
             continue
         place = "where the name of a file goes, such as pipe:ssh HOST cat /data/{}"
@@ -133,9 +133,7 @@ def check_train_split(split: TrainSplitConfig) -> None:
             f"{key}.weights: found {weights}, expected a number above 0 for each of {num_sets} "
             f"sets: shards, then more_shards."
         )
-    threshold = split.repeat_threshold
-    is_fine = threshold is None or 0 < threshold <= 1
-    require(is_fine, f"{key}.repeat_threshold", threshold, "above 0, at most 1")
+    positive_fraction(key, split, "repeat_threshold")
     if split.order == "windowed":
         require(256 <= split.window <= 2048, f"{key}.window", split.window, "256 to 2048")
     if (subset := split.subset) is not None:
@@ -144,18 +142,13 @@ def check_train_split(split: TrainSplitConfig) -> None:
         positive(f"{key}.subset", subset, "images")
         if subset.ids is not None and split.more_shards:
             raise ConfigError(
-                f"{key}.subset.ids: image ids may mean several images when sets are mixed. "
-                f"Write subset.images, or make shards of the images that you want."
+                f"{key}.subset.ids: an image id may name several images when sets are "
+                f"mixed. Write subset.images, or make shards of the images that you want."
             )
 
 
 def ignored_in_data(data: DataConfig, *, has_keypoints: bool) -> Ignored:
-    """Yield the options without effect.
-
-    Args:
-        data: its section.
-        has_keypoints: a phase learns keypoints.
-    """
+    """Yield the options without effect; ``has_keypoints``: a phase learns keypoints."""
     if data.train.subset is not None and data.train.subset.ids is not None:
         yield "data.train.subset.seed", "is for a number of images"
     if not has_keypoints:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
+import json
 import textwrap
 import types
 import typing
@@ -16,12 +16,13 @@ from typing import Any, Literal, Union
 
 from omegaconf import MISSING
 
-from bigdet.config.rules import CHOICES, ConfigError
+from bigdet.config.rules import CHOICES, ConfigError, nearest
 from bigdet.config.run import RunConfig
+from bigdet.config.timm_names import timm_table
 
 WIDTH = 100  # of the text, characters
 INDENT = "    "
-ANY_NAME = "NAME"  # stands for a phase's
+ANY_NAME = "NAME"  # in place of the name of a phase
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Option:
 
     Attributes:
         key: in full, with ``NAME`` for the name of a phase.
-        kind: its type, as one would write it; empty for a section.
-        default: as YAML has it; empty where there is none, and for a section.
+        kind: its type, or its choices; empty for a section.
+        default: in YAML; empty if there is none. Of a section: ``null`` if it may be absent.
         text: what it is, with its unit.
     """
 
@@ -42,7 +43,7 @@ class Option:
 
 
 def list_options(section: type = RunConfig, prefix: str = "") -> Iterator[Option]:
-    """Yield the options of a section of the schema, sections before what is in them."""
+    """Yield the options of a section of the schema, each section before its options."""
     hints = typing.get_type_hints(section)
     texts = _docstrings(section)
     for field in dataclasses.fields(section):
@@ -62,7 +63,7 @@ def list_options(section: type = RunConfig, prefix: str = "") -> Iterator[Option
 
 
 def describe_options(prefix: str = "") -> str:
-    """Return the options as text, those whose key begins with a prefix.
+    """Return the options whose keys begin with a prefix as text.
 
     Args:
         prefix: whole words of a key, such as ``data.train``; a phase is ``NAME`` or any name.
@@ -76,18 +77,18 @@ def describe_options(prefix: str = "") -> str:
         wanted[1] = ANY_NAME
     chosen = [option for option in options if option.key.split(".")[: len(wanted)] == wanted]
     if not chosen:
-        near = difflib.get_close_matches(prefix, [option.key for option in options], n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--options {prefix}: there is no such option or section.{hint}")
-    return "\n".join(_lines(option) for option in chosen) + "\n"
+        near = nearest(prefix, [option.key for option in options])
+        raise ConfigError(f"--options {prefix}: there is no such option or section{near}")
+    text = "\n".join(_lines(option) for option in chosen) + "\n"
+    return text + timm_table() if wanted == ["model", "backbone"] else text
 
 
 def _lines(option: Option) -> str:
-    """Return an option as lines: key, type and default, and below it the text."""
+    """Return an option as text of several lines: key, type and default, then what it is."""
     head = option.key
     if option.kind:
         head += f": {option.kind} = {option.default}" if option.default else f": {option.kind}"
-        head += "" if option.default else " (must be given)"
+        head += "" if option.default else " (required)"
     else:
         head += ":" if not option.default else ": (a section) = null"
     lines = textwrap.wrap(head, WIDTH, subsequent_indent=2 * INDENT)
@@ -96,10 +97,7 @@ def _lines(option: Option) -> str:
 
 
 def _section_in(hint: Any) -> tuple[type | None, bool]:
-    """Return the section that a type stands for, if it does, and whether null may be in its place.
-
-    ``dict[str, Section]`` stands for the section too.
-    """
+    """Return the section in a type such as ``dict[str, Section]``, and whether it may be null."""
     choices = typing.get_args(hint)
     for choice in (hint, *choices):
         if isinstance(choice, type) and dataclasses.is_dataclass(choice):
@@ -108,7 +106,7 @@ def _section_in(hint: Any) -> tuple[type | None, bool]:
 
 
 def _kind(hint: Any) -> str:
-    """Return a type as one would write it; the values themselves of a choice."""
+    """Return a type as text; of a choice its values."""
     if hint is type(None):
         return "null"
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -122,30 +120,19 @@ def _kind(hint: Any) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """Return the default of an option as YAML has it, empty where there is none."""
+    """Return the default of an option in YAML, empty if there is none."""
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
-    if value is MISSING or value == MISSING:
+    if value is dataclasses.MISSING or value == MISSING:
         return ""
-    return _as_yaml(value)
-
-
-def _as_yaml(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_as_yaml, value))}]"
-    return str(value)
+    return json.dumps(value).replace('"', "")
 
 
 @cache
 def _docstrings(section: type) -> dict[str, str]:
     """Return the docstring below each option of a section: Python itself does not keep them."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
-    body = tree.body[0]
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts = {}
     for node, below in zip(body.body, body.body[1:], strict=False):

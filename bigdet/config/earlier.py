@@ -1,18 +1,21 @@
-"""Configs from before some options existed, or had other defaults: what was in force then.
+"""Configs that older versions wrote, before some options existed or with other defaults.
 
-A resolved config, as a run folder, a checkpoint and a weights file carry it, has every option of
-its time. One that lacks an option below was written before it, and means what was done then.
+The resolved config of a run folder, a checkpoint or a weights file has every option of its version.
+If it lacks one of those below, an older version wrote it, and what that version did holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from bigdet.config.compare import flat_options
+from bigdet.config.heads import RoiConfig
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -22,25 +25,25 @@ FORMER_VALUES: dict[str, Any] = {
     "model.roi.crowd_coverage": 0.7,
     "evaluation.tta.pool": "detections",
 }
-"""Options that did not exist, and what was done in their place."""
+"""Options that did not exist, and the values that do what was done then."""
 
 FORMER_DEFAULTS: dict[str, Any] = {
     "model.rpn.train_proposals": 2000,
     "model.rpn.low_quality_iou": 0.0,
     "model.roi.crowd_coverage": 0.7,
 }
-"""Options that matter in training whose defaults are others today."""
+"""Options of training whose defaults have changed, and the former ones."""
 
 
 def fill_in_former(values: DictConfig) -> DictConfig:
-    """Return a config with what was in force when it was written, if it is a resolved one.
+    """Return a resolved config with the options that did not exist when it was written.
 
-    What somebody writes by hand never has all sections, and stays as it is.
+    A config that a user wrote never has all sections, and is returned as it is.
     """
     if not all(field.name in values for field in dataclasses.fields(RunConfig)):
         return values
     filled = values.copy()
-    if OmegaConf.select(filled, "model.detector") == "retinanet":  # which has no use for them
+    if OmegaConf.select(filled, "model.detector") == "retinanet":  # they were listed without effect
         for section in ("rpn", "roi"):
             filled.model.pop(section, None)
     for key, value in FORMER_VALUES.items():
@@ -53,30 +56,24 @@ def fill_in_former(values: DictConfig) -> DictConfig:
 def keep_former(config: RunConfig, before: RunConfig) -> RunConfig:
     """Return the config of a resumed run with the former defaults that it began with.
 
-    So the command that began a run goes on with it, though a default is another by now. An option
-    that was set to something else stays, and is refused if it may not change.
+    So the command that started a run also resumes it after a default has changed. An option that
+    was set to another value stays, and is refused if it may not change.
 
     Args:
         config: as the user wrote it.
-        before: of the checkpoint.
+        before: that of the checkpoint.
     """
-    plain = RunConfig()
+    plain = RunConfig(model=ModelConfig(rpn=RpnConfig(), roi=RoiConfig()))
+    own, theirs, default = map(flat_options, (config, before, plain))
     kept = []
     for key, former in FORMER_DEFAULTS.items():
-        own, theirs, default = (_option(each, key) for each in (config, before, plain))
-        if own == default and theirs == former:
+        if own.get(key) == default[key] and theirs.get(key) == former:
             config = _with_option(config, key.split("."), former)
             kept.append(f"{key}={former}")
     if kept:
-        logger.info(
-            "the run goes on as it began, with %s: the defaults of today are others",
-            ", ".join(kept),
-        )
+        listed = ", ".join(kept)
+        logger.info("the run continues as it began, with %s: the defaults have changed", listed)
     return config
-
-
-def _option(config: RunConfig, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
 
 
 def _with_option(section: Any, names: list[str], value: Any) -> Any:

@@ -32,8 +32,8 @@ class EngineConfig:
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm. None: no clipping."""
     max_bad_steps: int = 20
-    """Steps with a loss or gradient that is not finite are skipped; more than this many in a run
-    stop it."""
+    """The run stops after more than this many steps with a loss or gradient that is not finite;
+    such steps are skipped."""
 
 
 def check_engine(engine: EngineConfig) -> None:
@@ -59,5 +59,5 @@ def check_engine(engine: EngineConfig) -> None:
     if stage < lowest:
         raise ConfigError(
             f"{key}: found {engine.offload}, which needs engine.zero_stage of at least {lowest}, "
-            f"found {stage}: only what is sharded can lie on the CPU. Write none, or raise it."
+            f"found {stage}: only what is sharded can be in CPU memory. Write none, or raise it."
         )

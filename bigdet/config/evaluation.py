@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bigdet.config.resize import FOR_TRAINING, ResizeConfig, check_resize, ignored_in_resize
-from bigdet.config.rules import ConfigError, Ignored, not_negative, positive, require
+from bigdet.config.rules import (
+    ConfigError,
+    Ignored,
+    all_positive,
+    not_negative,
+    positive,
+    positive_fraction,
+    require,
+)
 
 Metric = Literal["coco", "voc07", "voc12"]
 MAX_DETECTIONS = 100  # of a class on an image, as COCO counts
@@ -24,7 +32,7 @@ class TtaConfig:
     """Short sides of the views, pixels."""
     cap: int = 2000
     """Longest long side of the views, pixels. With ``pool: candidates`` the view at the size of the
-    plain evaluation has that one's own, 1333 for a short side of 800."""
+    plain evaluation keeps the cap of that one, 1333 for a short side of 800."""
     pool: Literal["candidates", "detections"] = "candidates"
     """What is merged. ``candidates``: all boxes of all views above ``model.roi.score_threshold``,
     then NMS and voting, and the best ``detections_per_image`` are kept, as in Detectron.
@@ -49,8 +57,8 @@ class EvaluationConfig:
     """Test-time augmentation in every evaluation; ``--tta`` of ``bigdet evaluate`` uses it once. It
     takes two passes per view. None: one view at the size of ``resize``."""
     metric: Metric = "coco"
-    """How AP is defined: as COCO does; of boxes, as PASCAL VOC does, over 11 recalls (``voc07``) or
-    all of them (``voc12``), where AP50 is VOC's own number."""
+    """How AP is defined. ``coco``: as COCO does. ``voc07`` and ``voc12``: AP of boxes as PASCAL VOC
+    defines it, over 11 recalls or over all; AP50 is VOC's own number."""
     precise_bn: int | None = None
     """Before an evaluation during training, measure the running statistics of BN with the current
     weights on the training images of this many steps, instead of using the moving average over past
@@ -61,8 +69,8 @@ class EvaluationConfig:
     to 10,000. COCO's value is 100; another value gives another AP, like ``maxDets`` of pycocotools.
     ``detections_per_image`` limits what the model reports. VOC's AP counts all."""
     pictures: int = 8
-    """Validation images drawn at the end of a phase, ground truth and detections: one half the
-    worst, the other the best."""
+    """Validation images drawn with ground truth and detections at the end of a phase: half of them
+    the worst, half the best."""
 
 
 def check_evaluation(evaluation: EvaluationConfig) -> None:
@@ -76,7 +84,7 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
     if evaluation.resize is not None:
         if evaluation.tta is not None:
             raise ConfigError(
-                f"{key}.resize: with test-time augmentation evaluation.tta.scales say the sizes, "
+                f"{key}.resize: with test-time augmentation the sizes are evaluation.tta.scales, "
                 f"so it would be ignored. Remove one of them."
             )
         check_resize(f"{key}.resize", evaluation.resize)
@@ -94,23 +102,16 @@ def check_max_detections(value: int, metric: Metric) -> None:
 
 
 def _check_tta(tta: TtaConfig) -> None:
-    key, scales, vote_iou = "evaluation.tta", tta.scales, tta.vote_iou
-    require(bool(scales) and min(scales) > 0, f"{key}.scales", scales, "sizes above 0")
+    key, scales = "evaluation.tta", tta.scales
+    all_positive(key, tta, "scales")
     require(tta.cap >= max(scales), f"{key}.cap", tta.cap, f"at least {max(scales)}")
-    is_fine = vote_iou is None or 0 < vote_iou <= 1
-    require(is_fine, f"{key}.vote_iou", vote_iou, "above 0, at most 1, or null")
+    positive_fraction(key, tta, "vote_iou")
 
 
 def ignored_in_evaluation(evaluation: EvaluationConfig, *, has_live_norms: bool) -> Ignored:
-    """Yield the options without effect.
-
-    Args:
-        evaluation: its section.
-        has_live_norms: a phase updates the running statistics of BN.
-    """
+    """Yield the options without effect; ``has_live_norms``: a phase updates BN's statistics."""
     if not has_live_norms:
-        reason = "is for phases with norm_mode live or sync, of which there is none"
-        yield "evaluation.precise_bn", reason
+        yield "evaluation.precise_bn", "no phase has norm_mode live or sync"
     if evaluation.resize is not None:
         yield from ignored_in_resize("evaluation.resize", evaluation.resize)
         for name in FOR_TRAINING:

@@ -1,4 +1,4 @@
-"""One layer of a config: a YAML file, or the words of a command line, over what it changes.
+"""One layer of a config: a YAML file or the words of a command line, merged over what it changes.
 
 Names and types are checked here, by OmegaConf and the schema.
 """
@@ -6,7 +6,6 @@ Names and types are checked here, by OmegaConf and the schema.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -17,8 +16,10 @@ from yaml import YAMLError
 from bigdet.config.compare import leaf_items
 from bigdet.config.families import BACKBONES, DETECTORS
 from bigdet.config.own import refuse_unknown
-from bigdet.config.rules import ConfigError
+from bigdet.config.rules import ConfigError, nearest
 from bigdet.config.shipped import nearest_shipped
+from bigdet.config.timm_names import PREFIX as TIMM
+from bigdet.config.timm_names import timm_row
 
 _PLAIN_WORDS = {
     "is not Optional": "found null, expected a value. Write one, or leave the option out.",
@@ -29,7 +30,7 @@ _PLAIN_WORDS = {
     "TupleConfig length": "found a list of another length than expected.",
     "read-only": "interpolations such as ${seed} are not supported. Write the value.",
 }
-"""OmegaConf's words for what users do wrong, and ours."""
+"""Parts of OmegaConf's messages about what users write wrong, and bigdet's messages."""
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -56,12 +57,9 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def merge(base: DictConfig, values: DictConfig, source: str) -> DictConfig:
-    """Return a config with the values of a layer; lists are replaced.
+    """Return ``base`` with the values of a layer; lists are replaced.
 
-    Args:
-        base: what the layer changes.
-        values: of the layer.
-        source: its file or word, for messages.
+    ``source`` is the file or the word of the layer, for messages.
     """
     try:
         merged = OmegaConf.merge(base, values)
@@ -76,20 +74,21 @@ def merge(base: DictConfig, values: DictConfig, source: str) -> DictConfig:
 def _check_names(values: DictConfig, source: str) -> None:
     """Refuse names of backbones and detectors that are neither bigdet's nor a user's own."""
     for key, value in leaf_items(OmegaConf.to_container(values)):
-        kind = ".".join(key.split(".")[-2:])
-        names: dict[str, Collection[str]] = {
-            "model.backbone": BACKBONES, "model.detector": DETECTORS,
-        }  # fmt: skip
-        known = names.get(kind)
-        if known is not None and value is not None:
-            try:
-                refuse_unknown(key, str(value), known)
-            except ValueError as error:
-                raise ConfigError(f"{source}: {error}") from error
+        kinds: dict[str, Collection[str]] = {"backbone": BACKBONES, "detector": DETECTORS}
+        *_, section, name = ["", *key.split(".")]
+        if section != "model" or name not in kinds or value is None:
+            continue
+        try:
+            if str(value).startswith(TIMM):
+                timm_row(str(value))
+            else:
+                refuse_unknown(key, str(value), kinds[name])
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from error
 
 
 def override(merged: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
-    """Apply the words of the command line; return the config and what they set."""
+    """Apply the words of a command line; return the config, and the values that they set."""
     phases = [] if OmegaConf.is_missing(merged, "phases") else list(merged.phases)
     changes = []
     for word in overrides:
@@ -123,27 +122,18 @@ def override(merged: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, 
 
 
 def explain(error: OmegaConfBaseException) -> str:
-    """Turn OmegaConf's message of several lines into ``full.key: what is wrong``."""
+    """Turn an error of OmegaConf, whose message has several lines, into ``full.key: problem``."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
     if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(error.object_type):
         known = [option.name for option in dataclasses.fields(error.object_type)]
         near = nearest(str(error.key), known)
-        message = (
-            f"there is no such option{near if '?' in near else '. There are: ' + ', '.join(known)}"
-        )
-    for found, said in _PLAIN_WORDS.items():
-        if found in message:
-            message = said
+        message = f"there is no such option{near}"
+        message += f" There are: {', '.join(known)}" if near == "." else ""
+    message = next((plain for words, plain in _PLAIN_WORDS.items() if words in message), message)
     if message.endswith("could not be converted to Integer"):
         message += ". Write a whole number without a point or an e, such as 300_000."
     return f"{key}: {message}" if key else message
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """Return how a sentence on an unknown name ends: with a hint, or with a full stop."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def one_line(error: Exception) -> str:

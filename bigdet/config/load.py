@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from yaml import YAMLError
 
 from bigdet.config.compare import leaf_items
 from bigdet.config.earlier import fill_in_former
-from bigdet.config.layers import merge, nearest, one_line, override, read_yaml
-from bigdet.config.rules import ConfigError
+from bigdet.config.layers import merge, one_line, override, read_yaml
+from bigdet.config.model import settle_sections
+from bigdet.config.own import is_own
+from bigdet.config.rules import ConfigError, nearest
 from bigdet.config.run import RunConfig, check_config
 from bigdet.config.shipped import find_config
 
@@ -35,9 +38,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         path: the YAML file, or the name of one that comes with bigdet.
         overrides: ``key=value`` words, applied last; a phase may be changed, not added.
 
-    Returns:
-        The config, every required option present and every value of its type.
-
     Raises:
         ConfigError: with the file and the full key.
     """
@@ -47,10 +47,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_unchecked(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, set[str]]:
-    """Do as ``load_config`` but for the rules.
+    """Do as `load_config` without the rules.
 
     Returns:
-        The config, and the keys that were set to the value that they had anyway.
+        The config, and the keys that were set to the values that they had anyway.
     """
     path = find_config(path)
     experiment = read_yaml(path)
@@ -62,20 +62,16 @@ def read_unchecked(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Run
     merged = merge(base, fill_in_former(experiment), str(path))
     final, changes = override(merged, overrides)
     layers = [(plain, fragments, base), (base, experiment, merged), (merged, changes, final)]
-    if _is_resolved(experiment):  # which lists options without effect too
+    if _is_resolved(experiment):  # it lists options without effect too
         layers = layers[2:]
-    return _complete(final, str(path)), _repeated(layers)
+    written = _repeated(layers)
+    return _settle(_complete(final, str(path)), written), written
 
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a resolved config, as a run folder and its weights carry it.
+    """Read a resolved config, as a run folder and its weights have it; ``source`` is for messages.
 
-    The rules were checked when it was written. They are checked anew if there are overrides.
-
-    Args:
-        text: YAML, as ``dump_config`` writes it.
-        source: where it came from, for messages.
-        overrides: as for ``load_config``.
+    The rules were checked when it was written. They are checked again if there are overrides.
     """
     try:
         values = OmegaConf.create(text)
@@ -87,7 +83,11 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
     final, changes = override(merged, overrides)
     config = _complete(final, source)
     if overrides:
-        check_config(config, _repeated([(merged, changes, final)]))
+        written = _repeated([(merged, changes, final)])
+        config = _settle(config, written)
+        check_config(config, written)
+    elif not is_own(config.model.detector):  # importing a user's code is left to those who run it
+        config = _settle(config, ())
     return config
 
 
@@ -140,44 +140,39 @@ def _read_fragments(path: Path, experiment: DictConfig) -> DictConfig:
 
 
 _CHOICES = ("detector", "backbone", "norm", "kind", "optimizer", "schedule", "order", "box_loss")
-"""Options that choose a part, whose own options have no effect without it."""
+"""Options that choose a part. The options of a part have no effect without it."""
 
 
 def _is_resolved(experiment: DictConfig) -> bool:
-    """Tell whether a file is the config of a run folder: it lists (nearly) all there is."""
+    """Tell whether a file is the config of a run folder, which lists (nearly) all options."""
     known = _known_keys()
     return 2 * len(known.intersection(_leaves(experiment))) > len(known)
 
 
 @functools.cache
 def _known_keys() -> frozenset[str]:
-    """Every option but those of phases."""
+    """Every option except those of phases."""
     return frozenset(_leaves(OmegaConf.structured(RunConfig)))
 
 
 def _repeated(layers: Sequence[Layer]) -> set[str]:
-    """Return the keys that layers set to the value that they had anyway.
+    """Return the keys that layers set to the values that they had anyway.
 
-    Null is not among them: it says that an option is off or not given. Nor are options of a part
-    in whose place a later layer chooses another, so that one config may serve a sweep over
-    optimizers, detectors and the like.
+    Keys set to null are left out (the option is off or not given), and so are options of a part
+    that a later layer replaces, so that one config may serve a sweep over optimizers or detectors.
     """
     repeated: set[str] = set()
     for before, values, after in layers:
         keys = _leaves(values)
-        same = {key for key in keys if _repeats(before, after, key)}
+        same = {key for key in keys if _value_at(after, key) is not None}
+        same = {key for key in same if _value_at(before, key) in (None, _value_at(after, key))}
         changed = [key for key in keys if key not in same]
         repeated = {key for key in repeated if not _is_chosen_anew(key, changed)} | same
     return repeated
 
 
-def _repeats(before: DictConfig, after: DictConfig, key: str) -> bool:
-    new = _value_at(after, key)
-    return new is not None and _value_at(before, key) in (None, new)
-
-
 def _value_at(config: DictConfig, key: str) -> Any:
-    """Return the value of an option; None where it has none yet."""
+    """Return the value of an option; None if it has none yet."""
     value: Any = config
     for part in key.split("."):
         if not isinstance(value, DictConfig) or part not in value:
@@ -187,18 +182,18 @@ def _value_at(config: DictConfig, key: str) -> Any:
 
 
 def _is_chosen_anew(key: str, changed: Sequence[str]) -> bool:
-    """Tell whether an option belongs to a part in whose place another was chosen."""
+    """Tell whether an option belongs to a part that was replaced."""
     for other in changed:
         section, _, name = other.rpartition(".")
-        is_of_phase = section.startswith("phases.") and section.endswith(".model")
-        if name in _CHOICES and key.startswith("model." if is_of_phase else f"{section}."):
+        if re.fullmatch(r"phases\..*\.model", section):
+            section = "model"
+        if name in _CHOICES and key.startswith(f"{section}."):
             return True
     return False
 
 
 def _complete(merged: DictConfig, source: str) -> RunConfig:
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
+    if missing := sorted(OmegaConf.missing_keys(merged)):
         raise ConfigError(
             f"{source}: required and not set: {', '.join(missing)}. Set them in the file, or on "
             f"the command line as {missing[0]}=VALUE."
@@ -206,7 +201,15 @@ def _complete(merged: DictConfig, source: str) -> RunConfig:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
     output, resume = os.path.expanduser(config.output), os.path.expanduser(config.resume)
-    return dataclasses.replace(config, output=output, resume=resume)  # no shell did in a file
+    return dataclasses.replace(config, output=output, resume=resume)  # as a shell would
+
+
+def _settle(config: RunConfig, written: Collection[str]) -> RunConfig:
+    """Give the model the sections of the detectors of all phases, and no others."""
+    own = [phase.model.detector for phase in config.phases.values()]
+    detectors = {config.model.detector, *(name for name in own if name is not None)}
+    model = settle_sections(config.model, detectors, written)
+    return dataclasses.replace(config, model=model)
 
 
 def _leaves(values: DictConfig) -> list[str]:

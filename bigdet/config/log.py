@@ -1,4 +1,4 @@
-"""The log: what a run reports, and where it shows it."""
+"""The log: what a run reports, and where."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bigdet.config.rules import positive
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """A run of Weights & Biases, which has to be installed (``pip install wandb``)."""
+    """A run of Weights & Biases; requires ``pip install wandb``."""
 
     project: str = MISSING
     """Project of the run."""
@@ -34,17 +34,17 @@ class LogConfig:
     are means over all steps since the previous line, weighted by training images (masked slots at
     the end of a pass do not count), and do not depend on ranks or accumulation. ``grad_norm`` is
     that of the mean loss over the lanes with an image, before clipping. Skipped steps are left out
-    and counted by ``bad_steps``; the mean of no step is null."""
+    and counted by ``bad_steps``; if all steps were skipped, the means are null."""
     tensorboard: bool = True
     """Write TensorBoard event files too, with pictures: a batch with its targets at the start of a
     phase, detections at each evaluation."""
     wandb: WandbConfig | None = None
-    """Show the same on Weights & Biases. None: no."""
+    """Show the same on Weights & Biases. None: off."""
     boards: list[str] = field(default_factory=list)
     """Boards of your own that show the same, each ``package.module:Class``."""
     stall_seconds: float | None = 1200.0
-    """A rank without progress for so long writes its stacks and ends the run, seconds. Must exceed
-    the longest step, save or scoring. None: never."""
+    """After this many seconds without progress, a rank writes its stacks and ends the run. Must
+    exceed the longest step, save or scoring. None: never."""
 
 
 def check_log(log: LogConfig) -> None:

@@ -1,10 +1,11 @@
-"""The model: detector, backbone, normalization and widths; its RPN and heads have own files."""
+"""The model: detector, backbone, normalization and widths; RPN and heads have their own files."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import MISSING
 
@@ -27,11 +28,22 @@ from bigdet.config.heads import (
 )
 from bigdet.config.own import FORM
 from bigdet.config.rpn import RpnConfig, check_rpn
-from bigdet.config.rules import CHOICES, ConfigError, Ignored, positive, require
+from bigdet.config.rules import CHOICES, ConfigError, Ignored, below_one, positive, require
+from bigdet.config.timm_names import PREFIX as TIMM
 
 BoxHead = Literal["2fc", "4conv1fc"]
-Norm = Literal["bn", "gn", "none"]
+Neck = Literal["fpn", "simple"]
+Norm = Literal["bn", "gn", "ln", "none"]
 NormScope = Literal["backbone", "all"]
+Section = TypeVar("Section")
+SECTIONS: dict[str, type] = {
+    "rpn": RpnConfig,
+    "roi": RoiConfig,
+    "cascade": CascadeConfig,
+    "keypoint": KeypointConfig,
+    "retina": RetinaConfig,
+}
+"""Sections of parts that some detectors have; they are None in the models of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +52,39 @@ class ModelConfig:
 
     detector: str = field(default=MISSING, metadata={CHOICES: (*DETECTORS, FORM)})
     """Which detector: one of these, or a function of your own."""
-    backbone: str = field(default=MISSING, metadata={CHOICES: (*BACKBONES, FORM)})
-    """Which backbone: one of these, or a function of your own."""
+    backbone: str = field(default=MISSING, metadata={CHOICES: (*BACKBONES, f"{TIMM}NAME", FORM)})
+    """Which backbone: one of these, a network of timm, or a function of your own. ``bigdet train
+    --options model.backbone`` lists timm's names. Networks whose patches have another size get
+    patches of 16 pixels here, and their weights are resampled."""
+    taps: list[int] = field(default_factory=list)
+    """For a plain ``timm:NAME`` (its features have one stride): numbers of the blocks whose outputs
+    are concatenated for the pyramid. Empty: the last block."""
+    token_window: int | None = 14
+    """For a plain ``timm:NAME`` with absolute positions: all blocks but four attend within windows
+    of this many patches per side (ViTDet). None: all blocks attend over the whole image."""
+    image_windows: int = 1
+    """For a plain ``timm:NAME``: images are cut into this many windows per side. Each goes through
+    the network by itself, and so does the whole image at the size of a window; the features of both
+    are concatenated (DINOv3: 3). 1: images are not cut."""
     box_head: BoxHead = "2fc"
     """Two fully connected layers, or four 3x3 convolutions and one."""
+    neck: Neck = "fpn"
+    """``fpn``: a feature pyramid network, whose coarse levels are added to the finer ones.
+    ``simple``: ViTDet's pyramid: the same convolutions, but levels are not added."""
     norm: Norm = "bn"
-    """Normalization of convolutional backbones and, by scope, of FPN and heads."""
+    """Normalization of convolutional backbones and, by scope, of neck and heads: batch, group or
+    layer normalization (``ln``: over the channels of each position, as in ViTDet)."""
     norm_scope: NormScope | None = None
     """Where ``norm`` goes: ``backbone`` or ``all`` (never the RPN head). None: ``backbone`` with
-    bn, ``all`` with gn."""
+    bn, ``all`` with gn and ln."""
+    relative_positions: bool = False
+    """The attention of vit_* backbones has relative positions too, which start at 0, as in
+    detectron2's ViTDet (about 1 AP more). They are made for windows of 14 and images of 1024
+    pixels, and interpolated for others."""
+    pad_to_square: bool = False
+    """Canvases are padded to squares before the backbone, as detectron2 does for ViTDet. Training
+    with ``resize.kind`` jitter or direct has squares anyway; at test time the positions of a ViT
+    then have the scale that they were trained at, and a step takes up to twice as long."""
     stride_in_1x1: bool = False
     """Bottlenecks of a ResNet have their stride in the first 1x1 convolution, as in MSRA's
     (Caffe's) R-50 and R-101 and detectors on them: ``STRIDE_IN_1X1`` in detectron2,
@@ -59,21 +95,61 @@ class ModelConfig:
     fc_width: int = 1024
     """Channels of the fully connected layers of the box head."""
     compile: bool = False
-    """Compile backbone, FPN and RPN (or RetinaNet's) head with torch.compile in training. It pays
+    """Compile backbone, FPN and RPN (or RetinaNet's) head with torch.compile in training. Worth it
     if the canvas has few sizes: resizes ``direct`` and ``jitter``, and ``pad_to: two_shapes``. The
     first steps take minutes."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth in a Swin, ConvNeXt or ViT backbone, in [0, 1)."""
-    rpn: RpnConfig = field(default_factory=RpnConfig)
-    """Region proposals."""
-    roi: RoiConfig = field(default_factory=RoiConfig)
-    """Regions of interest."""
-    cascade: CascadeConfig = field(default_factory=CascadeConfig)
-    """Stages of a cascade."""
-    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
-    """The head of ``keypoint_rcnn``."""
-    retina: RetinaConfig = field(default_factory=RetinaConfig)
-    """RetinaNet."""
+    rpn: RpnConfig | None = None
+    """Region proposals. None: the detector has none."""
+    roi: RoiConfig | None = None
+    """Regions of interest. None: the detector has none."""
+    cascade: CascadeConfig | None = None
+    """Stages of a cascade. None: the detector is not a cascade."""
+    keypoint: KeypointConfig | None = None
+    """The head of ``keypoint_rcnn``. None: the detector has none."""
+    retina: RetinaConfig | None = None
+    """RetinaNet. None: the detector is another one."""
+
+    def __post_init__(self) -> None:
+        """Fill in the sections of bigdet's detectors; those of a user's own when it is loaded."""
+        if self.detector in DETECTORS:
+            for name in SECTIONS.keys() & DETECTORS[self.detector].options:
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, SECTIONS[name]())
+
+
+def used(section: Section | None) -> Section:
+    """Return a section that the detector of a model uses, so that it is not None.
+
+    Raises:
+        ConfigError: it is None: a detector of a user's own does not name it among its options.
+    """
+    if section is None:
+        raise ConfigError(
+            "model.detector: it uses a section of model (rpn, roi, cascade, keypoint or retina) "
+            "that is null. Name that section in the options of its describe_detector."
+        )
+    return section
+
+
+def settle_sections(
+    model: ModelConfig, detectors: Collection[str], written: Collection[str]
+) -> ModelConfig:
+    """Return a model with the sections of ``detectors``, and no others but what a user set in them.
+
+    ``written`` has the full keys that a user set to their defaults: they stay, to be refused.
+    """
+    options = [option for name in detectors for option in detector_facts(name).options]
+    changes: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        found = getattr(model, name)
+        if name in options and found is None:
+            changes[name] = section()
+        is_written = any(key.startswith(f"model.{name}.") for key in written)
+        if name not in options and found == section() and not is_written:
+            changes[name] = None
+    return dataclasses.replace(model, **changes)
 
 
 def model_parts(model: ModelConfig) -> list[str]:
@@ -83,7 +159,7 @@ def model_parts(model: ModelConfig) -> list[str]:
 
 
 def has_fpn(model: ModelConfig) -> bool:
-    """Tell whether a feature pyramid stands between the backbone and the heads."""
+    """Tell whether a feature pyramid is between the backbone and the heads."""
     return backbone_facts(model.backbone).has_levels
 
 
@@ -98,18 +174,18 @@ def has_keypoints(model: ModelConfig) -> bool:
 
 
 def has_cascade(model: ModelConfig) -> bool:
-    """Tell whether the box head of a detector is a cascade of three."""
+    """Tell whether the detector has a cascade of three box heads."""
     return detector_facts(model.detector).is_cascade
 
 
 def is_class_agnostic(model: ModelConfig) -> bool:
     """Tell whether a region has one box for all classes, with the default filled in."""
-    chosen = model.roi.class_agnostic
+    chosen = used(model.roi).class_agnostic
     return has_cascade(model) if chosen is None else chosen
 
 
 def reported(model: ModelConfig) -> tuple[str, int] | None:
-    """Return the option that limits the detections of an image, and its value; None: none does."""
+    """Return the option that limits the detections of an image and its value, if there is one."""
     section = detector_facts(model.detector).limits
     if section is None:
         return None
@@ -124,18 +200,18 @@ def parts_with_batch_norm(model: ModelConfig) -> list[str]:
     if model.norm_scope != "all":
         return parts
     own = detector_facts(model.detector).normalized
-    if model.box_head != "4conv1fc":  # which alone has convolutions
+    if model.box_head != "4conv1fc":  # only that one has convolutions
         own = tuple(part for part in own if part != "box_head")
     return [*parts, *(part for part in own if part in model_parts(model))]
 
 
 def has_batch_norm(model: ModelConfig) -> bool:
-    """Tell whether the model has any BN layer, so that a phase must say its ``norm_mode``."""
+    """Tell whether the model has BN layers, so that a phase must set ``norm_mode``."""
     return bool(parts_with_batch_norm(model))
 
 
 def lacking(model: ModelConfig, option: str) -> str:
-    """Return why an option of ``families.LACKS`` has no effect on the backbone; empty if it has."""
+    """Return why an option of `LACKS` has no effect on the backbone; empty if it has one."""
     facts = backbone_facts(model.backbone)
     if option in facts.heeds:
         return ""
@@ -143,28 +219,33 @@ def lacking(model: ModelConfig, option: str) -> str:
 
 
 def check_model(model: ModelConfig) -> None:
-    """Check the detector, and that backbone, norms and sizes fit it."""
+    """Check the detector, and that backbone, norms and widths fit it."""
     _check_backbone(model)
     _check_norm(model)
     positive("model", model, "width", "fc_width")
-    options = detector_facts(model.detector).options
-    if "rpn" in options:
+    if model.rpn is not None:
         check_rpn(model.rpn, has_fpn=has_fpn(model))
-    if "roi" in options:
+    if model.roi is not None:
         check_roi(model.roi)
-    if "retina" in options:
+    if model.keypoint is not None:
+        check_keypoint(model.keypoint)
+    if model.retina is not None:
         check_retina(model.retina)
-    check_keypoint(model.keypoint)
 
 
 def _check_backbone(model: ModelConfig) -> None:
     if model.drop_path and (lacks := lacking(model, "drop_path")):
-        with_it = [name for name, facts in BACKBONES.items() if "drop_path" in facts.heeds]
+        with_it = ", ".join(name for name, row in BACKBONES.items() if "drop_path" in row.heeds)
         raise ConfigError(
-            f"model.drop_path: found {model.drop_path}, but {lacks}. "
-            f"Remove it, or choose one of {', '.join(with_it)}."
+            f"model.drop_path: found {model.drop_path}, but {lacks}. Remove it, or choose one of "
+            f"{with_it}."
         )
-    require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "in [0, 1)")
+    below_one("model", model, "drop_path")
+    positive("model", model, "token_window", "image_windows")
+    if (depth := backbone_facts(model.backbone).depth) and model.taps:
+        is_rising = model.taps == sorted({tap for tap in model.taps if 1 <= tap <= depth})
+        expected = f"rising numbers from 1 to {depth}, its blocks"
+        require(is_rising, "model.taps", model.taps, expected)
     if not has_fpn(model) and "rpn" not in model_parts(model):
         raise ConfigError(
             f"model.backbone: {model.backbone} has one level of features, but {model.detector} "
@@ -189,38 +270,35 @@ def _check_norm(model: ModelConfig) -> None:
     facts = detector_facts(model.detector)
     if model.norm_scope == "all" and not facts.normalized:
         raise ConfigError(
-            f"model.norm_scope: found all, but {model.detector} has no other part that is "
-            f"normalized. Write backbone, or leave it out."
+            f"model.norm_scope: found all, but {model.detector} has no part besides the "
+            f"backbone that is normalized. Write backbone, or leave it out."
         )
     if model.norm_scope == "all" and model.norm == "bn" and "retina" in facts.options:
         raise ConfigError(
             "model.norm_scope: found all, but the levels of the pyramid share retinanet's head, "
-            "and one BN has no statistics that fit them all. Write backbone, or norm: gn."
+            "whose statistics differ, so one BN cannot fit them. Write backbone, or norm: gn."
         )
 
 
 def ignored_in_model(model: ModelConfig, detectors: Collection[str]) -> Ignored:
-    """Yield the options without effect.
-
-    Args:
-        model: its section.
-        detectors: those of all phases: one of them may be a cascade, or learn keypoints.
-    """
-    if lacks := lacking(model, "stride_in_1x1"):
-        yield "model.stride_in_1x1", lacks
+    """Yield the options without effect; ``detectors`` are those of all phases."""
+    for option in LACKS:
+        if option not in ("norm", "drop_path") and (lacks := lacking(model, option)):
+            yield f"model.{option}", lacks
     if not has_fpn(model):
         yield "model.width", f"the heads are as wide as {model.backbone}'s features"
+        yield "model.neck", f"{model.backbone} has one level of features"
     elif (lacks := lacking(model, "norm")) and model.norm == "bn" and model.norm_scope != "all":
-        yield "model.norm", f"{lacks}, and norm_scope leaves out all else"
+        yield "model.norm", f"{lacks}, and norm_scope excludes all other parts"
     facts = detector_facts(model.detector)
-    used = [option for each in detectors for option in detector_facts(each).options]
+    heeded = [option for each in detectors for option in detector_facts(each).options]
     for name, lacks in DETECTOR_OPTIONS.items():
-        if name in ("cascade", "keypoint"):  # which one of the phases may have
+        if name in ("cascade", "keypoint"):  # a phase may have them
             known = [each for each, row in DETECTORS.items() if name in row.options]
-            if name not in used:
+            if name not in heeded:
                 yield f"model.{name}", f"is for {' and '.join(known)}"
         elif name not in facts.options:
             yield f"model.{name}", lacks.format(model.detector)
-    if detectors and all(detector_facts(each).is_cascade for each in detectors):
-        reason = "the stages of a cascade have their own, 0.5, 0.6 and 0.7"
-        yield "model.roi.positive_iou", reason
+    are_cascades = [detector_facts(each).is_cascade for each in detectors]
+    if model.roi is not None and are_cascades and all(are_cascades):
+        yield "model.roi.positive_iou", "the stages of a cascade have 0.5, 0.6 and 0.7"

@@ -1,8 +1,8 @@
 """A user's own backbone, detector, board or source of shards, without a change in bigdet.
 
-Each is named in the config or on the command line as ``package.module:attribute``, where the module
-can be imported: it is installed, on ``PYTHONPATH``, or in the folder that the command runs in. The
-contract of each kind is in one docstring:
+Each is named in the config or on the command line as ``package.module:attribute``. The module must
+be importable: installed, on ``PYTHONPATH``, or in the folder where the command runs. One docstring
+has the contract of each kind:
 
 | kind | named by | contract |
 | --- | --- | --- |
@@ -11,13 +11,12 @@ contract of each kind is in one docstring:
 | board | ``log.boards`` | ``logs/boards.py``, ``Board`` |
 | source of shards | ``bigdet shards NAME`` | ``data/making/sources/own.py`` |
 
-A run folder and its weights keep the name, not the code: whoever loads them needs the module, and
-runs it.
+A run folder and its weights keep the name, not the code: to load them takes the module, whose code
+then runs.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -27,31 +26,28 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from bigdet.config.rules import nearest
+from bigdet.config.timm_names import PREFIX
+
 FORM = "package.module:attribute"
 
 
 def is_own(name: str) -> bool:
-    """Tell whether a name is a user's own, ``package.module:attribute``."""
-    return ":" in name
+    """Tell whether a name is a user's own, ``package.module:attribute``, and not one of timm's."""
+    return ":" in name and not name.startswith(PREFIX)
 
 
 def refuse_unknown(key: str, name: str, known: Collection[str]) -> None:
     """Raise ``ValueError`` unless a name is one of bigdet's or has the form of a user's own."""
-    if name in known or is_own(name):
-        return
-    near = difflib.get_close_matches(name, known, n=1)
-    raise ValueError(
-        f"{key}: found {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} Expected one of "
-        f"{', '.join(known)}, or your own as {FORM}."
-    )
+    if name not in known and not is_own(name):
+        raise ValueError(
+            f"{key}: found {name!r}{nearest(name, known)} Expected one of {', '.join(known)}, or "
+            f"your own as {FORM}."
+        )
 
 
 def import_own(key: str, name: str) -> Any:
-    """Import what a name stands for.
-
-    Args:
-        key: of the option that names it, for messages.
-        name: ``package.module:attribute``.
+    """Import what ``package.module:attribute`` names; ``key`` is the option that has the name.
 
     Raises:
         ValueError: there is no such module or attribute, or the module cannot be imported.
@@ -67,8 +63,8 @@ def import_own(key: str, name: str) -> Any:
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
         if absent is not None and f"{module_name}.".startswith(f"{absent}."):
             raise ValueError(
-                f"{key}: found {name!r}, but there is no module {absent}. Expected one that "
-                f"can be imported: install it, put its folder on PYTHONPATH, or start from there."
+                f"{key}: found {name!r}, but there is no module {absent}. Expected one that can be "
+                f"imported: install it, put its folder on PYTHONPATH, or run the command there."
             ) from error
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
@@ -77,16 +73,15 @@ def import_own(key: str, name: str) -> Any:
         ) from error
     if not hasattr(module, attribute):
         names = [each for each in vars(module) if not each.startswith("_")]
-        near = difflib.get_close_matches(attribute, names, n=1)
         raise ValueError(
             f"{key}: found {name!r}, but {module.__file__ or module_name} has no {attribute}"
-            f"{f'; did you mean {near[0]!r}?' if near else '.'}"
+            f"{nearest(attribute, names)}"
         )
     return getattr(module, attribute)
 
 
 def import_callable(key: str, name: str) -> Any:
-    """Import what a name stands for, which has to be a function or a class."""
+    """Do as `import_own` for what must be a function or a class."""
     found = import_own(key, name)
     if not callable(found):
         raise ValueError(
@@ -105,7 +100,7 @@ def parameters_of(key: str, name: str, function: Any) -> dict[str, inspect.Param
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for each in parameters.values():
         if each.kind not in by_name:
-            raise ValueError(f"{key}: {name} takes {each}, expected parameters with names alone.")
+            raise ValueError(f"{key}: {name} takes {each}, expected parameters with names only.")
     return parameters
 
 

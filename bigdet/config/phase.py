@@ -11,6 +11,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from bigdet.config.augment import AugmentConfig, check_augment
+from bigdet.config.ema import EmaConfig
 from bigdet.config.families import DETECTORS
 from bigdet.config.model import ModelConfig, has_batch_norm, parts_with_batch_norm
 from bigdet.config.own import FORM
@@ -19,10 +20,12 @@ from bigdet.config.rules import (
     CHOICES,
     ConfigError,
     Ignored,
+    below_one,
     fraction,
     not_negative,
     only_for,
     positive,
+    positive_fraction,
     require,
 )
 from bigdet.config.start import StartFromConfig, ignored_in_start
@@ -54,7 +57,7 @@ class PhaseConfig:
     """Length in training images; the steps follow from ``images_per_step``."""
     images_per_gpu: int = MISSING
     """Images in one forward pass of one rank (micro-batch). Losses are normalized over these images
-    (by their objects or samples), as in the published codes, and live BN takes its statistics from
+    (by their objects or samples), as in the published code, and live BN takes its statistics from
     them: another number changes the gradient even if ``images_per_step`` stays."""
     images_per_step: int | None = None
     """Images per optimizer step over all ranks; beyond ranks x ``images_per_gpu``, gradients are
@@ -89,6 +92,14 @@ class PhaseConfig:
     """Decay biases of other layers. False in Detectron."""
     bias_lr_factor: float = 1.0
     """Learning rate of these biases over that of the weights. 2 in Detectron."""
+    layer_decay: float | None = None
+    """Learning rate of each layer of the backbone over that of the layer after it. The factor of a
+    layer is ``layer_decay`` to the power of the layers above it: depth + 1 for the stem (and the
+    positions of a ViT), 1 for the last block, and 0 for output norms, neck and heads, whose rate is
+    ``lr``. ViTDet from MAE weights: 0.7, 0.8, 0.9 for B, L, H. None: one rate."""
+    ema: EmaConfig | None = None
+    """A moving average (EMA) of the weights: what is evaluated, and what the next phase starts
+    from. None: no average."""
     schedule: Literal["constant", "step", "cosine"] = "step"
     """After the warm-up: ``constant``; ``step``: times ``decay_factor`` at each of ``drops``; or
     ``cosine``: half a cosine, from the full rate at the end of the warm-up to 0 at the end."""
@@ -106,8 +117,13 @@ class PhaseConfig:
     """For BN only. ``live``: statistics of the batch of each GPU. ``sync``: of the batches of all
     GPUs together, so that losses depend on their number. ``affine``: statistics fixed, scale and
     shift trained. ``fixed``: both fixed. Must be null without BN."""
+    freeze: Literal["backbone"] | None = None
+    """``backbone``: keep the whole backbone as it starts, its matrices in bf16 (half the memory),
+    without gradients, optimizer state, kept activations or drop path. It is on every rank whole,
+    and in no checkpoint: the run folder has it once, in ``frozen``. Output norms and the pyramid of
+    a ViT are trained. None: as ``freeze_stages`` says."""
     freeze_stages: int = 0
-    """How many first stages of the backbone are not trained; the stem is the first."""
+    """Number of stages at the start of the backbone that are not trained; the stem is the first."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
     """Where the weights come from."""
     model: PhaseModelConfig = field(default_factory=PhaseModelConfig)
@@ -116,10 +132,9 @@ class PhaseConfig:
 
 def length_of(phase: PhaseConfig) -> tuple[str, float]:
     """Return how long a phase is: the unit (``steps``, ``passes`` or ``images``) and the number."""
-    lengths = {"steps": phase.steps, "passes": phase.passes, "images": phase.images}
-    found = [(unit, length) for unit, length in lengths.items() if length is not None]
-    assert len(found) == 1, found  # check_config refuses others
-    return found[0]
+    lengths = {unit: getattr(phase, unit) for unit in LENGTH_UNITS}
+    (found,) = ((unit, length) for unit, length in lengths.items() if length is not None)
+    return found  # the only one: check_config refuses others
 
 
 def num_steps(phase: PhaseConfig) -> int:
@@ -137,12 +152,7 @@ def drop_points(phase: PhaseConfig) -> list[float]:
 
 
 def in_steps(phase: PhaseConfig, steps_per_unit: float) -> PhaseConfig:
-    """Return a phase with its length and its drops in steps.
-
-    Args:
-        phase: with its length in any unit.
-        steps_per_unit: steps in one unit of its length.
-    """
+    """Return a phase with its length and its drops in steps instead of its own unit."""
     drops = phase.drops
     if drops is not None:
         drops = [round(point * steps_per_unit) for point in drop_points(phase)]
@@ -158,12 +168,12 @@ def num_lanes(phase: PhaseConfig) -> int:
 
 
 def check_phase(key: str, phase: PhaseConfig, model: ModelConfig, loaded: list[str]) -> None:
-    """Check the options of a phase but for ``start_from``.
+    """Check the options of a phase, except ``start_from``.
 
     Args:
-        key: of the phase.
+        key: ``phases.NAME``.
         phase: the phase.
-        model: that it trains.
+        model: the model that it trains.
         loaded: parts of the model that do not start from random weights.
     """
     positive(key, phase, "images_per_gpu", "images_per_step", "lr", "reference_images_per_step")
@@ -186,10 +196,16 @@ def _check_freezing(key: str, phase: PhaseConfig, loaded: list[str]) -> None:
     stages = phase.freeze_stages
     is_fine = 0 <= stages <= BACKBONE_STAGES
     require(is_fine, f"{key}.freeze_stages", stages, f"0 to {BACKBONE_STAGES}")
-    if stages and "backbone" not in loaded:
+    if stages and phase.freeze is not None:
         raise ConfigError(
-            f"{key}.freeze_stages: found {stages}, but the backbone starts from random weights, "
-            f"and frozen random filters cost about 3 AP. Write 0."
+            f"{key}.freeze_stages: found {stages}, but freeze: {phase.freeze} freezes all of them. "
+            f"Remove one of the two."
+        )
+    if "backbone" not in loaded and (stages or phase.freeze is not None):
+        option, found = ("freeze_stages", stages) if stages else ("freeze", phase.freeze)
+        raise ConfigError(
+            f"{key}.{option}: found {found}, but the backbone starts from random weights, and "
+            f"frozen random filters cost about 3 AP. Remove it."
         )
 
 
@@ -223,24 +239,20 @@ def _check_schedule(key: str, phase: PhaseConfig) -> None:
     if len(units) != 1:
         found = " and ".join(f"{unit}: {getattr(phase, unit)}" for unit in units) or "none"
         raise ConfigError(
-            f"{key}.{units[-1] if units else 'steps'}: one of steps, passes and images says how "
-            f"long the phase is, found {found}. Write one, and null for the others."
+            f"{key}.{units[-1] if units else 'steps'}: found {found}, expected one of steps, "
+            f"passes and images, the length of the phase. Write one, and null for the others."
         )
     positive(key, phase, units[0], "bias_lr_factor")
-    for name in ("warmup_factor", "decay_factor"):
-        factor = getattr(phase, name)
-        require(0 < factor <= 1, f"{key}.{name}", factor, "in (0, 1]")
-    require(0 <= phase.momentum < 1, f"{key}.momentum", phase.momentum, "in [0, 1)")
+    positive_fraction(key, phase, "warmup_factor", "decay_factor", "layer_decay")
+    below_one(key, phase, "momentum")
+    if phase.ema is not None:
+        require(0 < phase.ema.decay < 1, f"{key}.ema.decay", phase.ema.decay, "in (0, 1)")
     is_fine = all(0 <= beta < 1 for beta in phase.betas)
     require(is_fine, f"{key}.betas", phase.betas, "two in [0, 1)")
 
 
 def check_length(key: str, phase: PhaseConfig) -> None:
-    """Check warm-up and drops against the length of a phase, as far as its unit allows.
-
-    Raises:
-        ConfigError: the phase is shorter than its own schedule.
-    """
+    """Check that warm-up and drops are within the length of a phase, as far as its unit allows."""
     unit, length = length_of(phase)
     if phase.steps is not None:
         _check_warm_up(key, phase)
@@ -255,7 +267,7 @@ def check_length(key: str, phase: PhaseConfig) -> None:
 
 
 def _check_warm_up(key: str, phase: PhaseConfig) -> None:
-    """Check that a phase, its length in steps, has its full rate before it ends or drops."""
+    """Check that the warm-up ends before a phase in steps, and before its first drop."""
     steps, warmup = num_steps(phase), phase.warmup_steps
     if warmup >= steps:
         raise ConfigError(
@@ -266,12 +278,12 @@ def _check_warm_up(key: str, phase: PhaseConfig) -> None:
     if drops and 0 < round(drops[0]) < warmup:
         raise ConfigError(
             f"{key}.warmup_steps: found {warmup}, but the rate drops after {round(drops[0])} of "
-            f"{steps} steps already, so that it never comes to its height. Write fewer, or a "
+            f"{steps} steps already, before it reaches its full value. Write fewer, or a "
             f"longer phase."
         )
 
 
 def ignored_in_phase(key: str, phase: PhaseConfig) -> Ignored:
-    """Yield options without effect that no choice excludes already."""
+    """Yield the options without effect, except those that `only_for` declares."""
     yield from ignored_in_resize(f"{key}.resize", phase.resize)
     yield from ignored_in_start(key, phase.start_from)

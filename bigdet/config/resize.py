@@ -7,15 +7,13 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from bigdet.config.rules import ConfigError, Ignored, only_for, positive, require
+from bigdet.config.rules import ConfigError, Ignored, all_positive, only_for, positive, require
 from bigdet.ops.sizes import CANVAS_MULTIPLE
 
 DEFAULT_CAP = (1333, 800)
-"""Longest long side, and the short side it goes with, in both papers; others in proportion."""
-FOR_TRAINING = (
-    "sizes", "size_range", "variant", "scale_range", "jitter_range", "pad_to", "draw",
-)  # fmt: skip
-"""Options of a resize that have an effect in training only."""
+"""Longest long side for this short side, in both papers; for others in proportion."""
+FOR_TRAINING = ["sizes", "size_range", "variant", "scale_range", "jitter_range", "pad_to", "draw"]
+"""Options that have an effect in training only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,8 @@ class ResizeConfig:
     )
     """For ``short_side`` and ``stitcher`` in training. ``batch``: a canvas is as large as its
     images need. ``two_shapes``: it is one of two, landscape or portrait, whichever most of its
-    images are; one of the other kind is made smaller to fit. ``model.compile`` likes few shapes."""
+    images are; the others are made smaller to fit. With ``model.compile``, few shapes are
+    better."""
 
 
 def is_square(resize: ResizeConfig) -> bool:
@@ -76,9 +75,9 @@ def is_square(resize: ResizeConfig) -> bool:
 
 
 def plan_of(resize: ResizeConfig) -> tuple[int, int]:
-    """Return how a resize looks at test time: short side and longest long side, pixels.
+    """Return short side and longest long side at test time, pixels.
 
-    The square kinds bring the long side to ``size``, and keep the aspect ratio.
+    The square kinds scale the long side to ``size``, and keep the aspect ratio.
     """
     if is_square(resize):
         return resize.size, resize.size
@@ -104,13 +103,11 @@ def check_resize(key: str, resize: ResizeConfig) -> None:
         found = getattr(resize, name)
         is_fine = found is None or 0 < found[0] <= found[1]
         require(is_fine, f"{key}.{name}", found, "two numbers above 0, rising")
-    if resize.sizes is not None:
-        is_fine = bool(resize.sizes) and min(resize.sizes) > 0
-        require(is_fine, f"{key}.sizes", resize.sizes, "a list of numbers above 0")
+    all_positive(key, resize, "sizes")
     if resize.draw == "image" and resize.pad_to == "two_shapes":
         raise ConfigError(
-            f"{key}.draw: found image with pad_to: two_shapes, which makes all images of a step as "
-            f"large as one size says. Write draw: step, or pad_to: batch."
+            f"{key}.draw: found image with pad_to: two_shapes, which needs one size for all images "
+            f"of a step. Write draw: step, or pad_to: batch."
         )
     require(resize.divide_by > 1, f"{key}.divide_by", resize.divide_by, "2 or more")
     size = largest_plan(resize)[0] if resize.kind == "short_side" else resize.size
@@ -119,6 +116,6 @@ def check_resize(key: str, resize: ResizeConfig) -> None:
 
 
 def ignored_in_resize(key: str, resize: ResizeConfig) -> Ignored:
-    """Yield options without effect that ``kind`` does not exclude already."""
+    """Yield the options without effect, except those that `only_for` declares."""
     if resize.sizes is not None:
-        yield f"{key}.size_range", "sizes says the same"
+        yield f"{key}.size_range", "sizes is set instead"

@@ -1,12 +1,13 @@
-"""The RPN: anchors, the loss of proposals, and how many of them there are."""
+"""The RPN: its anchors, its losses, and the number of proposals."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from bigdet.config.families import detector_facts
-from bigdet.config.rules import fraction, not_negative, positive, require
+from bigdet.config.rules import all_positive, fraction, not_negative, positive, require
 
 NUM_LEVELS = 5
 
@@ -16,19 +17,22 @@ class RpnConfig:
     """Region proposals."""
 
     anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
-    """Side of the square anchor of each pyramid level P2 to P6, pixels. Without an FPN (vgg16): of
-    all anchors of a point, in any number; Detectron has 64, 128, 256, 512."""
+    """Side of the square anchor of each pyramid level P2 to P6, pixels. Without an FPN (vgg16):
+    sides of all anchors at a position, any number of them; Detectron has 64, 128, 256, 512."""
     anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     """Height over width of the anchors, area kept."""
+    num_convs: int = 1
+    """3x3 convolutions before the predictions, without normalization. ViTDet and detectron2's
+    newer baselines have 2."""
     anchors_per_image: int = 256
-    """Sampled anchors per image in the loss, at most half of them positive."""
+    """Anchors sampled per image for the loss, at most half of them positive."""
     train_proposals: int | None = None
     """Proposals per image after NMS in training. None: 1000, or 2000 if the detector is a cascade
     (detectron2, mmdetection; Detectron's 2000 are of a batch of two images)."""
     test_proposals: int = 1000
     """Proposals per image after NMS at test time."""
     train_candidates: int | None = None
-    """Proposals per level before NMS in training. None: ``train_proposals`` where that is set, else
+    """Proposals per level before NMS in training. None: ``train_proposals`` if that is set, else
     2000."""
     test_candidates: int | None = None
     """Proposals per level before NMS at test time. None: ``test_proposals``."""
@@ -41,7 +45,7 @@ class RpnConfig:
     0 in Detectron and in mmdetection's cascades. None: all anchors count (detectron2, torchvision,
     mmdetection's other detectors)."""
     box_beta: float = 0.0
-    """Where the box loss turns from square to linear (smooth L1); 0 is L1. Detectron: 1/9."""
+    """Where the box loss changes from square to linear (smooth L1); 0 is L1. Detectron: 1/9."""
     nms_iou: float = 0.7
     """Proposals of one level that overlap a better one by more than this are dropped."""
 
@@ -60,36 +64,23 @@ def proposal_limits(rpn: RpnConfig, detector: str) -> RpnConfig:
 
 
 def check_rpn(rpn: RpnConfig, *, has_fpn: bool) -> None:
-    """Check the options of the RPN.
-
-    Args:
-        rpn: its section.
-        has_fpn: there are five levels with one size of anchor each; else one level with all sizes.
-    """
+    """Check the options of the RPN; without an FPN one level has anchors of all sizes."""
     key = "model.rpn"
-    check_anchors(key, rpn.anchor_sizes, rpn.anchor_ratios, "P2 to P6" if has_fpn else None)
-    num_anchors = rpn.anchors_per_image
-    half = "2 or more, half of them for objects"
-    require(num_anchors >= 2, f"{key}.anchors_per_image", num_anchors, half)
+    check_anchors(key, rpn, "P2 to P6" if has_fpn else None)
+    anchors = rpn.anchors_per_image
+    require(anchors >= 2, f"{key}.anchors_per_image", anchors, "2 or more, half for objects")
+    positive(key, rpn, "num_convs")
     positive(key, rpn, "train_proposals", "test_proposals", "train_candidates", "test_candidates")
     not_negative(key, rpn, "border", "box_beta")
     fraction(key, rpn, "low_quality_iou", "nms_iou")
 
 
-def check_anchors(key: str, sizes: list[int], ratios: list[float], levels: str | None) -> None:
+def check_anchors(key: str, section: Any, levels: str | None) -> None:
     """Check the anchors of a head.
 
-    Args:
-        key: of the section that has them.
-        sizes: pixels.
-        ratios: height over width.
-        levels: the five pyramid levels that have one size each. None: one level, any sizes.
+    ``levels`` are the five pyramid levels that have one size each. None: one level, any sizes.
     """
-    if levels is None:
-        is_fine, expected = bool(sizes), "sizes above 0"
-    else:
-        is_fine = len(sizes) == NUM_LEVELS
-        expected = f"five sizes above 0, one for each of {levels}"
-    require(is_fine and min(sizes) > 0, f"{key}.anchor_sizes", sizes, expected)
-    is_fine = bool(ratios) and min(ratios) > 0
-    require(is_fine, f"{key}.anchor_ratios", ratios, "a list of numbers above 0")
+    all_positive(key, section, "anchor_sizes", "anchor_ratios")
+    is_fine = levels is None or len(section.anchor_sizes) == NUM_LEVELS
+    expected = f"five sizes, one for each of {levels}"
+    require(is_fine, f"{key}.anchor_sizes", section.anchor_sizes, expected)

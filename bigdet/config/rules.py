@@ -1,14 +1,15 @@
-"""What the rules of all sections share: the error, the usual checks, and options without effect."""
+"""What the rules of all sections share: the error, common checks, and options without effect."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 CHOICES = "choices"
-"""In the metadata of an option that is a text: what it may be."""
+"""In the metadata of an option that is a string: its choices."""
 _ONLY_FOR = "only for"
 
 Ignored = Iterator[tuple[str, str]]
@@ -19,50 +20,51 @@ class ConfigError(ValueError):
     """Something that a user wrote in a config file or on the command line."""
 
 
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return how a sentence about an unknown name ends: with a hint, or with a full stop."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
 def require(holds: bool, key: str, found: object, expected: str) -> None:
-    """Refuse an option unless the rule holds."""
+    """Raise ``ConfigError`` unless the rule of an option holds."""
     if not holds:
         raise ConfigError(f"{key}: found {found}, expected {expected}.")
 
 
-def positive(key: str, section: Any, *names: str) -> None:
-    """Refuse numbers of a section that are not above 0; None means off."""
-    for name in names:
-        value = getattr(section, name)
-        is_fine = value is None or 0 < value < math.inf
-        require(is_fine, f"{key}.{name}", value, "a number above 0")
+def _rule(holds: Callable[[Any], bool], expected: str) -> Callable[..., None]:
+    """Return a check of some options of a section: their key, the section, and their names."""
+
+    def check(key: str, section: Any, *names: str) -> None:
+        for name in names:
+            value = getattr(section, name)
+            require(value is None or holds(value), f"{key}.{name}", value, expected)
+
+    return check
 
 
-def not_negative(key: str, section: Any, *names: str) -> None:
-    """Refuse numbers of a section below 0; None means off."""
-    for name in names:
-        value = getattr(section, name)
-        require(value is None or 0 <= value < math.inf, f"{key}.{name}", value, "0 or more")
-
-
-def fraction(key: str, section: Any, *names: str) -> None:
-    """Refuse numbers of a section outside [0, 1]; None means off."""
-    for name in names:
-        value = getattr(section, name)
-        require(value is None or 0 <= value <= 1, f"{key}.{name}", value, "in [0, 1]")
+positive = _rule(lambda value: 0 < value < math.inf, "a number above 0")
+not_negative = _rule(lambda value: 0 <= value < math.inf, "0 or more")
+fraction = _rule(lambda value: 0 <= value <= 1, "in [0, 1]")
+positive_fraction = _rule(lambda value: 0 < value <= 1, "in (0, 1]")
+below_one = _rule(lambda value: 0 <= value < 1, "in [0, 1)")
+all_positive = _rule(lambda values: bool(values) and min(values) > 0, "a list of numbers above 0")
 
 
 def only_for(choice: str, *values: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Return the metadata of an option that has an effect with some values of another one only.
+    """Return the metadata of an option that has an effect with some ``values`` of ``choice`` only.
 
-    Args:
-        choice: name of the other option, of the same section.
-        values: those of its values with which this one has an effect.
+    ``choice`` is another option of the same section.
     """
     return {_ONLY_FOR: (choice, values)}
 
 
 def ignored_by_choice(section: Any, prefix: str = "") -> Ignored:
-    """Yield the options that `only_for` declares to have no effect in this config.
+    """Yield the options that have no effect in this config, as `only_for` declares.
 
     Args:
         section: of the config, or all of it; sections in it are included.
-        prefix: what comes before the names of its options, ``data.`` for example.
+        prefix: of the keys of its options, such as ``data.``.
     """
     for option in dataclasses.fields(section):
         key, value = prefix + option.name, getattr(section, option.name)
@@ -82,9 +84,9 @@ def refuse_ignored(
     """Refuse options without effect that a user set.
 
     Args:
-        config: all of it.
+        config: the whole config.
         ignored: options and sections without effect.
-        written: full keys that a user set to their defaults; other values show that they were set.
+        written: full keys that a user set to their defaults (other values were set in any case).
     """
     for key, reason in ignored:
         *path, name = key.split(".")

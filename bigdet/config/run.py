@@ -26,6 +26,7 @@ from bigdet.config.model import (
     has_keypoints,
     ignored_in_model,
     is_class_agnostic,
+    used,
 )
 from bigdet.config.phase import PhaseConfig, check_phase, ignored_in_phase
 from bigdet.config.resize import ResizeConfig
@@ -72,7 +73,7 @@ def phase_model(config: RunConfig, name: str) -> ModelConfig:
     model, detector = config.model, config.phases[name].model.detector
     if detector is None:
         return model
-    roi = dataclasses.replace(model.roi, class_agnostic=is_class_agnostic(model))
+    roi = dataclasses.replace(used(model.roi), class_agnostic=is_class_agnostic(model))
     return dataclasses.replace(model, detector=detector, roi=roi)
 
 
@@ -101,9 +102,9 @@ def start_parts(config: RunConfig, name: str) -> list[str]:
 
 
 def imported_cost(config: RunConfig, name: str) -> dict[str, float]:
-    """Return what was stated of the weights that a phase and those before it took from elsewhere.
+    """Return the stated cost of the weights that a phase and those before it took from elsewhere.
 
-    A phase that starts from random weights leaves behind what came before it.
+    A phase that does not start from the one before has nothing of what that one took.
     """
     total: dict[str, float] = {}
     for phase in config.phases:
@@ -118,7 +119,7 @@ def imported_cost(config: RunConfig, name: str) -> dict[str, float]:
 
 
 def eval_resize(config: RunConfig, name: str) -> ResizeConfig:
-    """Return how the model of a phase sees the images that it is evaluated on."""
+    """Return the resize of the images on which the model of a phase is evaluated."""
     return config.evaluation.resize or config.phases[name].resize
 
 
@@ -126,8 +127,8 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
     """Check everything that can be checked without data and without a GPU.
 
     Args:
-        config: the config.
-        written: full keys that a user set to their defaults, refused where they have no effect.
+        config: the whole config.
+        written: full keys that a user set to their defaults, refused if they have no effect.
 
     Raises:
         ConfigError: with the full key, what was found and what to write instead.
@@ -142,7 +143,7 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
         key = f"phases.{name}"
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
             raise ConfigError(
-                f"{key}: a phase names files, so letters, digits and _ only, a letter first."
+                f"{key}: files are named after a phase. Use letters, digits and _, a letter first."
             )
         _check_detector(config, name)
         source, model = phase_source(config, name), phase_model(config, name)
@@ -160,8 +161,8 @@ def _check_detector(config: RunConfig, name: str) -> None:
     if detectors[0] != detectors[1] and not is_shared:
         raise ConfigError(
             f"phases.{name}.model.detector: found {detectors[1]} where model.detector is "
-            f"{detectors[0]}, expected two of the R-CNN family, which share their parts. Write "
-            f"two runs instead; the second may start from parts of the first."
+            f"{detectors[0]}, expected two of the R-CNN family, which share their parts. "
+            f"Write two runs instead; the second may start from parts of the first."
         )
 
 

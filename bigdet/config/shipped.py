@@ -7,23 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SHIPPED = (Path(__file__).parents[1] / "configs").resolve()
-"""The top folder ``configs`` of the sources, or its copy beside an installed package."""
+"""The top folder ``configs`` of the sources, or its copy in an installed package."""
 
 SUFFIX = ".yaml"
 
 
 def find_config(name: str | Path, folder: Path | None = None) -> Path:
-    """Return the file that a name stands for: a local one, else one that comes with bigdet.
+    """Return the file of a name or path: a local one, else one that comes with bigdet.
 
-    Of those that come with it, ``quickstart``, ``quickstart.yaml`` and ``configs/quickstart.yaml``
-    are the same one.
+    ``quickstart``, ``quickstart.yaml`` and ``configs/quickstart.yaml`` are the same file of bigdet.
 
     Args:
         name: path or name; ``.yaml`` may be left out.
-        folder: a relative path begins there. None: in the current folder.
+        folder: what a relative path is relative to. None: the current folder.
 
     Returns:
-        The path itself where there is no such file.
+        The local path itself if there is no such file.
     """
     local = Path(name) if folder is None else folder / name
     candidates = [local, Path(f"{local}{SUFFIX}")]
@@ -33,14 +32,14 @@ def find_config(name: str | Path, folder: Path | None = None) -> Path:
 
 
 def list_shipped() -> Iterator[tuple[str, str]]:
-    """Yield name and first line of comment of each file that comes with bigdet."""
+    """Yield the name and the first line of comment of each file that comes with bigdet."""
     for file in sorted(SHIPPED.rglob(f"*{SUFFIX}"), key=lambda file: (len(file.parts), file)):
         first = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         yield _plain(file.relative_to(SHIPPED)), first if first.endswith(".") else f"{first} ..."
 
 
 def nearest_shipped(path: Path) -> str | None:
-    """Return the name that a misspelled one is nearest to."""
+    """Return the name nearest to a misspelled one, if any is near."""
     names = [_plain(file.relative_to(SHIPPED)) for file in SHIPPED.rglob(f"*{SUFFIX}")]
     typed = _plain(path) if not path.is_absolute() else path.stem
     return next(iter(difflib.get_close_matches(typed, names, n=1)), None)

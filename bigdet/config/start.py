@@ -12,15 +12,17 @@ from bigdet.config.rules import CHOICES, ConfigError, Ignored, positive
 Pixels = Literal["rgb", "bgr", "bgr_255"]
 PARTS = tuple(dict.fromkeys(part for facts in DETECTORS.values() for part in facts.parts))
 """Parts of bigdet's detectors; a user's own may have others."""
-IMAGENET_COST = {
-    "images": 128_000_000, "instances": 128_000_000, "pixels": 128_000_000 * 224 * 224,
-}  # fmt: skip
-"""What paper 1 counts for ImageNet weights: 1.28 million images, 100 passes at 224x224."""
+_IMAGES = 128_000_000
+IMAGENET_COST = {"images": _IMAGES, "instances": _IMAGES, "pixels": _IMAGES * 224 * 224}
+"""The cost of ImageNet weights in paper 1: 1.28 million images, 100 passes at 224x224."""
+
+
+_COSTS = ("images", "instances", "pixels", "gpu_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartCostConfig:
-    """What it cost to train imported weights, as far as it is known."""
+    """What it cost to train imported weights, as far as known."""
 
     preset: Literal["imagenet"] | None = None
     """``imagenet``: 1.28 million images of one object, 100 passes at 224x224 (paper 1)."""
@@ -44,16 +46,18 @@ class StartFromConfig:
     the file of a backbone from another codebase: ``.safetensors``, ``.pth``, ``.pkl``. None:
     ``random`` in the first phase, ``previous`` in the others."""
     parts: list[str] | None = field(default=None, metadata={CHOICES: PARTS})
-    """The parts that are loaded, the others start anew. None: all parts of the model (``timm``
-    and files of others: the backbone; of ``vgg16`` they also have fc6 and fc7 for ``box_head``)."""
+    """The parts that are loaded; the others start anew. None: all parts of the model, or the
+    backbone from ``timm`` and files of other codebases (which for ``vgg16`` also have fc6 and fc7,
+    of ``box_head``)."""
     pixels: Pixels | None = None
-    """For ``.pkl`` files, which do not record it: how images were fed to the network. ``rgb``: as
+    """For ``.pkl`` files, which do not record it: how images were given to the network. ``rgb``: as
     in torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
     reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
     ema: bool | None = None
     """For files with both plain weights and their moving average (EMA): true for the average, false
     for the plain ones. None: the plain ones, but the average for files of mmengine, which puts it
-    in their place. The log says what a file has and what was taken."""
+    in their place. The log says what a file has and what was taken. A phase of bigdet with ``ema``
+    gives its average alone."""
     cost: StartCostConfig | None = None
     """For ``timm`` and paths: what the weights cost, reported next to the run's own cost in
     ``metrics.jsonl`` (``imported/images``, ...). None: unknown."""
@@ -70,12 +74,7 @@ def is_foreign_file(source: str) -> bool:
 
 
 def source_of(start: StartFromConfig, *, is_first: bool) -> str:
-    """Return where weights come from, with the default filled in.
-
-    Args:
-        start: section of a phase.
-        is_first: the phase is the first of its run.
-    """
+    """Return where the weights of a phase come from, with the default filled in."""
     return start.source or ("random" if is_first else "previous")
 
 
@@ -84,11 +83,7 @@ def loaded_parts(
 ) -> list[str]:
     """Return the parts that are loaded, with the default filled in: all that the source has.
 
-    Args:
-        start: section of a phase.
-        source: its `source_of`.
-        model: that the phase trains.
-        before: that the phase before trains; None: it is the first.
+    ``model`` is that of the phase, ``before`` that of the phase before, None for the first phase.
     """
     if source == "random":
         return []
@@ -103,28 +98,16 @@ def loaded_parts(
 
 
 def stated_cost(cost: StartCostConfig) -> dict[str, float]:
-    """Return the numbers of a stated cost that are known, by the names of its options."""
-    numbers: dict[str, float] = {}
-    if cost.preset == "imagenet":
-        numbers |= IMAGENET_COST
-    for name in ("images", "instances", "pixels", "gpu_seconds"):
-        if (number := getattr(cost, name)) is not None:
-            numbers[name] = number
-    return numbers
+    """Return the known numbers of a cost by the names of its options."""
+    preset = IMAGENET_COST if cost.preset == "imagenet" else {}
+    own = {name: getattr(cost, name) for name in _COSTS}
+    return preset | {name: number for name, number in own.items() if number is not None}
 
 
 def check_start(
     key: str, start: StartFromConfig, source: str, model: ModelConfig, before: ModelConfig | None
 ) -> None:
-    """Check where weights come from and which parts are loaded.
-
-    Args:
-        key: of the phase.
-        start: its section.
-        source: its `source_of`.
-        model: that the phase trains.
-        before: that the phase before trains; None: it is the first.
-    """
+    """Check where weights come from and which parts are loaded; see `loaded_parts`."""
     key = f"{key}.start_from"
     if source == "previous" and before is None:
         raise ConfigError(
@@ -184,26 +167,26 @@ def _check_hand_over(key: str, parts: list[str], model: ModelConfig, before: Mod
     if has_cascade(before) and not has_cascade(model) and "box_head" in parts:
         raise ConfigError(
             f"{key.removesuffix('start_from')}model.detector: the three box heads of the phase "
-            f"before, a {before.detector}, do not become the one of a {model.detector}. Write "
+            f"before, a {before.detector}, cannot become the one of a {model.detector}. Write "
             f"{before.detector} here too, or list start_from.parts without box_head, which then "
             f"starts anew."
         )
 
 
 def _check_cost(key: str, cost: StartCostConfig, source: str) -> None:
-    """Check what is stated of the cost of weights from elsewhere."""
+    """Check the stated cost of weights from elsewhere."""
     if source in ("random", "previous"):
         raise ConfigError(
             f"{key}: is for weights from elsewhere, but the source is {source}, whose cost is "
             f"counted. Remove it, or name a source."
         )
     if not stated_cost(cost):
-        raise ConfigError(f"{key}: states nothing. Write preset: imagenet, images: NUMBER, ...")
-    positive(key, cost, "images", "instances", "pixels", "gpu_seconds")
+        raise ConfigError(f"{key}: is empty. Write preset: imagenet, images: NUMBER, ...")
+    positive(key, cost, *_COSTS)
 
 
 def ignored_in_start(key: str, start: StartFromConfig) -> Ignored:
-    """Yield the numbers of a cost that its preset says already."""
+    """Yield the numbers of a cost that its preset sets already."""
     if start.cost is not None and start.cost.preset is not None:
         for name in IMAGENET_COST:
-            yield f"{key}.start_from.cost.{name}", f"preset: {start.cost.preset} says it"
+            yield f"{key}.start_from.cost.{name}", f"preset: {start.cost.preset} sets it"

@@ -1,7 +1,7 @@
 """Sweeps: a file that lists runs, each a config with overrides, and what follows from it.
 
 A run may fork from another one: it begins at a checkpoint of that run, so that what both share is
-trained once (paper 1, figure 1: the 2x to 5x schedules end a 6x run earlier).
+trained only once (paper 1, figure 1: the 2x to 5x schedules are a 6x run that ends earlier).
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ class EntryConfig:
     """One run, or one per seed."""
 
     config: str | None = None
-    """Relative to the sweep. None: that of the sweep."""
+    """Its config, relative to the sweep's file. None: that of the sweep."""
     overrides: list[str] = field(default_factory=list)
     """Words ``key=value``, after those of the sweep."""
     fork: ForkConfig | None = None
     """Where it begins. None: at its own start."""
     after: str | None = None
-    """Name of a run above whose weights it starts from: it waits for that run to finish. A run
-    waits for what it forks from anyway."""
+    """Name of a run above whose weights it starts from: it waits until that run has finished. A
+    fork waits for its run anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A list of runs that are to be compared."""
+    """A list of runs to compare."""
 
     output: str = MISSING
-    """Folder of the run folders, which have the names of the runs, and of the report."""
+    """Folder of the report and of the run folders, which have the names of the runs."""
     command: str = "python -m bigdet.train"
-    """What starts a run; the config and the overrides are put behind it."""
+    """What starts a run; the config and the overrides are appended."""
     config: str | None = None
-    """The config of runs that name none, relative to the sweep."""
+    """The config of runs that name none, relative to the sweep's file."""
     overrides: list[str] = field(default_factory=list)
     """Words ``key=value`` for all runs."""
     seeds: list[int] | None = None
-    """Every run is made once with each of these seeds. None: once, with that of its config."""
+    """Every run is trained once with each of these seeds. None: once, with that of its config."""
     runs: dict[str, EntryConfig] = MISSING
-    """The runs by name, in the order in which they are made."""
+    """The runs by name, in the order in which they are trained."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,11 @@ class PlannedRun:
     """One run of a sweep.
 
     Attributes:
-        name: of the run folder.
-        group: of the entry; runs of one group differ in their seed.
-        config_file: its config.
-        overrides: words that make it this run.
-        config: what they come to.
-        fork_of: name of the run that it begins in.
-        after: name of the run that has to be finished before; None where there is none.
+        name: name of its folder.
+        group: name of its entry; runs of one group differ in their seed.
+        config_file: path, with ``overrides`` the source of ``config``.
+        fork_of: name of the run in which it begins, if any.
+        after: name of the run that must have finished before it starts, if any.
     """
 
     name: str
@@ -104,7 +102,7 @@ def load_sweep(path: str | Path) -> tuple[SweepConfig, list[PlannedRun]]:
     values = read_yaml(path)
     if "runs" not in values:
         raise ConfigError(
-            f"{path}: is no sweep, for it lists no `runs`. Give one, such as "
+            f"{path}: is not a sweep, as it has no `runs`. Give one, such as "
             f"sweeps/small; `bigdet train` takes the config of one run."
         )
     try:
@@ -146,7 +144,7 @@ def _plan(
         raise ConfigError("config: not set, here or for the whole sweep. Write the path of one.")
     config_file = os.path.normpath(find_config(file, path.parent))
     if "/" in group:
-        raise ConfigError("the name of a run is that of its folder. Write one without /.")
+        raise ConfigError("a folder is named after the run. Write a name without /.")
     name = _name(group, seed)
     own = [f"output={sweep.output}/{name}", *([] if seed is None else [f"seed={seed}"])]
     for word in (*sweep.overrides, *entry.overrides):
@@ -165,14 +163,14 @@ def _plan(
     after = trunk
     if entry.after is not None:
         if trunk is not None:
-            raise ConfigError("after: a fork waits for the run that it begins in. Remove it.")
+            raise ConfigError("after: a fork waits for the run in which it begins. Remove it.")
         after = _above("after", entry.after, seed, planned)
     config = load_config(config_file, overrides)
     return PlannedRun(name, group, config_file, overrides, config, trunk, after)
 
 
 def _above(key: str, group: str, seed: int | None, planned: dict[str, PlannedRun]) -> str:
-    """Return the name of another run of the same seed, which must be earlier in the list."""
+    """Return the name of a group's run of the same seed, which must be earlier in the list."""
     name = _name(group, seed)
     if name not in planned:
         known = ", ".join(dict.fromkeys(run.group for run in planned.values())) or "none does"
@@ -183,10 +181,9 @@ def _above(key: str, group: str, seed: int | None, planned: dict[str, PlannedRun
 def _with_checkpoints(
     run: PlannedRun, sweep: SweepConfig, planned: dict[str, PlannedRun]
 ) -> PlannedRun:
-    """Let a run keep the checkpoints that others fork from."""
-    forks = [
-        sweep.runs[other.group].fork for other in planned.values() if other.fork_of == run.name
-    ]
+    """Let a run keep the checkpoints from which others fork."""
+    own = (other for other in planned.values() if other.fork_of == run.name)
+    forks = [sweep.runs[other.group].fork for other in own]
     wanted = {_checkpoint(fork, run.config) for fork in forks if fork is not None}
     if not wanted:
         return run
@@ -197,7 +194,7 @@ def _with_checkpoints(
 
 
 def _checkpoint(fork: ForkConfig, trunk: RunConfig) -> str:
-    """Return the name of the checkpoint that a fork begins at."""
+    """Return the name of the checkpoint at which a fork begins."""
     phases = list(trunk.phases)
     phase = fork.phase or (phases[0] if len(phases) == 1 else None)
     if phase not in phases:

@@ -1,4 +1,4 @@
-"""The protocol of an engine: what the training loop may ask of whatever updates the weights.
+"""The protocol of an engine: what the training loop calls to update the weights.
 
 An engine knows nothing of detection. It runs a module whose ``forward(batch)`` gives a dict of
 scalar losses, and keeps its state by parameter name, so that any engine on any number of ranks
@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from bigdet import distributed
 from bigdet.engine.parts import Share, Source
-from bigdet.pieces.index import EMA, MODEL, Catalog
+from bigdet.pieces.index import MODEL, NEWEST, Catalog
 
 BUCKET_ELEMENTS = 50_000_000
 """Numbers that ZeRO's stages 0 to 2 send in one call. DeepSpeed's own 500 million would be a buffer
@@ -69,7 +69,7 @@ class Engine(Protocol):
     def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
         """Take one optimizer step on the mean loss of all micro-batches of all ranks.
 
-        Micro-batches are drawn one after the other, each when the one before was computed.
+        Each micro-batch is taken from the iterable when the one before it has been computed.
         """
         ...
 
@@ -78,16 +78,16 @@ class Engine(Protocol):
         ...
 
     def update_ema(self, decay: float) -> None:
-        """Move the average of the weights towards the newest ones, ``decay`` of the old stays.
+        """Move the average of the weights towards the newest ones; ``decay`` of the old stays.
 
-        For an engine that keeps one, after each step that counted. No communication.
+        Called after each step that counted, if the engine keeps an average. No communication.
         """
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Let the module have the average of the weights inside a block, to evaluate. Collective.
+        """Give the module the average of the weights inside a block, to evaluate it. Collective.
 
-        No other method may be called in it. Without an average nothing happens.
+        No other method may be called in the block. Without an average nothing happens.
         """
         ...
 
@@ -109,7 +109,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of all memory but the module's own."""
+        """Free all memory but the module's own."""
         ...
 
 
@@ -130,8 +130,8 @@ def weight_shapes(module: nn.Module) -> Shapes:
 
 
 def has_optimizer_state(catalog: Catalog) -> bool:
-    """Tell whether what was saved has optimizer state: not before the first step of a phase."""
-    return bool(catalog.keys() - {MODEL, EMA})
+    """Return whether what was saved has optimizer state; before the first step it has none."""
+    return bool(catalog.keys() - {MODEL, NEWEST})
 
 
 def check_fits(
@@ -171,15 +171,16 @@ def misfits(
     found = {name: spec.shape for name, spec in catalog.get(MODEL, {}).items()}
     problems = _differences("weights", found, shapes)
     if not problems:
-        found = {name: spec.shape for name, spec in catalog.get(EMA, {}).items()}
-        problems = _differences("moving averages", found, {name: shapes[name] for name in averaged})
+        found = {name: spec.shape for name, spec in catalog.get(NEWEST, {}).items()}
+        expected = {name: shapes[name] for name in averaged}
+        problems = _differences("weights besides their average", found, expected)
     if has_optimizer_state(catalog) and not problems:
         problems = _differences(
             "optimizer state",
             {
                 f"{name}/{kind}": spec.shape
                 for kind, specs in catalog.items()
-                if kind not in (MODEL, EMA)
+                if kind not in (MODEL, NEWEST)
                 for name, spec in specs.items()
             },
             {

@@ -1,15 +1,14 @@
 """The engine on DeepSpeed: ZeRO stages 0 to 3.
 
-What is DeepSpeed's here: gradients reduced over the ranks; gradients, optimizer state and weights
-sharded over them; the optimizer step. What is ours: precision, accumulation, the verdict whether a
-step counts, and the state by parameter name. DeepSpeed itself always runs in fp32: autocast and
-loss scale are the same in all engines (`precision.py`).
+DeepSpeed reduces gradients over the ranks, shards gradients, optimizer state and weights, and takes
+the optimizer step. Precision, accumulation, the decision whether a step counts, and the state by
+parameter name are bigdet's. DeepSpeed itself always runs in fp32: autocast and loss scale are the
+same in all engines (`precision.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import logging
 import math
@@ -27,16 +26,14 @@ from bigdet.engine.base import (
     BUCKET_ELEMENTS,
     MakeOptimizer,
     StepResult,
-    check_fits,
-    has_optimizer_state,
     state_keys,
     weight_shapes,
 )
 from bigdet.engine.ema import MovingAverage
-from bigdet.engine.parts import Part, Share, Source, copy_share, fill
+from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.engine.stateful import StatefulEngine
 from bigdet.pieces.building import materialize
-from bigdet.pieces.index import EMA, MODEL
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
@@ -60,17 +57,17 @@ WHOLE_ELEMENTS = 10_000
 # compiler, takes half a minute, and a rank killed meanwhile leaves a lock that hangs later runs.
 deepspeed.ops.__compatible_ops__ = {}
 
-# What DeepSpeed need not say: that it knows Adam alone (tests/ranks/test_engine.py tests SGD), that
-# a step was skipped, which the training loop counts and tells, and that its stage 3 finds no
-# tensors in the dataclasses that heads return: the layers inside, which have the parameters, do
-# return tensors.
+# Messages of DeepSpeed that are left out: that it was tested with Adam only
+# (tests/ranks/test_engine.py tests SGD), that a step was skipped (the training loop logs and counts
+# it), and that its stage 3 finds no tensors in the dataclasses that heads return: the layers
+# inside, which have the parameters, do return tensors.
 UNSAID = ("untested optimizer", "OVERFLOW! Skipping step", "unknown inputs or outputs type")
 logging.getLogger("DeepSpeed").addFilter(
     lambda record: not any(words in record.getMessage() for words in UNSAID)
 )
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(StatefulEngine):
     """``Engine`` with ZeRO stage 0 to 3.
 
     Args:
@@ -205,20 +202,6 @@ class DeepSpeedEngine:
             return math.inf
         return float(self._engine.get_global_grad_norm())
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps, times each group's own factor."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
-
-    def update_ema(self, decay: float) -> None:
-        """Move the average of the weights towards the newest ones."""
-        if self._ema is not None:
-            self._ema.update(decay)
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Let the module have the average of the weights inside a block. Collective."""
-        return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
-
     def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
         """Give what this rank holds of parameters and buffers, as they are now."""
         own = self.module.state_dict(keep_vars=True)
@@ -235,45 +218,16 @@ class DeepSpeedEngine:
             for key in self._keys
         ]
 
-    def share(self, position: int, size: int) -> Share:
-        """Copy what this rank saves; see ``parts.copy_share``. Collective."""
-        share = copy_share(
-            self._weights(MODEL, self._shapes) + self._optimizer_parts(), position, size
-        )
-        if self._ema is not None:
-            with self._ema.in_place():
-                averages = copy_share(self._weights(EMA, self._ema.names), position, size)
-            share = share.with_more(averages)
-        return dataclasses.replace(share, loss_scale=self._scale.state())
+    def _make_optimizer_state(self) -> None:
+        """Make room for the optimizer state, as a first step would."""
+        self._state.create(self._keys)
 
-    def begin(self, source: Source) -> None:
-        """Take the weights to start from, reading this rank's part of them. Collective."""
-        check_fits(source.catalog, self._shapes, self._trained, self._keys)
-        with self._state.setting():
-            fill(self._weights(MODEL, self._shapes), source)
-        if self._ema is not None:
-            self._ema.restart()
-
-    def load_state(self, source: Source) -> None:
-        """Go on from what was saved, reading this rank's part of it. Collective.
-
-        Raises:
-            SharedError: on every rank, when the state is that of another model or optimizer.
-        """
-        averaged = () if self._ema is None else self._ema.names
-        check_fits(source.catalog, self._shapes, self._trained, self._keys, averaged)
-        self._optimizer.state.clear()
-        if has_optimizer_state(source.catalog):
-            self._state.create(self._keys)
-        if self._ema is not None:
-            with self._ema.in_place(), self._state.setting():
-                fill(self._weights(EMA, averaged), source)
-        with self._state.setting():
-            fill(self._weights(MODEL, self._shapes) + self._optimizer_parts(), source)
-        self._scale.load_state(source.loss_scale)
+    def _setting(self) -> contextlib.AbstractContextManager[None]:
+        """Let weights be set inside a block, and take them over at its end."""
+        return self._state.setting()
 
     def close(self) -> None:
-        """Let go of all memory but the module's own."""
+        """Free all memory but the module's own."""
         wrapped = self._engine.module
         self._engine.destroy()
         if self._stage == 3:

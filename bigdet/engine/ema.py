@@ -40,7 +40,7 @@ class MovingAverage:
             trained: names of its parameters that are.
             parts: gives the tensors that the optimizer of this rank steps, in fp32; always of the
                 same sizes, in the same order.
-            use_parts: makes the module compute with them once they were changed. Collective.
+            use_parts: makes the module use them after they were changed. Collective.
         """
         state = module.state_dict(keep_vars=True)
         buffers = {
@@ -70,10 +70,10 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the module have the average inside a block, and its own weights after it. Collective.
+        """Give the module the average inside a block, and its weights back after it. Collective.
 
-        They change places, so that it costs no memory. After an error in the block they stay where
-        they are, as ranks that wait for each other then would hang.
+        They change places, which costs no memory. After an error in the block they stay as they
+        are: the run ends, and ranks that still waited for each other would hang.
         """
         self._swap()
         yield

@@ -1,14 +1,12 @@
 """The engine on torch's FSDP2: weights, gradients and optimizer state sharded by rows.
 
 Each unit (a stage of the backbone, a head) is gathered when its forward or backward pass begins and
-let go when it ends; its gradients are reduced to shards after each micro-batch. Gathered and
-reduced in fp32, as in the other engine; see `precision.py`.
+freed when it ends; its gradients are reduced to shards after each micro-batch. Both are done in
+fp32, as in the other engine; see `precision.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -26,15 +24,13 @@ from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
     MakeOptimizer,
     StepResult,
-    check_fits,
-    has_optimizer_state,
     state_keys,
     weight_shapes,
 )
 from bigdet.engine.ema import MovingAverage
-from bigdet.engine.parts import Part, Share, Source, copy_share, fill
+from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
-from bigdet.pieces.index import EMA, MODEL
+from bigdet.engine.stateful import StatefulEngine
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -43,7 +39,7 @@ CLIP_EPSILON = 1e-6
 """As in torch's own clipping."""
 
 
-class FsdpEngine:
+class FsdpEngine(StatefulEngine):
     """``Engine`` on ``fully_shard``.
 
     Args:
@@ -109,7 +105,7 @@ class FsdpEngine:
         return [_shard(parameter) for parameter in self._trained.values()]
 
     def _use_parts(self) -> None:
-        """Let go of what is gathered: after an evaluation the outermost unit still is."""
+        """Free what is gathered: after an evaluation the outermost unit still is."""
         for layer in self.module.modules():
             if isinstance(layer, FSDPModule):
                 layer.reshard()
@@ -149,20 +145,6 @@ class FsdpEngine:
         self._optimizer.zero_grad()
         return norm
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps, times each group's own factor."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
-
-    def update_ema(self, decay: float) -> None:
-        """Move the average of the weights towards the newest ones."""
-        if self._ema is not None:
-            self._ema.update(decay)
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Let the module have the average of the weights inside a block. Collective."""
-        return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
-
     def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
         """Give what this rank holds of parameters and buffers, as they are now."""
         own = self.module.state_dict()
@@ -177,47 +159,16 @@ class FsdpEngine:
             for key in self._keys
         ]
 
-    def share(self, position: int, size: int) -> Share:
-        """Copy what this rank saves; see ``parts.copy_share``. Collective."""
-        share = copy_share(
-            self._weights(MODEL, self._shapes) + self._optimizer_parts(), position, size
-        )
-        if self._ema is not None:
-            with self._ema.in_place():
-                averages = copy_share(self._weights(EMA, self._ema.names), position, size)
-            share = share.with_more(averages)
-        return dataclasses.replace(share, loss_scale=self._scale.state())
-
-    def begin(self, source: Source) -> None:
-        """Take the weights to start from, reading this rank's part of them. Collective."""
-        check_fits(source.catalog, self._shapes, self._trained, self._keys)
-        fill(self._weights(MODEL, self._shapes), source)
-        if self._ema is not None:
-            self._ema.restart()
-
-    def load_state(self, source: Source) -> None:
-        """Go on from what was saved, reading this rank's part of it. Collective.
-
-        Raises:
-            SharedError: on every rank, when the state is that of another model or optimizer.
-        """
-        averaged = () if self._ema is None else self._ema.names
-        check_fits(source.catalog, self._shapes, self._trained, self._keys, averaged)
-        self._optimizer.state.clear()
-        if has_optimizer_state(source.catalog):
-            for parameter in self._trained.values():
-                self._optimizer.state[parameter] = {
-                    key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
-                    for key in self._keys
-                }
-        if self._ema is not None:
-            with self._ema.in_place():
-                fill(self._weights(EMA, averaged), source)
-        fill(self._weights(MODEL, self._shapes) + self._optimizer_parts(), source)
-        self._scale.load_state(source.loss_scale)
+    def _make_optimizer_state(self) -> None:
+        """Make room for the optimizer state, as a first step would."""
+        for parameter in self._trained.values():
+            self._optimizer.state[parameter] = {
+                key: torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
+                for key in self._keys
+            }
 
     def close(self) -> None:
-        """Let go of all memory but the module's own."""
+        """Free all memory but the module's own."""
         self._optimizer.zero_grad()
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()

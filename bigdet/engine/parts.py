@@ -25,7 +25,7 @@ class Part:
     """What this rank holds of one tensor.
 
     Attributes:
-        kind: ``MODEL``, ``EMA``, or what the optimizer calls it.
+        kind: ``MODEL``, ``NEWEST``, or what the optimizer calls it.
         name: of the parameter or buffer.
         shape: of the whole tensor.
         first: number, in the flattened whole tensor, of the first one that is held.
@@ -79,7 +79,7 @@ class Share:
 
 
 class Source(Protocol):
-    """What an engine can go on from, such as ``pieces.reading.Stored``."""
+    """What an engine can continue from, such as ``pieces.reading.Stored``."""
 
     @property
     def catalog(self) -> Catalog:

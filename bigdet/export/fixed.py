@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from bigdet.config.model import used
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import POOLED_SIZE as BOX_POOLED_SIZE
 from bigdet.models.heads.box import BoxHead, deltas_of
@@ -64,8 +65,7 @@ class FixedDetector(nn.Module):
             return self._select(*self._retina_candidates(detector, batch), image_sizes)
         assert isinstance(detector, RCNN)
         pyramid, _ = detector.features(batch)
-        canvas_size = (images.shape[2], images.shape[3])
-        predictions = detector.rpn(pyramid, detector.strides, canvas_size)
+        predictions = detector.rpn(pyramid, detector.strides, detector.seen_size(batch))
         proposals = detector.rpn.propose(predictions, image_sizes, spread_nms)
         candidates = self._box_candidates(detector, pyramid, proposals.boxes, proposals.is_valid)
         found = self._select(*candidates, image_sizes)
@@ -153,7 +153,7 @@ def _pool(detector: RCNN, pyramid: Sequence[Tensor], boxes: Tensor, size: int) -
     strides = detector.backbone.strides
     levels = pyramid_levels(flat, strides)
     is_aligned = detector.rpn.conventions.roi_align_aligned
-    ratio = detector.config.roi.sampling_ratio
+    ratio = used(detector.config.roi).sampling_ratio
     pooled = pyramid[0].new_zeros(len(flat), pyramid[0].shape[1], size, size)
     for number, (level, stride) in enumerate(zip(pyramid, strides, strict=False)):  # P6: not pooled
         rows = (levels == number).nonzero().squeeze(1)

@@ -88,6 +88,11 @@ def check_exportable(detector: Detector, out: Path, size: tuple[int, int], num_i
     if not detector_facts(kind).is_exportable:
         known = [name for name, facts in DETECTORS.items() if facts.is_exportable]
         raise ValueError(f"found a {kind}, expected one of {', '.join(known)} to export.")
+    if (nms := getattr(detector.eval_settings, "nms", "hard")) != "hard":
+        raise ValueError(
+            f"found nms: {nms}, expected hard: an exported detector has no soft-NMS. Evaluate it "
+            f"with nms=hard, and train or convert it without the option."
+        )
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}.")
     if any(side < 2 * CANVAS_MULTIPLE or side % CANVAS_MULTIPLE for side in size):
@@ -116,8 +121,8 @@ def write_exported(
         detector: on the CPU, in evaluation mode.
         out: ``.onnx`` or ``.pt2``.
         size: height, width of the canvas.
-        num_images: B.
-        num_candidates: see ``FixedDetector``.
+        num_images: B, fixed in the file.
+        num_candidates: n of ``FixedDetector``.
     """
     fixed = FixedDetector(detector, num_candidates).eval()
     images = torch.zeros(num_images, 3, *size, dtype=torch.uint8)
@@ -135,17 +140,13 @@ def write_exported(
             out.write_bytes(written.getbuffer())
             return
         names = OUTPUTS if has_masks(detector.config) else OUTPUTS[:-1]
-        chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-        levels = [logger.level for logger in chatter]
-        for logger in chatter:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             onnx = torch.onnx.export(
                 program, dynamo=True, input_names=INPUTS, output_names=names, verbose=False
             )
         finally:
-            for logger, level in zip(chatter, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(logging.NOTSET)
     assert onnx is not None
     onnx.model.metadata_props.update(facts)
     onnx.save(str(out))
@@ -179,10 +180,10 @@ def on_canvas(detector: Detector, image: Tensor, size: tuple[int, int], num_imag
     """Resize an image as the detector does at test, or smaller to fit, and put it on a canvas.
 
     Args:
-        detector: its test size is used.
+        detector: has the test size, ``eval_size``.
         image: ``(3, h, w)`` uint8.
         size: height, width of the canvas.
-        num_images: number of copies of it.
+        num_images: B, all of them the same image.
     """
     height, width = eval_size(image.shape[1], image.shape[2], *detector.eval_size)
     scale = min(1.0, size[0] / height, size[1] / width)

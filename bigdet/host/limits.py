@@ -37,11 +37,7 @@ class Memory:
 
 
 def num_cpus(root: Path = Path("/")) -> int:
-    """Return how many CPUs this process may use at a time, at least 1.
-
-    Args:
-        root: of the file system; another one for tests.
-    """
+    """Return how many CPUs this process may use at a time, at least 1; tests have another root."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         count = len(os.sched_getaffinity(0))
     else:
@@ -54,11 +50,7 @@ def num_cpus(root: Path = Path("/")) -> int:
 
 
 def host_memory(root: Path = Path("/")) -> Memory:
-    """Return the memory of this process's part of the host.
-
-    Args:
-        root: of the file system; another one for tests.
-    """
+    """Return the memory of this process's part of the host; tests have another root."""
     text = _text(root / "proc/meminfo")
     kib = {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB$", text, re.M)}
     if "MemTotal" not in kib:  # no Linux
@@ -119,10 +111,8 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 def _up(mounted: Path, path: str, top: str) -> Iterator[Path]:
     """Yield the folder of a group and those above it, as far as they are mounted.
 
-    Args:
-        mounted: where the groups are.
-        path: that of the group, from the root of all groups.
-        top: the group that is mounted: a container may see only its own.
+    ``path`` is from the root of all groups. ``top`` is the group that is mounted: a container may
+    see only its own.
     """
     inner = Path(path).parts[1:]
     above = Path(top).parts[1:]

@@ -42,14 +42,15 @@ class Objects:
 
 
 def pad_objects(targets: Targets, dtype: torch.dtype) -> Objects:
-    """Arrange flat targets by image; one wait for the device, for G (at least 1).
+    """Arrange flat targets by image; G is at least 1.
 
     Args:
         targets: M objects of B images.
         dtype: type of the boxes.
     """
     counts = targets.offsets.diff()
-    num_objects = max(int(counts.max()), 1)  # the host waits here
+    most = int(counts.max()) if targets.most is None else targets.most
+    num_objects = max(most, 1)
     slots = torch.arange(num_objects, device=counts.device)
     is_filled = slots < counts[:, None]  # (B, G)
     rows = torch.where(is_filled, targets.offsets[:-1, None] + slots, 0)

@@ -68,6 +68,11 @@ class Backbone(Checkpointed):
         """The modules of the stem and of the four stages."""
         raise NotImplementedError
 
+    @property
+    def stem_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the stem that are in no module of ``stages``, such as positions."""
+        return []
+
     def group_matcher(self, coarse: bool = False) -> Any:
         """Say which layer each parameter belongs to, in the form that timm's models do.
 
@@ -89,6 +94,7 @@ class Backbone(Checkpointed):
             for module in layer
             for parameter in module.parameters()
         }
+        number |= {id(parameter): 0 for parameter in self.stem_parameters}
         numbers = {name: number.get(id(p), math.inf) for name, p in self.named_parameters()}
         return numbers.__getitem__
 

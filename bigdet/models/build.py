@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bigdet.config.families import DETECTORS, detector_facts
+from bigdet.config.families import DETECTORS, LACKS, detector_facts
 from bigdet.config.model import (
     ModelConfig,
     has_cascade,
@@ -16,6 +16,7 @@ from bigdet.config.model import (
     has_masks,
     model_parts,
     parts_with_batch_norm,
+    used,
 )
 from bigdet.config.own import import_callable, type_name
 from bigdet.models.backbone_base import Backbone
@@ -28,11 +29,12 @@ from bigdet.models.heads.keypoint import KeypointHead
 from bigdet.models.heads.mask import MaskHead
 from bigdet.models.heads.retina import RetinaHead
 from bigdet.models.heads.rpn import RegionProposals
-from bigdet.models.necks.fpn import FPN, RetinaFPN
+from bigdet.models.necks.fpn import FPN, RetinaFPN, SimplePyramid
 from bigdet.models.norms import Kind, batch_norms
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet
 
+NECKS = {"fpn": FPN, "simple": SimplePyramid}
 TO_WRITE = (
     "losses", "features", "find", "maps", "has_maps", "eval_settings", "use_eval_settings",
 )  # fmt: skip
@@ -41,7 +43,7 @@ TO_WRITE = (
 
 def head_norm(config: ModelConfig) -> Kind:
     """Give the normalization of FPN and heads: the model's, where its scope is ``all``."""
-    scope = config.norm_scope or ("all" if config.norm == "gn" else "backbone")
+    scope = config.norm_scope or ("all" if config.norm in ("gn", "ln") else "backbone")
     return config.norm if scope == "all" else "none"
 
 
@@ -59,7 +61,8 @@ def build_detector(
         ValueError: a user's own backbone or detector is not what is asked for.
     """
     facts = detector_facts(config.detector)
-    backbone = build_backbone(config.backbone, config.norm, config.drop_path, config.stride_in_1x1)
+    options = {option: getattr(config, option) for option in LACKS}
+    backbone = build_backbone(config.backbone, **options)
     build = import_callable("model.detector", facts.build)
     chosen = () if conventions is None else (conventions,)
     detector = build(config, num_classes, backbone, *chosen)
@@ -112,15 +115,15 @@ def build_rcnn(
     mask_head = keypoint_head = None
     fpn, width = None, backbone.channels[-1]
     if has_fpn(config):
-        fpn, width = FPN(backbone.channels, config.width, norm), config.width
-    rpn = RegionProposals(config.rpn, width, conventions, has_fpn(config), config.detector)
+        fpn, width = NECKS[config.neck](backbone.channels, config.width, norm), config.width
+    rpn = RegionProposals(used(config.rpn), width, conventions, has_fpn(config), config.detector)
     box_head: BoxHead | CascadeHead
     make_head = partial(BoxHead, config, norm, width, num_classes, conventions)
-    box_head = CascadeHead(make_head, config.cascade) if has_cascade(config) else make_head()
+    box_head = CascadeHead(make_head, used(config.cascade)) if has_cascade(config) else make_head()
     if has_masks(config):
         mask_head = MaskHead(norm, width, num_classes)
     if has_keypoints(config):
-        keypoint_head = KeypointHead(norm, width, config.keypoint, num_classes)
+        keypoint_head = KeypointHead(norm, width, used(config.keypoint), num_classes)
     return RCNN(backbone, fpn, rpn, box_head, mask_head, keypoint_head)
 
 
@@ -133,5 +136,5 @@ def build_retinanet(
     """Build a RetinaNet; see `build_detector`."""
     norm = head_norm(config)
     fpn = RetinaFPN(backbone.channels[1:], config.width, norm, conventions.p6_source)
-    head = RetinaHead(config.retina, norm, config.width, num_classes, conventions)
+    head = RetinaHead(used(config.retina), norm, config.width, num_classes, conventions)
     return RetinaNet(backbone, fpn, head)

@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigdet.config.model import ModelConfig
@@ -146,7 +147,9 @@ class Detector(nn.Module):
             maps: what `maps` gave for them.
             num_images: of the batch.
         """
-        counts = torch.bincount(found.images, minlength=num_images).tolist()
+        counts = found.counts
+        if counts is None:
+            counts = torch.bincount(found.images, minlength=num_images).tolist()
         maps = dict(maps)
         if "keypoints" in maps:
             maps["keypoints"] = find_keypoints(maps["keypoints"], found.boxes).float()
@@ -188,6 +191,12 @@ class Detector(nn.Module):
         """Take thresholds and limits of the detections from a config."""
         raise NotImplementedError
 
+    def seen_size(self, batch: Batch) -> tuple[int, int]:
+        """Return height and width of the `pixels`: the canvas, or the square around it."""
+        height, width = batch.images.shape[-2:]
+        largest = max(height, width)
+        return (largest, largest) if self.config.pad_to_square else (height, width)
+
     def pixels(self, batch: Batch) -> Tensor:
         """Give the normalized images ``(B, 3, H, W)``; everything outside an image is 0."""
         mean, deviation = self.get_buffer("pixel_mean"), self.get_buffer("pixel_deviation")
@@ -198,7 +207,11 @@ class Detector(nn.Module):
         columns = torch.arange(width, device=mean.device) < batch.image_sizes[:, 1, None, None]
         pixels = batch.images.to(mean.dtype, memory_format=torch.channels_last)
         pixels = (pixels - mean).div_(deviation)
-        return pixels.mul_((lines & columns)[:, None])
+        pixels = pixels.mul_((lines & columns)[:, None])
+        size = self.seen_size(batch)
+        if size == (height, width):
+            return pixels
+        return F.pad(pixels, (0, size[1] - width, 0, size[0] - height))
 
     @torch.no_grad()
     def predict(self, images: Sequence[Picture]) -> list[Detections]:
@@ -215,10 +228,10 @@ class Detector(nn.Module):
         pixels = list_pixels(images)
         if not pixels:
             return []
-        batch = collate_images(pixels, self.eval_size).to(self.get_buffer("pixel_mean").device)
-        with evaluating(self):
-            found = self(batch)
+        batch = collate_images(pixels, self.eval_size)
         resized = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
+        with evaluating(self):
+            found = self(batch.to(self.get_buffer("pixel_mean").device))
         return [
             scale_detections(one, size, (image.shape[1], image.shape[2]))
             for one, size, image in zip(found, resized, pixels, strict=True)

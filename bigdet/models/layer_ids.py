@@ -20,6 +20,7 @@ def layer_ids(backbone: Backbone) -> tuple[dict[str, int], int]:
         the stages: depth + 1, where output norms, pyramid, neck and heads are.
     """
     parts = {id(p) for stage in backbone.stages for part in stage for p in part.parameters()}
+    parts |= {id(parameter) for parameter in backbone.stem_parameters}
     found: dict[str, int] = group_parameters(backbone, backbone.group_matcher(), reverse=True)
     ids = {name: found[name] for name, p in backbone.named_parameters() if id(p) in parts}
     last = 1 + max(ids.values(), default=-1)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchvision.ops import generalized_box_iou_loss
 
+from bigdet.ops.boxes import box_areas
+
+GIOU_EPSILON = 1e-7  # torchvision's
 CHUNK = 2**22  # logits whose focal losses are computed at once: 16 MB of fp32
 
 
@@ -46,9 +48,16 @@ def delta_losses(deltas: Tensor, targets: Tensor, mask: Tensor, beta: float) -> 
 
 
 def giou_losses(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Give 1 - GIoU of each of ``(N, 4)`` boxes with its target (Rezatofighi et al.): ``(N,)``."""
-    losses: Tensor = generalized_box_iou_loss(boxes, targets)
-    return losses
+    """Give 1 - GIoU of each of ``(N, 4)`` boxes with its target (Rezatofighi et al.): ``(N,)``.
+
+    torchvision's ``generalized_box_iou_loss``, which makes the host wait for the device.
+    """
+    low, high = torch.minimum(boxes, targets), torch.maximum(boxes, targets)
+    common = torch.cat([high[:, :2], low[:, 2:]], dim=1)
+    shared = torch.where((common[:, 2:] > common[:, :2]).all(dim=1), box_areas(common), 0)
+    union = box_areas(boxes) + box_areas(targets) - shared
+    hull = box_areas(torch.cat([low[:, :2], high[:, 2:]], dim=1))
+    return 1 - (shared / (union + GIOU_EPSILON) - (hull - union) / (hull + GIOU_EPSILON))
 
 
 def binary_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm
 
 from bigdet import distributed
+from bigdet.models.joint_norm import JointNorm
 
 Mode = Literal["live", "sync", "affine", "fixed"]
 Kind = Literal["bn", "gn", "ln", "none"]
@@ -112,10 +112,7 @@ class BatchNorm2d(nn.Module):
         # empty, and a layer has all its passes with them or all without: is_filled stays 1.
         left = (self.batch_mean, self.batch_var)
         if is_joint:
-            normalized: Tensor = SyncBatchNorm.apply(  # torch's own, for CUDA alone
-                x, self.weight, self.bias, *left, self.eps, 1.0,
-                distributed.group(), distributed.world_size(),
-            )  # fmt: skip
+            normalized: Tensor = JointNorm.apply(x, self.weight, self.bias, *left, self.eps)
             return normalized
         return F.batch_norm(
             x, *left, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps

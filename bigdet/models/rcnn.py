@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bigdet.config.model import ModelConfig
+from bigdet.config.model import ModelConfig, used
 from bigdet.models.assign import pad_objects
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.detector import Detector
@@ -59,7 +59,7 @@ class RCNN(Detector):
 
     def use_eval_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
-        self.box_head.use_eval_settings(config.roi)
+        self.box_head.use_eval_settings(used(config.roi))
 
     def _features(self, batch: Batch) -> list[Tensor]:
         """Give the pyramid P2 to P6, or without an FPN what the backbone gives."""
@@ -73,7 +73,8 @@ class RCNN(Detector):
 
     def _pool(self, table: FeatureTable, boxes: Tensor, images: Tensor, size: int) -> Tensor:
         is_aligned = self.rpn.conventions.roi_align_aligned
-        return roi_align(table, boxes, images, size, is_aligned, self.config.roi.sampling_ratio)
+        ratio = used(self.config.roi).sampling_ratio
+        return roi_align(table, boxes, images, size, is_aligned, ratio)
 
     def _pool_all(self, table: FeatureTable, boxes: Tensor) -> Tensor:
         """Give the features ``(N, C, 7, 7)`` of regions ``(B, S, 4)`` of all images, N = B x S."""
@@ -84,8 +85,7 @@ class RCNN(Detector):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""
         features = self._features(batch)
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions = self.rpn(features, self.strides, canvas_size)
+        predictions = self.rpn(features, self.strides, self.seen_size(batch))
         objects = pad_objects(batch.targets, predictions.anchors.dtype)
         losses: dict[str, Tensor] = self.rpn.losses(
             predictions, objects, batch.weights, batch.image_sizes
@@ -148,12 +148,12 @@ class RCNN(Detector):
     ) -> tuple[Pool, Proposals]:
         """Give the proposals of a batch, and what pools the features of regions."""
         pyramid, table = features
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions = self.rpn(pyramid, self.strides, canvas_size)
+        predictions = self.rpn(pyramid, self.strides, self.seen_size(batch))
         proposals: Proposals = self.rpn.propose(predictions, batch.image_sizes)
-        # Empty slots come last. Training keeps them; here they would only cost time.
-        most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()), proposals.boxes.device)
-        proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
+        if proposals.boxes.device.type == "cpu":
+            # Empty slots come last. On a GPU they cost less time than to wait for their number.
+            most = pad_to_bucket(int(proposals.is_valid.sum(dim=1).max()), proposals.boxes.device)
+            proposals = Proposals(proposals.boxes[:, :most], proposals.is_valid[:, :most])
         return partial(self._pool_all, table), proposals
 
     def maps(

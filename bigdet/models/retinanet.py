@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bigdet.config.model import ModelConfig
+from bigdet.config.model import ModelConfig, used
 from bigdet.models.assign import pad_objects
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.detector import Detector
@@ -29,12 +29,12 @@ class RetinaNet(Detector):
 
     def use_eval_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""
-        self.retina_head.config = config.retina
+        self.retina_head.config = used(config.retina)
 
     def _predictions(self, batch: Batch) -> RetinaPredictions:
         features = self.fpn(self.backbone(self.pixels(batch))[1:])  # C3 to C5 to P3 to P7
-        canvas_size = (batch.images.shape[2], batch.images.shape[3])
-        predictions: RetinaPredictions = self.retina_head(features, self.strides, canvas_size)
+        size = self.seen_size(batch)
+        predictions: RetinaPredictions = self.retina_head(features, self.strides, size)
         return predictions
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from bigdet.config.resize import plan_of
 from bigdet.config.run import RunConfig, eval_resize, phase_model
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
+from bigdet.models.frozen import find_frozen, freeze_backbone, read_frozen
 from bigdet.models.norms import set_norm_mode
 from bigdet.ops.finite import describe_not_finite
 from bigdet.pieces.index import MODEL, MODEL_FILE, STATE_FILE
@@ -31,6 +32,8 @@ from bigdet.pieces.tensor_file import TensorFile
 from bigdet.run_dir import RunDir
 
 FORMAT = "bigdet-1"
+AVERAGE = "moving average (EMA)"
+"""Under ``weights`` in the metadata of what is one."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,21 @@ class LoadedPart:
         source: where it came from.
         tensors: how many parameters and buffers.
         parameters: how many numbers in the parameters.
+        note: what else is to be known of them, such as their licence.
     """
 
     part: str
     source: str
     tensors: int
     parameters: int
+    note: str = ""
 
 
 def weights_metadata(
-    config: RunConfig, categories: Sequence[Mapping[str, Any]], phase: str
+    config: RunConfig,
+    categories: Sequence[Mapping[str, Any]],
+    phase: str,
+    frozen: str | None = None,
 ) -> dict[str, str]:
     """Describe a detector for its weights file.
 
@@ -59,8 +67,12 @@ def weights_metadata(
         config: the resolved config of the run.
         categories: of the training set, in the order of the labels.
         phase: the phase that the weights come from.
+        frozen: hash of the frozen backbone, which is not among them.
     """
-    return {
+    found = {} if frozen is None else {"frozen": frozen}
+    if config.phases[phase].ema is not None:
+        found["weights"] = AVERAGE
+    return found | {
         "format": FORMAT,
         "config": dump_config(config),
         "categories": json.dumps(list(categories)),
@@ -100,7 +112,7 @@ def load_detector(path: str | Path) -> Detector:
             f"checkpoint folder or a run folder. The file was not opened, so nothing in it was "
             f"run; `bigdet convert-weights` converts weights of others."
         )
-    tensors, metadata = read_safetensors(file)
+    tensors, metadata = read_weights(file)
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{file}: found format {metadata.get('format')!r} in its metadata, expected "
@@ -113,9 +125,19 @@ def load_detector(path: str | Path) -> Detector:
     detector = build_detector(phase_model(config, phase), len(categories))
     load_parts(detector, tensors, sorted({part_of(name) for name in tensors}), str(file))
     set_norm_mode(detector, "fixed")
+    if "frozen" in metadata:
+        freeze_backbone(detector.backbone)
     detector.eval_size = plan_of(eval_resize(config, phase))
     detector.categories = categories
     return detector.eval()
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the weights of a detector onto the CPU, with its frozen backbone, and their metadata."""
+    tensors, metadata = read_safetensors(file)
+    if "frozen" in metadata:
+        tensors |= read_frozen(find_frozen(file, metadata["phase"]), metadata["frozen"])
+    return tensors, metadata
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

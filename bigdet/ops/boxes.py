@@ -81,8 +81,10 @@ def scale_boxes(boxes: Tensor, from_size: tuple[int, int], to_size: tuple[int, i
         ``(N, 4)`` pixels of the image at ``to_size``.
     """
     scale_y, scale_x = to_size[0] / from_size[0], to_size[1] / from_size[1]
-    scaled = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-    return clip_boxes(scaled.unsqueeze(0), torch.tensor([to_size], device=boxes.device)).squeeze(0)
+    # Numbers of the host, and no tensors of them: a copy would make it wait for the device.
+    columns = (boxes[:, 0::2] * scale_x).clamp(0, to_size[1])
+    lines = (boxes[:, 1::2] * scale_y).clamp(0, to_size[0])
+    return torch.stack([columns, lines], dim=2).flatten(1)
 
 
 def encode_deltas(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -12,14 +13,24 @@ from torchvision.ops import nms
 
 from bigdet.ops.boxes import pairwise_iou
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BOXES_PER_CALL = 30_000  # torchvision's kernel has a mask of all pairs: 113 MB
+
 GroupedNms = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 """`grouped_nms` and what replaces it."""
 
 
 def grouped_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    iou: float,
+    is_sorted: bool = False,
 ) -> Tensor:
     """Return which boxes no better box of the same group overlaps by more than ``iou``.
+
+    On a GPU with Triton the host waits for nothing.
 
     Args:
         boxes: ``(N, 4)`` finite.
@@ -27,31 +38,64 @@ def grouped_nms(
         groups: ``(N,)`` int64 in ``0..num_groups-1``; boxes of different groups never meet.
         num_groups: how many groups there may be.
         iou: overlap in [0, 1] above which the lower score is dropped.
+        is_sorted: they come group after group, best first within a group (but for ``-inf``).
 
     Returns:
         ``(N,)`` bool, True for a box that is kept.
     """
-    is_candidate = scores > -torch.inf
-    kept = torch.zeros_like(is_candidate)
     if len(boxes) == 0:
-        return kept
-    if boxes.is_cuda:
-        return shifted_nms(boxes, scores, groups, iou)
-    # On a CPU the cost grows with the square of the number of boxes in one call.
-    groups = torch.where(is_candidate, groups, num_groups)
+        return scores > -torch.inf
+    if not boxes.is_cuda:
+        return _nms_in_calls(boxes, scores, groups, num_groups, iou, 1)
+    if boxes.dtype == torch.float32 and HAS_TRITON:
+        return kernel_nms(boxes, scores, groups, num_groups, iou, is_sorted)
+    return _nms_in_calls(boxes, scores, groups, num_groups, iou, BOXES_PER_CALL)
+
+
+def kernel_nms(
+    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float, is_sorted: bool
+) -> Tensor:
+    """The same as ``grouped_nms`` with Triton; see there."""
+    from bigdet.ops.nms_kernel import suppress
+
+    is_candidate = scores > -torch.inf
+    if is_sorted:
+        return suppress(boxes, is_candidate, _starts(groups, num_groups), iou)
+    rows = _by_group(scores, groups)
+    starts = _starts(groups[rows], num_groups)
+    kept = suppress(boxes[rows], is_candidate[rows], starts, iou)
+    return torch.empty_like(kept).index_copy_(0, rows, kept)
+
+
+def _nms_in_calls(
+    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float, limit: int
+) -> Tensor:
+    """The same as ``grouped_nms`` in calls of torchvision's.
+
+    The time of a call grows with the square of its boxes: each takes one group, or as many as
+    ``limit`` boxes allow.
+    """
+    kept = torch.zeros_like(groups, dtype=torch.bool)
+    groups = torch.where(scores > -torch.inf, groups, num_groups)
     order = torch.argsort(groups, stable=True)
-    counts = torch.bincount(groups, minlength=num_groups + 1)[:num_groups]
-    for rows in torch.split(order[: int(counts.sum())], counts.tolist()):
-        if len(rows):
+    counts = torch.bincount(groups, minlength=num_groups + 1)[:num_groups].tolist()
+    together = max(limit // max([*counts, 1]), 1)
+    sizes = [sum(counts[first : first + together]) for first in range(0, num_groups, together)]
+    for rows in torch.split(order[: sum(sizes)], sizes):
+        if not len(rows):
+            continue
+        if together == 1:
             kept.index_fill_(0, rows[nms(boxes[rows], scores[rows], iou)], True)
+        else:
+            kept[rows] = shifted_nms(boxes[rows], scores[rows], groups[rows], iou)
     return kept
 
 
 def shifted_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
-    """The same as ``grouped_nms`` in a single call, with one wait for the device.
+    """The same as ``grouped_nms`` in a single call of torchvision's, for up to some 30,000 boxes.
 
-    Groups lie side by side, too far apart to overlap. In fp64: shifted by some 100 groups, fp32
-    would move edges by hundredths of a pixel, and what is kept would depend on the other images.
+    Groups lie next to each other, too far apart to overlap. In fp64: shifted by some 100 groups,
+    fp32 would move edges by hundredths of a pixel, and what is kept would depend on other images.
     """
     kept = torch.zeros_like(scores, dtype=torch.bool)
     boxes, scores = boxes.double(), scores.double()
@@ -59,6 +103,17 @@ def shifted_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Te
     kept.index_fill_(0, nms(boxes + shifts[:, None], scores, iou), True)
     # What is left out comes last, by its score, so it drops nothing that is kept.
     return kept & (scores > -torch.inf)
+
+
+def _by_group(scores: Tensor, groups: Tensor) -> Tensor:
+    """Give all rows group after group, best first, equal ones in their order."""
+    rows = scores.argsort(descending=True, stable=True)
+    return rows[groups[rows].argsort(stable=True)]
+
+
+def _starts(groups: Tensor, num_groups: int) -> Tensor:
+    """Give the first row of each of rising ``(N,)`` groups, and N: ``(num_groups + 1,)``."""
+    return torch.searchsorted(groups, torch.arange(num_groups + 1, device=groups.device))
 
 
 def spread_nms(
@@ -137,7 +192,15 @@ def soft_nms(
 
 
 def best_of_groups(scores: Tensor, groups: Tensor, num_groups: int, limit: int) -> Tensor:
-    """Give the rows of the best scores of each group.
+    """Give the rows of the best scores of each group: ``(n,)`` int64; see `first_of_groups`."""
+    rows, is_first = first_of_groups(scores, groups, num_groups, limit)
+    return rows[is_first]
+
+
+def first_of_groups(
+    scores: Tensor, groups: Tensor, num_groups: int, limit: int
+) -> tuple[Tensor, Tensor]:
+    """Order rows by group and score.
 
     Args:
         scores: ``(N,)``.
@@ -146,11 +209,10 @@ def best_of_groups(scores: Tensor, groups: Tensor, num_groups: int, limit: int) 
         limit: rows of each group, at most.
 
     Returns:
-        ``(n,)`` int64, group after group, best first within a group.
+        ``(N,)`` int64 rows, group after group, best first within a group; ``(N,)`` bool, whether a
+        row is among the first ``limit`` of its group.
     """
-    rows = scores.argsort(descending=True, stable=True)
-    rows = rows[groups[rows].argsort(stable=True)]
-    counts = torch.bincount(groups, minlength=num_groups)
-    places = torch.arange(len(rows), device=rows.device)
-    places -= (counts.cumsum(0) - counts)[groups[rows]]  # place within the group
-    return rows[places < limit]
+    rows = _by_group(scores, groups)
+    groups = groups[rows]
+    places = torch.arange(len(rows), device=rows.device) - _starts(groups, num_groups)[groups]
+    return rows, places < limit

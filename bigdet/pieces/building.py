@@ -50,7 +50,9 @@ def parameters_in_file(file: Path) -> Iterator[None]:
     places: set[int] = set()
 
     def in_file(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or not parameter.numel() or parameter.data_ptr() in places:
+        if parameter is None or parameter.is_meta or not parameter.numel():
+            return None
+        if parameter.data_ptr() in places:
             return None
         kept = _map(file, parameter.detach(), maps)
         places.add(kept.data_ptr())

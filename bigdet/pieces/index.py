@@ -24,10 +24,10 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MODEL = "model"
-"""The kind of parameters and buffers."""
-EMA = "ema"
-"""The kind of their moving averages. All other kinds are what the optimizer keeps of a parameter:
-``momentum_buffer``, ``exp_avg``, ..."""
+"""The kind of parameters and buffers, as they are evaluated: where a moving average is kept, it."""
+NEWEST = "newest"
+"""The kind of the weights that training continues from, where `MODEL` is their average. All other
+kinds are what the optimizer keeps of a parameter: ``momentum_buffer``, ``exp_avg``, ..."""
 
 Catalog = dict[str, dict[str, Spec]]
 """Type and shape of whole tensors: by kind (``model``, ``exp_avg``, ...), then by name."""

@@ -37,7 +37,7 @@ import math
 from dataclasses import dataclass
 
 from bigdet.engine.base import BUCKET_ELEMENTS
-from bigdet.training.sizes import FP32_BYTES, ModelSizes
+from bigdet.training.sizes import BF16_BYTES, FP32_BYTES, ModelSizes
 
 KINDS = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
 _FORWARD_PART = 1 / 3
@@ -54,7 +54,6 @@ class Cluster:
     """How the GPUs are connected.
 
     Attributes:
-        gpus_per_host: GPUs of one host.
         inside: bytes per second that a GPU's link inside its host carries.
         between: bytes per second of the network adapter of each GPU.
         latency: seconds of one message.
@@ -111,8 +110,7 @@ class Forecast:
 
     Attributes:
         kind: one of ``KINDS``.
-        step_seconds: duration of one step.
-        waiting_seconds: the part of it spent waiting for communication.
+        waiting_seconds: the part of a step spent waiting for communication.
         memory_bytes: peak of one GPU.
         efficiency: computing over step time, in (0, 1].
     """
@@ -165,7 +163,8 @@ def state_bytes(kind: str, gpus: int, work: Work) -> float:
     if kind in ("ZeRO-1", "ZeRO-2"):
         optimizer += FP32_BYTES * work.sizes.trained  # DeepSpeed updates a copy
     shares = [1 / gpus if stage >= first else 1.0 for first in (3, 2, 1)]
-    return weights * shares[0] + gradients * shares[1] + optimizer * shares[2]
+    sharded = weights * shares[0] + gradients * shares[1] + optimizer * shares[2]
+    return sharded + BF16_BYTES * work.sizes.frozen
 
 
 def best(forecasts: list[Forecast], room_bytes: float) -> Forecast | None:

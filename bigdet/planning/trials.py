@@ -26,16 +26,15 @@ import torch
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
-from bigdet.config.model import has_keypoints, has_masks
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig
 from bigdet.data.format.mix import open_sets
-from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.build import build_engine
 from bigdet.host import errors
 from bigdet.host.limits import host_memory
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
 from bigdet.training.metrics import peak_memory_gib
+from bigdet.training.phase_stream import stream_for_phase
 from bigdet.training.phases import build_for_phase
 
 GIB = 1 << 30
@@ -90,11 +89,8 @@ def run_trial(command: Sequence[str]) -> Measured | None:
 def write_trial(config: RunConfig, phase: str, memory_gib: float | None) -> None:
     """Measure in this process, and print what ``run_trial`` reads.
 
-    Args:
-        config: the run's.
-        phase: name of the phase to measure.
-        memory_gib: memory that the steps should fit into, with the engine of the config. None: use
-            an engine that shards nothing, and all memory.
+    The steps should fit into ``memory_gib``, with the engine of the config. With None, an engine
+    that shards nothing runs them, in all memory.
     """
     distributed.start()
     logging.getLogger("bigdet").setLevel(logging.WARNING)  # without the messages of a run
@@ -119,18 +115,8 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
     device = distributed.device()
     settings = config.phases[phase]
     train_set, _ = open_sets(config.data)
-    model = phase_model(config, phase)
-    stream = TrainStream(
-        train_set,
-        config.data,
-        dataclasses.replace(settings, images_per_step=None),
-        name=phase,
-        with_masks=has_masks(model),
-        with_keypoints=has_keypoints(model),
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-    )
+    alone = {phase: dataclasses.replace(settings, images_per_step=None)}
+    stream = stream_for_phase(dataclasses.replace(config, phases=alone), phase, train_set)
     batches = list(islice(stream, WARM_STEPS + MEASURED_STEPS))
     stream.close()  # its processes would slow down the measured steps
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +124,10 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
         classes = [category.name for category in train_set.categories]
         detector = build_for_phase(config, phase, classes, RunDir(Path(folder)), device, True)
     make_optimizer = partial(optim.build_optimizer, phase=settings)
-    engine = build_engine(detector, make_optimizer, engine_config, 1, device, detector.units)
+    with_ema = settings.ema is not None
+    engine = build_engine(
+        detector, make_optimizer, engine_config, 1, device, detector.units, with_ema=with_ema
+    )
     engine.set_lr(0.0)
     seconds = []
     for batch in batches:

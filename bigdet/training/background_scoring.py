@@ -98,8 +98,12 @@ class Scorer:
             "it is evaluated again" if is_here else elsewhere,
         )
 
-    def start(self, results: SavedResults) -> None:
+    def start(self, results: SavedResults, prefix: str = "") -> None:
         """Start to score the detections of the current step; no other scoring may be running.
+
+        Args:
+            results: the detections.
+            prefix: of the names of their numbers.
 
         Raises:
             OSError: the detections cannot be written to disk.
@@ -109,7 +113,8 @@ class Scorer:
             assert state.unscored is None, "one at a time"
             results.write(self._run_dir.detections(state.phase, state.step))
             counters = measuring.counters(self._config, state)
-            state.unscored = Unscored(state.phase, state.step, state.total_steps, counters)
+            place = state.phase, state.step, state.total_steps
+            state.unscored = Unscored(*place, counters, prefix)
             self._start()
 
     def collect(self) -> None:
@@ -141,14 +146,17 @@ class Scorer:
             self.end()
         if problem is not None:
             raise ValueError(f"evaluation at {entry.phase} step {entry.step}: {problem}")
-        file = self._run_dir.evaluation(entry.phase, entry.step)
+        file = self._run_dir.evaluation(entry.phase, entry.step, entry.prefix)
         metrics = json.loads(file.read_bytes())
         flat = measuring.flat_metrics(metrics)
         text = ", ".join(filter(None, [measuring.one_line(flat), limit_note(metrics)]))
-        logger.info("%s step %d: %s", entry.phase, entry.step, text, extra={"values": flat})
+        flat = {f"{entry.prefix}{name}": value for name, value in flat.items()}
+        place = f"{entry.phase} step {entry.step}{', newest weights' * bool(entry.prefix)}"
+        logger.info("%s: %s", place, text, extra={"values": flat})
         line = {"phase": entry.phase, "step": entry.step, **flat, **entry.counters}
         self._metrics.write(line, entry.total_steps)
-        self._note_best(entry, metrics)
+        if not entry.prefix:
+            self._note_best(entry, metrics)
         self._state.unscored = None
         detections.unlink()
 
@@ -224,9 +232,11 @@ def _score(
     try:
         results = _read_detections(run_dir.detections(entry.phase, entry.step), val_set)
         metrics = evaluate_detections(val_set, results, kinds, metric, max_detections=limit)
-        if count and entry.step == num_steps(config.phases[entry.phase]):
+        is_end = entry.step == num_steps(config.phases[entry.phase])
+        if count and is_end and not entry.prefix:
             pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase, limit)
-        write_text(run_dir.evaluation(entry.phase, entry.step), to_json(metrics, indent=1))
+        file = run_dir.evaluation(entry.phase, entry.step, entry.prefix)
+        write_text(file, to_json(metrics, indent=1))
     except (ValueError, OSError) as error:
         message.send(errors.explain(error))
     else:

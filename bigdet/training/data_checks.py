@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bigdet.config.model import has_keypoints, has_masks
+from bigdet.config.model import has_keypoints, has_masks, used
 from bigdet.config.rules import ConfigError
 from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.format.manifest import ShardError
@@ -30,9 +30,10 @@ def check_data(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> Non
                 f"Choose another detector, or make shards from annotations with segmentations."
             )
         counts = [len(category.keypoints or []) for category in train_set.categories]
-        if has_keypoints(model) and max(counts) != model.keypoint.num_keypoints:
+        own = used(model.keypoint).num_keypoints if has_keypoints(model) else None
+        if own is not None and max(counts) != own:
             raise ConfigError(
-                f"model.keypoint.num_keypoints: found {model.keypoint.num_keypoints}, but the "
+                f"model.keypoint.num_keypoints: found {own}, but the "
                 f"categories of {train_set.address} have {max(counts)}. Set that, or make shards "
                 f"with --keypoints."
             )

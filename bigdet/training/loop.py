@@ -34,7 +34,7 @@ from bigdet.training.background_scoring import Scorer
 from bigdet.training.metrics import StepMeter, progress_line
 from bigdet.training.precise_bn import measure_statistics
 from bigdet.training.prefetch import prefetch
-from bigdet.training.state import RunState
+from bigdet.training.state import NEWEST, RunState
 from bigdet.training.stopping import stop_requested
 from bigdet.training.watchdog import Watchdog
 
@@ -108,7 +108,7 @@ class Run:
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
         world_size, device = distributed.world_size(), distributed.device().type
         logger.info(
-            f"{world_size} ranks on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
+            f"ranks: {world_size} on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
         )
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None
@@ -116,6 +116,7 @@ class Run:
                 f"phase {name}: {num_steps(phase)} steps of {phase.images_per_step} images "
                 f"({world_size} ranks x {num_lanes(phase) // world_size} micro-batches of "
                 f"{phase.images_per_gpu}), {optim.describe_lr(phase, phase.images_per_step)}"
+                f"{optim.describe_ema(phase.ema)}"
             )
 
 
@@ -218,6 +219,9 @@ class PhaseTrainer:
         self.losses.add(result, lane_images, self.stream.lanes)
         if result.is_finite:
             norms.update_running_statistics(self.detector)
+            if self.phase.ema is not None:
+                counted = self.state.step - self.state.skipped_steps
+                self.engine.update_ema(optim.ema_decay(self.phase.ema, counted))
         else:
             self.state.skipped_steps += 1
             norms.discard_statistics(self.detector)
@@ -298,10 +302,30 @@ class PhaseTrainer:
             )
 
     def _evaluate(self) -> bool:
-        """Run the model over the validation set, start the scoring, and write a checkpoint.
+        """Evaluate the weights, or their average, or both, and write a checkpoint.
 
         Returns:
             False when the run was asked to stop; the evaluation is then still due.
+        """
+        ema = self.phase.ema
+        if ema is not None and ema.evaluate == "both" and not self._detect(NEWEST):
+            return False
+        with self.engine.averaged():
+            is_done = self._detect("")
+        if not is_done:
+            return False
+        self.state.needs_evaluation = False
+        self._save()
+        return True
+
+    def _detect(self, prefix: str) -> bool:
+        """Run the model over the validation set, and start the scoring.
+
+        Args:
+            prefix: of the names of the numbers.
+
+        Returns:
+            False when the run was asked to stop.
         """
         run, state = self.run, self.state
         run.watchdog.at(f"{state.position}: evaluation")
@@ -320,11 +344,9 @@ class PhaseTrainer:
         self.meter.add_evaluation(time.perf_counter() - started, time.process_time() - cpu_started)
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         with distributed.together():
-            if run.metrics is not None:
+            if run.metrics is not None and not prefix:
                 showing.show_detections(run.metrics, results, run.val_set, state)
-            run.scorer.start(results)
-        state.needs_evaluation = False
-        self._save()
+            run.scorer.start(results, prefix)
         return True
 
     def _measure_norms(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from bigdet.config.ema import EmaConfig
 from bigdet.config.phase import PhaseConfig, drop_points, num_steps
 from bigdet.models.layer_ids import layer_ids
 from bigdet.models.norms import BatchNorm2d
@@ -70,7 +71,7 @@ def parameter_groups(
 
 
 def _kinds(module: nn.Module, decay_norms: bool) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Give what is trained by name: a ``weight``, a ``bias``, or ``plain``, never decayed."""
+    """Yield trained parameters with name and kind: ``weight``, ``bias``, ``plain`` (no decay)."""
     for place, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
         # Only normalization layers have a weight with one dimension.
@@ -88,7 +89,7 @@ def _kinds(module: nn.Module, decay_norms: bool) -> Iterator[tuple[str, nn.Param
 
 
 def layer_factors(module: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Give the rate of each parameter of a detector's backbone over that of the heads.
+    """Return the rate of each backbone parameter divided by that of the heads.
 
     ``layer_decay ** (depth + 1 - layer)`` with the layers of `layer_ids`, as BEiT, ViTDet and timm
     have it: output norms, pyramid, neck and heads are layer depth + 1, with factor 1.
@@ -106,6 +107,7 @@ def build_optimizer(module: nn.Module, phase: PhaseConfig) -> Optimizer:
         decay_norms=phase.decay_norms,
         decay_biases=phase.decay_biases,
         bias_lr_factor=phase.bias_lr_factor,
+        layer_decay=phase.layer_decay,
     )
     if phase.optimizer == "adamw":
         return AdamW(groups, lr=phase.lr, betas=phase.betas, foreach=True)
@@ -121,12 +123,22 @@ def scaled_lr(phase: PhaseConfig, images_per_step: int) -> float:
 
 def describe_lr(phase: PhaseConfig, images_per_step: int) -> str:
     """Describe the rate for the log: ``lr 0.02 at 16 images per step -> 0.08 at 64``."""
+    decay = phase.layer_decay
+    layers = "" if decay is None else f", times {decay:g} per layer of the backbone"
     if phase.reference_images_per_step is None:
-        return f"lr {phase.lr:.3g} as written, whatever the images per step"
+        return f"lr {phase.lr:.3g} as written, not scaled with the images per step{layers}"
     return (
         f"lr {phase.lr:.3g} at {phase.reference_images_per_step} images per step -> "
-        f"{scaled_lr(phase, images_per_step):.3g} at {images_per_step}"
+        f"{scaled_lr(phase, images_per_step):.3g} at {images_per_step}{layers}"
     )
+
+
+def describe_ema(ema: EmaConfig | None) -> str:
+    """Describe the moving average for the log, after a comma; empty where there is none."""
+    if ema is None:
+        return ""
+    also = " and the newest weights" * (ema.evaluate == "both")
+    return f", the average of the weights (EMA {ema.decay:g}){also} evaluated"
 
 
 def lr_at(phase: PhaseConfig, step: int) -> float:
@@ -157,6 +169,16 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
         progress = finished / phase.warmup_steps
         factor *= phase.warmup_factor * (1 - progress) + progress
     return factor
+
+
+def ema_decay(ema: EmaConfig, step: int) -> float:
+    """Return the part of the old average that stays in a step.
+
+    Args:
+        ema: section of the phase.
+        step: number of the step among those that count, from 1.
+    """
+    return min(ema.decay, (1 + step) / (10 + step)) if ema.warm_up else ema.decay
 
 
 def drop_steps(phase: PhaseConfig) -> list[int]:

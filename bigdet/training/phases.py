@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,23 @@ from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
+from bigdet.models.frozen import (
+    freeze_backbone,
+    frozen_tensors,
+    hash_of,
+    read_frozen,
+    write_frozen,
+)
 from bigdet.ops.random import seed_of
 from bigdet.pieces.building import parameters_in_file, parameters_on_meta
 from bigdet.pieces.index import MODEL, Index, Place, key_in, pieces_file
 from bigdet.pieces.reading import Stored
 from bigdet.pieces.tensor_file import NAMES, Spec, write_tensors
 from bigdet.run_dir import RunDir
-from bigdet.weights.start import load_start
+from bigdet.training.state import RunState
+from bigdet.weights.start import load_start, read_start
+
+logger = logging.getLogger(__name__)
 
 START_FOLDER = ".start"
 """In the run folder: the weights that a phase starts from, until every rank has its part."""
@@ -57,8 +68,19 @@ def build_for_phase(
 
 
 def build_empty(config: RunConfig, name: str, classes: Sequence[str]) -> Detector:
-    """Build the detector of a phase as `build_for_phase` does, with parameters without memory."""
-    with parameters_on_meta():
+    """Build the detector of a phase as `build_for_phase` does, with parameters without memory.
+
+    Those of a network that computes with its parameters while it is built (such as Swin V2) have
+    memory, and random numbers.
+    """
+    try:
+        with parameters_on_meta():
+            detector = _build(config, name, classes)
+        is_empty = not any(buffer.is_meta for buffer in detector.buffers())
+    except (NotImplementedError, RuntimeError):  # of torch, for numbers that are not there
+        is_empty = False
+    if not is_empty:
+        logger.info("phase %s: the detector is built whole on each rank", name)
         detector = _build(config, name, classes)
     _prepare(detector, config, name)
     return detector
@@ -85,7 +107,7 @@ def start_weights(
             folder.mkdir(parents=True)
             with parameters_in_file(folder / "parameters"):
                 detector = _build(config, name, classes)
-                load_start(detector, config, name, classes, run_dir)
+                read_start(detector, config, name, classes, run_dir)
                 index = _write(folder, detector)
             del detector
             (folder / "parameters").unlink()
@@ -107,6 +129,8 @@ def _prepare(detector: Detector, config: RunConfig, name: str) -> None:
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     freeze_stages(detector.backbone, phase.freeze_stages)
+    if phase.freeze == "backbone":
+        freeze_backbone(detector.backbone)
     if config.engine.activation_checkpointing:
         enable_checkpointing(detector)
     if phase_model(config, name).compile:
@@ -122,3 +146,34 @@ def _write(folder: Path, detector: Detector) -> Index:
     write_tensors(folder / file, keys, iter(state.values()))
     places = {(MODEL, name): [Place(0, spec.count, file)] for name, spec in catalog.items()}
     return Index({MODEL: catalog}, places)
+
+
+def settle_frozen(
+    detector: Detector, state: RunState, run_dir: RunDir, *, is_resumed: bool
+) -> None:
+    """Write the frozen backbone of a phase at its start, and read it again in a resumed run.
+
+    A collective; nothing for a phase without one.
+
+    Raises:
+        SharedError: on all ranks: the file is missing, or not the one of the checkpoint.
+    """
+    frozen, file = frozen_tensors(detector), run_dir.frozen(state.phase)
+    if not frozen:
+        return
+    with distributed.together():
+        if distributed.is_main() and is_resumed:
+            for name, tensor in read_frozen(file, str(state.frozen)).items():
+                frozen[name].copy_(tensor)
+        elif distributed.is_main():
+            write_frozen(file, frozen)
+            state.frozen = hash_of(frozen)
+    state.frozen = distributed.broadcast_object(state.frozen)
+    size = sum(tensor.nbytes for tensor in frozen.values())
+    logger.info(
+        "phase %s: the backbone is frozen: %.1f MiB on each rank, kept in %s and in no checkpoint",
+        state.phase, size / 2**20, file,
+    )  # fmt: skip
+    if is_resumed:
+        for tensor in frozen.values():
+            tensor.copy_(distributed.broadcast_tensor(tensor))

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from bigdet.structures import Batch
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all copies: each stream has its own pool of memory, which is never given back.
+
+    Torch hands out 32 streams in turn; a new one for each step had 32 pools after 32 steps.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def prefetch(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
@@ -18,7 +28,7 @@ def prefetch(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
     if device.type != "cuda":
         yield from batches
         return
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = _side_stream(device)
 
     def copied(batch: Batch) -> Batch:
         with torch.cuda.stream(side):

@@ -38,7 +38,7 @@ from bigdet.training.forks import (
 )
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.showing import note_start, open_boards
-from bigdet.training.state import RunState
+from bigdet.training.state import NEWEST, RunState
 from bigdet.weights.start import check_start
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,9 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
         return own if is_new else newest
     if newest is None:
         checkpoint.adopt(folder.resolve(), run_dir.checkpoints)
+        frozen = RunDir(folder.resolve().parents[1]).frozen("")
+        if frozen.parent.is_dir():
+            shutil.copytree(frozen.parent, run_dir.frozen("").parent, dirs_exist_ok=True)
         return newest_checkpoint(run_dir)
     if is_new:
         raise ConfigError(
@@ -330,8 +333,8 @@ def begin(
 
     def was_before(line: Mapping[str, Any]) -> bool:
         place = (names.index(line["phase"]), line["step"])
-        is_ap = "bbox/AP" in line
-        if is_ap and run_dir.detections(line["phase"], line["step"]).is_file():
+        is_ap = "bbox/AP" in line or f"{NEWEST}bbox/AP" in line
+        if "bbox/AP" in line and run_dir.detections(line["phase"], line["step"]).is_file():
             return False  # about to be scored again
         return place < here or (place == here and not (is_ap and state.needs_evaluation))
 

@@ -77,7 +77,7 @@ class Saver:
         folder = self._run_dir.checkpoint(state.phase, state.step)
         metadata, run = {}, {}
         if distributed.is_main():
-            metadata = weights_metadata(self._config, self._categories, state.phase)
+            metadata = weights_metadata(self._config, self._categories, state.phase, state.frozen)
             run = {"config": dump_config(self._config), "run": state.to_json()}
         self._num_saves += 1
         save = Save(folder, number, self._disks, metadata, run, self._num_saves)

@@ -11,8 +11,10 @@ from bigdet.config.run import RunConfig, phase_model
 from bigdet.models import norms
 from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
+from bigdet.models.frozen import freeze_backbone, frozen_tensors
 
 FP32_BYTES = 4
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class ModelSizes:
         parameters: all weights.
         trained: weights that the phase trains.
         buffers: running statistics.
+        frozen: weights of a frozen backbone, in bf16 and in no checkpoint.
     """
 
     parameters: int
     trained: int
     buffers: int
+    frozen: int = 0
 
 
 def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
@@ -38,18 +42,23 @@ def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
     if settings.norm_mode is not None:
         norms.set_norm_mode(detector, settings.norm_mode)
     freeze_stages(detector.backbone, settings.freeze_stages)
+    if settings.freeze == "backbone":
+        freeze_backbone(detector.backbone)
+    frozen = sum(tensor.numel() for tensor in frozen_tensors(detector).values())
     return ModelSizes(
         sum(parameter.numel() for parameter in detector.parameters()),
         sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad),
-        sum(buffer.numel() for buffer in detector.buffers()),
+        sum(buffer.numel() for buffer in detector.buffers()) - frozen,
+        frozen,
     )
 
 
 def optimizer_tensors(phase: PhaseConfig) -> int:
-    """Tensors of a trained weight's size that the optimizer keeps."""
+    """Tensors of a trained weight's size that the optimizer and the moving average keep."""
+    of_average = phase.ema is not None
     if phase.optimizer == "adamw":
-        return 2
-    return 1 if phase.momentum else 0
+        return 2 + of_average
+    return (1 if phase.momentum else 0) + of_average
 
 
 def checkpoint_bytes(sizes: ModelSizes, phase: PhaseConfig) -> int:

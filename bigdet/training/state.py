@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+NEWEST = "weights/"
+"""Before the names of the numbers of the newest weights, where their average is evaluated too."""
+
 
 @dataclass
 class Seen:
@@ -86,12 +89,14 @@ class Unscored:
         step: its finished steps of that phase.
         total_steps: its finished steps of all phases.
         counters: the costs until then, as in ``metrics.jsonl``.
+        prefix: what comes before the names of its numbers there: nothing, or `NEWEST`.
     """
 
     phase: str
     step: int
     total_steps: int
     counters: dict[str, float]
+    prefix: str = ""
 
 
 @dataclass
@@ -117,6 +122,7 @@ class RunState:
         best_checkpoint: name of the checkpoint with this AP.
         stream: what the order of the data depends on (``TrainStream.state``).
         stream_shift: step of that order minus ``step``; not 0 after a change of the batch size.
+        frozen: hash of the frozen backbone of the phase, None where there is none.
         ranks: number of ranks when this was written; 0 if not known.
     """
 
@@ -137,6 +143,7 @@ class RunState:
     best_checkpoint: str | None = None
     stream: dict[str, Any] = field(default_factory=dict)
     stream_shift: int = 0
+    frozen: str | None = None
     ranks: int = 0
 
     @property
@@ -146,7 +153,7 @@ class RunState:
 
     def begin(self, phase: str) -> None:
         """Move on to the start of another phase."""
-        self.phase, self.step, self.stream_shift = phase, 0, 0
+        self.phase, self.step, self.stream_shift, self.frozen = phase, 0, 0, None
         self.interval, self.skipped_steps = Interval(), 0
 
     def counters(self) -> dict[str, float]:

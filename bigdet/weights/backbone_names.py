@@ -44,6 +44,13 @@ def rename(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]
     The state is a classifier's, which is dropped, or a detector's that has the backbone as
     ``backbone``. What is not understood keeps its name, for the message of ``load_parts``.
     """
+    state = without_prefix(state)
+    named = _FAMILIES.get(type(backbone), dict)(state)
+    return {name: tensor for name, tensor in named.items() if not _DROPPED.search(name)}
+
+
+def without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return what is in the backbone of a detector, or in a wrapper, by its names there."""
     for prefix in ("module.", "backbone.bottom_up.", "backbone."):
         if any(name.startswith(prefix) for name in state):
             state = {
@@ -51,8 +58,7 @@ def rename(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]
                 for name, tensor in state.items()
                 if name.startswith(prefix)
             }
-    named = _FAMILIES.get(type(backbone), dict)(state)
-    return {name: tensor for name, tensor in named.items() if not _DROPPED.search(name)}
+    return state
 
 
 def _resnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bigdet.config.model import model_parts
+from bigdet.config.model import model_parts, used
 from bigdet.models.detector import Detector
 from bigdet.models.heads.retina import RetinaHead
 from bigdet.weights.renaming import BRANCHES, Rules, box_head, renamed, renamed_all
@@ -128,7 +128,7 @@ def _by_ratio(value: Tensor, detector: Detector) -> Tensor:
 
     detectron2 has them by size, then ratio. The anchors may have several rows each.
     """
-    config = detector.config.retina
+    config = used(detector.config.retina)
     num_sizes, num_ratios = config.scales_per_octave, len(config.anchor_ratios)
     if len(value) % (num_sizes * num_ratios):
         return value  # of other anchors: its shape will not fit

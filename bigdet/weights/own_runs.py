@@ -8,16 +8,17 @@ from pathlib import Path
 
 from bigdet.config.compare import flat_options
 from bigdet.config.load import parse_config
-from bigdet.config.model import ModelConfig, has_cascade
+from bigdet.config.model import ModelConfig, has_cascade, used
 from bigdet.config.run import phase_model
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
 from bigdet.models.weights import (
+    AVERAGE,
     LoadedPart,
     find_weights,
     load_parts,
     read_metadata,
-    read_safetensors,
+    read_weights,
 )
 from bigdet.weights.classes import carry_classes
 
@@ -34,7 +35,8 @@ def load_run(
         A row per part, and how many classes kept their weights: None where both have the same
         classes, or the file does not say which.
     """
-    tensors, metadata = read_safetensors(find_weights(path))
+    tensors, metadata = read_weights(find_weights(path))
+    source = f"{path} ({AVERAGE})" if metadata.get("weights") == AVERAGE else str(path)
     if has_cascade(detector.config):
         tensors = spread_over_stages(tensors)
     kept = None
@@ -42,7 +44,7 @@ def load_run(
     if theirs and theirs != list(classes):
         tensors, kept = carry_classes(detector.state_dict(), tensors, theirs, classes)
     try:
-        return load_parts(detector, tensors, parts, str(path)), kept
+        return load_parts(detector, tensors, parts, source), kept
     except ValueError as error:
         raise ValueError(f"{error}{_other_options(detector, metadata, path)}") from error
 
@@ -50,8 +52,8 @@ def load_run(
 def other_sampling(detector: Detector, path: Path) -> str:
     """Say that a detector pools regions otherwise than its weights were trained to, if it does."""
     trained = _trained_model(read_metadata(find_weights(path)), path)
-    own = detector.config.roi.sampling_ratio
-    theirs = own if trained is None else trained.roi.sampling_ratio
+    own = used(detector.config.roi).sampling_ratio
+    theirs = own if trained is None or trained.roi is None else trained.roi.sampling_ratio
     if theirs == own:
         return ""
     return (

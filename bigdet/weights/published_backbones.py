@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from bigdet.config.families import PUBLISHED
+from bigdet.config.families import PUBLISHED, backbone_facts
 from bigdet.config.start import Pixels
+from bigdet.models.backbones.timm_net import TimmBackbone
 from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.weights import LoadedPart, load_parts, refuse_not_finite
 from bigdet.weights.backbone_names import rename
 from bigdet.weights.pixel_order import to_rgb, warn_of_stride
 from bigdet.weights.tensor_files import read_tensors
+from bigdet.weights.timm_layout import (
+    describe_cfg,
+    download,
+    input_tensors,
+    published_cfg,
+    tensors_of_timm,
+)
 from bigdet.weights.torchvision_layout import channels_last
 
 _FC_LAYERS = (("pre_logits.fc1", "pre_logits.fc2"), ("classifier.0", "classifier.3"))
@@ -34,12 +44,14 @@ def timm_name(source: str, backbone: str) -> str:
         ValueError: timm has no such weights.
     """
     if source == "timm":
-        if backbone not in PUBLISHED:
+        published = backbone_facts(backbone).published
+        if published is None:
             raise ValueError(
                 f"timm has no weights for model.backbone {backbone}, only for "
-                f"{', '.join(PUBLISHED)}. Choose one of them, or start from random."
+                f"{', '.join(PUBLISHED)} and many of timm:NAME. Choose one of them, or start from "
+                f"random."
             )
-        return PUBLISHED[backbone]
+        return published
     name = source.removeprefix("timm:")
     if not (timm.is_model(name) and timm.is_model_pretrained(name)):
         known = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)
@@ -59,7 +71,11 @@ def load_timm_backbone(
     ``timm:NAME``; with ``box_head`` among the parts VGG's fc6 and fc7 are loaded too.
     """
     name = timm_name(source, backbone)
+    own = detector.backbone
     try:
+        if isinstance(own, TimmBackbone):
+            tensors = download(own, name)
+            return _load_net(detector, tensors, timm.get_pretrained_cfg(name).to_dict(), name)
         timm_model = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
@@ -103,7 +119,28 @@ def load_backbone_file(
     if pixels is not None and pixels != "rgb":
         state = to_rgb(state, pixels, str(path))
         warn_of_stride(detector, pixels, str(path))
+    if isinstance(detector.backbone, TimmBackbone):
+        tensors = tensors_of_timm(state, detector.backbone, str(path))
+        return _load_net(detector, tensors, published_cfg(path, detector.backbone), str(path))
     return _load(detector, state, str(path), parts or ())
+
+
+def _load_net(
+    detector: Detector, tensors: Mapping[str, Tensor], cfg: Mapping[str, Any], source: str
+) -> list[LoadedPart]:
+    """Load a network of timm, and what its images are to be.
+
+    Args:
+        detector: to fill.
+        tensors: by the backbone's names.
+        cfg: timm's ``pretrained_cfg`` of the weights.
+        source: where they come from.
+    """
+    whole = {**detector.backbone.state_dict(), **input_tensors(cfg)}
+    kept = {name: each for name, each in whole.items() if not name.startswith("net.")}
+    named = {f"backbone.{name}": each for name, each in {**kept, **tensors}.items()}
+    (row,) = load_parts(detector, named, ["backbone"], source)
+    return [dataclasses.replace(row, note=describe_cfg(cfg))]
 
 
 def _load(

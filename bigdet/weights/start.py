@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from bigdet import distributed
 from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig, phase_before, phase_model, phase_source, start_parts
 from bigdet.config.start import is_timm, stated_cost
+from bigdet.host.files import write_text
+from bigdet.host.strict_json import to_json
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
-from bigdet.models.weights import FORMAT, LoadedPart, find_weights, part_of, read_metadata
+from bigdet.models.weights import AVERAGE, FORMAT, LoadedPart, find_weights, part_of, read_metadata
 from bigdet.pieces.building import parameters_in_file
 from bigdet.run_dir import RunDir
 from bigdet.weights.classes import class_rows
@@ -26,6 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_start(
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> None:
+    """Fill the same detector on all ranks as `read_start` does on rank 0. Collective."""
+    with distributed.together():
+        if distributed.is_main():
+            read_start(detector, config, name, classes, run_dir)
+    for tensor in detector.state_dict().values():
+        tensor.copy_(distributed.broadcast_tensor(tensor))
+
+
+def read_start(
     detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
 ) -> None:
     """Fill a detector with the weights that a phase starts from, and log what came from where.
@@ -40,6 +54,9 @@ def load_start(
     rows, kept, warning = _read(detector, config, name, classes, run_dir)
     for line in start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
+    if notes := [f"{row.source}: {row.note}" for row in rows if row.note]:
+        logger.info("phase %s: weights from %s", name, "; ".join(notes))
+        _add_to_environment(run_dir.environment, f"weights of {name}", "; ".join(notes))
     if warning:
         logger.warning("phases.%s.start_from: %s", name, warning)
     start = config.phases[name].start_from
@@ -50,6 +67,14 @@ def load_start(
             "phase %s: cost of the weights from elsewhere: %s",
             name, stated or "not stated (start_from.cost)",
         )  # fmt: skip
+
+
+def _add_to_environment(file: Path, key: str, value: str) -> None:
+    """Add something to the last start in the list that ``environment.json`` is."""
+    if file.is_file():
+        starts = json.loads(file.read_text(encoding="utf-8"))
+        starts[-1][key] = value
+        write_text(file, to_json(starts, indent=1))
 
 
 def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
@@ -94,13 +119,19 @@ def _read(
     start = config.phases[name].start_from
     if is_published_file(path):
         return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0, ""
-    if start.ema:
-        raise ValueError(
-            f"{path}: found no moving average (EMA) of its weights in it. Leave out ema."
-        )
+    if start.ema is not None:
+        _check_ema(path, start.ema)
     rows, kept = load_run(detector, path, parts, classes)
     is_warned = source != "previous" and "box_head" in parts
     return rows, kept, other_sampling(detector, path) if is_warned else ""
+
+
+def _check_ema(path: Path, is_wanted: bool) -> None:
+    """Raise ``ValueError`` unless weights that bigdet wrote are, or are not, an average."""
+    is_average = read_metadata(find_weights(path)).get("weights") == AVERAGE
+    if is_wanted != is_average:
+        found = f"the {AVERAGE} of its weights alone" if is_average else f"no {AVERAGE}"
+        raise ValueError(f"{path}: found {found} in it. Leave out ema.")
 
 
 def is_published_file(path: Path) -> bool:

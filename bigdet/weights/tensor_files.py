@@ -168,8 +168,8 @@ def _read_pickle(file: Path) -> Any:
         reason = " ".join(str(error).split())  # some are of two lines
         raise ValueError(
             f"{file}: cannot be read as a pickle of arrays ({reason}). Nothing in it was run. "
-            f"Expected the weights of Detectron or detectron2: names and numpy arrays; a cut file "
-            f"has to be copied again."
+            f"Expected the weights of Detectron or detectron2: names and numpy arrays. If "
+            f"it was cut off, copy it again."
         ) from error
 
 
@@ -244,7 +244,7 @@ def _read_torch(file: Path) -> Any:
         raise ValueError(
             f"{file}: torch cannot read it as weights alone ({reason}). Files with other objects "
             f"can run code and are refused: where you trust it, write its tensors into a "
-            f".safetensors file; a cut file has to be copied again."
+            f".safetensors file. If it was cut off, copy it again."
         ) from error
 
 

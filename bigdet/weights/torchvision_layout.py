@@ -129,6 +129,12 @@ def twins(detector: Detector) -> list[Twin]:
             f"model.detector {config.detector}: torchvision has no cascade and no class-agnostic "
             f"boxes, so the weights have no place there."
         )
+    num_convs = 1 if config.rpn is None else config.rpn.num_convs
+    if config.neck != "fpn" or num_convs != 1 or config.norm == "ln":
+        raise ValueError(
+            f"model.neck {config.neck}, model.rpn.num_convs {num_convs}, model.norm "
+            f"{config.norm}: expected fpn, 1, and bn, gn or none, as torchvision has."
+        )
     if not any(hasattr(detector.backbone, name) for name in ("layer4", "features")):
         raise ValueError(
             f"model.backbone {config.backbone}: torchvision's detectors have no such "

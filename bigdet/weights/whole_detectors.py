@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from bigdet.config.model import model_parts
+from bigdet.config.model import model_parts, used
 from bigdet.config.run import RunConfig
 from bigdet.config.start import Pixels
 from bigdet.models.detector import Detector
@@ -81,7 +81,7 @@ def from_framework(
 
 def with_sampling(config: RunConfig, sampling_ratio: int) -> RunConfig:
     """Return a config whose model pools regions with so many points a side; see the option."""
-    roi = dataclasses.replace(config.model.roi, sampling_ratio=sampling_ratio)
+    roi = dataclasses.replace(used(config.model.roi), sampling_ratio=sampling_ratio)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, roi=roi))
 
 

@@ -311,7 +311,7 @@ def test_a_command_that_is_not_there_is_reported_before_the_first_run(
     with pytest.raises(ConfigError, match=f"^--command: {said}"):
         sweep.main([str(file), "--command", text])
     file.write_text(file.read_text().replace("runs:", "rnus:"))
-    with pytest.raises(ConfigError, match="is no sweep, for it lists no `runs`"):
+    with pytest.raises(ConfigError, match="is not a sweep, as it has no `runs`"):
         load_sweep(file)
 
 

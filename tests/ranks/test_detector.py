@@ -47,6 +47,9 @@ def lanes_of_step(step):
 
 # A backbone that calls neither its stages nor its blocks as modules, a head of several stages.
 SWIN_CASCADE = dataclasses.replace(MODEL, backbone="swin_t", detector="cascade_mask_rcnn")
+# A network whose class token and positions are its own, and one with batch normalization.
+TIMM_PLAIN = dataclasses.replace(MODEL, backbone="timm:eva02_tiny_patch14_224", norm="none")
+TIMM_PYRAMID = dataclasses.replace(MODEL, backbone="timm:regnety_002")
 
 
 def new_detector(model=MODEL):
@@ -124,8 +127,10 @@ def train_plainly(model):
         (MODEL, False, 1, list(ENGINES)),
         (MODEL, False, 2, list(ENGINES)),
         (SWIN_CASCADE, True, 2, ["zero3", "fsdp"]),
+        (TIMM_PLAIN, True, 2, ["zero3", "fsdp"]),
+        (TIMM_PYRAMID, False, 2, list(ENGINES)),
     ],
-    ids=["one rank", "two ranks", "swin cascade checkpointed"],
+    ids=["one rank", "two ranks", "swin cascade checkpointed", "plain of timm", "pyramid of timm"],
 )
 def test_every_engine_gives_the_results_of_plain_pytorch(
     tmp_path, model, is_checkpointed, world_size, names

@@ -113,7 +113,7 @@ def train_without_looking(name: str) -> dict[str, Tensor]:
 
 
 def without_averages(state: Whole) -> Whole:
-    catalog = {kind: specs for kind, specs in state.catalog.items() if kind != "ema"}
+    catalog = {kind: specs for kind, specs in state.catalog.items() if kind != "newest"}
     return dataclasses.replace(state, catalog=catalog)
 
 
@@ -226,7 +226,7 @@ def test_a_state_without_averages_is_refused(ranks: Any, world_size: int) -> Non
     # That a skipped step changes none is asserted in the ranks.
     for rank in ranks[world_size]:
         for message in rank["skipped"].values():
-            assert "moving averages: 8 missing (convolution.weight" in message
+            assert "weights besides their average: 8 missing (convolution.weight" in message
 
 
 def test_an_average_costs_one_more_copy_of_a_ranks_share(ranks: Any) -> None:

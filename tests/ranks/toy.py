@@ -109,9 +109,13 @@ def make_batch(step: int, lanes: Iterable[int]) -> dict[str, Any]:
 
 def lanes_of_rank(step: int, **changed: str) -> list[dict[str, Any]]:
     """This rank's lanes; ``changed`` goes into the very last lane, which is the last rank's."""
-    share = LANES // distributed.world_size()
+    share, device = LANES // distributed.world_size(), distributed.device()
     lanes = range(distributed.rank() * share, (distributed.rank() + 1) * share)
-    return [make_batch(step, [k]) | (changed if k == LANES - 1 else {}) for k in lanes]
+    return [
+        {name: tensor.to(device) for name, tensor in make_batch(step, [lane]).items()}
+        | (changed if lane == LANES - 1 else {})
+        for lane in lanes
+    ]
 
 
 def lr_at(step: int, base: float) -> float:
@@ -226,11 +230,13 @@ class Whole:
 
     @property
     def model(self) -> dict[str, Tensor]:
-        return self.of_kind("model")
+        """The weights that are trained, whether or not there is an average of them too."""
+        return self.of_kind("model") | self.of_kind("newest")
 
     @property
     def ema(self) -> dict[str, Tensor]:
-        return self.of_kind("ema")
+        averages = self.of_kind("model")
+        return {name: averages[name] for name in self.of_kind("newest")}
 
     def of_kind(self, kind: str) -> dict[str, Tensor]:
         return {name: value for (own, name), value in self.tensors.items() if own == kind}

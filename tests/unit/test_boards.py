@@ -70,7 +70,7 @@ def test_wandb_continues_with_the_run_of_the_folder(monkeypatch, tmp_path: Path)
 def test_wandb_that_is_not_installed_is_reported_with_its_key(monkeypatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
-        ValueError, match=r"^log\.wandb: wandb is not to be had .*pip install wandb"
+        ValueError, match=r"^log\.wandb: wandb cannot be imported .*pip install wandb"
     ):
         begin(tmp_path)
 

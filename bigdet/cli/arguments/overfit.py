@@ -4,7 +4,7 @@
     bigdet overfit keypoint_rcnn --shards data/people/train model.backbone=resnet10
 
 Takes the first 16 images of a set on which every object has at least 24 pixels at the training size
-(and, for keypoints, at least one labelled keypoint), trains a small model on them from random
+(and, for keypoints, at least one labeled keypoint), trains a small model on them from random
 weights, and evaluates it on the same 16. Exits with 1 unless every AP50 exceeds --goal. key=value
 after the detector changes options of its config, which is in ``bigdet/cli/overfit.py``.
 """

@@ -128,12 +128,9 @@ def _lay_on_canvas(images: Sequence[Tensor], size: tuple[int, int], allocate: Al
 
 
 def group_bytes(num_images: int, plan: tuple[int, int], *, with_masks: bool) -> int:
-    """Return an upper estimate of the bytes of a packed group.
+    """Return an upper estimate of the bytes of a packed group; many overlapping masks take more.
 
-    Args:
-        num_images: B.
-        plan: short side and longest long side, pixels.
-        with_masks: it has masks; many that overlap may take more than the estimate.
+    ``plan`` is the short side and the longest long side, pixels.
     """
     area = math.prod(canvas_size([plan]))
     return num_images * ((4 if with_masks else 3) * area + 65_536)

@@ -67,10 +67,6 @@ def decoded_extent(size: tuple[int, int], decoded: tuple[int, int]) -> tuple[flo
     """Return height and width of the stored image in pixels of one that was decoded smaller.
 
     427 rows at 1/4 become 107, the last of which covers three rows: 106.75.
-
-    Args:
-        size: height, width as stored.
-        decoded: height, width as decoded.
     """
     divisor = round(max(size) / max(decoded))
     return size[0] / divisor, size[1] / divisor

@@ -97,11 +97,6 @@ def check_annotations(
 ) -> None:
     """Check that what is wanted can be computed from annotations, whether in view or not.
 
-    Args:
-        annotations: those of an image's record.
-        image_size: height, width as stored.
-        wanted: what will be computed.
-
     Raises:
         ValueError: a segmentation is neither polygons nor RLE of the image's size, or keypoints
             are not K times x, y, visibility.
@@ -140,12 +135,7 @@ def objects_in_views(
 
     Objects out of view are dropped: one is kept if its clipped box has an area, however small, as
     in paper 2's released code. Masks are computed within the clipped box only; crowd regions have
-    none, as no loss uses them.
-
-    Args:
-        annotations: those of each image's record, checked.
-        views: how each image is laid on its canvas.
-        wanted: what to compute.
+    none, as no loss uses them. The annotations are those of ``check_annotations``.
     """
     arrays, found = Views(views), list(chain.from_iterable(annotations))
     which = np.repeat(np.arange(len(views)), [len(of_image) for of_image in annotations])

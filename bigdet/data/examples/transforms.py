@@ -200,12 +200,8 @@ def paste(below: Example, above: Example, words: Words) -> Example:
 
     What they hide is removed from the masks below, and boxes shrink to what is left; an object that
     is hidden completely is dropped and counted. There is no blending: Ghiasi et al., *Simple
-    Copy-Paste is a Strong Data Augmentation Method*, found no gain from it.
-
-    Args:
-        below: with masks.
-        above: with masks; its crowds, and objects without a mask, are not pasted.
-        words: random numbers of the image below.
+    Copy-Paste is a Strong Data Augmentation Method*, found no gain from it. Both images have masks;
+    crowds and objects without a mask are not pasted.
     """
     assert above.objects.masks is not None
     is_drawn = [words.uniform(0.0, 1.0) < PASTED_PART for _ in above.objects.labels]

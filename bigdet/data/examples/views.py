@@ -64,14 +64,10 @@ class View:
     def stored_points(
         self, low: NDArray[np.int64], high: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return where the centers of canvas pixels between two corners are in stored pixels.
+        """Return where the centers of canvas pixels are in stored pixels.
 
-        Args:
-            low: x, y of the first pixel.
-            high: x, y of the one past the last.
-
-        Returns:
-            The x of each column and the y of each row.
+        They go from ``low`` to before ``high``, both x, y. Returned are the x of each column and
+        the y of each row.
         """
         x, y = np.arange(low[0], high[0]) + 0.5, np.arange(low[1], high[1]) + 0.5
         if self.is_flipped:
@@ -80,14 +76,9 @@ class View:
         return (x + self.origin[0]) / scale[0] + left, (y + self.origin[1]) / scale[1] + top
 
     def move_image(self, image: Tensor) -> Tensor:
-        """Return the part of an image that is seen.
+        """Return the visible part, ``(3, *size)``, of an image, ``(3, H, W)`` uint8.
 
-        Args:
-            image: ``(3, H, W)`` uint8; where there is no window it may have been decoded smaller
-                than it is stored.
-
-        Returns:
-            ``(3, *size)``.
+        Without a window, the image may have been decoded smaller than it is stored.
         """
         extent = None
         if self.window is not None:
@@ -165,11 +156,9 @@ def whole_view(original_size: Size, plan: Size, canvas: Size | None = None) -> V
 
 
 def resize_of_step(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
-    """Return the resize of one step: the same for all lanes, its short side drawn if it varies.
+    """Return the resize of a step for all lanes: its short side is drawn, unless for each image.
 
-    Args:
-        resize: that of the phase; if it is drawn for each image, it stays as it is.
-        key: seed, phase and step.
+    ``key`` is seed, phase and step.
     """
     return resize if resize.draw == "image" else draw_size(resize, *key)
 
@@ -177,9 +166,7 @@ def resize_of_step(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
 def draw_size(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
     """Return a resize with its short side drawn if it varies.
 
-    Args:
-        resize: that of the phase or step.
-        key: seed, phase and step, or, for one image, seed, phase, pass and row.
+    ``key`` is seed, phase and step, or, for one image, seed, phase, pass and row.
     """
     if resize.sizes is None and resize.size_range is None:
         return resize
@@ -197,9 +184,7 @@ def draw_size(resize: ResizeConfig, *key: int | str) -> ResizeConfig:
 def training_canvas(resize: ResizeConfig, sizes: Sequence[Size]) -> Size | None:
     """Return height and width of a group's canvas; None if the smallest that fits is taken.
 
-    Args:
-        resize: that of the step.
-        sizes: height, width of the images as stored.
+    ``sizes`` are heights and widths as stored.
     """
     if is_square(resize):
         return resize.size, resize.size
@@ -252,11 +237,8 @@ def draw_view(
 def crop_view(whole: View, size: Size, record: dict[str, Any], sample_words: Words) -> View:
     """Return a random crop of a view that shows a whole image.
 
-    Args:
-        whole: the view.
-        size: height, width of the crop, at most those of the view.
-        record: that of the image; the crop shows one of its boxes if it has any.
-        sample_words: random numbers of this sample in this pass.
+    Its ``size`` is height, width, at most those of the view. It shows one of the boxes of the
+    record, if there are any.
     """
     if size == whole.size:
         return whole
@@ -283,10 +265,8 @@ def _windowed(whole: View, size: Size, record: dict[str, Any], sample_words: Wor
 def _boxes_to_show(record: dict[str, Any], scale: tuple[float, float], size: Size) -> list[Box]:
     """Return the boxes of which a crop must show one, xyxy; as plain numbers, as they are few.
 
-    Args:
-        record: that of the image.
-        scale: x and y from stored pixels to those that are cropped.
-        size: height, width of what is cropped.
+    ``scale``, x and y, is from stored pixels to those that are cropped, whose ``size`` is height,
+    width.
     """
     edges: list[float] = []
     for annotation in record["annotations"]:

@@ -42,12 +42,7 @@ class MixedSet(ShardSet):
     """
 
     def __init__(self, parts: Sequence[ShardSet], categories: Sequence[Category]) -> None:
-        """Join sets.
-
-        Args:
-            parts: at least one.
-            categories: in the order of the labels; those of all parts are among them, by name.
-        """
+        """Join sets, at least one; ``categories`` has those of all of them, by name."""
         self.parts = list(parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.address, self.folder = parts[0].address, parts[0].folder
@@ -214,11 +209,8 @@ def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSe
 def class_ids(shards: ShardSet, names: Sequence[str]) -> list[int | None]:
     """Return the id that a set has for each class of a model; None where it lacks the class.
 
-    Names are matched as they are, or else ignoring case and blanks.
-
-    Args:
-        shards: what the model is measured on.
-        names: of the model's classes, in the order of its labels.
+    Names are matched as they are, or else ignoring case and blanks; those of the model's classes
+    are in the order of its labels.
 
     Raises:
         ShardError: the set has classes that the model lacks, or a name may mean two.

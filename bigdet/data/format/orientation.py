@@ -41,13 +41,9 @@ def seen_orientation(
     if tag == 1:
         return 1, None
     shown = turned_size(stored, tag)
-    is_decided = recorded is not None and shown != stored
-    is_applied = recorded == shown if is_decided else exif == "shown"
-    if is_decided:
-        note = SHOWN if is_applied else STORED
-    else:
-        note = SHOWN_BY_OPTION if is_applied else STORED_BY_OPTION
-    return tag if is_applied else 1, note
+    if recorded is not None and shown != stored:
+        return (tag, SHOWN) if recorded == shown else (1, STORED)
+    return (tag, SHOWN_BY_OPTION) if exif == "shown" else (1, STORED_BY_OPTION)
 
 
 def exif_warning(changed: dict[str, int]) -> str | None:

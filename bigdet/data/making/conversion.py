@@ -136,10 +136,8 @@ class Making:
 
     def has(self, shard: int) -> bool:
         """Return whether a tar belongs to the part to be made."""
-        if self.part is None:
-            return True
-        number, _, parts = self.part.partition("/")
-        return shard % int(parts) == int(number) - 1
+        number, parts = map(int, (self.part or "1/1").split("/"))
+        return shard % parts == number - 1
 
     def options(self) -> dict[str, Any]:
         """Return the options that the manifest records."""

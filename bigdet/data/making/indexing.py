@@ -116,7 +116,7 @@ def index_shards(
         raise ShardError(f"{folder}: no file there ends in .tar. Give the folder of the tars.")
     if (folder / PLAN_NAME).exists():
         raise ShardError(
-            f"{folder}: holds the beginning of a conversion, whose command goes on with it. Give "
+            f"{folder}: holds the beginning of a conversion, whose command continues it. Give "
             "the folder of tars that somebody else wrote."
         )
     storage = LocalStorage(folder)

@@ -61,12 +61,8 @@ def reencode(
 ) -> tuple[bytes, Json]:
     """Return image and record of a sample, smaller.
 
-    Args:
-        image_bytes: encoded.
-        pixels: ``(H, W, 3)`` uint8, decoded.
-        record: see ``shard_set.Sample``.
-        how: size and quality.
-        log: gets annotations of which nothing is left.
+    ``pixels``, ``(H, W, 3)`` uint8, are those of ``image_bytes``. Annotations of which nothing is
+    left are noted in the log.
     """
     height, width = record["height"], record["width"]
     if max(height, width) <= how.long_side:

@@ -87,12 +87,9 @@ class ShardTar:
         self._writer = tarfile.open(fileobj=self._file, mode="w|")  # noqa: SIM115
 
     def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
-        """Append one sample, see ``shard_set.Sample``.
+        """Append one sample, a JPEG, PNG or WebP with its record, see ``shard_set.Sample``.
 
-        Args:
-            image: the encoded image, of a format that ``image_suffix`` knows.
-            record: its annotations.
-            orientation: EXIF orientation, if the annotations are of the image turned by it.
+        ``orientation`` is that of EXIF if the annotations are of the image turned by it.
         """
         suffix = image_suffix(image)
         assert suffix is not None

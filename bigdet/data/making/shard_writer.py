@@ -83,7 +83,7 @@ class ShardWriter:
         self._tar: ShardTar | None = None
 
     def __enter__(self) -> ShardWriter:
-        self._storage = open_unused(self.folder)
+        self._storage = open_unused(self.folder, resumes=False)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._storage.claim(None))
             self._scratch = stack.enter_context(self._storage.scratch())
@@ -107,12 +107,9 @@ class ShardWriter:
                     self._storage.clear()
 
     def add(self, image: bytes, record: dict[str, Any], orientation: int = 1) -> None:
-        """Append one sample, see ``shard_set.Sample``.
+        """Append one sample, a JPEG, PNG or WebP with its record, see ``shard_set.Sample``.
 
-        Args:
-            image: the encoded image, JPEG, PNG or WebP.
-            record: its annotations.
-            orientation: EXIF orientation, if the annotations are of the image turned by it.
+        ``orientation`` is that of EXIF if the annotations are of the image turned by it.
         """
         size = stored_bytes(len(image), len(record_text(record)))
         if self._tar is not None and self._tar.size + size > self._limit:

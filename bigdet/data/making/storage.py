@@ -227,23 +227,23 @@ def open_storage(out: str | Path) -> Storage:
     return RemoteStorage(str(out))
 
 
-def open_unused(out: str | Path) -> Storage:
-    """Open a folder or address for a new shard set, or one whose conversion was interrupted.
+def open_unused(out: str | Path, *, resumes: bool = True) -> Storage:
+    """Open a folder or address for a new shard set, or to resume a conversion.
 
     Raises:
         ShardError: another process writes there, or there are shards of something else.
     """
     storage = open_storage(out)
     storage.check_free()
-    refuse_shards(storage)
+    refuse_shards(storage, resumes)
     return storage
 
 
-def refuse_shards(storage: Storage) -> None:
-    """Raise ``ShardError`` if there are shards that are not of a conversion under way."""
+def refuse_shards(storage: Storage, resumes: bool = True) -> None:
+    """Raise ``ShardError`` if there are shards, except those of a conversion to resume."""
     names = storage.names()
     found = [MANIFEST_NAME] if MANIFEST_NAME in names else []
-    if not found and storage.size(PLAN_NAME) is None:
+    if not found and not (resumes and storage.size(PLAN_NAME) is not None):
         found = [name for name in names if name == INDEX_NAME or name.endswith(".tar")]
     if found:
         raise ShardError(

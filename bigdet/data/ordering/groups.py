@@ -125,12 +125,7 @@ class Order:
         self._expected: dict[int, tuple[int, int]] = {}
 
     def group(self, step: int, lane: int) -> Group:
-        """Return one group.
-
-        Args:
-            step: of the phase, from 1.
-            lane: ``0..L-1``.
-        """
+        """Return the group of a step, from 1, and a lane, ``0..L-1``."""
         pass_number, position = divmod(step - 1, self.steps_per_pass)
         whole = self._whole_pass(pass_number)
         if position < self.steps_per_pass - 1:
@@ -155,10 +150,6 @@ class Order:
         """Return what a lane reads next, from its aspect pool to a window further, or None.
 
         It is returned once for each pool of a lane, and only in the order ``windowed``.
-
-        Args:
-            step: of the phase, from 1.
-            lane: ``0..L-1``.
         """
         pass_number, position = divmod(step - 1, self.steps_per_pass)
         pool = (pass_number, position // POOL_GROUPS)

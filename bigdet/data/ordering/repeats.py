@@ -37,10 +37,7 @@ class Repeats:
         self.num_entries = int(self._whole.sum(dtype=np.int64)) + self._num_extra
 
     def draw(self, *key: int | str) -> NDArray[np.int64]:
-        """Return the entries of a pass, in the order of the samples.
-
-        Args:
-            key: seed, phase, pass.
+        """Draw the entries of a pass; ``key`` is seed, phase, pass.
 
         Returns:
             ``(N,)``: sample i has the entries ``ends[i - 1]`` to ``ends[i] - 1``.

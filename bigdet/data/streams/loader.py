@@ -90,7 +90,7 @@ class Loader(Generic[Key]):
                 sampler=keys,
                 batch_size=None,  # a key is a whole group
                 num_workers=workers,
-                collate_fn=_as_it_is,
+                collate_fn=lambda item: item,
                 prefetch_factor=PREFETCHED_GROUPS if workers else None,
                 worker_init_fn=_begin_worker,
                 multiprocessing_context="fork" if workers else None,
@@ -179,7 +179,3 @@ def _stop(items: list[Iterator[Any]], processes: set[Any]) -> None:
         process.join(STOP_SECONDS)
         if process.is_alive():
             process.kill()
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

@@ -7,6 +7,7 @@ rank gets which group). ``EvalStream`` gives every image once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -235,13 +236,9 @@ class TrainStream:
 def too_damaged(
     address: str, num_damaged: Mapping[str, int], limit: int, messages: Iterable[str]
 ) -> str:
-    """Return the error of a training set with too many damaged samples.
+    """Return the error of a training set with more damaged samples than ``data.train.max_damaged``.
 
-    Args:
-        address: that of the set.
-        num_damaged: samples by kind of damage.
-        limit: ``data.train.max_damaged``.
-        messages: one for each sample; the first ones are listed.
+    ``num_damaged`` counts them by kind; of ``messages``, one for each, the first ones are listed.
     """
     listed = "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
     return (
@@ -297,11 +294,8 @@ class EvalStream:
             workers=self._workers,
             group_bytes=group_bytes(self._rows.shape[1], self._largest(), with_masks=False),
         )
-        try:
-            for packed in loader:
-                yield unpack(packed)
-        finally:
-            loader.close()
+        with contextlib.closing(loader):
+            yield from map(unpack, loader)
 
     def _largest(self) -> tuple[int, int]:
         """Return the short side and the longest long side of the images in batches, pixels."""

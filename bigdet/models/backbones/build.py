@@ -21,7 +21,12 @@ NUM_STAGES = 5
 
 
 def build_backbone(
-    name: str, norm: Kind, drop_path: float, stride_in_1x1: bool = False
+    name: str,
+    norm: Kind,
+    drop_path: float,
+    stride_in_1x1: bool = False,
+    relative_positions: bool = False,
+    **more: Any,
 ) -> Backbone:
     """Build a backbone with random weights.
 
@@ -31,13 +36,21 @@ def build_backbone(
         drop_path: highest rate of stochastic depth of a backbone with LayerNorm, in [0, 1); it
             grows linearly from 0 at the first block. A ResNet has none.
         stride_in_1x1: of a ResNet of bottlenecks.
+        relative_positions: of a ViT.
+        more: the other options of ``families.LACKS``.
 
     Raises:
         ValueError: a user's own is not what ``backbone_base.Backbone`` asks for.
     """
     facts = backbone_facts(name)
-    options = {"norm": norm, "drop_path": drop_path, "stride_in_1x1": stride_in_1x1}
-    heeded = {option: options[option] for option in facts.heeds}
+    options = {
+        "norm": norm,
+        "drop_path": drop_path,
+        "stride_in_1x1": stride_in_1x1,
+        "relative_positions": relative_positions,
+        **more,
+    }
+    heeded = {option: options[option] for option in facts.heeds if option in options}
     backbone = import_callable("model.backbone", facts.build)(**facts.sizes, **heeded)
     if facts.is_own:
         _check_own(name, backbone, heeded)
@@ -129,3 +142,5 @@ def freeze_stages(backbone: Backbone, num_stages: int) -> None:
                 continue
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad_(not is_frozen)
+    for parameter in backbone.stem_parameters:
+        parameter.requires_grad_(num_stages == 0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
 from bigdet.models.backbone_base import Backbone
+from bigdet.models.backbones.timm_norms import add_biases
 from bigdet.models.norms import Kind, make_norm
 
 
@@ -50,7 +50,7 @@ class ResNet(Backbone):
         self.layer4: nn.Sequential = timm_model.layer4
         self.channels = [info["num_chs"] for info in timm_model.feature_info[1:]]
         if norm == "none":
-            _add_biases(self)
+            add_biases(self)
         if stride_in_1x1:
             self._put_stride_in_1x1()
 
@@ -86,10 +86,3 @@ class ResNet(Backbone):
 def _timm_norm(channels: int, *, kind: Kind, **_factory: Any) -> nn.Module:
     """Build a norm where timm passes device and dtype too (None: its defaults)."""
     return make_norm(kind, channels)
-
-
-def _add_biases(module: nn.Module) -> None:
-    """Give every convolution a bias of zero, which timm leaves to the normalization."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.bias = nn.Parameter(torch.zeros(layer.out_channels))

@@ -56,7 +56,7 @@ class Swin(Backbone):
         features = []
         for index, stage in enumerate(self.layers):
             x = stage.downsample(x)
-            mask = _shift_mask(stage.blocks[1], x)
+            mask = shift_mask(stage.blocks[1], x)
             for block in stage.blocks:
                 x = self.run(self._run_block, block, x, mask)
             features.append(self.output(index, x))
@@ -64,7 +64,7 @@ class Swin(Backbone):
 
     @staticmethod
     def _run_block(block: Any, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + block.drop_path1(_attend(block, block.norm1(x), mask))
+        x = x + block.drop_path1(attend(block, block.norm1(x), mask))
         mixed: Tensor = x + block.drop_path2(block.mlp(block.norm2(x)))
         return mixed
 
@@ -77,7 +77,7 @@ class SwinV2(Swin):
 
     @staticmethod
     def _run_block(block: Any, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + block.drop_path1(block.norm1(_attend(block, x, mask)))
+        x = x + block.drop_path1(block.norm1(attend(block, x, mask)))
         mixed: Tensor = x + block.drop_path2(block.norm2(block.mlp(x)))
         return mixed
 
@@ -88,7 +88,7 @@ def _padding(block: Any, x: Tensor) -> tuple[int, int]:
     return -x.shape[1] % height, -x.shape[2] % width
 
 
-def _shift_mask(shifted_block: Any, x: Tensor) -> Tensor:
+def shift_mask(shifted_block: Any, x: Tensor) -> Tensor:
     """What may not attend to each other once ``(B, H, W, C)`` is shifted; one for a stage."""
     rows, columns = _padding(shifted_block, x)
     mask: Tensor = shifted_block.get_attn_mask(
@@ -97,7 +97,7 @@ def _shift_mask(shifted_block: Any, x: Tensor) -> Tensor:
     return mask
 
 
-def _attend(block: Any, x: Tensor, mask: Tensor) -> Tensor:
+def attend(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     """Attend within the windows of ``(B, H, W, C)``, of a shifted block the shifted ones.
 
     timm's own forward shifts first and pads then, so that at sizes its windows do not divide the

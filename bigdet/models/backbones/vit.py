@@ -6,6 +6,7 @@ of them, at even distances, over the whole image.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,30 +138,12 @@ class ViT(Backbone):
             for block in self.blocks:
                 grid = GLOBAL_GRID if block in last_of_quarters else GRID
                 block.attn = RelativeAttention(block.attn, grid)
-        self.channels = [width // 4, width // 2, width, width]
-        self.pyramid = nn.ModuleList(
-            [
-                nn.Sequential(
-                    _doubling(width, width // 2),
-                    LayerNorm2d(width // 2),
-                    nn.GELU(),
-                    _doubling(width // 2, width // 4),
-                ),
-                _doubling(width, width // 2),
-                nn.Identity(),
-                nn.MaxPool2d(2),
-            ]
-        )
+        self.channels, self.pyramid = simple_pyramid(width)
 
     @property
     def stages(self) -> list[list[nn.Module]]:
         """The patch embedding and the blocks in quarters; the pyramid belongs to none of them."""
-        length = len(self.blocks) // NUM_QUARTERS
-        quarters = [
-            list(self.blocks[length * number : length * (number + 1)])
-            for number in range(NUM_QUARTERS)
-        ]
-        return [[self.patch_embed], *quarters]
+        return [[self.patch_embed], *quarters(self.blocks)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute C2 to C5."""
@@ -172,6 +155,32 @@ class ViT(Backbone):
             x = self.run(_run_block, quarter[-1], x, False)
         x = x.permute(0, 3, 1, 2)
         return cut_to_size([level(x) for level in self.pyramid], (height, width))
+
+
+def quarters(blocks: nn.ModuleList) -> list[list[nn.Module]]:
+    """Cut the blocks of a ViT into four runs, as equally long as can be."""
+    ends = [len(blocks) * number // NUM_QUARTERS for number in range(NUM_QUARTERS + 1)]
+    return [list(blocks[start:end]) for start, end in pairwise(ends)]
+
+
+def simple_pyramid(width: int) -> tuple[list[int], nn.ModuleList]:
+    """Build the layers that make C2 to C5 of one map of stride 16.
+
+    Returns:
+        The channels of C2 to C5, and a module for each.
+    """
+    levels = [
+        nn.Sequential(
+            _doubling(width, width // 2),
+            LayerNorm2d(width // 2),
+            nn.GELU(),
+            _doubling(width // 2, width // 4),
+        ),
+        _doubling(width, width // 2),
+        nn.Identity(),
+        nn.MaxPool2d(2),
+    ]
+    return [width // 4, width // 2, width, width], nn.ModuleList(levels)
 
 
 def _doubling(in_channels: int, out_channels: int) -> nn.Module:

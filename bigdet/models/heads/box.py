@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdet.config.heads import RoiConfig
-from bigdet.config.model import ModelConfig, has_fpn, is_class_agnostic
+from bigdet.config.model import ModelConfig, has_fpn, is_class_agnostic, used
 from bigdet.models.activation_checkpointing import Checkpointed
 from bigdet.models.assign import (
     IGNORED,
@@ -104,7 +104,7 @@ class BoxHead(Checkpointed):
             positive_iou: a region on an object overlaps it by at least this. None: the config's.
         """
         super().__init__()
-        self.config = config = model.roi
+        self.config = config = used(model.roi)
         self.conventions = conventions
         self.num_classes = num_classes
         self.delta_weights = delta_weights

@@ -6,16 +6,15 @@ Letters: D detections of all images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bigdet.ops.boxes import clip_boxes
-from bigdet.ops.nms import best_of_groups, grouped_nms, soft_nms
+from bigdet.ops.nms import first_of_groups, grouped_nms, soft_nms
 
 MIN_SIDE = 1e-2  # detections of less than this many pixels are dropped
-SIGMA = 0.5  # of Gaussian soft-NMS, in its paper
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,14 @@ class FlatDetections:
         boxes: ``(D, 4)``.
         scores: ``(D,)``, falling within an image.
         labels: ``(D,)`` int64.
+        counts: detections of each image. None where the host has to ask the device.
     """
 
     images: Tensor
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    counts: list[int] | None = None
 
 
 class EvalSettings(Protocol):
@@ -61,8 +62,9 @@ def _cut(candidates: FlatDetections, image_sizes: Tensor) -> tuple[Tensor, Tenso
 
 
 def usable(candidates: FlatDetections, image_sizes: Tensor) -> FlatDetections:
-    """Cut boxes at their images, and leave out what is not finite or smaller than `MIN_SIDE`."""
+    """Cut boxes at their images; leave out those not finite, below `MIN_SIDE`, or of score -inf."""
     boxes, is_usable = _cut(candidates, image_sizes)
+    is_usable &= candidates.scores > -torch.inf
     return FlatDetections(
         candidates.images[is_usable],
         boxes[is_usable],
@@ -81,7 +83,7 @@ def best_detections(
     near duplicates fall instead, and those that fall to the threshold are left out.
 
     Args:
-        candidates: of B images, in any order.
+        candidates: of B images, in any order; a score of -inf leaves a box out.
         image_sizes: ``(B, 2)`` height, width.
         num_classes: K.
         config: of the detections.
@@ -92,16 +94,20 @@ def best_detections(
     num_images = len(image_sizes)
     usable_scores = torch.where(is_usable, scores, -torch.inf)
     groups, num_groups = images * num_classes + labels, num_images * num_classes
-    kind = getattr(config, "nms", "hard")  # settings of a user's own detector may lack it
+    settings: Any = config
+    kind: Any = getattr(settings, "nms", "hard")  # those of a user's own detector may lack it
     if kind == "hard":
         kept = grouped_nms(boxes, usable_scores, groups, num_groups, config.nms_iou)
     else:
-        scores = soft_nms(
+        usable_scores = soft_nms(
             boxes, usable_scores, groups, num_groups, kind, config.nms_iou,
-            getattr(config, "nms_sigma", SIGMA), config.detections_per_image,
+            settings.nms_sigma, config.detections_per_image,
         )  # fmt: skip
-        kept = scores > config.score_threshold
-    rows = kept.nonzero().squeeze(1)
-    best = best_of_groups(scores[rows], images[rows], num_images, config.detections_per_image)
-    rows = rows[best]
-    return FlatDetections(images[rows], boxes[rows], scores[rows], labels[rows])
+        kept = usable_scores > config.score_threshold
+    scores = torch.where(kept, usable_scores, -torch.inf)
+    rows, is_best = first_of_groups(scores, images, num_images, config.detections_per_image)
+    is_best &= scores[rows] > -torch.inf
+    counts = torch.zeros_like(image_sizes[:, 0]).index_add_(0, images[rows], is_best.long())
+    in_each = counts.tolist()  # the host waits here
+    rows = rows[(~is_best).sort(stable=True).indices[: sum(in_each)]]
+    return FlatDetections(images[rows], boxes[rows], scores[rows], labels[rows], in_each)

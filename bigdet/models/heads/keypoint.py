@@ -32,7 +32,7 @@ def keypoint_cells(keypoints: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(N, K)`` int64 in ``0..56 * 56 - 1``, row after row, and ``(N, K)`` bool, whether the
-        keypoint is labelled (hidden or not) and in the region; points on its right and lower edge
+        keypoint is labeled (hidden or not) and in the region; points on its right and lower edge
         are.
     """
     corners, sides = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]
@@ -132,13 +132,13 @@ def find_keypoints(logits: Tensor, boxes: Tensor) -> Tensor:
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     found = logits.new_zeros(*logits.shape[:2], 3)
+    cell_sizes = sides / sides.ceil()
     for number, (width, height) in enumerate(sides.ceil().long().tolist()):
         maps = F.interpolate(
             logits[number : number + 1], size=(height, width), mode="bicubic", align_corners=False
         )[0]  # (K, height, width)
         scores, places = maps.flatten(1).max(dim=1)
         cells = torch.stack([places % width, places // width], dim=1).to(boxes.dtype)
-        cell_size = sides[number] / cells.new_tensor([width, height])
-        found[number, :, :2] = boxes[number, :2] + (cells + 0.5) * cell_size
+        found[number, :, :2] = boxes[number, :2] + (cells + 0.5) * cell_sizes[number]
         found[number, :, 2] = scores
     return found

@@ -176,23 +176,41 @@ class RetinaHead(Checkpointed):
 
     @torch.no_grad()
     def decode(self, predictions: RetinaPredictions, num_images: int) -> FlatDetections:
-        """Give the boxes of the best predictions of each level above the threshold."""
-        config = self.config
+        """Give the boxes of the best predictions of each level above the threshold.
+
+        On a GPU, so that the host need not wait, always as many; the others have the score -inf.
+        """
+        find = self._best_above if predictions.deltas.device.type == "cpu" else self._best
         found, first_anchor = [], 0
         for level in predictions.logits:
-            logits = at_least_fp32(level)
-            # Not a number is not above the threshold either.
-            is_candidate = logits > _logit(config.score_threshold)
-            images, anchors, labels = is_candidate.nonzero(as_tuple=True)
-            scores = logits[images, anchors, labels].sigmoid()
-            best = best_of_groups(scores, images, num_images, config.candidates_per_level)
-            rows = (images[best], anchors[best] + first_anchor, labels[best])
-            found.append((*rows, scores[best]))
+            images, anchors, labels, scores = find(level, num_images)
+            found.append((images, anchors + first_anchor, labels, scores))
             first_anchor += level.shape[1]
         images, anchors, labels, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
         deltas = predictions.deltas[images, anchors]
         boxes = decode_deltas(deltas, predictions.anchors[anchors], DELTA_WEIGHTS)
         return FlatDetections(images, boxes, scores, labels)
+
+    def _best_above(self, level: Tensor, num_images: int) -> tuple[Tensor, ...]:
+        """Give image, anchor, label and score of a level's best predictions."""
+        logits = at_least_fp32(level)
+        # Not a number is not above the threshold either.
+        is_candidate = logits > _logit(self.config.score_threshold)
+        images, anchors, labels = is_candidate.nonzero(as_tuple=True)
+        scores = logits[images, anchors, labels].sigmoid()
+        best = best_of_groups(scores, images, num_images, self.config.candidates_per_level)
+        return images[best], anchors[best], labels[best], scores[best]
+
+    def _best(self, level: Tensor, num_images: int) -> tuple[Tensor, ...]:
+        """The same, filled up to equally many of each image by predictions of score -inf."""
+        logits = torch.where(level.isnan(), -torch.inf, level).flatten(1)
+        best = logits.topk(min(self.config.candidates_per_level, logits.shape[1]), dim=1)
+        images = torch.arange(num_images, device=level.device)[:, None].expand_as(best.indices)
+        values, index = at_least_fp32(best.values), best.indices
+        is_candidate = values > _logit(self.config.score_threshold)
+        scores = torch.where(is_candidate, values.sigmoid(), -torch.inf)
+        found = (images, index // self.num_classes, index % self.num_classes, scores)
+        return tuple(part.flatten() for part in found)
 
 
 def octave_sizes(size: float, count: int, rounded: bool) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,6 @@ class RegionProposals(nn.Module):
         conventions: Conventions,
         has_levels: bool = True,
         detector: str = "faster_rcnn",
-        num_convs: int = 1,
     ) -> None:
         """Build for features of ``width`` channels; weights N(0, 0.01), biases 0.
 
@@ -93,7 +93,7 @@ class RegionProposals(nn.Module):
         num_shapes = len(cells[0])
         # A buffer, for it waits on the device: a copy at every step would stop the host.
         self.register_buffer("cells", torch.stack(cells).float(), persistent=False)
-        convs = [conv_norm(width, width, 3, "none", relu=True) for _ in range(num_convs)]
+        convs = [conv_norm(width, width, 3, "none", relu=True) for _ in range(config.num_convs)]
         self.conv, self.more_convs = convs[0], nn.Sequential(*convs[1:])
         self.objectness = nn.Conv2d(width, num_shapes, 1)
         self.deltas = nn.Conv2d(width, 4 * num_shapes, 1)
@@ -167,7 +167,8 @@ class RegionProposals(nn.Module):
         images = torch.arange(len(boxes), device=boxes.device)[:, None]
         num_levels = len(predictions.counts)
         groups = images * num_levels + torch.cat(levels, dim=1)
-        kept = (suppress or grouped_nms)(
+        # topk gives them best first, level after level.
+        kept = (suppress or partial(grouped_nms, is_sorted=True))(
             boxes.flatten(0, 1),
             scores.flatten(),
             groups.flatten(),

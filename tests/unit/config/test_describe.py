@@ -15,14 +15,14 @@ OPTIONS = {option.key: option for option in list_options()}
 def test_options_have_type_default_and_unit():
     stall = OPTIONS["log.stall_seconds"]
     assert (stall.kind, stall.default) == ("float | null", "1200.0")
-    assert stall.text.startswith("A rank without progress for so long")
+    assert stall.text.startswith("After this many seconds without progress")
     assert OPTIONS["engine.zero_stage"].kind == "int | null"
     assert OPTIONS["phases.NAME.optimizer"].kind == "sgd | adamw"
     assert OPTIONS["phases.NAME.betas"].kind == "[float, float]"
     assert OPTIONS["phases.NAME.drops"].kind == "[int | float, ...] | null"
     assert OPTIONS["model.rpn.anchor_sizes"].default == "[32, 64, 128, 256, 512]"
     assert OPTIONS["data.train.keep_empty"].default == "false"
-    assert OPTIONS["data.train.shards"].default == ""  # must be given
+    assert OPTIONS["data.train.shards"].default == ""  # required
     assert OPTIONS["evaluation.tta"].default == "null"  # a section that may be left out
 
 
@@ -58,7 +58,7 @@ def test_a_key_chooses_its_section_and_any_name_matches_a_phase():
     assert text.splitlines() == [
         "data.val:",
         "    The validation split.",
-        "data.val.shards: str (must be given)",
+        "data.val.shards: str (required)",
         "    Folder or address of a shard set.",
     ]
     assert describe_options("phases.finetune.lr") == describe_options("phases.NAME.lr")
@@ -66,7 +66,7 @@ def test_a_key_chooses_its_section_and_any_name_matches_a_phase():
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"data\.trian.*Did you mean data\.train\?"):
+    with pytest.raises(ConfigError, match=r"data\.trian.*did you mean 'data\.train'\?"):
         describe_options("data.trian")
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from bigdet.config.earlier import keep_former
 from bigdet.config.load import dump_config, load_config, parse_config
+from bigdet.config.model import SECTIONS
 from bigdet.config.rpn import proposal_limits
 from bigdet.config.run import check_config
 from tests.shipped import CONFIGS, config_of
@@ -26,11 +27,13 @@ NEW = {
 NEW_IN_PHASES = ["decay_norms", "decay_biases", "bias_lr_factor"]
 
 
-def former_text(name: str, *overrides: str) -> str:
+def former_text(config_name: str, *overrides: str) -> str:
     """A resolved config as it was written before these options."""
     values: dict[str, Any] = yaml.safe_load(
-        dump_config(load_config(CONFIGS / f"{name}.yaml", overrides))
+        dump_config(load_config(CONFIGS / f"{config_name}.yaml", overrides))
     )
+    for name, options in SECTIONS.items():  # all were there, whatever the detector
+        values["model"][name] = values["model"][name] or dataclasses.asdict(options())
     for section, names in NEW.items():
         place: Any = values
         for part in section.split("."):

@@ -13,7 +13,7 @@ from bigdet.cli import make_shards
 from bigdet.config.describe import describe_options
 from bigdet.config.families import BACKBONES, DETECTOR_OPTIONS, DETECTORS, backbone_facts
 from bigdet.config.load import load_config, parse_config
-from bigdet.config.model import ModelConfig
+from bigdet.config.model import ModelConfig, settle_sections
 from bigdet.config.own import import_own
 from bigdet.config.rules import ConfigError
 from bigdet.models.build import build_detector
@@ -68,6 +68,8 @@ of_retina = dict(parts=("backbone", "fpn", "retina_head"), options=("width", "re
 retina = describe_detector(**of_retina)(lambda config, num_classes, backbone:
     build_retinanet(config, num_classes, backbone))
 empty = describe_detector(**of_retina)(lambda config, num_classes, backbone: None)
+no_section = describe_detector(parts=("backbone", "fpn", "retina_head"), options=("width",))(
+    lambda config, num_classes, backbone: build_retinanet(config, num_classes, backbone))
 other = describe_detector(parts=("backbone", "neck"), options=("width", "retina"))(retina_like :=
     lambda config, num_classes, backbone: build_retinanet(config, num_classes, backbone))
 def with_more(norm):
@@ -92,7 +94,8 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
 
 
 def model(**options: object) -> ModelConfig:
-    return ModelConfig(width=8, fc_width=8, **({"detector": "faster_rcnn"} | options))
+    chosen = ModelConfig(width=8, fc_width=8, **({"detector": "faster_rcnn"} | options))
+    return settle_sections(chosen, [chosen.detector], ())
 
 
 @pytest.mark.parametrize(
@@ -111,8 +114,12 @@ def model(**options: object) -> ModelConfig:
             r"expected a list of C2 to C5, \[.*\(1, 16, 2, 3\)\]",
         ),
         ("three_maps", r"gives \[\(1, 8, 8, 12\), \(1, 8, 4, 6\), \(1, 8, 2, 3\)\], expected"),
-        ("wants", r"must be given depth, expected parameters of the names norm, drop_path"),
-        ("many", r"takes \*args, expected parameters with names alone"),
+        (
+            "wants",
+            r"requires depth\. Expected parameters that are options of model \(norm, "
+            r"drop_path",
+        ),
+        ("many", r"takes \*args, expected parameters with names only"),
         ("number", r"which is a int, expected a function or a class"),
         ("plane", r"has no plane; did you mean 'plain'\?"),
     ],
@@ -125,7 +132,7 @@ def test_a_backbone_that_does_not_fit_is_refused(nets: str, name: str, expected:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("silent", r"does not say what it is\. Write @describe_detector"),
+        ("silent", r"has no description\. Write @describe_detector"),
         ("empty", r"empty returned None, expected a Detector"),
         ("other", r"has the parts backbone, fpn, retina_head, but its .* says backbone, neck"),
         ("torch_head", r"has BatchNorm2d of torch"),
@@ -136,6 +143,12 @@ def test_a_backbone_that_does_not_fit_is_refused(nets: str, name: str, expected:
 def test_a_detector_that_does_not_fit_is_refused(nets: str, name: str, expected: str) -> None:
     with pytest.raises(ValueError, match=rf"^model\.detector: .*{nets}.*{expected}"):
         build_detector(model(detector=f"{nets}:{name}", backbone="resnet10"), 2)
+
+
+def test_a_section_that_an_own_detector_uses_has_to_be_among_its_options(nets: str) -> None:
+    config = model(detector=f"{nets}:no_section", backbone="resnet10")
+    with pytest.raises(ConfigError, match=r"^model\.detector: it uses .* retina\) that is null"):
+        build_detector(config, 2)
 
 
 def test_a_module_that_is_not_there_or_fails_is_reported(tmp_path: Path, monkeypatch) -> None:

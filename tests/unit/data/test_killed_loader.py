@@ -27,7 +27,7 @@ def test_who_waits_for_data_is_warned_of_memory_and_workers(key: int, found: str
     assert found in message
     assert ("when the memory of the host or of the job is full" in message) == (key == 0)
     assert "Lower data.workers" in message
-    assert "The same command goes on from the newest checkpoint" in message
+    assert "The same command continues from the newest checkpoint" in message
     assert "\n" not in message
     loader.close()
 

@@ -144,7 +144,7 @@ def test_annotation_ids_that_are_no_numbers_are_numbered(trial: Trial) -> None:
 
 
 def test_keypoints_are_not_matched_by_ids_that_were_made_up(trial: Trial) -> None:
-    with pytest.raises(ShardError, match=r"a\.json: the annotations have no ids of their own"):
+    with pytest.raises(ShardError, match=r"a\.json: the annotations have no unique ids"):
         trial.convert([image_of(1), image_of(2)], [box_of(0), box_of(0, 2)], keypoints=trial.file)
 
 

@@ -173,7 +173,7 @@ def test_keypoints_move_with_the_image_and_change_sides_in_a_flip():
     assert objects_in_view([], view, wanted).keypoints.shape == (0, 3, 3)
 
 
-def test_keypoints_out_of_the_crop_are_not_labelled():
+def test_keypoints_out_of_the_crop_are_not_labeled():
     wanted = Wanted(keypoint_order=keypoint_order([people([])]))
     view = View((20, 10), (20, 10), (4, 0), (20, 6), is_flipped=False)
     objects = objects_in_view([person(3, 9, 2, 4, 2, 1, 9, 5, 2)], view, wanted)

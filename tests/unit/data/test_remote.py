@@ -191,7 +191,7 @@ def test_a_shard_that_a_process_has_open_is_not_deleted(local, cache, caplog):
         assert server.requests["000000.tar"] == 1
         third = ShardSet(server.address, cache=config)
         third.read(10 * PER_SHARD)  # while two others are in use
-        assert "in use at a time, data.cache.gib allows" in caplog.text
+        assert "in use at once, data.cache.gib allows" in caplog.text
         for shards in (first, second, third):
             shards.close()
 

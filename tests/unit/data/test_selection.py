@@ -90,10 +90,10 @@ def test_a_subset_by_ids_leaves_out_empty_images(shards, tmp_path, form):
         ("123456789 1", "lists 1 images that"),
         ("1 2 1", "the image 1 more than once"),
         ("", "lists no image"),
-        ("one two", "no list of image ids"),
-        ('[{"id": 1}]', "no list of image ids"),
-        ("[1, 2", "no list of image ids"),
-        (None, "no list of image ids"),
+        ("one two", "not a list of image ids"),
+        ('[{"id": 1}]', "not a list of image ids"),
+        ("[1, 2", "not a list of image ids"),
+        (None, "not a list of image ids"),
     ],
 )
 def test_lists_of_ids_that_cannot_be_used_are_refused(shards, tmp_path, text, reason):
@@ -145,9 +145,9 @@ def test_the_phases_of_a_run_share_one_selection(shapes_shards, monkeypatch):
     assert chosen(shards, keep_empty=True).rows.tolist() == list(range(16))
 
 
-def test_images_with_too_few_labelled_keypoints_are_left_out(tmp_path):
-    # Labelled are visibility 1 and 2. Row 0: two on one object; row 1: one each on two objects, and
-    # two on a crowd, which does not count; row 2: none labelled; row 3: an object without any.
+def test_images_with_too_few_labeled_keypoints_are_left_out(tmp_path):
+    # Labeled are visibility 1 and 2. Row 0: two on one object; row 1: one each on two objects, and
+    # two on a crowd, which does not count; row 2: none labeled; row 3: an object without any.
     points = {
         0: [([1, 1, 2, 2, 2, 1, 0, 0, 0], 0)],
         1: [

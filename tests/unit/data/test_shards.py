@@ -394,6 +394,16 @@ def test_a_folder_with_shards_is_never_written_to(tmp_path: Path, name: str) -> 
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
+def test_a_folder_with_an_interrupted_conversion_is_left_alone(tmp_path: Path) -> None:
+    plan = tmp_path / UNFINISHED / "plan.json"
+    plan.parent.mkdir()
+    for path in (plan, tmp_path / "000000.tar"):
+        path.write_text("mine")
+    with pytest.raises(ShardError, match=r"has shards already \(000000"), writer_for(tmp_path):
+        pass
+    assert plan.read_text() == "mine"
+
+
 def test_what_the_index_cannot_hold_is_an_error(tmp_path: Path) -> None:
     expected = r"image 7 \(7.img\): 70000 x 8 pixels"
     with pytest.raises(ShardError, match=expected), writer_for(tmp_path) as writer:

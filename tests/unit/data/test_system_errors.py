@@ -130,7 +130,7 @@ def test_check_shards_reports_the_reason_once_for_a_tar_and_continues(shards, mo
 def test_index_shards_reports_the_reason_of_a_tar(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", sample("1", record_of(1)))
     failing = Failing(monkeypatch, "pread", errno.EIO, 10**6)
-    with pytest.raises(ShardError, match=r"a\.tar: cannot be read \(Input/output error\)\. See"):
+    with pytest.raises(ShardError, match=r"a\.tar: cannot be read \(Input/output error\)\. Check"):
         index_shards(tmp_path, CATEGORIES)
     assert failing.calls == 3
     monkeypatch.undo()

@@ -80,7 +80,7 @@ def test_pasted_objects_hide_what_is_below():
     assert mixed.image_id == 1
 
 
-def test_a_hidden_keypoint_is_labelled_but_not_visible():
+def test_a_hidden_keypoint_is_labeled_but_not_visible():
     points = np.array([[[2.5, 2.5, 2], [8.5, 8.5, 2], [9.5, 9.5, 1]]], dtype=np.float32)
     below = objects([[0, 0, 10, 10]], [full(10, 10)], [[0, 0]], points)
     above = objects([[5, 5, 10, 10]], [full(5, 5)], [[5, 5]], np.zeros((1, 3, 3), np.float32))

@@ -159,7 +159,7 @@ PEOPLE = [Category(17, "cat", keypoints=[f"point {i}" for i in range(17)]), Cate
 
 
 def test_keypoints_at_their_places_score_one_and_far_from_them_zero(make_shards):
-    # 1600 square pixels: medium. The second cat has no labelled keypoint: whoever finds it is
+    # 1600 square pixels: medium. The second cat has no labeled keypoint: whoever finds it is
     # neither right nor wrong. The car has none at all.
     annotations = [
         truth(0, [10, 10, 40, 40], keypoints=pose(12, 30)),

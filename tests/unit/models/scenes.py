@@ -39,7 +39,7 @@ def make_scene(
 ) -> Batch:
     """A batch of noise with elliptic objects; ``objects`` are xyxy whole pixels, by image.
 
-    With keypoints they lie anywhere in their object; some are hidden or not labelled.
+    With keypoints they lie anywhere in their object; some are hidden or not labeled.
     """
     generator = torch.Generator().manual_seed(seed)
     images = torch.zeros(len(objects), 3, *canvas_size, dtype=torch.uint8)

@@ -30,9 +30,9 @@ def head_of(norm: Kind = "none", width: int = 32, num_keypoints: int = 2) -> Key
 def test_cells_of_keypoints_are_worked_out_by_hand() -> None:
     points = [
         ([10.0, 20.0, 2.0], 0),  # the upper left corner
-        ([12.9, 25.9, 1.0], 2 * SIZE + 2),  # hidden, but labelled
+        ([12.9, 25.9, 1.0], 2 * SIZE + 2),  # hidden, but labeled
         ([66.0, 132.0, 2.0], SIZE * SIZE - 1),  # the lower right corner belongs to the last cell
-        ([12.9, 25.9, 0.0], None),  # not labelled
+        ([12.9, 25.9, 0.0], None),  # not labeled
         ([9.9, 25.0, 2.0], None),  # left of the region
         ([12.0, 132.1, 2.0], None),  # below it
     ]
@@ -55,7 +55,7 @@ def regions_of(is_positive: list[bool], rows: list[int], boxes: list[list[float]
 
 
 def test_regions_are_taken_where_a_keypoint_can_be_learned() -> None:
-    # Object 0 has a labelled keypoint, object 1 has none.
+    # Object 0 has a labeled keypoint, object 1 has none.
     keypoints = torch.tensor([[[12.0, 25.0, 1.0]], [[12.0, 25.0, 0.0]]])
     away = [30.0, 20.0, 66.0, 132.0]  # does not hold it
     regions = regions_of([True, True, True, False], [0, 1, 0, 0], [BOX, BOX, away, BOX])
@@ -78,7 +78,7 @@ def positives_of(is_valid: list[bool]) -> Positives:
 
 def test_the_loss_is_the_mean_over_keypoints_that_can_be_learned() -> None:
     # Silent maps: log(56 x 56) each. The first keypoint's map in region 0 raises the right cell by
-    # 1: log(56 x 56 - 1 + e) - 1. The second keypoint is not labelled, the last region not valid.
+    # 1: log(56 x 56 - 1 + e) - 1. The second keypoint is not labeled, the last region not valid.
     keypoints = torch.tensor([[[12.5, 25.0, 2.0], [12.5, 25.0, 0.0]]])
     logits = torch.zeros(3, 2, SIZE, SIZE)
     logits[0, 0, 2, 2] = 1.0
@@ -159,7 +159,7 @@ def test_a_box_without_area_is_one_pixel() -> None:
 
 @pytest.mark.parametrize(("min_visible", "is_heard"), [(0, True), (2, True), (3, False)])
 def test_few_visible_keypoints_teach_nothing(min_visible: int, is_heard: bool) -> None:
-    # Two valid regions on an object with one labelled keypoint: two to learn from.
+    # Two valid regions on an object with one labeled keypoint: two to learn from.
     keypoints = torch.tensor([[[12.5, 25.0, 2.0], [12.5, 25.0, 0.0]]])
     head = KeypointHead("none", 8, KeypointConfig(num_keypoints=2, min_visible=min_visible), 3)
     logits = torch.zeros(3, 2, SIZE, SIZE, requires_grad=True)

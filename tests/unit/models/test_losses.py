@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from bigdet.models import losses as losses_module
 from bigdet.models.losses import (
@@ -80,6 +80,18 @@ def test_giou_losses_are_worked_out_by_hand() -> None:
     targets = torch.tensor([[1.0, 1, 3, 3], [2.0, 0, 3, 1], [3.0, 4, 5, 9]], dtype=torch.float64)
     expected = torch.tensor([1 + 5 / 63, 4 / 3, 0.0], dtype=torch.float64)
     torch.testing.assert_close(giou_losses(boxes, targets), expected, rtol=0, atol=1e-6)
+
+
+def test_giou_losses_and_gradients_are_torchvisions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 200, 2, generator=generator) * 40
+    sides = torch.rand(2, 200, 2, generator=generator) * 30
+    sides[:, ::9] = 0
+    boxes, targets = torch.cat([corners, corners + sides], dim=2).requires_grad_().unbind()
+    found, expected = giou_losses(boxes, targets), generalized_box_iou_loss(boxes, targets)
+    assert torch.equal(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), boxes)
+    assert torch.equal(gradient, torch.autograd.grad(expected.sum(), boxes)[0])
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def scene() -> Batch:
     # Off the pixel grid: half-covered grid points of a mask would be decided by rounding.
     generator = torch.Generator().manual_seed(2)
     moved = batch.targets.boxes + torch.rand(8, 4, generator=generator)
-    # Keypoints in and around the boxes, some of them hidden or not labelled.
+    # Keypoints in and around the boxes, some of them hidden or not labeled.
     parts = torch.rand(8, NUM_KEYPOINTS, 2, generator=generator) * 1.4 - 0.2
     points = moved[:, None, :2] + parts * (moved[:, 2:] - moved[:, :2])[:, None]
     seen = torch.randint(0, 3, (8, NUM_KEYPOINTS, 1), generator=generator)

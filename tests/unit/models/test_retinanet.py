@@ -134,6 +134,31 @@ def test_no_detections_is_an_ordinary_result(threshold: float) -> None:
         assert found.boxes.shape == (0, 4)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.012, 1.0])
+def test_detections_are_the_same_without_waiting_for_the_number_of_candidates(
+    threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RetinaConfig(score_threshold=threshold, candidates_per_level=50)
+    detector = detector_of(replace(CONFIG, retina=config)).eval().requires_grad_(False)
+    batch = scene()
+    features = detector.features(batch)
+    generator = torch.Generator().manual_seed(0)
+    for level in features.logits:  # without ties, the order of which is not defined
+        level.copy_(torch.randn(level.shape, generator=generator) - 4)
+    features.logits[0][0, :5] = torch.nan
+    expected = detector.find(features, batch)
+    head = detector.retina_head
+    monkeypatch.setattr(head, "_best_above", head._best)
+    with Waits() as waits:
+        head.decode(features, 2)
+    assert not waits.found
+    found = detector.find(features, batch)
+    for name in ("images", "boxes", "scores", "labels"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.counts == torch.bincount(expected.images, minlength=2).tolist()
+    assert (len(found.scores) > 20) == (threshold < 1)
+
+
 def test_test_settings_replace_those_of_the_model() -> None:
     detector = detector_of().eval()
     retina = replace(CONFIG.retina, detections_per_image=7)

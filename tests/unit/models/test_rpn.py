@@ -189,7 +189,7 @@ def labels_of(config: RpnConfig, sizes: list[tuple[int, int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("border", [None, 0, 6])
 @pytest.mark.parametrize("lowest", [0.0, 0.3])
-def test_anchors_are_labelled_as_mmdetections_assigner_does(
+def test_anchors_are_labeled_as_mmdetections_assigner_does(
     border: int | None, lowest: float
 ) -> None:
     # Brute force: anchors that cross the border are taken away first, then the rest is compared.

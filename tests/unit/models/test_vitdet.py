@@ -8,6 +8,7 @@ antialiasing, timm and bigdet with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,9 +18,13 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
+from bigdet.config.model import ModelConfig
+from bigdet.config.rpn import RpnConfig
 from bigdet.models.backbones.vit import ViT
+from bigdet.models.build import build_detector
 from bigdet.models.necks.fpn import SimplePyramid
 from bigdet.models.norms import conv_norm, make_norm
+from tests.unit.models.scenes import make_scene
 
 DEPTH, WIDTH, HEADS = 8, 48, 3  # global blocks: 1, 3, 5, 7
 
@@ -236,3 +241,88 @@ def test_levels_of_the_simple_pyramid_do_not_see_each_other() -> None:
     for number, (mine, theirs) in enumerate(zip(neck(features), before, strict=True)):
         assert torch.equal(mine, theirs) == (number < 3)
     assert before[4].shape == (1, 16, 1, 1)
+
+
+def test_a_canvas_padded_to_a_square_gives_what_a_square_canvas_gives() -> None:
+    options = {"neck": "simple", "norm": "ln", "width": 16, "fc_width": 16}
+    config = ModelConfig(detector="mask_rcnn", backbone="vit_ti", pad_to_square=True, **options)
+    scene = make_scene([[(4, 8, 40, 50), (50, 10, 90, 44)]], [(60, 90)], (64, 96))
+    square = replace(scene, images=F.pad(scene.images, (0, 0, 0, 32)))
+    losses, found = [], []
+    for model in (config, replace(config, pad_to_square=False)):
+        torch.manual_seed(0)
+        detector = build_detector(model, 3)
+        batch = scene if model.pad_to_square else square
+        losses.append(detector.train()(batch))
+        found.append(detector.eval()(batch)[0])
+        plain = detector.pixels(scene)
+        assert plain.shape[-2:] == ((96, 96) if model.pad_to_square else (64, 96))
+    assert losses[0] == losses[1]
+    assert torch.equal(found[0].boxes, found[1].boxes)
+    assert torch.equal(found[0].masks, found[1].masks)
+
+
+SIZES = {"vit_b": (768, 12, 12), "vit_l": (1024, 24, 16), "vit_h": (1280, 32, 16)}
+
+
+def detectron2_parameters(backbone: str, is_cascade: bool, is_relative: bool) -> int:
+    """Count what detectron2's project has, 80 classes, from its code.
+
+    ``vit.py``: ViT and SimpleFeaturePyramid; ``configs/common/models/mask_rcnn_vitdet.py`` and
+    ``mask_rcnn_fpn.py``: heads; ``cascade_mask_rcnn_vitdet_b_100ep.py``: class-agnostic stages.
+    """
+    c, depth, heads = SIZES[backbone]
+    patches = 16 * 16 * 3 * c + c
+    positions = (14 * 14 + 1) * c  # with one of the class token, which its forward pass leaves out
+    # Two norms, qkv and projection with biases, an MLP of 4 C.
+    block = 2 * 2 * c + (3 * c * c + 3 * c) + (c * c + c) + (4 * c * c + 4 * c) + (4 * c * c + c)
+    # 2 x 14 - 1 distances in windows, 2 x 64 - 1 in the four global blocks, in height and in width.
+    distances = (depth - 4) * 2 * (2 * 14 - 1) + 4 * 2 * (2 * 64 - 1)
+    relative = distances * (c // heads) if is_relative else 0
+
+    def deconv(i: int, o: int) -> int:
+        return 2 * 2 * i * o + o
+
+    def conv(i: int, kernel: int) -> int:  # to 256 channels, with LN and without bias
+        return kernel * kernel * i * 256 + 2 * 256
+
+    resizing = deconv(c, c // 2) + 2 * (c // 2) + deconv(c // 2, c // 4) + deconv(c, c // 2)
+    pyramid = sum(conv(i, 1) + conv(256, 3) for i in (c // 4, c // 2, c, c))
+    rpn = 2 * (9 * 256 * 256 + 256) + (256 * 3 + 3) + (256 * 12 + 12)
+    box_layers = 4 * conv(256, 3) + (256 * 49 * 1024 + 1024) + (1024 * 81 + 81)
+    boxes = 3 * (box_layers + 1024 * 4 + 4) if is_cascade else box_layers + 1024 * 320 + 320
+    masks = 4 * conv(256, 3) + deconv(256, 256) + (256 * 80 + 80)
+    plain_vit = patches + positions + depth * block
+    return plain_vit + relative + resizing + pyramid + rpn + boxes + masks
+
+
+@pytest.mark.parametrize(
+    ("backbone", "detector", "is_relative", "total"),
+    [
+        ("vit_b", "mask_rcnn", False, 110_803_120),
+        ("vit_b", "mask_rcnn", True, 110_895_792),
+        ("vit_b", "cascade_mask_rcnn", False, 141_068_318),
+        ("vit_b", "cascade_mask_rcnn", True, 141_160_990),
+        ("vit_l", "mask_rcnn", False, 330_550_512),
+        ("vit_l", "mask_rcnn", True, 330_684_656),
+        ("vit_l", "cascade_mask_rcnn", False, 360_815_710),
+        ("vit_l", "cascade_mask_rcnn", True, 360_949_854),
+        ("vit_h", "mask_rcnn", False, 661_001_520),
+        ("vit_h", "mask_rcnn", True, 661_203_760),
+        ("vit_h", "cascade_mask_rcnn", False, 691_266_718),
+        ("vit_h", "cascade_mask_rcnn", True, 691_468_958),
+    ],
+)
+def test_parameters_are_as_many_as_detectron2s(
+    backbone: str, detector: str, is_relative: bool, total: int
+) -> None:
+    config = ModelConfig(
+        detector=detector, backbone=backbone, neck="simple", norm="ln", box_head="4conv1fc",
+        relative_positions=is_relative, rpn=RpnConfig(num_convs=2),
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = build_detector(config, 80)
+    found = sum(parameter.numel() for parameter in model.parameters())
+    class_token = SIZES[backbone][0]  # its position
+    expected = detectron2_parameters(backbone, detector == "cascade_mask_rcnn", is_relative)
+    assert found + class_token == expected == total

@@ -16,6 +16,7 @@ from bigdet.pieces.building import materialize, parameters_in_file, parameters_o
 
 BACKBONES = {
     "resnet10": {}, "vgg16": {"norm": "none", "width": 512}, "swin_t": {}, "vit_s": {},
+    "timm:vit_tiny_patch16_224": {},
 }  # fmt: skip
 
 

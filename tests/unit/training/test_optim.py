@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from bigdet.config.ema import EmaConfig
 from bigdet.config.phase import PhaseConfig
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.backbones.build import build_backbone
@@ -18,8 +19,10 @@ from bigdet.models.layer_ids import layer_ids
 from bigdet.models.norms import BatchNorm2d
 from bigdet.training.optim import (
     build_optimizer,
+    describe_ema,
     describe_lr,
     drop_steps,
+    ema_decay,
     has_same_past,
     layer_factors,
     lr_factor,
@@ -98,6 +101,22 @@ def test_linear_scaling_rule_follows_the_images_per_step() -> None:
     assert describe_lr(phase, 8) == "lr 0.02 at 16 images per step -> 0.01 at 8"
 
 
+def test_the_decay_of_averages_warms_up() -> None:
+    # (1 + n) / (10 + n): 2/11, 3/12, ..., 0.99 = 891/900 at the 890th step.
+    short, constant = EmaConfig(decay=0.99), EmaConfig(decay=0.99, warm_up=False)
+    assert [ema_decay(short, n) for n in (1, 2, 890, 900)] == [2 / 11, 3 / 12, 891 / 900, 0.99]
+    assert [ema_decay(constant, n) for n in (1, 2, 900)] == [0.99, 0.99, 0.99]
+
+
+def test_layer_decay_and_averages_are_said_in_the_log() -> None:
+    decayed = make_phase(lr=0.02, layer_decay=0.7)
+    end = "not scaled with the images per step, times 0.7 per layer of the backbone"
+    assert describe_lr(decayed, 8).endswith(end)
+    assert describe_ema(None) == ""
+    both = "average of the weights (EMA 0.9999) and the newest weights evaluated"
+    assert both in describe_ema(EmaConfig(evaluate="both"))
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -162,6 +181,10 @@ def test_empty_groups_are_left_out() -> None:
 
 
 def test_optimizer_has_the_settings_of_the_phase() -> None:
+    decayed = build_optimizer(Parts(OwnNet()), make_phase(layer_decay=0.5))
+    assert {group["lr_factor"] for group in decayed.param_groups} == {
+        0.5**n for n in (4, 3, 2, 1, 0)
+    }
     sgd = build_optimizer(Layers(), make_phase(momentum=0.8, weight_decay=0.3))
     assert isinstance(sgd, torch.optim.SGD)
     assert [(g["momentum"], g["weight_decay"]) for g in sgd.param_groups] == [(0.8, 0.3), (0.8, 0)]

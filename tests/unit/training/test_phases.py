@@ -82,6 +82,16 @@ def test_weights_to_start_from_in_a_file_are_those_of_a_detector_built_whole(tmp
     assert not (tmp_path / ".start").exists()
 
 
+def test_a_network_that_computes_with_its_parameters_while_it_is_built_is_built_whole():
+    words = ["model.backbone=swinv2_t", "phases.pretrain.norm_mode=null"]
+    words += ["phases.finetune.norm_mode=null", "phases.finetune.freeze_stages=0"]
+    detector = build_empty(load_config(CONFIG, [*SMALL, *words]), "pretrain", ["a", "b"])
+    assert not any(tensor.is_meta for tensor in detector.state_dict().values())
+    assert all(
+        p.is_meta for p in build_empty(load_config(CONFIG, SMALL), "pretrain", ["a"]).parameters()
+    )
+
+
 def test_a_resumed_phase_loads_nothing(tmp_path):
     config = load_config(CONFIG, [*SMALL, "phases.finetune.model.detector=cascade_mask_rcnn"])
     detector = build_for_phase(config, "finetune", ["a", "b"], RunDir(tmp_path), CPU, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from bigdet.structures import Batch, Targets
@@ -32,16 +31,3 @@ def test_on_a_cpu_batches_stay_as_they_are():
     batches = [batch(number) for number in range(3)]
     found = list(prefetch(batches, torch.device("cpu")))
     assert all(one is other for one, other in zip(found, batches, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_batches_arrive_whole_and_in_order():
-    for count in (1, 5):
-        batches = [batch(number) for number in range(count)]
-        for number, moved in enumerate(prefetch(batches, torch.device("cuda"))):
-            assert moved.seed == number
-            assert moved.images.is_cuda
-            assert (moved.images == number).all()
-            assert (moved.targets.boxes == number).all()
-        assert number == count - 1

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import timm
 
-from bigdet.config.load import ConfigError, dump_config, load_config, parse_config
+from bigdet.config.load import dump_config, load_config, parse_config
+from bigdet.config.rules import ConfigError
 from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream

@@ -31,3 +31,5 @@ def test_a_checkpoint_has_weights_and_optimizer_state_in_fp32():
     assert checkpoint_bytes(ModelSizes(100, 60, 7), sgd) == 4 * (100 + 7 + 60)
     plain = load_config(CONFIG, ["phases.pretrain.optimizer=sgd", "phases.pretrain.momentum=0"])
     assert optimizer_tensors(plain.phases["pretrain"]) == 0
+    averaged = load_config(CONFIG, ["phases.pretrain.ema.decay=0.99"]).phases["pretrain"]
+    assert checkpoint_bytes(ModelSizes(100, 60, 7), averaged) == 4 * (100 + 7 + 3 * 60)

@@ -122,7 +122,7 @@ def test_a_cut_file_is_one_clear_error(tmp_path, name):
     else:
         save_file({"a": torch.arange(1000.0)}, path)
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"cut file has to be copied again"):
+    with pytest.raises(ValueError, match=r"If it was cut off, copy it again"):
         read_tensors(path)
 
 

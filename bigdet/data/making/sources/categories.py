@@ -65,12 +65,7 @@ def load_categories(path: Path) -> list[Category]:
 
 
 def refuse_same_names(where: Path, entries: Sequence[Json]) -> None:
-    """Raise ``ShardError`` if two categories have the same name, or names that look the same.
-
-    Args:
-        where: the file that they are from, for the message.
-        entries: with ``id`` and ``name``.
-    """
+    """Raise ``ShardError`` if two categories have the same name, or names that look the same."""
     ids: dict[str, list[int]] = {}
     for entry in entries:
         ids.setdefault(" ".join(entry["name"].split()), []).append(entry["id"])
@@ -87,10 +82,7 @@ def refuse_same_names(where: Path, entries: Sequence[Json]) -> None:
 def make_category(where: Path, entry: Json, notes: list[Json]) -> Category:
     """Return a category from its entry in COCO's form; ``ShardError`` if that is not valid.
 
-    Args:
-        where: the file that it is from, for messages.
-        entry: with ``id`` and ``name``.
-        notes: gets what is left out, as a line for ``skipped.jsonl``.
+    What is left out is added to ``notes``, lines for ``skipped.jsonl``.
     """
     group, points, skeleton = (entry.get(key) for key in ("supercategory", "keypoints", "skeleton"))
     what = f"{where}: category {entry['id']} ({entry['name']})"

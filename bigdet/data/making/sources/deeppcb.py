@@ -60,10 +60,7 @@ def convert_deeppcb(
 def read_split(root: Path, split: str, exif: Exif = "shown") -> dict[str, list[dict[str, Any]]]:
     """Return a split in COCO's form, file names relative to the folder.
 
-    Args:
-        root: the folder ``PCBData``.
-        split: a list in it without ``.txt``.
-        exif: which image the boxes are of if EXIF turns it, as no size is recorded.
+    ``exif`` says which image the boxes are of if EXIF turns it, as no size is recorded.
     """
     listed = root / f"{split}.txt"
     found = ", ".join(sorted(path.stem for path in root.glob("*.txt"))) or "none"

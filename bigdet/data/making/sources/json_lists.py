@@ -39,12 +39,7 @@ class Entry:
 
 
 def read_lists(path: Path, data: mmap.mmap, names: list[str]) -> Iterator[Entry | str]:
-    """Yield the entries of some lists of a JSON file that holds one object.
-
-    Args:
-        path: that of the file, for messages.
-        data: its content.
-        names: those of the lists; each is in the file once at most.
+    """Yield the entries of some lists, each in the file once at most, of one JSON object.
 
     Yields:
         First the name of each key of the object, then, if it is one of the lists, its entries.

@@ -237,15 +237,9 @@ def clean_object(
     about: Json,
     log: SampleLog,
 ) -> Json | None:
-    """Return an object as shards hold it; None after noting why it is left out.
+    """Return an entry of ``VocImage.objects`` as shards hold it; None after noting why not.
 
-    Args:
-        number: id of the annotation.
-        entry: see ``VocImage.objects``.
-        image_size: height and width.
-        labels: those of all classes, by name.
-        about: says in the log which object it is.
-        log: gets what is left out or altered.
+    ``number`` is its id; ``about`` says in the log which object it is.
     """
     for _ in range(entry["num_parts"]):
         log.change("part of an object left out", **about)

@@ -33,9 +33,7 @@ Element = ElementTree.Element
 def decode_text(data: bytes, declared: str | None = None) -> tuple[str, str]:
     """Return the bytes of a file as text, and the encoding that was found.
 
-    Args:
-        data: the whole file.
-        declared: encoding that the file itself names, tried after its byte order mark and UTF-8.
+    The encoding that the file itself declares is tried after its byte order mark and UTF-8.
     """
     for mark, encoding in _MARKS:
         if data.startswith(mark):
@@ -64,12 +62,8 @@ def read_bytes(path: Path) -> bytes:
 def parse_xml(path: Path, log: SampleLog | None = None, **about: str) -> Element | str:
     """Return the annotation that an XML file holds, or what is wrong with it.
 
-    Names of elements are in lower case and without namespaces.
-
-    Args:
-        path: that of the file.
-        log: gets what was repaired; None for no log.
-        about: says in the log which file it is.
+    Names of elements are in lower case and without namespaces. What was repaired is noted in the
+    log; ``about`` says there which file it is.
     """
     data = read_bytes(path)
     try:
@@ -189,9 +183,8 @@ class ImageFolder:
     def find(self, stem: str, named: str) -> Path | None:
         """Return the path of an image; None if its name leads out of the folder.
 
-        Args:
-            stem: name of its XML file without suffix.
-            named: name of the image in the XML file, often wrong, so it is tried second.
+        ``stem`` is the name of its XML file without suffix. ``named``, the image's name in that
+        file, is often wrong, so it is tried second.
         """
         plain = safe_path(self._folder, f"{stem}{SUFFIXES[0]}")
         if plain is None or file_bytes(plain) is not None:
