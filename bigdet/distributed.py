@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 JOIN_SECONDS = 300.0
 """How long the first ranks wait for the last one to start; BIGDET_JOIN_SECONDS changes it."""
+NCCL_SECONDS = 60.0
+"""NCCL waits for so much longer than the watchdog, which writes where each rank is."""
 POLL_SECONDS = 0.05
 
 
@@ -55,10 +57,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def start() -> None:
+def start(stall_seconds: float | None = None) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs.
 
     Without a launcher the group has one member and needs no port.
+
+    Args:
+        stall_seconds: how long a rank may wait for others on a GPU, plus `NCCL_SECONDS`; then NCCL
+            ends the process. None: 30 minutes.
     """
     if dist.is_initialized():
         return
@@ -73,7 +79,17 @@ def start() -> None:
     timeout = datetime.timedelta(minutes=30)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _make_group(backend, timeout=timeout)  # torchrun's agents have met already
-        return
+    else:
+        _meet_and_make_group(backend, timeout)
+    if stall_seconds is not None and torch.cuda.is_available():
+        world = dist.group.WORLD
+        assert world is not None
+        limit = datetime.timedelta(seconds=stall_seconds + NCCL_SECONDS)
+        world._get_backend(torch.device("cuda"))._set_default_timeout(limit)
+
+
+def _meet_and_make_group(backend: str, timeout: datetime.timedelta) -> None:
+    """Join the process group of launchers that only set variables, or be alone."""
     alone = "MASTER_ADDR" not in os.environ
     if alone and world_size() != 1:
         raise ValueError(

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run all phases of a config and return the exit code."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
-    distributed.start()
+    distributed.start(config.log.stall_seconds)
     setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:
         return examine(config)

@@ -129,7 +129,7 @@ def explain(error: OmegaConfBaseException) -> str:
         known = [option.name for option in dataclasses.fields(error.object_type)]
         near = nearest(str(error.key), known)
         message = f"there is no such option{near}"
-        message += f" There are: {', '.join(known)}" if near == "." else ""
+        message += f" There are: {', '.join(known)}." if near == "." else ""
     message = next((plain for words, plain in _PLAIN_WORDS.items() if words in message), message)
     if message.endswith("could not be converted to Integer"):
         message += ". Write a whole number without a point or an e, such as 300_000."

@@ -45,9 +45,9 @@ def _rule(holds: Callable[[Any], bool], expected: str) -> Callable[..., None]:
 
 positive = _rule(lambda value: 0 < value < math.inf, "a number above 0")
 not_negative = _rule(lambda value: 0 <= value < math.inf, "0 or more")
-fraction = _rule(lambda value: 0 <= value <= 1, "in [0, 1]")
-positive_fraction = _rule(lambda value: 0 < value <= 1, "in (0, 1]")
-below_one = _rule(lambda value: 0 <= value < 1, "in [0, 1)")
+fraction = _rule(lambda value: 0 <= value <= 1, "a number in [0, 1]")
+positive_fraction = _rule(lambda value: 0 < value <= 1, "a number in (0, 1]")
+below_one = _rule(lambda value: 0 <= value < 1, "a number in [0, 1)")
 all_positive = _rule(lambda values: bool(values) and min(values) > 0, "a list of numbers above 0")
 
 

@@ -184,7 +184,7 @@ class DeepSpeedEngine(StatefulEngine):
         if scale != 1:
             torch._foreach_mul_(gradients, 1 / scale)
         # In fp64, as DeepSpeed's other stages: a sum of 10 million squares in fp32 is off by 4e-4.
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradients]
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
         total_norm = torch.linalg.vector_norm(torch.stack(norms))
         norm = float(total_norm)
         if not math.isfinite(norm):

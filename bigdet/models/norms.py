@@ -27,6 +27,7 @@ any other row is left out of the averages.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -233,9 +234,19 @@ def conv_norm(
     return nn.Sequential(layers)
 
 
+_NORMS: weakref.WeakKeyDictionary[nn.Module, list[BatchNorm2d]] = weakref.WeakKeyDictionary()
+
+
 def batch_norms(module: nn.Module) -> list[BatchNorm2d]:
     """List the batch normalization layers of a model, in its order."""
     return [layer for layer in module.modules() if isinstance(layer, BatchNorm2d)]
+
+
+def _known_norms(module: nn.Module) -> list[BatchNorm2d]:
+    """The same, looked for once in each module: a step asks several times, and a model is whole."""
+    if module not in _NORMS:
+        _NORMS[module] = batch_norms(module)
+    return _NORMS[module]
 
 
 @contextmanager
@@ -248,7 +259,7 @@ def valid_rows(module: nn.Module, rows: Tensor | None) -> Iterator[None]:
         module: whose batch normalization layers it is for.
         rows: ``(N,)`` bool, which of the N rows count. None: all.
     """
-    layers = batch_norms(module)
+    layers = _known_norms(module)
     before = [layer.rows for layer in layers]
     try:
         for layer in layers:
@@ -271,7 +282,7 @@ def set_norm_mode(module: nn.Module, mode: Mode) -> None:
 
 
 def _live_norms(module: nn.Module) -> list[BatchNorm2d]:
-    return [layer for layer in batch_norms(module) if layer.mode in ("live", "sync")]
+    return [layer for layer in _known_norms(module) if layer.mode in ("live", "sync")]
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ it was built for is resampled to that of the image.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch.nn.functional as F
@@ -25,10 +24,15 @@ def adapt(net: nn.Module) -> None:
                 module.__class__ = derived(type(module), methods)
 
 
-@functools.cache
-def derived(kind: type[nn.Module], methods: type[nn.Module]) -> type[nn.Module]:
+def derived(kind: Any, methods: Any) -> Any:
     """Return a subclass of a module's class that has the methods of another class first."""
-    return type(kind.__name__, (methods, kind), {"__module__": kind.__module__})
+    if (kind, methods) not in _derived:
+        name, module = kind.__name__, kind.__module__
+        _derived[kind, methods] = type(name, (methods, kind), {"__module__": module})
+    return _derived[kind, methods]
+
+
+_derived: dict[tuple[Any, Any], Any] = {}
 
 
 class _SwinBlock(nn.Module):

@@ -74,7 +74,7 @@ def create_net(name: str, drop_path: float | None = None, **options: Any) -> Any
 
 def _module_of(name: str) -> str:
     """Return the module of timm that has a network."""
-    return model_entrypoint(name).__module__.rpartition(".")[2]
+    return str(model_entrypoint(name).__module__).rpartition(".")[2]
 
 
 class TimmBackbone(Backbone):
@@ -222,8 +222,8 @@ class TimmPlain(TimmBackbone):
         if token_window is not None and has_positions:
             inner = [block for quarter in quarters(net.blocks) for block in quarter[:-1]]
             self.windowed = [block.attn for block in inner]
-        for attention in self.windowed:
-            use_windows(attention, token_window, net.num_prefix_tokens)
+            for attention in self.windowed:
+                use_windows(attention, token_window, net.num_prefix_tokens)
         width = net.embed_dim * len(self._indices) * (1 if image_windows == 1 else 2)
         self.channels, self.pyramid = simple_pyramid(width)
 

@@ -39,11 +39,11 @@ def replace_batch_norms(net: nn.Module, kind: Kind) -> None:
         add_biases(net)
 
 
-def _replacement(layer: nn.BatchNorm2d, kind: Kind) -> nn.Module:
+def _replacement(layer: Any, kind: Kind) -> nn.Module:
     norm: Any = make_norm(kind, layer.num_features)
     has_activation = isinstance(layer, BatchNormAct2d)
     if kind == "none":
-        return nn.Sequential(layer.drop, layer.act) if has_activation else norm
+        return nn.Sequential(layer.drop, layer.act) if has_activation else nn.Identity()
     if kind == "bn":
         norm.eps = layer.eps
     if has_activation:
@@ -52,7 +52,8 @@ def _replacement(layer: nn.BatchNorm2d, kind: Kind) -> nn.Module:
     with torch.no_grad():
         norm.weight.copy_(layer.weight)
         norm.bias.copy_(layer.bias)
-    return norm
+    replaced: nn.Module = norm
+    return replaced
 
 
 def add_biases(module: nn.Module) -> None:

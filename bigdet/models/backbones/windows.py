@@ -38,15 +38,17 @@ class WindowedAttention(nn.Module):
         """Attend over the tokens ``(B, P + h x w, C)``, P prefix tokens first."""
         height, width = self.grid_size
         size = (self.window, self.window)
+        batch, _, channels = x.shape
         prefix, tokens = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        tokens = tokens.unflatten(1, self.grid_size)
+        tokens = tokens.reshape(batch, height, width, channels)
         tokens = F.pad(tokens, (0, 0, 0, -width % self.window, 0, -height % self.window))
         windows = window_partition(tokens, size)  # (B x windows, window, window, C)
-        count = len(windows) // len(x)
+        count = len(windows) // batch
         given = torch.cat([prefix.repeat_interleave(count, dim=0), windows.flatten(1, 2)], dim=1)
-        attended = super().forward(given, **options)  # type: ignore[misc]
-        prefix = attended[:, : self.num_prefix].unflatten(0, (-1, count)).mean(dim=1)
-        windows = attended[:, self.num_prefix :].unflatten(1, size)
+        attended: Tensor = super().forward(given, **options)
+        prefix = attended[:, : self.num_prefix]
+        prefix = prefix.reshape(batch, count, self.num_prefix, channels).mean(dim=1)
+        windows = attended[:, self.num_prefix :].reshape(windows.shape)
         tokens = window_reverse(windows, size, tokens.shape[1], tokens.shape[2])
         return torch.cat([prefix, tokens[:, :height, :width].flatten(1, 2)], dim=1)
 
@@ -62,11 +64,12 @@ def cut_image(images: Tensor, count: int) -> Tensor:
 
     Those of an image follow each other, row by row.
     """
-    rows = images.unflatten(3, (count, -1)).unflatten(2, (count, -1))  # (B, C, r, h, c, w)
-    return rows.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    batch, channels, height, width = images.shape
+    grid = images.reshape(batch, channels, count, height // count, count, width // count)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # from (B, C, rows, h, columns, w)
 
 
 def join_windows(features: Tensor, count: int) -> Tensor:
     """Put windows together again: the reverse of `cut_image`."""
-    grid = features.unflatten(0, (-1, count, count))  # (B, r, c, C, h, w)
+    grid = features.reshape(-1, count, count, *features.shape[1:])  # (B, rows, columns, C, h, w)
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -62,7 +62,7 @@ def test_the_last_norm_is_for_dinov2_and_dinov3():
     [
         ("resnet50x", r"timm has no such network\. Did you mean timm:resnet50\?"),
         ("levit_128", r"that network lacks features of stride 4 and 8"),
-        ("resnet50.a1_in1k", r"names weights of resnet50 too\. Write model\.backbone: "),
+        ("resnet50.a1_in1k", r"also names weights of resnet50\. Write model\.backbone: "),
     ],
 )  # fmt: skip
 def test_other_names_are_refused_with_what_is_missing(name, message):

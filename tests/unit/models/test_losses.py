@@ -124,7 +124,7 @@ def test_focal_loss_equals_torchvisions_in_value_and_gradient_whatever_the_chunk
     expected = (expected * weights[..., None]).sum()
     (3 * expected).backward()
     for chunk in (2**22, 20):
-        monkeypatch.setattr(losses_module, "CHUNK", chunk)
+        monkeypatch.setattr(losses_module, "CPU_CHUNK", chunk)
         ours = logits.clone().requires_grad_()
         total = focal_loss_sum(ours, labels, is_positive, weights, 0.25, gamma)
         (3 * total).backward()

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
+from bigdet.config.heads import RoiConfig
 from bigdet.config.model import ModelConfig
 from bigdet.config.rpn import RpnConfig
 from bigdet.models.backbones.vit import ViT
@@ -260,6 +261,30 @@ def test_a_canvas_padded_to_a_square_gives_what_a_square_canvas_gives() -> None:
     assert losses[0] == losses[1]
     assert torch.equal(found[0].boxes, found[1].boxes)
     assert torch.equal(found[0].masks, found[1].masks)
+
+
+def test_a_small_vitdet_learns_one_scene() -> None:
+    config = ModelConfig(
+        detector="mask_rcnn", backbone="tests.ranks.large_backbones:tiny_vit", neck="simple",
+        norm="ln", box_head="4conv1fc", width=16, fc_width=32,
+        rpn=RpnConfig(num_convs=2, anchor_sizes=[16, 24, 32, 48, 64], train_proposals=50),
+        roi=RoiConfig(rois_per_image=32),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    detector = build_detector(config, 3).train()
+    scene = make_scene([[(4, 8, 40, 50), (50, 10, 90, 44)]], [(60, 90)], (64, 96))
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
+    totals = []
+    for _ in range(25):
+        total = sum(detector(scene).values())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < 0.6 * totals[0]
+    for name, parameter in detector.named_parameters():
+        if ".rel_pos_" in name:
+            assert parameter.any(), name  # they began at 0
 
 
 SIZES = {"vit_b": (768, 12, 12), "vit_l": (1024, 24, 16), "vit_h": (1280, 32, 16)}

