@@ -33,7 +33,7 @@ from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 from bigdet.engine.stateful import StatefulEngine
-from bigdet.pieces.building import materialize
+from bigdet.pieces.building import materialize, place
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
@@ -136,7 +136,7 @@ class DeepSpeedEngine(StatefulEngine):
 
     def _place(self, device: torch.device) -> None:
         """Bring the module to its device; of parameters without memory, stage 3 has none yet."""
-        self.module._apply(lambda value: value if value.is_meta else value.to(device))
+        place(self.module, lambda value: value if value.is_meta else value.to(device))
         for parameter in self.module.parameters():
             if not parameter.is_meta:
                 # DeepSpeed broadcasts weights as bytes, which channels_last ones cannot be seen as.

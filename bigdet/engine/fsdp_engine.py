@@ -31,6 +31,7 @@ from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 from bigdet.engine.stateful import StatefulEngine
+from bigdet.pieces.building import place
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -72,7 +73,7 @@ class FsdpEngine(StatefulEngine):
         self._device = device
         self._scale = LossScale(config.precision)
         self._shapes = weight_shapes(module)
-        module._apply(lambda value: value if value.is_meta else value.to(device))
+        place(module, lambda value: value if value.is_meta else value.to(device))
         for parameter in module.parameters():
             # Shards are rows, so channels_last weights cannot be sharded.
             parameter.data = parameter.data.contiguous()
@@ -84,9 +85,9 @@ class FsdpEngine(StatefulEngine):
             if any(True for part in unit for _ in part.parameters()):
                 fully_shard(list(unit), mesh=mesh, offload_policy=offload)
         fully_shard(module, mesh=mesh, offload_policy=offload)
-        place = torch.device("cpu") if config.offload == "all" else device
-        module._apply(
-            lambda value: torch.empty_like(value, device=place) if value.is_meta else value
+        home = torch.device("cpu") if config.offload == "all" else device
+        place(
+            module, lambda value: torch.empty_like(value, device=home) if value.is_meta else value
         )
         self._total = TotalLoss(module, config.precision, device)
         self._optimizer = make_optimizer(module)

@@ -102,6 +102,11 @@ class _Release(TorchFunctionMode):
         return result
 
 
+def place(module: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
+    """Give each parameter and buffer of a module the memory that a function returns for it."""
+    module._apply(move)  # type: ignore[no-untyped-call]
+
+
 def materialize(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     """Give the parameters of a module that have no memory some, one after the other.
 
