@@ -142,11 +142,7 @@ def save_all(folder: Path) -> None:
 
 
 def resume_all(folder: Path, saved_ranks: tuple[int, ...]) -> dict[Any, Any]:
-    """Weights at the end of runs that go on from the checkpoints of each engine at step 3.
-
-    With AdamW each engine loads all of them, bit by bit; it then goes on from those that were saved
-    on as many ranks, and of those from another number of ranks from that of one engine.
-    """
+    """Weights at the end of runs that go on from the checkpoints of each engine at step 3."""
     results = {}
     names, own_size = list(ENGINES), distributed.world_size()
     for optimizer, name in itertools.product(OPTIMIZERS, names):
