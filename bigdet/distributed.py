@@ -374,10 +374,7 @@ def receive_tensor(room: Tensor, sender: int) -> Tensor:
 
 
 class Notes:
-    """Short texts between ranks that no collective is needed for, so that threads can use them.
-
-    A note is read once, by one rank.
-    """
+    """Short texts between ranks without a collective, for threads; one rank reads each, once."""
 
     def __init__(self) -> None:
         """Open a connection of its own to the store of the process group."""

@@ -34,7 +34,7 @@ from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phase_stream import stream_for_phase
-from bigdet.training.phases import build_for_phase, settle_frozen
+from bigdet.training.phases import build_empty, build_for_phase, settle_frozen, start_weights
 from bigdet.training.watchdog import Watchdog
 
 PEER_SECONDS = 60.0
@@ -141,20 +141,28 @@ def run_phase(run: Run) -> bool:
     state.stream = stream.state()
     resume.check_same_stream(state.stream)
     classes = [category.name for category in run.train_set.categories]
-    is_resumed = run.restored is not None
-    detector = build_for_phase(config, name, classes, run.run_dir, device, is_resumed)
-    settle_frozen(detector, state, run.run_dir, is_resumed=is_resumed)
-    make_optimizer = partial(optim.build_optimizer, phase=phase)
-    num_micro_batches = len(stream.lanes)
-    engine = build_engine(
-        detector,
-        make_optimizer,
-        config.engine,
-        num_micro_batches,
-        device,
-        detector.units,
-        with_ema=phase.ema is not None,
-    )
+    with contextlib.ExitStack() as until_begun:
+        is_resumed, start = run.restored is not None, None
+        if phase.freeze == "backbone":  # which is whole on each rank
+            detector = build_for_phase(config, name, classes, run.run_dir, device, is_resumed)
+            settle_frozen(detector, state, run.run_dir, is_resumed=is_resumed)
+        else:
+            detector = build_empty(config, name, classes)
+            if not is_resumed:
+                start = until_begun.enter_context(start_weights(config, name, classes, run.run_dir))
+        make_optimizer = partial(optim.build_optimizer, phase=phase)
+        num_micro_batches = len(stream.lanes)
+        engine = build_engine(
+            detector,
+            make_optimizer,
+            config.engine,
+            num_micro_batches,
+            device,
+            detector.units,
+            with_ema=phase.ema is not None,
+        )
+        if start is not None:
+            engine.begin(start)
     try:
         if run.restored is not None:
             engine.load_state(run.restored)

@@ -100,6 +100,10 @@ class Engine(Protocol):
         """
         ...
 
+    def begin(self, source: Source) -> None:
+        """Take the weights to start from; averages begin with them. Collective."""
+        ...
+
     def load_state(self, source: Source) -> None:
         """Go on from what was saved, by any engine on any number of ranks. Collective."""
         ...

@@ -24,7 +24,8 @@ def build_engine(
     """Build the engine that the config names around a module.
 
     Args:
-        module: with its weights loaded and ``requires_grad`` set; the same on every rank.
+        module: the same on every rank, with ``requires_grad`` set; with its weights, or with
+            parameters on the meta device, whose weights the engine's ``begin`` brings.
         make_optimizer: gives SGD or AdamW over what is trained in the module.
         config: the engine section.
         num_micro_batches: of this rank per step, the same on every rank.

@@ -33,13 +33,21 @@ from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 from bigdet.engine.stateful import StatefulEngine
+from bigdet.pieces.building import materialize, place
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
 
 import deepspeed
 
-from bigdet.engine.zero_state import FlatState, PlainState, ShardedState, ZeroState, let_go_of
+from bigdet.engine.zero_state import (
+    FlatState,
+    PartitionedInit,
+    PlainState,
+    ShardedState,
+    ZeroState,
+    let_go_of,
+)
 
 # At stage 3 smaller parameters stay whole on every rank: norms and biases, together less than 1%
 # of a detector. DeepSpeed's own 100,000 would leave half of a ResNet's convolutions whole.
@@ -63,7 +71,8 @@ class DeepSpeedEngine(StatefulEngine):
     """``Engine`` with ZeRO stage 0 to 3.
 
     Args:
-        module: with its weights loaded and ``requires_grad`` set; the same on every rank.
+        module: the same on every rank, with ``requires_grad`` set; with its weights, or with
+            parameters on the meta device, whose weights `begin` or `load_state` brings.
         make_optimizer: gives SGD or AdamW over what is trained in the module.
         config: stage, precision, clipping and offload.
         num_micro_batches: of this rank per step, the same on every rank.
@@ -88,10 +97,7 @@ class DeepSpeedEngine(StatefulEngine):
         self._stage = config.zero_stage
         self._scale = LossScale(config.precision)
         self._shapes = weight_shapes(module)
-        module.to(device)
-        for parameter in module.parameters():
-            # DeepSpeed broadcasts weights as bytes, which channels_last ones cannot be seen as.
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        self._place(device)
         self._optimizer = make_optimizer(module)
         self._keys = state_keys(self._optimizer)
         # By name, with its group: DeepSpeed puts flat partitions in place of the parameters.
@@ -106,10 +112,20 @@ class DeepSpeedEngine(StatefulEngine):
             if parameter.requires_grad
         }
         distributed.start()
+        settings = _deepspeed_config(config, device)
+        if self._stage == 3:
+            offload = config.offload == "all"
+            PartitionedInit(
+                module=module,
+                dtype=torch.float32,
+                config_dict_or_path=settings,
+                remote_device="cpu" if offload else None,
+                pin_memory=offload and device.type == "cuda",
+            )
         self._engine: Any = deepspeed.initialize(
             model=TotalLoss(module, config.precision, device),
             optimizer=self._optimizer,
-            config=_deepspeed_config(config, device),
+            config=settings,
             dist_init_required=False,
         )[0]
         self._state = self._state_access()
@@ -117,6 +133,21 @@ class DeepSpeedEngine(StatefulEngine):
         if with_ema:
             state = self._state
             self._ema = MovingAverage(module, self._trained, state.parts, state.use_parts)
+
+    def _place(self, device: torch.device) -> None:
+        """Bring the module to its device; of parameters without memory, stage 3 has none yet."""
+        place(self.module, lambda value: value if value.is_meta else value.to(device))
+        for parameter in self.module.parameters():
+            if not parameter.is_meta:
+                # DeepSpeed broadcasts weights as bytes, which channels_last ones cannot be seen as.
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+        def make(value: Tensor) -> Tensor:
+            if self._stage == 3:  # one number that stands for all
+                return torch.empty((), dtype=value.dtype, device=device).expand(value.shape)
+            return torch.empty(value.shape, dtype=value.dtype, device=device)
+
+        materialize(self.module, make)
 
     def _state_access(self) -> ZeroState:
         """How weights and optimizer state of this stage are read and written."""

@@ -58,6 +58,12 @@ class MovingAverage:
         return [*self._parts(), *self._buffers]
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin with the weights as they are now."""
+        for value, live in zip(self.values, self._live(), strict=True):
+            value.copy_(live)
+
+    @torch.no_grad()
     def update(self, decay: float) -> None:
         """Move each number towards the newest one: ``decay`` of the old stays."""
         torch._foreach_lerp_(self.values, self._live(), 1 - decay)

@@ -31,6 +31,7 @@ from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
 from bigdet.engine.stateful import StatefulEngine
+from bigdet.pieces.building import place
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -43,7 +44,8 @@ class FsdpEngine(StatefulEngine):
     """``Engine`` on ``fully_shard``.
 
     Args:
-        module: with its weights loaded and ``requires_grad`` set; the same on every rank.
+        module: the same on every rank, with ``requires_grad`` set; with its weights, or with
+            parameters on the meta device, whose weights `begin` or `load_state` brings.
         make_optimizer: gives SGD or AdamW over what is trained in the module.
         config: precision, clipping and offload.
         num_micro_batches: of this rank per step, the same on every rank.
@@ -71,7 +73,7 @@ class FsdpEngine(StatefulEngine):
         self._device = device
         self._scale = LossScale(config.precision)
         self._shapes = weight_shapes(module)
-        module.to(device)
+        place(module, lambda value: value if value.is_meta else value.to(device))
         for parameter in module.parameters():
             # Shards are rows, so channels_last weights cannot be sharded.
             parameter.data = parameter.data.contiguous()
@@ -83,6 +85,10 @@ class FsdpEngine(StatefulEngine):
             if any(True for part in unit for _ in part.parameters()):
                 fully_shard(list(unit), mesh=mesh, offload_policy=offload)
         fully_shard(module, mesh=mesh, offload_policy=offload)
+        home = torch.device("cpu") if config.offload == "all" else device
+        place(
+            module, lambda value: torch.empty_like(value, device=home) if value.is_meta else value
+        )
         self._total = TotalLoss(module, config.precision, device)
         self._optimizer = make_optimizer(module)
         self._keys = state_keys(self._optimizer)

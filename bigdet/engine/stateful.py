@@ -77,6 +77,14 @@ class StatefulEngine(ABC):
             share = share.with_more(averages)
         return dataclasses.replace(share, loss_scale=self._scale.state())
 
+    def begin(self, source: Source) -> None:
+        """Take the weights to start from, reading this rank's part of them. Collective."""
+        check_fits(source.catalog, self._shapes, self._trained, self._keys)
+        with self._setting():
+            fill(self._weights(MODEL, self._shapes), source)
+        if self._ema is not None:
+            self._ema.restart()
+
     def load_state(self, source: Source) -> None:
         """Continue from what was saved, reading this rank's part of it. Collective.
 

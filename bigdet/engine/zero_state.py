@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -204,6 +205,22 @@ def _partition(kind: str, name: str, shape: tuple[int, ...], padded: Tensor) -> 
     first = min(len(padded) * distributed.rank(), math.prod(shape))
     count = min(len(padded), math.prod(shape) - first)
     return Part(kind, name, shape, first, padded[:count])
+
+
+class PartitionedInit(deepspeed.zero.Init):  # type: ignore[misc]
+    """Partitions the parameters of a module one after the other, each with memory of its own.
+
+    As ``deepspeed.initialize`` would, but for parameters whose numbers share one place: these get
+    memory when it is their turn, which is free again when they are partitioned.
+    """
+
+    def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
+        for parameter in param_list:
+            if not parameter.is_contiguous():
+                parameter.data = torch.empty(
+                    parameter.shape, dtype=parameter.dtype, device=self.local_device
+                )
+            super()._convert_to_zero_parameters([parameter])
 
 
 def let_go_of(wrapped: nn.Module) -> None:

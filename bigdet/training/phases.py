@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -22,11 +25,18 @@ from bigdet.models.frozen import (
     write_frozen,
 )
 from bigdet.ops.random import seed_of
+from bigdet.pieces.building import parameters_in_file, parameters_on_meta
+from bigdet.pieces.index import MODEL, Index, Place, key_in, pieces_file
+from bigdet.pieces.reading import Stored
+from bigdet.pieces.tensor_file import NAMES, Spec, write_tensors
 from bigdet.run_dir import RunDir
 from bigdet.training.state import RunState
-from bigdet.weights.start import load_start
+from bigdet.weights.start import load_start, read_start
 
 logger = logging.getLogger(__name__)
+
+START_FOLDER = ".start"
+"""In the run folder: the weights that a phase starts from, until every rank has its part."""
 
 
 def build_for_phase(
@@ -37,7 +47,7 @@ def build_for_phase(
     device: torch.device,
     is_resumed: bool,
 ) -> Detector:
-    """Build the detector of a phase with its start weights and frozen layers.
+    """Build the detector of a phase whole, with its start weights and frozen layers.
 
     Args:
         config: resolved.
@@ -50,12 +60,72 @@ def build_for_phase(
     Returns:
         The detector in training mode. Its random weights depend only on seed and phase.
     """
-    phase = config.phases[name]
-    torch.manual_seed(seed_of("weights", config.seed, name))
-    model = phase_model(config, name)
-    detector = build_detector(model, len(classes))
+    detector = _build(config, name, classes)
     if not is_resumed:
         load_start(detector, config, name, classes, run_dir)
+    _prepare(detector, config, name)
+    return detector.to(device)
+
+
+def build_empty(config: RunConfig, name: str, classes: Sequence[str]) -> Detector:
+    """Build the detector of a phase as `build_for_phase` does, with parameters without memory.
+
+    Those of a network that computes with its parameters while it is built (such as Swin V2) have
+    memory, and random numbers.
+    """
+    try:
+        with parameters_on_meta():
+            detector = _build(config, name, classes)
+        is_empty = not any(buffer.is_meta for buffer in detector.buffers())
+    except (NotImplementedError, RuntimeError):  # of torch, for numbers that are not there
+        is_empty = False
+    if not is_empty:
+        logger.info("phase %s: the detector is built whole on each rank", name)
+        detector = _build(config, name, classes)
+    _prepare(detector, config, name)
+    return detector
+
+
+@contextmanager
+def start_weights(
+    config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> Iterator[Stored]:
+    """Give the weights that a phase starts from, in a file until the block ends. Collective.
+
+    Rank 0 writes it without ever having all of it in its memory.
+
+    Args:
+        config: resolved.
+        name: a key of ``config.phases``.
+        classes: names of the training set's categories, in the order of the labels.
+        run_dir: has the checkpoint of the phase before.
+    """
+    folder, index = run_dir.root / START_FOLDER, Index({}, {})
+    with distributed.together():
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            with parameters_in_file(folder / "parameters"):
+                detector = _build(config, name, classes)
+                read_start(detector, config, name, classes, run_dir)
+                index = _write(folder, detector)
+            del detector
+            (folder / "parameters").unlink()
+    yield Stored(folder, distributed.broadcast_object(index))
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(folder)
+
+
+def _build(config: RunConfig, name: str, classes: Sequence[str]) -> Detector:
+    """Build the detector of a phase with random weights that depend only on seed and phase."""
+    torch.manual_seed(seed_of("weights", config.seed, name))
+    return build_detector(phase_model(config, name), len(classes))
+
+
+def _prepare(detector: Detector, config: RunConfig, name: str) -> None:
+    """Freeze layers, and set modes and how it runs."""
+    phase = config.phases[name]
     if phase.norm_mode is not None:
         norms.set_norm_mode(detector, phase.norm_mode)
     freeze_stages(detector.backbone, phase.freeze_stages)
@@ -63,9 +133,19 @@ def build_for_phase(
         freeze_backbone(detector.backbone)
     if config.engine.activation_checkpointing:
         enable_checkpointing(detector)
-    if model.compile:
+    if phase_model(config, name).compile:
         detector.compile_dense()
-    return detector.to(device).train()
+    detector.train()
+
+
+def _write(folder: Path, detector: Detector) -> Index:
+    """Write the weights of a detector as a checkpoint has them, and return what is where."""
+    state, file = detector.state_dict(), pieces_file(0, 0)
+    catalog = {name: Spec(NAMES[value.dtype], tuple(value.shape)) for name, value in state.items()}
+    keys = {key_in(file, MODEL, name, 0): spec for name, spec in catalog.items()}
+    write_tensors(folder / file, keys, iter(state.values()))
+    places = {(MODEL, name): [Place(0, spec.count, file)] for name, spec in catalog.items()}
+    return Index({MODEL: catalog}, places)
 
 
 def settle_frozen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bigdet.host.strict_json import to_json
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.weights import AVERAGE, FORMAT, LoadedPart, find_weights, part_of, read_metadata
+from bigdet.pieces.building import parameters_in_file
 from bigdet.run_dir import RunDir
 from bigdet.weights.classes import class_rows
 from bigdet.weights.own_runs import load_run, other_sampling
@@ -29,26 +31,27 @@ logger = logging.getLogger(__name__)
 def load_start(
     detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
 ) -> None:
+    """Fill the same detector on all ranks as `read_start` does on rank 0. Collective."""
+    with distributed.together():
+        if distributed.is_main():
+            read_start(detector, config, name, classes, run_dir)
+    for tensor in detector.state_dict().values():
+        tensor.copy_(distributed.broadcast_tensor(tensor))
+
+
+def read_start(
+    detector: Detector, config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+) -> None:
     """Fill a detector with the weights that a phase starts from, and log what came from where.
 
-    Rank 0 reads and the others get them from it (a collective), so that a phase's weights need
-    not lie on a disk that all hosts see.
-
     Args:
-        detector: of the phase, with random weights; the same on all ranks afterwards.
+        detector: of the phase, with random weights.
         config: of the run.
         name: of the phase.
         classes: names of the training set's categories, in the order of the labels.
         run_dir: where the phase before left its weights.
     """
-    rows: list[LoadedPart] = []
-    kept: int | None = None
-    warning = ""
-    with distributed.together():
-        if distributed.is_main():
-            rows, kept, warning = _read(detector, config, name, classes, run_dir)
-    for tensor in detector.state_dict().values():
-        tensor.copy_(distributed.broadcast_tensor(tensor))
+    rows, kept, warning = _read(detector, config, name, classes, run_dir)
     for line in start_table(detector, rows, len(classes), kept):
         logger.info("phase %s: %s", name, line)
     if notes := [f"{row.source}: {row.note}" for row in rows if row.note]:
@@ -87,8 +90,12 @@ def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
         if not is_timm(source):
             find_weights(Path(source))
         if distributed.is_main():
-            detector = build_detector(phase_model(config, name), len(classes))
-            _read(detector, config, name, classes, RunDir(Path(config.output)))
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                parameters_in_file(Path(folder) / "parameters"),
+            ):
+                detector = build_detector(phase_model(config, name), len(classes))
+                _read(detector, config, name, classes, RunDir(Path(config.output)))
     except ValueError as error:
         raise ValueError(f"phases.{name}.start_from: {error}") from error
 

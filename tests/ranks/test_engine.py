@@ -24,6 +24,7 @@ from tests.ranks.toy import (
     OFFLOADS,
     OPTIMIZERS,
     STEPS,
+    Toy,
     Whole,
     assert_same_state,
     lanes_of_rank,
@@ -58,6 +59,7 @@ def run_cells(folder: Path) -> dict[str, Any]:
     results = {
         "matrix": engine_matrix.run_cells(chosen),
         "clipped": clip_all(),
+        "begun": begin_all(),
         "skipped": skip_all(),
         "resumed": resume_all(folder, (1, 2)[:world_size]),
         "fp16": train_in_fp16(),
@@ -66,6 +68,22 @@ def run_cells(folder: Path) -> dict[str, Any]:
         "evaluated": evaluate_between_steps(),
     }
     gc.unfreeze()
+    return results
+
+
+def begin_all() -> dict[Any, Any]:
+    """The same steps with modules that are built without memory, with moving averages too."""
+    results = {}
+    cells = [(name, kind) for name in ENGINES for kind in ("none", *OFFLOADS.get(name, ()))]
+    for name, offload in cells:
+        engine = make_engine(name, "adamw", offload=offload, with_ema=True, on_meta=True)
+        begun = whole_state(engine)
+        torch.testing.assert_close(begun.model, Toy().state_dict(), rtol=0, atol=0)
+        averaged = {key: begun.model[key] for key in begun.ema}
+        torch.testing.assert_close(begun.ema, averaged, rtol=0, atol=0)
+        losses, norms = run_steps(engine, "adamw", range(1, STEPS + 1))
+        results[name, offload] = losses, norms, weights(name, engine)
+        engine.close()
     return results
 
 
@@ -124,11 +142,7 @@ def save_all(folder: Path) -> None:
 
 
 def resume_all(folder: Path, saved_ranks: tuple[int, ...]) -> dict[Any, Any]:
-    """Weights at the end of runs that go on from the checkpoints of each engine at step 3.
-
-    With AdamW each engine loads all of them, bit by bit; it then goes on from those that were saved
-    on as many ranks, and of those from another number of ranks from that of one engine.
-    """
+    """Weights at the end of runs that go on from the checkpoints of each engine at step 3."""
     results = {}
     names, own_size = list(ENGINES), distributed.world_size()
     for optimizer, name in itertools.product(OPTIMIZERS, names):
@@ -278,6 +292,19 @@ def test_clipped_steps_equal_plain_pytorch(
         torch.testing.assert_close(got_losses, losses, **CLOSE)
         torch.testing.assert_close(got_norms, norms, **CLOSE)
         assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_modules_built_without_memory_take_the_same_steps(cells: Any, world_size: int) -> None:
+    losses, norms, expected = train_plainly("adamw")
+    for rank in cells[world_size]:
+        assert len(rank["begun"]) == len(ENGINES) + sum(map(len, OFFLOADS.values()))
+        for (name, offload), (got_losses, got_norms, got) in rank["begun"].items():
+            torch.testing.assert_close((got_losses, got_norms), (losses, norms), **CLOSE)
+            assert_close(got, expected, **CLOSE)
+            if offload == "none":
+                uninterrupted = rank["clipped"]["adamw", name, None][2]
+                assert_close(got, uninterrupted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

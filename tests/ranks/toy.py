@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,9 @@ from bigdet.config.phase import PhaseConfig
 from bigdet.engine import writing
 from bigdet.engine.precision import autocast
 from bigdet.models import norms
+from bigdet.pieces.building import parameters_on_meta
 from bigdet.pieces.reading import Stored, open_stored
+from bigdet.pieces.tensor_file import NAMES, Spec
 from bigdet.training.optim import build_optimizer
 
 if TYPE_CHECKING:
@@ -174,8 +177,12 @@ def make_engine(
     norm: str = "gn",
     offload: str = "none",
     with_ema: bool = False,
+    on_meta: bool = False,
 ) -> Engine:
-    """An engine of `ENGINES` around a new module, the same on all ranks."""
+    """An engine of `ENGINES` around a new module, the same on all ranks.
+
+    With ``on_meta`` its parameters have no memory at first, and their values come afterwards.
+    """
     from bigdet.engine import deepspeed_engine  # takes seconds: in the ranks only
     from bigdet.engine.build import build_engine
 
@@ -185,11 +192,16 @@ def make_engine(
     )
     make_optimizer = partial(build_optimizer, phase=OPTIMIZERS[optimizer])
     num_micro_batches = LANES // distributed.world_size()
-    module = Toy(norm)
+    with parameters_on_meta() if on_meta else contextlib.nullcontext():
+        module = Toy(norm)
+    assert on_meta == all(parameter.is_meta for parameter in module.parameters())
     device = distributed.device()
-    return build_engine(
+    engine = build_engine(
         module, make_optimizer, config, num_micro_batches, device, module.units, with_ema=with_ema
     )
+    if on_meta:
+        engine.begin(weights_of(Toy(norm)))
+    return engine
 
 
 def run_steps(
@@ -235,6 +247,15 @@ class Whole:
 
     def lacking(self, ranges: Any) -> set[str]:
         return set()
+
+
+def weights_of(module: nn.Module) -> Whole:
+    """The weights of a module as something that an engine can begin with."""
+    tensors = {("model", name): value for name, value in module.state_dict().items()}
+    catalog = {
+        name: Spec(NAMES[value.dtype], tuple(value.shape)) for (_, name), value in tensors.items()
+    }
+    return Whole({"model": catalog}, {}, tensors)
 
 
 def whole_of(stored: Stored) -> Whole:

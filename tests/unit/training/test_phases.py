@@ -10,7 +10,7 @@ from bigdet.config.load import load_config
 from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.weights import load_detector, save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
-from bigdet.training.phases import build_for_phase
+from bigdet.training.phases import build_empty, build_for_phase, start_weights
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 SMALL = ["model.width=16", "model.fc_width=16"]
@@ -63,6 +63,33 @@ def test_a_head_that_the_phase_before_did_not_have_starts_anew_and_is_named(tmp_
     fresh = [message.split()[2] for message in caplog.messages if message.endswith("random")]
     assert fresh == ["mask_head"]
     assert torch.equal(second.box_head.regressor.weight, first.box_head.regressor.weight)
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
+def test_weights_to_start_from_in_a_file_are_those_of_a_detector_built_whole(tmp_path, phase):
+    config, run_dir = load_config(CONFIG, SMALL), RunDir(tmp_path)
+    first = build_for_phase(config, "pretrain", ["a", "b"], run_dir, CPU, False)
+    leave(run_dir, config, "pretrain", first)
+    whole = build_for_phase(config, phase, ["a", "b"], run_dir, CPU, False)
+    empty = build_empty(config, phase, ["a", "b"])
+    assert empty.training
+    assert [p.requires_grad for p in empty.parameters()] == [
+        p.requires_grad for p in whole.parameters()
+    ]
+    with start_weights(config, phase, ["a", "b"], run_dir) as stored:
+        found = dict(zip(stored.catalog["model"], stored.whole(), strict=True))
+        torch.testing.assert_close(found, dict(whole.state_dict()), rtol=0, atol=0)
+    assert not (tmp_path / ".start").exists()
+
+
+def test_a_network_that_computes_with_its_parameters_while_it_is_built_is_built_whole():
+    words = ["model.backbone=swinv2_t", "phases.pretrain.norm_mode=null"]
+    words += ["phases.finetune.norm_mode=null", "phases.finetune.freeze_stages=0"]
+    detector = build_empty(load_config(CONFIG, [*SMALL, *words]), "pretrain", ["a", "b"])
+    assert not any(tensor.is_meta for tensor in detector.state_dict().values())
+    assert all(
+        p.is_meta for p in build_empty(load_config(CONFIG, SMALL), "pretrain", ["a"]).parameters()
+    )
 
 
 def test_a_resumed_phase_loads_nothing(tmp_path):
