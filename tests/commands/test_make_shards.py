@@ -75,7 +75,7 @@ def test_parts_are_merged_and_their_tars_indexed_anew(tmp_path: Path, coco_dir: 
         options = ("--out", folder, "--shard-megabytes", "1", "--part", part)
         made = run_tool(*arguments, *options)
         assert (made.returncode, made.stderr) == (0, "")
-        assert f"part {part} is made" in made.stdout
+        assert f"part {part} is complete" in made.stdout
     merged = run_tool("tools/make_shards.py", "merge", "--out", folder)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert "1137  instances" in merged.stdout
