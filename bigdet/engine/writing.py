@@ -1,4 +1,4 @@
-"""A checkpoint while it is written: by all ranks, beside training, complete with its last file.
+"""A checkpoint while it is written: by all ranks, during training, complete with its last file.
 
 Each rank writes its pieces and reports them to rank 0, which writes the index and, when all of it
 is on the disk, ``state.json``: a save that any rank did not finish leaves the checkpoints before
@@ -28,7 +28,7 @@ from bigdet.pieces.index import STATE_FILE, Index, Place, index_file, key_in, pi
 from bigdet.pieces.tensor_file import Spec, write_tensors
 
 Report = dict[str, Any]
-"""What a rank tells rank 0 of its file: ``file``, ``bytes``, ``sha256`` and ``pieces`` (kind, name,
+"""What a rank reports to rank 0 of its file: ``file``, ``bytes``, ``sha256`` and ``pieces`` (kind, name,
 first, count); or its ``problem``."""
 
 

@@ -159,7 +159,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def find_weights(path: Path) -> Path:
-    """Return where the weights are that a path stands for: a file, or a checkpoint in pieces.
+    """Return where the weights are that a path names: a file, or a checkpoint in pieces.
 
     Args:
         path: a file, a checkpoint, or a run (its final weights, or its newest checkpoint).
