@@ -28,8 +28,8 @@ from bigdet.pieces.index import STATE_FILE, Index, Place, index_file, key_in, pi
 from bigdet.pieces.tensor_file import Spec, write_tensors
 
 Report = dict[str, Any]
-"""What a rank reports to rank 0 of its file: ``file``, ``bytes``, ``sha256`` and ``pieces`` (kind, name,
-first, count); or its ``problem``."""
+"""What a rank reports of its file to rank 0: ``file``, ``bytes``, ``sha256`` and ``pieces`` (kind,
+name, first, count); or its ``problem``."""
 
 
 @dataclass(frozen=True)
