@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bigdet.models.weights import load_detector
+from bigdet.pieces.index import read_index, read_state
 from tests.commands.runs import Command, numbers
 
 WORDS = [
@@ -37,7 +38,12 @@ def test_no_checkpoint_has_the_backbone_and_a_file_has_it_once(whole):
     for name in names:
         assert torch.equal(frozen[name], before[name].to(frozen[name].dtype)), name
     assert frozen["backbone.conv1.weight"].dtype == torch.bfloat16
-    for checkpoint in ("checkpoints/finetune-2", "checkpoints/finetune-4", "."):
+    for checkpoint in ("checkpoints/finetune-2", "checkpoints/finetune-4"):
+        folder = whole / checkpoint
+        catalog = read_index(folder, read_state(folder)["files"]).catalog
+        assert catalog["model"].keys() >= catalog["exp_avg"].keys() > set()
+        assert not any(name.startswith("backbone.") for kind in catalog.values() for name in kind)
+    for checkpoint in ("checkpoints/finetune-4", "."):
         left = load_file(whole / checkpoint / "model.safetensors")
         assert left
         assert not any(name.startswith("backbone.") for name in left)
