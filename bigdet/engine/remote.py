@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.engine import keeping
 from bigdet.engine.writing import Disks, Save
 from bigdet.host.files import put_in_place, write_text
@@ -65,7 +65,7 @@ class Remote:
             OSError: it cannot be copied.
         """
         rank, others = distributed.rank(), range(1, distributed.world_size())
-        notes = distributed.Notes() if others else None
+        notes = messages.Notes() if others else None
         file = pieces_file(save.number, rank)
         problem = ""
         try:
