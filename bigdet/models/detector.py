@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigdet.config.model import ModelConfig
-from bigdet.models.backbone_base import Backbone
+from bigdet.models.backbone_base import Backbone, layers_with_weights
 from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
@@ -81,7 +81,7 @@ class Detector(nn.Module):
         given as its layers with weights, since backbones run the blocks of a stage one by one.
         """
         stages = [
-            [layer for part in stage for layer in _layers_with_weights(part)]
+            [layer for part in stage for layer in layers_with_weights(part)]
             for stage in self.backbone.stages
         ]
         heads = [
@@ -248,13 +248,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-def _layers_with_weights(module: nn.Module) -> list[nn.Module]:
-    """List the outermost modules that have parameters of their own, in the model's order."""
-    if any(True for _ in module.parameters(recurse=False)):
-        return [module]
-    return [layer for child in module.children() for layer in _layers_with_weights(child)]
 
 
 def _called_modules(module: nn.Module) -> list[nn.Module]:
