@@ -116,7 +116,8 @@ class DeepSpeedEngine(StatefulEngine):
         }
         distributed.start()
         self._sharding = find_sharding(config, device)
-        settings = _deepspeed_config(config, device)
+        largest = max(math.prod(shape) for shape in self._shapes.values())
+        settings = _deepspeed_config(config, device, largest)
         if self._stage == 3:
             offload = config.offload == "all"
             if config.gather_precision == "bf16":
@@ -253,8 +254,8 @@ class DeepSpeedEngine(StatefulEngine):
         gc.collect()  # engine and optimizer refer to each other
 
 
-def _deepspeed_config(config: EngineConfig, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+def _deepspeed_config(config: EngineConfig, device: torch.device, largest: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; the largest tensor of the module has so many numbers."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "contiguous_gradients": True,
@@ -267,8 +268,13 @@ def _deepspeed_config(config: EngineConfig, device: torch.device) -> dict[str, A
     if config.offload == "all":
         zero["offload_param"] = offloaded
     if config.zero_stage == 3:
+        # What a rank holds besides its share. DeepSpeed would let 10^9 weights stay gathered, and
+        # would step all weights of a group at once, with copies of all their gradients.
+        bucket = min(BUCKET_ELEMENTS, largest)
         zero["stage3_param_persistence_threshold"] = WHOLE_ELEMENTS
-        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
+        zero["stage3_prefetch_bucket_size"] = zero["reduce_bucket_size"] = bucket
+        zero["stage3_max_reuse_distance"] = zero["sub_group_size"] = bucket
+        zero["stage3_max_live_parameters"] = 2 * bucket
     else:
         zero["allgather_bucket_size"] = BUCKET_ELEMENTS
     return {
