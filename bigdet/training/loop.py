@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from bigdet.training.averages import LossMeter
 from bigdet.training.background_scoring import Scorer
 from bigdet.training.metrics import StepMeter, progress_line
 from bigdet.training.precise_bn import measure_statistics
-from bigdet.training.prefetch import prefetch
+from bigdet.training.prefetch import StepBatches
 from bigdet.training.state import NEWEST, RunState
 from bigdet.training.stopping import stop_requested
 from bigdet.training.watchdog import Watchdog
@@ -145,6 +144,7 @@ class PhaseTrainer:
         self.phase = run.config.phases[self.name]
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
+        self.batches = StepBatches(stream, device)
         self.meter = StepMeter(device)
         self.losses = LossMeter(device, run.state.interval)
         self.has_shown_batch = False
@@ -160,7 +160,10 @@ class PhaseTrainer:
         Raises:
             SharedError: too many steps were not finite, or too many samples damaged.
         """
-        is_complete = self._take_steps()
+        try:
+            is_complete = self._take_steps()
+        finally:
+            self.batches.close()
         self.run.saver.finish()
         if not is_complete:
             logger.info("stopped on request at %s; the same command continues", self.state.position)
@@ -168,11 +171,11 @@ class PhaseTrainer:
 
     def _take_steps(self) -> bool:
         """Take the steps; return whether all of them were taken."""
-        state, batches = self.state, iter(self.stream)
+        state = self.state
         if state.needs_evaluation and not self._evaluate():  # interrupted before or during it
             return False
         while state.step < self.num_steps:
-            result, lr = self._step(batches)
+            result, lr = self._step()
             is_last = state.step == self.num_steps
             state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
             if is_last or _is_due(state.step, self.config.log.every):
@@ -195,12 +198,12 @@ class PhaseTrainer:
         """Note what is done now, for messages and for the watchdog."""
         self.run.watchdog.at(f"{self.name} step {self.state.step + 1}: {what}")
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
+    def _step(self) -> tuple[StepResult, float]:
         """Take one optimizer step; return its result and its learning rate."""
         started, cpu_started = time.perf_counter(), time.process_time()
         with distributed.together():  # a shard that one rank cannot read ends the run on all
             self._at("waiting for data")
-            micro_batches = self.micro_batches = list(islice(batches, len(self.stream.lanes)))
+            micro_batches = self.micro_batches = next(self.batches)
             data_seconds = time.perf_counter() - started
             self.run.scorer.collect()
             self._at("data is ready, waiting for the other ranks")
@@ -212,7 +215,7 @@ class PhaseTrainer:
         self._at("forward, backward, update")
         lr = optim.lr_at(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
-        result = self.engine.train_step(prefetch(micro_batches, self.device))
+        result = self.engine.train_step(self.batches.on_device(micro_batches))
         self.state.step += 1
         self.state.total_steps += 1
         lane_images = self.stream.lane_images(self.state.step + self.state.stream_shift)
