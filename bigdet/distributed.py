@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,10 @@ JOIN_SECONDS = 300.0
 NCCL_SECONDS = 60.0
 """NCCL waits for so much longer than the watchdog, which writes where each rank is."""
 POLL_SECONDS = 0.05
+REPORT_SECONDS = 5.0
+"""How long a rank that prints no error waits for the rank that prints it."""
+START_SECONDS = 20.0
+"""The same before the ranks have connected, when they may be seconds apart on a busy machine."""
 
 
 def rank() -> int:
@@ -309,6 +314,12 @@ def reports_first() -> bool:
         return bool(dist.distributed_c10d._get_default_store().add("reported", 1) == 1)
     except RuntimeError:
         return True  # rank 0 is gone, and the store with it
+
+
+def wait_for_report() -> None:
+    """Wait until another rank has printed an error; launchers end all ranks as soon as one ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once that rank has ended
+    time.sleep(REPORT_SECONDS if dist.is_initialized() else START_SECONDS)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ from bigdet.engine.base import (
 )
 from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part
-from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.engine.precision import LossScale, TotalLoss, lane_losses, rounded_parameters
+from bigdet.engine.sharding import find_sharding
 from bigdet.engine.stateful import StatefulEngine
 from bigdet.pieces.building import materialize, place
 
@@ -39,6 +40,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
 
 import deepspeed
+from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 
 from bigdet.engine.zero_state import (
     FlatState,
@@ -112,11 +114,16 @@ class DeepSpeedEngine(StatefulEngine):
             if parameter.requires_grad
         }
         distributed.start()
+        self._sharding = find_sharding(config, device)
         settings = _deepspeed_config(config, device)
         if self._stage == 3:
             offload = config.offload == "all"
+            if config.gather_precision == "bf16":
+                for parameter in rounded_parameters(module):
+                    setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
             PartitionedInit(
                 module=module,
+                data_parallel_group=self._sharding.shard_group,
                 dtype=torch.float32,
                 config_dict_or_path=settings,
                 remote_device="cpu" if offload else None,
@@ -153,8 +160,10 @@ class DeepSpeedEngine(StatefulEngine):
         """How weights and optimizer state of this stage are read and written."""
         if self._stage == 0:
             return PlainState(self._optimizer)
-        kind = ShardedState if self._stage == 3 else FlatState
-        return kind(self._optimizer, self._engine.optimizer)
+        zero = self._engine.optimizer
+        if self._stage == 3:
+            return ShardedState(self._optimizer, zero, self._sharding)
+        return FlatState(self._optimizer, zero)
 
     def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
         """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
@@ -268,5 +277,6 @@ def _deepspeed_config(config: EngineConfig, device: torch.device) -> dict[str, A
         "zero_optimization": zero,
         # At stage 0 the norm is needed before DeepSpeed's step: clipped here.
         "gradient_clipping": (config.clip_norm or 0.0) if config.zero_stage else 0.0,
+        "communication_data_type": config.reduce_precision,
         "timers": {"throughput": {"enabled": False}},  # waits for the device in every forward
     }

@@ -104,10 +104,12 @@ class Run:
             )
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
+        nodes = " inside each node" if engine.shard_over == "node" else ""
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
         world_size, device = distributed.world_size(), distributed.device().type
         logger.info(
-            f"ranks: {world_size} on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
+            f"ranks: {world_size} on {device}, {engine.kind}{stage}{nodes}, "
+            f"{engine.precision}{offload}"
         )
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None
