@@ -110,6 +110,14 @@ class RunDir:
         """The log file of one rank."""
         return self.root / "logs" / f"rank-{rank}.log"
 
+    def trace(self, phase: str, rank: int) -> Path:
+        """What one rank did in the steps of ``log.profile``, for Perfetto."""
+        return self.root / "profile" / f"{phase}-rank-{rank}.json.gz"
+
+    def memory_snapshot(self, what: str, rank: int) -> Path:
+        """What was in the memory of a rank's GPU, in a phase or when it was full."""
+        return self.root / "profile" / f"{what}-rank-{rank}.pickle"
+
     def checkpoint(self, phase: str, step: int) -> Path:
         """The folder of one checkpoint, ``PHASE-STEP``."""
         return self.checkpoints / f"{phase}-{step}"

@@ -9,6 +9,7 @@ from bigdet.config.rules import ConfigError, not_negative, positive, require
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
+SentPrecision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,21 @@ class EngineConfig:
     zero_stage: int | None = 2
     """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
     weights too. Must be null under fsdp."""
+    shard_over: Literal["all", "node"] = "all"
+    """The ranks over which ZeRO-3 and fsdp shard: ``all``, or those of one ``node``, so that each
+    node has a whole copy. Then weights are gathered inside a node, and nodes exchange only a rank's
+    share of the gradients, but a rank holds as much as on one node alone. All nodes must have
+    equally many ranks."""
     precision: Precision = "bf16"
-    """Precision of convolutions and matrix products; weights, gradients and their sums are always
-    fp32. ``fp16`` uses automatic loss scaling."""
+    """Precision of convolutions and matrix products; weights, gradients and their sums are fp32.
+    ``fp16`` uses automatic loss scaling."""
+    gather_precision: SentPrecision = "fp32"
+    """What ZeRO-3 and fsdp send of the weights of convolutions and linear layers; all others are
+    sent in fp32. ``bf16`` is half the traffic. It needs ``precision: bf16``, which rounds the same
+    weights to bf16 before it computes with them."""
+    reduce_precision: SentPrecision = "fp32"
+    """What ZeRO-3 and fsdp send of gradients. ``bf16`` is half the traffic, and sums over ranks are
+    rounded to 8 bits. It needs ``precision: bf16``. Weights and optimizer state are fp32 always."""
     offload: Offload = "none"
     """What is kept and updated in CPU memory: ``optimizer`` (its state; ZeRO 1 to 3), or ``all``
     (weights too; ZeRO 3 and fsdp)."""
@@ -48,9 +61,15 @@ def shards_frozen(engine: EngineConfig) -> bool:
 
 
 def check_engine(engine: EngineConfig) -> None:
-    """Check that stage and offload fit the kind."""
+    """Check that stage, sharding and offload fit the kind."""
     positive("engine", engine, "clip_norm")
     not_negative("engine", engine, "max_bad_steps")
+    _check_kind(engine)
+    _check_sharded(engine)
+
+
+def _check_kind(engine: EngineConfig) -> None:
+    """Check that stage and offload fit the kind."""
     stage, key = engine.zero_stage, "engine.offload"
     if engine.kind == "fsdp":
         if stage is not None:
@@ -72,3 +91,25 @@ def check_engine(engine: EngineConfig) -> None:
             f"{key}: found {engine.offload}, which needs engine.zero_stage of at least {lowest}, "
             f"found {stage}: only what is sharded can be in CPU memory. Write none, or raise it."
         )
+
+
+def _check_sharded(engine: EngineConfig) -> None:
+    """Check that what is said of sharded weights is said where weights are sharded."""
+    chosen = {
+        "shard_over": engine.shard_over != "all",
+        "gather_precision": engine.gather_precision != "fp32",
+        "reduce_precision": engine.reduce_precision != "fp32",
+    }
+    for name in (name for name, is_chosen in chosen.items() if is_chosen):
+        key, value = f"engine.{name}", getattr(engine, name)
+        if engine.kind == "deepspeed" and engine.zero_stage != 3:
+            raise ConfigError(
+                f"{key}: found {value}, which needs sharded weights, but engine.zero_stage is "
+                f"{engine.zero_stage}. Write engine.zero_stage: 3 or engine.kind: fsdp, or leave "
+                f"the option out."
+            )
+        if value == "bf16" and engine.precision != "bf16":
+            raise ConfigError(
+                f"{key}: found bf16, which needs engine.precision: bf16, found {engine.precision}. "
+                f"Write fp32."
+            )

@@ -151,7 +151,7 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
         check_phase(key, phase, model, start_parts(config, name))
     check_evaluation(config.evaluation)
     check_checkpoint(config.checkpoint, config.phases)
-    check_log(config.log)
+    check_log(config.log, config.phases)
 
 
 def _check_detector(config: RunConfig, name: str) -> None:

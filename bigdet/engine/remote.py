@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.engine import keeping
 from bigdet.engine.writing import Disks, Save
 from bigdet.host.files import put_in_place, write_text
@@ -69,7 +69,7 @@ class Remote:
             OSError: it cannot be copied.
         """
         rank, others = distributed.rank(), range(1, distributed.world_size())
-        notes = distributed.Notes() if others else None
+        notes = messages.Notes() if others else None
         file = pieces_file(save.number, rank)
         problem = ""
         try:

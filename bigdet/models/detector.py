@@ -44,6 +44,9 @@ from bigdet.structures import Batch, Detections, Targets
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_DEVIATION = (58.395, 57.12, 57.375)
 
+UNIT_NUMBERS = 20_000_000
+"""Of the weights of consecutive blocks that are gathered together: 80 MB, as one block of ViT-H."""
+
 
 class Detector(nn.Module):
     """A backbone and what follows it; subclasses say what follows and how it is trained.
@@ -78,11 +81,13 @@ class Detector(nn.Module):
         """Modules that an engine may shard and gather together: backbone stages, neck, heads.
 
         Each module is called in every forward pass, of training and of evaluation. A stage is
-        given as its layers with weights, since backbones run the blocks of a stage one by one.
+        given as its layers with weights, since backbones run the blocks of a stage one by one; a
+        large one is several units.
         """
         stages = [
-            [layer for part in stage for layer in layers_with_weights(part)]
+            [layer for part in unit for layer in layers_with_weights(part)]
             for stage in self.backbone.stages
+            for unit in _cut(stage)
         ]
         heads = [
             called
@@ -248,6 +253,20 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _cut(stage: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Divide a stage into runs of blocks of at most ``UNIT_NUMBERS``, or of one block."""
+    unit: list[nn.Module] = []
+    count = 0
+    for part in stage:
+        numbers = sum(parameter.numel() for parameter in part.parameters())
+        if unit and count + numbers > UNIT_NUMBERS:
+            yield unit
+            unit, count = [], 0
+        unit.append(part)
+        count += numbers
+    yield unit
 
 
 def _called_modules(module: nn.Module) -> list[nn.Module]:

