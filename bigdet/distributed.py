@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -244,6 +244,17 @@ def stack_over_ranks(tensor: Tensor) -> Tensor:
     parts = tensor.new_empty(world_size(), len(tensor))
     dist.all_gather(list(parts.unbind()), tensor)
     return parts
+
+
+def begin_gather(share: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+    """Begin to put the shares of all ranks, all of one length, behind each other on every rank.
+
+    Returns:
+        ``(ranks x N,)``, and what waits until it is there (on a GPU, only lets its stream wait).
+    """
+    whole = share.new_empty(world_size() * len(share))
+    parts = whole.view(torch.uint8), share.view(torch.uint8)  # gloo does not know all types
+    return whole, dist.all_gather_into_tensor(*parts, async_op=True).wait
 
 
 def max_over_ranks(value: float) -> float:

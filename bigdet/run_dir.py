@@ -72,9 +72,9 @@ class RunDir:
         """
         return self.weights.is_file() and not self.all_detections()
 
-    def frozen(self, phase: str) -> Path:
-        """The frozen backbone of a phase, which its checkpoints do not have."""
-        return self.root / "frozen" / f"{phase}.safetensors"
+    def frozen(self, digest: str) -> Path:
+        """The frozen backbone whose tensors have a hash; checkpoints do not have it."""
+        return self.root / "frozen" / f"{digest[:16]}.safetensors"
 
     @property
     def checkpoints(self) -> Path:

@@ -20,8 +20,8 @@ from bigdet.engine.parts import Share, Source
 from bigdet.pieces.index import MODEL, NEWEST, Catalog
 
 BUCKET_ELEMENTS = 50_000_000
-"""Numbers that ZeRO's stages 0 to 2 send in one call. DeepSpeed's own 500 million would be a buffer
-of 2 GB, whatever the model; overlapped communication has two of them."""
+"""Numbers that ZeRO sends in one call; stage 3 never more than its largest tensor has. DeepSpeed's
+own 500 million would be a buffer of 2 GB, whatever the model; overlapped communication has two."""
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 """Called by an engine once the parameters are where and how it wants them."""

@@ -31,7 +31,8 @@ from bigdet.engine.base import (
 )
 from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part
-from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.engine.precision import LossScale, TotalLoss, lane_losses, rounded_parameters
+from bigdet.engine.sharding import find_sharding
 from bigdet.engine.stateful import StatefulEngine
 from bigdet.engine.stepping import launched, step_where
 from bigdet.pieces.building import materialize, place
@@ -40,6 +41,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import warns that it found no GPU
 
 import deepspeed
+from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 
 from bigdet.engine.zero_state import (
     FlatState,
@@ -113,11 +115,17 @@ class DeepSpeedEngine(StatefulEngine):
             if parameter.requires_grad
         }
         distributed.start()
-        settings = _deepspeed_config(config, device)
+        self._sharding = find_sharding(config, device)
+        largest = max(math.prod(shape) for shape in self._shapes.values())
+        settings = _deepspeed_config(config, device, largest)
         if self._stage == 3:
             offload = config.offload == "all"
+            if config.gather_precision == "bf16":
+                for parameter in rounded_parameters(module):
+                    setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
             PartitionedInit(
                 module=module,
+                data_parallel_group=self._sharding.shard_group,
                 dtype=torch.float32,
                 config_dict_or_path=settings,
                 remote_device="cpu" if offload else None,
@@ -154,8 +162,10 @@ class DeepSpeedEngine(StatefulEngine):
         """How weights and optimizer state of this stage are read and written."""
         if self._stage == 0:
             return PlainState(self._optimizer)
-        kind = ShardedState if self._stage == 3 else FlatState
-        return kind(self._optimizer, self._engine.optimizer)
+        zero = self._engine.optimizer
+        if self._stage == 3:
+            return ShardedState(self._optimizer, zero, self._sharding)
+        return FlatState(self._optimizer, zero)
 
     def launch_step(self, micro_batches: Iterable[Any]) -> Launched:
         """Take one optimizer step on the mean loss of all micro-batches of all ranks.
@@ -244,8 +254,8 @@ class DeepSpeedEngine(StatefulEngine):
         gc.collect()  # engine and optimizer refer to each other
 
 
-def _deepspeed_config(config: EngineConfig, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+def _deepspeed_config(config: EngineConfig, device: torch.device, largest: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; the largest tensor of the module has so many numbers."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "contiguous_gradients": True,
@@ -258,8 +268,13 @@ def _deepspeed_config(config: EngineConfig, device: torch.device) -> dict[str, A
     if config.offload == "all":
         zero["offload_param"] = offloaded
     if config.zero_stage == 3:
+        # What a rank holds besides its share. DeepSpeed would let 10^9 weights stay gathered, and
+        # would step all weights of a group at once, with copies of all their gradients.
+        bucket = min(BUCKET_ELEMENTS, largest)
         zero["stage3_param_persistence_threshold"] = WHOLE_ELEMENTS
-        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
+        zero["stage3_prefetch_bucket_size"] = zero["reduce_bucket_size"] = bucket
+        zero["stage3_max_reuse_distance"] = zero["sub_group_size"] = bucket
+        zero["stage3_max_live_parameters"] = 2 * bucket
     else:
         zero["allgather_bucket_size"] = BUCKET_ELEMENTS
     return {
@@ -272,5 +287,6 @@ def _deepspeed_config(config: EngineConfig, device: torch.device) -> dict[str, A
         "zero_optimization": zero,
         # At stage 0 the norm is needed before DeepSpeed's step: clipped here.
         "gradient_clipping": (config.clip_norm or 0.0) if config.zero_stage else 0.0,
+        "communication_data_type": config.reduce_precision,
         "timers": {"throughput": {"enabled": False}},  # waits for the device in every forward
     }

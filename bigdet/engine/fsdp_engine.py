@@ -2,7 +2,7 @@
 
 Each unit (a stage of the backbone, a head) is gathered when its forward or backward pass begins and
 freed when it ends; its gradients are reduced to shards after each micro-batch. Both are done in
-fp32, as in the other engine; see `precision.py`.
+fp32 unless the config says otherwise, as in the other engine; see `precision.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
+from bigdet.config.rules import ConfigError
 from bigdet.engine.base import (
     Launched,
     MakeOptimizer,
@@ -29,7 +35,8 @@ from bigdet.engine.base import (
 )
 from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part
-from bigdet.engine.precision import LossScale, TotalLoss, lane_losses
+from bigdet.engine.precision import LossScale, TotalLoss, lane_losses, rounded_parameters
+from bigdet.engine.sharding import find_sharding
 from bigdet.engine.stateful import StatefulEngine
 from bigdet.engine.stepping import launched, local, step_where
 from bigdet.pieces.building import place
@@ -78,14 +85,16 @@ class FsdpEngine(StatefulEngine):
         for parameter in module.parameters():
             # Shards are rows, so channels_last weights cannot be sharded.
             parameter.data = parameter.data.contiguous()
-        mesh = init_device_mesh(device.type, (distributed.world_size(),))
+        self._sharding = find_sharding(config, device)
+        mesh = self._sharding.mesh(device)
         offload = OffloadPolicy()
         if config.offload == "all":
             offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        sent = _sent_precision(module, config)
         for unit in units:
             if any(True for part in unit for _ in part.parameters()):
-                fully_shard(list(unit), mesh=mesh, offload_policy=offload)
-        fully_shard(module, mesh=mesh, offload_policy=offload)
+                fully_shard(list(unit), mesh=mesh, mp_policy=sent, offload_policy=offload)
+        fully_shard(module, mesh=mesh, mp_policy=sent, offload_policy=offload)
         home = torch.device("cpu") if config.offload == "all" else device
         place(
             module, lambda value: torch.empty_like(value, device=home) if value.is_meta else value
@@ -138,7 +147,7 @@ class FsdpEngine(StatefulEngine):
         # In fp64, as in DeepSpeed: a sum of 10 million squares in fp32 is off by 4e-4.
         norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
         total = distributed.sum_over_ranks(norms.square().sum().to(self._device))
-        norm = total.sqrt() / scale
+        norm = (total / self._sharding.copies).sqrt() / scale
         home = gradients[0].device  # the CPU, with offload: then the host waits here
         if self._clip_norm is not None:
             factor = (self._clip_norm / (norm + CLIP_EPSILON)).clamp(max=1) / scale
@@ -180,6 +189,25 @@ class FsdpEngine(StatefulEngine):
         self._optimizer.param_groups.clear()
         self._trained.clear()
         self._ema = self._last = None
+
+
+def _sent_precision(module: nn.Module, config: EngineConfig) -> MixedPrecisionPolicy:
+    """Say in which types weights are gathered and gradients reduced."""
+    reduced = torch.bfloat16 if config.reduce_precision == "bf16" else torch.float32
+    if config.gather_precision == "fp32":
+        return MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
+    if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
+        raise ConfigError(
+            f"engine.gather_precision: found bf16, which needs a newer torch under fsdp (2.15 has "
+            f"it), found {torch.__version__}. Write fp32, or engine.kind: deepspeed."
+        )
+    rounded = {id(parameter) for parameter in rounded_parameters(module)}
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16,
+        reduce_dtype=reduced,
+        cast_forward_inputs=False,
+        param_dtype_override_fn=lambda each: None if id(each) in rounded else each.dtype,
+    )
 
 
 def _part(kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:

@@ -1,7 +1,8 @@
 """What a micro-batch is computed in, the same in all engines: autocast, loss scale, total loss.
 
-Weights, gradients and their sums over ranks are fp32 whatever the precision; under bf16 and fp16
-torch's autocast casts the inputs of convolutions and matrix products, and nothing else. On CUDA it
+Weights, gradients and their sums over ranks are fp32 whatever the precision (but what is sent of
+them need not be: `engine.gather_precision`, `engine.reduce_precision`); under bf16 and fp16 torch's
+autocast casts the inputs of convolutions and matrix products, and nothing else. On CUDA it
 would also turn what normalizations, nearest upsampling, softmax and sums give into fp32, which is
 twice the memory (R50 with GN: 25 GiB instead of 11). They compute in fp32 anyway and keep their
 input's type here, as they do on a CPU.
@@ -85,6 +86,24 @@ def _layer_norm(
 def _as(x: Tensor, parameter: Tensor | None) -> Tensor | None:
     """Cast scale or shift to the type of the input: CUDA has no kernel for two types."""
     return None if parameter is None else parameter.to(x.dtype)
+
+
+ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+"""Layers whose weights and biases autocast casts whenever it uses them. Not classes derived from
+them, which may do anything with their parameters."""
+
+
+def rounded_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Give the parameters that autocast casts wherever they are used.
+
+    So it makes no difference to what is computed whether they are rounded before or after they are
+    sent. Call it before an engine wraps the module: engines change the classes of layers.
+    """
+    own: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for layer in module.modules():
+        own[type(layer) in ROUNDED] += layer.parameters(recurse=False)
+    elsewhere = {id(parameter) for parameter in own[False]}
+    return [parameter for parameter in own[True] if id(parameter) not in elsewhere]
 
 
 class TotalLoss(nn.Module):

@@ -15,6 +15,7 @@ from bigdet.engine.base import Launched, Shapes, StepResult, check_fits, has_opt
 from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale
+from bigdet.engine.sharding import Sharding
 from bigdet.pieces.index import MODEL, NEWEST
 
 
@@ -30,6 +31,7 @@ class StatefulEngine(ABC):
     _shapes: Shapes
     _trained: dict[str, Any]  # by name
     _scale: LossScale
+    _sharding: Sharding
     _ema: MovingAverage | None
     _last: Launched | None = None
     _owed: float | None = None  # decay of the update of the average that the last step is due
@@ -92,10 +94,12 @@ class StatefulEngine(ABC):
     def share(self, position: int, size: int) -> Share:
         """Copy what this rank saves; see ``parts.copy_share``. Collective."""
         self._settle_ema()
-        share = copy_share(self._newest() + self._optimizer_parts(), position, size)
+        shards = self._sharding.ranks
+        share = copy_share(self._newest() + self._optimizer_parts(), position, size, shards)
         if self._ema is not None:
             with self._ema.in_place():
-                averages = copy_share(self._weights(MODEL, self._shapes), position, size)
+                weights = self._weights(MODEL, self._shapes)
+                averages = copy_share(weights, position, size, shards)
             share = share.with_more(averages)
         return dataclasses.replace(share, loss_scale=self._scale.state())
 

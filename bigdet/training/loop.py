@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import ChainMap
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from bigdet.training.flops import FlopMeter
 from bigdet.training.metrics import StepMeter, progress_line
 from bigdet.training.pace import Mark, clock_for
 from bigdet.training.precise_bn import measure_statistics
-from bigdet.training.prefetch import prefetch
+from bigdet.training.prefetch import StepBatches
 from bigdet.training.profiling import Profile
 from bigdet.training.results import Results, Taken
 from bigdet.training.state import NEWEST, RunState
@@ -109,10 +107,12 @@ class Run:
             )
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
+        nodes = " inside each node" if engine.shard_over == "node" else ""
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
         world_size, device = distributed.world_size(), distributed.device().type
         logger.info(
-            f"ranks: {world_size} on {device}, {engine.kind}{stage}, {engine.precision}{offload}"
+            f"ranks: {world_size} on {device}, {engine.kind}{stage}{nodes}, "
+            f"{engine.precision}{offload}"
         )
         for name, phase in self.config.phases.items():
             assert phase.images_per_step is not None
@@ -149,6 +149,7 @@ class PhaseTrainer:
         self.phase = run.config.phases[self.name]
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
+        self.batches = StepBatches(stream, device)
         self.meter = StepMeter(device)
         self.losses = LossMeter(device, run.state.interval)
         self.results = Results(run, self.losses, self.meter, stream.lanes)
@@ -173,6 +174,7 @@ class PhaseTrainer:
         finally:
             self.profile.close()
             self.forward_clock.close()
+            self.batches.close()
         self.run.saver.finish()
         if not is_complete:
             logger.info("stopped on request at %s; the same command continues", self.state.position)
@@ -180,12 +182,12 @@ class PhaseTrainer:
 
     def _take_steps(self) -> bool:
         """Take the steps; return whether all of them were taken."""
-        state, batches = self.state, iter(self.stream)
+        state = self.state
         if state.needs_evaluation and not self._evaluate():  # interrupted before or during it
             return False
         while state.step < self.num_steps:
             with self.profile.step(state.step + 1):
-                must_stop = self._step(batches)
+                must_stop = self._step()
             due = self._due()
             if due.log:
                 self._log()
@@ -215,17 +217,17 @@ class PhaseTrainer:
         """Note what is done now, for messages and for the watchdog."""
         self.run.watchdog.at(f"{self.name} step {self.state.step + 1}: {what}")
 
-    def _step(self, batches: Iterator[Batch]) -> bool:
+    def _step(self) -> bool:
         """Take one optimizer step; return on all ranks whether any was asked to stop after it."""
         state, device = self.state, self.device
         started, cpu_started = time.perf_counter(), time.process_time()
-        must_stop, data_seconds = self._get_ready(batches)
+        must_stop, data_seconds = self._get_ready()
         micro_batches = self.micro_batches
         self._at("forward, backward, update")
         self.lr = optim.lr_at(self.phase, state.step + 1)
         self.engine.set_lr(self.lr)
         begin = Mark(device)
-        launched = self.engine.launch_step(prefetch(micro_batches, device))
+        launched = self.engine.launch_step(self.batches.on_device(micro_batches))
         norms.update_running_statistics(self.detector, counts=launched.counts)
         state.step += 1
         state.total_steps += 1
@@ -247,7 +249,7 @@ class PhaseTrainer:
         self.forward_clock.end_step()
         return must_stop
 
-    def _get_ready(self, batches: Iterator[Batch]) -> tuple[bool, float]:
+    def _get_ready(self) -> tuple[bool, float]:
         """Get the micro-batches of the next step; the one meeting of the ranks in a step.
 
         Returns:
@@ -256,7 +258,7 @@ class PhaseTrainer:
         started = time.perf_counter()
         with distributed.together() as wish:  # a shard that one rank cannot read ends the run
             self._at("waiting for data")
-            self.micro_batches = list(islice(batches, len(self.stream.lanes)))
+            self.micro_batches = next(self.batches)
             data_seconds = time.perf_counter() - started
             self.run.scorer.collect()
             wish.is_asked = is_asked(self.run.run_dir.stop)
