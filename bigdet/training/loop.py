@@ -246,6 +246,7 @@ class PhaseTrainer:
         self.results.end_step(seconds)
         self.meter.add(micro_batches, seconds, data_seconds, cpu_seconds)
         self.flops.add(micro_batches)
+        self.forward_clock.end_step()
         return must_stop
 
     def _get_ready(self) -> tuple[bool, float]:
