@@ -117,20 +117,24 @@ def _mask_overlaps(
     near = np.flatnonzero(is_near)
     if not len(near):
         return ious
-    near_detections = detections[near]
-    is_first = np.diff(near_detections, prepend=-1) != 0
-    row, rows = np.cumsum(is_first) - 1, near_detections[is_first].tolist()
-    unique, column = np.unique(objects[near], return_inverse=True)  # by image, as the pairs are
-    columns, column_is_crowd = unique.tolist(), is_crowd[unique].astype(np.uint8)
-    images = found.images[near_detections]
+    images = found.images[detections[near]]
     starts = np.flatnonzero(np.diff(images, prepend=-1))
-    bounds = np.stack([starts, row[starts], np.minimum.reduceat(column, starts)], axis=1)
-    bounds = np.append(bounds, [[len(near), len(rows), len(columns)]], axis=0)
-    for (start, top, left), (end, bottom, right) in itertools.pairwise(bounds.tolist()):
-        size = truth.sizes[images[start]].tolist()
+    of_table = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(near))))
+    is_first = np.diff(detections[near], prepend=-1) != 0
+    row, rows = np.cumsum(is_first) - 1, detections[near][is_first]
+    count = len(is_crowd)
+    unique, column = np.unique(of_table * count + objects[near], return_inverse=True)
+    columns, column_is_crowd = unique % count, is_crowd[unique % count].astype(np.uint8)
+    bounds = np.stack([starts, row[starts], np.searchsorted(unique // count, of_table[starts])])
+    ends = np.array([[len(near), len(rows), len(columns)]])
+    sizes = truth.sizes[images[starts]].tolist()
+    our_masks = [found.masks[place] for place in rows.tolist()]
+    their_masks = [truth.masks[place] for place in columns.tolist()]
+    tables = itertools.pairwise(np.append(bounds.T, ends, axis=0).tolist())
+    for size, ((start, top, left), (end, bottom, right)) in zip(sizes, tables, strict=True):
         table = coco_mask.iou(
-            [{"size": size, "counts": found.masks[number]} for number in rows[top:bottom]],
-            [{"size": size, "counts": truth.masks[number]} for number in columns[left:right]],
+            [{"size": size, "counts": counts} for counts in our_masks[top:bottom]],
+            [{"size": size, "counts": counts} for counts in their_masks[left:right]],
             column_is_crowd[left:right],
         )
         ious[near[start:end]] = table[row[start:end] - top, column[start:end] - left]
