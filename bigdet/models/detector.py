@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigdet.config.model import ModelConfig
-from bigdet.models.backbone_base import Backbone
+from bigdet.models.backbone_base import Backbone, layers_with_weights
 from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
@@ -85,7 +85,7 @@ class Detector(nn.Module):
         large one is several units.
         """
         stages = [
-            [layer for part in unit for layer in _layers_with_weights(part)]
+            [layer for part in unit for layer in layers_with_weights(part)]
             for stage in self.backbone.stages
             for unit in _cut(stage)
         ]
@@ -267,13 +267,6 @@ def _cut(stage: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
         unit.append(part)
         count += numbers
     yield unit
-
-
-def _layers_with_weights(module: nn.Module) -> list[nn.Module]:
-    """List the outermost modules that have parameters of their own, in the model's order."""
-    if any(True for _ in module.parameters(recurse=False)):
-        return [module]
-    return [layer for child in module.children() for layer in _layers_with_weights(child)]
 
 
 def _called_modules(module: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,7 @@ from bigdet.config.resize import plan_of
 from bigdet.config.run import RunConfig, eval_resize, phase_model
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
-from bigdet.models.frozen import find_frozen, freeze_backbone, read_frozen
+from bigdet.models.frozen import FROZEN, freeze_backbone, lacks_frozen, open_frozen
 from bigdet.models.norms import set_norm_mode
 from bigdet.ops.finite import describe_not_finite
 from bigdet.pieces.index import MODEL_FILE, STATE_FILE
@@ -70,7 +70,7 @@ def weights_metadata(
         phase: the phase that the weights come from.
         frozen: hash of the frozen backbone, which is not among them.
     """
-    found = {} if frozen is None else {"frozen": frozen}
+    found = {} if frozen is None else {FROZEN: frozen}
     if config.phases[phase].ema is not None:
         found["weights"] = AVERAGE
     return found | {
@@ -126,7 +126,7 @@ def load_detector(path: str | Path) -> Detector:
     detector = build_detector(phase_model(config, phase), len(categories))
     load_parts(detector, tensors, sorted({part_of(name) for name in tensors}), str(file))
     set_norm_mode(detector, "fixed")
-    if "frozen" in metadata:
+    if FROZEN in metadata:
         freeze_backbone(detector.backbone)
     detector.eval_size = plan_of(eval_resize(config, phase))
     detector.categories = categories
@@ -136,8 +136,8 @@ def load_detector(path: str | Path) -> Detector:
 def read_weights(file: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Open the weights of a detector, with its frozen backbone, and read their metadata."""
     tensors, metadata = read_safetensors(file)
-    if "frozen" in metadata:
-        frozen = read_frozen(find_frozen(file, metadata["phase"]), metadata["frozen"])
+    if lacks_frozen(metadata):
+        frozen = open_frozen(file, metadata[FROZEN], metadata["phase"])
         tensors = Unread.changed(tensors, frozen)
     return tensors, metadata
 
