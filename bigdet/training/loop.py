@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,8 +18,8 @@ from bigdet.config.model import reported
 from bigdet.config.phase import num_lanes, num_steps
 from bigdet.config.run import RunConfig
 from bigdet.data.format.class_counts import class_lines
-from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.streams.stream import TrainStream, too_damaged
+from bigdet.data.format.phase_sets import DataSets, phases_by_sets
+from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.base import Engine, StepResult
 from bigdet.engine.parts import Source
 from bigdet.evaluation.federated import LVIS_DETECTIONS
@@ -48,8 +48,7 @@ class Run:
     Attributes:
         config: with the images per step and the length of every phase filled in.
         run_dir: where everything is written.
-        train_set: the images to train on.
-        val_set: the images to evaluate on.
+        sets: the images of each phase, by its name.
         metrics: writer of ``metrics.jsonl`` and boards on rank 0, None on the other ranks.
         state: position and counters; changed in place.
         watchdog: ends the run if it makes no progress.
@@ -60,8 +59,7 @@ class Run:
 
     config: RunConfig
     run_dir: RunDir
-    train_set: ShardSet
-    val_set: ShardSet
+    sets: Mapping[str, DataSets]
     metrics: MetricsWriter | None
     state: RunState
     watchdog: Watchdog
@@ -71,8 +69,8 @@ class Run:
 
     def __post_init__(self) -> None:
         """Make the saver and the scorer."""
-        self.saver = saving.Saver(self.config, self.run_dir, self.train_set)
-        self.scorer = Scorer(self.config, self.run_dir, self.val_set, self.metrics, self.state)
+        self.saver = saving.Saver(self.config, self.run_dir, self.sets)
+        self.scorer = Scorer(self.config, self.run_dir, self.sets, self.metrics, self.state)
 
     def must_stop(self) -> bool:
         """Return on all ranks whether any was asked to stop (a collective); counts as progress."""
@@ -87,22 +85,9 @@ class Run:
         """
         start = "a fresh start" if folder is None else f"continuing from {folder}"
         logger.info("run folder %s, %s", self.run_dir.root, start)
-        for what, shards in (("training", self.train_set), ("validation", self.val_set)):
-            logger.info(
-                f"{what}: {len(shards):,} images, {shards.manifest.instances:,} instances, "
-                f"{shards.num_classes} categories, {len(shards.manifest.shards)} shards in "
-                f"{shards.address}"
-            )
-            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
-            logger.info("%s objects per class: %s", what, line)
-            for warning in warnings:
-                logger.warning("%s set: %s", what, warning)
-        if self.val_set.manifest.federated:
-            key, given = reported(self.config.model) or ("what the model gives", "not known")
-            logger.info(
-                f"validation is scored by LVIS's rule, which counts {LVIS_DETECTIONS} detections "
-                f"per image; {key} is {given}"
-            )
+        by_sets = phases_by_sets(self.sets)
+        for data, names in by_sets.items():
+            self._log_data(data, f" of {', '.join(names)}" * (len(by_sets) > 1))
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
@@ -117,6 +102,25 @@ class Run:
                 f"({world_size} ranks x {num_lanes(phase) // world_size} micro-batches of "
                 f"{phase.images_per_gpu}), {optim.describe_lr(phase, phase.images_per_step)}"
                 f"{optim.describe_ema(phase.ema)}"
+            )
+
+    def _log_data(self, data: DataSets, whose: str) -> None:
+        """Log what the sets of some phases have; ``whose`` names the phases after a blank."""
+        for what, shards in (("training", data.train), ("validation", data.val)):
+            logger.info(
+                f"{what}{whose}: {len(shards):,} images, {shards.manifest.instances:,} instances, "
+                f"{shards.num_classes} categories, {len(shards.manifest.shards)} shards in "
+                f"{shards.address}"
+            )
+            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
+            logger.info("%s%s objects per class: %s", what, whose, line)
+            for warning in warnings:
+                logger.warning("%s set%s: %s", what, whose, warning)
+        if data.val.manifest.federated:
+            key, given = reported(self.config.model) or ("what the model gives", "not known")
+            logger.info(
+                f"validation{whose} is scored by LVIS's rule, which counts {LVIS_DETECTIONS} "
+                f"detections per image; {key} is {given}"
             )
 
 
@@ -143,6 +147,7 @@ class PhaseTrainer:
         self.run, self.config, self.state = run, run.config, run.state
         self.name = run.state.phase
         self.phase = run.config.phases[self.name]
+        self.data = run.sets[self.name]
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.meter = StepMeter(device)
@@ -206,9 +211,7 @@ class PhaseTrainer:
             self._at("data is ready, waiting for the other ranks")
             if self.run.metrics is not None and not self.has_shown_batch:
                 self.has_shown_batch = True
-                showing.show_batch(
-                    self.run.metrics, micro_batches[0], self.run.train_set, self.state
-                )
+                showing.show_batch(self.run.metrics, micro_batches[0], self.data.train, self.state)
         self._at("forward, backward, update")
         lr = optim.lr_at(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
@@ -292,14 +295,11 @@ class PhaseTrainer:
 
     def _check_damage(self) -> None:
         """Stop on all ranks when too many training samples had to be replaced."""
-        total, train = sum(self.state.damaged.values()), self.config.data.train
-        if total > train.max_damaged:
+        if sum(self.state.damaged.values()) > self.stream.max_damaged:
             found = {row: damage.message for row, damage in self.stream.damages.items()}
             listed = dict(ChainMap(*distributed.all_gather_objects(found)))
             messages = (listed[row] for row in sorted(listed))
-            raise distributed.SharedError(
-                too_damaged(train.shards, self.state.damaged, train.max_damaged, messages)
-            )
+            raise distributed.SharedError(self.stream.too_damaged(self.state.damaged, messages))
 
     def _evaluate(self) -> bool:
         """Evaluate the weights, or their average, or both, and write a checkpoint.
@@ -335,9 +335,8 @@ class PhaseTrainer:
         started, cpu_started = time.perf_counter(), time.process_time()
         if not self._measure_norms():
             return False
-        classes = [category.name for category in run.train_set.categories]
         results = measuring.predict(
-            self.config, self.name, self.detector, run.val_set, classes, run.must_stop
+            self.config, self.name, self.detector, self.data.val, self.data.classes, run.must_stop
         )
         if results is None:
             return False
@@ -345,7 +344,7 @@ class PhaseTrainer:
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         with distributed.together():
             if run.metrics is not None and not prefix:
-                showing.show_detections(run.metrics, results, run.val_set, state)
+                showing.show_detections(run.metrics, results, self.data.val, state)
             run.scorer.start(results, prefix)
         return True
 
