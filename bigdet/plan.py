@@ -221,7 +221,8 @@ def plan_memory(
         sizes_of_model = model_sizes(config, phase, num_classes)
         work = Work(sizes_of_model, optimizer_tensors(settings), 0.0, 0.0, 1)
         kind = "FSDP2" if config.engine.kind == "fsdp" else f"ZeRO-{config.engine.zero_stage}"
-        shift_gib = (state_bytes(kind, gpus, work) - state_bytes(kind, 1, work)) / GIB
+        shards = gpus if config.engine.shard_over == "all" else cluster.gpus_per_host
+        shift_gib = (state_bytes(kind, shards, work) - state_bytes(kind, 1, work)) / GIB
 
     def take(setting: Setting) -> Measured | None:
         words = overrides(phase, settings, setting)

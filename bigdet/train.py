@@ -29,12 +29,13 @@ from bigdet.evaluation.detection_limits import warn_at_start
 from bigdet.host import errors, locks
 from bigdet.host.files import check_folder, write_text
 from bigdet.logs.log import setup_logging
+from bigdet.models.frozen import FROZEN, frozen_tensors
 from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phase_stream import stream_for_phase
-from bigdet.training.phases import build_empty, build_for_phase, settle_frozen, start_weights
+from bigdet.training.phases import build_empty, load_frozen, start_weights
 from bigdet.training.watchdog import Watchdog
 
 PEER_SECONDS = 60.0
@@ -143,14 +144,14 @@ def run_phase(run: Run) -> bool:
     resume.check_same_stream(state.stream)
     classes = run.sets[name].classes
     with contextlib.ExitStack() as until_begun:
-        is_resumed, start = run.restored is not None, None
-        if phase.freeze == "backbone":  # which is whole on each rank
-            detector = build_for_phase(config, name, classes, run.run_dir, device, is_resumed)
-            settle_frozen(detector, state, run.run_dir, is_resumed=is_resumed)
-        else:
-            detector = build_empty(config, name, classes)
-            if not is_resumed:
-                start = until_begun.enter_context(start_weights(config, name, classes, run.run_dir))
+        detector, start = build_empty(config, name, classes), None
+        if run.restored is None:
+            frozen = frozen_tensors(detector)
+            start = until_begun.enter_context(
+                start_weights(config, name, classes, run.run_dir, frozen)
+            )
+            state.frozen = start.metadata.get(FROZEN)
+        load_frozen(detector, config.engine, state, run.run_dir, device)
         make_optimizer = partial(optim.build_optimizer, phase=phase)
         num_micro_batches = len(stream.lanes)
         engine = build_engine(

@@ -79,7 +79,8 @@ class ModelConfig:
     """Two fully connected layers, or four 3x3 convolutions and one."""
     neck: Neck = "fpn"
     """``fpn``: a feature pyramid network, whose coarse levels are added to the finer ones.
-    ``simple``: ViTDet's pyramid: the same convolutions, but levels are not added."""
+    ``simple``: ViTDet's pyramid for plain ViTs: the same convolutions, but levels are not added;
+    the fine levels of other backbones then see no coarse ones."""
     norm: Norm = "bn"
     """Normalization of convolutional backbones and, by scope, of neck and heads: batch, group or
     layer normalization (``ln``: over the channels of each position, as in ViTDet)."""

@@ -126,9 +126,10 @@ class PhaseConfig:
     shift trained. ``fixed``: both fixed. Must be null without BN."""
     freeze: Literal["backbone"] | None = None
     """``backbone``: keep the whole backbone as it starts, its matrices in bf16 (half the memory),
-    without gradients, optimizer state, kept activations or drop path. It is on every rank whole,
-    and in no checkpoint: the run folder has it once, in ``frozen``. Output norms and the pyramid of
-    a ViT are trained. None: as ``freeze_stages`` says."""
+    without gradients, optimizer state, kept activations or drop path. Ranks have all of it or a
+    share (``engine.shard_frozen``). It is in no checkpoint: the run folder has it once, in
+    ``frozen``. Output norms and the pyramid of a ViT are trained. None: as ``freeze_stages``
+    says."""
     freeze_stages: int = 0
     """Number of stages at the start of the backbone that are not trained; the stem is the first."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)

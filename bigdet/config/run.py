@@ -169,7 +169,7 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
         check_phase(key, phase, model, start_parts(config, name))
     check_evaluation(config.evaluation)
     check_checkpoint(config.checkpoint, config.phases)
-    check_log(config.log)
+    check_log(config.log, config.phases)
 
 
 def _check_splits_used(config: RunConfig) -> None:
@@ -203,6 +203,11 @@ def ignored_options(config: RunConfig) -> Ignored:
     yield from _ignored_in_data(config, [name for name in models if has_keypoints(models[name])])
     for name, phase in config.phases.items():
         yield from ignored_in_phase(f"phases.{name}", phase)
+    frozen = [phase.freeze is not None for phase in config.phases.values()]
+    if not any(frozen):
+        yield "engine.shard_frozen", "no phase has freeze: backbone"
+    if not (frozen and frozen[-1]):
+        yield "checkpoint.with_frozen", "the last phase has no freeze: backbone"
     has_live_norms = any(phase.norm_mode in ("live", "sync") for phase in config.phases.values())
     yield from ignored_in_evaluation(config.evaluation, has_live_norms=has_live_norms)
 

@@ -137,6 +137,7 @@ def environment_table(groups: Groups) -> tuple[str, Table]:
         "run": [run.name for run in runs],
         "starts": [str(len(run.starts)) for run in runs],
         "last start": [_minute(str(run.starts[-1].get("time", ""))) for run in runs],
+        "goodput": [_goodput(run) for run in runs],
         **{name: each for name, each in values.items() if len(set(each)) > 1},
     }
     rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
@@ -144,6 +145,12 @@ def environment_table(groups: Groups) -> tuple[str, Table]:
     if words and len(runs) > 1:
         words = f"The same in all runs: {words}"
     return words, Table(list(columns), rows).without_empty()
+
+
+def _goodput(run: Run) -> str:
+    """Return the part of the time since the first start that was in steps that counted."""
+    found = [line["goodput"] for line in run.lines if "goodput" in line]
+    return f"{found[-1]:.0%}" if found else ""
 
 
 def _minute(time: str) -> str:

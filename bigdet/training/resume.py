@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from bigdet.engine.remote import Remote
 from bigdet.engine.writing import find_disks
 from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
-from bigdet.pieces.index import STATE_FILE
+from bigdet.models.frozen import find_frozen
+from bigdet.pieces.index import STATE_FILE, read_state
 from bigdet.run_dir import RunDir
 from bigdet.training import optim, same_hosts
 from bigdet.training.forks import (
@@ -116,6 +118,21 @@ def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
                 f"Choose another address, remove them, or write resume=auto to continue."
             )
     remote.fetch(run_dir.checkpoints, find_disks(run_dir.checkpoints))
+    with distributed.together():
+        if distributed.is_main():
+            _fetch_frozen(remote, run_dir)
+
+
+def _fetch_frozen(remote: Remote, run_dir: RunDir) -> None:
+    """Copy the frozen backbone of the newest checkpoint here, where it is not yet."""
+    newest = newest_checkpoint(run_dir)
+    run = {} if newest is None else read_state(newest).get("run", {})
+    digest = run.get("frozen")
+    if digest is None or find_frozen(run_dir.root, digest, run["phase"]) is not None:
+        return
+    file = run_dir.frozen(digest)
+    logger.info(f"{remote.address}: the frozen backbone is copied to {file}")
+    remote.get(str(file.relative_to(run_dir.root)), file)
 
 
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
@@ -153,9 +170,9 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
         return own if is_new else newest
     if newest is None:
         checkpoint.adopt(folder.resolve(), run_dir.checkpoints)
-        frozen = RunDir(folder.resolve().parents[1]).frozen("")
-        if frozen.parent.is_dir():
-            shutil.copytree(frozen.parent, run_dir.frozen("").parent, dirs_exist_ok=True)
+        frozen = RunDir(folder.resolve().parents[1]).frozen("").parent
+        if frozen.is_dir():
+            shutil.copytree(frozen, run_dir.frozen("").parent, dirs_exist_ok=True)
         return newest_checkpoint(run_dir)
     if is_new:
         raise ConfigError(
@@ -319,6 +336,7 @@ def begin(
         if is_fork(config, saved):
             # The best AP and an evaluation that waits for its numbers are of the other run.
             state.best_ap = state.best_checkpoint = state.unscored = None
+            state.started, state.good_seconds = time.time(), 0.0
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
         return state, None

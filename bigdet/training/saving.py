@@ -23,6 +23,7 @@ from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Disks, Save, find_disks
 from bigdet.host import errors
 from bigdet.host.files import put_in_place
+from bigdet.models.frozen import FROZEN, add_frozen, find_frozen
 from bigdet.models.weights import weights_metadata
 from bigdet.ops.finite import describe_not_finite
 from bigdet.pieces.index import MODEL, MODEL_FILE, STATE_FILE
@@ -155,8 +156,10 @@ class Saver:
             is_here = (save.folder.with_name(name) / STATE_FILE).is_file()
             return is_here or keeping.stays(name, kept, keep_every)
 
+        digest, root = save.metadata.get(FROZEN), self._run_dir.root
+        frozen = None if digest is None else find_frozen(root, digest, save.metadata["phase"])
         try:
-            remote.copy(save, is_kept, self._must_end)
+            remote.copy(save, is_kept, self._must_end, [] if frozen is None else [frozen])
         except (OSError, RuntimeError) as error:
             logger.warning(f"{save.folder} is on this machine only: {errors.explain(error)}")
             return
@@ -230,7 +233,8 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
         if distributed.is_main():
             source = run_dir.checkpoint(name, num_steps(phase)) / MODEL_FILE
             temporary = run_dir.weights.with_suffix(".tmp")
-            shutil.copyfile(source, temporary)
+            copy = add_frozen if config.checkpoint.with_frozen else shutil.copyfile
+            copy(source, temporary)
             put_in_place(temporary, run_dir.weights)
     logger.info("finished: final weights in %s", run_dir.weights)
 

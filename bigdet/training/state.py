@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -126,6 +127,8 @@ class RunState:
         stream_shift: step of that order minus ``step``; not 0 after a change of the batch size.
         frozen: hash of the frozen backbone of the phase, None where there is none.
         ranks: number of ranks when this was written; 0 if not known.
+        started: when the run was started first, seconds since 1970, by the clock of rank 0.
+        good_seconds: time in steps that counted, without those that a killed run has lost.
     """
 
     phase: str
@@ -147,6 +150,17 @@ class RunState:
     stream_shift: int = 0
     frozen: str | None = None
     ranks: int = 0
+    started: float = field(default_factory=time.time)
+    good_seconds: float = 0.0
+
+    def goodput(self, now: float) -> float:
+        """Return the part of the time since the first start that was in steps that counted.
+
+        Args:
+            now: seconds since 1970.
+        """
+        passed = max(now - self.started, self.good_seconds)  # clocks of hosts differ
+        return self.good_seconds / passed if passed else 0.0
 
     @property
     def position(self) -> str:

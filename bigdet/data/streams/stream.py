@@ -146,6 +146,10 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's lanes of step ``first_step + 1``, in order, then of the next, ..."""
+        yield from map(self.use, self.groups())
+
+    def groups(self) -> Iterator[PackedGroup]:
+        """Yield the same as packed groups, of which nothing is counted before `use`."""
         self.close()
         order = self._groups.order
         logger.info(
@@ -161,9 +165,12 @@ class TrainStream:
         self._loader = Loader(
             self._groups.read, keys, workers=self._workers, group_bytes=self._group_bytes
         )
-        for packed in self._loader:
-            self._note(packed)
-            yield unpack(packed)
+        yield from self._loader
+
+    def use(self, packed: PackedGroup) -> Batch:
+        """Unpack a group, and count what it reports; too many damaged samples are an error."""
+        self._note(packed)
+        return unpack(packed)
 
     def from_step(self, first_step: int) -> TrainStream:
         """Return another stream of the same groups from a step on; it has new loaders and counts.
@@ -178,9 +185,7 @@ class TrainStream:
 
     def read_group(self, step: int, lane: int) -> Batch:
         """Make one group of any step, from 1, and any lane, in this process."""
-        packed = self._groups.read((step, lane))
-        self._note(packed)
-        return unpack(packed)
+        return self.use(self._groups.read((step, lane)))
 
     def group_ids(self, step: int, lane: int) -> list[int | None]:
         """Return the image ids of one group, from the index alone; None for a masked slot."""
@@ -221,7 +226,6 @@ class TrainStream:
             self._loader = None
 
     def _note(self, packed: PackedGroup) -> None:
-        """Count what a group reports; too many damaged samples are an error."""
         self.dropped_boxes += num_dropped(packed)
         for damage in packed.notes:
             if damage.row in self.damages:
