@@ -69,6 +69,8 @@ def run_command(main: Callable[[Sequence[str]], int], interrupted: str = "stoppe
         if ranks is None or ranks.must_report(error):
             where = "" if ranks is None or ranks.is_main() else f" (rank {ranks.rank()})"
             sys.stderr.write(f"error{where}: {lost or explain(error)}\n")
+        else:
+            ranks.wait_for_report()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

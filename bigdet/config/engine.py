@@ -9,6 +9,7 @@ from bigdet.config.rules import ConfigError, not_negative, positive, require
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "optimizer", "all"]
+SentPrecision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +21,31 @@ class EngineConfig:
     zero_stage: int | None = 2
     """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
     weights too. Must be null under fsdp."""
+    shard_over: Literal["all", "node"] = "all"
+    """The ranks over which ZeRO-3 and fsdp shard: ``all``, or those of one ``node``, so that each
+    node has a whole copy. Then weights are gathered inside a node, and nodes exchange only a rank's
+    share of the gradients, but a rank holds as much as on one node alone. All nodes must have
+    equally many ranks."""
     precision: Precision = "bf16"
-    """Precision of convolutions and matrix products; weights, gradients and their sums are always
-    fp32. ``fp16`` uses automatic loss scaling."""
+    """Precision of convolutions and matrix products; weights, gradients and their sums are fp32.
+    ``fp16`` uses automatic loss scaling."""
+    gather_precision: SentPrecision = "fp32"
+    """What ZeRO-3 and fsdp send of the weights of convolutions and linear layers; all others are
+    sent in fp32. ``bf16`` is half the traffic. It needs ``precision: bf16``, which rounds the same
+    weights to bf16 before it computes with them."""
+    reduce_precision: SentPrecision = "fp32"
+    """What ZeRO-3 and fsdp send of gradients. ``bf16`` is half the traffic, and sums over ranks are
+    rounded to 8 bits. It needs ``precision: bf16``. Weights and optimizer state are fp32 always."""
     offload: Offload = "none"
     """What is kept and updated in CPU memory: ``optimizer`` (its state; ZeRO 1 to 3), or ``all``
     (weights too; ZeRO 3 and fsdp)."""
     activation_checkpointing: bool = False
     """Blocks of the backbone, the FPN and convolutions of the heads keep only their inputs and run
     again in the backward pass: less memory, about a third more time, the same results."""
+    shard_frozen: bool | None = None
+    """The matrices of a frozen backbone (``freeze: backbone``) are divided over the ranks, and each
+    layer is gathered when it runs; false: every rank has all of them. None: divided where weights
+    are (ZeRO-3 and fsdp)."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm. None: no clipping."""
     max_bad_steps: int = 20
@@ -36,10 +53,23 @@ class EngineConfig:
     such steps are skipped."""
 
 
+def shards_frozen(engine: EngineConfig) -> bool:
+    """Return whether a frozen backbone is divided over the ranks."""
+    if engine.shard_frozen is None:
+        return engine.kind == "fsdp" or engine.zero_stage == 3
+    return engine.shard_frozen
+
+
 def check_engine(engine: EngineConfig) -> None:
-    """Check that stage and offload fit the kind."""
+    """Check that stage, sharding and offload fit the kind."""
     positive("engine", engine, "clip_norm")
     not_negative("engine", engine, "max_bad_steps")
+    _check_kind(engine)
+    _check_sharded(engine)
+
+
+def _check_kind(engine: EngineConfig) -> None:
+    """Check that stage and offload fit the kind."""
     stage, key = engine.zero_stage, "engine.offload"
     if engine.kind == "fsdp":
         if stage is not None:
@@ -61,3 +91,25 @@ def check_engine(engine: EngineConfig) -> None:
             f"{key}: found {engine.offload}, which needs engine.zero_stage of at least {lowest}, "
             f"found {stage}: only what is sharded can be in CPU memory. Write none, or raise it."
         )
+
+
+def _check_sharded(engine: EngineConfig) -> None:
+    """Check that what is said of sharded weights is said where weights are sharded."""
+    chosen = {
+        "shard_over": engine.shard_over != "all",
+        "gather_precision": engine.gather_precision != "fp32",
+        "reduce_precision": engine.reduce_precision != "fp32",
+    }
+    for name in (name for name, is_chosen in chosen.items() if is_chosen):
+        key, value = f"engine.{name}", getattr(engine, name)
+        if engine.kind == "deepspeed" and engine.zero_stage != 3:
+            raise ConfigError(
+                f"{key}: found {value}, which needs sharded weights, but engine.zero_stage is "
+                f"{engine.zero_stage}. Write engine.zero_stage: 3 or engine.kind: fsdp, or leave "
+                f"the option out."
+            )
+        if value == "bf16" and engine.precision != "bf16":
+            raise ConfigError(
+                f"{key}: found bf16, which needs engine.precision: bf16, found {engine.precision}. "
+                f"Write fp32."
+            )

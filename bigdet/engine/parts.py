@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.pieces.index import Catalog
 from bigdet.pieces.tensor_file import NAMES, Spec
 
@@ -100,28 +100,34 @@ class Source(Protocol):
         ...
 
 
-def copy_share(parts: Sequence[Part], position: int, size: int) -> Share:
+def copy_share(parts: Sequence[Part], position: int, size: int, shards: int | None = None) -> Share:
     """Copy what a rank saves to the CPU.
 
     Args:
         parts: of all tensors; of those that are whole, in the same order on all ranks.
-        position: of this rank among those that divide the whole tensors between them.
+        position: of this rank among those that divide between them what several of them hold.
         size: how many these are.
+        shards: how many consecutive ranks divide a tensor that is not whole; others hold copies.
+            None: all ranks.
     """
     total = sum(part.values.numel() for part in parts if part.is_whole)
     begin, end = total * position // size, total * (position + 1) // size
+    shards = distributed.world_size() if shards is None else shards
+    copies, copy = max(1, size // shards), position // shards
+    assert copies == 1 or size % shards == 0, (size, shards)
     offset, pieces = 0, []
     catalog: Catalog = {}
     for part in parts:
         catalog.setdefault(part.kind, {})[part.name] = part.spec
-        first, values = part.first, part.values.detach().reshape(-1)
+        values = part.values.detach().reshape(-1)
+        first, stop = len(values) * copy // copies, len(values) * (copy + 1) // copies
         if part.is_whole:
             first = min(max(begin - offset, 0), len(values))
             stop = max(min(end - offset, len(values)), first)
             offset += len(values)
-            values = values[first:stop]
-        if len(values):
-            pieces.append(Piece(part.kind, part.name, first, _to_cpu(values)))
+        if first < stop:
+            copied = _to_cpu(values[first:stop])
+            pieces.append(Piece(part.kind, part.name, part.first + first, copied))
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the copies are under way until here
     return Share(pieces, catalog)
@@ -143,13 +149,13 @@ def gather_share(share: Share) -> Share:
     everywhere = distributed.gather_objects(listed)
     if not distributed.is_main():
         for piece in share.pieces:
-            distributed.send_tensor(piece.values)
+            messages.send_tensor(piece.values)
         return Share([], share.catalog, share.loss_scale)
     pieces = list(share.pieces)
     for rank, theirs in enumerate(everywhere[1:], start=1):
         for kind, name, first, count in theirs:
             dtype = share.catalog[kind][name].torch_dtype
-            values = distributed.receive_tensor(torch.empty(count, dtype=dtype), rank)
+            values = messages.receive_tensor(torch.empty(count, dtype=dtype), rank)
             pieces.append(Piece(kind, name, first, values))
     return Share(pieces, share.catalog, share.loss_scale)
 

@@ -1,7 +1,8 @@
 """What a micro-batch is computed in, the same in all engines: autocast, loss scale, total loss.
 
-Weights, gradients and their sums over ranks are fp32 whatever the precision; under bf16 and fp16
-torch's autocast casts the inputs of convolutions and matrix products, and nothing else. On CUDA it
+Weights, gradients and their sums over ranks are fp32 whatever the precision (but what is sent of
+them need not be: `engine.gather_precision`, `engine.reduce_precision`); under bf16 and fp16 torch's
+autocast casts the inputs of convolutions and matrix products, and nothing else. On CUDA it
 would also turn what normalizations, nearest upsampling, softmax and sums give into fp32, which is
 twice the memory (R50 with GN: 25 GiB instead of 11). They compute in fp32 anyway and keep their
 input's type here, as they do on a CPU.
@@ -87,6 +88,24 @@ def _as(x: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.to(x.dtype)
 
 
+ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+"""Layers whose weights and biases autocast casts whenever it uses them. Not classes derived from
+them, which may do anything with their parameters."""
+
+
+def rounded_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Give the parameters that autocast casts wherever they are used.
+
+    So it makes no difference to what is computed whether they are rounded before or after they are
+    sent. Call it before an engine wraps the module: engines change the classes of layers.
+    """
+    own: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for layer in module.modules():
+        own[type(layer) in ROUNDED] += layer.parameters(recurse=False)
+    elsewhere = {id(parameter) for parameter in own[False]}
+    return [parameter for parameter in own[True] if id(parameter) not in elsewhere]
+
+
 class TotalLoss(nn.Module):
     """A module's losses under autocast, and their sum. Engines wrap this, not the module itself.
 
@@ -129,12 +148,13 @@ class LossScale:
     Halved by each step that overflows, doubled after 2000 steps without.
 
     Attributes:
+        is_used: only for fp16.
         value: what the next losses are multiplied by; stays 1 for bf16 and fp32.
     """
 
     def __init__(self, precision: Precision) -> None:
-        self._is_used = precision == "fp16"
-        self.value = INITIAL_SCALE if self._is_used else 1.0
+        self.is_used = precision == "fp16"
+        self.value = INITIAL_SCALE if self.is_used else 1.0
         self._good_steps = 0
 
     def update(self, is_finite: bool, losses: dict[str, Tensor]) -> bool:
@@ -147,7 +167,7 @@ class LossScale:
         Returns:
             True if the step failed because the scale was too high.
         """
-        if not self._is_used:
+        if not self.is_used:
             return False
         if is_finite:
             self._good_steps += 1
@@ -162,10 +182,10 @@ class LossScale:
 
     def state(self) -> dict[str, float]:
         """What a resume needs; empty where no scale is used."""
-        return {"value": self.value, "good_steps": self._good_steps} if self._is_used else {}
+        return {"value": self.value, "good_steps": self._good_steps} if self.is_used else {}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Continue from the state that rank 0 has, or start anew if it has none. Collective."""
         state = distributed.broadcast_object(state)
-        self.value = state.get("value", INITIAL_SCALE) if self._is_used else 1.0
-        self._good_steps = int(state.get("good_steps", 0)) if self._is_used else 0
+        self.value = state.get("value", INITIAL_SCALE) if self.is_used else 1.0
+        self._good_steps = int(state.get("good_steps", 0)) if self.is_used else 0

@@ -20,8 +20,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bigdet import distributed
 from bigdet.engine.parts import Part
+from bigdet.engine.sharding import Sharding
 
 
 class ZeroState(Protocol):
@@ -137,11 +137,14 @@ class FlatState(PlainState):
 
 
 class ShardedState:
-    """Stage 3: a padded partition of each parameter on every rank."""
+    """Stage 3: a padded partition of each parameter on every rank, or on those of each node."""
 
-    def __init__(self, optimizer: Optimizer, zero: Any) -> None:
+    def __init__(self, optimizer: Optimizer, zero: Any, sharding: Sharding) -> None:
         self._optimizer = optimizer
         self._zero = zero
+        self._position = sharding.position
+        if sharding.copy_group is not None:
+            _average_over_copies(zero, sharding)
 
     def prepare(self) -> None:
         """Nothing to do."""
@@ -155,14 +158,22 @@ class ShardedState:
         """Give this rank's partition of a parameter; buffers are whole."""
         if not hasattr(value, "ds_tensor"):
             return Part(kind, name, shape, 0, value, is_whole=True)
-        return _partition(kind, name, shape, value.ds_tensor)
+        return self._partition(kind, name, shape, value.ds_tensor)
 
     def part(
         self, name: str, parameter: Tensor, group: int, key: str, shape: tuple[int, ...]
     ) -> Part:
         """Give this rank's partition of a parameter's optimizer state."""
         values = self._slice(parameter, key)
-        return _whole(name, key, values) if key == "step" else _partition(key, name, shape, values)
+        if key == "step":
+            return _whole(name, key, values)
+        return self._partition(key, name, shape, values)
+
+    def _partition(self, kind: str, name: str, shape: tuple[int, ...], padded: Tensor) -> Part:
+        """Describe this rank's partition of a tensor, without the padding at its end."""
+        first = min(len(padded) * self._position, math.prod(shape))
+        count = min(len(padded), math.prod(shape) - first)
+        return Part(kind, name, shape, first, padded[:count])
 
     def _slice(self, parameter: Tensor, key: str | None) -> Tensor:
         """Give the numbers of a parameter in a flat tensor: its fp32 copy, or the state ``key``."""
@@ -200,11 +211,22 @@ def _whole(name: str, key: str, value: Tensor) -> Part:
     return Part(key, name, tuple(value.shape), 0, value, is_whole=True)
 
 
-def _partition(kind: str, name: str, shape: tuple[int, ...], padded: Tensor) -> Part:
-    """Describe this rank's partition of a tensor, without the padding behind the last number."""
-    first = min(len(padded) * distributed.rank(), math.prod(shape))
-    count = min(len(padded), math.prod(shape) - first)
-    return Part(kind, name, shape, first, padded[:count])
+def _average_over_copies(zero: Any, sharding: Sharding) -> None:
+    """Let stage 3 average gradients over nodes too, as DeepSpeed's MiCS did before it was removed.
+
+    DeepSpeed averages them over the ranks of a node, which its parameters are partitioned over, and
+    then calls ``partition_grads`` with this rank's partitions.
+    """
+    partition_grads = zero.partition_grads
+
+    def averaged(parameters: list[nn.Parameter], partitions: list[Tensor]) -> Any:
+        sent = torch.cat([each.reshape(-1) for each in partitions]).to(zero.communication_data_type)
+        sent.div_(sharding.copies)
+        torch.distributed.all_reduce(sent, group=sharding.copy_group)
+        means = sent.to(zero.gradient_accumulation_dtype).split([len(each) for each in partitions])
+        return partition_grads(parameters, list(means))
+
+    zero.partition_grads = averaged
 
 
 class PartitionedInit(deepspeed.zero.Init):  # type: ignore[misc]

