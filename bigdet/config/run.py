@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from bigdet.config.checkpoint import CheckpointConfig, check_checkpoint
 from bigdet.config.data import DataConfig, check_data, ignored_in_data
+from bigdet.config.device import DeviceConfig
 from bigdet.config.engine import EngineConfig, check_engine
 from bigdet.config.evaluation import EvaluationConfig, check_evaluation, ignored_in_evaluation
 from bigdet.config.families import detector_facts
@@ -55,6 +56,8 @@ class RunConfig:
     """The detector."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """How weights are updated."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """How CUDA computes and keeps memory."""
     phases: dict[str, PhaseConfig] = MISSING
     """The phases by name, in the order in which they run."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -19,7 +19,8 @@ CHANGEABLE = (
     "output", "resume", "change_batch", "data.train.shards", "data.train.more_shards",
     "data.train.subset.ids", "data.val.shards", "data.cache", "data.workers",
     "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.shard_over",
-    "engine.offload", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
+    "engine.offload", "engine.max_bad_steps", "device.cudnn_benchmark",
+    "device.expandable_segments", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they have no effect on the weights."""
 

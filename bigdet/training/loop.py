@@ -20,6 +20,7 @@ from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream, too_damaged
 from bigdet.engine.base import Engine, StepResult
+from bigdet.engine.cuda_settings import chosen_convolutions
 from bigdet.engine.parts import Source
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
@@ -217,7 +218,8 @@ class PhaseTrainer:
         self._at("forward, backward, update")
         lr = optim.lr_at(self.phase, self.state.step + 1)
         self.engine.set_lr(lr)
-        result = self.engine.train_step(self.batches.on_device(micro_batches))
+        with chosen_convolutions(self.config.device, self.phase.resize):
+            result = self.engine.train_step(self.batches.on_device(micro_batches))
         self.state.step += 1
         self.state.total_steps += 1
         lane_images = self.stream.lane_images(self.state.step + self.state.stream_shift)
