@@ -14,7 +14,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -253,9 +254,22 @@ def sum_with_gradient(tensor: Tensor) -> Tensor:
 
 def stack_over_ranks(tensor: Tensor) -> Tensor:
     """Stack a tensor ``(N,)`` of all ranks, in their order, on every rank: ``(ranks, N)``."""
+    if not dist.is_initialized() or world_size() == 1:
+        return tensor[None]
     parts = tensor.new_empty(world_size(), len(tensor))
     dist.all_gather(list(parts.unbind()), tensor)
     return parts
+
+
+def begin_gather(share: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+    """Begin to put the shares of all ranks, all of one length, behind each other on every rank.
+
+    Returns:
+        ``(ranks x N,)``, and what waits until it is there (on a GPU, only lets its stream wait).
+    """
+    whole = share.new_empty(world_size() * len(share))
+    parts = whole.view(torch.uint8), share.view(torch.uint8)  # gloo does not know all types
+    return whole, dist.all_gather_into_tensor(*parts, async_op=True).wait
 
 
 def max_over_ranks(value: float) -> float:
@@ -331,6 +345,17 @@ def reports_first() -> bool:
         return True  # rank 0 is gone, and the store with it
 
 
+@dataclass
+class Wish:
+    """What any rank may ask all of them for, in the message of ``together``.
+
+    Attributes:
+        is_asked: in the block, whether this rank asks; after it, whether any rank did.
+    """
+
+    is_asked: bool = False
+
+
 def wait_for_report() -> None:
     """Wait until another rank has printed an error; launchers end all ranks as soon as one ends."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once that rank has ended
@@ -338,20 +363,24 @@ def wait_for_report() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together() -> Iterator[Wish]:
     """Run a block without collectives in it; an error on one rank is raised on all.
 
-    While nothing fails, this costs one reduction of one number.
+    While nothing fails, this costs one reduction of two numbers.
 
     Raises:
         SharedError: on every rank, with the message of the lowest rank that failed.
     """
     problem: Exception | None = None
+    wish = Wish()
     try:
-        yield
+        yield wish
     except (ValueError, OSError) as error:
         problem = error
-    if not any_rank(problem is not None):
+    own = torch.tensor([problem is not None, wish.is_asked], dtype=torch.int32)
+    num_failed, num_asking = sum_over_ranks(own).tolist()
+    wish.is_asked = num_asking > 0
+    if not num_failed:
         return
     messages = all_gather_objects(None if problem is None else errors.explain(problem))
     failed = [(number, text) for number, text in enumerate(messages) if text is not None]
@@ -366,60 +395,3 @@ def broadcast_tensor(tensor: Tensor) -> Tensor:
     if dist.is_initialized() and world_size() > 1:
         dist.broadcast(sent, src=0)
     return sent
-
-
-CHUNK_BYTES = 16 << 20
-
-
-def send_bytes(file: IO[bytes], num_bytes: int) -> None:
-    """Send the next bytes of a file to rank 0, which calls ``receive_bytes``."""
-    while num_bytes:
-        part = bytearray(file.read(min(num_bytes, CHUNK_BYTES)))
-        dist.send(torch.frombuffer(part, dtype=torch.uint8), dst=0)
-        num_bytes -= len(part)
-
-
-def receive_bytes(sender: int, num_bytes: int) -> Iterator[bytes]:
-    """Yield what another rank sends to rank 0, in parts."""
-    while num_bytes:
-        part = torch.empty(min(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
-        dist.recv(part, src=sender)
-        yield part.numpy().tobytes()
-        num_bytes -= len(part)
-
-
-def send_tensor(tensor: Tensor) -> None:
-    """Send a tensor on the CPU to rank 0, which calls ``receive_tensor``."""
-    dist.send(tensor.contiguous(), dst=0)
-
-
-def receive_tensor(room: Tensor, sender: int) -> Tensor:
-    """Fill a tensor on the CPU with what another rank sends to rank 0, and return it."""
-    dist.recv(room, src=sender)
-    return room
-
-
-class Notes:
-    """Short texts between ranks without a collective, for threads; one rank reads each, once."""
-
-    def __init__(self) -> None:
-        """Open a connection of its own to the store of the process group."""
-        self._store = dist.distributed_c10d._get_default_store().clone()
-
-    def leave(self, name: str, text: str) -> None:
-        """Write a note."""
-        self._store.set(f"note/{name}", text)
-
-    def take(self, name: str, must_end: Callable[[], bool]) -> str:
-        """Wait for a note, and remove it.
-
-        Raises:
-            RuntimeError: rank 0, which keeps the notes, is gone, or ``must_end`` says so.
-        """
-        while not self._store.check([f"note/{name}"]):
-            if must_end():
-                raise RuntimeError(f"no word of {name}")
-            time.sleep(POLL_SECONDS)
-        text: str = self._store.get(f"note/{name}").decode()
-        self._store.delete_key(f"note/{name}")
-        return text

@@ -26,7 +26,7 @@ from bigdet.config.load import parse_config
 from bigdet.config.model import has_keypoints, has_masks
 from bigdet.config.resize import plan_of
 from bigdet.config.rules import ConfigError
-from bigdet.config.run import RunConfig
+from bigdet.config.run import RunConfig, phase_data
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.mix import class_ids, warn_of_absent, with_categories
 from bigdet.data.format.shard_set import ShardSet, source_ids
@@ -88,7 +88,8 @@ def main(arguments: Sequence[str]) -> int:
         detector = load_detector(options.model)
         config = read_config(options.model, options.overrides)
         shards = ShardSet(options.shards, cache=config.data.cache)
-        if config.data.train.more_shards:  # its classes are those of a mix of sets
+        phase = read_metadata(find_weights(options.model))["phase"]
+        if phase_data(config, phase).train.more_shards:  # its classes are those of a mix of sets
             shards = with_categories(shards, [Category(**entry) for entry in detector.categories])
         check_categories(detector, options.model, shards)
         classes = [category["name"] for category in detector.categories]

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write a detector's weights with torchvision's names; return the number of tensors."""
     check_out(options.out, (".pth", ".pt", ".safetensors"))
-    detector = load_detector(options.model)
+    detector = load_detector(options.model, keep_frozen=False)
     write_state(options.out, to_torchvision(detector, detector.state_dict()))
     return len(detector.state_dict())
 

@@ -164,7 +164,7 @@ def state_bytes(kind: str, gpus: int, work: Work) -> float:
         optimizer += FP32_BYTES * work.sizes.trained  # DeepSpeed updates a copy
     shares = [1 / gpus if stage >= first else 1.0 for first in (3, 2, 1)]
     sharded = weights * shares[0] + gradients * shares[1] + optimizer * shares[2]
-    return sharded + BF16_BYTES * work.sizes.frozen
+    return sharded + BF16_BYTES * work.sizes.frozen * shares[0]
 
 
 def best(forecasts: list[Forecast], room_bytes: float) -> Forecast | None:
