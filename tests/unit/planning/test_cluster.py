@@ -67,16 +67,6 @@ def test_states_take_what_the_zero_paper_says():
     }
 
 
-def test_a_frozen_backbone_has_two_bytes_per_weight_which_stage_3_shards_and_gathers_once():
-    frozen = dataclasses.replace(WORK, sizes=dataclasses.replace(WORK.sizes, frozen=10**9))
-    more = {kind: state_bytes(kind, 4, frozen) - state_bytes(kind, 4, WORK) for kind in KINDS}
-    assert more == dict(zip(KINDS, (2e9, 2e9, 2e9, 0.5e9, 0.5e9), strict=True))
-    for kind in KINDS:
-        waits = [forecast(kind, 4, SLOW, work).waiting_seconds for work in (WORK, frozen)]
-        gathered = SLOW.seconds(2e9, 4, 1) if kind in ("ZeRO-3", "FSDP2") else 0
-        assert waits[1] - waits[0] == pytest.approx(WORK.micro_batches * gathered), kind
-
-
 def test_the_fastest_that_fits_is_taken():
     rows = [forecast(kind, 4, SLOW, WORK) for kind in KINDS]
     assert best(rows, 10e9) == rows[0]  # as fast as ZeRO-1, and simpler
