@@ -254,7 +254,9 @@ def begin_gather(share: Tensor) -> tuple[Tensor, Callable[[], Any]]:
     """
     whole = share.new_empty(world_size() * len(share))
     parts = whole.view(torch.uint8), share.view(torch.uint8)  # gloo does not know all types
-    return whole, dist.all_gather_into_tensor(*parts, async_op=True).wait
+    work = dist.all_gather_into_tensor(*parts, async_op=True)
+    assert work is not None
+    return whole, work.wait
 
 
 def max_over_ranks(value: float) -> float:
