@@ -23,8 +23,8 @@ import torch
 from bigdet.cli.running import run_command
 from bigdet.config.load import check_phase, load_config
 from bigdet.config.phase import PhaseConfig
-from bigdet.config.run import RunConfig
-from bigdet.data.format.mix import open_sets
+from bigdet.config.run import RunConfig, phase_data
+from bigdet.data.format.mix import open_train_set
 from bigdet.logs.log import setup_logging
 from bigdet.planning.cluster import (
     KINDS,
@@ -64,9 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.measure:
         write_trial(config, phase, options.memory_gib)
         return 0
-    train_set = open_sets(config.data)[0]
+    train_set = open_train_set(phase_data(config, phase).train, config.data.cache)
     if options.memory_gib is not None:
-        plan_memory(config, phase, options)
+        plan_memory(config, phase, train_set.num_classes, options)
         return 0
     hosts, cluster = _cluster(options)
     if options.step_seconds is None:
@@ -202,7 +202,9 @@ def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
     return int(match[2]), cluster
 
 
-def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> None:
+def plan_memory(
+    config: RunConfig, phase: str, num_classes: int, options: argparse.Namespace
+) -> None:
     """Find the largest settings that fit, write them, and measure that of ``--check``."""
     settings = config.phases[phase]
     check_one_size(phase, settings)
@@ -216,7 +218,7 @@ def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> N
     if options.gpus is not None:
         hosts, cluster = _cluster(options)
         gpus = hosts * cluster.gpus_per_host
-        sizes_of_model = model_sizes(config, phase, open_sets(config.data)[0].num_classes)
+        sizes_of_model = model_sizes(config, phase, num_classes)
         work = Work(sizes_of_model, optimizer_tensors(settings), 0.0, 0.0, 1)
         kind = "FSDP2" if config.engine.kind == "fsdp" else f"ZeRO-{config.engine.zero_stage}"
         shards = gpus if config.engine.shard_over == "all" else cluster.gpus_per_host
