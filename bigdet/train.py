@@ -23,7 +23,7 @@ from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig, phase_data
 from bigdet.data.format.phase_sets import open_phase_sets, phases_by_sets
 from bigdet.doctor import examine
-from bigdet.engine import checkpoint
+from bigdet.engine import checkpoint, cuda_settings
 from bigdet.engine.build import build_engine
 from bigdet.evaluation.detection_limits import warn_at_start
 from bigdet.host import errors, locks
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run all phases of a config and return the exit code."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
+    cuda_settings.apply(config.device)  # before CUDA begins
     distributed.start(config.log.stall_seconds)
     setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:
@@ -146,10 +147,8 @@ def run_phase(run: Run) -> bool:
     with contextlib.ExitStack() as until_begun:
         detector, start = build_empty(config, name, classes), None
         if run.restored is None:
-            frozen = frozen_tensors(detector)
-            start = until_begun.enter_context(
-                start_weights(config, name, classes, run.run_dir, frozen)
-            )
+            weights = start_weights(config, name, classes, run.run_dir, frozen_tensors(detector))
+            start = until_begun.enter_context(weights)
             state.frozen = start.metadata.get(FROZEN)
         load_frozen(detector, config.engine, state, run.run_dir, device)
         make_optimizer = partial(optim.build_optimizer, phase=phase)

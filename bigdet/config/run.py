@@ -21,6 +21,7 @@ from bigdet.config.data import (
     check_splits,
     ignored_in_train_split,
 )
+from bigdet.config.device import DeviceConfig
 from bigdet.config.engine import EngineConfig, check_engine
 from bigdet.config.evaluation import EvaluationConfig, check_evaluation, ignored_in_evaluation
 from bigdet.config.families import detector_facts
@@ -61,6 +62,8 @@ class RunConfig:
     """The detector."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """How weights are updated."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """How CUDA computes and keeps memory."""
     phases: dict[str, PhaseConfig] = MISSING
     """The phases by name, in the order in which they run."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -66,7 +66,7 @@ def count_flops(detector: Detector, batch: Batch, precision: Precision) -> float
         batch: on its device.
         precision: of the training.
     """
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False, depth=None)  # type: ignore[arg-type]
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),

@@ -20,6 +20,7 @@ from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.phase_sets import DataSets, phases_by_sets
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.base import Engine
+from bigdet.engine.cuda_settings import chosen_convolutions
 from bigdet.engine.parts import Source
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
@@ -233,7 +234,8 @@ class PhaseTrainer:
         self.lr = optim.lr_at(self.phase, state.step + 1)
         self.engine.set_lr(self.lr)
         begin = Mark(device)
-        launched = self.engine.launch_step(self.batches.on_device(micro_batches))
+        with chosen_convolutions(self.config.device, self.phase.resize):
+            launched = self.engine.launch_step(self.batches.on_device(micro_batches))
         norms.update_running_statistics(self.detector, counts=launched.counts)
         state.step += 1
         state.total_steps += 1
