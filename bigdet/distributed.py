@@ -1,4 +1,4 @@
-"""Ranks: the number of this process, the process group, reductions. No other module reads RANK.
+"""Ranks: the process group and reductions; the number of this process is in ``host/ranks.py``.
 
 Launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or variables of their own,
 from which ``host/launchers.py`` derives these.
@@ -7,6 +7,7 @@ from which ``host/launchers.py`` derives these.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import signal
 import socket
@@ -22,6 +23,10 @@ from torch import Tensor
 
 from bigdet.host import errors, launchers, network
 from bigdet.host.launchers import first_host as first_host
+from bigdet.host.ranks import is_main as is_main
+from bigdet.host.ranks import local_rank as local_rank
+from bigdet.host.ranks import rank as rank
+from bigdet.host.ranks import world_size as world_size
 
 T = TypeVar("T")
 
@@ -30,30 +35,11 @@ JOIN_SECONDS = 300.0
 NCCL_SECONDS = 60.0
 """NCCL waits for so much longer than the watchdog, which writes where each rank is."""
 POLL_SECONDS = 0.05
+_nccl_limit: datetime.timedelta | None = None
 REPORT_SECONDS = 5.0
 """How long a rank that prints no error waits for the rank that prints it."""
 START_SECONDS = 20.0
 """The same before the ranks have connected, when they may be seconds apart on a busy machine."""
-
-
-def rank() -> int:
-    """This process's number, 0 when started without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """How many processes train together, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """This process's number on its host."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def is_main() -> bool:
-    """True on the rank that writes files and prints."""
-    return rank() == 0
 
 
 def device() -> torch.device:
@@ -70,7 +56,7 @@ def start(stall_seconds: float | None = None) -> None:
 
     Args:
         stall_seconds: how long a rank may wait for others on a GPU, plus `NCCL_SECONDS`; then NCCL
-            ends the process. None: 30 minutes.
+            ends the process. None: 30 minutes. Variables that are set go before.
     """
     if dist.is_initialized():
         return
@@ -82,16 +68,29 @@ def start(stall_seconds: float | None = None) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
+    global _nccl_limit
+    if stall_seconds is not None and torch.cuda.is_available():
+        _nccl_limit = datetime.timedelta(seconds=stall_seconds + NCCL_SECONDS)
+        # What NCCL does then: end the process, also where its own watchdog is stuck.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+        heartbeat = str(math.ceil(_nccl_limit.total_seconds()))
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", heartbeat)
     timeout = datetime.timedelta(minutes=30)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _make_group(backend, timeout=timeout)  # torchrun's agents have met already
     else:
         _meet_and_make_group(backend, timeout)
-    if stall_seconds is not None and torch.cuda.is_available():
-        world = dist.group.WORLD
-        assert world is not None
-        limit = datetime.timedelta(seconds=stall_seconds + NCCL_SECONDS)
-        world._get_backend(torch.device("cuda"))._set_default_timeout(limit)
+    limit_waiting()
+
+
+def limit_waiting() -> None:
+    """Apply the limit that `start` was given to all groups so far; engines make their own."""
+    if _nccl_limit is None:
+        return
+    for group in dist.distributed_c10d._world.pg_map:
+        backend: Any = group._get_backend(torch.device("cuda"))
+        # The second is that of torch 2.15's new NCCL backend, which lacks the first.
+        (getattr(backend, "_set_default_timeout", None) or backend.set_timeout)(_nccl_limit)
 
 
 def _meet_and_make_group(backend: str, timeout: datetime.timedelta) -> None:
@@ -254,7 +253,9 @@ def begin_gather(share: Tensor) -> tuple[Tensor, Callable[[], Any]]:
     """
     whole = share.new_empty(world_size() * len(share))
     parts = whole.view(torch.uint8), share.view(torch.uint8)  # gloo does not know all types
-    return whole, dist.all_gather_into_tensor(*parts, async_op=True).wait
+    work = dist.all_gather_into_tensor(*parts, async_op=True)
+    assert work is not None  # of a rank that is in the group
+    return whole, work.wait
 
 
 def max_over_ranks(value: float) -> float:

@@ -11,6 +11,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from bigdet.config.augment import AugmentConfig, check_augment
+from bigdet.config.data import PhaseDataConfig
 from bigdet.config.ema import EmaConfig
 from bigdet.config.families import DETECTORS
 from bigdet.config.model import ModelConfig, has_batch_norm, parts_with_batch_norm
@@ -32,6 +33,8 @@ from bigdet.config.start import StartFromConfig, ignored_in_start
 
 NormMode = Literal["live", "sync", "affine", "fixed"]
 LENGTH_UNITS = ("steps", "passes", "images")
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 BACKBONE_STAGES = 5
 
 
@@ -42,6 +45,8 @@ class PhaseModelConfig:
     detector: str | None = field(default=None, metadata={CHOICES: (*DETECTORS, FORM)})
     """Another detector of the R-CNN family. A cascade after a plain detector (late cascade) starts
     with copies of its box head in all stages. None: ``model.detector``."""
+    drop_path: float | None = None
+    """Highest rate of stochastic depth. None: ``model.drop_path``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,8 @@ class PhaseConfig:
     images_per_step: int | None = None
     """Images per optimizer step over all ranks; beyond ranks x ``images_per_gpu``, gradients are
     accumulated. None: one micro-batch per rank."""
+    data: PhaseDataConfig = field(default_factory=PhaseDataConfig)
+    """Data of this phase in place of the run's."""
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     """Size of the images."""
     flip: float = 0.5
@@ -129,6 +136,12 @@ class PhaseConfig:
     """Where the weights come from."""
     model: PhaseModelConfig = field(default_factory=PhaseModelConfig)
     """What this phase changes in the model."""
+
+
+def data_key(name: str, phase: PhaseConfig, split: Split) -> str:
+    """Return the key of the section that a phase takes a split from: its own, or the run's."""
+    key = f"data.{split}"
+    return key if getattr(phase.data, split) is None else f"phases.{name}.{key}"
 
 
 def length_of(phase: PhaseConfig) -> tuple[str, float]:

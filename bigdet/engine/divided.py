@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +20,16 @@ from bigdet import distributed
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A buffer of a module, of which this rank has a share.
+    """A buffer in a layer, of which this rank has a share.
 
     Attributes:
-        module: that has it.
+        module: that has it, by its name in the layer.
         name: in the module.
         like: on the meta device, with its shape and strides.
         share: ``(ceil(count / ranks),)`` numbers in the order of memory, zeros behind the last.
     """
 
-    module: nn.Module
+    module: str
     name: str
     like: Tensor
     share: Tensor
@@ -41,15 +43,19 @@ class DividedLayers:
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        """Take layers, of which none is inside another one."""
-        self._layer_of = {inner: layer for layer in layers for inner in layer.modules()}
-        self._matrices: dict[nn.Module, list[_Matrix]] = {}
-        self._next: dict[nn.Module, nn.Module] = {}
-        self._coming: dict[nn.Module, list[tuple[Tensor, Callable[[], Any]]]] = {}
+        """Take layers in the order in which they are called; none is inside another one."""
+        self._matrices: list[list[_Matrix]] = [[] for _ in layers]
+        self._coming: dict[int, list[tuple[Tensor, Callable[[], Any]]]] = {}
+        # Weak: hooks of the layers refer to this object, and memory is freed with the layers.
+        self._places: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
+        for number, layer in enumerate(layers):
+            self._places.update({inner: (number, at) for at, inner in layer.named_modules()})
+            layer.register_forward_pre_hook(partial(self._gather, number))
+            layer.register_forward_hook(partial(self._free, number))
 
     def has(self, module: nn.Module) -> bool:
         """Tell whether a module belongs to one of the layers."""
-        return module in self._layer_of
+        return module in self._places
 
     def divide(self, module: nn.Module, name: str, whole: Tensor, device: torch.device) -> None:
         """Keep this rank's share of a matrix, as the buffer of a module.
@@ -57,47 +63,36 @@ class DividedLayers:
         Args:
             module: of one of the layers.
             name: of the buffer.
-            whole: the same on all ranks; those of a layer in the order in which layers are called.
+            whole: the same on all ranks, without gaps in memory.
             device: where the share is kept.
         """
-        layer = self._layer_of[module]
-        if layer not in self._matrices:
-            if self._matrices:
-                self._next[next(reversed(self._matrices))] = layer
-            self._matrices[layer] = []
-            layer.register_forward_pre_hook(self._gather)
-            layer.register_forward_hook(self._free)
+        number, place = self._places[module]
         flat = whole.as_strided((whole.numel(),), (1,))
         count = -(-len(flat) // distributed.world_size())
         own = flat[count * distributed.rank() :][:count]
         share = torch.zeros(count, dtype=whole.dtype, device=device)
         share[: len(own)] = own
-        self._matrices[layer].append(_Matrix(module, name, whole.to("meta"), share))
+        self._matrices[number].append(_Matrix(place, name, whole.to("meta"), share))
         module._buffers[name] = share[:0]
 
     @property
     def shares(self) -> list[Tensor]:
         """What this rank keeps."""
-        return [matrix.share for matrices in self._matrices.values() for matrix in matrices]
+        return [matrix.share for matrices in self._matrices for matrix in matrices]
 
-    def _begin(self, layer: nn.Module) -> None:
-        if layer not in self._coming:
-            self._coming[layer] = [
-                distributed.begin_gather(matrix.share) for matrix in self._matrices[layer]
-            ]
-
-    @torch.compiler.disable
-    def _gather(self, layer: nn.Module, _inputs: Any) -> None:
-        self._begin(layer)
-        if layer in self._next:
-            self._begin(self._next[layer])
-        gathered = zip(self._matrices[layer], self._coming.pop(layer), strict=True)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _gather(self, number: int, layer: nn.Module, _inputs: Any) -> None:
+        for each in range(number, min(number + 2, len(self._matrices))):
+            if each not in self._coming:
+                shares = [matrix.share for matrix in self._matrices[each]]
+                self._coming[each] = [distributed.begin_gather(share) for share in shares]
+        gathered = zip(self._matrices[number], self._coming.pop(number), strict=True)
         for matrix, (flat, wait) in gathered:
             wait()
             whole = flat.as_strided(matrix.like.shape, matrix.like.stride())
-            matrix.module._buffers[matrix.name] = whole
+            layer.get_submodule(matrix.module)._buffers[matrix.name] = whole
 
-    @torch.compiler.disable
-    def _free(self, layer: nn.Module, _inputs: Any, _outputs: Any) -> None:
-        for matrix in self._matrices[layer]:
-            matrix.module._buffers[matrix.name] = matrix.share[:0]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _free(self, number: int, layer: nn.Module, _inputs: Any, _outputs: Any) -> None:
+        for matrix in self._matrices[number]:
+            layer.get_submodule(matrix.module)._buffers[matrix.name] = matrix.share[:0]

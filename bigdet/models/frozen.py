@@ -39,7 +39,7 @@ class _Frozen(nn.Module):
     Attributes:
         frozen_names: of what does not change in the network, in its state before.
         frozen_parts: modules that have all of it.
-        frozen_layers: modules that are called in each forward pass and have the matrices.
+        frozen_layers: modules that are called in each forward pass, the matrices among them.
     """
 
     frozen_names: list[str]
@@ -119,7 +119,8 @@ def frozen_layers(detector: nn.Module) -> list[nn.Module]:
     Each is called in every forward pass.
     """
     found = [module for module in detector.modules() if isinstance(module, _Frozen)]
-    return [layer for module in found for layer in module.frozen_layers]
+    layers = [layer for module in found for layer in module.frozen_layers]
+    return [layer for layer in layers if any(each.dtype == MATRIX_TYPE for each in layer.buffers())]
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

@@ -94,12 +94,14 @@ def save_detector_weights(path: Path, detector: nn.Module, metadata: dict[str, s
         raise OSError(f"{path}: cannot be written: {error}. Make room for it.") from error
 
 
-def load_detector(path: str | Path) -> Detector:
+def load_detector(path: str | Path, *, keep_frozen: bool = True) -> Detector:
     """Build a detector and load its weights, ready to predict.
 
     Args:
         path: a ``model.safetensors``, a checkpoint folder, or a run folder (its final weights, or
             those of its newest checkpoint).
+        keep_frozen: let a frozen backbone run in bf16 and outside of the state, as in training.
+            False: in fp32, as any other.
 
     Returns:
         The detector on the CPU, in evaluation mode, batch normalization fixed, with its
@@ -126,7 +128,7 @@ def load_detector(path: str | Path) -> Detector:
     detector = build_detector(phase_model(config, phase), len(categories))
     load_parts(detector, tensors, sorted({part_of(name) for name in tensors}), str(file))
     set_norm_mode(detector, "fixed")
-    if FROZEN in metadata:
+    if FROZEN in metadata and keep_frozen:
         freeze_backbone(detector.backbone)
     detector.eval_size = plan_of(eval_resize(config, phase))
     detector.categories = categories

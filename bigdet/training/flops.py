@@ -6,12 +6,13 @@ activation checkpointing computes again is not needed (Chowdhery et al., *PaLM*,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bigdet import distributed
 from bigdet.config.engine import Precision
 from bigdet.engine.precision import autocast
 from bigdet.host.accelerators import peak_flops
@@ -27,10 +28,11 @@ class FlopMeter:
     """Counts the FLOPs of this rank's micro-batches, if the peak of its device is known."""
 
     def __init__(self, detector: Detector, precision: Precision, device: torch.device) -> None:
-        """Prepare; nothing is counted on a CPU."""
+        """Prepare; nothing is counted unless all ranks know their peaks (a collective)."""
         self._detector, self._precision, self._device = detector, precision, device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self._peak = peak_flops(name)
+        peak = peak_flops(name)
+        self._peak = None if distributed.any_rank(peak is None) else peak
         self._flops_per_pixel: float | None = None
         self._pixels = 0
 
@@ -64,7 +66,7 @@ def count_flops(detector: Detector, batch: Batch, precision: Precision) -> float
         batch: on its device.
         precision: of the training.
     """
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False, depth=None)  # type: ignore[arg-type]
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
@@ -73,22 +75,19 @@ def count_flops(detector: Detector, batch: Batch, precision: Precision) -> float
     ):
         detector(batch)
     norms.discard_statistics(detector)
-    by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    root = type(detector).__name__
-    frozen = sum(by_module.get(f"{root}.{name}", 0) for name in _frozen_parts(detector))
-    return (1 + BACKWARD) * float(by_module["Global"]) - BACKWARD * frozen
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    frozen = _frozen_flops(detector, type(detector).__name__, counts)
+    return (1 + BACKWARD) * float(counts["Global"]) - BACKWARD * frozen
 
 
-def _frozen_parts(module: nn.Module, name: str = "") -> list[str]:
-    """Name the largest parts of a module that have parameters, but none that is trained."""
+def _frozen_flops(module: nn.Module, name: str, counts: Mapping[str, int]) -> int:
+    """Add up the forward FLOPs of all parts that have parameters, but none that is trained."""
     trained = [parameter.requires_grad for parameter in module.parameters()]
-    if not trained:
-        return []
-    if not any(trained):
-        return [name]
-    prefix = f"{name}." if name else ""
+    if trained and not any(trained) and name in counts:
+        return counts[name]
+    # Of a part that is not called as a whole, such as the stages of a ResNet, its own parts.
     children = module.named_children()
-    return [part for own, child in children for part in _frozen_parts(child, f"{prefix}{own}")]
+    return sum(_frozen_flops(child, f"{name}.{own}", counts) for own, child in children)
 
 
 def _pixels(batch: Batch) -> int:

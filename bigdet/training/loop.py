@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from bigdet.config.model import reported
 from bigdet.config.phase import num_lanes, num_steps
 from bigdet.config.run import RunConfig
 from bigdet.data.format.class_counts import class_lines
-from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.streams.stream import TrainStream, too_damaged
+from bigdet.data.format.phase_sets import DataSets, phases_by_sets
+from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.base import Engine
+from bigdet.engine.cuda_settings import chosen_convolutions
 from bigdet.engine.parts import Source
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
@@ -50,8 +52,7 @@ class Run:
     Attributes:
         config: with the images per step and the length of every phase filled in.
         run_dir: where everything is written.
-        train_set: the images to train on.
-        val_set: the images to evaluate on.
+        sets: the images of each phase, by its name.
         metrics: writer of ``metrics.jsonl`` and boards on rank 0, None on the other ranks.
         state: position and counters; changed in place.
         watchdog: ends the run if it makes no progress.
@@ -62,8 +63,7 @@ class Run:
 
     config: RunConfig
     run_dir: RunDir
-    train_set: ShardSet
-    val_set: ShardSet
+    sets: Mapping[str, DataSets]
     metrics: MetricsWriter | None
     state: RunState
     watchdog: Watchdog
@@ -73,8 +73,8 @@ class Run:
 
     def __post_init__(self) -> None:
         """Make the saver and the scorer."""
-        self.saver = saving.Saver(self.config, self.run_dir, self.train_set)
-        self.scorer = Scorer(self.config, self.run_dir, self.val_set, self.metrics, self.state)
+        self.saver = saving.Saver(self.config, self.run_dir, self.sets)
+        self.scorer = Scorer(self.config, self.run_dir, self.sets, self.metrics, self.state)
 
     def must_stop(self) -> bool:
         """Return on all ranks whether any was asked to stop (a collective); counts as progress."""
@@ -89,22 +89,9 @@ class Run:
         """
         start = "a fresh start" if folder is None else f"continuing from {folder}"
         logger.info("run folder %s, %s", self.run_dir.root, start)
-        for what, shards in (("training", self.train_set), ("validation", self.val_set)):
-            logger.info(
-                f"{what}: {len(shards):,} images, {shards.manifest.instances:,} instances, "
-                f"{shards.num_classes} categories, {len(shards.manifest.shards)} shards in "
-                f"{shards.address}"
-            )
-            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
-            logger.info("%s objects per class: %s", what, line)
-            for warning in warnings:
-                logger.warning("%s set: %s", what, warning)
-        if self.val_set.manifest.federated:
-            key, given = reported(self.config.model) or ("what the model gives", "not known")
-            logger.info(
-                f"validation is scored by LVIS's rule, which counts {LVIS_DETECTIONS} detections "
-                f"per image; {key} is {given}"
-            )
+        by_sets = phases_by_sets(self.sets)
+        for data, names in by_sets.items():
+            self._log_data(data, f" of {', '.join(names)}" * (len(by_sets) > 1))
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
         nodes = " inside each node" if engine.shard_over == "node" else ""
@@ -121,6 +108,25 @@ class Run:
                 f"({world_size} ranks x {num_lanes(phase) // world_size} micro-batches of "
                 f"{phase.images_per_gpu}), {optim.describe_lr(phase, phase.images_per_step)}"
                 f"{optim.describe_ema(phase.ema)}"
+            )
+
+    def _log_data(self, data: DataSets, whose: str) -> None:
+        """Log what the sets of some phases have; ``whose`` names the phases after a blank."""
+        for what, shards in (("training", data.train), ("validation", data.val)):
+            logger.info(
+                f"{what}{whose}: {len(shards):,} images, {shards.manifest.instances:,} instances, "
+                f"{shards.num_classes} categories, {len(shards.manifest.shards)} shards in "
+                f"{shards.address}"
+            )
+            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
+            logger.info("%s%s objects per class: %s", what, whose, line)
+            for warning in warnings:
+                logger.warning("%s set%s: %s", what, whose, warning)
+        if data.val.manifest.federated:
+            key, given = reported(self.config.model) or ("what the model gives", "not known")
+            logger.info(
+                f"validation{whose} is scored by LVIS's rule, which counts {LVIS_DETECTIONS} "
+                f"detections per image; {key} is {given}"
             )
 
 
@@ -147,6 +153,7 @@ class PhaseTrainer:
         self.run, self.config, self.state = run, run.config, run.state
         self.name = run.state.phase
         self.phase = run.config.phases[self.name]
+        self.data = run.sets[self.name]
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
         self.batches = StepBatches(stream, device)
@@ -227,7 +234,8 @@ class PhaseTrainer:
         self.lr = optim.lr_at(self.phase, state.step + 1)
         self.engine.set_lr(self.lr)
         begin = Mark(device)
-        launched = self.engine.launch_step(self.batches.on_device(micro_batches))
+        with chosen_convolutions(self.config.device, self.phase.resize):
+            launched = self.engine.launch_step(self.batches.on_device(micro_batches))
         norms.update_running_statistics(self.detector, counts=launched.counts)
         state.step += 1
         state.total_steps += 1
@@ -246,6 +254,7 @@ class PhaseTrainer:
         self.results.end_step(seconds)
         self.meter.add(micro_batches, seconds, data_seconds, cpu_seconds)
         self.flops.add(micro_batches)
+        self.forward_clock.end_step()
         return must_stop
 
     def _get_ready(self) -> tuple[bool, float]:
@@ -265,7 +274,7 @@ class PhaseTrainer:
             if self.run.metrics is not None and not self.has_shown_batch:
                 self.has_shown_batch = True
                 showing.show_batch(
-                    self.run.metrics, self.micro_batches[0], self.run.train_set, self.state
+                    self.run.metrics, self.micro_batches[0], self.data.train, self.state
                 )
         self.flops.count(self.micro_batches[0])
         return wish.is_asked, data_seconds
@@ -298,14 +307,11 @@ class PhaseTrainer:
 
     def _check_damage(self) -> None:
         """Stop on all ranks when too many training samples had to be replaced."""
-        total, train = sum(self.state.damaged.values()), self.config.data.train
-        if total > train.max_damaged:
+        if sum(self.state.damaged.values()) > self.stream.max_damaged:
             found = {row: damage.message for row, damage in self.stream.damages.items()}
             listed = dict(ChainMap(*distributed.all_gather_objects(found)))
             messages = (listed[row] for row in sorted(listed))
-            raise distributed.SharedError(
-                too_damaged(train.shards, self.state.damaged, train.max_damaged, messages)
-            )
+            raise distributed.SharedError(self.stream.too_damaged(self.state.damaged, messages))
 
     def _evaluate(self) -> bool:
         """Evaluate the weights, or their average, or both, and write a checkpoint.
@@ -341,9 +347,8 @@ class PhaseTrainer:
         started, cpu_started = time.perf_counter(), time.process_time()
         if not self._measure_norms():
             return False
-        classes = [category.name for category in run.train_set.categories]
         results = measuring.predict(
-            self.config, self.name, self.detector, run.val_set, classes, run.must_stop
+            self.config, self.name, self.detector, self.data.val, self.data.classes, run.must_stop
         )
         if results is None:
             return False
@@ -351,7 +356,7 @@ class PhaseTrainer:
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         with distributed.together():
             if run.metrics is not None and not prefix:
-                showing.show_detections(run.metrics, results, run.val_set, state)
+                showing.show_detections(run.metrics, results, self.data.val, state)
             run.scorer.start(results, prefix)
         return True
 

@@ -28,14 +28,15 @@ class Mark:
         """Make it now; the host goes on."""
         self._event = None
         if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(device))
         self._seconds = time.perf_counter()
 
     def seconds_since(self, earlier: Mark) -> float:
         """Return the time between two moments that have passed on the device."""
         if self._event is not None and earlier._event is not None:
-            return earlier._event.elapsed_time(self._event) / 1000
+            milliseconds: float = earlier._event.elapsed_time(self._event)
+            return milliseconds / 1000
         return self._seconds - earlier._seconds
 
 
@@ -50,9 +51,10 @@ class ForwardClock:
             gathered: modules in it whose weights are gathered when their forward pass begins.
             device: of the module.
         """
-        self._device = device
+        self._device, self._seconds = device, 0.0
         self._marks: list[Mark] = []  # begin and end, in turn
         self._waits: list[Mark] = []
+        self._before: list[tuple[int, list[Mark]]] = []  # of the step before, with their signs
         self._hooks = [
             module.register_forward_pre_hook(self._note),
             module.register_forward_hook(self._note),
@@ -69,16 +71,22 @@ class ForwardClock:
         if len(self._marks) % 2:  # not when a checkpointed part runs again in the backward pass
             self._waits.append(Mark(self._device))
 
-    def take(self) -> float:
-        """Return the seconds since the last call; the device has done these passes."""
-        total = sum(
+    def end_step(self) -> None:
+        """Begin another step; the device has done the one before the last."""
+        self._seconds += sum(
             sign * end.seconds_since(begin)
-            for sign, marks in ((1, self._marks), (-1, self._waits))
+            for sign, marks in self._before
             for begin, end in zip(marks[::2], marks[1::2], strict=True)
         )
-        self._marks.clear()
-        self._waits.clear()
-        return total
+        self._before = [(1, self._marks), (-1, self._waits)]
+        self._marks, self._waits = [], []
+
+    def take(self) -> float:
+        """Return the seconds since the last call; the device has done all steps."""
+        self.end_step()
+        self.end_step()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def close(self) -> None:
         """Leave the module as it was."""

@@ -7,7 +7,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from bigdet import distributed
 from bigdet.config.load import dump_config
 from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig
-from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.engine import checkpoint, keeping, whole, writing
 from bigdet.engine.base import Engine
 from bigdet.engine.parts import Share, gather_share
@@ -42,10 +42,9 @@ class Saver:
     the run ends with the reason.
     """
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, train_set: ShardSet) -> None:
-        """Prepare; nothing is written yet."""
-        self._config, self._run_dir = config, run_dir
-        self._categories = [asdict(category) for category in train_set.categories]
+    def __init__(self, config: RunConfig, run_dir: RunDir, sets: Mapping[str, DataSets]) -> None:
+        """Prepare; nothing is written yet. The sets are those of each phase."""
+        self._config, self._run_dir, self._sets = config, run_dir, sets
         self._disks: Disks | None = None
         address = config.checkpoint.remote
         self._remote = None if address is None else Remote(address)
@@ -78,7 +77,8 @@ class Saver:
         folder = self._run_dir.checkpoint(state.phase, state.step)
         metadata, run = {}, {}
         if distributed.is_main():
-            metadata = weights_metadata(self._config, self._categories, state.phase, state.frozen)
+            categories = [asdict(each) for each in self._sets[state.phase].train.categories]
+            metadata = weights_metadata(self._config, categories, state.phase, state.frozen)
             run = {"config": dump_config(self._config), "run": state.to_json()}
         self._num_saves += 1
         save = Save(folder, number, self._disks, metadata, run, self._num_saves)

@@ -117,9 +117,11 @@ class RunState:
         skipped_steps: steps of the current phase that changed no weight, for any reason.
         bad_steps: steps skipped because a loss or gradient was not finite.
         dropped_boxes: boxes that a random crop removed entirely, over all ranks.
-        damaged: damaged training samples that were replaced, by kind, over all ranks.
+        damaged: damaged samples of the present training set that were replaced, by kind, over all
+            ranks.
         damaged_rows: their rows, so that no rank, phase or resumed run counts one again.
-        best_ap: highest box AP of an evaluation so far, in [0, 1]; None before the first.
+        best_ap: highest box AP of an evaluation so far on the newest validation set, in [0, 1];
+            None before the first.
         best_checkpoint: name of the checkpoint with this AP.
         stream: what the order of the data depends on (``TrainStream.state``).
         stream_shift: step of that order minus ``step``; not 0 after a change of the batch size.
@@ -165,10 +167,12 @@ class RunState:
         """Phase and step, for messages."""
         return f"{self.phase} step {self.step}"
 
-    def begin(self, phase: str) -> None:
-        """Move on to the start of another phase."""
+    def begin(self, phase: str, *, has_other_images: bool = False) -> None:
+        """Move on to the start of another phase, whose training set may be another."""
         self.phase, self.step, self.stream_shift, self.frozen = phase, 0, 0, None
         self.interval, self.skipped_steps = Interval(), 0
+        if has_other_images:
+            self.damaged, self.damaged_rows = {}, []
 
     def counters(self) -> dict[str, float]:
         """Return the costs by the names of ``metrics.jsonl``.

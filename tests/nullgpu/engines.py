@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.ranks.toy import ENGINES, OPTIMIZERS
 from tests.unit.models.test_detector import detector_of, scene
 
 MICRO_BATCHES = 2
+LIMIT = timedelta(seconds=77)
 
 
 def steps() -> dict[str, dict[str, Any]]:
@@ -27,11 +29,12 @@ def steps() -> dict[str, dict[str, Any]]:
     from deepspeed.runtime.zero import partitioned_param_coordinator  # in the ranks only
 
     null_gpu.install()
-    # Compares numbers that rank 0 sends on the GPU, which moves none.
+    # It compares numbers by way of the GPU, which moves none.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda numbers: None
     device = distributed.device()
     batches = [pinned(scene()) for _ in range(MICRO_BATCHES)]
     found = {}
+    distributed._nccl_limit = LIMIT  # as `start` would set it
     for name, options in ENGINES.items():
         detector = detector_of()
         make_optimizer = partial(build_optimizer, phase=OPTIMIZERS["adamw"])
@@ -39,13 +42,19 @@ def steps() -> dict[str, dict[str, Any]]:
         engine = build_engine(
             detector, make_optimizer, config, MICRO_BATCHES, device, detector.units
         )
+        limits = {
+            group._get_backend(device).options._timeout
+            for group in torch.distributed.distributed_c10d._world.pg_map
+        }
+        assert limits == {LIMIT}, limits  # also of the groups that an engine makes
+        launched = []
         for _ in range(2):
             null_gpu.reset()
             torch.cuda.reset_peak_memory_stats()
             engine.set_lr(0.01)
-            result = engine.train_step(prefetch(batches, device))
-            update_running_statistics(detector)
-        assert result.is_finite
+            launched.append(engine.launch_step(prefetch(batches, device)))
+            update_running_statistics(detector, counts=launched[-1].counts)
+            launched[0].read()
         peak = torch.cuda.max_memory_allocated()
         found[name] = {**seen(), "nccl": null_gpu.launches_of("nccl"), "peak": peak}
         engine.close()

@@ -11,9 +11,10 @@ from tests.ranks.toy import ENGINES
 from tests.spawn import run_ranks
 
 # Of the device, and for one number. One of the numbers for each micro-batch is that of regions on
-# objects; all engines need the gradient norm, and ZeRO 1 to 3 ask for it three more times.
+# objects. ZeRO 1 to 3 ask for the gradient norm up to four times; the other engines let the host
+# read it when it has launched the next step.
 MOST_WAITS = {
-    "zero0": (0, 3), "zero1": (3, 6), "zero2": (4, 6), "zero3": (7, 4), "fsdp": (0, 3),
+    "zero0": (0, 2), "zero1": (3, 6), "zero2": (4, 6), "zero3": (7, 4), "fsdp": (0, 2),
 }  # fmt: skip
 MOST_LAUNCHES = {"zero0": 2760, "zero1": 2970, "zero2": 2990, "zero3": 3100, "fsdp": 2930}
 # DeepSpeed copies two flags of ZeRO 1 to 3 from ordinary memory, a byte each.
@@ -41,7 +42,8 @@ def test_a_step_waits_and_launches_no_more_than_it_did(seen: list[dict[str, Any]
             assert found["syncs"] <= syncs, (name, found)
             assert found["waits"] == {"item": items}, (name, found)
             assert found["pageable"] <= MOST_PAGEABLE[name], (name, found)
-            assert found["to_host"] == found["refused"] == 0, (name, found)
+            assert found["to_host"] == 1, (name, found)  # the norm, to page-locked memory
+            assert found["refused"] == 0, (name, found)
             assert 1000 < found["launches"] <= MOST_LAUNCHES[name], (name, found)
 
 

@@ -105,3 +105,10 @@ def test_the_next_batches_are_copied_ahead_from_page_locked_memory(
 def test_what_fails_in_the_thread_is_raised_by_the_step(printed: dict[str, Any]) -> None:
     expected = {"first": 3, "message": "000000.tar: cut off", "threads left": 0}
     assert printed["uploads"]["failure"] == expected
+
+
+def test_nccl_ends_a_rank_a_minute_after_the_watchdog_would(printed: dict[str, Any]) -> None:
+    assert printed["NCCL"] == {
+        "cuda": 160.0, "cpu": 1800.0, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "160",
+    }  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bigdet.host.accelerators import peak_flops
 from bigdet.models.backbones.build import freeze_stages
+from bigdet.models.heads.mask import OwnClass
 from bigdet.training import flops
 from bigdet.training.flops import FlopMeter, count_flops
 from tests.unit.models.test_detector import detector_of, scene
@@ -22,7 +23,10 @@ def count_by_hand(detector: nn.Module) -> dict[str, float]:
     def note(name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         size = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
         places = size[:, 0].numel() if size.ndim == 4 else size[..., 0].numel()
-        found[name] = found.get(name, 0) + 2 * places * layer.weight.numel()
+        products = places * layer.weight.numel()
+        if isinstance(layer, OwnClass):  # one of its classes for each region
+            products = inputs[0].numel()
+        found[name] = found.get(name, 0) + 2 * products
 
     hooks = [
         layer.register_forward_hook(lambda *seen, name=name: note(name, *seen))

@@ -20,6 +20,7 @@ from bigdet.training.metrics import StepMeter
 from bigdet.training.pace import Mark
 from bigdet.training.results import Results, Taken
 from bigdet.training.state import Interval, RunState
+from tests.unit.models.scenes import make_scene
 
 CPU = torch.device("cpu")
 
@@ -36,11 +37,19 @@ class Steps:
             saver=SimpleNamespace(wait=lambda: None),
             run_dir=RunDir(folder),
         )
-        self.losses = LossMeter(CPU, Interval())
-        self.results = Results(run, self.losses, StepMeter(CPU), range(1))
+        self.losses, self.meter = LossMeter(CPU, Interval()), StepMeter(CPU)
+        self.results = Results(run, self.losses, self.meter, range(1))
         self.read: list[int] = []
 
-    def take(self, norm: float, seconds: float, *, is_needed: bool = False) -> None:
+    def take(
+        self,
+        norm: float,
+        seconds: float,
+        *,
+        is_needed: bool = False,
+        data_seconds: float = 0.0,
+        idle_seconds: float = 0.0,
+    ) -> None:
         """Launch a step as the loop does: the step before is read after it."""
         self.state.step += 1
         step = self.state.step
@@ -51,12 +60,16 @@ class Steps:
             return result
 
         launched = Launched(torch.tensor(result.is_finite), read)
-        taken = Taken(step, launched, np.array([2]), [step * 10], 0.0, Mark(CPU), Mark(CPU))
+        begin: Any = SimpleNamespace(seconds_since=lambda earlier: idle_seconds)
+        taken = Taken(
+            step, launched, np.array([2]), [step * 10], data_seconds, begin, end=Mark(CPU)
+        )
         self.results.settle()
         self.results.add(taken)
         if is_needed:
             self.results.settle()
         self.results.end_step(seconds)
+        self.meter.add([make_scene([[(0, 0, 9, 9)]], [(32, 32)], (32, 32))], seconds, data_seconds)
 
 
 def test_each_result_is_read_after_the_next_step_and_counted_once(
@@ -87,6 +100,15 @@ def test_a_bad_step_that_is_read_at_once_is_no_good_time(tmp_path: Path) -> None
     steps.take(math.inf, 2.0, is_needed=True)
     steps.take(1.0, 4.0, is_needed=True)
     assert (steps.state.skipped_steps, steps.state.good_seconds) == (1, 4.0)
+
+
+def test_a_wait_for_data_counts_only_while_the_device_has_nothing_to_do(tmp_path: Path) -> None:
+    steps = Steps(tmp_path)
+    steps.take(1.0, 4.0, data_seconds=2.0)  # the first: nothing was launched before
+    steps.take(1.0, 4.0, data_seconds=2.0, idle_seconds=0.5)
+    steps.take(1.0, 4.0, data_seconds=2.0, idle_seconds=9.0)  # an evaluation came before
+    steps.take(1.0, 4.0, data_seconds=0.25, idle_seconds=0.5, is_needed=True)
+    assert steps.meter.rates()["time/data_seconds"] == (2.0 + 0.5 + 2.0 + 0.25) / 4
 
 
 def test_too_many_bad_steps_stop_the_run_by_the_number_of_the_last(tmp_path: Path) -> None:

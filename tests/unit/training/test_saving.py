@@ -16,6 +16,7 @@ import torch
 from bigdet import distributed
 from bigdet.config.load import load_config
 from bigdet.config.phase import num_steps
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.engine import checkpoint, keeping, writing
 from bigdet.engine.parts import Part, Share, copy_share
 from bigdet.engine.writing import Save
@@ -52,7 +53,8 @@ def run_dir(tmp_path: Path) -> RunDir:
 @pytest.fixture
 def saver(run_dir: RunDir) -> Saver:
     train_set: Any = SimpleNamespace(categories=[])
-    return Saver(load_config(CONFIG, ["checkpoint.keep=1"]), run_dir, train_set)
+    sets = dict.fromkeys(("pretrain", "finetune"), DataSets(train_set, train_set))
+    return Saver(load_config(CONFIG, ["checkpoint.keep=1"]), run_dir, sets)
 
 
 @pytest.fixture
