@@ -105,8 +105,8 @@ def _groups(ranks: int, device: str) -> tuple[dist.ProcessGroup, dist.ProcessGro
     assert world is not None
     timeout = world._get_backend(torch.device(device)).options._timeout
     rows = torch.arange(distributed.world_size()).view(-1, ranks)
-    own = [
-        dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0]
-        for lines in (rows, rows.T)
-    ]
-    return own[0], own[1]
+    node, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)
+    copies, _ = dist.new_subgroups_by_enumeration(rows.T.tolist(), timeout=timeout)
+    assert isinstance(node, dist.ProcessGroup)
+    assert isinstance(copies, dist.ProcessGroup)
+    return node, copies
