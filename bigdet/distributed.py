@@ -1,4 +1,4 @@
-"""Ranks: the number of this process, the process group, reductions. No other module reads RANK.
+"""Ranks: the process group and reductions; the number of this process is in ``host/ranks.py``.
 
 Launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or variables of their own,
 from which ``host/launchers.py`` derives these.
@@ -7,13 +7,15 @@ from which ``host/launchers.py`` derives these.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,10 @@ from torch import Tensor
 
 from bigdet.host import errors, launchers, network
 from bigdet.host.launchers import first_host as first_host
+from bigdet.host.ranks import is_main as is_main
+from bigdet.host.ranks import local_rank as local_rank
+from bigdet.host.ranks import rank as rank
+from bigdet.host.ranks import world_size as world_size
 
 T = TypeVar("T")
 
@@ -29,30 +35,11 @@ JOIN_SECONDS = 300.0
 NCCL_SECONDS = 60.0
 """NCCL waits for so much longer than the watchdog, which writes where each rank is."""
 POLL_SECONDS = 0.05
+_nccl_limit: datetime.timedelta | None = None
 REPORT_SECONDS = 5.0
 """How long a rank that prints no error waits for the rank that prints it."""
 START_SECONDS = 20.0
 """The same before the ranks have connected, when they may be seconds apart on a busy machine."""
-
-
-def rank() -> int:
-    """This process's number, 0 when started without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """How many processes train together, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """This process's number on its host."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def is_main() -> bool:
-    """True on the rank that writes files and prints."""
-    return rank() == 0
 
 
 def device() -> torch.device:
@@ -69,7 +56,7 @@ def start(stall_seconds: float | None = None) -> None:
 
     Args:
         stall_seconds: how long a rank may wait for others on a GPU, plus `NCCL_SECONDS`; then NCCL
-            ends the process. None: 30 minutes.
+            ends the process. None: 30 minutes. Variables that are set go before.
     """
     if dist.is_initialized():
         return
@@ -81,16 +68,29 @@ def start(stall_seconds: float | None = None) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
+    global _nccl_limit
+    if stall_seconds is not None and torch.cuda.is_available():
+        _nccl_limit = datetime.timedelta(seconds=stall_seconds + NCCL_SECONDS)
+        # What NCCL does then: end the process, also where its own watchdog is stuck.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+        heartbeat = str(math.ceil(_nccl_limit.total_seconds()))
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", heartbeat)
     timeout = datetime.timedelta(minutes=30)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _make_group(backend, timeout=timeout)  # torchrun's agents have met already
     else:
         _meet_and_make_group(backend, timeout)
-    if stall_seconds is not None and torch.cuda.is_available():
-        world = dist.group.WORLD
-        assert world is not None
-        limit = datetime.timedelta(seconds=stall_seconds + NCCL_SECONDS)
-        world._get_backend(torch.device("cuda"))._set_default_timeout(limit)
+    limit_waiting()
+
+
+def limit_waiting() -> None:
+    """Apply the limit that `start` was given to all groups so far; engines make their own."""
+    if _nccl_limit is None:
+        return
+    for group in dist.distributed_c10d._world.pg_map:
+        backend: Any = group._get_backend(torch.device("cuda"))
+        # The second is that of torch 2.15's new NCCL backend, which lacks the first.
+        (getattr(backend, "_set_default_timeout", None) or backend.set_timeout)(_nccl_limit)
 
 
 def _meet_and_make_group(backend: str, timeout: datetime.timedelta) -> None:
@@ -238,9 +238,24 @@ def sum_with_gradient(tensor: Tensor) -> Tensor:
 
 def stack_over_ranks(tensor: Tensor) -> Tensor:
     """Stack a tensor ``(N,)`` of all ranks, in their order, on every rank: ``(ranks, N)``."""
+    if not dist.is_initialized() or world_size() == 1:
+        return tensor[None]
     parts = tensor.new_empty(world_size(), len(tensor))
     dist.all_gather(list(parts.unbind()), tensor)
     return parts
+
+
+def begin_gather(share: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+    """Begin to put the shares of all ranks, all of one length, behind each other on every rank.
+
+    Returns:
+        ``(ranks x N,)``, and what waits until it is there (on a GPU, only lets its stream wait).
+    """
+    whole = share.new_empty(world_size() * len(share))
+    parts = whole.view(torch.uint8), share.view(torch.uint8)  # gloo does not know all types
+    work = dist.all_gather_into_tensor(*parts, async_op=True)
+    assert work is not None
+    return whole, work.wait
 
 
 def max_over_ranks(value: float) -> float:
@@ -316,6 +331,17 @@ def reports_first() -> bool:
         return True  # rank 0 is gone, and the store with it
 
 
+@dataclass
+class Wish:
+    """What any rank may ask all of them for, in the message of ``together``.
+
+    Attributes:
+        is_asked: in the block, whether this rank asks; after it, whether any rank did.
+    """
+
+    is_asked: bool = False
+
+
 def wait_for_report() -> None:
     """Wait until another rank has printed an error; launchers end all ranks as soon as one ends."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once that rank has ended
@@ -323,20 +349,24 @@ def wait_for_report() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together() -> Iterator[Wish]:
     """Run a block without collectives in it; an error on one rank is raised on all.
 
-    While nothing fails, this costs one reduction of one number.
+    While nothing fails, this costs one reduction of two numbers.
 
     Raises:
         SharedError: on every rank, with the message of the lowest rank that failed.
     """
     problem: Exception | None = None
+    wish = Wish()
     try:
-        yield
+        yield wish
     except (ValueError, OSError) as error:
         problem = error
-    if not any_rank(problem is not None):
+    own = torch.tensor([problem is not None, wish.is_asked], dtype=torch.int32)
+    num_failed, num_asking = sum_over_ranks(own).tolist()
+    wish.is_asked = num_asking > 0
+    if not num_failed:
         return
     messages = all_gather_objects(None if problem is None else errors.explain(problem))
     failed = [(number, text) for number, text in enumerate(messages) if text is not None]
@@ -351,60 +381,3 @@ def broadcast_tensor(tensor: Tensor) -> Tensor:
     if dist.is_initialized() and world_size() > 1:
         dist.broadcast(sent, src=0)
     return sent
-
-
-CHUNK_BYTES = 16 << 20
-
-
-def send_bytes(file: IO[bytes], num_bytes: int) -> None:
-    """Send the next bytes of a file to rank 0, which calls ``receive_bytes``."""
-    while num_bytes:
-        part = bytearray(file.read(min(num_bytes, CHUNK_BYTES)))
-        dist.send(torch.frombuffer(part, dtype=torch.uint8), dst=0)
-        num_bytes -= len(part)
-
-
-def receive_bytes(sender: int, num_bytes: int) -> Iterator[bytes]:
-    """Yield what another rank sends to rank 0, in parts."""
-    while num_bytes:
-        part = torch.empty(min(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
-        dist.recv(part, src=sender)
-        yield part.numpy().tobytes()
-        num_bytes -= len(part)
-
-
-def send_tensor(tensor: Tensor) -> None:
-    """Send a tensor on the CPU to rank 0, which calls ``receive_tensor``."""
-    dist.send(tensor.contiguous(), dst=0)
-
-
-def receive_tensor(room: Tensor, sender: int) -> Tensor:
-    """Fill a tensor on the CPU with what another rank sends to rank 0, and return it."""
-    dist.recv(room, src=sender)
-    return room
-
-
-class Notes:
-    """Short texts between ranks without a collective, for threads; one rank reads each, once."""
-
-    def __init__(self) -> None:
-        """Open a connection of its own to the store of the process group."""
-        self._store = dist.distributed_c10d._get_default_store().clone()
-
-    def leave(self, name: str, text: str) -> None:
-        """Write a note."""
-        self._store.set(f"note/{name}", text)
-
-    def take(self, name: str, must_end: Callable[[], bool]) -> str:
-        """Wait for a note, and remove it.
-
-        Raises:
-            RuntimeError: rank 0, which keeps the notes, is gone, or ``must_end`` says so.
-        """
-        while not self._store.check([f"note/{name}"]):
-            if must_end():
-                raise RuntimeError(f"no word of {name}")
-            time.sleep(POLL_SECONDS)
-        text: str = self._store.get(f"note/{name}").decode()
-        self._store.delete_key(f"note/{name}")
-        return text

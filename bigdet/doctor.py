@@ -25,7 +25,7 @@ from bigdet.config.resize import largest_plan
 from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.examples.collate import group_bytes
 from bigdet.data.format.class_counts import class_lines
-from bigdet.data.format.mix import open_sets
+from bigdet.data.format.phase_sets import open_phase_sets, phases_by_sets
 from bigdet.data.streams.loader import PREFETCHED_GROUPS
 from bigdet.host import locks
 from bigdet.host.files import check_folder
@@ -52,7 +52,7 @@ class Facts:
         software: versions and the hash of the code.
         inputs: hashes of the config and of each shard set, by name.
         problems: by check, what cannot be read, written or divided among the ranks.
-        classes: K of the training set, 0 if it cannot be read.
+        classes: number of classes of each phase, empty if the data cannot be read.
         objects: by set, a line with the number of objects per class, and warnings.
         free_disk, free_shm, free_memory: free bytes where the run is written and in ``/dev/shm``,
             and bytes that processes may still take; None where the system does not report it.
@@ -63,7 +63,7 @@ class Facts:
     software: dict[str, str]
     inputs: dict[str, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    classes: int = 0
+    classes: dict[str, int] = field(default_factory=dict)
     objects: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     free_disk: int = 0
     free_shm: int | None = 0
@@ -97,10 +97,12 @@ def examine(config: RunConfig) -> int:
         ]
         rows.append(_speed_row(config, everywhere[0], speed))
         rows.append(command_row(Path(sysconfig.get_path("scripts"), "deepspeed")))
+        width = max(18, *(len(row.check) for row in rows))
         for row in rows:
-            logger.info("%-4s  %-18s  %s", "ok" if row.is_ok else "FAIL", row.check, row.found)
+            check = f"{row.check:{width}}"
+            logger.info("%-4s  %s  %s", "ok" if row.is_ok else "FAIL", check, row.found)
             for warning in row.warnings:
-                logger.warning("%-4s  %-18s  %s", "warn", row.check, warning)
+                logger.warning("%-4s  %s  %s", "warn", check, warning)
         failed, warned = sum(not row.is_ok for row in rows), sum(bool(r.warnings) for r in rows)
         verdict = f"{failed} of {len(rows)} checks failed" if failed else "all is well"
         if warned:
@@ -125,16 +127,23 @@ def find_facts(config: RunConfig) -> Facts:
             facts.problems[check] = str(error)
 
     def look_at_data() -> None:
-        train_set, val_set = open_sets(config.data)
-        for what, shards in (("training shards", train_set), ("validation shards", val_set)):
-            facts.inputs[what] = shards.index_hash()[: hosts.SHOWN_HASH]
-        facts.classes = train_set.num_classes
-        facts.objects["training objects"] = class_lines(train_set, "learned")
-        facts.objects["validation objects"] = class_lines(val_set, "measured")
-        check_data(config, train_set, val_set)
+        sets = open_phase_sets(config)
+        by_sets = phases_by_sets(sets)
+        for data, names in by_sets.items():
+            whose = f" of {', '.join(names)}" * (len(by_sets) > 1)
+            for what, shards in (("training", data.train), ("validation", data.val)):
+                facts.inputs[f"{what} shards{whose}"] = shards.index_hash()[: hosts.SHOWN_HASH]
+            learned, measured = (
+                class_lines(data.train, "learned"),
+                class_lines(data.val, "measured"),
+            )
+            facts.objects[f"training objects{whose}"] = learned
+            facts.objects[f"validation objects{whose}"] = measured
+        facts.classes = {name: data.train.num_classes for name, data in sets.items()}
+        check_data(config, sets)
         # As a run does, unless another check has already found why it cannot.
-        settled = config if facts.problems else resume.settle_config(config, None, None, train_set)
-        resume.check_phases(settled, train_set, None)
+        settled = config if facts.problems else resume.settle_config(config, None, None, sets)
+        resume.check_phases(settled, sets, None)
 
     def look_at_output() -> None:
         if distributed.is_main():
@@ -285,9 +294,9 @@ def disk_row(config: RunConfig, facts: Facts) -> Row:
     return Row("disk", text, facts.free_disk >= number * one)
 
 
-def _largest(config: RunConfig, classes: int) -> tuple[str, ModelSizes]:
+def _largest(config: RunConfig, classes: dict[str, int]) -> tuple[str, ModelSizes]:
     """Return the phase with the largest checkpoints, and the sizes of its model."""
-    sizes = {name: model_sizes(config, name, classes) for name in config.phases}
+    sizes = {name: model_sizes(config, name, number) for name, number in classes.items()}
     name = max(sizes, key=lambda name: checkpoint_bytes(sizes[name], config.phases[name]))
     return name, sizes[name]
 

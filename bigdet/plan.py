@@ -5,7 +5,18 @@ Its command line is in ``cli/arguments/plan.py``.
 
 from __future__ import annotations
 
-from bigdet.cli.arguments.plan import BATCHES, GPUS, LATENCY, LINK, SIZES, TRIALS, parse_arguments
+from bigdet.cli.arguments.plan import (
+    BATCHES,
+    CLASSES,
+    DISK,
+    GPUS,
+    LATENCY,
+    LINK,
+    OBJECTS,
+    SIZES,
+    TRIALS,
+    parse_arguments,
+)
 from bigdet.cli.running import answer_early
 
 if __name__ == "__main__":
@@ -23,8 +34,8 @@ import torch
 from bigdet.cli.running import run_command
 from bigdet.config.load import check_phase, load_config
 from bigdet.config.phase import PhaseConfig
-from bigdet.config.run import RunConfig
-from bigdet.data.format.mix import open_sets
+from bigdet.config.run import RunConfig, phase_data
+from bigdet.data.format.mix import open_train_set
 from bigdet.logs.log import setup_logging
 from bigdet.planning.cluster import (
     KINDS,
@@ -36,6 +47,7 @@ from bigdet.planning.cluster import (
     link_speed,
     state_bytes,
 )
+from bigdet.planning.device_report import report_devices
 from bigdet.planning.memory import (
     Search,
     Setting,
@@ -64,9 +76,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.measure:
         write_trial(config, phase, options.memory_gib)
         return 0
-    train_set = open_sets(config.data)[0]
+    if options.device is not None:
+        plan_devices(config, phase, options)
+        return 0
+    train_set = open_train_set(phase_data(config, phase).train, config.data.cache)
     if options.memory_gib is not None:
-        plan_memory(config, phase, options)
+        plan_memory(config, phase, train_set.num_classes, options)
         return 0
     hosts, cluster = _cluster(options)
     if options.step_seconds is None:
@@ -202,7 +217,34 @@ def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
     return int(match[2]), cluster
 
 
-def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> None:
+def plan_devices(config: RunConfig, phase: str, options: argparse.Namespace) -> None:
+    """Write what a phase needs on GPUs that are not there; see ``planning/devices.py``."""
+    classes = options.classes
+    if classes is None:
+        try:
+            train = phase_data(config, phase).train
+            classes = open_train_set(train, config.data.cache).num_classes
+        except (ValueError, OSError):
+            classes = CLASSES
+            logger.warning(
+                "data.train.shards: no shard set could be opened, so the number of classes is not "
+                "known: planning with %d. --classes gives another.",
+                CLASSES,
+            )
+    report_devices(
+        config,
+        phase,
+        devices=options.device,
+        gpus=read_numbers("--gpus", options.gpus or "1"),
+        num_classes=classes,
+        num_objects=options.objects or OBJECTS,
+        disk=1e9 * (options.disk or DISK),
+    )
+
+
+def plan_memory(
+    config: RunConfig, phase: str, num_classes: int, options: argparse.Namespace
+) -> None:
     """Find the largest settings that fit, write them, and measure that of ``--check``."""
     settings = config.phases[phase]
     check_one_size(phase, settings)
@@ -216,7 +258,7 @@ def plan_memory(config: RunConfig, phase: str, options: argparse.Namespace) -> N
     if options.gpus is not None:
         hosts, cluster = _cluster(options)
         gpus = hosts * cluster.gpus_per_host
-        sizes_of_model = model_sizes(config, phase, open_sets(config.data)[0].num_classes)
+        sizes_of_model = model_sizes(config, phase, num_classes)
         work = Work(sizes_of_model, optimizer_tensors(settings), 0.0, 0.0, 1)
         kind = "FSDP2" if config.engine.kind == "fsdp" else f"ZeRO-{config.engine.zero_stage}"
         shards = gpus if config.engine.shard_over == "all" else cluster.gpus_per_host

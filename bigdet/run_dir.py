@@ -72,9 +72,9 @@ class RunDir:
         """
         return self.weights.is_file() and not self.all_detections()
 
-    def frozen(self, phase: str) -> Path:
-        """The frozen backbone of a phase, which its checkpoints do not have."""
-        return self.root / "frozen" / f"{phase}.safetensors"
+    def frozen(self, digest: str) -> Path:
+        """The frozen backbone whose tensors have a hash; checkpoints do not have it."""
+        return self.root / "frozen" / f"{digest[:16]}.safetensors"
 
     @property
     def checkpoints(self) -> Path:
@@ -109,6 +109,14 @@ class RunDir:
     def log(self, rank: int) -> Path:
         """The log file of one rank."""
         return self.root / "logs" / f"rank-{rank}.log"
+
+    def trace(self, phase: str, rank: int) -> Path:
+        """What one rank did in the steps of ``log.profile``, for Perfetto."""
+        return self.root / "profile" / f"{phase}-rank-{rank}.json.gz"
+
+    def memory_snapshot(self, what: str, rank: int) -> Path:
+        """What was in the memory of a rank's GPU, in a phase or when it was full."""
+        return self.root / "profile" / f"{what}-rank-{rank}.pickle"
 
     def checkpoint(self, phase: str, step: int) -> Path:
         """The folder of one checkpoint, ``PHASE-STEP``."""

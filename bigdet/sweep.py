@@ -191,7 +191,7 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
     shards = {
         name: spelled.setdefault(place_of(text), text)
         for name, run in read.items()
-        if (text := str(run.options["data.val.shards"]))
+        if (text := run.evaluated_on)
     }
     places = list(dict.fromkeys(shards.values()))
     names = short_names([Path(place) for place in places])

@@ -20,21 +20,22 @@ from bigdet import distributed
 from bigdet.cli.running import STOPPED, run_command
 from bigdet.config.load import load_config
 from bigdet.config.phase import num_steps
-from bigdet.config.run import RunConfig
-from bigdet.data.format.mix import open_sets
+from bigdet.config.run import RunConfig, phase_data
+from bigdet.data.format.phase_sets import open_phase_sets, phases_by_sets
 from bigdet.doctor import examine
-from bigdet.engine import checkpoint
+from bigdet.engine import checkpoint, cuda_settings
 from bigdet.engine.build import build_engine
 from bigdet.evaluation.detection_limits import warn_at_start
 from bigdet.host import errors, locks
 from bigdet.host.files import check_folder, write_text
 from bigdet.logs.log import setup_logging
+from bigdet.models.frozen import FROZEN, frozen_tensors
 from bigdet.run_dir import RunDir
 from bigdet.training import failures, optim, resume, saving, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phase_stream import stream_for_phase
-from bigdet.training.phases import build_empty, build_for_phase, settle_frozen, start_weights
+from bigdet.training.phases import build_empty, load_frozen, start_weights
 from bigdet.training.watchdog import Watchdog
 
 PEER_SECONDS = 60.0
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run all phases of a config and return the exit code."""
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
+    cuda_settings.apply(config.device)  # before CUDA begins
     distributed.start(config.log.stall_seconds)
     setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:
@@ -66,24 +68,24 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
     with distributed.together():
         check_folder(run_dir.root, "output")
         setup_logging(distributed.rank(), run_dir.log(distributed.rank()), log_json)
-        train_set, val_set = open_sets(config.data)
-        check_data(config, train_set, val_set)
-        warn_at_start(config, val_set)
+        sets = open_phase_sets(config)
+        check_data(config, sets)
+        warn_at_start(config, [data.val for data in phases_by_sets(sets)])
     resume.fetch_newer(config, run_dir)
     with distributed.together():
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
             run_dir.stopped.unlink(missing_ok=True)
             folder = resume.find_checkpoint(config, run_dir)
-    resume.check_same_everywhere(config, train_set, val_set)
+    resume.check_same_everywhere(config, sets)
     folder = distributed.broadcast_object(folder)
     saved = None if folder is None else checkpoint.load(folder)
     with distributed.together():
-        config = resume.settle_config(config, saved, folder, train_set)
-        resume.check_phases(config, train_set, saved)
-        state, metrics = resume.begin(config, run_dir, train_set, saved)
+        config = resume.settle_config(config, saved, folder, sets)
+        resume.check_phases(config, sets, saved)
+        state, metrics = resume.begin(config, run_dir, sets, saved)
     watchdog = Watchdog(config.log.stall_seconds, run_dir.log(distributed.rank()))
-    run = Run(config, run_dir, train_set, val_set, metrics, state, watchdog)
+    run = Run(config, run_dir, sets, metrics, state, watchdog)
     if saved is not None:
         run.restored = saved.engine
     run.log_start(folder)
@@ -109,7 +111,8 @@ def run_phases(run: Run) -> int:
     run.state.needs_evaluation = distributed.broadcast_object(run.state.needs_evaluation)
     for name in names[names.index(run.state.phase) :]:
         if name != run.state.phase:
-            run.state.begin(name)
+            images, before = (phase_data(run.config, n).train for n in (name, run.state.phase))
+            run.state.begin(name, has_other_images=images != before)
         if not run_phase(run):
             return STOPPED
     if not run.scorer.finish(run.must_stop):
@@ -134,22 +137,20 @@ def run_phase(run: Run) -> bool:
     with distributed.together():
         rank, first_step = distributed.rank(), state.step + state.stream_shift
         stream = stream_for_phase(
-            config, name, run.train_set, rank, distributed.world_size(), first_step
+            config, name, run.sets[name].train, rank, distributed.world_size(), first_step
         )
         if run.restored is not None:
             stream.check_state(state.stream)
     state.stream = stream.state()
     resume.check_same_stream(state.stream)
-    classes = [category.name for category in run.train_set.categories]
+    classes = run.sets[name].classes
     with contextlib.ExitStack() as until_begun:
-        is_resumed, start = run.restored is not None, None
-        if phase.freeze == "backbone":  # which is whole on each rank
-            detector = build_for_phase(config, name, classes, run.run_dir, device, is_resumed)
-            settle_frozen(detector, state, run.run_dir, is_resumed=is_resumed)
-        else:
-            detector = build_empty(config, name, classes)
-            if not is_resumed:
-                start = until_begun.enter_context(start_weights(config, name, classes, run.run_dir))
+        detector, start = build_empty(config, name, classes), None
+        if run.restored is None:
+            weights = start_weights(config, name, classes, run.run_dir, frozen_tensors(detector))
+            start = until_begun.enter_context(weights)
+            state.frozen = start.metadata.get(FROZEN)
+        load_frozen(detector, config.engine, state, run.run_dir, device)
         make_optimizer = partial(optim.build_optimizer, phase=phase)
         num_micro_batches = len(stream.lanes)
         engine = build_engine(

@@ -15,6 +15,7 @@ TITLES = {
     "data": "data",
     "model": "model",
     "engine": "engine",
+    "device": "device",
     "phases": "phases",
     "evaluation": "evaluation",
     "checkpoint": "checkpoints",

@@ -20,7 +20,7 @@ from torch import nn
 
 from bigdet.config.timm_names import TABLE, TimmRow
 from bigdet.models.backbone_base import STRIDES
-from bigdet.models.backbones.timm_net import PLAIN, TimmPlain, TimmPyramid
+from bigdet.models.backbones.timm_net import PLAIN, TimmPlain, TimmPyramid, has_scaled_rope
 from bigdet.models.norms import batch_norms
 
 SIZE = (61, 99)
@@ -62,6 +62,8 @@ def _row(name):
         "drop_path": has_drop_path,
         "taps": is_plain,
         "token_window": is_plain and bool(backbone.windowed),
+        "rope_window": is_plain and has_scaled_rope(backbone.net),
+        "global_blocks": is_plain and (bool(backbone.windowed) or has_scaled_rope(backbone.net)),
         "image_windows": is_plain,
     }
     return TimmRow(

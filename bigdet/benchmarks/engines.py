@@ -20,29 +20,22 @@ over the rounds) are:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import random
-import socket
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from bigdet import distributed
 from bigdet.benchmarks.memory import peak_memory, start_memory
+from bigdet.benchmarks.ranks import run_ranks
 from bigdet.config.engine import EngineConfig
 from bigdet.config.phase import PhaseConfig
 from bigdet.config.run import RunConfig
@@ -87,17 +80,8 @@ def run(
         )
     report: dict[str, Any] = {}
     for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            ranks = _run_ranks(
-                arguments.ranks,
-                Path(folder),
-                config,
-                phase,
-                make_batch,
-                num_classes,
-                name,
-                arguments.rounds,
-            )
+        measure = partial(_measure, config, phase, make_batch, num_classes, name, arguments.rounds)
+        ranks = run_ranks(measure, arguments.ranks, name)
         report[name] = ranks[0] | {
             key: max(rank[key] for rank in ranks) for key in ("peak_memory_gib", "state_mib")
         }
@@ -109,42 +93,6 @@ def run(
         "images_per_gpu": phase.images_per_gpu,
         **report,
     }
-
-
-def _run_ranks(num_ranks: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
-    """Call `_measure` on so many ranks of this host and return what they returned."""
-    try:
-        words = (num_ranks, _free_port(), folder, *arguments)
-        spawn(_rank, words, num_ranks)  # type: ignore[no-untyped-call]
-    except ProcessException as error:
-        raise ValueError(f"a rank of {arguments[-2]} failed: {error}") from error
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-
-
-def _free_port() -> int:
-    """Find a port below those that the system gives to connections of other programs."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise ValueError("no free port between 20000 and 30000 in 100 tries")
-
-
-def _rank(rank: int, num_ranks: int, port: int, folder: Path, *arguments: Any) -> None:
-    """Join the group as one rank, measure, and write the numbers."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
-    distributed.start()
-    numbers = _measure(*arguments)
-    (folder / f"{rank}.json").write_text(json.dumps(numbers))
-    distributed.barrier()  # rank 0 holds the store
-    os._exit(0)
 
 
 def _measure(

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from bigdet.config.run import RunConfig
+from bigdet.config.phase import data_key
+from bigdet.config.run import RunConfig, phase_data
 from bigdet.data.format.manifest import MANIFEST_NAME, Manifest
 from bigdet.data.format.shard_set import INDEX_NAME
 from bigdet.data.making.shard_writer import index_bytes, manifest_text
@@ -40,8 +41,12 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         run_dir = RunDir(folder / "run")
         more = [f"output={run_dir.root}", f"checkpoint.every={arguments.every}", "log.every=1"]
         if arguments.samples is not None:
-            repeat_samples(Path(config.data.train.shards), arguments.samples, folder / "shards")
-            more.append(f"data.train.shards={folder / 'shards'}")
+            name = next(iter(config.phases))
+            repeated = Path(phase_data(config, name).train.shards)
+            repeat_samples(repeated, arguments.samples, folder / "shards")
+            more.append(
+                f"{data_key(name, config.phases[name], 'train')}.shards={folder / 'shards'}"
+            )
         launcher = ["-m", "bigdet.train"]
         if arguments.ranks > 1:
             launcher = [

@@ -35,7 +35,7 @@ from torchvision.transforms import v2
 from bigdet.config.load import check_phase
 from bigdet.config.model import has_masks
 from bigdet.config.resize import plan_of
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig, phase_data, phase_model
 from bigdet.data.examples.decode import decode_image
 from bigdet.data.format.shard_set import Sample, ShardSet
 from bigdet.data.streams.stream import TrainStream
@@ -57,22 +57,22 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--workers: found {workers}, expected 0 or more.")
     with_masks = has_masks(phase_model(config, name))
 
+    address = phase_data(config, name).train.shards
+
     def open_stream(workers: int) -> TrainStream:
         data = dataclasses.replace(config.data, workers=workers)
         changed = dataclasses.replace(config, data=data)
-        return stream_for_phase(changed, name, ShardSet(data.train.shards))
+        return stream_for_phase(changed, name, ShardSet(address))
 
     num_groups = max(1, arguments.images // phase.images_per_gpu)
-    samples = _samples(open_stream(0), ShardSet(config.data.train.shards), num_groups)
+    samples = _samples(open_stream(0), ShardSet(address), num_groups)
     files = [sample.image_bytes for sample in samples]
     plan = plan_of(phase.resize)
     measured: dict[str, Callable[[], float]] = {
         "decode": lambda: _rate(map(decode_image, files)),
         "decode_and_resize": lambda: _rate(_decode_and_resize(file, plan) for file in files),
         "stream": lambda: _stream_rate(open_stream(0), num_groups),
-        "webdataset_pillow": lambda: _rate(
-            islice(_webdataset(config.data.train.shards, plan), len(files))
-        ),
+        "webdataset_pillow": lambda: _rate(islice(_webdataset(address, plan), len(files))),
     }
     if workers:
         measured["stream_in_workers"] = lambda: _stream_rate(open_stream(workers), num_groups)

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write a detector's weights with torchvision's names; return the number of tensors."""
     check_out(options.out, (".pth", ".pt", ".safetensors"))
-    detector = load_detector(options.model)
+    detector = load_detector(options.model, keep_frozen=False)
     write_state(options.out, to_torchvision(detector, detector.state_dict()))
     return len(detector.state_dict())
 
@@ -110,7 +110,7 @@ def load_framework(
                 f"{len(own)} of {options.categories} ({', '.join(own[:3])}, ...). Give the "
                 f"categories that it was trained on."
             )
-        tensors, _ = carry_classes(detector.state_dict(), tensors, names, own)
+        tensors = dict(carry_classes(detector.state_dict(), tensors, names, own)[0])
     advice = " (model.box_head=2fc or 4conv1fc, model.backbone, ...), and --categories its classes"
     parts = parts_to_load(detector, tensors)
     load_parts(detector, tensors, parts, source, advice=advice)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """Export one detector, check it, and return the exit code."""
     options = parse_arguments(argv)
     size = (options.size[0], options.size[1])
-    detector = load_detector(options.model)
+    detector = load_detector(options.model, keep_frozen=False)
     check_exportable(detector, options.out, size, options.batch)
     check_file(options.out, "out")
     inputs, num_bad = list_inputs(options.check) if options.check else ([], 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 from bigdet.cli.running import run_command
 from bigdet.config.load import check_phase, load_config
 from bigdet.config.phase import in_steps, length_of, num_steps
+from bigdet.config.run import phase_data
 from bigdet.data.examples.batch_picture import draw_batch
 from bigdet.data.format.mix import open_train_set
 from bigdet.data.ordering.groups import lanes_of_rank
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
             f"--rank {arguments.rank}: expected 0 to {arguments.world - 1}, as of --world."
         )
     phase = config.phases[arguments.phase]
-    shards = open_train_set(config.data)
+    shards = open_train_set(phase_data(config, arguments.phase).train, config.data.cache)
     ranks = range(arguments.world) if arguments.rank is None else [arguments.rank]
     # One stream makes the groups of all ranks: they do not depend on who asks.
     stream = stream_for_phase(config, arguments.phase, shards, world_size=arguments.world)

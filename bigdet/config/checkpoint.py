@@ -31,6 +31,11 @@ class CheckpointConfig:
     are copied, for machines that lose their disks: if the run folder has no checkpoint as new,
     ``resume: auto`` continues from there. One address for each run. None: no copies."""
 
+    with_frozen: bool = True
+    """The ``model.safetensors`` at the top of the run folder has the frozen backbone of the last
+    phase too, so that it is a detector by itself. False: it is left out, as of all checkpoints,
+    and found by its hash in the ``frozen`` of the run folder."""
+
 
 def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseConfig]) -> None:
     """Check intervals, the address, and that the checkpoints to keep are steps of the run."""

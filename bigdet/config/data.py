@@ -77,6 +77,20 @@ class ValSplitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseDataConfig:
+    """Data of one phase; the other phases do not see it."""
+
+    train: TrainSplitConfig | None = None
+    """The training split of this phase, whole: what it does not set has its default, not the value
+    of ``data.train``. The detector of the phase has the classes of this split; those that the phase
+    before had too, by name, keep their weights. None: ``data.train``."""
+    val: ValSplitConfig | None = None
+    """The validation split of this phase. AP on different sets is not comparable: reports compare
+    on the set of the last evaluation, and ``best`` is the best on the newest set. None:
+    ``data.val``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """Where this host keeps copies of remote shards; local sets need none."""
 
@@ -108,24 +122,32 @@ def check_data(data: DataConfig) -> None:
     positive("data.cache", data.cache, "gib")
     not_negative("data", data, "workers")
     require(bool(data.cache.folder), "data.cache.folder", "nothing", "a folder")
-    addresses = [("data.train.shards", data.train.shards), ("data.val.shards", data.val.shards)]
-    addresses += [("data.train.more_shards", address) for address in data.train.more_shards]
-    for key, address in addresses:
+    check_splits("data", data.train, data.val, data.cache)
+
+
+def check_splits(
+    key: str, train: TrainSplitConfig | None, val: ValSplitConfig | None, cache: CacheConfig
+) -> None:
+    """Check the splits of a section: ``data``, or ``phases.NAME.data``."""
+    addresses = [] if val is None else [(f"{key}.val.shards", val.shards)]
+    if train is not None:
+        check_train_split(f"{key}.train", train)
+        addresses.append((f"{key}.train.shards", train.shards))
+        addresses += [(f"{key}.train.more_shards", address) for address in train.more_shards]
+    for option, address in addresses:
         if not address.startswith("pipe:"):
             continue
         place = "where the name of a file goes, such as pipe:ssh HOST cat /data/{}"
-        require("{}" in address, key, address, f"{{}} in the command {place}")
-        if data.cache.mode == "ranges":
+        require("{}" in address, option, address, f"{{}} in the command {place}")
+        if cache.mode == "ranges":
             raise ConfigError(
-                f"data.cache.mode: found ranges, but {key} is a pipe:, which can only be read "
+                f"data.cache.mode: found ranges, but {option} is a pipe:, which can only be read "
                 f"whole. Write shards."
             )
-    check_train_split(data.train)
 
 
-def check_train_split(split: TrainSplitConfig) -> None:
+def check_train_split(key: str, split: TrainSplitConfig) -> None:
     """Check which images are trained on, and in which order."""
-    key = "data.train"
     not_negative(key, split, "max_damaged", "min_keypoints")
     num_sets, weights = 1 + len(split.more_shards), split.weights
     if weights is not None and (len(weights) != num_sets or min(weights) <= 0):
@@ -147,9 +169,9 @@ def check_train_split(split: TrainSplitConfig) -> None:
             )
 
 
-def ignored_in_data(data: DataConfig, *, has_keypoints: bool) -> Ignored:
-    """Yield the options without effect; ``has_keypoints``: a phase learns keypoints."""
-    if data.train.subset is not None and data.train.subset.ids is not None:
-        yield "data.train.subset.seed", "is for a number of images"
+def ignored_in_train_split(key: str, split: TrainSplitConfig, *, has_keypoints: bool) -> Ignored:
+    """Yield the options without effect; ``has_keypoints``: a phase learns keypoints from it."""
+    if split.subset is not None and split.subset.ids is not None:
+        yield f"{key}.subset.seed", "is for a number of images"
     if not has_keypoints:
-        yield "data.train.min_keypoints", "is for keypoint_rcnn"
+        yield f"{key}.min_keypoints", "is for keypoint_rcnn"

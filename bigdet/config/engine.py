@@ -42,11 +42,22 @@ class EngineConfig:
     activation_checkpointing: bool = False
     """Blocks of the backbone, the FPN and convolutions of the heads keep only their inputs and run
     again in the backward pass: less memory, about a third more time, the same results."""
+    shard_frozen: bool | None = None
+    """The matrices of a frozen backbone (``freeze: backbone``) are divided over the ranks, and each
+    layer is gathered when it runs (so that ``model.compile`` compiles layer by layer); false: every
+    rank has all of them. None: divided where weights are (ZeRO-3 and fsdp)."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm. None: no clipping."""
     max_bad_steps: int = 20
     """The run stops after more than this many steps with a loss or gradient that is not finite;
     such steps are skipped."""
+
+
+def shards_frozen(engine: EngineConfig) -> bool:
+    """Return whether a frozen backbone is divided over the ranks."""
+    if engine.shard_frozen is None:
+        return engine.kind == "fsdp" or engine.zero_stage == 3
+    return engine.shard_frozen
 
 
 def check_engine(engine: EngineConfig) -> None:

@@ -25,6 +25,8 @@ LACKS = {
     "stride_in_1x1": "has no blocks with 1x1 convolutions",
     "taps": "gives features of its stages, not of chosen blocks",
     "token_window": "has no windows of tokens to choose",
+    "rope_window": "has no rotary positions that are scaled to the grid of its training",
+    "global_blocks": "has no windows of tokens to choose",
     "image_windows": "takes images whole",
 }
 """Options of ``model`` that are for some backbones, and why they have no effect on others."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
 
 from bigdet.config.own import import_callable
-from bigdet.config.rules import positive
+from bigdet.config.phase import PhaseConfig
+from bigdet.config.rules import ConfigError, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,14 @@ class WandbConfig:
     """User or team. None: the default of the account that is logged in."""
     mode: Literal["online", "offline"] = "online"
     """``offline`` writes to OUTPUT/wandb only, for ``wandb sync``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Steps whose operators, transfers and waits are recorded."""
+
+    steps: tuple[int, int] = MISSING
+    """The first and the last of them, counted within each phase that has as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +52,27 @@ class LogConfig:
     """Show the same on Weights & Biases. None: off."""
     boards: list[str] = field(default_factory=list)
     """Boards of your own that show the same, each ``package.module:Class``."""
+    profile: ProfileConfig | None = None
+    """Write OUTPUT/profile/PHASE-rank-N.json.gz for https://ui.perfetto.dev, and on CUDA a snapshot
+    of the memory. A run that ends because its GPU is full writes one anyway, but with what
+    allocated the memory only in these steps. None: off."""
     stall_seconds: float | None = 1200.0
     """After this many seconds without progress, a rank writes its stacks and ends the run. Must
     exceed the longest step, save or scoring. None: never."""
 
 
-def check_log(log: LogConfig) -> None:
-    """Check intervals, and that a user's own boards can be imported."""
+def check_log(log: LogConfig, phases: Mapping[str, PhaseConfig]) -> None:
+    """Check intervals, the steps to profile, and that a user's own boards can be imported."""
     positive("log", log, "every", "stall_seconds")
+    if log.profile is not None:
+        first, last = log.profile.steps
+        lengths = [phase.steps for phase in phases.values()]
+        longest = max((steps for steps in lengths if steps is not None), default=0)
+        is_in_a_phase = None in lengths or last <= longest
+        if not 1 <= first < last or not is_in_a_phase:
+            raise ConfigError(
+                f"log.profile.steps: found [{first}, {last}], expected two steps of a phase, the "
+                f"first one lower{'' if None in lengths else f', at most {longest}'}."
+            )
     for name in log.boards:
         import_callable("log.boards", name)

@@ -60,8 +60,17 @@ class ModelConfig:
     """For a plain ``timm:NAME`` (its features have one stride): numbers of the blocks whose outputs
     are concatenated for the pyramid. Empty: the last block."""
     token_window: int | None = 14
-    """For a plain ``timm:NAME`` with absolute positions: all blocks but four attend within windows
-    of this many patches per side (ViTDet). None: all blocks attend over the whole image."""
+    """For a plain ``timm:NAME`` with absolute positions: all blocks but ``global_blocks`` attend
+    within windows of this many patches per side (ViTDet). None: all blocks attend over the whole
+    image."""
+    rope_window: int | None = None
+    """The same for a plain ``timm:NAME`` with rotary positions that are scaled to the grid of its
+    training (EVA-02): within a window they count from its corner, scaled so that it spans that
+    grid, as in EVA-02's detectors (16 or 32 patches). None: all blocks attend over the whole
+    image."""
+    global_blocks: int = 4
+    """With windows of patches: how many blocks attend over the whole image. The blocks are cut into
+    so many runs, as equally long as can be, and the last of each is one of them."""
     image_windows: int = 1
     """For a plain ``timm:NAME``: images are cut into this many windows per side. Each goes through
     the network by itself, and so does the whole image at the size of a window; the features of both
@@ -70,7 +79,8 @@ class ModelConfig:
     """Two fully connected layers, or four 3x3 convolutions and one."""
     neck: Neck = "fpn"
     """``fpn``: a feature pyramid network, whose coarse levels are added to the finer ones.
-    ``simple``: ViTDet's pyramid: the same convolutions, but levels are not added."""
+    ``simple``: ViTDet's pyramid for plain ViTs: the same convolutions, but levels are not added;
+    the fine levels of other backbones then see no coarse ones."""
     norm: Norm = "bn"
     """Normalization of convolutional backbones and, by scope, of neck and heads: batch, group or
     layer normalization (``ln``: over the channels of each position, as in ViTDet)."""
@@ -233,15 +243,24 @@ def check_model(model: ModelConfig) -> None:
         check_retina(model.retina)
 
 
-def _check_backbone(model: ModelConfig) -> None:
+def check_drop_path(key: str, model: ModelConfig) -> None:
+    """Check that the backbone has stochastic depth if a section, ``key``, asks for it."""
     if model.drop_path and (lacks := lacking(model, "drop_path")):
         with_it = ", ".join(name for name, row in BACKBONES.items() if "drop_path" in row.heeds)
         raise ConfigError(
-            f"model.drop_path: found {model.drop_path}, but {lacks}. Remove it, or choose one of "
+            f"{key}.drop_path: found {model.drop_path}, but {lacks}. Remove it, or choose one of "
             f"{with_it}."
         )
-    below_one("model", model, "drop_path")
-    positive("model", model, "token_window", "image_windows")
+    below_one(key, model, "drop_path")
+
+
+def _check_backbone(model: ModelConfig) -> None:
+    check_drop_path("model", model)
+    positive("model", model, "token_window", "rope_window", "image_windows")
+    if depth := backbone_facts(model.backbone).depth:
+        expected = f"1 to {depth}, the number of its blocks"
+        is_fine = 1 <= model.global_blocks <= depth
+        require(is_fine, "model.global_blocks", model.global_blocks, expected)
     if (depth := backbone_facts(model.backbone).depth) and model.taps:
         is_rising = model.taps == sorted({tap for tap in model.taps if 1 <= tap <= depth})
         expected = f"rising numbers from 1 to {depth}, its blocks"
@@ -285,6 +304,10 @@ def ignored_in_model(model: ModelConfig, detectors: Collection[str]) -> Ignored:
     for option in LACKS:
         if option not in ("norm", "drop_path") and (lacks := lacking(model, option)):
             yield f"model.{option}", lacks
+    if "global_blocks" in backbone_facts(model.backbone).heeds:
+        windows = model.rope_window if lacking(model, "token_window") else model.token_window
+        if windows is None:
+            yield "model.global_blocks", "all blocks attend over the whole image"
     if not has_fpn(model):
         yield "model.width", f"the heads are as wide as {model.backbone}'s features"
         yield "model.neck", f"{model.backbone} has one level of features"

@@ -11,6 +11,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from bigdet.config.augment import AugmentConfig, check_augment
+from bigdet.config.data import PhaseDataConfig
 from bigdet.config.ema import EmaConfig
 from bigdet.config.families import DETECTORS
 from bigdet.config.model import ModelConfig, has_batch_norm, parts_with_batch_norm
@@ -32,6 +33,8 @@ from bigdet.config.start import StartFromConfig, ignored_in_start
 
 NormMode = Literal["live", "sync", "affine", "fixed"]
 LENGTH_UNITS = ("steps", "passes", "images")
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 BACKBONE_STAGES = 5
 
 
@@ -42,6 +45,8 @@ class PhaseModelConfig:
     detector: str | None = field(default=None, metadata={CHOICES: (*DETECTORS, FORM)})
     """Another detector of the R-CNN family. A cascade after a plain detector (late cascade) starts
     with copies of its box head in all stages. None: ``model.detector``."""
+    drop_path: float | None = None
+    """Highest rate of stochastic depth. None: ``model.drop_path``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,8 @@ class PhaseConfig:
     images_per_step: int | None = None
     """Images per optimizer step over all ranks; beyond ranks x ``images_per_gpu``, gradients are
     accumulated. None: one micro-batch per rank."""
+    data: PhaseDataConfig = field(default_factory=PhaseDataConfig)
+    """Data of this phase in place of the run's."""
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     """Size of the images."""
     flip: float = 0.5
@@ -119,15 +126,22 @@ class PhaseConfig:
     shift trained. ``fixed``: both fixed. Must be null without BN."""
     freeze: Literal["backbone"] | None = None
     """``backbone``: keep the whole backbone as it starts, its matrices in bf16 (half the memory),
-    without gradients, optimizer state, kept activations or drop path. It is on every rank whole,
-    and in no checkpoint: the run folder has it once, in ``frozen``. Output norms and the pyramid of
-    a ViT are trained. None: as ``freeze_stages`` says."""
+    without gradients, optimizer state, kept activations or drop path. Ranks have all of it or a
+    share (``engine.shard_frozen``). It is in no checkpoint: the run folder has it once, in
+    ``frozen``. Output norms and the pyramid of a ViT are trained. None: as ``freeze_stages``
+    says."""
     freeze_stages: int = 0
     """Number of stages at the start of the backbone that are not trained; the stem is the first."""
     start_from: StartFromConfig = field(default_factory=StartFromConfig)
     """Where the weights come from."""
     model: PhaseModelConfig = field(default_factory=PhaseModelConfig)
     """What this phase changes in the model."""
+
+
+def data_key(name: str, phase: PhaseConfig, split: Split) -> str:
+    """Return the key of the section that a phase takes a split from: its own, or the run's."""
+    key = f"data.{split}"
+    return key if getattr(phase.data, split) is None else f"phases.{name}.{key}"
 
 
 def length_of(phase: PhaseConfig) -> tuple[str, float]:

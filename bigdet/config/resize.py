@@ -74,6 +74,12 @@ def is_square(resize: ResizeConfig) -> bool:
     return resize.kind in ("direct", "jitter")
 
 
+def has_few_shapes(resize: ResizeConfig) -> bool:
+    """Tell whether training sees canvases of one or two shapes only."""
+    is_varied = resize.sizes is not None or resize.size_range is not None
+    return is_square(resize) or (resize.pad_to == "two_shapes" and not is_varied)
+
+
 def plan_of(resize: ResizeConfig) -> tuple[int, int]:
     """Return short side and longest long side at test time, pixels.
 

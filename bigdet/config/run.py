@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from bigdet.config.checkpoint import CheckpointConfig, check_checkpoint
-from bigdet.config.data import DataConfig, check_data, ignored_in_data
+from bigdet.config.data import (
+    DataConfig,
+    check_data,
+    check_splits,
+    ignored_in_train_split,
+)
+from bigdet.config.device import DeviceConfig
 from bigdet.config.engine import EngineConfig, check_engine
 from bigdet.config.evaluation import EvaluationConfig, check_evaluation, ignored_in_evaluation
 from bigdet.config.families import detector_facts
 from bigdet.config.log import LogConfig, check_log
 from bigdet.config.model import (
     ModelConfig,
+    check_drop_path,
     check_model,
     has_keypoints,
     ignored_in_model,
     is_class_agnostic,
     used,
 )
-from bigdet.config.phase import PhaseConfig, check_phase, ignored_in_phase
+from bigdet.config.phase import SPLITS, PhaseConfig, check_phase, data_key, ignored_in_phase
 from bigdet.config.resize import ResizeConfig
 from bigdet.config.rules import ConfigError, Ignored, ignored_by_choice, refuse_ignored
 from bigdet.config.start import check_start, loaded_parts, source_of, stated_cost
@@ -50,11 +57,13 @@ class RunConfig:
     phase. ``lr`` follows by the linear rule (``reference_images_per_step`` must be set), ``steps``,
     ``warmup_steps`` and ``drops`` may change too, and training continues with the next pass."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Where the images are."""
+    """Where the images are; a phase may have others (``phases.NAME.data``)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The detector."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """How weights are updated."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """How CUDA computes and keeps memory."""
     phases: dict[str, PhaseConfig] = MISSING
     """The phases by name, in the order in which they run."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -70,11 +79,20 @@ def phase_model(config: RunConfig, name: str) -> ModelConfig:
 
     Boxes stay class-specific, or class-agnostic, so that a box head fits those of all phases.
     """
-    model, detector = config.model, config.phases[name].model.detector
-    if detector is None:
+    model, own = config.model, config.phases[name].model
+    if own.drop_path is not None:
+        model = dataclasses.replace(model, drop_path=own.drop_path)
+    if (detector := own.detector) is None:
         return model
     roi = dataclasses.replace(used(model.roi), class_agnostic=is_class_agnostic(model))
     return dataclasses.replace(model, detector=detector, roi=roi)
+
+
+def phase_data(config: RunConfig, name: str) -> DataConfig:
+    """Return the data of a phase: those of the run with the splits that the phase replaces."""
+    own = config.phases[name].data
+    train, val = own.train or config.data.train, own.val or config.data.val
+    return dataclasses.replace(config.data, train=train, val=val)
 
 
 def phase_before(config: RunConfig, name: str) -> str:
@@ -139,6 +157,7 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
     refuse_ignored(config, ignored_options(config), written)
+    _check_splits_used(config)
     for name, phase in config.phases.items():
         key = f"phases.{name}"
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
@@ -146,12 +165,25 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
                 f"{key}: files are named after a phase. Use letters, digits and _, a letter first."
             )
         _check_detector(config, name)
+        check_drop_path(f"{key}.model", phase_model(config, name))
+        check_splits(f"{key}.data", phase.data.train, phase.data.val, config.data.cache)
         source, model = phase_source(config, name), phase_model(config, name)
         check_start(key, phase.start_from, source, model, model_before(config, name))
         check_phase(key, phase, model, start_parts(config, name))
     check_evaluation(config.evaluation)
     check_checkpoint(config.checkpoint, config.phases)
-    check_log(config.log)
+    check_log(config.log, config.phases)
+
+
+def _check_splits_used(config: RunConfig) -> None:
+    """Check that some phase has the data of the run."""
+    for split in SPLITS:
+        if all(getattr(phase.data, split) is not None for phase in config.phases.values()):
+            raise ConfigError(
+                f"data.{split}: every phase has a split of its own, so it would be ignored. Write "
+                f"the one of some phase as data.{split}, and leave out phases.NAME.data.{split} "
+                f"there."
+            )
 
 
 def _check_detector(config: RunConfig, name: str) -> None:
@@ -168,11 +200,25 @@ def _check_detector(config: RunConfig, name: str) -> None:
 
 def ignored_options(config: RunConfig) -> Ignored:
     """Yield the options and sections that have no effect in a config, each with why."""
-    models = [phase_model(config, name) for name in config.phases]
+    models = {name: phase_model(config, name) for name in config.phases}
     yield from ignored_by_choice(config)
-    yield from ignored_in_model(config.model, [model.detector for model in models])
-    yield from ignored_in_data(config.data, has_keypoints=any(map(has_keypoints, models)))
+    yield from ignored_in_model(config.model, [model.detector for model in models.values()])
+    yield from _ignored_in_data(config, [name for name in models if has_keypoints(models[name])])
     for name, phase in config.phases.items():
         yield from ignored_in_phase(f"phases.{name}", phase)
+    frozen = [phase.freeze is not None for phase in config.phases.values()]
+    if not any(frozen):
+        yield "engine.shard_frozen", "no phase has freeze: backbone"
+    if not (frozen and frozen[-1]):
+        yield "checkpoint.with_frozen", "the last phase has no freeze: backbone"
     has_live_norms = any(phase.norm_mode in ("live", "sync") for phase in config.phases.values())
     yield from ignored_in_evaluation(config.evaluation, has_live_norms=has_live_norms)
+
+
+def _ignored_in_data(config: RunConfig, with_keypoints: Sequence[str]) -> Ignored:
+    """Yield the options of data without effect; these phases learn keypoints."""
+    keys = {name: data_key(name, phase, "train") for name, phase in config.phases.items()}
+    having = {keys[name] for name in with_keypoints}
+    for name, key in keys.items():
+        split = phase_data(config, name).train
+        yield from ignored_in_train_split(key, split, has_keypoints=key in having)

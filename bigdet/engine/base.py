@@ -20,8 +20,8 @@ from bigdet.engine.parts import Share, Source
 from bigdet.pieces.index import MODEL, NEWEST, Catalog
 
 BUCKET_ELEMENTS = 50_000_000
-"""Numbers that ZeRO's stages 0 to 2 send in one call. DeepSpeed's own 500 million would be a buffer
-of 2 GB, whatever the model; overlapped communication has two of them."""
+"""Numbers that ZeRO sends in one call; stage 3 never more than its largest tensor has. DeepSpeed's
+own 500 million would be a buffer of 2 GB, whatever the model; overlapped communication has two."""
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 """Called by an engine once the parameters are where and how it wants them."""
@@ -56,6 +56,21 @@ class StepResult:
         return {name: values.mean() for name, values in self.lane_losses.items()}
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step that a device may still be computing.
+
+    Attributes:
+        counts: bool, a scalar on the device of the module: the step changed the weights. The same
+            on every rank.
+        read: waits until the device has finished the step, but not what was launched after it, and
+            gives the result; the same object each time.
+    """
+
+    counts: Tensor
+    read: Callable[[], StepResult]
+
+
 class Engine(Protocol):
     """Updates the weights of one module during one phase.
 
@@ -73,6 +88,13 @@ class Engine(Protocol):
         """
         ...
 
+    def launch_step(self, micro_batches: Iterable[Any]) -> Launched:
+        """Do the same without waiting for the device, where the engine can.
+
+        The next step may be launched before the result is read.
+        """
+        ...
+
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next steps, times each group's own ``lr_factor``."""
         ...
@@ -80,7 +102,7 @@ class Engine(Protocol):
     def update_ema(self, decay: float) -> None:
         """Move the average of the weights towards the newest ones; ``decay`` of the old stays.
 
-        Called after each step that counted, if the engine keeps an average. No communication.
+        Called after each step; one that was skipped moves nothing. No communication.
         """
         ...
 

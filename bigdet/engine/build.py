@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import Engine, MakeOptimizer
 
@@ -34,14 +35,18 @@ def build_engine(
         with_ema: keep a moving average of what is trained.
     """
     # Here, because deepspeed takes seconds to import.
+    engine: Engine
     if config.kind == "fsdp":
         from bigdet.engine.fsdp_engine import FsdpEngine
 
-        return FsdpEngine(
+        engine = FsdpEngine(
             module, make_optimizer, config, num_micro_batches, device, units, with_ema=with_ema
         )
-    from bigdet.engine.deepspeed_engine import DeepSpeedEngine
+    else:
+        from bigdet.engine.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(
-        module, make_optimizer, config, num_micro_batches, device, with_ema=with_ema
-    )
+        engine = DeepSpeedEngine(
+            module, make_optimizer, config, num_micro_batches, device, with_ema=with_ema
+        )
+    distributed.limit_waiting()
+    return engine

@@ -24,8 +24,8 @@ from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.engine.base import (
     BUCKET_ELEMENTS,
+    Launched,
     MakeOptimizer,
-    StepResult,
     state_keys,
     weight_shapes,
 )
@@ -34,6 +34,7 @@ from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses, rounded_parameters
 from bigdet.engine.sharding import find_sharding
 from bigdet.engine.stateful import StatefulEngine
+from bigdet.engine.stepping import launched, step_where
 from bigdet.pieces.building import materialize, place
 
 if not torch.cuda.is_available():
@@ -115,7 +116,8 @@ class DeepSpeedEngine(StatefulEngine):
         }
         distributed.start()
         self._sharding = find_sharding(config, device)
-        settings = _deepspeed_config(config, device)
+        largest = max(math.prod(shape) for shape in self._shapes.values())
+        settings = _deepspeed_config(config, device, largest)
         if self._stage == 3:
             offload = config.offload == "all"
             if config.gather_precision == "bf16":
@@ -165,8 +167,12 @@ class DeepSpeedEngine(StatefulEngine):
             return ShardedState(self._optimizer, zero, self._sharding)
         return FlatState(self._optimizer, zero)
 
-    def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
-        """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
+    def launch_step(self, micro_batches: Iterable[Any]) -> Launched:
+        """Take one optimizer step on the mean loss of all micro-batches of all ranks.
+
+        Stages 1 to 3 wait for the device: DeepSpeed's optimizers read on the host whether a
+        gradient is not finite (``has_overflow``), before they decide to clip and step.
+        """
         scale = self._scale.value
         if self._stage:
             self._engine.optimizer.loss_scale = scale  # multiplies losses, divides gradients
@@ -181,35 +187,34 @@ class DeepSpeedEngine(StatefulEngine):
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)
         losses = lane_losses(seen)
-        norm = self._step_sharded() if self._stage else self._step_whole(scale)
-        is_finite = math.isfinite(norm)
-        is_overflow = self._scale.update(is_finite, losses)
-        return StepResult(losses, is_finite, norm, is_overflow, scale)
+        self._settle_ema()
+        norm = self._step_sharded(losses) if self._stage else self._step_whole(scale)
+        self._last = launched(norm, losses, self._scale)
+        return self._last
 
-    def _step_whole(self, scale: float) -> float:
-        """Stage 0: every rank has the same reduced gradients. Return the norm, inf if skipped."""
+    def _step_whole(self, scale: float) -> Tensor:
+        """Stage 0: every rank has the same reduced gradients. Return the norm, fp64."""
         parameters = [parameter for parameter, _ in self._trained.values()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if scale != 1:
             torch._foreach_mul_(gradients, 1 / scale)
         # In fp64, as DeepSpeed's other stages: a sum of 10 million squares in fp32 is off by 4e-4.
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-        total_norm = torch.linalg.vector_norm(torch.stack(norms))
-        norm = float(total_norm)
-        if not math.isfinite(norm):
-            self._engine.zero_grad()  # DeepSpeed's stage 0 would take the step
-            return math.inf
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if self._clip_norm is not None:
-            clip_grads_with_norm_(parameters, self._clip_norm, total_norm.float())
-        self._engine.step()
+            clip_grads_with_norm_(parameters, self._clip_norm, norm.float())
+        if not self._optimizer.state:
+            self._make_optimizer_state()
+        step_where(norm.isfinite(), self._optimizer)  # DeepSpeed's stage 0 would take any step
+        self._engine.zero_grad()
         return norm
 
-    def _step_sharded(self) -> float:
+    def _step_sharded(self, losses: dict[str, Tensor]) -> Tensor:
         """Stages 1 to 3: DeepSpeed reduces the norm, clips, and skips a step without a norm."""
         self._engine.step()
-        if self._engine.optimizer.overflow:
-            return math.inf
-        return float(self._engine.get_global_grad_norm())
+        is_skipped = self._engine.optimizer.overflow
+        norm = math.inf if is_skipped else float(self._engine.get_global_grad_norm())
+        return torch.full((), norm, dtype=torch.float64, device=losses["total"].device)
 
     def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
         """Give what this rank holds of parameters and buffers, as they are now."""
@@ -244,13 +249,13 @@ class DeepSpeedEngine(StatefulEngine):
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         self._trained.clear()
-        self._engine = self._ema = None
+        self._engine = self._ema = self._last = None
         del self._state
         gc.collect()  # engine and optimizer refer to each other
 
 
-def _deepspeed_config(config: EngineConfig, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+def _deepspeed_config(config: EngineConfig, device: torch.device, largest: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; the largest tensor of the module has so many numbers."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "contiguous_gradients": True,
@@ -263,8 +268,13 @@ def _deepspeed_config(config: EngineConfig, device: torch.device) -> dict[str, A
     if config.offload == "all":
         zero["offload_param"] = offloaded
     if config.zero_stage == 3:
+        # What a rank holds besides its share. DeepSpeed would let 10^9 weights stay gathered, and
+        # would step all weights of a group at once, with copies of all their gradients.
+        bucket = min(BUCKET_ELEMENTS, largest)
         zero["stage3_param_persistence_threshold"] = WHOLE_ELEMENTS
-        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
+        zero["stage3_prefetch_bucket_size"] = zero["reduce_bucket_size"] = bucket
+        zero["stage3_max_reuse_distance"] = zero["sub_group_size"] = bucket
+        zero["stage3_max_live_parameters"] = 2 * bucket
     else:
         zero["allgather_bucket_size"] = BUCKET_ELEMENTS
     return {

@@ -28,8 +28,8 @@ from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.config.rules import ConfigError
 from bigdet.engine.base import (
+    Launched,
     MakeOptimizer,
-    StepResult,
     state_keys,
     weight_shapes,
 )
@@ -38,6 +38,7 @@ from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses, rounded_parameters
 from bigdet.engine.sharding import find_sharding
 from bigdet.engine.stateful import StatefulEngine
+from bigdet.engine.stepping import launched, local, step_where
 from bigdet.pieces.building import place
 
 # Heads return views, and nobody changes their outputs in place (tests/ranks/test_detector.py).
@@ -112,7 +113,7 @@ class FsdpEngine(StatefulEngine):
 
     def _parts(self) -> list[Tensor]:
         """This rank's rows of what is trained; the first forward pass may move them."""
-        return [_shard(parameter) for parameter in self._trained.values()]
+        return [local(parameter) for parameter in self._trained.values()]
 
     def _use_parts(self) -> None:
         """Free what is gathered: after an evaluation the outermost unit still is."""
@@ -120,8 +121,11 @@ class FsdpEngine(StatefulEngine):
             if isinstance(layer, FSDPModule):
                 layer.reshard()
 
-    def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
-        """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
+    def launch_step(self, micro_batches: Iterable[Any]) -> Launched:
+        """Take one optimizer step on the mean loss of all micro-batches of all ranks.
+
+        The host does not wait for the device, but with offload and under fp16.
+        """
         scale = self._scale.value
         seen: list[dict[str, Tensor]] = []
         for batch in micro_batches:
@@ -130,29 +134,29 @@ class FsdpEngine(StatefulEngine):
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)
         losses = lane_losses(seen)
-        norm = self._step(scale)
-        is_finite = math.isfinite(norm)
-        is_overflow = self._scale.update(is_finite, losses)
-        return StepResult(losses, is_finite, norm, is_overflow, scale)
+        self._settle_ema()
+        self._last = launched(self._step(scale), losses, self._scale)
+        return self._last
 
-    def _step(self, scale: float) -> float:
-        """Step the optimizer unless a gradient is not finite; return the norm, inf if skipped."""
+    def _step(self, scale: float) -> Tensor:
+        """Step the optimizer unless a gradient is not finite; return the norm (fp64, not read)."""
         for parameter in self._trained.values():
             if parameter.grad is None:  # no loss depends on it: 0, as DeepSpeed has it
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [_shard(p.grad) for p in self._trained.values() if p.grad is not None]
+        gradients = [local(p.grad) for p in self._trained.values() if p.grad is not None]
         # In fp64, as in DeepSpeed: a sum of 10 million squares in fp32 is off by 4e-4.
         norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
         total = distributed.sum_over_ranks(norms.square().sum().to(self._device))
-        square = float(total) / self._sharding.copies  # the host waits here
-        norm = math.sqrt(square) / scale if math.isfinite(square) else math.inf
-        if math.isfinite(norm):
-            factor = 1 / scale
-            if self._clip_norm is not None:
-                factor *= min(1.0, self._clip_norm / (norm + CLIP_EPSILON))
-            if factor != 1:
-                torch._foreach_mul_(gradients, factor)
-            self._optimizer.step()
+        norm = (total / self._sharding.copies).sqrt() / scale
+        home = gradients[0].device  # the CPU, with offload: then the host waits here
+        if self._clip_norm is not None:
+            factor = (self._clip_norm / (norm + CLIP_EPSILON)).clamp(max=1) / scale
+            torch._foreach_mul_(gradients, factor.float().to(home))
+        elif scale != 1:
+            torch._foreach_mul_(gradients, 1 / scale)
+        if not self._optimizer.state:
+            self._make_optimizer_state()
+        step_where(norm.isfinite().to(home), self._optimizer)
         self._optimizer.zero_grad()
         return norm
 
@@ -184,7 +188,7 @@ class FsdpEngine(StatefulEngine):
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         self._trained.clear()
-        self._ema = None
+        self._ema = self._last = None
 
 
 def _sent_precision(module: nn.Module, config: EngineConfig) -> MixedPrecisionPolicy:
@@ -204,12 +208,6 @@ def _sent_precision(module: nn.Module, config: EngineConfig) -> MixedPrecisionPo
         cast_forward_inputs=False,
         param_dtype_override_fn=lambda each: None if id(each) in rounded else each.dtype,
     )
-
-
-def _shard(value: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor."""
-    assert isinstance(value, DTensor), type(value)
-    return value.to_local()
 
 
 def _part(kind: str, name: str, value: Tensor, shape: tuple[int, ...]) -> Part:

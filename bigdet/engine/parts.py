@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.pieces.index import Catalog
 from bigdet.pieces.tensor_file import NAMES, Spec
 
@@ -149,13 +149,13 @@ def gather_share(share: Share) -> Share:
     everywhere = distributed.gather_objects(listed)
     if not distributed.is_main():
         for piece in share.pieces:
-            distributed.send_tensor(piece.values)
+            messages.send_tensor(piece.values)
         return Share([], share.catalog, share.loss_scale)
     pieces = list(share.pieces)
     for rank, theirs in enumerate(everywhere[1:], start=1):
         for kind, name, first, count in theirs:
             dtype = share.catalog[kind][name].torch_dtype
-            values = distributed.receive_tensor(torch.empty(count, dtype=dtype), rank)
+            values = messages.receive_tensor(torch.empty(count, dtype=dtype), rank)
             pieces.append(Piece(kind, name, first, values))
     return Share(pieces, share.catalog, share.loss_scale)
 

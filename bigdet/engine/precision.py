@@ -148,12 +148,13 @@ class LossScale:
     Halved by each step that overflows, doubled after 2000 steps without.
 
     Attributes:
+        is_used: only for fp16.
         value: what the next losses are multiplied by; stays 1 for bf16 and fp32.
     """
 
     def __init__(self, precision: Precision) -> None:
-        self._is_used = precision == "fp16"
-        self.value = INITIAL_SCALE if self._is_used else 1.0
+        self.is_used = precision == "fp16"
+        self.value = INITIAL_SCALE if self.is_used else 1.0
         self._good_steps = 0
 
     def update(self, is_finite: bool, losses: dict[str, Tensor]) -> bool:
@@ -166,7 +167,7 @@ class LossScale:
         Returns:
             True if the step failed because the scale was too high.
         """
-        if not self._is_used:
+        if not self.is_used:
             return False
         if is_finite:
             self._good_steps += 1
@@ -181,10 +182,10 @@ class LossScale:
 
     def state(self) -> dict[str, float]:
         """What a resume needs; empty where no scale is used."""
-        return {"value": self.value, "good_steps": self._good_steps} if self._is_used else {}
+        return {"value": self.value, "good_steps": self._good_steps} if self.is_used else {}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Continue from the state that rank 0 has, or start anew if it has none. Collective."""
         state = distributed.broadcast_object(state)
-        self.value = state.get("value", INITIAL_SCALE) if self._is_used else 1.0
-        self._good_steps = int(state.get("good_steps", 0)) if self._is_used else 0
+        self.value = state.get("value", INITIAL_SCALE) if self.is_used else 1.0
+        self._good_steps = int(state.get("good_steps", 0)) if self.is_used else 0

@@ -1,7 +1,8 @@
 """Copies of checkpoints elsewhere, such as s3://bucket/run, for machines that lose their disks.
 
 An address has what the folder of checkpoints has: ``PHASE-STEP`` with the pieces, the index and,
-last, ``state.json``; and ``latest``. Ranks copy what they have written, all at the same time.
+last, ``state.json``; and ``latest``. Other files of the run folder that a checkpoint relies on are
+there by their path in the run folder. Ranks copy what they have written, all at the same time.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.engine import keeping
 from bigdet.engine.writing import Disks, Save
 from bigdet.host.files import put_in_place, write_text
@@ -51,6 +52,7 @@ class Remote:
         save: Save,
         is_kept: Callable[[str], bool],
         must_end: Callable[[], bool] = lambda: False,
+        needed: Sequence[Path] = (),
     ) -> None:
         """Copy this rank's pieces of a complete checkpoint; on rank 0 also the rest, at the end.
 
@@ -60,12 +62,14 @@ class Remote:
             save: that is written.
             is_kept: tells of the name of a checkpoint whether it stays at the address (rank 0).
             must_end: tells when to wait for the other ranks no longer.
+            needed: files of the run folder that the checkpoint relies on, such as a frozen
+                backbone; copied first, unless they are there.
 
         Raises:
             OSError: it cannot be copied.
         """
         rank, others = distributed.rank(), range(1, distributed.world_size())
-        notes = distributed.Notes() if others else None
+        notes = messages.Notes() if others else None
         file = pieces_file(save.number, rank)
         problem = ""
         try:
@@ -81,6 +85,8 @@ class Remote:
         if problem:
             raise OSError(problem)
         if rank == 0:
+            for needed_file in needed:
+                self._put_once(needed_file, f"{needed_file.parent.name}/{needed_file.name}")
             for name in (index_file(save.number), STATE_FILE):
                 self._put(save.folder / name, f"{save.folder.name}/{name}")
             self._put(save.folder.parent / "latest", "latest")
@@ -118,7 +124,7 @@ class Remote:
             folder.mkdir(parents=True, exist_ok=True)
             for number, file in enumerate(state["files"]):
                 if sharing[number % len(sharing)] == distributed.rank():
-                    self._get(f"{name}/{file}", folder / file)
+                    self.get(f"{name}/{file}", folder / file)
         with distributed.together():
             if disks.is_owner:
                 write_text(folder / STATE_FILE, self._read(f"{name}/{STATE_FILE}"))
@@ -134,11 +140,16 @@ class Remote:
                 for file in files.ls(path, detail=False):
                     if file.rsplit("/", 1)[-1] not in named:
                         files.rm(file)
-            elif name != "latest" and not is_kept(name):
+            elif "-" in name and not is_kept(name):
                 state = f"{path.rstrip('/')}/{STATE_FILE}"
                 if files.exists(state):  # first, so that no half a checkpoint looks complete
                     files.rm(state)
                 files.rm(path, recursive=True)
+
+    def _put_once(self, source: Path, name: str) -> None:
+        files, path = self._files, self._path(name)
+        if not files.exists(path) or files.size(path) != source.stat().st_size:
+            self._put(source, name)
 
     def _put(self, source: Path, name: str) -> None:
         def put() -> None:
@@ -148,7 +159,17 @@ class Remote:
 
         self._patiently(put, name)
 
-    def _get(self, name: str, file: Path) -> None:
+    def get(self, name: str, file: Path) -> None:
+        """Copy a file from the address.
+
+        Args:
+            name: below the address.
+            file: to be written.
+
+        Raises:
+            OSError: it is not there, or cannot be copied.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.tmp")
         self._patiently(lambda: self._files.get_file(self._path(name), str(temporary)), name)
         put_in_place(temporary, file)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from bigdet.engine.base import Shapes, check_fits, has_optimizer_state
+from bigdet.engine.base import Launched, Shapes, StepResult, check_fits, has_optimizer_state
 from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part, Share, Source, copy_share, fill
 from bigdet.engine.precision import LossScale
@@ -33,6 +33,16 @@ class StatefulEngine(ABC):
     _scale: LossScale
     _sharding: Sharding
     _ema: MovingAverage | None
+    _last: Launched | None = None
+    _owed: float | None = None  # decay of the update of the average that the last step is due
+
+    @abstractmethod
+    def launch_step(self, micro_batches: Iterable[Any]) -> Launched:
+        """Take one optimizer step; its result can be read later."""
+
+    def train_step(self, micro_batches: Iterable[Any]) -> StepResult:
+        """Take one optimizer step on the mean loss of all micro-batches of all ranks."""
+        return self.launch_step(micro_batches).read()
 
     @abstractmethod
     def _weights(self, kind: str, names: Iterable[str]) -> list[Part]:
@@ -56,12 +66,23 @@ class StatefulEngine(ABC):
             group["lr"] = lr * group.get("lr_factor", 1.0)
 
     def update_ema(self, decay: float) -> None:
-        """Move the average of the weights towards the newest ones."""
-        if self._ema is not None:
-            self._ema.update(decay)
+        """Move the average of the weights towards the newest ones, before they change again.
+
+        By then the device is usually done with the step, so that nothing waits for its verdict.
+        """
+        self._owed = decay
+
+    def _settle_ema(self) -> None:
+        """Do what `update_ema` has put off: before weights change, and the average is used."""
+        owed, self._owed = self._owed, None
+        if self._ema is not None and owed is not None:
+            assert self._last is not None
+            if self._last.read().is_finite:
+                self._ema.update(owed)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Give the module the average of the weights inside a block. Collective."""
+        self._settle_ema()
         return contextlib.nullcontext() if self._ema is None else self._ema.in_place()
 
     def _newest(self) -> list[Part]:
@@ -72,6 +93,7 @@ class StatefulEngine(ABC):
 
     def share(self, position: int, size: int) -> Share:
         """Copy what this rank saves; see ``parts.copy_share``. Collective."""
+        self._settle_ema()
         shards = self._sharding.ranks
         share = copy_share(self._newest() + self._optimizer_parts(), position, size, shards)
         if self._ema is not None:
@@ -95,6 +117,7 @@ class StatefulEngine(ABC):
         Raises:
             SharedError: on every rank, when the state is that of another model or optimizer.
         """
+        self._owed = None
         averaged = () if self._ema is None else self._ema.names
         check_fits(source.catalog, self._shapes, self._trained, self._keys, averaged)
         self._optimizer.state.clear()

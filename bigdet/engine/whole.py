@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.host.files import put_in_place
 from bigdet.pieces.index import MODEL, MODEL_FILE
 from bigdet.pieces.reading import Stored, open_stored
@@ -91,11 +91,11 @@ def _collect(stored: Stored, senders: dict[str, int | None]) -> Iterator[Tensor]
             if sender == distributed.rank():
                 piece = stored.read(MODEL, name, place.first, place.count)
                 if sender != 0:
-                    distributed.send_tensor(piece)
+                    messages.send_tensor(piece)
                 else:
                     room.copy_(piece)
             elif distributed.is_main():
                 assert sender is not None
-                distributed.receive_tensor(room, sender)
+                messages.receive_tensor(room, sender)
         if distributed.is_main():
             yield values.view(spec.shape)

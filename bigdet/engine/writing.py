@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.engine import keeping
 from bigdet.engine.parts import Share
 from bigdet.host.files import write_text
@@ -124,7 +124,7 @@ def write(save: Save, share: Share, must_end: Callable[[], bool] = lambda: False
         RuntimeError: the other ranks are not heard of.
     """
     rank, others = distributed.rank(), range(1, distributed.world_size())
-    notes = distributed.Notes() if others else None
+    notes = messages.Notes() if others else None
     report = _explained(save, lambda: _write_pieces(save, share))
     if notes is None or rank == 0:
         reports = [report]

@@ -1,10 +1,10 @@
 """Average precision as COCO defines it, of boxes, masks and keypoints.
 
 The numbers equal those of pycocotools to the last bit (tests compare them), but matching runs on
-arrays, many images at once, one class at a time.
+arrays, all images and classes at once.
 
 Letters: T IoU thresholds, R recalls, K classes, A area ranges, D limits of detections per image,
-N detections and M objects of a class.
+N detections and M objects.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from bigdet.config.evaluation import MAX_DETECTIONS, Metric
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
+from bigdet.evaluation.accumulation import Matched, accumulate
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth
-from bigdet.evaluation.matching import NOTHING, Pairs, match
+from bigdet.evaluation.matching import Pairs, area_bits, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
@@ -35,8 +36,9 @@ KIND_NAMES: dict[Kind, str] = {"bbox": "box", "segm": "mask", "keypoints": "keyp
 """Names of the kinds in tables and plots."""
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0.0, 1.0, 101)
 HIGHEST_THRESHOLD = 1 - 1e-10
+ROWS_AT_ONCE = 1 << 16
+"""Detections whose overlaps are computed at once."""
 
 Index = NDArray[np.int64]
 Numbers = NDArray[np.float64]
@@ -207,7 +209,7 @@ def category_ids(shards: ShardSet) -> list[int]:
 def measure(
     truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
 ) -> Measured:
-    """Measure precision and recall of one kind, class by class.
+    """Measure precision and recall of one kind, for each class.
 
     Args:
         truth: with masks or keypoints if the kind needs them.
@@ -218,21 +220,83 @@ def measure(
     rules = rules_of(truth, kind, max_detections)
     is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
-    labels.sort(
-        key=lambda k: truth.categories[k].id
-    )  # means are sums in this order, as in pycocotools
-    shape = (len(THRESHOLDS), len(labels), len(rules.areas))
-    precision = np.full((shape[0], len(RECALLS), *shape[1:]), -1.0)
-    recall = np.full((*shape, len(rules.limits)), -1.0)
-    areas = detection_areas(found, kind)
+    # Means are sums in this order, as in pycocotools.
+    labels.sort(key=lambda k: truth.categories[k].id)
+    parts = labels_in(truth, found, labels)
+    rows, classes, ranks = _best(truth, found, [mine for mine, _ in parts], rules.limits[-1])
+    objects, object_classes = _joined([others for _, others in parts])
+    groups = classes * len(truth.image_ids) + found.images[rows]
+    object_groups = object_classes * len(truth.image_ids) + truth.images[objects]
+    pairs = _near_pairs(truth, found, kind, (rows, groups), (objects, object_groups))
+    ranges = np.array(rules.areas)[:, :, None]  # (A, 2, 1)
+    is_ignored = never_counts(truth, kind)[objects] | _is_outside(truth.areas[objects], ranges)
+    is_crowd = truth.is_crowd[objects] | (kind == "segm" and ~truth.has_mask[objects])
+    bits = match(pairs, groups, is_ignored, is_crowd, np.minimum(THRESHOLDS, HIGHEST_THRESHOLD))
+    is_outside = _is_outside(detection_areas(found, kind)[rows], ranges)  # (A, N)
     if truth.verified is not None:
-        counted = truth.verified.counted(found.images, found.labels, found.scores)
-    for place, (rows, objects) in enumerate(labels_in(truth, found, labels)):
-        if truth.verified is not None:
-            rows = rows[counted[rows]]
-        one = _measure_class(truth, found, kind, rules, rows, objects, areas[rows])
-        precision[:, :, place], recall[:, place] = one
-    return Measured(rules, labels, precision, recall)
+        is_outside |= truth.verified.is_partial(found.images[rows], found.labels[rows])
+    hit = pairs.any_of_detection(bits, len(rows))
+    counting = area_bits(~is_ignored, len(THRESHOLDS))[pairs.objects]
+    right = pairs.any_of_detection(bits & counting, len(rows))
+    counted = right | (area_bits(~is_outside, len(THRESHOLDS)) & ~hit)
+    totals = [np.bincount(object_classes[~each], minlength=len(labels)) for each in is_ignored]
+    matched = Matched(classes, found.scores[rows], ranks, right, counted)
+    counts = np.stack(totals, axis=1)  # (K, A)
+    return Measured(rules, labels, *accumulate(matched, counts, len(THRESHOLDS), rules.limits))
+
+
+def _best(
+    truth: GroundTruth, found: DetectionTable, of_classes: Sequence[Index], limit: int
+) -> tuple[Index, Index, Index]:
+    """Return the rows of the detections that count, their classes, and their ranks.
+
+    Args:
+        truth: all objects.
+        found: all detections.
+        of_classes: the rows of each class, by image, within an image the best first.
+        limit: how many count per class and image; the first one has rank 0.
+    """
+    rows, classes = _joined(of_classes)
+    if truth.verified is not None:
+        counts = truth.verified.counted(found.images, found.labels, found.scores)[rows]
+        rows, classes = rows[counts], classes[counts]
+    groups = classes * len(truth.image_ids) + found.images[rows]
+    ranks = np.arange(len(rows)) - np.searchsorted(groups, groups)
+    kept = ranks < limit
+    return rows[kept], classes[kept], ranks[kept]
+
+
+def _joined(parts: Sequence[Index]) -> tuple[Index, Index]:
+    """Return the indices of all classes in one array, and the class of each."""
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    every = np.concatenate([np.zeros(0, np.int64), *parts])
+    return every, np.repeat(np.arange(len(parts)), lengths)
+
+
+def _near_pairs(
+    truth: GroundTruth,
+    found: DetectionTable,
+    kind: Kind,
+    detections: tuple[Index, Index],
+    objects: tuple[Index, Index],
+) -> Pairs:
+    """Return the pairs of a detection and an object of its group that overlap enough to match.
+
+    Args:
+        truth: all objects.
+        found: all detections.
+        kind: boxes, masks or keypoints.
+        detections: ``(N,)`` rows, and their groups, rising.
+        objects: ``(M,)`` rows, and their groups, rising.
+    """
+    parts = []
+    for first in range(0, max(len(detections[0]), 1), ROWS_AT_ONCE):
+        rows, groups = (column[first : first + ROWS_AT_ONCE] for column in detections)
+        mine, others = pair_up(groups, objects[1])
+        iou = overlaps(kind, truth, found, rows[mine], objects[0][others], THRESHOLDS[0])
+        near = iou >= THRESHOLDS[0]
+        parts.append((mine[near] + first, others[near], iou[near]))
+    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def labels_in(
@@ -254,84 +318,6 @@ def _by_label(values: Index, labels: Sequence[int]) -> list[Index]:
     order = np.argsort(values, kind="stable")
     bounds = np.searchsorted(values[order], [[label, label + 1] for label in labels])
     return [order[first:end] for first, end in bounds.reshape(-1, 2).tolist()]
-
-
-def _measure_class(
-    truth: GroundTruth,
-    found: DetectionTable,
-    kind: Kind,
-    rules: Rules,
-    rows: Index,
-    objects: Index,
-    areas: Numbers,
-) -> tuple[Numbers, Numbers]:
-    """Return the precision ``(T, R, A)`` and the recall ``(T, A, D)`` of one class.
-
-    Args:
-        truth: all objects.
-        found: all detections.
-        kind: boxes, masks or keypoints.
-        rules: the numbers of this kind.
-        rows: ``(N,)`` rows of the class's detections, by image, within an image the best first.
-        objects: ``(M,)`` rows of its objects, by image.
-        areas: ``(N,)`` areas of the detections, pixels.
-    """
-    images = found.images[rows]
-    ranks = np.arange(len(images)) - np.searchsorted(images, images)
-    kept = ranks < rules.limits[-1]
-    rows, images, ranks, areas = rows[kept], images[kept], ranks[kept], areas[kept]
-    ranges = np.array(rules.areas)[:, :, None]  # (A, 2, 1)
-    is_ignored = never_counts(truth, kind)[objects] | _is_outside(truth.areas[objects], ranges)
-    detections, others = pair_up(images, truth.images[objects])
-    pairs = Pairs(
-        detections,
-        others,
-        overlaps(kind, truth, found, rows[detections], objects[others], THRESHOLDS[0]),
-    )
-    is_crowd = truth.is_crowd[objects] | (kind == "segm" and ~truth.has_mask[objects])
-    matched, chosen = match(
-        pairs, images, is_ignored, is_crowd, np.minimum(THRESHOLDS, HIGHEST_THRESHOLD)
-    )
-    order = np.argsort(-found.scores[rows], kind="stable")
-    is_outside = _is_outside(areas, ranges)  # (A, N)
-    if truth.verified is not None:
-        is_outside |= truth.verified.is_partial(images, found.labels[rows])
-    precision = np.full((len(THRESHOLDS), len(RECALLS), len(ranges)), -1.0)
-    recall = np.full((len(THRESHOLDS), len(ranges), len(rules.limits)), -1.0)
-    for area, ignored in enumerate(is_ignored):
-        total = int((~ignored).sum())
-        if not total:
-            continue
-        hit = chosen[:, area] != NOTHING  # (T, S)
-        right = hit & ~ignored[chosen[:, area]]
-        is_right = np.zeros((len(THRESHOLDS), len(rows)), dtype=np.bool_)
-        is_right[:, matched] = right
-        counts = np.repeat(~is_outside[area][None], len(THRESHOLDS), axis=0)
-        counts[:, matched] = np.where(hit, right, counts[:, matched])
-        for place, limit in enumerate(rules.limits):
-            recall[:, area, place] = is_right[:, ranks < limit].sum(axis=1) / total
-        seen = np.cumsum(counts[:, order], axis=1)
-        for level, (are_right, num_seen) in enumerate(zip(is_right[:, order], seen, strict=True)):
-            precision[level, :, area] = precision_at_recalls(are_right, num_seen, total)
-    return precision, recall
-
-
-def precision_at_recalls(is_right: NDArray[np.bool_], seen: Index, total: int) -> Numbers:
-    """Return the highest precision at or beyond each of ``RECALLS``, ``(R,)``.
-
-    Precision rises only at right detections, so the others are not needed.
-
-    Args:
-        is_right: ``(N,)`` by falling score.
-        seen: ``(N,)`` number of detections that count, up to each one.
-        total: number of objects to find.
-    """
-    places = np.flatnonzero(is_right)
-    num_right = np.arange(1, len(places) + 1, dtype=np.float64)
-    precision = num_right / (seen[places] + np.spacing(1))
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    reached = np.searchsorted(num_right / total, RECALLS, side="left")
-    return np.append(envelope, 0.0)[reached]
 
 
 def never_counts(truth: GroundTruth, kind: Kind) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ find the rest.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,17 +24,21 @@ DENSEST_IMAGES = 8
 """At the start of a run the annotations of this many images with the most objects are read."""
 
 
-def warn_at_start(config: RunConfig, shards: ShardSet) -> None:
+def warn_at_start(config: RunConfig, sets: Sequence[ShardSet]) -> None:
     """Warn before training of what ``warn_of_dense`` would only report hours later.
 
     Args:
         config: its ``evaluation`` and ``model`` have the limits.
-        shards: the validation set; nothing is read of a remote one.
+        sets: for validation; nothing is read of a remote one.
     """
-    limit = config.evaluation.max_detections
     warn_of_few(config)
-    if config.evaluation.metric != "coco" or is_remote(shards.address):
-        return
+    for shards in sets:
+        if config.evaluation.metric == "coco" and not is_remote(shards.address):
+            _warn_of_densest(shards, config.evaluation.max_detections)
+
+
+def _warn_of_densest(shards: ShardSet, limit: int) -> None:
+    """Warn if an image of a set has more objects of a class than detections count."""
     rows = np.argsort(-shards.index["num_boxes"].astype(np.int64), kind="stable")[:DENSEST_IMAGES]
     most, name = 0, ""
     for row in rows[shards.index["num_boxes"][rows] > limit].tolist():

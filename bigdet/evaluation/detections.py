@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from bigdet.evaluation.ground_truth import GroundTruth
-from bigdet.evaluation.run_lengths import are_outlines, mask_areas, mask_counts
+from bigdet.evaluation.run_lengths import all_counts, are_outlines, mask_areas, mask_counts
 
 Kind = Literal["bbox", "segm", "keypoints"]
 Result = dict[str, Any]  # one detection in the COCO results format
@@ -38,7 +38,7 @@ RESULT_KEYS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation", "keypoin
 
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 CHUNK = 4096  # results converted to arrays at once
-PART_BYTES = 1 << 24  # bytes of a file of results parsed at once
+PART_BYTES = 1 << 21  # bytes of a file of results parsed at once
 _BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
 
 
@@ -225,7 +225,7 @@ class _Reader:
             keypoints = points.reshape(count, self._num_points, 3)
         if "segm" in self._kinds or self._area_kind == "segm":
             sizes = self._truth.sizes[images].tolist()
-            masks = [mask_counts(_outline(r), s) for r, s in zip(chunk, sizes, strict=True)]
+            masks = all_counts([r.get("segmentation") or _outline(r) for r in chunk], sizes)
             areas, is_mask = mask_areas(masks, self._num_pixels[images])
             if not is_mask.all():
                 raise ValueError("not a mask of the image")
@@ -367,14 +367,14 @@ def _is_whole(value: Any) -> bool:
 
 def _numbers(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Return finite numbers as an array; numpy alone would also convert strings."""
-    array = np.array(values)
-    if not values:
-        return np.zeros(shape)
-    if _has_bool(values if len(shape) == 1 else itertools.chain.from_iterable(values)):
+    if len(shape) == 2:
+        if any(length != shape[1] for length in set(map(len, values))):
+            raise TypeError("not as many numbers")
+        values = list(itertools.chain.from_iterable(values))
+    array = np.array(values, dtype=None if values else np.float64)
+    if _has_bool(values) or array.dtype.kind not in "if" or not np.isfinite(array).all():
         raise TypeError("not finite numbers")
-    if array.dtype.kind not in "if" or array.shape != shape or not np.isfinite(array).all():
-        raise TypeError("not finite numbers")
-    return array.astype(np.float64)
+    return array.astype(np.float64).reshape(shape)
 
 
 def _are_numbers(values: Any, count: int) -> bool:

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.evaluation import MAX_DETECTIONS
-from bigdet.evaluation.coco_metrics import Index, Numbers, never_counts, precision_at_recalls
+from bigdet.evaluation.accumulation import first_places, precision_at_recalls
+from bigdet.evaluation.coco_metrics import Index, Numbers, never_counts
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import NOTHING, Pairs, match
@@ -160,15 +161,11 @@ def match_all(
     if same_class:
         kept &= cover.labels[pairs.detections] == truth.labels[pairs.objects]
     nothing = np.zeros((1, num_objects), dtype=np.bool_)
-    rows, objects = match(
-        pairs.only(kept),
-        cover.images,
-        nothing,
-        nothing[0],
-        np.array([FOREGROUND_IOU]),
-    )
+    pairs = pairs.only(kept)
+    bits = match(pairs, cover.images, nothing, nothing[0], np.array([FOREGROUND_IOU]))
+    found = pairs.only(bits > 0)
     finds = np.full(len(cover.rows), NOTHING)
-    finds[rows] = objects[0, 0]
+    finds[found.detections] = found.objects
     return finds
 
 
@@ -237,12 +234,9 @@ def _mean_ap(labels: Index, is_right: Flags, totals: Index, asked: Index) -> flo
     small = np.uint16 if len(totals) < 1 << 16 else np.int64  # numpy sorts uint16 10 times faster
     order = np.argsort(labels.astype(small), kind="stable")
     bounds = np.searchsorted(labels[order], np.arange(len(totals) + 1))
-    aps = []
-    for label in np.flatnonzero(totals).tolist():
-        right = is_right[order[bounds[label] : bounds[label + 1]]]
-        if asked[label]:
-            seen = np.arange(1, len(right) + 1)
-            aps.append(float(precision_at_recalls(right, seen, int(asked[label])).mean()))
-        elif len(right):
-            aps.append(0.0)
+    right, seen = np.flatnonzero(is_right[order]), np.arange(1, len(labels) + 1)
+    values = precision_at_recalls(right, seen, bounds, first_places(asked))  # (R, K)
+    means = np.ascontiguousarray(values.T).mean(axis=1)
+    is_asked = (totals > 0) & ((asked > 0) | (np.diff(bounds) > 0))
+    aps = np.where(asked > 0, means, 0.0)[is_asked].tolist()
     return sum(aps) / len(aps) if aps else None

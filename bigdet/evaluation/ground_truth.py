@@ -155,7 +155,8 @@ def _run_lengths(annotation: dict[str, Any], height: int, width: int) -> bytes:
     right, bottom = x + across, y + down
     segmentation = annotation.get("segmentation", [[x, y, right, y, right, bottom, x, bottom]])
     if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        parts = coco_mask.frPyObjects(segmentation, height, width)
+        rle = coco_mask.merge(parts) if len(parts) > 1 else parts[0]
     elif isinstance(segmentation["counts"], list):
         rle = coco_mask.frPyObjects(segmentation, height, width)
     else:

@@ -4,8 +4,7 @@ Detections choose in the order of their scores. Each takes the free object that 
 independently for each IoU threshold and area range. The loop is over ranks: first the best
 detections of all images choose, then the second best, and so on.
 
-Letters: N detections, M objects, Q pairs of the two, T IoU thresholds, A area ranges, S detections
-that overlap some object enough to match it.
+Letters: N detections, M objects, Q pairs of the two, T IoU thresholds, A area ranges.
 """
 
 from __future__ import annotations
@@ -51,6 +50,14 @@ class Pairs:
         most[self.detections[first]] = self.overlaps[first]
         return best, most
 
+    def any_of_detection(self, bits: Index, num_detections: int) -> Index:
+        """Return the bits ``(N,)`` that some pair of each detection has in ``(Q,)``."""
+        starts = np.flatnonzero(np.diff(self.detections, prepend=-1))
+        found = np.zeros(num_detections, dtype=np.int64)
+        if len(starts):
+            found[self.detections[starts]] = np.bitwise_or.reduceat(bits, starts)
+        return found
+
 
 def match(
     pairs: Pairs,
@@ -58,8 +65,8 @@ def match(
     is_ignored: NDArray[np.bool_],
     is_crowd: NDArray[np.bool_],
     thresholds: NDArray[np.float64],
-) -> tuple[Index, Index]:
-    """Match detections to objects.
+) -> Index:
+    """Match detections to objects, for all thresholds and areas at once: each is a bit.
 
     An object that counts has priority over an ignored one, whatever the overlaps. A crowd may be
     found many times. Of equal overlaps the later object wins, as in pycocotools.
@@ -70,43 +77,59 @@ def match(
             compete, and no object is paired with two groups.
         is_ignored: ``(A, M)``; a detection of an ignored object is neither right nor wrong.
         is_crowd: ``(M,)``.
-        thresholds: ``(T,)`` least overlaps.
+        thresholds: ``(T,)`` least overlaps, rising.
 
     Returns:
-        The detections with a pair above the lowest threshold, ``(S,)`` rising, and the object that
-        each one found, ``(T, A, S)``, or ``NOTHING``.
+        ``(Q,)``: bit ``t * A + a`` of a pair says whether its detection finds its object at
+        threshold t in area range a.
     """
-    pairs = pairs.only(pairs.overlaps >= thresholds.min())
-    objects, overlaps = pairs.objects, pairs.overlaps
-    rows, firsts, counts = np.unique(pairs.detections, return_index=True, return_counts=True)
-    num_thresholds, num_areas = len(thresholds), len(is_ignored)
-    found = np.full((num_thresholds, num_areas, len(rows)), NOTHING)
-    is_taken = np.zeros((num_thresholds, num_areas, is_ignored.shape[1]), dtype=np.bool_)
-    least = thresholds[:, None, None, None]
-    for turn in _turns(groups[rows]):
-        places = np.arange(counts[turn].max())
-        is_pair = places < counts[turn][:, None]
-        pair = np.where(is_pair, firsts[turn][:, None] + places, 0)  # (n, c): candidates of each
-        candidates = objects[pair]
-        overlap = np.where(is_pair, overlaps[pair], -1.0)
-        can = (overlap >= least) & (~is_taken[:, :, candidates] | is_crowd[candidates])
-        counting = can & ~is_ignored[:, candidates]
-        can = np.where(counting.any(axis=-1, keepdims=True), counting, can)  # (T, A, n, c)
-        value = np.where(can, overlap, -1.0)
-        best = value.shape[-1] - 1 - value[..., ::-1].argmax(axis=-1)  # the last of equal ones
-        chosen = np.where(can.any(axis=-1), candidates[np.arange(len(turn)), best], NOTHING)
-        found[:, :, turn] = chosen
-        threshold, area, place = np.nonzero(chosen != NOTHING)
-        is_taken[threshold, area, chosen[threshold, area, place]] = True
-    return rows, found
+    matched = np.zeros(len(pairs.objects), dtype=np.int64)
+    near = np.flatnonzero(pairs.overlaps >= thresholds[0])
+    pairs = Pairs(pairs.detections[near], pairs.objects[near], pairs.overlaps[near])
+    by_overlap = np.lexsort((-pairs.objects, -pairs.overlaps, pairs.detections))
+    objects = pairs.objects[by_overlap]
+    num_passed = np.searchsorted(thresholds, pairs.overlaps[by_overlap], side="right")
+    passed = (1 << num_passed * len(is_ignored)) - 1
+    counts = area_bits(~is_ignored, len(thresholds))
+    always_free = np.where(is_crowd, -1, 0)
+    is_taken = np.zeros(len(is_crowd), dtype=np.int64)
+    found = np.zeros(len(objects), dtype=np.int64)
+    rows, firsts, lengths = np.unique(pairs.detections, return_index=True, return_counts=True)
+    for turn in _turns(groups[rows], lengths):
+        first, length = firsts[turn], lengths[turn]
+        open_bits = np.full(len(turn), -1)
+        for wanted in (counts, ~counts):
+            for place in range(length[0]):
+                some = slice(np.searchsorted(-length, -place))  # those with more candidates
+                pair = first[some] + place
+                chosen = objects[pair]
+                is_free = always_free[chosen] | ~is_taken[chosen]
+                bits = passed[pair] & wanted[chosen] & open_bits[some] & is_free
+                is_taken[chosen] |= bits
+                open_bits[some] &= ~bits
+                found[pair] |= bits
+    matched[near[by_overlap]] = found
+    return matched
 
 
-def _turns(groups: Index) -> list[Index]:
-    """Return indices into ``groups``: the first of each group, then the second of each, ..."""
+def area_bits(flags: NDArray[np.bool_], num_thresholds: int) -> Index:
+    """Return the bits of flags ``(A, N)`` that are the same at each threshold, ``(N,)``."""
+    num_areas = len(flags)
+    assert num_thresholds * num_areas < 64
+    at_first = (flags.T << np.arange(num_areas)).sum(axis=1)
+    bits: Index = at_first * (1 << np.arange(num_thresholds) * num_areas).sum()
+    return bits
+
+
+def _turns(groups: Index, lengths: Index) -> list[Index]:
+    """Return indices into ``groups``: the first of each group, then the second of each, ...
+
+    Those of one turn are in the order of falling ``lengths``.
+    """
     if not len(groups):
         return []
     starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
-    lengths = np.diff(np.append(starts, len(groups)))
-    turns = np.arange(len(groups)) - np.repeat(starts, lengths)
-    order = np.argsort(turns, kind="stable")
+    sizes = np.diff(np.append(starts, len(groups)))
+    turns = np.arange(len(groups)) - np.repeat(starts, sizes)
+    order = np.lexsort((-lengths, turns))
     return np.split(order, np.cumsum(np.bincount(turns))[:-1])

@@ -8,8 +8,6 @@ keypoints.
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
@@ -117,24 +115,54 @@ def _mask_overlaps(
     near = np.flatnonzero(is_near)
     if not len(near):
         return ious
-    near_detections = detections[near]
-    is_first = np.diff(near_detections, prepend=-1) != 0
-    row, rows = np.cumsum(is_first) - 1, near_detections[is_first].tolist()
-    unique, column = np.unique(objects[near], return_inverse=True)  # by image, as the pairs are
-    columns, column_is_crowd = unique.tolist(), is_crowd[unique].astype(np.uint8)
-    images = found.images[near_detections]
-    starts = np.flatnonzero(np.diff(images, prepend=-1))
-    bounds = np.stack([starts, row[starts], np.minimum.reduceat(column, starts)], axis=1)
-    bounds = np.append(bounds, [[len(near), len(rows), len(columns)]], axis=0)
-    for (start, top, left), (end, bottom, right) in itertools.pairwise(bounds.tolist()):
-        size = truth.sizes[images[start]].tolist()
-        table = coco_mask.iou(
-            [{"size": size, "counts": found.masks[number]} for number in rows[top:bottom]],
-            [{"size": size, "counts": truth.masks[number]} for number in columns[left:right]],
-            column_is_crowd[left:right],
-        )
-        ious[near[start:end]] = table[row[start:end] - top, column[start:end] - left]
+    ious[near] = _table_entries(truth, found, detections[near], objects[near], is_crowd)
     return ious
+
+
+def _table_entries(
+    truth: GroundTruth,
+    found: DetectionTable,
+    detections: Index,
+    objects: Index,
+    is_crowd: NDArray[np.bool_],
+) -> NDArray[np.float64]:
+    """Return the IoU of pairs of masks, ``(Q,)``, from a table for each run of pairs of one image.
+
+    Args:
+        truth: the objects.
+        found: the detections.
+        detections: ``(Q,)`` rows of ``found``.
+        objects: ``(Q,)`` rows of ``truth``.
+        is_crowd: which of all objects are crowds.
+    """
+    images = found.images[detections]
+    table = np.cumsum(np.diff(images, prepend=images[0]) != 0)  # (Q,)
+    is_first = np.diff(detections, prepend=-1) != 0
+    row, rows = np.cumsum(is_first) - 1, detections[is_first]
+    unique, column = np.unique(table * len(is_crowd) + objects, return_inverse=True)
+    columns = unique % len(is_crowd)
+    starts = np.searchsorted(table, np.arange(table[-1] + 1))
+    tops, lefts = row[starts], np.searchsorted(unique, np.arange(table[-1] + 1) * len(is_crowd))
+    ours = [found.masks[place] for place in rows.tolist()]
+    theirs = [truth.masks[place] for place in columns.tolist()]
+    crowds = is_crowd[columns].astype(np.uint8)
+    bottoms, rights = np.append(tops[1:], len(rows)), np.append(lefts[1:], len(columns))
+    bounds = (bound.tolist() for bound in (tops, bottoms, lefts, rights))
+    sizes = truth.sizes[images[starts]].tolist()
+    tables = [
+        coco_mask.iou(
+            [{"size": size, "counts": counts} for counts in ours[top:bottom]],
+            [{"size": size, "counts": counts} for counts in theirs[left:right]],
+            crowds[left:right],
+        ).T.ravel()  # column by column, as it is in memory
+        for size, top, bottom, left, right in zip(sizes, *bounds, strict=True)
+    ]
+    heights = bottoms - tops
+    areas = heights * (rights - lefts)
+    place = (np.cumsum(areas) - areas)[table]
+    place += (column - lefts[table]) * heights[table] + row - tops[table]
+    entries: NDArray[np.float64] = np.concatenate(tables)[place]
+    return entries
 
 
 def _point_overlaps(

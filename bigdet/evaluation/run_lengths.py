@@ -54,6 +54,15 @@ def mask_counts(mask: Any, size: list[int]) -> bytes:
     return counts if isinstance(counts, bytes) else str.encode(counts, "ascii")
 
 
+def all_counts(masks: Sequence[Any], sizes: list[list[int]]) -> list[bytes]:
+    """Return ``mask_counts`` of many masks."""
+    if {dict}.issuperset(map(type, masks)) and [mask["size"] for mask in masks] == sizes:
+        counts = [mask["counts"] for mask in masks]
+        if {str}.issuperset(map(type, counts)):
+            return list(map(str.encode, counts))  # a character that is not ASCII is no digit
+    return [mask_counts(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+
+
 def are_outlines(parts: list[Any], size: list[int]) -> bool:
     """Return whether these are polygons of an image of this height and width."""
     height, width = size
@@ -84,16 +93,18 @@ def mask_areas(
         ``(N,)`` float64 areas in pixels, 0 for invalid masks; and ``(N,)`` bool, True for counts
         that are well-formed and add up to the image.
     """
-    lengths = np.array([len(text) for text in masks], dtype=np.int64)
+    lengths = np.array(list(map(len, masks)), dtype=np.int64)
     is_mask = lengths > 0
     if is_mask.all() and len(masks):
         digits = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)
         ends = np.cumsum(lengths)
         starts = ends - lengths
-        is_mask = (np.maximum.reduceat(digits, starts) < 64) & (digits[ends - 1] & _MORE == 0)
+        is_mask = digits[ends - 1] & _MORE == 0
+        if digits.max() >= 64:
+            is_mask &= np.maximum.reduceat(digits, starts) < 64
         if is_mask.all():
             areas = _areas(masks)
-            is_mask = (areas <= num_pixels) & _add_up(masks, areas, num_pixels, digits, starts)
+            is_mask = areas + _backgrounds(masks, digits, starts) == num_pixels
             return np.where(is_mask, areas, 0.0), is_mask
     # pycocotools would write beyond its memory with these: give it the others only.
     areas, some = np.zeros(len(masks)), np.flatnonzero(is_mask)
@@ -106,51 +117,48 @@ def mask_areas(
 def _areas(masks: Sequence[bytes]) -> NDArray[np.float64]:
     """Return the areas of well-formed masks, ``(N,)`` pixels, modulo 2^32."""
     areas = np.zeros(len(masks))
+    rles: list[dict[str, Any]] = [{"size": (1, 1)} for _ in range(_AT_ONCE)]  # it is ignored
     for start in range(0, len(masks), _AT_ONCE):
         part = masks[start : start + _AT_ONCE]
-        rles = [{"size": (1, 1), "counts": counts} for counts in part]  # the size is ignored
-        areas[start : start + len(part)] = coco_mask.area(rles)
+        for rle, counts in zip(rles, part, strict=False):
+            rle["counts"] = counts
+        areas[start : start + len(part)] = coco_mask.area(rles[: len(part)])
     return areas
 
 
-def _add_up(
-    masks: Sequence[bytes],
-    areas: NDArray[np.float64],
-    num_pixels: Index,
-    digits: NDArray[np.uint8],
-    starts: Index,
-) -> NDArray[np.bool_]:
-    """Return which well-formed masks have as many pixels as their images, ``(N,)``.
+def _backgrounds(
+    masks: Sequence[bytes], digits: NDArray[np.uint8], starts: Index
+) -> NDArray[np.float64]:
+    """Return the pixels outside of well-formed masks, ``(N,)``; -inf if the first count is wrong.
 
     COCO writes each count in digits of 5 bits, lowest first, plus 48; bit 5 means that another
-    digit follows, bit 4 of the last digit is the sign. From the fourth count on, the difference to
-    the count two places before is written. Counts of background and mask alternate. A 0 in front
-    exchanges the two, but adds the first count to each later count of the background.
+    digit follows, bit 4 of the last digit is the sign. Counts of background and mask alternate.
+    From the fourth count on, the difference to the count two places before is written, and so not
+    in the third. Without the first count, the others of the background are at the places of the
+    mask, and their sum is an area.
 
     Args:
         masks: counts of compressed RLE.
-        areas: ``(N,)`` areas of the masks, pixels.
-        num_pixels: ``(N,)`` height times width of the image.
         digits: the digits of all masks, minus 48.
         starts: ``(N,)`` index of each mask's first digit.
     """
-    is_end = ((digits >> 5) ^ 1).view(np.int8)
-    num_counts = np.add.reduceat(is_end, starts, dtype=np.int64)
-    first = _first_counts(digits, starts)
-    turned = _areas([b"0" + text for text in masks])
-    background = turned - first * ((num_counts + 1) // 2 - 1)
-    found: NDArray[np.bool_] = (first >= 0) & ((areas + background - num_pixels) % 2**32 == 0)
-    return found
+    first, length = _first_counts(digits, starts)
+    others = _areas([text[n:] for text, n in zip(masks, length.tolist(), strict=True)])
+    return np.where(first >= 0, first + others, -np.inf)
 
 
-def _first_counts(digits: NDArray[np.uint8], starts: Index) -> Index:
-    """Return the first count of each mask, ``(N,)``."""
-    first = np.zeros(len(starts), dtype=np.int64)
+def _first_counts(digits: NDArray[np.uint8], starts: Index) -> tuple[Index, Index]:
+    """Return the first count of each mask and the number of its digits, ``(N,)`` each.
+
+    The count is negative if it has more digits than any image needs.
+    """
+    first, length = np.zeros_like(starts), np.zeros_like(starts)
     is_open = np.ones(len(starts), dtype=np.bool_)
     for place in range(_MAX_DIGITS):
         digit = digits[np.minimum(starts + place, len(digits) - 1)].astype(np.int64)
         first += np.where(is_open, (digit & _VALUE) << (_DIGIT_BITS * place), 0)
+        length += is_open
         is_last = is_open & (digit & _MORE == 0)
         first -= np.where(is_last & (digit & _SIGN > 0), 1 << (_DIGIT_BITS * (place + 1)), 0)
         is_open &= ~is_last
-    return first
+    return np.where(is_open, -1, first), length

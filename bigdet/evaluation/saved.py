@@ -14,7 +14,7 @@ from typing import IO
 
 import orjson
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.evaluation.detections import Result
 from bigdet.host.files import put_in_place
 
@@ -94,7 +94,7 @@ class SavedResults:
         for rank, (num_bytes, lines) in enumerate(gathered):
             if rank == 0:
                 continue
-            for part in distributed.receive_bytes(rank, num_bytes):
+            for part in messages.receive_bytes(rank, num_bytes):
                 try:
                     if problem is None:
                         self._file.write(part)
@@ -104,7 +104,7 @@ class SavedResults:
             self._end += num_bytes
         if not distributed.is_main():
             self._file.seek(0)
-            distributed.send_bytes(self._file, self._end)
+            messages.send_bytes(self._file, self._end)
             self._file.truncate(0)
             self._lines, self._end = [], 0
         with distributed.together():

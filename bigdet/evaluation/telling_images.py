@@ -96,6 +96,8 @@ def write_pictures(
     run_dir: RunDir,
     phase: str,
     max_detections: int = MAX_DETECTIONS,
+    *,
+    has_own_set: bool = False,
 ) -> None:
     """Draw the worst and the best images, ground truth and detections, into the run folder.
 
@@ -110,6 +112,8 @@ def write_pictures(
         run_dir: where the pictures go.
         phase: part of their names.
         max_detections: how many of an image count, the best first.
+        has_own_set: the set is of this phase alone, whose keys other phases may use too: the
+            ground truth becomes ``pictures/truth/PHASE-KEY.jpg``.
     """
     truth = read_ground_truth(shards, "segm" in kinds, "keypoints" in kinds)
     found = read_detections(results, truth, ["bbox"])
@@ -122,7 +126,9 @@ def write_pictures(
     for among, verdict in chosen:
         row = int(np.flatnonzero(shards.index["image_id"] == verdict.image_id)[0])
         pixels = read_pixels(shards, row)
-        names = {"found": f"{phase}-{shards.key(row)}.jpg", "truth": f"truth/{shards.key(row)}.jpg"}
+        key = shards.key(row)
+        own = f"{phase}-{key}.jpg"
+        names = {"found": own, "truth": f"truth/{own if has_own_set else f'{key}.jpg'}"}
         drawn = draw_results(pixels, of_image[verdict.image_id], shards)
         drawn.save(run_dir.pictures / names["found"], quality=90)
         drawn = draw_truth(pixels, truth, verdict.image_id)

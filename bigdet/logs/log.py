@@ -84,18 +84,21 @@ class MetricsWriter:
         self._file = file.open("a", encoding="utf-8")
         self.boards = boards
 
-    def write(self, values: Mapping[str, Any], total_step: int) -> None:
+    def write(
+        self, values: Mapping[str, Any], total_step: int, names: Mapping[str, str] | None = None
+    ) -> None:
         """Add one line.
 
         Args:
             values: the object, numbers that are not finite become null; boards get them as they
                 are.
             total_step: optimizer steps over all phases, the axis of boards.
+            names: what boards call some of the numbers. None: as in the file.
         """
         self._file.write(to_json(values) + "\n")
         self._file.flush()
         scalars = {
-            key: value
+            (names or {}).get(key, key): value
             for key, value in values.items()
             if isinstance(value, (int, float)) and key != "step"
         }

@@ -126,6 +126,13 @@ class Backbone(Checkpointed):
         return normalized.permute(0, 3, 1, 2)
 
 
+def layers_with_weights(module: nn.Module) -> list[nn.Module]:
+    """List the outermost modules that have parameters of their own, in the model's order."""
+    if any(True for _ in module.parameters(recurse=False)):
+        return [module]
+    return [layer for child in module.children() for layer in layers_with_weights(child)]
+
+
 def _parts(module: nn.Module) -> list[nn.Module]:
     """Children of a container, or the module itself."""
     return list(module) if isinstance(module, nn.Sequential) else [module]

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigdet.config.model import ModelConfig
-from bigdet.models.backbone_base import Backbone
+from bigdet.models.backbone_base import Backbone, layers_with_weights
 from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
@@ -43,6 +43,9 @@ from bigdet.structures import Batch, Detections, Targets
 # RGB, 0..255, of ImageNet: what the published backbones were trained with.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_DEVIATION = (58.395, 57.12, 57.375)
+
+UNIT_NUMBERS = 20_000_000
+"""Of the weights of consecutive blocks that are gathered together: 80 MB, as one block of ViT-H."""
 
 
 class Detector(nn.Module):
@@ -78,11 +81,13 @@ class Detector(nn.Module):
         """Modules that an engine may shard and gather together: backbone stages, neck, heads.
 
         Each module is called in every forward pass, of training and of evaluation. A stage is
-        given as its layers with weights, since backbones run the blocks of a stage one by one.
+        given as its layers with weights, since backbones run the blocks of a stage one by one; a
+        large one is several units.
         """
         stages = [
-            [layer for part in stage for layer in _layers_with_weights(part)]
+            [layer for part in unit for layer in layers_with_weights(part)]
             for stage in self.backbone.stages
+            for unit in _cut(stage)
         ]
         heads = [
             called
@@ -250,11 +255,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _layers_with_weights(module: nn.Module) -> list[nn.Module]:
-    """List the outermost modules that have parameters of their own, in the model's order."""
-    if any(True for _ in module.parameters(recurse=False)):
-        return [module]
-    return [layer for child in module.children() for layer in _layers_with_weights(child)]
+def _cut(stage: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Divide a stage into runs of blocks of at most ``UNIT_NUMBERS``, or of one block."""
+    unit: list[nn.Module] = []
+    count = 0
+    for part in stage:
+        numbers = sum(parameter.numel() for parameter in part.parameters())
+        if unit and count + numbers > UNIT_NUMBERS:
+            yield unit
+            unit, count = [], 0
+        unit.append(part)
+        count += numbers
+    yield unit
 
 
 def _called_modules(module: nn.Module) -> list[nn.Module]:

@@ -1,29 +1,36 @@
 """A backbone that a phase does not train: kept in bf16, and left alone by the engine.
 
-Its weights become buffers that are in no state: an engine neither shards nor steps them, keeps no
-copy in fp32, and no checkpoint has them. They are written once per phase into the run folder
-(``frozen/PHASE.safetensors``), and checkpoints hold the hash of that file's tensors.
+Its weights become buffers that are in no state: an engine does not step them, keeps no copy in
+fp32, and no checkpoint has them. The run folder has them once, in a file that is named after their
+hash (``frozen/HASH.safetensors``), and checkpoints have the hash.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from bigdet.models.backbone_base import Backbone
+from bigdet.host.files import put_in_place
+from bigdet.models.backbone_base import Backbone, layers_with_weights
 from bigdet.models.backbones.any_size import derived
 from bigdet.models.backbones.build import NUM_STAGES, freeze_stages
 from bigdet.models.backbones.timm_net import TimmBackbone
+from bigdet.pieces.tensor_file import NAMES, Spec, TensorFile, write_tensors
+from bigdet.run_dir import RunDir
 
-FOLDER = "frozen"
-"""In the run folder: a file per phase."""
+FROZEN = "frozen"
+"""In the metadata of weights: the hash of a frozen backbone."""
+WITH_FROZEN = "with_frozen"
+"""In the metadata of weights: the frozen backbone is among them."""
+MATRIX_TYPE = torch.bfloat16
 
 
 class _Frozen(nn.Module):
@@ -31,14 +38,17 @@ class _Frozen(nn.Module):
 
     Attributes:
         frozen_names: of what does not change in the network, in its state before.
+        frozen_parts: modules that have all of it.
+        frozen_layers: modules that are called in each forward pass, the matrices among them.
     """
 
     frozen_names: list[str]
     frozen_parts: list[nn.Module]
+    frozen_layers: list[nn.Module]
 
     def forward(self, x: Tensor, **options: Any) -> list[Tensor]:
         """Compute features in fp32."""
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, MATRIX_TYPE):
             features = super().forward(x, **options)
         return [feature.to(x.dtype) for feature in features]
 
@@ -57,8 +67,10 @@ def freeze_backbone(backbone: Backbone) -> None:
     No activation of them is kept, since nothing in them or before them has a gradient.
     """
     freeze_stages(backbone, NUM_STAGES)
+    staged = [part for stage in backbone.stages for part in stage]
+    layers = [layer for part in staged for layer in layers_with_weights(part)]
     net: nn.Module = backbone
-    parts = [part for stage in backbone.stages for part in stage]
+    parts = staged
     if isinstance(backbone, TimmBackbone):
         net, parts = backbone.net, list(backbone.net.children())
         for parameter in net.parameters():  # the last norm too
@@ -72,6 +84,7 @@ def freeze_backbone(backbone: Backbone) -> None:
         _to_buffers(module)
     net.__class__ = derived(type(net), _Frozen)
     net.frozen_names, net.frozen_parts = names, parts  # type: ignore[assignment]
+    net.frozen_layers = layers  # type: ignore[assignment]
     net.train(net.training)
 
 
@@ -85,7 +98,7 @@ def _to_buffers(module: nn.Module) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         value = parameter.detach()
         del module._parameters[name]
-        dtype = torch.bfloat16 if is_matrix and name == "weight" else value.dtype
+        dtype = MATRIX_TYPE if is_matrix and name == "weight" else value.dtype
         module.register_buffer(name, value.to(dtype), persistent=False)
     module._non_persistent_buffers_set.update(module._buffers)
 
@@ -100,48 +113,113 @@ def frozen_tensors(detector: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Tell whether a module is the network of a frozen backbone."""
+    return isinstance(module, _Frozen)
+
+
+def frozen_layers(detector: nn.Module) -> list[nn.Module]:
+    """Return the layers of a frozen backbone that have its matrices, in the order of the model.
+
+    Each is called in every forward pass.
+    """
+    found = [module for module in detector.modules() if isinstance(module, _Frozen)]
+    layers = [layer for module in found for layer in module.frozen_layers]
+    return [layer for layer in layers if any(each.dtype == MATRIX_TYPE for each in layer.buffers())]
+
+
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of tensors: names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        _add(digest, name, tensors[name])
     return digest.hexdigest()
 
 
-def write_frozen(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of a frozen backbone."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, file)
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    numbers = tensor.detach().cpu().contiguous().flatten()
+    digest.update(numbers.view(torch.uint8).numpy().data)
 
 
-def read_frozen(file: Path, expected: str) -> dict[str, Tensor]:
-    """Read the tensors of a frozen backbone.
+def write_frozen(run_dir: RunDir, like: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> str:
+    """Write the tensors of a frozen backbone into the folder of a run, and return their hash.
 
     Args:
-        file: of `write_frozen`.
-        expected: their hash.
+        run_dir: of the run.
+        like: tensors of their types and shapes, by name; those on the meta device will do.
+        read: gives a tensor, in any type; it is let go of before the next is asked for.
+    """
+    digest, folder = hashlib.sha256(), run_dir.frozen("").parent
+    specs = {name: Spec(NAMES[like[name].dtype], tuple(like[name].shape)) for name in sorted(like)}
+
+    def rounded(name: str) -> Tensor:
+        tensor = read(name).to(like[name].dtype).contiguous()
+        _add(digest, name, tensor)
+        return tensor
+
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "new.tmp"
+    write_tensors(temporary, specs, map(rounded, specs))
+    put_in_place(temporary, run_dir.frozen(digest.hexdigest()))
+    return digest.hexdigest()
+
+
+def open_frozen(weights: Path, expected: str, phase: str) -> TensorFile:
+    """Open the file with the frozen backbone of some weights, after a check of its hash.
+
+    Args:
+        weights: a run folder, a checkpoint of one, or a file in one of these.
+        expected: hash of the tensors.
+        phase: of the weights; earlier versions named the file after it.
 
     Raises:
-        ValueError: the file is not there, or holds others.
+        ValueError: the file is not there, or has other tensors.
     """
-    if not file.is_file():
+    file = find_frozen(weights, expected, phase)
+    if file is None:
         raise ValueError(
-            f"{file}: not found, but it holds the frozen backbone of a checkpoint, which is in no "
-            f"checkpoint itself. Copy it from the folder of the run."
+            f"{weights}: its frozen backbone is not in it, and {RunDir(Path()).frozen(expected)} "
+            f"is neither in its folder nor in one above it. Copy the folder frozen of its run "
+            f"there, or give the model.safetensors that a finished run has at the top of its "
+            f"folder, which has all weights (unless checkpoint.with_frozen is false)."
         )
-    tensors = load_file(file)
+    tensors = TensorFile(file)
     if (found := hash_of(tensors)) != expected:
         raise ValueError(
             f"{file}: its tensors have the hash {found[:12]}, expected {expected[:12]}: it is not "
-            f"the frozen backbone that the checkpoint was trained with. Copy that of its run."
+            f"the frozen backbone that {weights} was trained with. Copy that of its run."
         )
     return tensors
 
 
-def find_frozen(weights: Path, phase: str) -> Path:
-    """Return where the frozen backbone of weights is: in their folder or one above it."""
-    name = Path(FOLDER) / f"{phase}.safetensors"
+def find_frozen(weights: Path, expected: str, phase: str) -> Path | None:
+    """Return where the frozen backbone of weights is: in their folder or one above it.
+
+    The arguments are those of `open_frozen`. None where there is no file of its name.
+    """
     folders = [weights, *weights.absolute().parents][:4]
-    return next((each / name for each in folders if (each / name).is_file()), weights.parent / name)
+    files = [RunDir(folder).frozen(expected) for folder in folders]
+    names = [each for file in files for each in (file, file.with_name(f"{phase}.safetensors"))]
+    return next(filter(Path.is_file, names), None)
+
+
+def add_frozen(weights: Path, out: Path) -> None:
+    """Copy a ``model.safetensors``, with the frozen backbone that was left out of it, if any.
+
+    Args:
+        weights: in a run folder.
+        out: the file that is written.
+    """
+    left = TensorFile(weights)
+    if not lacks_frozen(left.metadata):
+        shutil.copyfile(weights, out)
+        return
+    frozen = open_frozen(weights, left.metadata[FROZEN], left.metadata["phase"])
+    values = itertools.chain(left.values(), frozen.values())
+    write_tensors(out, left.specs | frozen.specs, values, left.metadata | {WITH_FROZEN: "true"})
+
+
+def lacks_frozen(metadata: Mapping[str, str]) -> bool:
+    """Tell by the metadata of weights whether a frozen backbone was left out of them."""
+    return FROZEN in metadata and WITH_FROZEN not in metadata

@@ -298,23 +298,32 @@ def count_lane(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def update_running_statistics(module: nn.Module, momentum: float = MOMENTUM) -> None:
+def update_running_statistics(
+    module: nn.Module, momentum: float = MOMENTUM, counts: Tensor | None = None
+) -> None:
     """Move all running statistics once, by the mean over all lanes of all ranks of this step.
 
     Every rank calls it after its last micro-batch of a step (one all-reduce of all layers'
     statistics), and all ranks have equal running statistics afterwards. A layer whose lanes were
     all empty stays as it is. With a momentum of 1 they become that mean.
+
+    Args:
+        module: whose batch normalization layers it is for.
+        momentum: part of the mean that the statistics take.
+        counts: bool, a scalar on their device. False: the statistics of this step are forgotten.
     """
     layers = _live_norms(module)
     if not layers:
         return
-    counts = torch.cat([layer.num_filled for layer in layers])
+    filled = torch.cat([layer.num_filled for layer in layers])
     sums = [layer.mean_sum for layer in layers] + [layer.var_sum for layer in layers]
-    flat = distributed.sum_over_ranks(torch.cat([counts.to(sums[0].dtype), *sums]))
-    counts, *totals = torch.split(flat, [len(layers), *[len(total) for total in sums]])
+    flat = distributed.sum_over_ranks(torch.cat([filled.to(sums[0].dtype), *sums]))
+    if counts is not None:
+        flat = torch.where(counts, flat, 0.0)  # as if all lanes were empty
+    filled, *totals = torch.split(flat, [len(layers), *[len(total) for total in sums]])
     running = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
-    means = torch._foreach_div(totals, list(counts.clamp(min=1).unbind() * 2))
-    parts = list((momentum * (counts > 0).to(counts.dtype)).unbind() * 2)
+    means = torch._foreach_div(totals, list(filled.clamp(min=1).unbind() * 2))
+    parts = list((momentum * (filled > 0).to(filled.dtype)).unbind() * 2)
     changes = torch._foreach_mul(torch._foreach_sub(means, running), parts)
     torch._foreach_add_(running, changes)
     discard_statistics(module)

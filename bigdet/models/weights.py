@@ -23,12 +23,13 @@ from bigdet.config.resize import plan_of
 from bigdet.config.run import RunConfig, eval_resize, phase_model
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
-from bigdet.models.frozen import find_frozen, freeze_backbone, read_frozen
+from bigdet.models.frozen import FROZEN, freeze_backbone, lacks_frozen, open_frozen
 from bigdet.models.norms import set_norm_mode
 from bigdet.ops.finite import describe_not_finite
-from bigdet.pieces.index import MODEL, MODEL_FILE, STATE_FILE
+from bigdet.pieces.index import MODEL_FILE, STATE_FILE
 from bigdet.pieces.reading import open_stored
 from bigdet.pieces.tensor_file import TensorFile
+from bigdet.pieces.unread import Unread
 from bigdet.run_dir import RunDir
 
 FORMAT = "bigdet-1"
@@ -69,7 +70,7 @@ def weights_metadata(
         phase: the phase that the weights come from.
         frozen: hash of the frozen backbone, which is not among them.
     """
-    found = {} if frozen is None else {"frozen": frozen}
+    found = {} if frozen is None else {FROZEN: frozen}
     if config.phases[phase].ema is not None:
         found["weights"] = AVERAGE
     return found | {
@@ -93,12 +94,14 @@ def save_detector_weights(path: Path, detector: nn.Module, metadata: dict[str, s
         raise OSError(f"{path}: cannot be written: {error}. Make room for it.") from error
 
 
-def load_detector(path: str | Path) -> Detector:
+def load_detector(path: str | Path, *, keep_frozen: bool = True) -> Detector:
     """Build a detector and load its weights, ready to predict.
 
     Args:
         path: a ``model.safetensors``, a checkpoint folder, or a run folder (its final weights, or
             those of its newest checkpoint).
+        keep_frozen: let a frozen backbone run in bf16 and outside of the state, as in training.
+            False: in fp32, as any other.
 
     Returns:
         The detector on the CPU, in evaluation mode, batch normalization fixed, with its
@@ -125,32 +128,33 @@ def load_detector(path: str | Path) -> Detector:
     detector = build_detector(phase_model(config, phase), len(categories))
     load_parts(detector, tensors, sorted({part_of(name) for name in tensors}), str(file))
     set_norm_mode(detector, "fixed")
-    if "frozen" in metadata:
+    if FROZEN in metadata and keep_frozen:
         freeze_backbone(detector.backbone)
     detector.eval_size = plan_of(eval_resize(config, phase))
     detector.categories = categories
     return detector.eval()
 
 
-def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the weights of a detector onto the CPU, with its frozen backbone, and their metadata."""
+def read_weights(file: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Open the weights of a detector, with its frozen backbone, and read their metadata."""
     tensors, metadata = read_safetensors(file)
-    if "frozen" in metadata:
-        tensors |= read_frozen(find_frozen(file, metadata["phase"]), metadata["frozen"])
+    if lacks_frozen(metadata):
+        frozen = open_frozen(file, metadata[FROZEN], metadata["phase"])
+        tensors = Unread.changed(tensors, frozen)
     return tensors, metadata
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read weights onto the CPU, and their metadata.
+def read_safetensors(file: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Open weights, which are read when they are used, and their metadata.
 
     Args:
         file: a safetensors file, or a checkpoint in pieces.
     """
     if file.is_dir():
         stored = open_stored(file)
-        return dict(zip(stored.catalog[MODEL], stored.whole(), strict=True)), stored.metadata
+        return stored.unread(), stored.metadata
     tensors = TensorFile(file)
-    return dict(tensors), tensors.metadata
+    return {name: tensors.mapped(name) for name in tensors}, tensors.metadata
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -261,7 +265,7 @@ def load_parts(
             f"{source}: does not fit the model in {', '.join(parts)}: {misfits}. Make "
             f"model.* that of the weights{advice}."
         )
-    values = {name: tensors[name].to(own[name].dtype) for name in own if name in wanted}
+    values = Unread(lambda name: tensors[name].to(own[name].dtype), [n for n in own if n in wanted])
     refuse_not_finite(values, source)
     with torch.no_grad():
         for name, value in values.items():

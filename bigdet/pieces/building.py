@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,8 @@ RESIDENT_BYTES = 256 << 20
 def parameters_on_meta() -> Iterator[None]:
     """Give parameters that are made in the block a shape and a type, but no memory.
 
-    Buffers are real. Setting the parameters does nothing, and draws no random numbers.
+    Buffers are real, also where a network makes them on the device of its parameters. Setting the
+    parameters does nothing, and draws no random numbers.
     """
 
     def on_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
@@ -35,8 +37,28 @@ def parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    with _each_parameter(on_meta):
+    with _each_parameter(on_meta), _RealTensors():
         yield
+
+
+class _RealTensors(TorchFunctionMode):
+    """Makes new tensors on the CPU that are asked for on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def module_at(error: BaseException) -> str:
+    """Name the type of the innermost module that an error came through, or else of the error."""
+    found: type = type(error)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            found = type(owner)
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 @contextmanager

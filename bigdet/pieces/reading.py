@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigdet.pieces.index import MODEL, Catalog, Index, Place, key_in, read_index, read_state
 from bigdet.pieces.tensor_file import TensorFile
+from bigdet.pieces.unread import Unread
 
 
 class Stored:
@@ -76,6 +77,11 @@ class Stored:
         """Read the tensors of a kind, one after the other, in the order of the catalog."""
         for name, spec in self.catalog[kind].items():
             yield self.read(kind, name).view(spec.shape)
+
+    def unread(self, kind: str = MODEL) -> Unread:
+        """Give the tensors of a kind by name, each read when it is asked for."""
+        specs = self.catalog[kind]
+        return Unread(lambda name: self.read(kind, name).view(specs[name].shape), specs)
 
     def _places(self, kind: str, name: str, is_here: bool) -> list[Place]:
         """Give where the numbers of a tensor are, in order; of files on this host alone, if so."""

@@ -129,6 +129,7 @@ class TensorFile(Mapping[str, Tensor]):
             ValueError: the file is no safetensors file, or cut short.
         """
         self.path = path
+        self._bytes: Tensor | None = None
         try:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
@@ -158,6 +159,19 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Read a tensor."""
         return self.read(name).view(self.specs[name].shape)
+
+    def mapped(self, name: str) -> Tensor:
+        """Give a tensor whose numbers are read when they are used, and can leave the memory again.
+
+        The file must not be changed as long as it is in use.
+        """
+        spec, begin = self.specs[name], self._begins[name]
+        if not spec.count or begin % spec.torch_dtype.itemsize:  # which others may write
+            return self[name]
+        if self._bytes is None:
+            size = self.path.stat().st_size
+            self._bytes = torch.from_file(str(self.path), size=size, dtype=torch.uint8)
+        return self._bytes[begin : begin + spec.num_bytes].view(spec.torch_dtype).view(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""

@@ -26,8 +26,8 @@ import torch
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
-from bigdet.config.run import RunConfig
-from bigdet.data.format.mix import open_sets
+from bigdet.config.run import RunConfig, phase_data
+from bigdet.data.format.mix import open_train_set
 from bigdet.engine.build import build_engine
 from bigdet.host import errors
 from bigdet.host.limits import host_memory
@@ -114,7 +114,7 @@ def _measure(config: RunConfig, phase: str, engine_config: EngineConfig) -> Meas
     """Take a few steps of one micro-batch on this device."""
     device = distributed.device()
     settings = config.phases[phase]
-    train_set, _ = open_sets(config.data)
+    train_set = open_train_set(phase_data(config, phase).train, config.data.cache)
     alone = {phase: dataclasses.replace(settings, images_per_step=None)}
     stream = stream_for_phase(dataclasses.replace(config, phases=alone), phase, train_set)
     batches = list(islice(stream, WARM_STEPS + MEASURED_STEPS))

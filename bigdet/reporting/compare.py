@@ -96,12 +96,12 @@ _Evaluation = tuple[int, float, dict[str, float], dict[str, float]]
 
 
 def _evaluations(run: Run, measure: str) -> dict[tuple[str, int], _Evaluation]:
-    """Return every evaluation by phase and step."""
+    """Return every evaluation on the set of the last one, by phase and step."""
     found = {}
     seen: dict[str, float] = {}
     for line in run.lines:
         seen |= _costs_in(line)  # older versions wrote none at evaluations: those of the last step
-        if (ap := line.get(measure)) is not None:
+        if (ap := line.get(measure)) is not None and run.is_compared(line["phase"]):
             place = line["phase"], line["step"]
             found[place] = run.total_step(line), ap, dict(seen), _imports_in(line)
     return found
@@ -134,7 +134,11 @@ def measures_of(groups: Groups) -> list[str]:
     return [
         measure
         for measure in MEASURES
-        if any(line.get(measure) is not None for run in runs for line in run.lines)
+        if any(
+            line.get(measure) is not None and run.is_compared(line["phase"])
+            for run in runs
+            for line in run.lines
+        )
         and (with_ap50 or measure != "bbox/AP50")
     ]
 

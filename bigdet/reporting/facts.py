@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bigdet.reporting.runs import Groups, Run
-from bigdet.reporting.table import COUNTS, TIMES, Table, amount, unit_of
+from bigdet.reporting.table import (
+    COUNTS,
+    MEASURES,
+    TIMES,
+    Table,
+    amount,
+    outcome_of,
+    spread,
+    unit_of,
+)
 
 
 def run_table(groups: Groups) -> Table:
@@ -16,8 +25,24 @@ def run_table(groups: Groups) -> Table:
         options = members[0].options
         phases = "\n".join(_phase_words(options, phase) for phase in members[0].phases)
         model = f"{options['model.detector']}, {options['model.backbone']}"
-        rows.append([name, model, phases, str(options["data.val.shards"])])
+        sets = members[0].val_sets
+        addresses = list(dict.fromkeys(sets.values()))
+        if len(addresses) > 1:
+            addresses = [f"{phase}: {address}" for phase, address in sets.items()]
+        rows.append([name, model, phases, "\n".join(addresses)])
     return Table(["run", "model", "phases", "evaluated on"], rows)
+
+
+def other_sets_table(groups: Groups) -> Table:
+    """Return the last AP of the phases that were evaluated on other sets than the last phase."""
+    rows = []
+    for run in (run for members in groups.values() for run in members):
+        for phase in run.phases:
+            outcome = outcome_of([line for line in run.lines if line["phase"] == phase], True)
+            if outcome is not None and not run.is_compared(phase):
+                cells = [spread([outcome.ap[m]]) if m in outcome.ap else "" for m in MEASURES]
+                rows.append([run.name, phase, run.val_sets[phase], *cells])
+    return Table(["run", "phase", "evaluated on", *MEASURES.values()], rows).without_empty()
 
 
 def _phase_words(options: Mapping[str, Any], phase: str) -> str:
@@ -112,6 +137,7 @@ def environment_table(groups: Groups) -> tuple[str, Table]:
         "run": [run.name for run in runs],
         "starts": [str(len(run.starts)) for run in runs],
         "last start": [_minute(str(run.starts[-1].get("time", ""))) for run in runs],
+        "goodput": [_goodput(run) for run in runs],
         **{name: each for name, each in values.items() if len(set(each)) > 1},
     }
     rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
@@ -119,6 +145,12 @@ def environment_table(groups: Groups) -> tuple[str, Table]:
     if words and len(runs) > 1:
         words = f"The same in all runs: {words}"
     return words, Table(list(columns), rows).without_empty()
+
+
+def _goodput(run: Run) -> str:
+    """Return the part of the time since the first start that was in steps that counted."""
+    found = [line["goodput"] for line in run.lines if "goodput" in line]
+    return f"{found[-1]:.0%}" if found else ""
 
 
 def _minute(time: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigdet.config.compare import comparable, flat_options
+from bigdet.config.compare import comparable, flat_options, place_of
 from bigdet.config.load import read_config
+from bigdet.config.run import phase_data
 from bigdet.reporting.table import Outcome, outcome_of, read_metrics
 from bigdet.run_dir import RunDir
 
@@ -32,6 +34,7 @@ class Run:
         run_dir: its folder.
         options: the resolved config, by full key.
         phases: names in the order in which they run.
+        val_sets: address of the validation set of each phase.
         lines: the lines of ``metrics.jsonl``.
         evaluation: numbers of the last evaluation with a file; empty if there is none.
         starts: host and versions of each start; empty for runs of earlier versions.
@@ -41,6 +44,7 @@ class Run:
     run_dir: RunDir
     options: Mapping[str, Any]
     phases: Sequence[str]
+    val_sets: Mapping[str, str]
     lines: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
     starts: Sequence[Mapping[str, Any]]
@@ -49,6 +53,16 @@ class Run:
     def outcome(self) -> Outcome | None:
         """Last AP and costs; None before its first evaluation."""
         return outcome_of(self.lines, self.run_dir.is_finished)
+
+    @functools.cached_property
+    def evaluated_on(self) -> str:
+        """Address of the validation set of the last evaluation, or of the last phase before any."""
+        measured = [line["phase"] for line in self.lines if "bbox/AP" in line]
+        return self.val_sets[measured[-1] if measured else self.phases[-1]]
+
+    def is_compared(self, phase: str) -> bool:
+        """Tell whether a phase was evaluated on the set of the last evaluation."""
+        return place_of(self.val_sets[phase]) == place_of(self.evaluated_on)
 
     def total_step(self, line: Mapping[str, Any]) -> int:
         """Return the optimizer steps of all phases up to a line."""
@@ -109,7 +123,8 @@ def read_run(folder: Path, name: str) -> Run:
             folder,
         )
     evaluation, starts = _last_evaluation(run_dir, lines), _read_json(run_dir.environment, [])
-    return Run(name, run_dir, flat_options(config), phases, lines, evaluation, starts)
+    val_sets = {phase: phase_data(config, phase).val.shards for phase in phases}
+    return Run(name, run_dir, flat_options(config), phases, val_sets, lines, evaluation, starts)
 
 
 def check_same_data(runs: Sequence[Run]) -> None:

@@ -12,7 +12,13 @@ from bigdet.reporting.albums import read_albums
 from bigdet.reporting.analysis_figures import WIDE, analysis_figures
 from bigdet.reporting.budgets import NEAR, budget_sentences, budget_table
 from bigdet.reporting.compare import difference_table, equal_ap_sentences, equal_ap_table
-from bigdet.reporting.facts import cost_table, environment_table, option_table, run_table
+from bigdet.reporting.facts import (
+    cost_table,
+    environment_table,
+    option_table,
+    other_sets_table,
+    run_table,
+)
 from bigdet.reporting.figures import cost_figures, curve_figures, training_figures
 from bigdet.reporting.page import cards_html, pager_html, paragraph_html, table_html, write_page
 from bigdet.reporting.runs import Groups
@@ -23,6 +29,11 @@ RESULTS = (
     "is that of training; data wait is the share of it in which the GPUs waited for data. Runs on "
     "CPUs have CPU time instead: of all threads of the ranks, without loader processes "
     "(data.workers)."
+)
+OTHER_SETS = (
+    "AP in percent at the last evaluation of phases that were evaluated on another set than the "
+    "last one of the run. It is part of no other table or curve: AP on different sets is not "
+    "comparable."
 )
 NOISE = (
     "In percentage points. The noise band is two standard errors of the difference of two means, "
@@ -71,6 +82,7 @@ def write_report(
     imports = IMPORTS if any(name.endswith("with imports") for name in costs.header) else ""
     tables = {
         "Runs": (run_table(groups), ""),
+        "AP on other sets": (other_sets_table(groups), OTHER_SETS),
         "Differences": (difference_table(groups), NOISE),
         "Equal time": (budget_table(groups), BUDGETS),
         "Cost at equal AP": (costs, EQUAL_AP + imports),
@@ -118,6 +130,7 @@ def _page(
         + paragraph_html(RESULTS + _limit_note(groups), is_note=True),
         "Runs": html["Runs"],
         "AP": cards_html(curves, wide=True),
+        "AP on other sets": html["AP on other sets"],
         "Differences": html["Differences"],
         "Equal time": html["Equal time"],
         "Cost at equal AP": html["Cost at equal AP"],

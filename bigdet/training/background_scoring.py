@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -25,7 +25,8 @@ import torch
 from bigdet import distributed
 from bigdet.config.model import has_keypoints, has_masks
 from bigdet.config.phase import num_steps
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig, phase_data, phase_model
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.engine import keeping
 from bigdet.evaluation import telling_images as pictures
@@ -55,12 +56,15 @@ class Scorer:
         self,
         config: RunConfig,
         run_dir: RunDir,
-        val_set: ShardSet,
+        sets: Mapping[str, DataSets],
         metrics: MetricsWriter | None,
         state: RunState,
     ) -> None:
-        """Prepare; the numbers go to the metrics, the best AP and what is unscored to the state."""
-        self._config, self._run_dir, self._val_set = config, run_dir, val_set
+        """Prepare; the numbers go to the metrics, the best AP and what is unscored to the state.
+
+        The sets are those of each phase.
+        """
+        self._config, self._run_dir, self._sets = config, run_dir, sets
         self._metrics, self._state = metrics, state
         self._process: ForkProcess | None = None
         self._message: Connection | None = None
@@ -151,10 +155,14 @@ class Scorer:
         flat = measuring.flat_metrics(metrics)
         text = ", ".join(filter(None, [measuring.one_line(flat), limit_note(metrics)]))
         flat = {f"{entry.prefix}{name}": value for name, value in flat.items()}
-        place = f"{entry.phase} step {entry.step}{', newest weights' * bool(entry.prefix)}"
+        is_own = self._config.phases[entry.phase].data.val is not None
+        where = f" on {self._sets[entry.phase].val.address}" * is_own
+        place = f"{entry.phase} step {entry.step}{', newest weights' * bool(entry.prefix)}{where}"
         logger.info("%s: %s", place, text, extra={"values": flat})
         line = {"phase": entry.phase, "step": entry.step, **flat, **entry.counters}
-        self._metrics.write(line, entry.total_steps)
+        # AP on another set than the run's is another curve of the boards.
+        curves = {name: f"{entry.phase}/{name}" for name in flat} if is_own else {}
+        self._metrics.write(line, entry.total_steps, curves)
         if not entry.prefix:
             self._note_best(entry, metrics)
         self._state.unscored = None
@@ -192,9 +200,12 @@ class Scorer:
             self._process = self._message = None
 
     def _start(self) -> None:
-        self._val_set.close()  # so that no file is open in both processes
+        entry = self._state.unscored
+        assert entry is not None
+        val_set = self._sets[entry.phase].val
+        val_set.close()  # so that no file is open in both processes
         self._message, message = _FORK.Pipe(duplex=False)
-        arguments = (self._config, self._run_dir, self._val_set, self._state.unscored, message)
+        arguments = (self._config, self._run_dir, val_set, entry, message)
         self._process = _FORK.Process(target=_score, args=arguments, daemon=True)
         held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
@@ -212,10 +223,18 @@ class Scorer:
         if box_ap is None or not math.isfinite(box_ap):
             return  # no objects
         # Older versions may have stored NaN, which nothing exceeds.
-        if state.best_ap is None or not box_ap <= state.best_ap:
+        if state.best_ap is None or not self._is_comparable(entry) or not box_ap <= state.best_ap:
             folder = self._run_dir.checkpoint(entry.phase, entry.step)
             state.best_ap, state.best_checkpoint = box_ap, folder.name
             keeping.mark_best(folder)
+
+    def _is_comparable(self, entry: Unscored) -> bool:
+        """Tell whether the best checkpoint was evaluated on the same set; later sets count."""
+        best = str(self._state.best_checkpoint).rpartition("-")[0]
+        return (
+            best not in self._config.phases
+            or phase_data(self._config, best).val == phase_data(self._config, entry.phase).val
+        )
 
 
 def _score(
@@ -234,7 +253,10 @@ def _score(
         metrics = evaluate_detections(val_set, results, kinds, metric, max_detections=limit)
         is_end = entry.step == num_steps(config.phases[entry.phase])
         if count and is_end and not entry.prefix:
-            pictures.write_pictures(val_set, results, kinds, count, run_dir, entry.phase, limit)
+            is_own = config.phases[entry.phase].data.val is not None
+            pictures.write_pictures(
+                val_set, results, kinds, count, run_dir, entry.phase, limit, has_own_set=is_own
+            )
         file = run_dir.evaluation(entry.phase, entry.step, entry.prefix)
         write_text(file, to_json(metrics, indent=1))
     except (ValueError, OSError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from bigdet import distributed
 from bigdet.host import errors
 from bigdet.host.limits import host_memory
 from bigdet.training.metrics import peak_memory_gib
+from bigdet.training.profiling import write_memory
 
 if TYPE_CHECKING:
     from bigdet.training.loop import PhaseTrainer
@@ -49,6 +50,8 @@ def _out_of_memory(trainer: PhaseTrainer, where: str) -> str:
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory / _GIB
         found = f"{peak_memory_gib():.1f} of {room:.1f} GiB of {device}"
+        with suppress(OSError):  # a full disk
+            write_memory(trainer.run.run_dir.memory_snapshot("full", distributed.rank()))
     else:
         room = host_memory().total / _GIB
         found = f"{peak_memory_gib():.1f} of {room:.1f} GiB of memory"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdet.config.compare import comparable, flat_options, place_of
+from bigdet.config.data import PhaseDataConfig
 from bigdet.config.load import parse_config
 from bigdet.config.phase import PhaseConfig, num_steps
 from bigdet.config.rules import ConfigError
@@ -15,11 +16,17 @@ from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
 
+DATA_CHANGEABLE = (
+    "data.train.shards", "data.train.more_shards", "data.train.subset.ids",
+    "data.train.max_damaged", "data.val.shards",
+)  # fmt: skip
+"""Options of data, of the run or of a phase, that a resumed run may change: where the data are."""
+
 CHANGEABLE = (
-    "output", "resume", "change_batch", "data.train.shards", "data.train.more_shards",
-    "data.train.subset.ids", "data.val.shards", "data.cache", "data.workers",
-    "data.train.max_damaged", "engine.kind", "engine.zero_stage", "engine.shard_over",
-    "engine.offload", "engine.max_bad_steps", "evaluation", "checkpoint", "log",
+    "output", "resume", "change_batch", *DATA_CHANGEABLE, "data.cache", "data.workers",
+    "engine.kind", "engine.zero_stage", "engine.shard_over", "engine.offload",
+    "engine.shard_frozen", "engine.max_bad_steps", "device.cudnn_benchmark",
+    "device.expandable_segments", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they have no effect on the weights."""
 
@@ -108,8 +115,11 @@ def changeable_options(config: RunConfig, current: str, is_fork: bool) -> list[s
     names = list(config.phases)
     to_come = names[names.index(current) + 1 :]
     own = BATCH_OPTIONS * config.change_batch + FORK_CHANGEABLE * is_fork
+    begun = [name for name in names if name not in to_come]
+    with_data = [name for name in begun if config.phases[name].data != PhaseDataConfig()]
     return [
         *CHANGEABLE,
+        *(f"phases.{name}.{key}" for name in with_data for key in DATA_CHANGEABLE),
         *(f"phases.{name}" for name in to_come),
         *(f"phases.{current}.{name}" for name in own),
     ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from bigdet.config.model import reported
 from bigdet.config.phase import num_lanes, num_steps
 from bigdet.config.run import RunConfig
 from bigdet.data.format.class_counts import class_lines
-from bigdet.data.format.shard_set import ShardSet
-from bigdet.data.streams.stream import TrainStream, too_damaged
-from bigdet.engine.base import Engine, StepResult
+from bigdet.data.format.phase_sets import DataSets, phases_by_sets
+from bigdet.data.streams.stream import TrainStream
+from bigdet.engine.base import Engine
+from bigdet.engine.cuda_settings import chosen_convolutions
 from bigdet.engine.parts import Source
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
@@ -31,11 +31,15 @@ from bigdet.structures import Batch
 from bigdet.training import measuring, optim, saving, showing
 from bigdet.training.averages import LossMeter
 from bigdet.training.background_scoring import Scorer
+from bigdet.training.flops import FlopMeter
 from bigdet.training.metrics import StepMeter, progress_line
+from bigdet.training.pace import Mark, clock_for
 from bigdet.training.precise_bn import measure_statistics
-from bigdet.training.prefetch import prefetch
+from bigdet.training.prefetch import StepBatches
+from bigdet.training.profiling import Profile
+from bigdet.training.results import Results, Taken
 from bigdet.training.state import NEWEST, RunState
-from bigdet.training.stopping import stop_requested
+from bigdet.training.stopping import is_asked, stop_requested
 from bigdet.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -48,8 +52,7 @@ class Run:
     Attributes:
         config: with the images per step and the length of every phase filled in.
         run_dir: where everything is written.
-        train_set: the images to train on.
-        val_set: the images to evaluate on.
+        sets: the images of each phase, by its name.
         metrics: writer of ``metrics.jsonl`` and boards on rank 0, None on the other ranks.
         state: position and counters; changed in place.
         watchdog: ends the run if it makes no progress.
@@ -60,8 +63,7 @@ class Run:
 
     config: RunConfig
     run_dir: RunDir
-    train_set: ShardSet
-    val_set: ShardSet
+    sets: Mapping[str, DataSets]
     metrics: MetricsWriter | None
     state: RunState
     watchdog: Watchdog
@@ -71,8 +73,8 @@ class Run:
 
     def __post_init__(self) -> None:
         """Make the saver and the scorer."""
-        self.saver = saving.Saver(self.config, self.run_dir, self.train_set)
-        self.scorer = Scorer(self.config, self.run_dir, self.val_set, self.metrics, self.state)
+        self.saver = saving.Saver(self.config, self.run_dir, self.sets)
+        self.scorer = Scorer(self.config, self.run_dir, self.sets, self.metrics, self.state)
 
     def must_stop(self) -> bool:
         """Return on all ranks whether any was asked to stop (a collective); counts as progress."""
@@ -87,22 +89,9 @@ class Run:
         """
         start = "a fresh start" if folder is None else f"continuing from {folder}"
         logger.info("run folder %s, %s", self.run_dir.root, start)
-        for what, shards in (("training", self.train_set), ("validation", self.val_set)):
-            logger.info(
-                f"{what}: {len(shards):,} images, {shards.manifest.instances:,} instances, "
-                f"{shards.num_classes} categories, {len(shards.manifest.shards)} shards in "
-                f"{shards.address}"
-            )
-            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
-            logger.info("%s objects per class: %s", what, line)
-            for warning in warnings:
-                logger.warning("%s set: %s", what, warning)
-        if self.val_set.manifest.federated:
-            key, given = reported(self.config.model) or ("what the model gives", "not known")
-            logger.info(
-                f"validation is scored by LVIS's rule, which counts {LVIS_DETECTIONS} detections "
-                f"per image; {key} is {given}"
-            )
+        by_sets = phases_by_sets(self.sets)
+        for data, names in by_sets.items():
+            self._log_data(data, f" of {', '.join(names)}" * (len(by_sets) > 1))
         engine = self.config.engine
         stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
         nodes = " inside each node" if engine.shard_over == "node" else ""
@@ -119,6 +108,25 @@ class Run:
                 f"({world_size} ranks x {num_lanes(phase) // world_size} micro-batches of "
                 f"{phase.images_per_gpu}), {optim.describe_lr(phase, phase.images_per_step)}"
                 f"{optim.describe_ema(phase.ema)}"
+            )
+
+    def _log_data(self, data: DataSets, whose: str) -> None:
+        """Log what the sets of some phases have; ``whose`` names the phases after a blank."""
+        for what, shards in (("training", data.train), ("validation", data.val)):
+            logger.info(
+                f"{what}{whose}: {len(shards):,} images, {shards.manifest.instances:,} instances, "
+                f"{shards.num_classes} categories, {len(shards.manifest.shards)} shards in "
+                f"{shards.address}"
+            )
+            line, warnings = class_lines(shards, "learned" if what == "training" else "measured")
+            logger.info("%s%s objects per class: %s", what, whose, line)
+            for warning in warnings:
+                logger.warning("%s set%s: %s", what, whose, warning)
+        if data.val.manifest.federated:
+            key, given = reported(self.config.model) or ("what the model gives", "not known")
+            logger.info(
+                f"validation{whose} is scored by LVIS's rule, which counts {LVIS_DETECTIONS} "
+                f"detections per image; {key} is {given}"
             )
 
 
@@ -145,10 +153,16 @@ class PhaseTrainer:
         self.run, self.config, self.state = run, run.config, run.state
         self.name = run.state.phase
         self.phase = run.config.phases[self.name]
+        self.data = run.sets[self.name]
         self.num_steps = num_steps(self.phase)
         self.detector, self.engine, self.stream, self.device = detector, engine, stream, device
+        self.batches = StepBatches(stream, device)
         self.meter = StepMeter(device)
         self.losses = LossMeter(device, run.state.interval)
+        self.results = Results(run, self.losses, self.meter, stream.lanes)
+        self.profile = Profile(run.config.log.profile, run.run_dir, self.name, device)
+        self.forward_clock = clock_for(detector, run.config, device)
+        self.flops = FlopMeter(detector, run.config.engine.precision, device)
         self.has_shown_batch = False
         self.micro_batches: list[Batch] = []  # of the present step, for messages
 
@@ -162,7 +176,12 @@ class PhaseTrainer:
         Raises:
             SharedError: too many steps were not finite, or too many samples damaged.
         """
-        is_complete = self._take_steps()
+        try:
+            is_complete = self._take_steps()
+        finally:
+            self.profile.close()
+            self.forward_clock.close()
+            self.batches.close()
         self.run.saver.finish()
         if not is_complete:
             logger.info("stopped on request at %s; the same command continues", self.state.position)
@@ -170,108 +189,97 @@ class PhaseTrainer:
 
     def _take_steps(self) -> bool:
         """Take the steps; return whether all of them were taken."""
-        state, batches = self.state, iter(self.stream)
+        state = self.state
         if state.needs_evaluation and not self._evaluate():  # interrupted before or during it
             return False
         while state.step < self.num_steps:
-            result, lr = self._step(batches)
-            is_last = state.step == self.num_steps
-            state.needs_evaluation = is_last or _is_due(state.step, self.config.evaluation.every)
-            if is_last or _is_due(state.step, self.config.log.every):
-                self._log(result, lr)
-            if is_last:
-                self._check_trained()
-            must_stop = self.run.must_stop()
-            if (
-                must_stop
-                or state.needs_evaluation  # it takes long: if it fails, no step is lost
-                or _is_due(state.step, self.config.checkpoint.every)
-                or f"{self.name}-{state.step}" in self.config.checkpoint.at
-            ):
+            with self.profile.step(state.step + 1):
+                must_stop = self._step()
+            due = self._due()
+            if due.log:
+                self._log()
+            if state.step == self.num_steps:
+                self.results.check_trained(self.num_steps)
+            state.needs_evaluation = due.evaluation
+            if must_stop or due.save:
                 self._save()
             if must_stop or (state.needs_evaluation and not self._evaluate()):
                 return False
         return True
 
+    def _due(self) -> _Due:
+        """Return what comes after the present step."""
+        config, step = self.config, self.state.step
+        is_last = step == self.num_steps
+        evaluation = is_last or _is_multiple(step, config.evaluation.every)
+        return _Due(
+            log=is_last or _is_multiple(step, config.log.every),
+            evaluation=evaluation,
+            save=evaluation  # it takes long: if it fails, no step is lost
+            or _is_multiple(step, config.checkpoint.every)
+            or f"{self.name}-{step}" in config.checkpoint.at,
+        )
+
     def _at(self, what: str) -> None:
         """Note what is done now, for messages and for the watchdog."""
         self.run.watchdog.at(f"{self.name} step {self.state.step + 1}: {what}")
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[StepResult, float]:
-        """Take one optimizer step; return its result and its learning rate."""
+    def _step(self) -> bool:
+        """Take one optimizer step; return on all ranks whether any was asked to stop after it."""
+        state, device = self.state, self.device
         started, cpu_started = time.perf_counter(), time.process_time()
-        with distributed.together():  # a shard that one rank cannot read ends the run on all
+        must_stop, data_seconds = self._get_ready()
+        micro_batches = self.micro_batches
+        self._at("forward, backward, update")
+        self.lr = optim.lr_at(self.phase, state.step + 1)
+        self.engine.set_lr(self.lr)
+        begin = Mark(device)
+        with chosen_convolutions(self.config.device, self.phase.resize):
+            launched = self.engine.launch_step(self.batches.on_device(micro_batches))
+        norms.update_running_statistics(self.detector, counts=launched.counts)
+        state.step += 1
+        state.total_steps += 1
+        self.results.settle()  # that of the step before: the device is busy with this one
+        if self.phase.ema is not None:
+            self.engine.update_ema(
+                optim.ema_decay(self.phase.ema, state.step - state.skipped_steps)
+            )
+        images = self.stream.lane_images(state.step + state.stream_shift)
+        ids = [number for batch in micro_batches for number in batch.image_ids.tolist()]
+        taken = Taken(state.step, launched, images, ids, data_seconds, begin, Mark(device))
+        self.results.add(taken)
+        if must_stop or self._due().any:
+            self.results.settle()
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        self.results.end_step(seconds)
+        self.meter.add(micro_batches, seconds, data_seconds, cpu_seconds)
+        self.flops.add(micro_batches)
+        self.forward_clock.end_step()
+        return must_stop
+
+    def _get_ready(self) -> tuple[bool, float]:
+        """Get the micro-batches of the next step; the one meeting of the ranks in a step.
+
+        Returns:
+            Whether any rank was asked to stop, and the seconds that this one waited for data.
+        """
+        started = time.perf_counter()
+        with distributed.together() as wish:  # a shard that one rank cannot read ends the run
             self._at("waiting for data")
-            micro_batches = self.micro_batches = list(islice(batches, len(self.stream.lanes)))
+            self.micro_batches = next(self.batches)
             data_seconds = time.perf_counter() - started
             self.run.scorer.collect()
+            wish.is_asked = is_asked(self.run.run_dir.stop)
             self._at("data is ready, waiting for the other ranks")
             if self.run.metrics is not None and not self.has_shown_batch:
                 self.has_shown_batch = True
                 showing.show_batch(
-                    self.run.metrics, micro_batches[0], self.run.train_set, self.state
+                    self.run.metrics, self.micro_batches[0], self.data.train, self.state
                 )
-        self._at("forward, backward, update")
-        lr = optim.lr_at(self.phase, self.state.step + 1)
-        self.engine.set_lr(lr)
-        result = self.engine.train_step(prefetch(micro_batches, self.device))
-        self.state.step += 1
-        self.state.total_steps += 1
-        lane_images = self.stream.lane_images(self.state.step + self.state.stream_shift)
-        self.losses.add(result, lane_images, self.stream.lanes)
-        if result.is_finite:
-            norms.update_running_statistics(self.detector)
-            if self.phase.ema is not None:
-                counted = self.state.step - self.state.skipped_steps
-                self.engine.update_ema(optim.ema_decay(self.phase.ema, counted))
-        else:
-            self.state.skipped_steps += 1
-            norms.discard_statistics(self.detector)
-            if result.is_overflow:
-                logger.info(
-                    "%s: fp16 overflow, step skipped, loss scale now %g",
-                    self.state.position,
-                    result.loss_scale / 2,
-                )
-            else:
-                self._note_bad_step(micro_batches)
-        step_seconds = time.perf_counter() - started
-        self.meter.add(micro_batches, step_seconds, data_seconds, time.process_time() - cpu_started)
-        return result, lr
+        self.flops.count(self.micro_batches[0])
+        return wish.is_asked, data_seconds
 
-    def _note_bad_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Count a step that was not finite, on any rank; too many of them stop the run."""
-        self.state.bad_steps += 1
-        ids = [number for batch in micro_batches for number in batch.image_ids.tolist()]
-        logger.warning(
-            "%s: loss or gradient not finite, step skipped (%d so far); images of this rank: %s",
-            self.state.position,
-            self.state.bad_steps,
-            ids,
-        )
-        if self.state.bad_steps > self.config.engine.max_bad_steps:
-            self.run.saver.wait()
-            last = saving.last_good_checkpoint(self.run.run_dir)
-            raise distributed.SharedError(
-                f"{self.state.position}: {self.state.bad_steps} steps had a loss or gradient that "
-                f"is not finite, more than engine.max_bad_steps. Lower phases.{self.name}.lr, or "
-                f"set engine.clip_norm. Last good checkpoint: {last or 'none'}."
-            )
-
-    def _check_trained(self) -> None:
-        """Stop on all ranks at the end of a phase in which no step changed a weight."""
-        if self.state.skipped_steps < self.num_steps:
-            return
-        is_fp16 = self.config.engine.precision == "fp16"
-        also = " fp16 needs some steps to find its loss scale: set more, or bf16." * is_fp16
-        raise distributed.SharedError(
-            f"{self.state.position}: all {self.num_steps} steps of the phase were skipped, since a "
-            f"loss or gradient was not finite: nothing was trained, so the run ends. "
-            f"Lower phases.{self.name}.lr, set engine.clip_norm, or look at the weights that the "
-            f"phase starts from.{also}"
-        )
-
-    def _log(self, result: StepResult, lr: float) -> None:
+    def _log(self) -> None:
         """Write one line for people and one object for machines (a collective)."""
         self.run.watchdog.at(f"{self.state.position}: writing the log")
         self.meter.sync(self.state, self.stream.damages, self.stream.dropped_boxes)
@@ -280,9 +288,14 @@ class PhaseTrainer:
             "phase": self.name,
             "step": self.state.step,
             **self.losses.means(),
-            "lr": lr,
-            **({"loss_scale": result.loss_scale} if self.config.engine.precision == "fp16" else {}),
-            **self.meter.rates(),
+            "lr": self.lr,
+            **(
+                {"loss_scale": self.results.last.loss_scale}
+                if self.config.engine.precision == "fp16"
+                else {}
+            ),
+            **self.meter.rates(self.forward_clock.take(), self.flops.take()),
+            "goodput": self.state.goodput(time.time()),
             **measuring.counters(self.config, self.state),
             "bad_steps": self.state.bad_steps,
             "dropped_boxes": self.state.dropped_boxes,
@@ -294,14 +307,11 @@ class PhaseTrainer:
 
     def _check_damage(self) -> None:
         """Stop on all ranks when too many training samples had to be replaced."""
-        total, train = sum(self.state.damaged.values()), self.config.data.train
-        if total > train.max_damaged:
+        if sum(self.state.damaged.values()) > self.stream.max_damaged:
             found = {row: damage.message for row, damage in self.stream.damages.items()}
             listed = dict(ChainMap(*distributed.all_gather_objects(found)))
             messages = (listed[row] for row in sorted(listed))
-            raise distributed.SharedError(
-                too_damaged(train.shards, self.state.damaged, train.max_damaged, messages)
-            )
+            raise distributed.SharedError(self.stream.too_damaged(self.state.damaged, messages))
 
     def _evaluate(self) -> bool:
         """Evaluate the weights, or their average, or both, and write a checkpoint.
@@ -337,9 +347,8 @@ class PhaseTrainer:
         started, cpu_started = time.perf_counter(), time.process_time()
         if not self._measure_norms():
             return False
-        classes = [category.name for category in run.train_set.categories]
         results = measuring.predict(
-            self.config, self.name, self.detector, run.val_set, classes, run.must_stop
+            self.config, self.name, self.detector, self.data.val, self.data.classes, run.must_stop
         )
         if results is None:
             return False
@@ -347,7 +356,7 @@ class PhaseTrainer:
         self.meter.sync(state, self.stream.damages, self.stream.dropped_boxes)
         with distributed.together():
             if run.metrics is not None and not prefix:
-                showing.show_detections(run.metrics, results, run.val_set, state)
+                showing.show_detections(run.metrics, results, self.data.val, state)
             run.scorer.start(results, prefix)
         return True
 
@@ -370,5 +379,18 @@ class PhaseTrainer:
         self.run.saver.save(self.engine, self.state)
 
 
-def _is_due(step: int, every: int | None) -> bool:
+@dataclass(frozen=True)
+class _Due:
+    """What comes after a step; all of it needs the step's result."""
+
+    log: bool
+    evaluation: bool
+    save: bool
+
+    @property
+    def any(self) -> bool:
+        return self.log or self.save
+
+
+def _is_multiple(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0

@@ -33,7 +33,7 @@ def predict(
         config: resolved; detections are buffered in its run folder.
         phase: name of the phase, for the size of images.
         detector: in any mode.
-        val_set: images in the order of its index.
+        val_set: of the phase; images in the order of its index.
         classes: names of the detector's classes, in the order of its labels.
         must_stop: called on all ranks after every batch; must return the same on all of them.
 

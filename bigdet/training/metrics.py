@@ -15,9 +15,12 @@ from bigdet import distributed
 from bigdet.data.examples.samples import Damage
 from bigdet.structures import Batch
 from bigdet.training.energy import EnergyCounter
+from bigdet.training.pace import find_straggler
 from bigdet.training.state import Cost, RunState
 
 _GIB = 1 << 30
+SHOWN_WAITING = 0.05
+"""From this part of the time on, the line of the console has the rank that others wait for."""
 
 
 class StepMeter:
@@ -58,6 +61,11 @@ class StepMeter:
         self._unsynced[6] += cpu_seconds
         self._interval_steps += 1
         self._unsynced_steps += 1
+
+    def add_hidden_wait(self, seconds: float) -> None:
+        """Note a part of the waits for data in which the device still computed: none of them."""
+        self._interval[2] -= seconds
+        self._unsynced[4] -= seconds
 
     def add_evaluation(self, seconds: float, cpu_seconds: float = 0.0) -> None:
         """Count an evaluation: elapsed time and CPU time of this rank."""
@@ -106,18 +114,36 @@ class StepMeter:
                 state.damaged[found[row]] = state.damaged.get(found[row], 0) + 1
                 state.damaged_rows.append(row)
 
-    def rates(self) -> dict[str, float]:
-        """Return speed and memory of the interval since the last call (a collective)."""
-        images, step_seconds, data_seconds = distributed.sum_over_ranks(self._interval).tolist()
+    def rates(self, forward_seconds: float = 0.0, ideal_seconds: float = 0.0) -> dict[str, float]:
+        """Return speed and memory of the interval since the last call (a collective).
+
+        Args:
+            forward_seconds: of this rank's forward passes in it, 0 if not known.
+            ideal_seconds: of its micro-batches' FLOPs at its device's peak, 0 if not known.
+
+        Returns:
+            Numbers by their names in ``metrics.jsonl``. ``straggler/rank`` and
+            ``straggler/waiting`` (see ``pace.find_straggler``) only of more than one rank, ``mfu``
+            (model FLOPs utilization) only where every rank knows its ideal.
+        """
+        more = self._interval.new_tensor([forward_seconds, ideal_seconds, peak_memory_gib()])
+        rows = distributed.stack_over_ranks(torch.cat([self._interval, more])).numpy()
+        images, step_seconds, data_seconds, _, ideal, _ = rows.sum(axis=0).tolist()
         rank_steps = self._interval_steps * distributed.world_size()
         self._interval.zero_()
         self._interval_steps = 0
-        return {
+        rates = {
             "time/step_seconds": step_seconds / rank_steps,
             "time/data_seconds": data_seconds / rank_steps,
             "images_per_second": images * distributed.world_size() / step_seconds,
-            "memory_gib": distributed.max_over_ranks(peak_memory_gib()),
+            "memory_gib": rows[:, 5].max().item(),
         }
+        if len(rows) > 1:
+            slowest, waiting = find_straggler(step_seconds / len(rows), rows[:, 2], rows[:, 3])
+            rates |= {"straggler/rank": slowest, "straggler/waiting": waiting}
+        if rows[:, 4].all():
+            rates["mfu"] = ideal / step_seconds
+        return rates
 
 
 def _count(batch: Batch) -> Tensor:
@@ -159,11 +185,19 @@ def progress_line(values: dict[str, Any], steps: int) -> str:
         if key.startswith("loss/") and key != "loss/total"
     )
     wait = values["time/data_seconds"] / values["time/step_seconds"]
+    speed = f"{values['images_per_second']:.1f} images/s"
+    if "mfu" in values:
+        speed += f"  MFU {values['mfu']:.0%}"
+    waits = f"data wait {wait:.0%}"
+    if (waiting := values.get("straggler/waiting", 0.0)) >= SHOWN_WAITING:
+        waits += f"  wait for rank {values['straggler/rank']} {waiting:.0%}"
+    if "goodput" in values:
+        waits += f"  goodput {values['goodput']:.0%}"
     total = _shown(values["loss/total"])
     return (
         f"{values['phase']} {values['step']}/{steps}  loss {total} ({parts})  "
-        f"lr {values['lr']:.2e}  {values['images_per_second']:.1f} images/s  "
-        f"data wait {wait:.0%}  {values['memory_gib']:.1f} GiB  {clock(seconds_left)} left"
+        f"lr {values['lr']:.2e}  {speed}  {waits}  {values['memory_gib']:.1f} GiB  "
+        f"{clock(seconds_left)} left"
     )
 
 

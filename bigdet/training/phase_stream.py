@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bigdet.config.model import has_keypoints, has_masks
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig, phase_data, phase_model
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 
@@ -18,12 +18,12 @@ def stream_for_phase(
 ) -> TrainStream:
     """Return the batches of a phase that one rank of ``world_size`` trains on.
 
-    ``shards`` is the training set. Iteration starts after ``first_step`` steps of the phase.
+    ``shards`` is the training set of the phase. Iteration starts after ``first_step`` of its steps.
     """
     model = phase_model(config, name)
     return TrainStream(
         shards,
-        config.data,
+        phase_data(config, name),
         config.phases[name],
         name=name,
         with_masks=has_masks(model),

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bigdet import distributed
+from bigdet.config.engine import EngineConfig, shards_frozen
 from bigdet.config.run import RunConfig, phase_model
+from bigdet.engine.divided import DividedLayers
 from bigdet.models import norms
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.frozen import (
+    FROZEN,
+    MATRIX_TYPE,
     freeze_backbone,
+    frozen_layers,
     frozen_tensors,
-    hash_of,
-    read_frozen,
+    open_frozen,
     write_frozen,
 )
 from bigdet.ops.random import seed_of
-from bigdet.pieces.building import parameters_in_file, parameters_on_meta
+from bigdet.pieces.building import module_at, parameters_in_file, parameters_on_meta
 from bigdet.pieces.index import MODEL, Index, Place, key_in, pieces_file
 from bigdet.pieces.reading import Stored
 from bigdet.pieces.tensor_file import NAMES, Spec, write_tensors
@@ -70,17 +75,21 @@ def build_for_phase(
 def build_empty(config: RunConfig, name: str, classes: Sequence[str]) -> Detector:
     """Build the detector of a phase as `build_for_phase` does, with parameters without memory.
 
-    Those of a network that computes with its parameters while it is built (such as Swin V2) have
-    memory, and random numbers.
+    Those of a network that needs the numbers of its parameters while it is built have memory, and
+    random numbers.
     """
     try:
         with parameters_on_meta():
             detector = _build(config, name, classes)
-        is_empty = not any(buffer.is_meta for buffer in detector.buffers())
-    except (NotImplementedError, RuntimeError):  # of torch, for numbers that are not there
-        is_empty = False
-    if not is_empty:
-        logger.info("phase %s: the detector is built whole on each rank", name)
+        cause = ", ".join(key for key, buffer in detector.named_buffers() if buffer.is_meta)
+    except (NotImplementedError, RuntimeError) as error:  # of torch, for numbers that are not there
+        cause = f"{module_at(error)}: {str(error).splitlines()[0]}"
+    if cause:
+        logger.warning(
+            "phase %s: the detector is built whole on each rank, which needs memory for all of it: "
+            "it is computed from the numbers of parameters while it is built (%s)",
+            name, cause,
+        )  # fmt: skip
         detector = _build(config, name, classes)
     _prepare(detector, config, name)
     return detector
@@ -88,17 +97,23 @@ def build_empty(config: RunConfig, name: str, classes: Sequence[str]) -> Detecto
 
 @contextmanager
 def start_weights(
-    config: RunConfig, name: str, classes: Sequence[str], run_dir: RunDir
+    config: RunConfig,
+    name: str,
+    classes: Sequence[str],
+    run_dir: RunDir,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Stored]:
     """Give the weights that a phase starts from, in a file until the block ends. Collective.
 
-    Rank 0 writes it without ever having all of it in its memory.
+    Rank 0 writes it without ever having all of it in its memory. A frozen backbone is not among
+    them: it is written to where it stays, and its hash is in the metadata.
 
     Args:
         config: resolved.
         name: a key of ``config.phases``.
         classes: names of the training set's categories, in the order of the labels.
         run_dir: has the checkpoint of the phase before.
+        frozen: tensors of the types and shapes of a frozen backbone's, by name.
     """
     folder, index = run_dir.root / START_FOLDER, Index({}, {})
     with distributed.together():
@@ -108,8 +123,12 @@ def start_weights(
             with parameters_in_file(folder / "parameters"):
                 detector = _build(config, name, classes)
                 read_start(detector, config, name, classes, run_dir)
-                index = _write(folder, detector)
-            del detector
+                state, metadata = detector.state_dict(), {}
+                if frozen:
+                    metadata[FROZEN] = write_frozen(run_dir, frozen, state.__getitem__)
+                left = {key: each for key, each in state.items() if key not in (frozen or {})}
+                index = _write(folder, left, metadata)
+            del detector, state, left
             (folder / "parameters").unlink()
     yield Stored(folder, distributed.broadcast_object(index))
     distributed.barrier()
@@ -138,42 +157,54 @@ def _prepare(detector: Detector, config: RunConfig, name: str) -> None:
     detector.train()
 
 
-def _write(folder: Path, detector: Detector) -> Index:
-    """Write the weights of a detector as a checkpoint has them, and return what is where."""
-    state, file = detector.state_dict(), pieces_file(0, 0)
+def _write(folder: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> Index:
+    """Write weights as a checkpoint has them, and return what is where."""
+    file = pieces_file(0, 0)
     catalog = {name: Spec(NAMES[value.dtype], tuple(value.shape)) for name, value in state.items()}
     keys = {key_in(file, MODEL, name, 0): spec for name, spec in catalog.items()}
     write_tensors(folder / file, keys, iter(state.values()))
     places = {(MODEL, name): [Place(0, spec.count, file)] for name, spec in catalog.items()}
-    return Index({MODEL: catalog}, places)
+    return Index({MODEL: catalog}, places, metadata)
 
 
-def settle_frozen(
-    detector: Detector, state: RunState, run_dir: RunDir, *, is_resumed: bool
+def load_frozen(
+    detector: Detector,
+    engine: EngineConfig,
+    state: RunState,
+    run_dir: RunDir,
+    device: torch.device,
 ) -> None:
-    """Write the frozen backbone of a phase at its start, and read it again in a resumed run.
+    """Give a detector the frozen backbone of its phase, or this rank's share of it.
 
-    A collective; nothing for a phase without one.
+    Rank 0 reads it from the run folder, one tensor after the other, and sends it to all. A
+    collective; nothing for a phase without one.
 
     Raises:
         SharedError: on all ranks: the file is missing, or not the one of the checkpoint.
     """
-    frozen, file = frozen_tensors(detector), run_dir.frozen(state.phase)
+    frozen = frozen_tensors(detector)
     if not frozen:
         return
+    tensors: Mapping[str, Tensor] = {}
     with distributed.together():
-        if distributed.is_main() and is_resumed:
-            for name, tensor in read_frozen(file, str(state.frozen)).items():
-                frozen[name].copy_(tensor)
-        elif distributed.is_main():
-            write_frozen(file, frozen)
-            state.frozen = hash_of(frozen)
-    state.frozen = distributed.broadcast_object(state.frozen)
-    size = sum(tensor.nbytes for tensor in frozen.values())
+        if distributed.is_main():
+            tensors = open_frozen(run_dir.root, str(state.frozen), state.phase)
+    is_divided = shards_frozen(engine) and distributed.world_size() > 1
+    divided = DividedLayers(frozen_layers(detector) if is_divided else [])
+    num_bytes = 0
+    for name, like in frozen.items():
+        value = tensors[name] if tensors else torch.empty(like.shape, dtype=like.dtype)
+        whole = torch.empty_like(like, device="cpu").copy_(distributed.broadcast_tensor(value))
+        owner, _, short = name.rpartition(".")
+        module = detector.get_submodule(owner)
+        if like.dtype == MATRIX_TYPE and divided.has(module):
+            divided.divide(module, short, whole, device)
+        else:
+            module._buffers[short] = whole.to(device)
+            num_bytes += whole.nbytes
+    num_bytes += sum(share.nbytes for share in divided.shares)
+    how = f"divided over {distributed.world_size()}" if is_divided else "the same on each"
     logger.info(
-        "phase %s: the backbone is frozen: %.1f MiB on each rank, kept in %s and in no checkpoint",
-        state.phase, size / 2**20, file,
-    )  # fmt: skip
-    if is_resumed:
-        for tensor in frozen.values():
-            tensor.copy_(distributed.broadcast_tensor(tensor))
+        f"phase {state.phase}: the backbone is frozen: {num_bytes / 2**20:.1f} MiB on each rank "
+        f"({how}), in {run_dir.frozen(str(state.frozen))} and in no checkpoint"
+    )

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from bigdet.config.earlier import keep_former
 from bigdet.config.load import dump_config, parse_config, read_config
 from bigdet.config.phase import PhaseConfig, check_length, in_steps, num_lanes, num_steps
 from bigdet.config.rules import ConfigError
-from bigdet.config.run import RunConfig, phase_model, phase_source
-from bigdet.data.format.shard_set import ShardSet
+from bigdet.config.run import RunConfig, phase_data, phase_model, phase_source
+from bigdet.data.format.phase_sets import DataSets, phases_by_sets
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
@@ -24,7 +25,8 @@ from bigdet.engine.remote import Remote
 from bigdet.engine.writing import find_disks
 from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
-from bigdet.pieces.index import STATE_FILE
+from bigdet.models.frozen import find_frozen
+from bigdet.pieces.index import STATE_FILE, read_state
 from bigdet.run_dir import RunDir
 from bigdet.training import optim, same_hosts
 from bigdet.training.forks import (
@@ -44,7 +46,7 @@ from bigdet.weights.start import check_start
 logger = logging.getLogger(__name__)
 
 
-def check_same_everywhere(config: RunConfig, train_set: ShardSet, val_set: ShardSet) -> None:
+def check_same_everywhere(config: RunConfig, sets: Mapping[str, DataSets]) -> None:
     """Check that all hosts have the same code, config and data (collective).
 
     Raises:
@@ -53,14 +55,13 @@ def check_same_everywhere(config: RunConfig, train_set: ShardSet, val_set: Shard
     models = [phase_model(config, name) for name in config.phases]
     names = [name for model in models for name in (model.backbone, model.detector)]
     digits = same_hosts.SHOWN_HASH
-    same_hosts.check_same(
-        {
-            **same_hosts.own_code(names),
-            "config": same_hosts.text_hash(dump_config(config)),
-            f"training shards {train_set.address}": train_set.index_hash()[:digits],
-            f"validation shards {val_set.address}": val_set.index_hash()[:digits],
-        }
-    )
+    shards = {
+        f"{what} shards {each.address}": each.index_hash()[:digits]
+        for data in phases_by_sets(sets)
+        for what, each in (("training", data.train), ("validation", data.val))
+    }
+    config_hash = same_hosts.text_hash(dump_config(config))
+    same_hosts.check_same({**same_hosts.own_code(names), "config": config_hash, **shards})
 
 
 def check_same_stream(state: dict[str, Any]) -> None:
@@ -82,24 +83,23 @@ def check_same_stream(state: dict[str, Any]) -> None:
             )
 
 
-def check_phases(config: RunConfig, train_set: ShardSet, saved: Checkpoint | None) -> None:
+def check_phases(config: RunConfig, sets: Mapping[str, DataSets], saved: Checkpoint | None) -> None:
     """Check each phase to come now, as its errors would otherwise appear hours later.
 
     Args:
         config: resolved.
-        train_set: of all phases.
+        sets: of each phase.
         saved: the checkpoint to continue from; its phase has begun already.
 
     Raises:
         ValueError: too few images for a step, or start weights that are missing or do not fit.
     """
     names = list(config.phases)
-    classes = [category.name for category in train_set.categories]
     first = 0 if saved is None else names.index(saved.run["run"]["phase"]) + 1
     for name in names[first:]:
-        _any_stream(config, train_set, name, config.phases[name])
+        _any_stream(config, sets, name, config.phases[name])
         if phase_source(config, name) not in ("random", "previous"):
-            check_start(config, name, classes)
+            check_start(config, name, sets[name].classes)
 
 
 def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
@@ -118,6 +118,21 @@ def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
                 f"Choose another address, remove them, or write resume=auto to continue."
             )
     remote.fetch(run_dir.checkpoints, find_disks(run_dir.checkpoints))
+    with distributed.together():
+        if distributed.is_main():
+            _fetch_frozen(remote, run_dir)
+
+
+def _fetch_frozen(remote: Remote, run_dir: RunDir) -> None:
+    """Copy the frozen backbone of the newest checkpoint here, where it is not yet."""
+    newest = newest_checkpoint(run_dir)
+    run = {} if newest is None else read_state(newest).get("run", {})
+    digest = run.get("frozen")
+    if digest is None or find_frozen(run_dir.root, digest, run["phase"]) is not None:
+        return
+    file = run_dir.frozen(digest)
+    logger.info(f"{remote.address}: the frozen backbone is copied to {file}")
+    remote.get(str(file.relative_to(run_dir.root)), file)
 
 
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
@@ -155,9 +170,9 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
         return own if is_new else newest
     if newest is None:
         checkpoint.adopt(folder.resolve(), run_dir.checkpoints)
-        frozen = RunDir(folder.resolve().parents[1]).frozen("")
-        if frozen.parent.is_dir():
-            shutil.copytree(frozen.parent, run_dir.frozen("").parent, dirs_exist_ok=True)
+        frozen = RunDir(folder.resolve().parents[1]).frozen("").parent
+        if frozen.is_dir():
+            shutil.copytree(frozen, run_dir.frozen("").parent, dirs_exist_ok=True)
         return newest_checkpoint(run_dir)
     if is_new:
         raise ConfigError(
@@ -171,7 +186,7 @@ def settle_config(
     config: RunConfig,
     saved: Checkpoint | None,
     folder: Path | None,
-    train_set: ShardSet | None = None,
+    sets: Mapping[str, DataSets] | None = None,
 ) -> RunConfig:
     """Fill in ``images_per_step`` and lengths in steps; check them against ranks and checkpoint.
 
@@ -180,7 +195,7 @@ def settle_config(
         saved: the checkpoint to continue from, which keeps its images per step. None for a fresh
             start: by default a step has one micro-batch of each rank.
         folder: the checkpoint's path, for messages.
-        train_set: the images of a pass; None leaves lengths in passes as they are.
+        sets: of each phase; None leaves lengths in passes as they are.
     """
     world_size = distributed.world_size()
     before = None if saved is None else _config_of(saved.run["config"])
@@ -206,7 +221,7 @@ def settle_config(
                 f"phases.{name}.steps: not set, but with change_batch a phase that has begun needs "
                 f"its length in steps. Write steps, and null for passes and images."
             )
-        phases[name] = _settle_length(config, name, phase, train_set)
+        phases[name] = _settle_length(config, name, phase, sets)
     config = dataclasses.replace(config, phases=phases)
     if before is not None:
         assert saved is not None
@@ -215,13 +230,13 @@ def settle_config(
 
 
 def _settle_length(
-    config: RunConfig, name: str, phase: PhaseConfig, train_set: ShardSet | None
+    config: RunConfig, name: str, phase: PhaseConfig, sets: Mapping[str, DataSets] | None
 ) -> PhaseConfig:
     """Return a phase with its length in steps; its ``images_per_step`` is set."""
     if phase.passes is not None:
-        if train_set is None:
+        if sets is None:
             return phase
-        steps_per_unit: float = _any_stream(config, train_set, name, phase).steps_per_pass
+        steps_per_unit: float = _any_stream(config, sets, name, phase).steps_per_pass
     else:
         assert phase.images_per_step is not None
         steps_per_unit = 1 if phase.steps is not None else 1 / phase.images_per_step
@@ -231,7 +246,7 @@ def _settle_length(
 
 
 def note_changes(
-    config: RunConfig, train_set: ShardSet, saved: Checkpoint, state: RunState
+    config: RunConfig, sets: Mapping[str, DataSets], saved: Checkpoint, state: RunState
 ) -> None:
     """Adapt a resumed run to another number of ranks or another batch, and log what changed.
 
@@ -240,7 +255,7 @@ def note_changes(
 
     Args:
         config: resolved; with ``change_batch`` its batch may differ from the checkpoint's.
-        train_set: of all phases.
+        sets: of each phase.
         saved: the checkpoint.
         state: read from the checkpoint; changed in place.
     """
@@ -266,7 +281,7 @@ def note_changes(
             f"Set phases.{name}.reference_images_per_step, to {before.images_per_step} if lr is "
             f"the rate for that batch."
         )
-    old, new = (_any_stream(config, train_set, name, phase) for phase in (before, now))
+    old, new = (_any_stream(config, sets, name, phase) for phase in (before, now))
     old.check_state(state.stream)
     position = state.step + state.stream_shift
     passes = -(-position // old.steps_per_pass)
@@ -284,12 +299,12 @@ def note_changes(
 
 
 def _any_stream(
-    config: RunConfig, train_set: ShardSet, name: str, phase: PhaseConfig
+    config: RunConfig, sets: Mapping[str, DataSets], name: str, phase: PhaseConfig
 ) -> TrainStream:
     """Return a phase's stream as of a run on one rank, for its order of images."""
     return TrainStream(
-        train_set,
-        config.data,
+        sets[name].train,
+        phase_data(config, name),
         phase,
         name=name,
         with_masks=False,
@@ -306,7 +321,7 @@ def _config_of(text: str) -> RunConfig:
 
 
 def begin(
-    config: RunConfig, run_dir: RunDir, train_set: ShardSet, saved: Checkpoint | None
+    config: RunConfig, run_dir: RunDir, sets: Mapping[str, DataSets], saved: Checkpoint | None
 ) -> tuple[RunState, MetricsWriter | None]:
     """Prepare the run folder; return the run's state and, on rank 0, the writer of its metrics.
 
@@ -317,10 +332,11 @@ def begin(
         state = RunState(names[0], ranks=distributed.world_size())
     else:
         state = RunState.from_json(saved.run["run"])
-        note_changes(config, train_set, saved, state)
+        note_changes(config, sets, saved, state)
         if is_fork(config, saved):
             # The best AP and an evaluation that waits for its numbers are of the other run.
             state.best_ap = state.best_checkpoint = state.unscored = None
+            state.started, state.good_seconds = time.time(), 0.0
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():
         return state, None

@@ -20,6 +20,7 @@ import torch
 
 from bigdet import distributed
 from bigdet.config.own import is_own
+from bigdet.engine import cuda_settings
 
 SHOWN_HASH = 12
 """Digits of a hash that messages show."""
@@ -34,7 +35,8 @@ def software() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """Return host, device and versions of this process, for the report."""
     versions = {name: importlib.metadata.version(name) for name in ("torchvision", "timm")}
-    return {"host": socket.gethostname(), "device": _device_name(), **software(), **versions}
+    device = {"device": _device_name(), **cuda_settings.in_words()}
+    return {"host": socket.gethostname(), **device, **software(), **versions}
 
 
 def _device_name() -> str:

@@ -7,7 +7,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from bigdet import distributed
 from bigdet.config.load import dump_config
 from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig
-from bigdet.data.format.shard_set import ShardSet
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.engine import checkpoint, keeping, whole, writing
 from bigdet.engine.base import Engine
 from bigdet.engine.parts import Share, gather_share
@@ -23,6 +23,7 @@ from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Disks, Save, find_disks
 from bigdet.host import errors
 from bigdet.host.files import put_in_place
+from bigdet.models.frozen import FROZEN, add_frozen, find_frozen
 from bigdet.models.weights import weights_metadata
 from bigdet.ops.finite import describe_not_finite
 from bigdet.pieces.index import MODEL, MODEL_FILE, STATE_FILE
@@ -41,10 +42,9 @@ class Saver:
     the run ends with the reason.
     """
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, train_set: ShardSet) -> None:
-        """Prepare; nothing is written yet."""
-        self._config, self._run_dir = config, run_dir
-        self._categories = [asdict(category) for category in train_set.categories]
+    def __init__(self, config: RunConfig, run_dir: RunDir, sets: Mapping[str, DataSets]) -> None:
+        """Prepare; nothing is written yet. The sets are those of each phase."""
+        self._config, self._run_dir, self._sets = config, run_dir, sets
         self._disks: Disks | None = None
         address = config.checkpoint.remote
         self._remote = None if address is None else Remote(address)
@@ -77,7 +77,8 @@ class Saver:
         folder = self._run_dir.checkpoint(state.phase, state.step)
         metadata, run = {}, {}
         if distributed.is_main():
-            metadata = weights_metadata(self._config, self._categories, state.phase, state.frozen)
+            categories = [asdict(each) for each in self._sets[state.phase].train.categories]
+            metadata = weights_metadata(self._config, categories, state.phase, state.frozen)
             run = {"config": dump_config(self._config), "run": state.to_json()}
         self._num_saves += 1
         save = Save(folder, number, self._disks, metadata, run, self._num_saves)
@@ -155,8 +156,10 @@ class Saver:
             is_here = (save.folder.with_name(name) / STATE_FILE).is_file()
             return is_here or keeping.stays(name, kept, keep_every)
 
+        digest, root = save.metadata.get(FROZEN), self._run_dir.root
+        frozen = None if digest is None else find_frozen(root, digest, save.metadata["phase"])
         try:
-            remote.copy(save, is_kept, self._must_end)
+            remote.copy(save, is_kept, self._must_end, [] if frozen is None else [frozen])
         except (OSError, RuntimeError) as error:
             logger.warning(f"{save.folder} is on this machine only: {errors.explain(error)}")
             return
@@ -230,7 +233,8 @@ def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:
         if distributed.is_main():
             source = run_dir.checkpoint(name, num_steps(phase)) / MODEL_FILE
             temporary = run_dir.weights.with_suffix(".tmp")
-            shutil.copyfile(source, temporary)
+            copy = add_frozen if config.checkpoint.with_frozen else shutil.copyfile
+            copy(source, temporary)
             put_in_place(temporary, run_dir.weights)
     logger.info("finished: final weights in %s", run_dir.weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -116,14 +117,18 @@ class RunState:
         skipped_steps: steps of the current phase that changed no weight, for any reason.
         bad_steps: steps skipped because a loss or gradient was not finite.
         dropped_boxes: boxes that a random crop removed entirely, over all ranks.
-        damaged: damaged training samples that were replaced, by kind, over all ranks.
+        damaged: damaged samples of the present training set that were replaced, by kind, over all
+            ranks.
         damaged_rows: their rows, so that no rank, phase or resumed run counts one again.
-        best_ap: highest box AP of an evaluation so far, in [0, 1]; None before the first.
+        best_ap: highest box AP of an evaluation so far on the newest validation set, in [0, 1];
+            None before the first.
         best_checkpoint: name of the checkpoint with this AP.
         stream: what the order of the data depends on (``TrainStream.state``).
         stream_shift: step of that order minus ``step``; not 0 after a change of the batch size.
         frozen: hash of the frozen backbone of the phase, None where there is none.
         ranks: number of ranks when this was written; 0 if not known.
+        started: when the run was started first, seconds since 1970, by the clock of rank 0.
+        good_seconds: time in steps that counted, without those that a killed run has lost.
     """
 
     phase: str
@@ -145,16 +150,29 @@ class RunState:
     stream_shift: int = 0
     frozen: str | None = None
     ranks: int = 0
+    started: float = field(default_factory=time.time)
+    good_seconds: float = 0.0
+
+    def goodput(self, now: float) -> float:
+        """Return the part of the time since the first start that was in steps that counted.
+
+        Args:
+            now: seconds since 1970.
+        """
+        passed = max(now - self.started, self.good_seconds)  # clocks of hosts differ
+        return self.good_seconds / passed if passed else 0.0
 
     @property
     def position(self) -> str:
         """Phase and step, for messages."""
         return f"{self.phase} step {self.step}"
 
-    def begin(self, phase: str) -> None:
-        """Move on to the start of another phase."""
+    def begin(self, phase: str, *, has_other_images: bool = False) -> None:
+        """Move on to the start of another phase, whose training set may be another."""
         self.phase, self.step, self.stream_shift, self.frozen = phase, 0, 0, None
         self.interval, self.skipped_steps = Interval(), 0
+        if has_other_images:
+            self.damaged, self.damaged_rows = {}, []
 
     def counters(self) -> dict[str, float]:
         """Return the costs by the names of ``metrics.jsonl``.

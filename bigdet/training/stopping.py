@@ -18,7 +18,7 @@ _launcher: list[int] = []  # parent, and its parent, if they are a launcher's
 
 
 def listen() -> None:
-    """Handle SIGTERM and SIGUSR1 from now on; the loop asks for them after every step."""
+    """Handle SIGTERM and SIGUSR1 from now on; the loop asks for them in every step."""
     _launcher[:] = _find_launcher()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _note)
@@ -28,12 +28,21 @@ def stop_requested(file: Path) -> bool:
     """Return on all ranks whether any was asked to stop (a collective of one integer).
 
     Args:
+        file: ``OUTPUT/stop``.
+    """
+    return distributed.any_rank(is_asked(file))
+
+
+def is_asked(file: Path) -> bool:
+    """Return whether this rank was asked to stop.
+
+    Args:
         file: ``OUTPUT/stop``; rank 0 removes it, so that the next start continues.
     """
     found = distributed.is_main() and file.exists()
     if found:
         file.unlink(missing_ok=True)
-    return distributed.any_rank(_requested or found or _launcher_is_gone())
+    return _requested or found or _launcher_is_gone()
 
 
 def _find_launcher() -> list[int]:

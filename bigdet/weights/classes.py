@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bigdet.data.format.mix import name_key
+from bigdet.pieces.unread import Unread
 
 
 def class_rows(name: str, num_rows: int, num_classes: int) -> Tensor | None:
@@ -44,7 +45,7 @@ def carry_classes(
     tensors: Mapping[str, Tensor],
     source_classes: Sequence[str],
     classes: Sequence[str],
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[Mapping[str, Tensor], int]:
     """Move the classes of named tensors to a detector's own labels, by name.
 
     Args:
@@ -62,17 +63,21 @@ def carry_classes(
     places = [place.get(name, place.get(name_key(name))) for name in classes]
     kept = [label for label, found in enumerate(places) if found is not None]
     taken = [found for found in places if found is not None]
-    carried = dict(tensors)
-    for name, tensor in tensors.items():
-        if name not in own or not tensor.ndim or tensor.shape[1:] != own[name].shape[1:]:
+    carried = {}
+    for name in tensors:
+        if name not in own or not own[name].ndim:
             continue
         rows = class_rows(name, len(own[name]), len(classes))
+        if rows is None or not (tensor := tensors[name]).ndim:
+            continue
+        if tensor.shape[1:] != own[name].shape[1:]:
+            continue
         source_rows = class_rows(name, len(tensor), len(source_classes))
-        if rows is None or source_rows is None or rows.shape[1] != source_rows.shape[1]:
+        if source_rows is None or rows.shape[1] != source_rows.shape[1]:
             continue
         has_background = len(rows) > len(classes)
         to_rows = rows[kept + [len(classes)] * has_background].flatten()
         from_rows = source_rows[taken + [len(source_classes)] * has_background].flatten()
         carried[name] = own[name].clone()
         carried[name][to_rows] = tensor[from_rows].to(own[name])
-    return carried, len(kept)
+    return Unread.changed(tensors, carried), len(kept)

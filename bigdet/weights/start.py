@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -80,7 +81,8 @@ def _add_to_environment(file: Path, key: str, value: str) -> None:
 def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
     """Try the weights that a phase to come starts from, so that a misfit is found now (rank 0).
 
-    They are from elsewhere, not from the phase before; timm's are downloaded here.
+    They are from elsewhere, not from the phase before; timm's are downloaded here. What readers log
+    of them is left to `read_start`, but for warnings.
 
     Raises:
         ValueError: with the phase, and what does not fit.
@@ -93,11 +95,24 @@ def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
             with (
                 tempfile.TemporaryDirectory() as folder,
                 parameters_in_file(Path(folder) / "parameters"),
+                _warnings_only(),
             ):
                 detector = build_detector(phase_model(config, name), len(classes))
                 _read(detector, config, name, classes, RunDir(Path(config.output)))
     except ValueError as error:
         raise ValueError(f"phases.{name}.start_from: {error}") from error
+
+
+@contextmanager
+def _warnings_only() -> Iterator[None]:
+    """Log nothing of this package but warnings in the block."""
+    package = logging.getLogger(__package__)
+    level = package.level
+    package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def _read(

@@ -11,8 +11,10 @@ from __future__ import annotations
 import pickle
 import re
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +230,12 @@ _PICKLES = types.SimpleNamespace(
 
 
 def _load_torch(file: Path) -> Any:
+    # Mapped, numbers are read when they are used; files of before torch 1.6 cannot be.
+    load = partial(torch.load, file, map_location="cpu", mmap=zipfile.is_zipfile(file))
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load(weights_only=True)
     except pickle.UnpicklingError:
-        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLES)
+        return load(weights_only=False, pickle_module=_PICKLES)
 
 
 def _read_torch(file: Path) -> Any:

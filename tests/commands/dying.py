@@ -9,7 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-from bigdet import distributed
+from bigdet import messages
 from bigdet.cli.running import run_command
 from bigdet.engine import keeping, writing
 from bigdet.train import main
@@ -50,5 +50,5 @@ if __name__ == "__main__":
         writing.write = counting(writing.write)
         os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
         Path.open, keeping.delete = deadly(Path.open), deadly(keeping.delete)
-        distributed.Notes.leave = deadly(distributed.Notes.leave)
+        messages.Notes.leave = deadly(messages.Notes.leave)
     run_command(main)

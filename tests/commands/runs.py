@@ -116,7 +116,7 @@ def numbers(output: Path) -> list[dict]:
     """
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     lines.sort(key=lambda line: (line["cost/steps"], "bbox/AP" in line))
-    volatile = ("images_per_second", "memory_gib")
+    volatile = ("images_per_second", "memory_gib", "goodput", "straggler/rank", "straggler/waiting")
     return [
         {k: value for k, value in line.items() if not (k in volatile or k.endswith("_seconds"))}
         for line in lines

@@ -79,7 +79,7 @@ def test_every_run_of_every_sweep_builds(name: str):
 KINDS = [
     "r50_direct", "r50_gn_cascade", "r50_syncbn_scratch", "r50_imagenet", "r50_gn_imagenet",
     "r50_lsj_scratch", "retinanet_r50_direct", "swin_t_direct", "vgg16_scratch", "voc_r101_gn",
-    "keypoint_r50_gn", "objects365_direct", "coco_from_objects365",
+    "keypoint_r50_gn", "objects365_direct",
     "less_data:random_1k", "presets:paper", "presets:stitcher", "table1:size_224_batch_2",
     "table2:direct_affine", "table5:fpn", "table6:direct_p1x_2x", "table8:cascade_direct",
     "syncbn:r50_imagenet_6x",
@@ -108,6 +108,12 @@ def tiny(name: str, folder: Path) -> list[str]:
         "evaluation.images_per_gpu=4",
         "evaluation.pictures=0",
         "log.tensorboard=false",
+    ]
+    words += [
+        f"phases.{key}.data.{split}.shards={shards}/{split}"
+        for key, phase in config.phases.items()
+        for split in ("train", "val")
+        if getattr(phase.data, split) is not None
     ]
     if config.data.train.more_shards:
         words.append(f"data.train.more_shards=[{shards}/val]")

@@ -1,5 +1,6 @@
 """The training command on a tiny set: whole, killed, stopped, resumed, misused."""
 
+import gzip
 import json
 import os
 import re
@@ -328,14 +329,32 @@ def test_a_checkpoint_of_another_run_begins_a_new_folder(
     assert steps == [("finetune", 3), ("finetune", 4), ("finetune", 4)]
 
 
+def assert_trace_of(file: Path, steps: list[str]) -> None:
+    """Check that a trace has these steps, and in each of them operators of both passes."""
+    with gzip.open(file, "rt") as text:
+        events = [event for event in json.load(text)["traceEvents"] if "dur" in event]
+    spans = {
+        event["name"]: (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation" and " step " in event["name"]
+    }
+    assert sorted(spans) == steps
+    for begin, end in spans.values():
+        names = {event["name"] for event in events if begin <= event["ts"] < end}
+        assert {"aten::convolution", "aten::convolution_backward", "aten::max_pool2d"} <= names
+
+
 def test_a_stop_in_an_evaluation_leaves_it_to_the_next_start(
     whole: Path, tmp_path: Path, shapes_shards: Path, in_process: None,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     output = tmp_path / "run"
-    answers = iter([False] * 6 + [True])  # after each step of pretrain, then in its evaluation
-    monkeypatch.setattr("bigdet.training.loop.stop_requested", lambda file: next(answers))
-    assert train.main(arguments(output, shapes_shards)) == 75
+    # Only evaluations ask for it with a message of their own.
+    monkeypatch.setattr("bigdet.training.loop.stop_requested", lambda file: True)
+    assert train.main(arguments(output, shapes_shards, "log.profile.steps=[2,3]")) == 75
+    assert_trace_of(
+        output / "profile/pretrain-rank-0.json.gz", ["pretrain step 2", "pretrain step 3"]
+    )
     assert not (output / "evaluation").exists()
     assert (output / "checkpoints/latest").read_text().strip() == "pretrain-6"
     monkeypatch.undo()

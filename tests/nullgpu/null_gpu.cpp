@@ -1,5 +1,5 @@
 // A GPU that does nothing: launches succeed, are counted and checked, and write nothing; copies to
-// it move nothing, copies from it give zeros. In place of cudart, cublas and libcuda.
+// it move nothing, copies from it give zeros. In place of cudart, cublas, NCCL and libcuda.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -23,7 +23,7 @@ static const size_t TOTAL = 141ull << 30, PAGE = 2ull << 20;
 static const int SHARED = 49152, SHARED_OPTIN = 232448;
 
 // ---- counters, read by null_gpu.py
-enum { LAUNCHES, SYNCS, TO_DEVICE, TO_HOST, PAGEABLE, REFUSED, NUM_COUNTERS };
+enum { LAUNCHES, SYNCS, TO_DEVICE, ON_SIDE, TO_HOST, PAGEABLE, REFUSED, NUM_COUNTERS };
 static std::mutex mutex;
 static long counters[NUM_COUNTERS];
 static std::map<std::string, long>& launches() {
@@ -60,10 +60,16 @@ API cudaError_t cudaPeekAtLastError() { return last; }
 API const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorMemoryAllocation ? "out of memory" : error ? "invalid" : "no error";
 }
-API cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
-API cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+static int number(const char* variable, int otherwise) {
+  const char* text = getenv(variable);
+  return text ? atoi(text) : otherwise;
+}
+static thread_local int device_now = 0;
+API cudaError_t cudaGetDeviceCount(int* n) { return *n = number("NULL_GPUS", 1), cudaSuccess; }
+API cudaError_t cudaGetDevice(int* device) { return *device = device_now, cudaSuccess; }
 API cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : fail(cudaErrorInvalidDevice);
+  if (device < 0 || device >= number("NULL_GPUS", 1)) return fail(cudaErrorInvalidDevice);
+  return device_now = device, cudaSuccess;
 }
 API cudaError_t cudaDriverGetVersion(int* v) { return *v = CUDART_VERSION, cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int* v) { return *v = CUDART_VERSION, cudaSuccess; }
@@ -157,10 +163,13 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p
   return cudaSuccess;
 }
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind,
-                                cudaStream_t) {
+                                cudaStream_t stream) {
   std::lock_guard<std::mutex> lock(mutex);
   bool is_to = is_in(on_device, to), is_from = is_in(on_device, from);
-  if (is_to && !is_from) counters[TO_DEVICE]++, counters[PAGEABLE] += !is_in(pinned, from);
+  if (is_to && !is_from) {
+    counters[TO_DEVICE]++, counters[ON_SIDE] += stream != nullptr;
+    counters[PAGEABLE] += !is_in(pinned, from);
+  }
   if (is_from && !is_to) counters[TO_HOST]++, memset(to, 0, n);
   if (!is_from && !is_to) memcpy(to, from, n);
   return cudaSuccess;
@@ -306,6 +315,22 @@ API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*,
   return memset(results, 0, 96), *count = 1, 0;
 }
 
+// ---- NCCL
+#define CALL(name) API int name() { return null_launch(#name, 1), 0; }
+CALL(ncclAllReduce) CALL(ncclAllGather) CALL(ncclReduceScatter) CALL(ncclBroadcast)
+SUCCEEDS(ncclGroupStart) SUCCEEDS(ncclGroupEnd) SUCCEEDS(ncclCommAbort) SUCCEEDS(ncclCommDestroy)
+SUCCEEDS(ncclCommFinalize) SUCCEEDS(ncclRedOpCreatePreMulSum) SUCCEEDS(ncclRedOpDestroy)
+SUCCEEDS(ncclCommRegister) SUCCEEDS(ncclCommDeregister)
+API int ncclGetVersion(int* version) { return *version = 22900, 0; }
+API int ncclGetUniqueId(void* id) { return memset(id, 7, 128), 0; }
+API int ncclCommInitRankConfig(void** c, int, char*, int, void*) { return *c = malloc(64), 0; }
+API int ncclCommSplit(void*, int, int, void** c, void*) { return *c = malloc(64), 0; }
+API int ncclCommGetAsyncError(void*, int* error) { return *error = 0; }
+API int ncclCommCount(void*, int* n) { return *n = number("WORLD_SIZE", 1), 0; }
+API int ncclCommUserRank(void*, int* n) { return *n = number("RANK", 0), 0; }
+API const char* ncclGetErrorString(int) { return "none"; }
+API const char* ncclGetLastError(void*) { return "none"; }
+
 // ---- libcuda, for Triton, and what torch looks for in it
 API int cuGetErrorString(int, const char** text) { return *text = "none", 0; }
 API int cuDriverGetVersion(int* version) { return *version = CUDART_VERSION, 0; }
@@ -317,7 +342,7 @@ API int cuDeviceGetAttribute(int* value, int attribute, int device) {
 API int cuCtxGetCurrent(void** context) { return *context = (void*)8, 0; }
 API int cuCtxGetLimit(size_t* value, int) { return *value = 0, 0; }
 API int cuStreamIsCapturing(void*, int* status) { return *status = 0, 0; }
-API int cuCtxGetDevice(int* device) { return *device = 0, 0; }
+API int cuCtxGetDevice(int* device) { return *device = device_now, 0; }
 API int cuDevicePrimaryCtxRetain(void** context, int) { return *context = (void*)8, 0; }
 API int cuModuleLoadData(void** module, const void*) { return *module = (void*)16, 0; }
 API int cuModuleGetFunction(void** f, void*, const char* name) { return *f = strdup(name), 0; }

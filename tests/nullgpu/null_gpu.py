@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-COUNTERS = ("launches", "syncs", "to_device", "to_host", "pageable", "refused")
+COUNTERS = ("launches", "syncs", "to_device", "on_side", "to_host", "pageable", "refused")
 waits: collections.Counter[str] = collections.Counter()
 """How often the host has waited for the device's answer, by operation."""
 _libraries: list[torch.library.Library] = []
@@ -147,8 +147,11 @@ def _batch_norm_backward(x, grad, w, *_):
 
 
 def _item(tensor: Tensor) -> float | bool:
+    """1 for a number; for a flag no: those of DeepSpeed say that a gradient is not finite."""
     waits["item"] += 1
-    return tensor.dtype == torch.bool or 1 if not tensor.is_floating_point() else 1.0
+    if tensor.dtype in (torch.bool, torch.uint8):
+        return False if tensor.dtype == torch.bool else 0
+    return 1.0 if tensor.is_floating_point() else 1
 
 
 def _nonzero(tensor: Tensor) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import torch
 
+from bigdet import distributed
 from bigdet.engine.precision import TotalLoss, autocast
 from bigdet.models.detector import Detector
 from bigdet.structures import Batch, _map_tensors
 from tests.gpu.test_detectors import MODELS, many_images, types_of
-from tests.nullgpu import null_gpu
+from tests.nullgpu import null_gpu, uploads
 from tests.unit.models.test_detector import detector_of, scene
 
 GPU = torch.device("cuda", 0)
@@ -44,6 +46,17 @@ def prediction(detector: Detector) -> dict[str, Any]:
     return seen()
 
 
+def nccl_limits() -> dict[str, Any]:
+    """What NCCL is given where a run may stall for 100 seconds."""
+    distributed.start(100.0)
+    group = torch.distributed.group.WORLD
+    limits = {kind: group._get_backend(torch.device(kind)) for kind in ("cuda", "cpu")}
+    return {
+        **{kind: backend.options._timeout.total_seconds() for kind, backend in limits.items()},
+        **{name: value for name, value in os.environ.items() if name.startswith("TORCH_NCCL")},
+    }
+
+
 def main() -> None:
     null_gpu.install()
     found: dict[str, Any] = {}
@@ -60,7 +73,7 @@ def main() -> None:
         }
     detector, batch = many_images()
     found["many images"] = {"step": step(detector, pinned(batch))}
-    print(json.dumps(found))
+    print(json.dumps({"detectors": found, "uploads": uploads.main(), "NCCL": nccl_limits()}))
 
 
 if __name__ == "__main__":

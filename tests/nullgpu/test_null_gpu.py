@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-from tests.nullgpu import null_gpu
-
 # Seen with torch 2.15, and a twentieth more; R-CNNs have 16 to 32 channels, as in other tests.
 MOST_LAUNCHES = {
     "mask_rcnn": 1360,
@@ -28,17 +26,14 @@ MOST_LAUNCHES = {
     "retinanet": 1360,
     "many images": 1440,
 }
-pytestmark = pytest.mark.skipif(bool(null_gpu.missing()), reason=null_gpu.missing())
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def printed(null_gpu_variables: dict[str, str]) -> dict[str, Any]:
     """What `run.py` prints."""
-    folder = tmp_path_factory.mktemp("nullgpu")
-    null_gpu.build(folder)
     done = subprocess.run(
         [sys.executable, "-m", "tests.nullgpu.run"],
-        env=null_gpu.environment(folder),
+        env=null_gpu_variables,
         capture_output=True,
         text=True,
         timeout=500,
@@ -46,6 +41,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture
+def seen(printed: dict[str, Any]) -> dict[str, Any]:
+    """What a step and a prediction of each detector did."""
+    detectors: dict[str, Any] = printed["detectors"]
+    return detectors
 
 
 def test_a_step_waits_at_most_once_and_copies_from_page_locked_memory(seen: dict[str, Any]) -> None:
@@ -83,3 +85,30 @@ def test_suppression_is_one_launch_also_of_many_images(seen: dict[str, Any]) -> 
 
 def test_activations_have_the_types_that_they_have_on_a_cpu(seen: dict[str, Any]) -> None:
     assert [(name, of["other types"]) for name, of in seen.items() if of.get("other types")] == []
+
+
+@pytest.mark.parametrize("workers", ["0 workers", "1 workers"])
+def test_the_next_batches_are_copied_ahead_from_page_locked_memory(
+    printed: dict[str, Any], workers: str
+) -> None:
+    found = printed["uploads"][workers]
+    for number, copies in enumerate(found["copies"]):
+        # 4 for each of 3 micro-batches. In the first step also those of the second step's first.
+        assert copies["on_side"] == copies["to_device"] == 12 + 4 * (number == 0)
+        assert copies["pageable"] == copies["syncs"] == copies["launches"] == 0
+    assert found["are same"]  # images, and what the stream has counted, as without a thread
+    assert found["dropped"] > 0
+    assert found["most threads"] == 1
+    assert found["threads left"] == 0
+
+
+def test_what_fails_in_the_thread_is_raised_by_the_step(printed: dict[str, Any]) -> None:
+    expected = {"first": 3, "message": "000000.tar: cut off", "threads left": 0}
+    assert printed["uploads"]["failure"] == expected
+
+
+def test_nccl_ends_a_rank_a_minute_after_the_watchdog_would(printed: dict[str, Any]) -> None:
+    assert printed["NCCL"] == {
+        "cuda": 160.0, "cpu": 1800.0, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "160",
+    }  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 from bigdet import distributed
 from bigdet.engine import checkpoint
 from bigdet.engine.base import Engine
+from bigdet.models import norms
 from tests.ranks import engine_matrix
 from tests.ranks.toy import (
     CLOSE,
@@ -27,7 +28,9 @@ from tests.ranks.toy import (
     Toy,
     Whole,
     assert_same_state,
+    ema_decay_at,
     lanes_of_rank,
+    lr_at,
     make_batch,
     make_engine,
     run_steps,
@@ -61,6 +64,7 @@ def run_cells(folder: Path) -> dict[str, Any]:
         "clipped": clip_all(),
         "begun": begin_all(),
         "skipped": skip_all(),
+        "late": read_late_all(),
         "resumed": resume_all(folder, (1, 2)[:world_size]),
         "fp16": train_in_fp16(),
         "offloaded": offload_all(),
@@ -124,6 +128,30 @@ def skip_all() -> dict[Any, Any]:
         run_steps(engine, optimizer, range(SAVED_AT + 1, STEPS + 1))
         results[optimizer, name] = weights(name, engine)
         engine.close()
+    return results
+
+
+def read_late_all() -> dict[str, Any]:
+    """Steps whose results nobody reads until the end, two of them bad, and the good ones alone."""
+    results = {}
+    for name in ENGINES:
+        engine = make_engine(name, "adamw", clip_norm=0.5, norm="live", with_ema=True)
+        launched = []
+        for step in (0, 1, 2, 0, 3):
+            engine.set_lr(lr_at(step, OPTIMIZERS["adamw"].lr))
+            trouble = {} if step else {"trouble": TROUBLES[2]}
+            launched.append(engine.launch_step(lanes_of_rank(step, **trouble)))
+            norms.update_running_statistics(engine.module, counts=launched[-1].counts)
+            engine.update_ema(ema_decay_at(step))
+        steps = [(each.counts.item(), each.read()) for each in launched]
+        late = whole_state(engine)
+        engine.close()
+        engine = make_engine(name, "adamw", clip_norm=0.5, norm="live", with_ema=True)
+        _, grad_norms = run_steps(engine, "adamw", (1, 2, 3))
+        assert_same_state(late, whole_state(engine))
+        engine.close()
+        results[name] = [(counts, seen.is_finite) for counts, seen in steps]
+        assert [seen.grad_norm for counts, seen in steps if counts] == grad_norms
     return results
 
 
@@ -316,6 +344,17 @@ def test_trouble_on_one_rank_skips_the_step_on_all_and_changes_nothing(
             assert rank["skipped"][optimizer, name, trouble] == (False, torch.inf)
         uninterrupted = rank["clipped"][optimizer, name, None][2]
         assert_close(rank["skipped"][optimizer, name], uninterrupted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_results_that_are_read_late_change_nothing_and_bad_steps_neither(
+    cells: Any, world_size: int
+) -> None:
+    # That weights, averages, running statistics and optimizer state are bitwise those of the good
+    # steps alone is asserted in the ranks.
+    expected = [(good, good) for good in (False, True, True, False, True)]
+    for name, rank in itertools.product(ENGINES, cells[world_size]):
+        assert rank["late"][name] == expected, name
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

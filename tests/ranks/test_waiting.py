@@ -2,7 +2,7 @@
 
 import time
 
-from bigdet import distributed
+from bigdet import distributed, messages
 from bigdet.evaluation import waiting
 from bigdet.evaluation.saved import SavedResults
 from tests.spawn import run_ranks
@@ -47,7 +47,7 @@ def fail():
 
 
 def gather_in_parts(folder):
-    distributed.CHUNK_BYTES = 7  # several parts for each rank
+    messages.CHUNK_BYTES = 7  # several parts for each rank
     results = SavedResults(folder)
     for image in (5 - distributed.rank(), 20 + distributed.rank()):
         results.add(image, [{"image_id": image, "score": 0.1 * n} for n in range(image % 3)])

@@ -14,7 +14,7 @@ FACTS = Facts(
     "cpu",
     {"torch": "2", "bigdet code": "c0de"},
     {"config": "1", "training shards": "f00"},
-    classes=3,
+    classes={"pretrain": 3, "finetune": 3},
     free_disk=2 * GIB,
     free_shm=GIB,
     free_memory=GIB,

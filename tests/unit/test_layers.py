@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LEVELS = {
     "host": -1,
-    "structures": 0, "run_dir": 0, "distributed": 0,
+    "structures": 0, "run_dir": 0, "distributed": 0, "messages": 0,
     "ops": 1, "logs": 1, "pieces": 1,
     "config": 2, "pictures": 2,
     "data": 3, "models": 3, "engine": 3,

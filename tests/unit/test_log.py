@@ -12,11 +12,14 @@ def test_metrics_are_one_object_a_line_and_scalars_of_tensorboard(tmp_path: Path
     board = TensorBoard(tmp_path / "tensorboard", first_step=1)
     writer = MetricsWriter(tmp_path / "metrics.jsonl", [board])
     writer.write({"phase": "train", "step": 3, "loss/total": 1.5}, total_step=3)
+    writer.write({"phase": "train", "step": 3, "bbox/AP": 0.5}, 3, {"bbox/AP": "train/bbox/AP"})
     writer.close()
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    line, ap = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"phase": "train", "step": 3, "loss/total": 1.5}
+    assert json.loads(ap) == {"phase": "train", "step": 3, "bbox/AP": 0.5}
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss/total" in events.read_bytes()
+    assert b"train/bbox/AP" in events.read_bytes()
 
 
 def test_cutting_keeps_what_came_before_and_drops_half_a_line(tmp_path: Path):

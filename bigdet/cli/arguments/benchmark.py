@@ -4,6 +4,7 @@ bigdet benchmark stream configs/swin_t_direct.yaml --workers 2
 bigdet benchmark step configs/quickstart.yaml
 bigdet benchmark predict configs/r50_direct.yaml --phase finetune
 bigdet benchmark step configs/quickstart.yaml --engines all --ranks 2
+bigdet benchmark meetings configs/quickstart.yaml engine.kind=fsdp engine.zero_stage=null
 bigdet benchmark resume configs/quickstart.yaml --samples 118000
 bigdet benchmark evaluate configs/r50_direct.yaml data.val.shards=data/coco/val
 bigdet benchmark evaluate configs/r50_direct.yaml --images 80000 --classes 365
@@ -50,6 +51,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the synthetic detections; default 0"
     )
+    add_count(parser, "--rounds", 3, "measurements of each program, in turn; the median counts")
+    parser.add_argument(
+        "--peers",
+        help="list of hotcoco,faster_coco_eval,pycocotools; default: all that are installed",
+    )
     parser.add_argument(
         "--classes",
         type=positive,
@@ -68,11 +74,24 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
     add_count(parser, "--ranks", 1, "processes")
 
 
+def _add_meetings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--phase", help="phase that gives batch and norm mode; default: the first")
+    parser.add_argument(
+        "--ranks",
+        type=lambda words: [positive(word) for word in words.split(",")],
+        default=[2, 4, 8],
+        help="numbers of processes; default 2,4,8",
+    )
+    add_count(parser, "--size", 64, "height and width of the images, pixels")
+    add_count(parser, "--rounds", 20, "measurements of each; the median counts")
+
+
 PARTS = {
     "stream": _add_stream,
     "step": _add_step,
     "predict": _add_predict,
     "evaluate": _add_evaluate,
+    "meetings": _add_meetings,
     "resume": _add_resume,
 }
 """The parts that can be measured, each by ``benchmarks/PART.py``, and their options."""

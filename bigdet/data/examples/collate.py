@@ -141,6 +141,12 @@ def num_dropped(packed: PackedGroup) -> int:
     return int(packed.integers[4])
 
 
+def pinned(packed: PackedGroup) -> PackedGroup:
+    """Return a group in page-locked memory, from which copies to a GPU need no wait."""
+    images, floats, integers, flags = (tensor.pin_memory() for tensor in packed[:4])
+    return PackedGroup(images, floats, integers, flags, packed.notes)
+
+
 def unpack(packed: PackedGroup) -> Batch:
     """Return a packed group as a ``Batch`` of views of the same memory; nothing is copied."""
     num_images, num_objects, has_masks, num_keypoints, _, seed = packed.integers[:_HEAD].tolist()

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.data import DataConfig
+from bigdet.config.data import CacheConfig, DataConfig, TrainSplitConfig
 from bigdet.data.format.manifest import Category, ShardError
 from bigdet.data.format.shard_set import LABEL_LISTS, Sample, ShardSet
 
@@ -156,22 +156,22 @@ class MixedSet(ShardSet):
 
 
 def open_sets(data: DataConfig) -> tuple[ShardSet, ShardSet]:
-    """Return the training set and the validation set of a config, labels meaning the same.
+    """Return the training set and the validation set of a phase, labels meaning the same.
 
     If training sets are mixed, validation gets the categories of the mix; otherwise both are as
     they are on disk.
     """
-    train = open_train_set(data)
+    train = open_train_set(data.train, data.cache)
     val = ShardSet(data.val.shards, cache=data.cache)
     return train, with_categories(val, train.categories) if isinstance(train, MixedSet) else val
 
 
-def open_train_set(data: DataConfig) -> ShardSet:
-    """Return the training set of a config: one set, or several mixed."""
-    first = ShardSet(data.train.shards, cache=data.cache)
-    if not data.train.more_shards:
+def open_train_set(split: TrainSplitConfig, cache: CacheConfig) -> ShardSet:
+    """Return the training set of a split: one set, or several mixed."""
+    first = ShardSet(split.shards, cache=cache)
+    if not split.more_shards:
         return first
-    parts = [first, *(ShardSet(folder, cache=data.cache) for folder in data.train.more_shards)]
+    parts = [first, *(ShardSet(folder, cache=cache) for folder in split.more_shards)]
     categories = _union([part.categories for part in parts])
     for part in parts:
         _check_names(part)
@@ -179,7 +179,7 @@ def open_train_set(data: DataConfig) -> ShardSet:
         absent = [category.name for category in categories if name_key(category.name) not in own]
         if absent:
             logger.warning(
-                f"data.train.more_shards: {part.address} does not have {len(absent)} of the "
+                f"{part.address} does not have {len(absent)} of the "
                 f"{len(categories)} classes of the mix; objects of these on its images are "
                 f"background: {_shortened(absent)}"
             )

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.data import SubsetConfig, TrainSplitConfig
+from bigdet.config.data import TrainSplitConfig
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.mix import MixedSet
 from bigdet.data.format.shard_set import ShardSet, source_ids
@@ -52,22 +52,28 @@ _selections: WeakKeyDictionary[ShardSet, tuple[TrainSplitConfig, Selection]] = W
 """The last selection of each set: all phases share it, and reading annotations takes long."""
 
 
-def select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
-    """Return the samples that a config asks for; kept for the next phase."""
+def select(shards: ShardSet, split: TrainSplitConfig, key: str = "data.train") -> Selection:
+    """Return the samples that a config asks for; kept for the next phase.
+
+    Args:
+        shards: the training set.
+        split: which of its samples.
+        key: of the split in the config, for messages.
+    """
     known = _selections.get(shards)
     if known is None or known[0] != split:
-        known = _selections[shards] = (split, _select(shards, split))
+        known = _selections[shards] = (split, _select(shards, split, key))
     return known[1]
 
 
-def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
+def _select(shards: ShardSet, split: TrainSplitConfig, key: str) -> Selection:
     rows = np.arange(len(shards), dtype=np.int32)
     if not split.keep_empty:
         rows = np.flatnonzero(shards.index["num_boxes"]).astype(np.int32)
     if split.min_keypoints:
-        rows = _with_keypoints(shards, rows, split.min_keypoints)
+        rows = _with_keypoints(shards, rows, split.min_keypoints, f"{key}.min_keypoints")
     if split.subset is not None:
-        rows = _subset(shards, rows, split.subset, split.keep_empty)
+        rows = _subset(shards, rows, split, key)
     windows = None
     if split.order == "windowed":
         windows = Windows(shards.index["shard"][rows], split.window)
@@ -83,10 +89,10 @@ def _select(shards: ShardSet, split: TrainSplitConfig) -> Selection:
         "repeat_threshold": split.repeat_threshold,
         "min_keypoints": split.min_keypoints or None,
     }
-    return Selection(rows, _repeats(shards, rows, split), windows, state)
+    return Selection(rows, _repeats(shards, rows, split, key), windows, state)
 
 
-def left_out(shards: ShardSet, split: TrainSplitConfig) -> str:
+def left_out(shards: ShardSet, split: TrainSplitConfig, key: str = "data.train") -> str:
     """Return why images of a set are not used; empty if all are."""
     num_empty = len(shards) - int(np.count_nonzero(shards.index["num_boxes"]))
     if split.keep_empty or not num_empty:
@@ -96,17 +102,18 @@ def left_out(shards: ShardSet, split: TrainSplitConfig) -> str:
         return f" All {manifest.crowd} objects are crowd (iscrowd: 1), which is not learned."
     return (
         f" {num_empty} of {len(shards)} images have no object that is not crowd; "
-        "data.train.keep_empty=true includes them."
+        f"{key}.keep_empty=true includes them."
     )
 
 
-def _with_keypoints(shards: ShardSet, rows: NDArray[np.int32], least: int) -> NDArray[np.int32]:
+def _with_keypoints(
+    shards: ShardSet, rows: NDArray[np.int32], least: int, key: str
+) -> NDArray[np.int32]:
     """Return the rows whose objects have so many labeled keypoints together; crowds do not count.
 
     Raises:
         ShardError: no image is left, or annotations cannot be read, see ``read_classes``.
     """
-    key = "data.train.min_keypoints"
     start = time.perf_counter()
     counts = np.zeros(len(rows), np.int64)
     for number, row in enumerate(rows.tolist()):
@@ -142,7 +149,7 @@ def _annotations(shards: ShardSet, row: int, option: str) -> list[dict[str, Any]
 
 
 def read_classes(
-    shards: ShardSet, rows: NDArray[np.int32]
+    shards: ShardSet, rows: NDArray[np.int32], option: str = "data.train.repeat_threshold"
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return which classes are on which image, from the annotations; crowds do not count.
 
@@ -154,7 +161,7 @@ def read_classes(
         ShardError: annotations cannot be read; leaving an image out here would give machines
             different orders.
     """
-    start, option = time.perf_counter(), "data.train.repeat_threshold"
+    start = time.perf_counter()
     labels: list[int] = []
     offsets = [0]
     for row in rows.tolist():
@@ -167,39 +174,44 @@ def read_classes(
 
 
 def _subset(
-    shards: ShardSet, rows: NDArray[np.int32], subset: SubsetConfig, keep_empty: bool
+    shards: ShardSet, rows: NDArray[np.int32], split: TrainSplitConfig, key: str
 ) -> NDArray[np.int32]:
     """Return some of the rows, rising."""
+    assert split.subset is not None
+    subset = split.subset
     if subset.images is not None:
         if subset.images > len(rows):
-            more = "" if keep_empty else ", or data.train.keep_empty=true for those without objects"
+            more = f", or {key}.keep_empty=true for those without objects"
+            more = "" if split.keep_empty else more
             raise ShardError(
-                f"data.train.subset.images: found {subset.images}, but {shards.address} has "
+                f"{key}.subset.images: found {subset.images}, but {shards.address} has "
                 f"{len(rows)} images to train on. Write at most that{more}."
             )
         drawn = permutation("subset", subset.seed, count=len(rows))[: subset.images]
         return rows[np.sort(drawn)]
     assert subset.ids is not None
-    ids = _read_ids(Path(subset.ids), source_ids(shards))
+    key = f"{key}.subset.ids"
+    ids = _read_ids(key, Path(subset.ids), source_ids(shards))
     absent = ids[~np.isin(ids, shards.index["image_id"])]
     if len(absent):
         raise ShardError(
-            f"data.train.subset.ids: {subset.ids} lists {len(absent)} images that {shards.address} "
+            f"{key}: {subset.ids} lists {len(absent)} images that {shards.address} "
             f"does not have: {', '.join(map(str, absent[:5].tolist()))}. Remove them."
         )
     chosen = rows[np.isin(shards.index["image_id"][rows], ids)]
     if len(chosen) < len(ids):
         logger.info(
-            f"data.train.subset.ids: {len(ids) - len(chosen)} of the {len(ids)} images have no "
+            f"{key}: {len(ids) - len(chosen)} of the {len(ids)} images have no "
             "objects and are left out"
         )
     return chosen
 
 
-def _read_ids(path: Path, numbers: Mapping[str, int]) -> NDArray[np.int64]:
+def _read_ids(key: str, path: Path, numbers: Mapping[str, int]) -> NDArray[np.int64]:
     """Return the image ids that a file lists; ``ShardError`` if it is no such list.
 
     Args:
+        key: of the option, for messages.
         path: a JSON list, or ids between blanks or line ends.
         numbers: ids of the images whose own ids are strings, which the file may list.
     """
@@ -209,17 +221,19 @@ def _read_ids(path: Path, numbers: Mapping[str, int]) -> NDArray[np.int64]:
         ids = np.array([numbers.get(value) or int(value) for value in values], np.int64)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ShardError(
-            f"data.train.subset.ids: {path} is not a list of image ids ({error}). Write a JSON "
+            f"{key}: {path} is not a list of image ids ({error}). Write a JSON "
             f"list, or numbers separated by blanks or line ends."
         ) from error
     unique, counts = np.unique(ids, return_counts=True)
     if not len(ids) or (counts > 1).any():
         twice = f"the image {unique[counts > 1][0]} more than once" if len(ids) else "no image"
-        raise ShardError(f"data.train.subset.ids: {path} lists {twice}. Correct the list.")
+        raise ShardError(f"{key}: {path} lists {twice}. Correct the list.")
     return unique
 
 
-def _repeats(shards: ShardSet, rows: NDArray[np.int32], split: TrainSplitConfig) -> Repeats | None:
+def _repeats(
+    shards: ShardSet, rows: NDArray[np.int32], split: TrainSplitConfig, key: str
+) -> Repeats | None:
     """Return how often a pass shows each row, None if each comes once."""
     if split.weights is None and split.repeat_threshold is None:
         return None
@@ -227,7 +241,7 @@ def _repeats(shards: ShardSet, rows: NDArray[np.int32], split: TrainSplitConfig)
     if split.weights is not None:
         repeats *= _weights_of_rows(shards, rows, split.weights)
     if split.repeat_threshold is not None:
-        classes, offsets = read_classes(shards, rows)
+        classes, offsets = read_classes(shards, rows, f"{key}.repeat_threshold")
         repeats *= repeat_factors(classes, offsets, shards.num_classes, split.repeat_threshold)
     return Repeats(repeats) if (repeats != 1).any() else None
 

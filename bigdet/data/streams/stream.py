@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.config.data import DataConfig
-from bigdet.config.phase import PhaseConfig
+from bigdet.config.phase import PhaseConfig, data_key
 from bigdet.config.resize import largest_plan
 from bigdet.data.examples.collate import (
     Allocate,
@@ -54,6 +54,7 @@ class TrainStream:
         damages: samples that this rank found damaged and replaced, by row.
         damaged: their number by kind.
         dropped_boxes: boxes so far of which a random crop left nothing.
+        max_damaged: how many samples may be replaced.
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class TrainStream:
 
         Args:
             shards: the training set.
-            data: which of its images in which order, how many damaged ones may be replaced before
-                iteration raises, and the number of loader processes (0 reads in this process). Its
-                paths are ignored.
+            data: of the phase: which of its images in which order, how many damaged ones may be
+                replaced before iteration raises, and the number of loader processes (0 reads in
+                this process). Its paths are ignored.
             phase: resize, augmentation, images per batch and per step.
             name: that of the phase; another name is another order.
             with_masks: targets have masks.
@@ -93,7 +94,8 @@ class TrainStream:
                 f"phases.{name}.images_per_step: {images_per_step} is not a multiple of "
                 f"images_per_gpu, {images_per_gpu}. Change one of them."
             )
-        selection = select(shards, data.train)
+        self._key = data_key(name, phase, "train")
+        selection = select(shards, data.train, self._key)
         rows = selection.rows
         order = Order(
             aspect_ratios(shards.index, rows),
@@ -108,7 +110,7 @@ class TrainStream:
             raise ValueError(
                 f"phase {name}: the training set has {order.num_entries} samples that can be used, "
                 f"one step needs {images_per_step} ({order.num_lanes} lanes of {images_per_gpu})."
-                f"{left_out(shards, data.train)} Lower phases.{name}.images_per_step or "
+                f"{left_out(shards, data.train, self._key)} Lower phases.{name}.images_per_step or "
                 f"images_per_gpu, use fewer ranks, or more data."
             )
         wanted = Wanted(
@@ -122,7 +124,7 @@ class TrainStream:
         self.damaged: dict[str, int] = {}
         self.dropped_boxes = 0
         self.damages: dict[int, Damage] = {}
-        self._max_damaged = data.train.max_damaged
+        self.max_damaged = data.train.max_damaged
         self._workers = data.workers
         largest = largest_plan(phase.resize)
         self._group_bytes = group_bytes(images_per_gpu, largest, with_masks=with_masks)
@@ -144,6 +146,10 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's lanes of step ``first_step + 1``, in order, then of the next, ..."""
+        yield from map(self.use, self.groups())
+
+    def groups(self) -> Iterator[PackedGroup]:
+        """Yield the same as packed groups, of which nothing is counted before `use`."""
         self.close()
         order = self._groups.order
         logger.info(
@@ -159,9 +165,12 @@ class TrainStream:
         self._loader = Loader(
             self._groups.read, keys, workers=self._workers, group_bytes=self._group_bytes
         )
-        for packed in self._loader:
-            self._note(packed)
-            yield unpack(packed)
+        yield from self._loader
+
+    def use(self, packed: PackedGroup) -> Batch:
+        """Unpack a group, and count what it reports; too many damaged samples are an error."""
+        self._note(packed)
+        return unpack(packed)
 
     def from_step(self, first_step: int) -> TrainStream:
         """Return another stream of the same groups from a step on; it has new loaders and counts.
@@ -176,9 +185,7 @@ class TrainStream:
 
     def read_group(self, step: int, lane: int) -> Batch:
         """Make one group of any step, from 1, and any lane, in this process."""
-        packed = self._groups.read((step, lane))
-        self._note(packed)
-        return unpack(packed)
+        return self.use(self._groups.read((step, lane)))
 
     def group_ids(self, step: int, lane: int) -> list[int | None]:
         """Return the image ids of one group, from the index alone; None for a masked slot."""
@@ -219,7 +226,6 @@ class TrainStream:
             self._loader = None
 
     def _note(self, packed: PackedGroup) -> None:
-        """Count what a group reports; too many damaged samples are an error."""
         self.dropped_boxes += num_dropped(packed)
         for damage in packed.notes:
             if damage.row in self.damages:
@@ -227,25 +233,22 @@ class TrainStream:
             self.damages[damage.row] = damage
             self.damaged[damage.kind] = self.damaged.get(damage.kind, 0) + 1
             logger.warning("damaged sample replaced by another one: %s", damage.message)
-        if len(self.damages) > self._max_damaged:
+        if len(self.damages) > self.max_damaged:
             messages = (damage.message for damage in self.damages.values())
-            address = self._groups.shards.address
-            raise ShardError(too_damaged(address, self.damaged, self._max_damaged, messages))
+            raise ShardError(self.too_damaged(self.damaged, messages))
 
+    def too_damaged(self, num_damaged: Mapping[str, int], messages: Iterable[str]) -> str:
+        """Return the error of a set with more damaged samples than ``max_damaged`` of its split.
 
-def too_damaged(
-    address: str, num_damaged: Mapping[str, int], limit: int, messages: Iterable[str]
-) -> str:
-    """Return the error of a training set with more damaged samples than ``data.train.max_damaged``.
-
-    ``num_damaged`` counts them by kind; of ``messages``, one for each, the first ones are listed.
-    """
-    listed = "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
-    return (
-        f"{address}: {sum(num_damaged.values())} damaged training samples had to be replaced "
-        f"({num_damaged}), data.train.max_damaged allows {limit}. Repair the shards or raise the "
-        f"limit; `bigdet check-shards` lists all that is damaged. The first ones:{listed}"
-    )
+        ``num_damaged`` counts them by kind; of ``messages``, one for each, the first are listed.
+        """
+        listed = "".join(f"\n  {message}" for message in itertools.islice(messages, LISTED_DAMAGES))
+        return (
+            f"{self._groups.shards.address}: {sum(num_damaged.values())} damaged training samples "
+            f"had to be replaced ({num_damaged}), {self._key}.max_damaged allows "
+            f"{self.max_damaged}. Repair the shards or raise the limit; `bigdet check-shards` "
+            f"lists all that is damaged. The first ones:{listed}"
+        )
 
 
 class EvalStream:

@@ -15,13 +15,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import RotaryEmbeddingCat
 from timm.models import group_parameters, model_entrypoint
 from torch import Tensor, nn
 
 from bigdet.models.backbone_base import STRIDES, Backbone, cut_to_size, pad_to_multiple
 from bigdet.models.backbones.any_size import adapt, derived
 from bigdet.models.backbones.timm_norms import replace_batch_norms
-from bigdet.models.backbones.vit import PATCH, quarters, simple_pyramid
+from bigdet.models.backbones.vit import NUM_QUARTERS, PATCH, equal_runs, simple_pyramid
 from bigdet.models.backbones.windows import cut_image, join_windows, use_windows
 from bigdet.models.norms import Kind
 
@@ -189,6 +190,8 @@ class TimmPlain(TimmBackbone):
         drop_path: float | None = None,
         *,
         token_window: int | None = 14,
+        rope_window: int | None = None,
+        global_blocks: int = NUM_QUARTERS,
         image_windows: int = 1,
         taps: Sequence[int] = (),
         final_norm: bool = False,
@@ -200,9 +203,11 @@ class TimmPlain(TimmBackbone):
             name: in timm.
             norm: what to put in the place of batch normalization.
             drop_path: highest rate of stochastic depth.
-            token_window: tokens on a side of the windows that all blocks attend in but the last
-                of each quarter, where positions are added to the tokens. None: all blocks attend
-                over the whole image, as they do where positions are rotary.
+            token_window: tokens on a side of the windows that all blocks attend in but
+                ``global_blocks``, where positions are added to the tokens. None: all blocks attend
+                over the whole image.
+            rope_window: the same where positions are rotary and scaled to the grid of the training.
+            global_blocks: how many blocks attend over the whole image: the last of as many runs.
             image_windows: the image is cut into so many windows a side, each of which goes through
                 the network by itself, as does the whole image at the size of a window.
             taps: depths of the features, in blocks; they are concatenated. Empty: the last block.
@@ -218,12 +223,13 @@ class TimmPlain(TimmBackbone):
         super().__init__(net, name, options)
         self._final_norm, self._image_windows = final_norm, image_windows
         self.windowed: list[Any] = []
-        has_positions = _module_of(name) in PLAIN and getattr(net, "rope", None) is None
-        if token_window is not None and has_positions:
-            inner = [block for quarter in quarters(net.blocks) for block in quarter[:-1]]
-            self.windowed = [block.attn for block in inner]
+        self._window = rope_window if has_scaled_rope(net) else token_window
+        has_windows = has_scaled_rope(net) or getattr(net, "rope", None) is None
+        if self._window is not None and has_windows and _module_of(name) in PLAIN:
+            runs = equal_runs(net.blocks, global_blocks)
+            self.windowed = [block.attn for run in runs for block in run[:-1]]
             for attention in self.windowed:
-                use_windows(attention, token_window, net.num_prefix_tokens)
+                use_windows(attention, self._window, net.num_prefix_tokens)
         width = net.embed_dim * len(self._indices) * (1 if image_windows == 1 else 2)
         self.channels, self.pyramid = simple_pyramid(width)
 
@@ -231,7 +237,7 @@ class TimmPlain(TimmBackbone):
     def stages(self) -> list[list[nn.Module]]:
         """The patch embedding and the blocks in quarters; the last norm belongs to none of them."""
         stem = [self.net.patch_embed, self.net.norm_pre]
-        return [stem, *quarters(self.net.blocks)]
+        return [stem, *equal_runs(self.net.blocks)]
 
     def _inner_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.net.named_parameters() if not name.startswith("norm.")]
@@ -257,9 +263,22 @@ class TimmPlain(TimmBackbone):
         return torch.cat([joined, spread], dim=1)
 
     def _map(self, x: Tensor) -> Tensor:
+        rope = None
+        if self.windowed and has_scaled_rope(self.net):
+            rope = self.net.rope.get_embed((self._window, self._window))
         for attention in self.windowed:
             attention.grid_size = (x.shape[2] // PATCH, x.shape[3] // PATCH)
+            attention.window_rope = rope
         return torch.cat(self.net(x, indices=self._indices, norm=self._final_norm), dim=1)
+
+
+def has_scaled_rope(net: Any) -> bool:
+    """Tell whether the positions of a network are rotary, and those of any grid are scaled to one.
+
+    A window of tokens then has the positions of a whole image of that size.
+    """
+    rope = getattr(net, "rope", None)
+    return isinstance(rope, RotaryEmbeddingCat) and rope.ref_feat_shape is not None
 
 
 def feature_infos(net: Any) -> list[dict[str, Any]]:

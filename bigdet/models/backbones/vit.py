@@ -143,7 +143,7 @@ class ViT(Backbone):
     @property
     def stages(self) -> list[list[nn.Module]]:
         """The patch embedding and the blocks in quarters; the pyramid belongs to none of them."""
-        return [[self.patch_embed], *quarters(self.blocks)]
+        return [[self.patch_embed], *equal_runs(self.blocks)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute C2 to C5."""
@@ -157,9 +157,9 @@ class ViT(Backbone):
         return cut_to_size([level(x) for level in self.pyramid], (height, width))
 
 
-def quarters(blocks: nn.ModuleList) -> list[list[nn.Module]]:
-    """Cut the blocks of a ViT into four runs, as equally long as can be."""
-    ends = [len(blocks) * number // NUM_QUARTERS for number in range(NUM_QUARTERS + 1)]
+def equal_runs(blocks: nn.ModuleList, count: int = NUM_QUARTERS) -> list[list[nn.Module]]:
+    """Cut the blocks of a ViT into quarters, or other runs, as equally long as can be."""
+    ends = [len(blocks) * number // count for number in range(count + 1)]
     return [list(blocks[start:end]) for start, end in pairwise(ends)]
 
 

@@ -1,8 +1,9 @@
 """Attention within windows, for networks whose own attention is over the whole image.
 
 Two kinds: windows of tokens in most blocks (ViTDet), for networks whose positions are added to the
-tokens; and windows of the image, each of which goes through the network as an image by itself
-(DINOv3), for networks with rotary positions, which count from the corner of what they see.
+tokens or, as in EVA-02's detectors, rotary and scaled to one grid; and windows of the image, each
+of which goes through the network as an image by itself (DINOv3), for any rotary positions, which
+count from the corner of what they see.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class WindowedAttention(nn.Module):
 
     Attributes:
         grid_size: rows and columns of tokens, set before each pass.
+        window_rope: rotary positions of the tokens of a window, set before each pass; None without.
         window: tokens on a side of a window.
         num_prefix: tokens before those of the grid.
     """
 
     grid_size: tuple[int, int]
+    window_rope: Tensor | None = None
     window: int
     num_prefix: int
 
@@ -45,6 +48,8 @@ class WindowedAttention(nn.Module):
         windows = window_partition(tokens, size)  # (B x windows, window, window, C)
         count = len(windows) // batch
         given = torch.cat([prefix.repeat_interleave(count, dim=0), windows.flatten(1, 2)], dim=1)
+        if self.window_rope is not None:
+            options["rope"] = self.window_rope
         attended: Tensor = super().forward(given, **options)
         prefix = attended[:, : self.num_prefix]
         prefix = prefix.reshape(batch, count, self.num_prefix, channels).mean(dim=1)

@@ -24,6 +24,7 @@ from bigdet.models.heads.box import BoxHead, Pool, Regions
 from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.models.heads.rpn import Proposals
 from bigdet.models.norms import valid_rows
+from bigdet.pieces.unread import Unread
 
 logger = logging.getLogger(__name__)
 
@@ -150,20 +151,20 @@ class CascadeHead(nn.Module):
         return stages[-1].decode(mean, deltas, proposals)
 
 
-def spread_over_stages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def spread_over_stages(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Give all stages of a cascade the box head of a detector that has only one.
 
     Args:
         tensors: of a whole detector, by name; those of a cascade stay as they are.
     """
     one = {name for name in tensors if name.startswith(ONE_HEAD) and not name.startswith(STAGES)}
-    spread = {name: tensor for name, tensor in tensors.items() if name not in one}
+    spread = {name: name for name in tensors if name not in one}
     if one:
         logger.info("box_head: one, copied to all %d stages of the cascade", NUM_STAGES)
     for name in one:
         for number in range(NUM_STAGES):
-            spread[f"{STAGES}{number}.{name.removeprefix(ONE_HEAD)}"] = tensors[name]
-    return spread
+            spread[f"{STAGES}{number}.{name.removeprefix(ONE_HEAD)}"] = name
+    return Unread.renamed(tensors, spread)
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from bigdet.config.model import model_parts
 from bigdet.config.phase import drop_points, in_steps
 from bigdet.config.rpn import proposal_limits
-from bigdet.models.build import head_norm
+from bigdet.config.run import phase_data, phase_model, phase_source, start_parts
+from bigdet.models.build import build_detector, head_norm
+from bigdet.pieces.building import parameters_on_meta
+from bigdet.training.optim import build_optimizer
 from tests.shipped import CONFIGS, config_of
 
 SWIN = "patch4_window7_224.ms_in22k"
@@ -78,22 +82,69 @@ def test_recipes_of_vitdet_are_detectron2s(
     assert (roi.sampling_ratio, roi.box_loss, roi.nms, roi.nms_iou) == (0, "l1", "hard", 0.5)
 
 
+PYRAMID_NORMS = ("backbone.pyramid.0.1.weight", "backbone.pyramid.0.1.bias")
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "decay"),
+    [("vitdet_b", 12, 0.7), ("vitdet_l", 24, 0.8), ("vitdet_h", 32, 0.9)],
+)
+def test_vitdet_decays_weights_and_rates_as_its_head_says(name: str, depth: int, decay: float):
+    # Rates: get_vit_lr_decay_rate of detectron2's vit.py, depth + 2 layers. Weight decay: 0.1, and
+    # 0 for norms and absolute positions (mask_rcnn_vitdet_b_100ep.py; in _h_75ep.py for none).
+    config = config_of(name)
+    phase = config.phases["train"]
+    with parameters_on_meta():
+        detector = build_detector(config.model, 80)
+    groups = build_optimizer(detector, phase).param_groups
+    assert len(groups) <= 2 * (depth + 2)
+    of = {id(p): (g["weight_decay"], g["lr_factor"]) for g in groups for p in g["params"]}
+    for parameter_name, parameter in detector.named_parameters():
+        words = parameter_name.split(".")
+        is_norm = "norm" in parameter_name and parameter.ndim == 1
+        is_plain = is_norm or words[-1] == "pos_embed" or parameter_name in PYRAMID_NORMS
+        place = depth + 1
+        if words[:2] == ["backbone", "blocks"]:
+            place = int(words[2]) + 1
+        elif words[:2] == ["backbone", "patch_embed"]:
+            place = 0
+        expected = (0.0 if is_plain else 0.1, pytest.approx(decay ** (depth + 1 - place)))
+        assert of[id(parameter)] == expected, parameter_name
+
+
 EVA02 = [
-    # Name, detector, images and steps, rate, drop path, drops, warm-up, decay of the average.
+    # Name, phase, detector, images and steps, rate, drop path, drops, warm-up, decay of the
+    # average, patches in a window.
     # EVA-02/det of baaivision/EVA: eva2_coco_cascade_mask_rcnn_vitdet_l_8attn_win32_1536_lrd0p8.py,
     # eva2_o365_cascade_mask_rcnn_vitdet_l_8attn_1536_lrd0p8.py,
     # eva2_o365_to_coco_cascade_mask_rcnn_vitdet_l_8attn_1536_lrd0p8.py.
-    ("eva02_l_cascade", "cascade_mask_rcnn", (128, 60_000), 5e-5, 0.4, [0.8, 0.9], 1000, None),
-    ("eva02_l_objects365", "cascade_rcnn", (160, 400_000), 6e-5, 0.4, [0.8, 0.9], 5000, None),
-    ("eva02_l_from_objects365", "cascade_mask_rcnn", (64, 40_000), 4e-5, 0.3, [], 400, 0.9999),
+    ("eva02_l_cascade", "train", "cascade_mask_rcnn", (128, 60_000), 5e-5, 0.4, [0.8, 0.9], 1000,
+     None, 32),
+    ("eva02_l_objects365", "objects365", "cascade_rcnn", (160, 400_000), 6e-5, 0.4, [0.8, 0.9],
+     5000, None, 16),
+    ("eva02_l_objects365", "coco", "cascade_mask_rcnn", (64, 40_000), 4e-5, 0.3, [], 400, 0.9999,
+     16),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "detector", "length", "lr", "drop_path", "drops", "warm_up", "average"), EVA02
+    (
+        "name",
+        "phase_name",
+        "detector",
+        "length",
+        "lr",
+        "drop_path",
+        "drops",
+        "warm_up",
+        "average",
+        "window",
+    ),
+    EVA02,
 )
 def test_recipes_of_eva02_are_its_repositorys(
     name: str,
+    phase_name: str,
     detector: str,
     length: tuple[int, int],
     lr: float,
@@ -101,9 +152,12 @@ def test_recipes_of_eva02_are_its_repositorys(
     drops: list[float],
     warm_up: int,
     average: float | None,
+    window: int,
 ):
     config = config_of(name)
-    model, phase = config.model, config.phases["train"]
+    model, phase = phase_model(config, phase_name), config.phases[phase_name]
+    # Blocks 2, 5, ..., 23 of 24, counted from 0, attend over the whole image.
+    assert (model.rope_window, model.global_blocks) == (window, 8)
     assert (model.detector, model.backbone) == (detector, "timm:eva02_large_patch14_224")
     assert (model.drop_path, phase.layer_decay, phase.lr) == (drop_path, 0.8, lr)
     assert (phase.images_per_step, phase.steps) == length
@@ -128,13 +182,26 @@ def test_recipes_of_eva02_are_its_repositorys(
 def test_the_ladder_of_dinov3_rises_from_1536_to_2048():
     # DINOv3's detector: Objects365 22 passes at 1536 and 1 at 2048, COCO 12 at 2048; the backbone
     # is frozen, four layers at even depths (10, 20, 30, 40 of 40) are concatenated, 3x3 windows.
-    ladder, coco = config_of("dinov3_l_ladder"), config_of("dinov3_l_from_ladder")
-    phases = [*ladder.phases.values(), *coco.phases.values()]
+    config = config_of("dinov3_l_ladder")
+    phases = config.phases.values()
     assert [(p.passes, p.resize.size) for p in phases] == [(22, 1536), (1, 2048), (12, 2048)]
     assert all(phase.freeze == "backbone" for phase in phases)
-    for config in (ladder, coco):
-        assert (config.model.taps, config.model.image_windows) == ([6, 12, 18, 24], 3)
-    assert coco.phases["train"].start_from.source == ladder.output
+    assert (config.model.taps, config.model.image_windows) == ([6, 12, 18, 24], 3)
+
+
+@pytest.mark.parametrize("name", ["eva02_l_objects365", "dinov3_l_ladder", "objects365_direct"])
+def test_ladders_are_on_objects365_until_their_last_phase_on_coco(name: str):
+    config = config_of(name)
+    *first, last = config.phases
+    for phase in first:
+        data = phase_data(config, phase)
+        assert data.train.shards == "data/objects365/train"
+        assert data.val.shards == "data/objects365/val"
+    assert phase_data(config, last) == config.data == config_of("r50_direct").data
+    assert phase_source(config, last) == "previous"
+    masks = {"mask_head"} & {*model_parts(phase_model(config, last))}
+    handed = {*model_parts(phase_model(config, last))} - masks
+    assert {*start_parts(config, last)} == handed
 
 
 def test_dinov3_is_frozen_or_tuned_with_the_rates_of_vitdet():
@@ -148,8 +215,8 @@ def test_dinov3_is_frozen_or_tuned_with_the_rates_of_vitdet():
         assert (phase.images_per_step, phase.resize) == (vitdet.images_per_step, vitdet.resize)
 
 
-LARGE = [*(n for n, *_ in (*VITDET, *EVA02) if ":" not in n), "dinov3_l_frozen", "dinov3_l_tuned",
-         "dinov3_l_ladder", "dinov3_l_from_ladder"]  # fmt: skip
+LARGE = [*dict.fromkeys(n for n, *_ in (*VITDET, *EVA02) if ":" not in n), "dinov3_l_frozen",
+         "dinov3_l_tuned", "dinov3_l_ladder"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -33,6 +33,8 @@ def test_the_table_has_parameters_without_the_classifier_and_strides():
     row = timm_rows()["vit_large_patch16_dinov3"]
     assert (row.channels, row.strides, row.depth) == ([1024], [16], 24)
     assert row.heeds == ["drop_path", "taps", "image_windows"]  # rotary positions: no token_window
+    heeds = ["drop_path", "taps", "rope_window", "global_blocks", "image_windows"]
+    assert timm_rows()["eva02_large_patch14_224"].heeds == heeds
     assert "token_window" in timm_rows()["vit_large_patch14_dinov2"].heeds
 
 
@@ -83,6 +85,10 @@ def test_all_names_are_listed_with_parameters_and_strides():
     [
         (["timm:resnet50d", "model.taps=[3]"], r"model\.taps.*gives features of its stages"),
         (["timm:vit_small_patch16_dinov3", "model.token_window=7"], r"model\.token_window.*no win"),
+        (["timm:vit_small_patch16_224", "model.rope_window=7"], r"model\.rope_window.*no rotary"),
+        (["timm:eva02_tiny_patch14_224", "model.global_blocks=3"], r"global_blocks: all blocks"),
+        (["timm:eva02_tiny_patch14_224", "model.rope_window=16", "model.global_blocks=13"],
+         r"model\.global_blocks: found 13, expected 1 to 12"),
         (["timm:vit_small_patch16_224", "model.taps=[3,13]"], r"rising numbers from 1 to 12"),
         (["timm:vit_small_patch16_224", "model.taps=[6,3]"], r"rising numbers from 1 to 12"),
         (["resnet50", "model.image_windows=3"], r"model\.image_windows.*takes images whole"),

@@ -74,7 +74,7 @@ def test_another_limit_than_cocos_is_named_in_the_numbers_and_in_the_table(dense
 def test_more_objects_than_are_counted_are_reported_after_and_before(dense, results, caplog):
     expected = "an image has 120 objects of the class cat, but AP counts"
     config = load_config(CONFIG, ["evaluation.max_detections=110"])
-    warn_at_start(config, dense)
+    warn_at_start(config, [dense])
     few, many = (record.getMessage() for record in caplog.records)
     assert few.startswith("evaluation.max_detections is 110, but the model gives 100 detections")
     assert "model.roi.detections_per_image" in few
@@ -84,9 +84,9 @@ def test_more_objects_than_are_counted_are_reported_after_and_before(dense, resu
     assert f"{expected} 100" in caplog.text
     caplog.clear()
     warn_of_dense(read_ground_truth(dense, False, False), 120)
-    warn_at_start(load_config(CONFIG, ["evaluation.metric=voc07"]), dense)
+    warn_at_start(load_config(CONFIG, ["evaluation.metric=voc07"]), [dense])
     enough = ["evaluation.max_detections=120", "model.roi.detections_per_image=120"]
-    warn_at_start(load_config(CONFIG, enough), dense)
+    warn_at_start(load_config(CONFIG, enough), [dense])
     assert not caplog.records
 
 

@@ -15,6 +15,7 @@ from bigdet.config.rpn import RpnConfig
 from bigdet.models.build import build_detector
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 from bigdet.ops import nms
+from bigdet.pieces.building import parameters_on_meta
 from bigdet.structures import Batch, Masks, Targets
 from tests.unit.models.scenes import assert_weight_zero_hides_an_image, make_scene
 
@@ -38,6 +39,32 @@ def detector_of(config: ModelConfig = CONFIG) -> Detector:
 
 def scene(objects: list = OBJECTS) -> Batch:
     return make_scene(objects, SIZES, (128, 128), num_keypoints=CONFIG.keypoint.num_keypoints)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "blocks_of_units"),
+    [
+        ("vit_s", [3, 3, 3, 3]),  # 1.8 million weights each: a quarter is a unit
+        ("vit_b", [2, 1] * 4),  # 7.1 million
+        ("vit_l", [1] * 24),  # 12.6 million
+    ],
+)
+def test_large_backbones_are_gathered_by_fewer_blocks(
+    backbone: str, blocks_of_units: list[int]
+) -> None:
+    config = ModelConfig(detector="mask_rcnn", backbone=backbone, width=16, fc_width=16)
+    with parameters_on_meta():
+        detector = build_detector(config, 3)
+    blocks = [list(block.parameters()) for block in detector.backbone.blocks]
+    units = [[p for part in unit for p in part.parameters()] for unit in detector.units]
+    found = []
+    for unit in units[1 : 1 + len(blocks_of_units)]:  # the first is the patch embedding
+        found.append(0)
+        while unit:
+            block, found[-1] = blocks.pop(0), found[-1] + 1
+            assert all(p is own for p, own in zip(unit, block, strict=False))
+            unit = unit[len(block) :]
+    assert (found, blocks) == (blocks_of_units, [])
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, [OBJECTS[0], []], [[], []]])

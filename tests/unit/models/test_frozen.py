@@ -1,19 +1,23 @@
 """A frozen backbone: bf16, no gradient, nothing in the state, and its file."""
 
+from weakref import WeakSet, finalize
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bigdet.models.backbones.build import build_backbone
 from bigdet.models.backbones.timm_net import TimmPlain, TimmPyramid
 from bigdet.models.frozen import (
-    find_frozen,
     freeze_backbone,
     frozen_tensors,
     hash_of,
-    read_frozen,
+    open_frozen,
     write_frozen,
 )
+from bigdet.run_dir import RunDir
 
 SMALL = {"embed_dim": 64, "num_heads": 2, "depth": 4}
 MADE = {
@@ -106,20 +110,76 @@ def test_layers_behind_it_are_trained():
 
 def test_a_file_is_found_from_its_checkpoints_and_others_are_refused(tmp_path):
     model = Model(made("resnet10"))
+    originals = dict(model.state_dict())
     freeze_backbone(model.backbone)
-    tensors = frozen_tensors(model)
-    file = tmp_path / "frozen" / "train.safetensors"
-    write_frozen(file, tensors)
+    tensors, run_dir = frozen_tensors(model), RunDir(tmp_path)
+    digest = write_frozen(run_dir, tensors, originals.__getitem__)
+    assert digest == hash_of(tensors)  # rounded as in the model
+    file = run_dir.frozen(digest)
+    assert [file] == list((tmp_path / "frozen").iterdir())
     checkpoint = tmp_path / "checkpoints" / "train-10"
     for weights in (checkpoint, checkpoint / "model.safetensors", tmp_path / "model.safetensors"):
-        assert find_frozen(weights, "train") == file
-    read = read_frozen(file, hash_of(tensors))
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+        found = open_frozen(weights, digest, "train")
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    found = open_frozen(tmp_path, digest, "train")  # by a later phase, which starts from it
+    assert write_frozen(run_dir, tensors, lambda name: found[name].float()) == digest
+    assert [file] == list((tmp_path / "frozen").iterdir())
+    earlier = file.with_name("train.safetensors")  # as earlier versions named it
+    file.rename(earlier)
+    assert open_frozen(checkpoint, digest, "train").path == earlier
+    earlier.unlink()
+    with pytest.raises(
+        ValueError, match=r"train-10: its frozen backbone is not in it, and frozen/"
+    ):
+        open_frozen(checkpoint, digest, "train")
     name = next(iter(tensors))
-    write_frozen(file, {**tensors, name: tensors[name] * 2})
-    with pytest.raises(ValueError, match=r"train\.safetensors: its tensors have the hash \w{12}, "):
-        read_frozen(file, hash_of(tensors))
-    file.unlink()
-    with pytest.raises(ValueError, match=r"train\.safetensors: not found, but it holds the frozen"):
-        read_frozen(file, hash_of(tensors))
+    other = write_frozen(run_dir, tensors, {**tensors, name: tensors[name] * 2}.__getitem__)
+    assert other != digest
+    run_dir.frozen(other).rename(file)
+    with pytest.raises(ValueError, match=rf"{file.name}: its tensors have the hash {other[:12]}, "):
+        open_frozen(checkpoint, digest, "train")
+
+
+class Largest(TorchDispatchMode):
+    """Records the most bytes of tensors that were alive at once, besides those of a network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.most = self.now = 0
+        own = [*network.parameters(), *network.buffers()]
+        self.seen = WeakSet(tensor.untyped_storage() for tensor in own)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage):
+        if storage not in self.seen:
+            self.seen.add(storage)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            finalize(storage, self.drop, storage.nbytes())
+
+    def drop(self, num_bytes):
+        self.now -= num_bytes
+
+
+def test_no_more_memory_is_needed_for_more_blocks():
+    needed = {}
+    for depth in (2, 8):
+        for is_frozen in (True, False):
+            torch.manual_seed(0)
+            options = {**SMALL, "depth": depth}
+            backbone = TimmPlain("vit_small_patch16_dinov3", final_norm=True, **options)
+            if is_frozen:
+                freeze_backbone(backbone)
+            with Largest(backbone) as largest:
+                features = backbone.net(IMAGES, indices=[depth - 1], norm=True)
+            assert features[0].requires_grad != is_frozen
+            needed[depth, is_frozen] = largest.most
+    assert needed[8, True] == needed[2, True]
+    assert needed[8, False] > 2 * needed[2, False]  # the same network if it is trained

@@ -7,6 +7,7 @@ from timm.layers import Attention, DropPath
 from bigdet.models.backbones.timm_net import TimmPlain
 from bigdet.models.backbones.windows import cut_image, join_windows, use_windows
 
+EVA02 = "eva02_tiny_patch14_224"
 SMALL = {"embed_dim": 64, "num_heads": 2, "depth": 8}
 
 
@@ -64,10 +65,75 @@ def test_four_blocks_at_the_ends_of_the_quarters_attend_over_the_image(name):
     assert is_windowed == [True, False] * 4
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
-def test_blocks_with_rotary_positions_have_no_windows_of_tokens(name):
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", EVA02])
+def test_blocks_with_rotary_positions_have_no_windows_of_tokens_unasked(name):
     backbone = TimmPlain(name, **SMALL)
     assert not any(hasattr(block.attn, "window") for block in backbone.net.blocks)
+
+
+def test_windows_with_rotary_positions_equal_a_loop_over_them():
+    torch.manual_seed(0)
+    backbone = TimmPlain(EVA02, rope_window=3, global_blocks=2, **SMALL).double().eval()
+    blocks = backbone.net.blocks
+    assert [hasattr(block.attn, "window") for block in blocks] == [True, True, True, False] * 2
+    whole = TimmPlain(EVA02, **SMALL).double().eval()
+    whole.load_state_dict(backbone.state_dict())
+    given, found = {}, {}
+    for place in (0, 3):  # of either kind
+        blocks[place].register_forward_pre_hook(
+            lambda _module, inputs, place=place: given.update({place: inputs[0]})
+        )
+        blocks[place].register_forward_hook(
+            lambda _module, _inputs, output, place=place: found.update({place: output})
+        )
+    with torch.no_grad():
+        backbone.features(torch.randn(1, 3, 64, 96, dtype=torch.float64))  # 4 x 6 patches
+        rope = whole.net.rope.get_embed((4, 6))
+        torch.testing.assert_close(found[3], whole.net.blocks[3](given[3], rope=rope))
+        # By hand: the window alone, with the positions of an image of 3 x 3 patches.
+        rope = whole.net.rope.get_embed((3, 3))
+        block, tokens = whole.net.blocks[0], given[0]
+        normed = torch.zeros(1, 6, 6, 64, dtype=torch.float64)
+        normed[:, :4] = block.norm1(tokens[:, 1:]).view(1, 4, 6, 64)
+        attended, prefixes = torch.zeros_like(normed), []
+        for top in (0, 3):
+            for left in (0, 3):
+                window = normed[:, top : top + 3, left : left + 3].reshape(1, 9, 64)
+                out = block.attn(torch.cat([block.norm1(tokens[:, :1]), window], 1), rope=rope)
+                prefixes.append(out[:, :1])
+                attended[:, top : top + 3, left : left + 3] = out[:, 1:].view(1, 3, 3, 64)
+        mean = sum(prefixes) / 4
+        x = tokens + torch.cat([mean, attended[:, :4].reshape(1, 24, 64)], 1)
+        torch.testing.assert_close(found[0], x + block.mlp(block.norm2(x)))
+
+
+def test_an_image_of_one_window_is_seen_as_without_windows():
+    torch.manual_seed(0)
+    backbone = TimmPlain(EVA02, rope_window=4, **SMALL).double().eval()
+    whole = TimmPlain(EVA02, **SMALL).double().eval()
+    whole.load_state_dict(backbone.state_dict())
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.features(images), whole.features(images))
+        other = torch.randn(1, 3, 64, 128, dtype=torch.float64)
+        assert not torch.allclose(backbone.features(other), whole.features(other))
+
+
+def test_positions_in_a_window_are_those_of_eva02s_detectors():
+    # EVA-02/det, VisionRotaryEmbeddingFast: the places of 8 patches are scaled to the 16 of the
+    # training; a half of the channels turns with the row, the other with the column.
+    backbone = TimmPlain(EVA02, rope_window=8, **SMALL)
+    with torch.no_grad():
+        backbone.features(torch.zeros(1, 3, 64, 64))
+    half = 64 // 2 // 2  # of a head's channels, two heads
+    frequencies = 10_000.0 ** (-torch.arange(0, half, 2).double() / half)
+    angles = (torch.arange(8).double() / 8 * 16)[:, None] * frequencies
+    angles = angles.repeat_interleave(2, dim=1)
+    rows = angles[:, None].expand(8, 8, half)
+    columns = angles[None].expand(8, 8, half)
+    table = torch.cat([rows, columns], dim=2).flatten(0, 1)
+    found = backbone.net.blocks[0].attn.window_rope
+    torch.testing.assert_close(found, torch.cat([table.sin(), table.cos()], 1).float())
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_tiny_patch16_224"])

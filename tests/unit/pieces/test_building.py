@@ -15,8 +15,8 @@ from bigdet.pieces import building
 from bigdet.pieces.building import materialize, parameters_in_file, parameters_on_meta
 
 BACKBONES = {
-    "resnet10": {}, "vgg16": {"norm": "none", "width": 512}, "swin_t": {}, "vit_s": {},
-    "timm:vit_tiny_patch16_224": {},
+    "resnet10": {}, "vgg16": {"norm": "none", "width": 512}, "swin_t": {}, "swinv2_t": {},
+    "vit_s": {}, "timm:vit_tiny_patch16_224": {},
 }  # fmt: skip
 
 

@@ -33,6 +33,11 @@ def test_files_of_all_types_are_those_of_the_library(tmp_path: Path) -> None:
     read = TensorFile(tmp_path / "theirs")
     assert (read.specs, read.metadata) == (specs, {"a": "b"})
     torch.testing.assert_close(dict(read), tensors, rtol=0, atol=0)
+    for file in (read, TensorFile(tmp_path / "own")):  # in which some are not aligned
+        mapped = {name: file.mapped(name) for name in file}
+        torch.testing.assert_close(mapped, tensors, rtol=0, atol=0)
+    mapped["F32 (7,)"].fill_(5)  # a copy of its own from here on
+    torch.testing.assert_close(dict(file), tensors, rtol=0, atol=0)
 
 
 def test_hash_is_that_of_the_file(tmp_path: Path) -> None:

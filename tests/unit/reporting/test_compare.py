@@ -230,3 +230,25 @@ def test_a_single_evaluation_of_several_seeds_has_a_whisker(tmp_path: Path):
     (trace,) = curve_figures(group_runs(read_runs(folders)))[0].choices[0].traces
     assert trace["y"] == pytest.approx([20])
     assert trace["error_y"]["array"] == pytest.approx([10 * math.sqrt(2)])
+
+
+def test_ap_on_another_set_is_in_no_curve_and_in_a_table_of_its_own(tmp_path: Path):
+    words = ["phases.pretrain.data.val.shards=other/val", "data.val.shards=own/val"]
+    aps = [0.5, 0.6, 0.7, 0.1, 0.2]  # three of pretrain, two of finetune
+    groups = group_runs(read_runs([write_run(tmp_path / "ladder", aps, *words)]))
+    ((run,),) = groups.values()
+    curve = compare.ap_curve([run], "bbox/AP")
+    assert [(point.phase, point.step, point.mean) for point in curve] == [
+        ("finetune", 10, 0.1),
+        ("finetune", 20, 0.2),
+    ]
+    assert run.evaluated_on == "own/val"
+    # Mask AP of the made runs is half of box AP.
+    (row,) = facts.other_sets_table(groups).rows
+    assert row == ["ladder", "pretrain", "other/val", "70.0", "35.0"]
+    (about,) = facts.run_table(groups).rows
+    assert about[-1] == "pretrain: other/val\nfinetune: own/val"
+    # Before the second phase is evaluated, the first one is compared.
+    early = read_runs([write_run(tmp_path / "early", aps[:3], *words)])
+    assert [point.mean for point in compare.ap_curve(early, "bbox/AP")] == aps[:3]
+    assert facts.other_sets_table({"early": early}).rows == []

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bigdet.config.load import load_config
 from bigdet.config.rules import ConfigError
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, Category
 from bigdet.training.data_checks import check_data
 
@@ -32,8 +34,12 @@ class Shards:
         pass
 
 
+def sets(train: Shards, val: Shards) -> Any:
+    return dict.fromkeys(("pretrain", "finetune"), DataSets(train, val))  # type: ignore[arg-type]
+
+
 def check(shards: Shards, *overrides: str) -> None:
-    check_data(load_config(CONFIG, overrides), shards, shards)
+    check_data(load_config(CONFIG, overrides), sets(shards, shards))
 
 
 def test_masks_are_asked_for_by_any_phase_that_learns_them() -> None:
@@ -64,18 +70,37 @@ def test_classes_of_the_two_sets_go_together_by_name(caplog) -> None:
     config = load_config(CONFIG, ["model.detector=faster_rcnn"])
     train, val = Shards(0), Shards(0)
     val.categories = [Category(5, "Person"), Category(7, "car")]
-    check_data(config, train, val)
+    check_data(config, sets(train, val))
     assert not caplog.records
     val.categories = [Category(7, "car")]
-    check_data(config, train, val)
+    check_data(config, sets(train, val))
     (record,) = caplog.records
     assert record.getMessage().endswith("person")
     val.categories = [Category(7, "car"), Category(8, "elk")]
     with pytest.raises(ConfigError, match=r"data\.val\.shards: somewhere: 1 of its .*: 'elk'"):
-        check_data(config, train, val)
+        check_data(config, sets(train, val))
+
+
+def test_each_phase_is_checked_with_its_own_data() -> None:
+    # The first phase learns masks of a set without any; the second does not look at it.
+    words = ["phases.pretrain.data.train.shards=a", "model.detector=faster_rcnn"]
+    masks = [*words, "phases.pretrain.model.detector=mask_rcnn"]
+    own: Any = {
+        "pretrain": DataSets(Shards(0), Shards(0)),  # type: ignore[arg-type]
+        "finetune": DataSets(Shards(FLAG_MASKS), Shards(0)),
+    }  # type: ignore[arg-type]
+    check_data(load_config(CONFIG, words), own)
+    with pytest.raises(ConfigError, match="mask_rcnn needs masks, but somewhere has none"):
+        check_data(load_config(CONFIG, masks), own)
+    own["pretrain"].val.categories = [Category(7, "elk")]
+    said = r"^data\.val\.shards: .*'elk'.* Or write phases\.pretrain\.data\.val\.shards too\.$"
+    with pytest.raises(ConfigError, match=said):
+        check_data(load_config(CONFIG, words), own)
+    with pytest.raises(ConfigError, match=r"^phases\.pretrain\.data\.val\.shards: .*FILE`\.$"):
+        check_data(load_config(CONFIG, [*words, "phases.pretrain.data.val.shards=b"]), own)
 
 
 def test_keypoints_of_the_two_sets_are_the_same() -> None:
     train, val = Shards(FLAG_KEYPOINTS, 3), Shards(FLAG_KEYPOINTS, 2)
     with pytest.raises(ConfigError, match=r"keypoints of person are 0, 1, expected .*: 0, 1, 2"):
-        check_data(load_config(CONFIG, ["model.detector=faster_rcnn"]), train, val)
+        check_data(load_config(CONFIG, ["model.detector=faster_rcnn"]), sets(train, val))

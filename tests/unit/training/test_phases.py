@@ -1,12 +1,15 @@
 """The hand-over from a Mask R-CNN to a cascade: weights, metadata, and what is left anew."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 
+from bigdet.config import families
 from bigdet.config.load import load_config
+from bigdet.models.backbones.resnet import ResNet
 from bigdet.models.heads.cascade import CascadeHead
 from bigdet.models.weights import load_detector, save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
@@ -82,14 +85,29 @@ def test_weights_to_start_from_in_a_file_are_those_of_a_detector_built_whole(tmp
     assert not (tmp_path / ".start").exists()
 
 
-def test_a_network_that_computes_with_its_parameters_while_it_is_built_is_built_whole():
-    words = ["model.backbone=swinv2_t", "phases.pretrain.norm_mode=null"]
-    words += ["phases.finetune.norm_mode=null", "phases.finetune.freeze_stages=0"]
-    detector = build_empty(load_config(CONFIG, [*SMALL, *words]), "pretrain", ["a", "b"])
-    assert not any(tensor.is_meta for tensor in detector.state_dict().values())
+class Scaled(ResNet):
+    """A network whose first weights are scaled by their own mean while it is built."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        weight = next(self.parameters())
+        self.scale = float(weight.mean())
+
+
+def test_a_network_that_needs_its_weights_while_it_is_built_is_built_whole(monkeypatch, caplog):
     assert all(
         p.is_meta for p in build_empty(load_config(CONFIG, SMALL), "pretrain", ["a"]).parameters()
     )
+    facts = families.backbone_facts("resnet10")
+    own = dataclasses.replace(facts, build=f"{__name__}:Scaled")
+    monkeypatch.setitem(families.BACKBONES, "resnet10", own)
+    caplog.clear()  # of what the first phase said, where an earlier test turned it on
+    with caplog.at_level(logging.WARNING, "bigdet"):
+        detector = build_empty(load_config(CONFIG, SMALL), "pretrain", ["a", "b"])
+    assert not any(tensor.is_meta for tensor in detector.state_dict().values())
+    (message,) = caplog.messages
+    assert f"({__name__}.Scaled: " in message
+    assert "meta tensor" in message
 
 
 def test_a_resumed_phase_loads_nothing(tmp_path):

@@ -9,6 +9,7 @@ import timm
 from bigdet.config.load import dump_config, load_config, parse_config
 from bigdet.config.rules import ConfigError
 from bigdet.config.run import RunConfig
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.checkpoint import Checkpoint
@@ -37,6 +38,10 @@ def shards(shapes_shards: Path) -> ShardSet:
     return ShardSet(shapes_shards / "train")
 
 
+def sets(shards: ShardSet) -> dict[str, DataSets]:
+    return dict.fromkeys(("pretrain", "finetune"), DataSets(shards, shards))
+
+
 def saved_by(*overrides: str) -> Checkpoint:
     """A checkpoint of the first phase."""
     config = dump_config(load_config(CONFIG, overrides))
@@ -45,7 +50,7 @@ def saved_by(*overrides: str) -> Checkpoint:
 
 def test_an_open_batch_size_becomes_one_micro_batch_per_rank(shards: ShardSet):
     config = load_config(CONFIG, [*OPEN, "phases.finetune.images_per_step=32"])
-    settled = settle_config(config, None, None, shards)
+    settled = settle_config(config, None, None, sets(shards))
     assert settled.phases["pretrain"].images_per_step == 4 * 8
     assert settled.phases["finetune"].images_per_step == 32
 
@@ -53,14 +58,14 @@ def test_an_open_batch_size_becomes_one_micro_batch_per_rank(shards: ShardSet):
 def test_a_resumed_run_keeps_its_batch_size_on_other_ranks(shards: ShardSet):
     sizes = ["phases.pretrain.images_per_step=64", "phases.finetune.images_per_step=64"]
     config = load_config(CONFIG, ["phases.finetune.images_per_step=64", *OPEN])
-    settled = settle_config(config, saved_by(*sizes), Path("x"), shards)
+    settled = settle_config(config, saved_by(*sizes), Path("x"), sets(shards))
     assert settled.phases["pretrain"].images_per_step == 64
 
 
 def test_ranks_that_cannot_share_a_step_equally_are_refused(shards: ShardSet):
     config = load_config(CONFIG, ["phases.pretrain.images_per_step=48"])
     with pytest.raises(ConfigError, match=r"phases\.pretrain\.images_per_step: .*4 ranks"):
-        settle_config(config, None, None, shards)
+        settle_config(config, None, None, sets(shards))
 
 
 SIZES = ["phases.pretrain.images_per_step=32", "phases.finetune.images_per_step=32"]
@@ -74,7 +79,7 @@ SIZES = ["phases.pretrain.images_per_step=32", "phases.finetune.images_per_step=
 )  # fmt: skip
 def test_what_does_not_change_the_training_may_change(shards: ShardSet, override: str):
     config = load_config(CONFIG, [*SIZES, override])
-    assert settle_config(config, saved_by(*SIZES), Path("x"), shards) == config
+    assert settle_config(config, saved_by(*SIZES), Path("x"), sets(shards)) == config
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,31 @@ def test_what_changes_the_training_is_named_with_both_values(
 ):
     config = load_config(CONFIG, [*SIZES, override])
     with pytest.raises(ConfigError, match=said):
-        settle_config(config, saved_by(*SIZES), Path("x"), shards)
+        settle_config(config, saved_by(*SIZES), Path("x"), sets(shards))
+
+
+def test_where_the_own_data_of_a_begun_phase_are_may_change_and_nothing_else(shards: ShardSet):
+    own = [*SIZES, "phases.pretrain.data.train.shards=a", "phases.pretrain.data.val.shards=b"]
+    moved = [*SIZES, "phases.pretrain.data.train.shards=c", "phases.pretrain.data.val.shards=d"]
+    config = load_config(CONFIG, moved)
+    assert settle_config(config, saved_by(*own), Path("x"), sets(shards)) == config
+    for words, said in (
+        (
+            [*moved, "phases.pretrain.data.train.keep_empty=true"],
+            r"data\.train\.keep_empty \(was F",
+        ),
+        (SIZES, r"phases\.pretrain\.data\.train \(was None, now None\)|data\.train\.order"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            settle_config(load_config(CONFIG, words), saved_by(*own), Path("x"), sets(shards))
+
+
+def test_damaged_samples_of_another_training_set_are_counted_anew():
+    state = RunState("pretrain", damaged={"image": 2}, damaged_rows=[3, 5])
+    state.begin("finetune")
+    assert (state.damaged, state.damaged_rows) == ({"image": 2}, [3, 5])
+    state.begin("finetune", has_other_images=True)
+    assert (state.damaged, state.damaged_rows) == ({}, [])
 
 
 def test_a_run_from_before_some_options_continues_as_it_began(shards: ShardSet):
@@ -101,12 +130,12 @@ def test_a_run_from_before_some_options_continues_as_it_began(shards: ShardSet):
     lines = saved.run["config"].splitlines()
     new = ("low_quality_iou:", "border:", "crowd_coverage:", "sampling_ratio:")
     saved.run["config"] = "\n".join(line for line in lines if not line.strip().startswith(new))
-    settled = settle_config(load_config(CONFIG, SIZES), saved, Path("x"), shards)
+    settled = settle_config(load_config(CONFIG, SIZES), saved, Path("x"), sets(shards))
     assert (settled.model.rpn.low_quality_iou, settled.model.roi.crowd_coverage) == (0.0, 0.7)
     changed = load_config(CONFIG, [*SIZES, "model.rpn.low_quality_iou=0.2"])
     said = r"low_quality_iou \(was 0\.0, now 0\.2\).* give the config .*quickstart/config\.yaml"
     with pytest.raises(ConfigError, match=said):
-        settle_config(changed, saved, Path("x"), shards)
+        settle_config(changed, saved, Path("x"), sets(shards))
 
 
 def test_a_phase_may_not_be_added_to_a_run(shards: ShardSet):
@@ -114,7 +143,7 @@ def test_a_phase_may_not_be_added_to_a_run(shards: ShardSet):
     extra = {**config.phases, "more": config.phases["finetune"]}
     config = dataclasses.replace(config, phases=extra)
     with pytest.raises(ConfigError, match="pretrain, finetune, more"):
-        settle_config(config, saved_by(*SIZES), Path("x"), shards)
+        settle_config(config, saved_by(*SIZES), Path("x"), sets(shards))
 
 
 def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: ShardSet):
@@ -131,7 +160,7 @@ def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: S
             "phases.finetune.drops=[8,-1.5]",
         ],
     )
-    settled = settle_config(config, None, None, shards)
+    settled = settle_config(config, None, None, sets(shards))
     pretrain, finetune = settled.phases["pretrain"], settled.phases["finetune"]
     assert (pretrain.steps, pretrain.images, pretrain.drops) == (125, None, None)
     num_images = int((shards.index["num_boxes"] > 0).sum())
@@ -139,7 +168,9 @@ def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: S
     assert finetune.steps == 12 * steps_per_pass
     assert finetune.drops == [8 * steps_per_pass, round(10.5 * steps_per_pass)]
     # The resolved config repeats the run, whatever becomes of the data.
-    assert settle_config(parse_config(dump_config(settled), "x"), None, None, shards) == settled
+    assert (
+        settle_config(parse_config(dump_config(settled), "x"), None, None, sets(shards)) == settled
+    )
 
 
 def test_the_last_60k_and_20k_steps_stay_whatever_the_length_and_the_batch(shards: ShardSet):
@@ -157,7 +188,7 @@ def test_the_last_60k_and_20k_steps_stay_whatever_the_length_and_the_batch(shard
         (8, 360_000, [240_000, 320_000]),
     ):
         config = load_config(CONFIG, [*words, f"phases.finetune.images_per_step={images_per_step}"])
-        phase = settle_config(config, None, None, shards).phases["finetune"]
+        phase = settle_config(config, None, None, sets(shards)).phases["finetune"]
         assert (phase.steps, phase.drops) == (steps, drops)
 
 
@@ -172,7 +203,7 @@ def test_a_length_that_turns_out_shorter_than_its_warm_up_is_refused(shards: Sha
         ],
     )
     with pytest.raises(ConfigError, match=r"phases\.pretrain\.warmup_steps: found 50, .* 10 steps"):
-        settle_config(config, None, None, shards)
+        settle_config(config, None, None, sets(shards))
 
 
 def test_weights_of_a_later_phase_are_fetched_before_the_first_step(shards: ShardSet, monkeypatch):
@@ -190,7 +221,7 @@ def test_weights_of_a_later_phase_are_fetched_before_the_first_step(shards: Shar
     )
     expected = r"^phases\.finetune\.start_from: timm could not download resnet18\.tv_in1k \(no net"
     with pytest.raises(ValueError, match=expected):
-        check_phases(config, shards, None)
+        check_phases(config, sets(shards), None)
 
 
 TRUNK = [
@@ -229,10 +260,10 @@ def test_a_fork_may_change_the_end_of_a_schedule_and_nothing_before_it(
     steps = "phases.pretrain.steps=70"
     config = load_config(CONFIG, [*TRUNK, steps, "output=fork", "resume=trunk/x", override])
     if said is None:
-        assert settle_config(config, trunk_at(step), Path("x"), shards) == config
+        assert settle_config(config, trunk_at(step), Path("x"), sets(shards)) == config
     else:
         with pytest.raises(ConfigError, match=said):
-            settle_config(config, trunk_at(step), Path("x"), shards)
+            settle_config(config, trunk_at(step), Path("x"), sets(shards))
 
 
 def test_a_fork_leaves_the_best_behind_and_ends_its_phase_with_an_evaluation(
@@ -243,7 +274,7 @@ def test_a_fork_leaves_the_best_behind_and_ends_its_phase_with_an_evaluation(
     for steps, is_due in ((40, True), (45, False)):
         words = [f"phases.pretrain.steps={steps}", f"output={tmp_path}/{steps}", "resume=trunk/x"]
         config = unchecked(CONFIG, [*TRUNK, *words, "log.tensorboard=false"])
-        state, metrics = begin(config, RunDir(Path(config.output)), shards, saved)
+        state, metrics = begin(config, RunDir(Path(config.output)), sets(shards), saved)
         metrics.close()
         assert state.needs_evaluation is is_due
         assert state.best_ap is state.best_checkpoint is None
@@ -334,7 +365,7 @@ def test_other_ranks_change_the_accumulation_and_are_reported(
     overrides = [*SMALL, "phases.pretrain.images_per_step=16"]
     saved, state, _ = at_step(shards, 3, 2, *overrides)
     with caplog.at_level("INFO", "bigdet"):
-        note_changes(load_config(CONFIG, overrides), shards, saved, state)
+        note_changes(load_config(CONFIG, overrides), sets(shards), saved, state)
     (line,) = caplog.messages
     assert line.startswith("4 ranks instead of 2: each runs 2 micro-batches of 2 per step instead")
     assert "instead of 4; 16 images per step as before" in line
@@ -349,10 +380,10 @@ def test_another_batch_leaves_the_pass_and_shows_each_image_once_from_then_on(
     saved, state, _ = at_step(shards, 6, 4, *SMALL, "phases.pretrain.images_per_step=4")
     changed = [*SMALL, "phases.pretrain.images_per_step=8", "change_batch=true"]
     with pytest.raises(ConfigError, match=r"reference_images_per_step, to 4 if lr is"):
-        note_changes(load_config(CONFIG, changed), shards, saved, copy.deepcopy(state))
+        note_changes(load_config(CONFIG, changed), sets(shards), saved, copy.deepcopy(state))
     config = load_config(CONFIG, [*changed, "phases.pretrain.reference_images_per_step=4"])
     with caplog.at_level("INFO", "bigdet"):
-        note_changes(config, shards, saved, state)
+        note_changes(config, sets(shards), saved, state)
     (line,) = caplog.messages
     assert "step 6: 8 images per step instead of 4" in line
     assert "lr 0.002 instead of 0.001; pass 3 begins, the last 2 steps of the pass before" in line

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bigdet import distributed
 from bigdet.config.load import load_config
 from bigdet.config.phase import num_steps
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.engine import checkpoint, keeping, writing
 from bigdet.engine.parts import Part, Share, copy_share
 from bigdet.engine.writing import Save
@@ -52,7 +54,8 @@ def run_dir(tmp_path: Path) -> RunDir:
 @pytest.fixture
 def saver(run_dir: RunDir) -> Saver:
     train_set: Any = SimpleNamespace(categories=[])
-    return Saver(load_config(CONFIG, ["checkpoint.keep=1"]), run_dir, train_set)
+    sets = dict.fromkeys(("pretrain", "finetune"), DataSets(train_set, train_set))
+    return Saver(load_config(CONFIG, ["checkpoint.keep=1"]), run_dir, sets)
 
 
 @pytest.fixture
@@ -156,9 +159,9 @@ def test_final_weights_are_on_the_disk_before_they_have_their_name(
     config = unchecked(CONFIG, ["phases.finetune.steps=3"])
     source = run_dir.checkpoint("finetune", 3) / "model.safetensors"
     source.parent.mkdir(parents=True)
-    source.write_bytes(b"weights")
+    save_file({"weight": torch.zeros(2)}, source)
     write_final_weights(config, run_dir)
-    assert run_dir.weights.read_bytes() == b"weights"
+    assert run_dir.weights.read_bytes() == source.read_bytes()
     assert disk_calls == ["sync model.tmp", "name model.safetensors", f"sync {run_dir.root.name}"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.evaluation.saved import SavedResults
 from bigdet.evaluation.scoring import evaluate_detections
@@ -42,7 +43,8 @@ class Fixed:
         self.file = self.run_dir.detections("pretrain", 30)
 
     def scorer(self) -> Scorer:
-        return Scorer(self.config, self.run_dir, self.val_set, self.writer, self.state)
+        sets = dict.fromkeys(self.config.phases, DataSets(self.val_set, self.val_set))
+        return Scorer(self.config, self.run_dir, sets, self.writer, self.state)
 
     def results(self, category_id: int | None = None) -> SavedResults:
         results = SavedResults()
@@ -269,3 +271,17 @@ def test_an_ap_that_is_no_number_is_never_the_best(
     run.scorer().resume()
     assert run.state.best_ap == best
     assert run.run_dir.best.is_file() == (best == 0.5)
+
+
+@pytest.mark.parametrize("is_other_set", [False, True])
+def test_the_best_is_of_the_newest_validation_set(run: Fixed, is_other_set: bool) -> None:
+    own = ["phases.finetune.data.val.shards=other"] if is_other_set else []
+    run.config = unchecked(CONFIG, [*own, "data.val.shards=first"])
+    run.state.best_ap, run.state.best_checkpoint = 0.75, "pretrain-30"
+    run.state.unscored = Unscored("finetune", 10, 40, {})
+    numbers = run.run_dir.evaluation("finetune", 10)
+    numbers.parent.mkdir()
+    numbers.write_text('{"bbox": {"AP": 0.5}}')
+    run.scorer().resume()
+    best = (0.5, "finetune-10") if is_other_set else (0.75, "pretrain-30")
+    assert (run.state.best_ap, run.state.best_checkpoint) == best

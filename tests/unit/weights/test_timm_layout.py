@@ -17,6 +17,7 @@ from bigdet.config.load import load_config
 from bigdet.models.backbones.timm_net import TimmPlain, TimmPyramid
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
+from bigdet.weights.start import check_start
 from bigdet.weights.tensor_files import read_tensors
 from bigdet.weights.timm_layout import (
     describe_cfg,
@@ -264,6 +265,8 @@ def test_a_phase_starts_from_a_file_and_notes_its_licence(tmp_path, caplog):
     ]
     config = load_config("configs/quickstart.yaml", words)
     with caplog.at_level(logging.INFO, "bigdet"):
+        check_start(config, "pretrain", ["a"])
+        assert not caplog.messages  # it is said once, when they are loaded
         detector = build_for_phase(
             config, "pretrain", ["a"], run_dir, torch.device("cpu"), is_resumed=False
         )
