@@ -254,7 +254,7 @@ def begin_gather(share: Tensor) -> tuple[Tensor, Callable[[], Any]]:
     whole = share.new_empty(world_size() * len(share))
     parts = whole.view(torch.uint8), share.view(torch.uint8)  # gloo does not know all types
     work = dist.all_gather_into_tensor(*parts, async_op=True)
-    assert work is not None  # of a rank that is in the group
+    assert work is not None
     return whole, work.wait
 
 

@@ -7,7 +7,8 @@ detectors of the same architecture in detectron2, mmdetection and torchvision. S
 predictions: of bigdet's detector, and of the same with what the others do differently. None of that
 is a number fitted to the figures: DDP keeps a second copy of the gradients in its buckets
 (``gradient_as_bucket_view=False``), attention keeps matrices of all pairs of tokens with softmax in
-fp32, and normalizations give fp32 under CUDA's autocast.
+fp32, normalizations give fp32 under CUDA's autocast, and group normalization of torch 1.3, in which
+detectron2's older rows were measured, is batch normalization followed by scale and shift.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class TheirWays(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if func is F.group_norm and not torch.is_autocast_enabled("cpu"):
+            return _old_group_norm(*args, **(kwargs or {}))
         if func in (F.layer_norm, F.group_norm) and torch.is_autocast_enabled("cpu"):
             args = (args[0].float(), *args[1:])
         return func(*args, **(kwargs or {}))
@@ -102,6 +105,13 @@ def _attention(
         scores = scores + attn_mask
     weights: Tensor = torch.softmax(scores.float(), dim=-1)
     return weights @ v
+
+
+def _old_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    rows = x.contiguous().view(1, len(x) * groups, -1)
+    normalized = F.batch_norm(rows, None, None, training=True, eps=eps).view(x.shape)
+    shape = (1, -1, 1, 1)
+    return torch.addcmul(bias.view(shape), normalized, weight.view(shape))
 
 
 def predicted(row: Row) -> tuple[Step, Step]:

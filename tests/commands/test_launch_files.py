@@ -169,7 +169,7 @@ def test_a_slurm_job_that_is_stopped_is_put_into_the_queue_again(
             assert time.monotonic() < deadline
             time.sleep(0.1)
         (run / "stop").touch()
-        assert job.wait(timeout=100) == 75
+        assert job.wait(timeout=300) == 75
     finally:
         job.kill()
     assert (tmp_path / "scontrol").read_text() == "requeue 77\n"

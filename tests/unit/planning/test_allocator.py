@@ -1,3 +1,4 @@
+import itertools
 import random
 
 from bigdet.planning.allocator import MIB, CachingAllocator
@@ -43,10 +44,8 @@ def test_blocks_never_overlap_and_all_are_joined_in_the_end():
         else:
             held.append(memory.allocate(int(2 ** draw.uniform(0, 26))))
         places = sorted((*block.place, block.size) for block in held)
-        for (segment, start, size), (next_segment, next_start, _) in zip(
-            places, places[1:], strict=False
-        ):
-            assert segment < next_segment or start + size <= next_start
+        for one, other in itertools.pairwise(places):
+            assert one[0] < other[0] or one[1] + one[2] <= other[1]
         assert memory.allocated == sum(block.size for block in held) <= memory.reserved
     for block in held:
         memory.free(block)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 
@@ -26,7 +27,7 @@ STEP = Step(
 )  # fmt: skip
 TINY = [
     "configs/quickstart.yaml", "model.width=16", "model.fc_width=16", "engine.precision=bf16",
-    "phases.pretrain.resize.size=96", "phases.pretrain.images_per_step=null",
+    "phases.pretrain.resize.size=320", "phases.pretrain.images_per_step=null",
 ]  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def test_start_and_save_follow_the_share():
 
 def test_a_step_without_memory_has_the_sizes_of_the_model_and_grows_with_its_images():
     steps = []
-    for images in (1, 2, 3):
+    for images in (2, 3, 4):
         config = load_config(TINY[0], [*TINY[1:], f"phases.pretrain.images_per_gpu={images}"])
         steps.append(simulate(config, "pretrain", 3, 20))
     sizes = model_sizes(config, "pretrain", 3)
@@ -101,7 +102,7 @@ def test_a_step_without_memory_has_the_sizes_of_the_model_and_grows_with_its_ima
     assert 0 < first.state - 8 * sizes.trained < 4 * 400  # AdamW: two of each weight, a step
     # Every tensor is rounded to 512 bytes, and some buffers are in no checkpoint.
     assert 0 <= first.weights - 4 * (sizes.parameters + sizes.buffers) < 512 * 400
-    rates = [two.forward - one.forward for one, two in zip(steps, steps[1:], strict=False)]
-    assert rates[1] == pytest.approx(rates[0], rel=0.03)
+    rates = [two.forward - one.forward for one, two in itertools.pairwise(steps)]
+    assert rates[1] == pytest.approx(rates[0], rel=0.05)
     flops = [sum(cost for cost, _ in step.costs) for step in steps]
     assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0], rel=0.05)
