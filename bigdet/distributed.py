@@ -1,4 +1,4 @@
-"""Ranks: the number of this process, the process group, reductions. No other module reads RANK.
+"""Ranks: the process group and reductions; the number of this process is in ``host/ranks.py``.
 
 Launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or variables of their own,
 from which ``host/launchers.py`` derives these.
@@ -23,6 +23,10 @@ from torch import Tensor
 
 from bigdet.host import errors, launchers, network
 from bigdet.host.launchers import first_host as first_host
+from bigdet.host.ranks import is_main as is_main
+from bigdet.host.ranks import local_rank as local_rank
+from bigdet.host.ranks import rank as rank
+from bigdet.host.ranks import world_size as world_size
 
 T = TypeVar("T")
 
@@ -36,26 +40,6 @@ REPORT_SECONDS = 5.0
 """How long a rank that prints no error waits for the rank that prints it."""
 START_SECONDS = 20.0
 """The same before the ranks have connected, when they may be seconds apart on a busy machine."""
-
-
-def rank() -> int:
-    """This process's number, 0 when started without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """How many processes train together, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """This process's number on its host."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def is_main() -> bool:
-    """True on the rank that writes files and prints."""
-    return rank() == 0
 
 
 def device() -> torch.device:
@@ -269,7 +253,9 @@ def begin_gather(share: Tensor) -> tuple[Tensor, Callable[[], Any]]:
     """
     whole = share.new_empty(world_size() * len(share))
     parts = whole.view(torch.uint8), share.view(torch.uint8)  # gloo does not know all types
-    return whole, dist.all_gather_into_tensor(*parts, async_op=True).wait
+    work = dist.all_gather_into_tensor(*parts, async_op=True)
+    assert work is not None
+    return whole, work.wait
 
 
 def max_over_ranks(value: float) -> float:

@@ -97,10 +97,12 @@ def examine(config: RunConfig) -> int:
         ]
         rows.append(_speed_row(config, everywhere[0], speed))
         rows.append(command_row(Path(sysconfig.get_path("scripts"), "deepspeed")))
+        width = max(18, *(len(row.check) for row in rows))
         for row in rows:
-            logger.info("%-4s  %-18s  %s", "ok" if row.is_ok else "FAIL", row.check, row.found)
+            check = f"{row.check:{width}}"
+            logger.info("%-4s  %s  %s", "ok" if row.is_ok else "FAIL", check, row.found)
             for warning in row.warnings:
-                logger.warning("%-4s  %-18s  %s", "warn", row.check, warning)
+                logger.warning("%-4s  %s  %s", "warn", check, warning)
         failed, warned = sum(not row.is_ok for row in rows), sum(bool(r.warnings) for r in rows)
         verdict = f"{failed} of {len(rows)} checks failed" if failed else "all is well"
         if warned:

@@ -5,7 +5,18 @@ Its command line is in ``cli/arguments/plan.py``.
 
 from __future__ import annotations
 
-from bigdet.cli.arguments.plan import BATCHES, GPUS, LATENCY, LINK, SIZES, TRIALS, parse_arguments
+from bigdet.cli.arguments.plan import (
+    BATCHES,
+    CLASSES,
+    DISK,
+    GPUS,
+    LATENCY,
+    LINK,
+    OBJECTS,
+    SIZES,
+    TRIALS,
+    parse_arguments,
+)
 from bigdet.cli.running import answer_early
 
 if __name__ == "__main__":
@@ -36,6 +47,7 @@ from bigdet.planning.cluster import (
     link_speed,
     state_bytes,
 )
+from bigdet.planning.device_report import report_devices
 from bigdet.planning.memory import (
     Search,
     Setting,
@@ -63,6 +75,9 @@ def main(arguments: Sequence[str]) -> int:
     check_phase(config, phase)
     if options.measure:
         write_trial(config, phase, options.memory_gib)
+        return 0
+    if options.device is not None:
+        plan_devices(config, phase, options)
         return 0
     train_set = open_train_set(phase_data(config, phase).train, config.data.cache)
     if options.memory_gib is not None:
@@ -200,6 +215,31 @@ def parse_cluster(gpus: str, link: str, latency: float) -> tuple[int, Cluster]:
     inside, between = (link_speed(name) for name in names)
     cluster = Cluster(int(match[1]), inside, between, latency, torch.cuda.is_available())
     return int(match[2]), cluster
+
+
+def plan_devices(config: RunConfig, phase: str, options: argparse.Namespace) -> None:
+    """Write what a phase needs on GPUs that are not there; see ``planning/devices.py``."""
+    classes = options.classes
+    if classes is None:
+        try:
+            train = phase_data(config, phase).train
+            classes = open_train_set(train, config.data.cache).num_classes
+        except (ValueError, OSError):
+            classes = CLASSES
+            logger.warning(
+                "data.train.shards: no shard set could be opened, so the number of classes is not "
+                "known: planning with %d. --classes gives another.",
+                CLASSES,
+            )
+    report_devices(
+        config,
+        phase,
+        devices=options.device,
+        gpus=read_numbers("--gpus", options.gpus or "1"),
+        num_classes=classes,
+        num_objects=options.objects or OBJECTS,
+        disk=1e9 * (options.disk or DISK),
+    )
 
 
 def plan_memory(

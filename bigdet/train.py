@@ -147,10 +147,8 @@ def run_phase(run: Run) -> bool:
     with contextlib.ExitStack() as until_begun:
         detector, start = build_empty(config, name, classes), None
         if run.restored is None:
-            frozen = frozen_tensors(detector)
-            start = until_begun.enter_context(
-                start_weights(config, name, classes, run.run_dir, frozen)
-            )
+            weights = start_weights(config, name, classes, run.run_dir, frozen_tensors(detector))
+            start = until_begun.enter_context(weights)
             state.frozen = start.metadata.get(FROZEN)
         load_frozen(detector, config.engine, state, run.run_dir, device)
         make_optimizer = partial(optim.build_optimizer, phase=phase)

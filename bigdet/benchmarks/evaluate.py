@@ -1,11 +1,13 @@
-"""Compares the time to compute AP with that of pycocotools, on synthetic detections with masks.
+"""Compares the cost of computing AP with that of other programs, on synthetic detections.
 
 The images repeat those of the validation set. The detections are masks and boxes of its objects,
-moved; some have a wrong class or are where no object is. Both programs score the same results file,
-from reading it to the numbers, each in its own process. The numbers must be equal to the last
-digit. ``ratio`` is pycocotools' seconds over bigdet's, ``cpu_ratio`` the same for CPU seconds,
-which depend less on the load of the machine; ``memory_gib`` is the peak of each process minus what
-it had after its imports.
+moved; some have a wrong class or are where no object is. pycocotools, and hotcoco and
+faster-coco-eval where they are installed, score the same results file, from reading it to the
+numbers, in turn and each in its own process; as in pycocotools, the area of a detection is that of
+its box. The numbers must be equal to the last digit. Seconds, CPU seconds (which depend less on the
+load of the machine) and memory are medians over --rounds; ``memory_gib`` is the peak of each
+process minus what it had after its imports, and ``cpu_ratio`` a program's CPU seconds over
+bigdet's.
 
 With --classes, objects and detections are entirely synthetic: boxes only, many of a few classes and
 few of most. Only bigdet runs, and computes all that ``bigdet evaluate --analysis`` prints: for sets
@@ -16,13 +18,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import io
-import json
 import multiprocessing
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +37,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from bigdet.benchmarks.memory import peak_memory
+from bigdet.benchmarks.memory import peak_memory, start_memory
 from bigdet.config.run import RunConfig
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import ShardSet
@@ -46,6 +49,14 @@ from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections
 
 KINDS: tuple[Kind, ...] = ("bbox", "segm")
+PEERS = {
+    "hotcoco": (("hotcoco", "COCO"), ("hotcoco", "COCOeval")),
+    "faster_coco_eval": (("faster_coco_eval", "COCO"), ("faster_coco_eval", "COCOeval_faster")),
+    "pycocotools": (("pycocotools.coco", "COCO"), ("pycocotools.cocoeval", "COCOeval")),
+}
+"""Other programs: the module and name of the class of a data set, and of that which scores."""
+NUM_STATS = 12
+"""Numbers of boxes and masks in ``COCOeval.stats``; faster-coco-eval has more after them."""
 POOL = 300
 """Number of different detections of a source image."""
 WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
@@ -57,25 +68,56 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.classes:
         with tempfile.TemporaryDirectory() as name:
             make_boxes(Path(name), arguments)
-            return in_a_process(score_boxes, Path(name))
+            return in_a_process("boxes", Path(name))
     source = ShardSet(config.data.val.shards, cache=config.data.cache)
+    peers = chosen_peers(arguments.peers)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_inputs(source, folder, arguments)
-        ours = in_a_process(score_bigdet, folder)
-        theirs = in_a_process(score_pycocotools, folder)
-    for kind in KINDS:
-        assert ours["numbers"][kind] == theirs["numbers"][kind], (kind, ours, theirs)
+        make_inputs(source, Path(name), arguments)
+        turns = [
+            {program: in_a_process(program, Path(name)) for program in ("bigdet", *peers)}
+            for _ in range(arguments.rounds)
+        ]
+    numbers = turns[0]["bigdet"]["numbers"]
+    for turn in turns:
+        for program, found in turn.items():
+            assert found["numbers"] == numbers, (program, found["numbers"], numbers)
+    cpu_seconds = _medians(turns, "cpu_seconds")
     return {
         "images": arguments.images,
         "detections": arguments.images * arguments.detections,
-        "bigdet_seconds": ours["seconds"],
-        "pycocotools_seconds": theirs["seconds"],
-        "ratio": theirs["seconds"] / ours["seconds"],
-        "cpu_seconds": {"bigdet": ours["cpu_seconds"], "pycocotools": theirs["cpu_seconds"]},
-        "cpu_ratio": theirs["cpu_seconds"] / ours["cpu_seconds"],
-        "memory_gib": {"bigdet": ours["memory_gib"], "pycocotools": theirs["memory_gib"]},
-        "numbers": ours["numbers"],
+        "versions": {program: metadata.version(program) for program in peers},
+        "seconds": _medians(turns, "seconds"),
+        "cpu_seconds": cpu_seconds,
+        "cpu_ratio": {program: cpu_seconds[program] / cpu_seconds["bigdet"] for program in peers},
+        "memory_gib": _medians(turns, "memory_gib"),
+        "numbers": {
+            kind: {name: stats[place] for name, place in METRICS.items()}
+            for kind, stats in numbers.items()
+        },
+    }
+
+
+def chosen_peers(names: str | None) -> list[str]:
+    """Return the programs of a list, or all that are installed.
+
+    Raises:
+        ValueError: one is unknown or not installed.
+    """
+    installed = [name for name in PEERS if importlib.util.find_spec(name) is not None]
+    chosen = installed if names is None else names.split(",")
+    for name in chosen:
+        if name not in installed:
+            raise ValueError(
+                f"--peers: found {name!r}, expected some of {', '.join(PEERS)} that are installed: "
+                f"{', '.join(installed)}."
+            )
+    return chosen
+
+
+def _medians(turns: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+    """Return the median of a number over all turns, by program."""
+    return {
+        program: statistics.median(turn[program][key] for turn in turns) for program in turns[0]
     }
 
 
@@ -101,6 +143,8 @@ def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -
     """Write shards of blank images, their annotations as a COCO file, and synthetic results."""
     random = np.random.default_rng(arguments.seed)
     records = [source.record(row) for row in range(len(source))]
+    for record in records:
+        record["annotations"] = [a for a in record["annotations"] if "segmentation" in a]
     pools: dict[int, list[dict[str, Any]]] = {}
     results: list[dict[str, Any]] = []
     blank = blank_image()
@@ -227,36 +271,31 @@ def moved_mask(
     return rle
 
 
-def in_a_process(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Run a scorer in a fresh process; return its numbers, seconds and peak memory in GiB."""
+def in_a_process(program: str, folder: Path) -> dict[str, Any]:
+    """Run a program in a fresh process; return its numbers, seconds and peak memory in GiB."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_measure, score, folder).result()
+        return pool.submit(_measure, program, folder).result()
 
 
-def _measure(score: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    before = _peak_gib()
+def _measure(program: str, folder: Path) -> dict[str, Any]:
+    own = {"bigdet": score_bigdet, "boxes": score_boxes}
+    score = own[program] if program in own else peer_scorer(program)
+    cpu = torch.device("cpu")
+    before = start_memory(cpu)
     started, cpu_started = time.perf_counter(), time.process_time()
     numbers = score(folder)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     found = {"numbers": numbers, "seconds": seconds, "cpu_seconds": cpu_seconds}
-    return {**found, "memory_gib": _peak_gib() - before}
-
-
-def _peak_gib() -> float:
-    """Return the most memory of this process so far (off Linux, maybe of its parent too)."""
-    return peak_memory(torch.device("cpu")) / (1 << 30)
+    return {**found, "memory_gib": (peak_memory(cpu) - before) / (1 << 30)}
 
 
 def score_bigdet(folder: Path) -> dict[str, Any]:
     """Return our numbers."""
     truth = read_ground_truth(ShardSet(folder / "shards"), with_masks=True, with_keypoints=False)
-    found = read_detections(load_results(folder / "results.json"), truth, KINDS)
-    numbers: dict[str, Any] = {}
-    for kind in KINDS:
-        stats = measure(truth, found, kind).stats()
-        numbers[kind] = {name: stats[place] for name, place in METRICS.items()}
-    return numbers
+    results = load_results(folder / "results.json")
+    found = read_detections(results, truth, KINDS, one_area=True)
+    return {kind: measure(truth, found, kind).stats() for kind in KINDS}
 
 
 def score_boxes(folder: Path) -> dict[str, Any]:
@@ -265,15 +304,27 @@ def score_boxes(folder: Path) -> dict[str, Any]:
     return dict(evaluate_detections(ShardSet(folder / "shards"), results, ["bbox"])["bbox"])
 
 
-def score_pycocotools(folder: Path) -> dict[str, Any]:
-    """Return pycocotools' numbers."""
-    truth = json.loads((folder / "truth.json").read_text())
-    results = json.loads((folder / "results.json").read_text())
-    numbers: dict[str, Any] = {}
-    for kind in KINDS:
-        stats, _ = pycocotools_stats(truth, results, kind)
-        numbers[kind] = {name: stats[place] for name, place in METRICS.items()}
-    return numbers
+def peer_scorer(name: str) -> Callable[[Path], dict[str, Any]]:
+    """Import a program and return what scores with it."""
+    coco, evaluator = (
+        getattr(importlib.import_module(module), attribute) for module, attribute in PEERS[name]
+    )
+
+    def score(folder: Path) -> dict[str, Any]:
+        numbers: dict[str, Any] = {}
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = coco(str(folder / "truth.json"))
+            found = truth.loadRes(str(folder / "results.json"))
+            for kind in KINDS:
+                evaluation = evaluator(truth, found, kind)
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+                stats = [float(number) for number in evaluation.stats[:NUM_STATS]]
+                numbers[kind] = [None if number < 0 else number for number in stats]
+        return numbers
+
+    return score
 
 
 def coco_ground_truth(shards: ShardSet) -> dict[str, Any]:
@@ -300,50 +351,3 @@ def coco_ground_truth(shards: ShardSet) -> dict[str, Any]:
             annotations.append(annotation)
     categories = [{"id": category.id, "name": category.name} for category in shards.categories]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def pycocotools_stats(
-    truth: dict[str, Any], results: list[dict[str, Any]], kind: str
-) -> tuple[list[float | None], dict[int, float | None]]:
-    """Return ``COCOeval.stats`` and the AP of each category by its id; None for its -1.
-
-    Args:
-        truth: the content of a COCO file.
-        results: COCO results. The area of a mask is that of its pixels, as in the COCO server;
-            pycocotools would take that of a box in the result.
-        kind: ``bbox``, ``segm`` or ``keypoints``.
-    """
-    annotations = [_truth_of(annotation, kind) for annotation in truth["annotations"]]
-    with contextlib.redirect_stdout(io.StringIO()):
-        gt, found = COCO(), COCO()
-        gt.dataset = {**truth, "annotations": annotations}
-        gt.createIndex()
-        if results:
-            key = "segmentation" if kind == "segm" else kind
-            keys = ("image_id", "category_id", "score", key)
-            found = gt.loadRes([{key: result[key] for key in keys} for result in results])
-        evaluation = COCOeval(gt, found, kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    stats = [None if number < 0 else float(number) for number in evaluation.stats]
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, categories)
-    aps: dict[int, float | None] = {}
-    for place, number in enumerate(evaluation.params.catIds):
-        defined = precision[:, :, place][precision[:, :, place] > -1]
-        aps[number] = float(defined.mean()) if defined.size else None
-    return stats, aps
-
-
-def _truth_of(annotation: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Copy an annotation, which pycocotools writes into, with what this kind needs of it."""
-    if kind == "segm" and "segmentation" not in annotation:
-        x, y, width, height = annotation["bbox"]
-        right, bottom = x + width, y + height
-        corners = [[x, y, right, y, right, bottom, x, bottom]]
-        return {**annotation, "segmentation": corners, "iscrowd": 1}
-    if kind == "keypoints":
-        points = annotation.get("keypoints", [0] * 51)
-        num_labeled = sum(visibility > 0 for visibility in points[2::3])
-        return {**annotation, "keypoints": points, "num_keypoints": num_labeled}
-    return dict(annotation)

@@ -110,7 +110,7 @@ def load_framework(
                 f"{len(own)} of {options.categories} ({', '.join(own[:3])}, ...). Give the "
                 f"categories that it was trained on."
             )
-        tensors, _ = carry_classes(detector.state_dict(), tensors, names, own)
+        tensors = dict(carry_classes(detector.state_dict(), tensors, names, own)[0])
     advice = " (model.box_head=2fc or 4conv1fc, model.backbone, ...), and --categories its classes"
     parts = parts_to_load(detector, tensors)
     load_parts(detector, tensors, parts, source, advice=advice)

@@ -7,8 +7,11 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from bigdet.host.errors import explain, explain_full, explain_killed
+
+Options = TypeVar("Options")
 
 STOPPED = 75
 """Exit code of a run that stopped on request, with a checkpoint written."""
@@ -18,19 +21,26 @@ CLOSED_PIPE = 141
 """Exit code when the reader of the output, such as ``head``, has ended, as shells have SIGPIPE."""
 
 
-def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
+def parse_early(parse: Callable[[Sequence[str]], Options]) -> Options | None:
     """Answer --help and mistakes in the command line before torch is imported, which takes seconds.
-
-    Then check that torch and torchvision fit together, before they are used.
 
     Args:
         parse: reads the command line. ``run_command`` reports the errors that it raises.
+
+    Returns:
+        What ``parse`` returns; None if it raises an error.
     """
     try:
         with contextlib.suppress(ValueError):
-            parse(sys.argv[1:])
+            return parse(sys.argv[1:])
     except SystemExit as end:  # as in run_command
         sys.exit(1 if end.code else 0)
+    return None
+
+
+def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
+    """Do as ``parse_early``; then check that torch and torchvision fit together."""
+    parse_early(parse)
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:

@@ -46,8 +46,8 @@ class EngineConfig:
     again in the backward pass: less memory, about a third more time, the same results."""
     shard_frozen: bool | None = None
     """The matrices of a frozen backbone (``freeze: backbone``) are divided over the ranks, and each
-    layer is gathered when it runs; false: every rank has all of them. None: divided where weights
-    are (ZeRO-3 and fsdp)."""
+    layer is gathered when it runs (so that ``model.compile`` compiles layer by layer); false: every
+    rank has all of them. None: divided where weights are (ZeRO-3 and fsdp)."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm. None: no clipping."""
     max_bad_steps: int = 20

@@ -206,7 +206,7 @@ class DeepSpeedEngine(StatefulEngine):
             torch._foreach_mul_(gradients, 1 / scale)
         # In fp64, as DeepSpeed's other stages: a sum of 10 million squares in fp32 is off by 4e-4.
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if self._clip_norm is not None:
             clip_grads_with_norm_(parameters, self._clip_norm, norm.float())
         if not self._optimizer.state:

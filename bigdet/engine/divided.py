@@ -80,7 +80,7 @@ class DividedLayers:
         """What this rank keeps."""
         return [matrix.share for matrices in self._matrices for matrix in matrices]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gather(self, number: int, layer: nn.Module, _inputs: Any) -> None:
         for each in range(number, min(number + 2, len(self._matrices))):
             if each not in self._coming:
@@ -92,7 +92,7 @@ class DividedLayers:
             whole = flat.as_strided(matrix.like.shape, matrix.like.stride())
             layer.get_submodule(matrix.module)._buffers[matrix.name] = whole
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _free(self, number: int, layer: nn.Module, _inputs: Any, _outputs: Any) -> None:
         for matrix in self._matrices[number]:
             layer.get_submodule(matrix.module)._buffers[matrix.name] = matrix.share[:0]

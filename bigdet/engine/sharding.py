@@ -9,6 +9,7 @@ import functools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,7 +106,7 @@ def _groups(ranks: int, device: str) -> tuple[dist.ProcessGroup, dist.ProcessGro
     assert world is not None
     timeout = world._get_backend(torch.device(device)).options._timeout
     rows = torch.arange(distributed.world_size()).view(-1, ranks)
-    own = [
+    own: list[Any] = [
         dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0]
         for lines in (rows, rows.T)
     ]

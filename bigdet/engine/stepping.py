@@ -26,7 +26,7 @@ class Later:
     def __init__(self, value: Tensor) -> None:
         """Begin to copy a scalar."""
         self._value = value.to("cpu", non_blocking=True)
-        self._is_copied = torch.cuda.Event() if value.is_cuda else None
+        self._is_copied = torch.cuda.Event() if value.is_cuda else None  # type: ignore[no-untyped-call]
         if self._is_copied is not None:
             self._is_copied.record()
 

@@ -220,21 +220,13 @@ def measure(
     rules = rules_of(truth, kind, max_detections)
     is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
-    labels.sort(
-        key=lambda k: truth.categories[k].id
-    )  # means are sums in this order, as in pycocotools
+    # Means are sums in this order, as in pycocotools.
+    labels.sort(key=lambda k: truth.categories[k].id)
     parts = labels_in(truth, found, labels)
-    rows, classes = _joined([mine for mine, _ in parts])
+    rows, classes, ranks = _best(truth, found, [mine for mine, _ in parts], rules.limits[-1])
     objects, object_classes = _joined([others for _, others in parts])
-    if truth.verified is not None:
-        is_in = truth.verified.counted(found.images, found.labels, found.scores)[rows]
-        rows, classes = rows[is_in], classes[is_in]
-    num_images = len(truth.image_ids)
-    groups = classes * num_images + found.images[rows]
-    ranks = np.arange(len(rows)) - np.searchsorted(groups, groups)
-    kept = ranks < rules.limits[-1]
-    rows, classes, groups, ranks = rows[kept], classes[kept], groups[kept], ranks[kept]
-    object_groups = object_classes * num_images + truth.images[objects]
+    groups = classes * len(truth.image_ids) + found.images[rows]
+    object_groups = object_classes * len(truth.image_ids) + truth.images[objects]
     pairs = _near_pairs(truth, found, kind, (rows, groups), (objects, object_groups))
     ranges = np.array(rules.areas)[:, :, None]  # (A, 2, 1)
     is_ignored = never_counts(truth, kind)[objects] | _is_outside(truth.areas[objects], ranges)
@@ -243,29 +235,42 @@ def measure(
     is_outside = _is_outside(detection_areas(found, kind)[rows], ranges)  # (A, N)
     if truth.verified is not None:
         is_outside |= truth.verified.is_partial(found.images[rows], found.labels[rows])
-    num_thresholds = len(THRESHOLDS)
     hit = pairs.any_of_detection(bits, len(rows))
-    counting = area_bits(~is_ignored, num_thresholds)[pairs.objects]
+    counting = area_bits(~is_ignored, len(THRESHOLDS))[pairs.objects]
     right = pairs.any_of_detection(bits & counting, len(rows))
-    counted = right | (area_bits(~is_outside, num_thresholds) & ~hit)
-    totals = [
-        np.bincount(object_classes[~ignored], minlength=len(labels)) for ignored in is_ignored
-    ]
-    precision, recall = accumulate(
-        Matched(classes, found.scores[rows], ranks, right, counted),
-        np.stack(totals, axis=1),
-        num_thresholds,
-        rules.limits,
-    )
-    return Measured(rules, labels, precision, recall)
+    counted = right | (area_bits(~is_outside, len(THRESHOLDS)) & ~hit)
+    totals = [np.bincount(object_classes[~each], minlength=len(labels)) for each in is_ignored]
+    matched = Matched(classes, found.scores[rows], ranks, right, counted)
+    counts = np.stack(totals, axis=1)  # (K, A)
+    return Measured(rules, labels, *accumulate(matched, counts, len(THRESHOLDS), rules.limits))
+
+
+def _best(
+    truth: GroundTruth, found: DetectionTable, of_classes: Sequence[Index], limit: int
+) -> tuple[Index, Index, Index]:
+    """Return the rows of the detections that count, their classes, and their ranks.
+
+    Args:
+        truth: all objects.
+        found: all detections.
+        of_classes: the rows of each class, by image, within an image the best first.
+        limit: how many count per class and image; the first one has rank 0.
+    """
+    rows, classes = _joined(of_classes)
+    if truth.verified is not None:
+        counts = truth.verified.counted(found.images, found.labels, found.scores)[rows]
+        rows, classes = rows[counts], classes[counts]
+    groups = classes * len(truth.image_ids) + found.images[rows]
+    ranks = np.arange(len(rows)) - np.searchsorted(groups, groups)
+    kept = ranks < limit
+    return rows[kept], classes[kept], ranks[kept]
 
 
 def _joined(parts: Sequence[Index]) -> tuple[Index, Index]:
     """Return the indices of all classes in one array, and the class of each."""
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    return np.concatenate([np.zeros(0, np.int64), *parts]), np.repeat(
-        np.arange(len(parts)), lengths
-    )
+    every = np.concatenate([np.zeros(0, np.int64), *parts])
+    return every, np.repeat(np.arange(len(parts)), lengths)
 
 
 def _near_pairs(

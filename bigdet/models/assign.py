@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigdet.ops.boxes import box_areas, pairwise_intersections, pairwise_iou
+from bigdet.ops.devices import is_gpu
 from bigdet.structures import Targets
 
 # Overlaps computed at once; a crowded image (300 objects, 268,569 anchors) has 80 million, and
@@ -120,7 +121,7 @@ def match(
 
 def _chunk_size(slots: Tensor) -> int:
     """Give how many boxes are compared at once with the objects of ``(B, G)`` slots."""
-    return max((CPU_CHUNK if slots.device.type == "cpu" else CHUNK) // slots.numel(), 1)
+    return max((CHUNK if is_gpu(slots.device) else CPU_CHUNK) // slots.numel(), 1)
 
 
 def _overlaps(objects: Objects, boxes: Tensor) -> Tensor:

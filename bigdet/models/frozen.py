@@ -113,6 +113,11 @@ def frozen_tensors(detector: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Tell whether a module is the network of a frozen backbone."""
+    return isinstance(module, _Frozen)
+
+
 def frozen_layers(detector: nn.Module) -> list[nn.Module]:
     """Return the layers of a frozen backbone that have its matrices, in the order of the model.
 

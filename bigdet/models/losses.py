@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigdet.ops.boxes import box_areas
+from bigdet.ops.devices import is_gpu
 
 GIOU_EPSILON = 1e-7  # torchvision's
 # Logits whose focal losses are computed at once: on a GPU 134 MB of fp32, where each piece costs
@@ -148,7 +149,7 @@ class _FocalLossSum(torch.autograd.Function):
 def _row_chunks(logits: Tensor, *facts: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split rows of logits ``(..., K)`` and what is known of them ``(...)`` into pieces."""
     num_classes = logits.shape[-1]
-    chunk = CPU_CHUNK if logits.device.type == "cpu" else CHUNK
+    chunk = CHUNK if is_gpu(logits.device) else CPU_CHUNK
     size = max(chunk // num_classes, 1)
     flat = [logits.view(-1, num_classes), *(fact.flatten() for fact in facts)]
     return zip(*(torch.split(tensor, size) for tensor in flat), strict=True)

@@ -37,11 +37,13 @@ class FeatureTable:
         rows: ``(T, C)``, level after level, image after image, row after row.
         levels: ``(L, 4)`` int64 height, width, stride and first row of each level.
         strides: pixels per cell of each level, rising by factors of 2.
+        facts: ``levels`` as the host knows it.
     """
 
     rows: Tensor
     levels: Tensor
     strides: list[int]
+    facts: list[tuple[int, int, int, int]]
 
 
 def tabulate(features: Sequence[Tensor], strides: Sequence[int]) -> FeatureTable:
@@ -55,11 +57,15 @@ def tabulate(features: Sequence[Tensor], strides: Sequence[int]) -> FeatureTable
     rows = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, channels) for level in features])
     facts, first_row = [], 0
     for level, stride in zip(features, strides, strict=True):
-        facts += [level.shape[2], level.shape[3], stride, first_row]
+        facts.append((level.shape[2], level.shape[3], stride, first_row))
         first_row += level.numel() // channels
     # Filled in on the device: copying a list there would make the host wait.
-    filled = [torch.full((), fact, device=rows.device, dtype=torch.int64) for fact in facts]
-    return FeatureTable(rows, torch.stack(filled).view(-1, 4), list(strides))
+    filled = [
+        torch.full((), fact, device=rows.device, dtype=torch.int64)
+        for of_level in facts
+        for fact in of_level
+    ]
+    return FeatureTable(rows, torch.stack(filled).view(-1, 4), list(strides), facts)
 
 
 def pyramid_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
@@ -118,11 +124,10 @@ def _adaptive_roi_align(
     channels = table.rows.shape[1]
     regions = torch.cat([images[:, None].to(boxes.dtype), boxes], dim=1)  # (N, 5)
     levels = pyramid_levels(boxes, table.strides)
-    facts = table.levels.tolist()  # the host waits here
-    ends = [*(first_row for *_, first_row in facts[1:]), len(table.rows)]
+    ends = [*(first_row for *_, first_row in table.facts[1:]), len(table.rows)]
     pooled = boxes.new_zeros(len(boxes), channels, output_size, output_size)
     for number, ((height, width, stride, first_row), end) in enumerate(
-        zip(facts, ends, strict=True)
+        zip(table.facts, ends, strict=True)
     ):
         chosen = (levels == number).nonzero().squeeze(1)
         cells = table.rows[first_row:end].view(-1, height, width, channels).permute(0, 3, 1, 2)

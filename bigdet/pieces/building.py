@@ -53,7 +53,7 @@ class _RealTensors(TorchFunctionMode):
 
 def module_at(error: BaseException) -> str:
     """Name the type of the innermost module that an error came through, or else of the error."""
-    found = type(error)
+    found: type = type(error)
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):

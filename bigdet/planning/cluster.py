@@ -25,8 +25,9 @@ The model, for n GPUs, P weights of which P_t are trained, A micro-batches per G
 - **Memory.** fp32: weights 4P, gradients 4 P_t, optimizer state 4 P_t for each of its tensors (with
   AdamW 16 bytes per weight, as the 2+2+12 of ZeRO's section 3.1); at ZeRO-1 and 2 a rank updates a
   copy of its part of the trained weights. Sharded over n: optimizer state from stage 1 on,
-  gradients from 2, weights from 3. Activations and what the allocator keeps: the measured peak of
-  one GPU minus these.
+  gradients from 2, weights from 3. A frozen backbone of F weights has 2F bytes, sharded from 3 on
+  and gathered in the forward pass alone. Activations and what the allocator keeps: the measured
+  peak of one GPU minus these.
 
 Not included: the optimizer's time, which sharding shortens; waiting for the slowest host; data.
 """
@@ -142,9 +143,11 @@ def _waiting(kind: str, gpus: int, cluster: Cluster, work: Work) -> float:
         return max(seconds - computing, seconds / calls) if cluster.overlaps else seconds
 
     if kind in ("ZeRO-3", "FSDP2"):
-        gather = cluster.seconds(FP32_BYTES * work.sizes.parameters, gpus, _UNITS)
+        weights = FP32_BYTES * work.sizes.parameters
+        gather = cluster.seconds(weights, gpus, _UNITS)
+        first = cluster.seconds(weights + BF16_BYTES * work.sizes.frozen, gpus, _UNITS)
         scatter = cluster.seconds(gradients, gpus, _UNITS)
-        once = exposed(gather, forward, _UNITS) + exposed(gather + scatter, backward, _UNITS)
+        once = exposed(first, forward, _UNITS) + exposed(gather + scatter, backward, _UNITS)
         return work.micro_batches * once
     calls = math.ceil(trained / BUCKET_ELEMENTS)
     if kind == "ZeRO-0":

@@ -25,8 +25,11 @@ def check_data(config: RunConfig, sets: Mapping[str, DataSets]) -> None:
 
 def _check_sets(config: RunConfig, name: str, data: DataSets) -> None:
     """Check the two sets of a phase."""
-    key, measured = data_key(name, config.phases[name], "val"), config.evaluation
-    _check_classes(f"{key}.shards", data.train, data.val)
+    phase, measured = config.phases[name], config.evaluation
+    key = data_key(name, phase, "val")
+    has_own_classes = phase.data.train is not None and phase.data.val is None
+    hint = f" Or write phases.{name}.data.val.shards too." * has_own_classes
+    _check_classes(f"{key}.shards", data.train, data.val, hint)
     evaluation_kinds(data.val, False, False, measured.metric, measured.max_detections)
     data.val.check_random_reads()
     if phase_data(config, name).train.order != "windowed":
@@ -60,16 +63,16 @@ def _check_model(config: RunConfig, name: str, train_set: ShardSet) -> None:
         )
 
 
-def _check_classes(key: str, train_set: ShardSet, val_set: ShardSet) -> None:
+def _check_classes(key: str, train_set: ShardSet, val_set: ShardSet, hint: str) -> None:
     """Check that trained classes can be evaluated: classes of one name have the same keypoints.
 
-    ``key`` is the option that names the validation set.
+    ``key`` is the option that names the validation set, ``hint`` what else to do.
     """
     names = [category.name for category in train_set.categories]
     try:
         warn_of_absent(val_set, names)
     except ShardError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        raise ConfigError(f"{key}: {error}{hint}") from error
     points = {category.id: category.keypoints for category in val_set.categories}
     for category, number in zip(train_set.categories, class_ids(val_set, names), strict=True):
         found = points.get(number) if number is not None else None
@@ -78,4 +81,5 @@ def _check_classes(key: str, train_set: ShardSet, val_set: ShardSet) -> None:
                 f"{key}: {val_set.address}: the keypoints of {category.name} are "
                 f"{', '.join(found)}, expected those of {train_set.address}, in their order: "
                 f"{', '.join(category.keypoints)}. Make both sets with the same keypoints."
+                f"{hint}"
             )

@@ -18,6 +18,7 @@ from bigdet.engine.precision import autocast
 from bigdet.host.accelerators import peak_flops
 from bigdet.models import norms
 from bigdet.models.detector import Detector
+from bigdet.models.frozen import is_frozen
 from bigdet.structures import Batch
 
 BACKWARD = 2
@@ -66,7 +67,7 @@ def count_flops(detector: Detector, batch: Batch, precision: Precision) -> float
         batch: on its device.
         precision: of the training.
     """
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False, depth=None)  # type: ignore[arg-type]
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
@@ -81,9 +82,10 @@ def count_flops(detector: Detector, batch: Batch, precision: Precision) -> float
 
 
 def _frozen_flops(module: nn.Module, name: str, counts: Mapping[str, int]) -> int:
-    """Add up the forward FLOPs of all parts that have parameters, but none that is trained."""
+    """Add up the forward FLOPs of frozen parts: those with parameters, of which none is trained."""
     trained = [parameter.requires_grad for parameter in module.parameters()]
-    if trained and not any(trained) and name in counts:
+    is_fixed = is_frozen(module) or (trained and not any(trained))
+    if is_fixed and name in counts:
         return counts[name]
     # Of a part that is not called as a whole, such as the stages of a ResNet, its own parts.
     children = module.named_children()

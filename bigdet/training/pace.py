@@ -28,14 +28,15 @@ class Mark:
         """Make it now; the host goes on."""
         self._event = None
         if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(device))
         self._seconds = time.perf_counter()
 
     def seconds_since(self, earlier: Mark) -> float:
         """Return the time between two moments that have passed on the device."""
         if self._event is not None and earlier._event is not None:
-            return earlier._event.elapsed_time(self._event) / 1000
+            milliseconds: float = earlier._event.elapsed_time(self._event)
+            return milliseconds / 1000
         return self._seconds - earlier._seconds
 
 

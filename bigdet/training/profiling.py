@@ -73,5 +73,5 @@ def write_memory(file: Path) -> None:
     With the calls that allocated it, if that is being recorded.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.cuda.memory._dump_snapshot(str(file))
+    torch.cuda.memory._dump_snapshot(str(file))  # type: ignore[no-untyped-call]
     logger.info("GPU memory: %s (open it in https://docs.pytorch.org/memory_viz)", file)

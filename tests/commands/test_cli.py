@@ -65,7 +65,7 @@ def test_other_words_that_import_no_torch(words, code):
     assert heavy_imports(ended) == set()
 
 
-def test_making_checking_and_indexing_shards_import_no_torch(tmp_path: Path):
+def test_making_checking_and_indexing_shards_and_scoring_a_file_import_no_torch(tmp_path: Path):
     images = tmp_path / "images"
     images.mkdir()
     for number, suffix in ((1, "jpg"), (2, "png")):
@@ -96,7 +96,12 @@ def test_making_checking_and_indexing_shards_import_no_torch(tmp_path: Path):
         (tmp_path / "set" / name).unlink()
     indexed = run("tools/index_shards.py", tmp_path / "set", "--categories", tmp_path / "a.json")
     shapes = run("tools/make_shards.py", "shapes", "--images", "3", "--out", tmp_path / "shapes")
-    for started in (made, checked, indexed, shapes):
+    result = {"image_id": 2, "category_id": 7, "bbox": [4, 5, 10, 8], "score": 0.5}
+    (tmp_path / "results.json").write_text(json.dumps([result]))
+    words = ("evaluate", tmp_path / "results.json", "--shards", tmp_path / "set")
+    scored = run("-m", "bigdet", *words)
+    assert scored.stdout.splitlines()[1].split()[:2] == ["box", "1.000"]
+    for started in (made, checked, indexed, shapes, scored):
         assert started.returncode == 0, started.stderr[-1000:]
         assert heavy_imports(started) == set()
 

@@ -89,7 +89,7 @@ def test_its_final_weights_are_a_detector_by_themselves_and_others_need_the_file
         other = build_detector(plain.config, plain.num_classes)
         load_run(other, source, ["backbone", "fpn"], ["circle", "square", "triangle", "star"])
         assert torch.equal(other.backbone.conv1.weight, expected)
-        assert torch.equal(other.fpn.laterals[0].weight, plain.fpn.laterals[0].weight)
+        assert torch.equal(other.fpn.laterals[0].conv.weight, plain.fpn.laterals[0].conv.weight)
 
 
 def test_evaluation_from_its_folder_gives_the_numbers_of_the_run(

@@ -53,6 +53,9 @@ def test_options_that_would_say_nothing_are_refused():
         (["--gpu-memory-gib", "nan"], "--gpu-memory-gib: found nan"),
         (["--latency", "-3"], "--latency: found -3.0, expected seconds, 0 or more"),
         (["--memory-gib", "8", "--trials", "2"], "--trials: found 2, expected 3 or more"),
+        (["--objects", "9"], "--objects: only for a plan with --device"),
+        (["--device", "h200", "--memory-gib", "8"], "--memory-gib: only for a plan without --dev"),
+        (["--device", "h200", "--disk", "0"], "--disk: found 0.0, expected a number above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             parse_arguments(["config.yaml", *words])
@@ -87,4 +90,21 @@ def test_plan_measures_and_recommends(tmp_path: Path, shapes_shards: Path):
         assert re.search(rf"  {kind} +\d+\.\d+ ", done.stderr), kind
     assert re.search(r"use engine\.kind=(deepspeed engine\.zero_stage=\d|fsdp)", done.stderr)
     assert re.search(r"  4096 \S+ +\d", done.stderr)
+    assert not (tmp_path / "none").exists()
+
+
+def test_plan_for_gpus_that_are_not_there_needs_no_data(tmp_path: Path):
+    words = arguments(tmp_path / "none", tmp_path / "nowhere", "engine.zero_stage=3")
+    done = plan(*words, "--device", "h200,rtx4090", "--gpus", "8,64", "--classes", "3")
+    assert done.returncode == 0, done.stderr
+    for row in (
+        "weights and running statistics",
+        "= allocated at most",
+        "CUDA context",
+        "= needed",
+    ):
+        assert re.search(rf"  {row} +\d+\.\d\d GiB", done.stderr), row
+    assert re.search(r"  RTX 4090 +23\.5  fits +\d+ at most", done.stderr)
+    assert "estimate of the GPU's time, not measured" in done.stderr
+    assert re.search(r"  64 +0\.02 +0\.00 ", done.stderr)  # of 5 M weights; a share of them
     assert not (tmp_path / "none").exists()

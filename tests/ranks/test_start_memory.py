@@ -35,7 +35,7 @@ def start_from(sources: dict[str, Path]) -> dict[str, tuple[int, Sums]]:
     with start_weights(load_config(CONFIG, TINY), "train", CLASSES, run_dir):
         watch = Watch()  # only now: imports and caches are there in any case
     for kind, source in sources.items():
-        parts = "[backbone]" if kind == "pth" else "[backbone,rpn,box_head,mask_head]"
+        parts = "[backbone]" if kind == "pth" else "[backbone,fpn,rpn,box_head,mask_head]"
         words = [f"phases.train.start_from={{source: {source}, parts: {parts}}}"]
         before, _ = memory_now()
         watch.restart()

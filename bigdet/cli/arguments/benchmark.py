@@ -51,6 +51,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the synthetic detections; default 0"
     )
+    add_count(parser, "--rounds", 3, "measurements of each program, in turn; the median counts")
+    parser.add_argument(
+        "--peers",
+        help="list of hotcoco,faster_coco_eval,pycocotools; default: all that are installed",
+    )
     parser.add_argument(
         "--classes",
         type=positive,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bigdet.models.heads.box import Regions
+from bigdet.ops.devices import is_gpu
 
 BUCKET, CPU_BUCKET = 32, 8
 """On a CPU the time grows with the slots, so a smaller bucket wastes less."""
@@ -21,7 +22,7 @@ def pad_to_bucket(count: int, device: torch.device) -> int:
 
     So memory is allotted in few sizes, and a rank without regions runs the same modules as others.
     """
-    bucket = CPU_BUCKET if device.type == "cpu" else BUCKET
+    bucket = BUCKET if is_gpu(device) else CPU_BUCKET
     return max(-(-count // bucket), 1) * bucket
 
 

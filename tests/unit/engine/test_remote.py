@@ -76,6 +76,23 @@ def test_what_is_not_kept_here_goes_there_too(tmp_path: Path, memory: Any) -> No
     ]  # fmt: skip
 
 
+def test_a_file_that_checkpoints_need_is_copied_once_and_stays(tmp_path: Path, memory: Any) -> None:
+    frozen = tmp_path / "frozen" / "ab.safetensors"
+    frozen.parent.mkdir()
+    frozen.write_bytes(b"weights")
+    memory.pipe_file("/bucket/run/frozen/ab.safetensors", b"wei")  # cut off by a kill
+    times = []
+    for step in (1, 2):
+        one = save(tmp_path / "checkpoints", step)
+        Remote(ADDRESS).copy(one, lambda name: name == "train-2", needed=[frozen])
+        assert memory.cat_file("/bucket/run/frozen/ab.safetensors") == b"weights"
+        times.append(memory.modified("/bucket/run/frozen/ab.safetensors"))
+    assert times[0] == times[1]
+    assert {path.split("/")[0] for path in found(memory)} == {"frozen", "latest", "train-2"}
+    Remote(ADDRESS).get("frozen/ab.safetensors", tmp_path / "fresh/frozen/ab.safetensors")
+    assert (tmp_path / "fresh/frozen/ab.safetensors").read_bytes() == b"weights"
+
+
 class Flaky(MemoryFileSystem):
     """A file system whose every second call fails, and some of whose calls always do."""
 

@@ -10,11 +10,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from bigdet.benchmarks.evaluate import _truth_of, coco_ground_truth, pycocotools_stats
+from bigdet.benchmarks.evaluate import coco_ground_truth
 from bigdet.data.format.shard_set import Category
 from bigdet.evaluation.coco_metrics import measure
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
+from tests.unit.evaluation.reference_scores import pycocotools_stats, truth_of
 
 POINTS = [f"point {n}" for n in range(17)]
 CATEGORIES = [Category(17, "person", keypoints=POINTS), Category(3, "car"), Category(8, "cat")]
@@ -220,7 +221,7 @@ def test_numbers_of_another_limit_are_those_of_pycocotools_maxdets(make_shards, 
 def evaluated(reference, results, kind, limits):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        annotations = [_truth_of(annotation, kind) for annotation in reference["annotations"]]
+        annotations = [truth_of(annotation, kind) for annotation in reference["annotations"]]
         truth.dataset = reference | {"annotations": annotations}
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), kind)

@@ -15,6 +15,7 @@ from bigdet.evaluation.coco_metrics import METRICS, measure
 from bigdet.evaluation.detections import read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections
+from tests.unit.evaluation.reference_scores import pycocotools_stats
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +127,21 @@ def test_ground_truth_as_detections_scores_one(coco_val):
 
 
 def test_benchmark_compares_with_pycocotools_on_made_detections(coco_val):
-    arguments = argparse.Namespace(images=3, detections=40, seed=0, classes=None)
+    arguments = argparse.Namespace(
+        images=3, detections=40, seed=0, classes=None, rounds=1, peers="pycocotools"
+    )
     shards = SimpleNamespace(shards=str(coco_val.folder))
     data = SimpleNamespace(val=shards, cache=None)
     found = benchmark_evaluate.run(SimpleNamespace(data=data), arguments)  # asserts equal numbers
     assert (found["images"], found["detections"]) == (3, 120)
     assert 0 < found["numbers"]["segm"]["AP"] < found["numbers"]["bbox"]["AP"] < 1
-    assert found["ratio"] == found["pycocotools_seconds"] / found["bigdet_seconds"]
+    cpu_seconds = found["cpu_seconds"]
+    assert found["cpu_ratio"] == {"pycocotools": cpu_seconds["pycocotools"] / cpu_seconds["bigdet"]}
+
+
+def test_benchmark_refuses_peers_that_are_not_there():
+    with pytest.raises(ValueError, match="--peers: found 'cocoapi', expected some of hotcoco, "):
+        benchmark_evaluate.chosen_peers("pycocotools,cocoapi")
 
 
 def test_made_boxes_of_many_classes_have_the_numbers_of_pycocotools(tmp_path):
@@ -141,7 +150,7 @@ def test_made_boxes_of_many_classes_have_the_numbers_of_pycocotools(tmp_path):
     truth = coco_ground_truth(ShardSet(tmp_path / "shards"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert (len(results), len(truth["categories"])) == (1200, 365)
-    stats, _ = benchmark_evaluate.pycocotools_stats(truth, results, "bbox")
+    stats, _ = pycocotools_stats(truth, results, "bbox")
     assert benchmark_evaluate.score_boxes(tmp_path) == {
         name: stats[place] for name, place in METRICS.items()
     }

@@ -10,9 +10,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bigdet.cli.inputs import list_inputs
+from bigdet.cli.score_file import warn_of_nothing, with_own_ids
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.sources.coco import convert_coco
-from bigdet.evaluate import warn_of_nothing, with_own_ids, write_detections
+from bigdet.evaluate import write_detections
 from bigdet.evaluation.detections import ResultsError, load_results
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections

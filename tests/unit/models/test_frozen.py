@@ -122,6 +122,9 @@ def test_a_file_is_found_from_its_checkpoints_and_others_are_refused(tmp_path):
         found = open_frozen(weights, digest, "train")
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    found = open_frozen(tmp_path, digest, "train")  # by a later phase, which starts from it
+    assert write_frozen(run_dir, tensors, lambda name: found[name].float()) == digest
+    assert [file] == list((tmp_path / "frozen").iterdir())
     earlier = file.with_name("train.safetensors")  # as earlier versions named it
     file.rename(earlier)
     assert open_frozen(checkpoint, digest, "train").path == earlier

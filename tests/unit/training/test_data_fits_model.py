@@ -81,6 +81,25 @@ def test_classes_of_the_two_sets_go_together_by_name(caplog) -> None:
         check_data(config, sets(train, val))
 
 
+def test_each_phase_is_checked_with_its_own_data() -> None:
+    # The first phase learns masks of a set without any; the second does not look at it.
+    words = ["phases.pretrain.data.train.shards=a", "model.detector=faster_rcnn"]
+    masks = [*words, "phases.pretrain.model.detector=mask_rcnn"]
+    own: Any = {
+        "pretrain": DataSets(Shards(0), Shards(0)),  # type: ignore[arg-type]
+        "finetune": DataSets(Shards(FLAG_MASKS), Shards(0)),
+    }  # type: ignore[arg-type]
+    check_data(load_config(CONFIG, words), own)
+    with pytest.raises(ConfigError, match="mask_rcnn needs masks, but somewhere has none"):
+        check_data(load_config(CONFIG, masks), own)
+    own["pretrain"].val.categories = [Category(7, "elk")]
+    said = r"^data\.val\.shards: .*'elk'.* Or write phases\.pretrain\.data\.val\.shards too\.$"
+    with pytest.raises(ConfigError, match=said):
+        check_data(load_config(CONFIG, words), own)
+    with pytest.raises(ConfigError, match=r"^phases\.pretrain\.data\.val\.shards: .*FILE`\.$"):
+        check_data(load_config(CONFIG, [*words, "phases.pretrain.data.val.shards=b"]), own)
+
+
 def test_keypoints_of_the_two_sets_are_the_same() -> None:
     train, val = Shards(FLAG_KEYPOINTS, 3), Shards(FLAG_KEYPOINTS, 2)
     with pytest.raises(ConfigError, match=r"keypoints of person are 0, 1, expected .*: 0, 1, 2"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bigdet.host.accelerators import peak_flops
 from bigdet.models.backbones.build import freeze_stages
+from bigdet.models.frozen import freeze_backbone
 from bigdet.models.heads.mask import OwnClass
 from bigdet.training import flops
 from bigdet.training.flops import FlopMeter, count_flops
@@ -52,6 +53,11 @@ def test_flops_are_those_of_all_layers_and_frozen_ones_have_no_backward_pass() -
     )
     assert 0 < frozen < total
     assert count_flops(detector, scene(), "fp32") == pytest.approx(3 * total - 2 * frozen)
+    freeze_backbone(detector.backbone)  # without parameters then
+    by_hand = count_by_hand(detector)
+    frozen = sum(n for name, n in by_hand.items() if name.startswith("backbone."))
+    expected = 3 * sum(by_hand.values()) - 2 * frozen
+    assert count_flops(detector, scene(), "fp32") == pytest.approx(expected)
 
 
 def test_counting_leaves_the_steps_as_they_were() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bigdet import distributed
 from bigdet.config.load import load_config
@@ -158,9 +159,9 @@ def test_final_weights_are_on_the_disk_before_they_have_their_name(
     config = unchecked(CONFIG, ["phases.finetune.steps=3"])
     source = run_dir.checkpoint("finetune", 3) / "model.safetensors"
     source.parent.mkdir(parents=True)
-    source.write_bytes(b"weights")
+    save_file({"weight": torch.zeros(2)}, source)
     write_final_weights(config, run_dir)
-    assert run_dir.weights.read_bytes() == b"weights"
+    assert run_dir.weights.read_bytes() == source.read_bytes()
     assert disk_calls == ["sync model.tmp", "name model.safetensors", f"sync {run_dir.root.name}"]
 
 
