@@ -116,7 +116,7 @@ def test_a_phase_starts_from_a_run_with_other_classes(tmp_path, caplog):
         check_start(other, "pretrain", OWN)
 
 
-OWN = """
+OWN_NETS = """
 output: run
 data: {train: {shards: a}, val: {shards: b}}
 model: {backbone: "tests.own_nets:Plain", detector: "tests.own_nets:points", norm: gn}
@@ -128,7 +128,7 @@ phases:
 
 
 def test_an_own_head_is_not_handed_on_to_other_classes(tmp_path: Path):
-    (tmp_path / "own.yaml").write_text(OWN)
+    (tmp_path / "own.yaml").write_text(OWN_NETS)
     config = load_config(tmp_path / "own.yaml")
     check_hand_over(config, "second", ["a", "b"], ["a", "b"])
     said = r"^phases\.second\.start_from\.parts: found points, .* rows of points\.weight are of"
