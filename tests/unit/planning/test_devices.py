@@ -91,6 +91,20 @@ def test_start_and_save_follow_the_share():
     assert (row.write_whole, row.write) == (12, 6)
 
 
+def test_a_frozen_backbone_is_shared_or_whole_and_in_no_checkpoint():
+    sizes = dataclasses.replace(SIZES, frozen=500)  # 1000 of the 4000 bytes of weights
+    for kind, shares_frozen, expected in (
+        ("ZeRO-2", False, 4000),
+        ("ZeRO-2", True, 3000 + 1000 / 16),
+        ("ZeRO-3", False, 3000 / 8 + 1000),  # one node shares the rest, all ranks the frozen part
+        ("ZeRO-3", True, 3000 / 8 + 1000 / 16),
+    ):
+        memory = memory_of(STEP, kind, 16, sizes, 8, shares_frozen=shares_frozen)
+        assert memory.weights == expected
+        row = scale(STEP, kind, 16, sizes, 8, disk=1000.0, shares_frozen=shares_frozen)
+        assert (row.start, row.save_whole, row.save) == (expected, 11_000, 11_000 / 16)
+
+
 def test_a_step_without_memory_has_the_sizes_of_the_model_and_grows_with_its_images():
     steps = []
     for images in (2, 3, 4):
