@@ -3,9 +3,11 @@
 **Memory** of one of n GPUs: what `simulated.simulate` allocates, with weights, gradients and
 optimizer state divided as the engine divides them (`cluster.py`), and what engines need to send and
 gather them, in fp32: ZeRO two buckets of gradients and one of weights, its stage 3 two of gathered
-weights, FSDP2 two units of weights and two of gradients. On top of what is allocated come
+weights (of each kind one holds the largest tensor, which is never cut), FSDP2 two units of weights
+and two of gradients. On top of what is allocated come
 
-- what the allocator reserves but does not use (`allocator.py`),
+- what the allocator reserves but does not use (`allocator.py`; with ``device.expandable_segments``,
+  the default, it is less),
 - the CUDA context: 287 MB after the first kernels (PyTorch pull request 86509, lazy loading),
 - NCCL's buffers: 688 MB for a group of more than two GPUs, 544 MB for two (4 A100 with NVLink,
   NVIDIA/nccl issue 964); both together are 0.98 GB, and 1.06 GB was seen on 8 H100 (issue 1685).
@@ -136,7 +138,8 @@ def _sending(kind: str, gpus: int, step: Step, sizes: ModelSizes) -> float:
     if kind == "FSDP2":
         return 4.0 * FP32_BYTES * step.largest_unit
     if kind == "ZeRO-3":
-        return 4.0 * FP32_BYTES * min(step.largest_tensor, BUCKET_ELEMENTS)
+        largest = step.largest_tensor
+        return 2.0 * FP32_BYTES * (largest + min(largest, BUCKET_ELEMENTS))
     bucket = FP32_BYTES * min(sizes.trained, BUCKET_ELEMENTS)
     return bucket * (1.0 if kind == "ZeRO-0" else 3.0)
 

@@ -60,6 +60,12 @@ def test_what_an_engine_shares_is_divided(kind: str, expected: tuple[float, ...]
     assert memory_of(STEP, kind, 32, SIZES, 4).allocated == memory.allocated
 
 
+def test_zero_3_gathers_a_tensor_whole_however_large_it_is():
+    step = dataclasses.replace(STEP, largest_tensor=50_000_000)
+    # Weights and gradients: 50 million numbers, and a bucket of 10 million, 4 bytes each.
+    assert memory_of(step, "ZeRO-3", 4, SIZES, 4).sending == 2 * 4 * 60_000_000
+
+
 def test_an_update_that_takes_more_than_the_activations_counts():
     step = dataclasses.replace(STEP, forward=13_000, backward=17_000, optimizer=24_000)
     assert memory_of(step, "ZeRO-0", 1, SIZES, 1).allocated == 24_000
