@@ -51,6 +51,7 @@ from bigdet.engine.zero_state import (
     ShardedState,
     ZeroState,
     let_go_of,
+    step_partitions,
 )
 
 # At stage 3 smaller parameters stay whole on every rank: norms and biases, together less than 1%
@@ -99,6 +100,7 @@ class DeepSpeedEngine(StatefulEngine):
         self._clip_norm = config.clip_norm
         distributed.start()
         self._stage = stage_of_run(config)
+        self._is_offloaded = config.offload != "none"
         self._scale = LossScale(config.precision)
         self._shapes = weight_shapes(module)
         self._place(device)
@@ -168,6 +170,8 @@ class DeepSpeedEngine(StatefulEngine):
             return PlainState(self._optimizer)
         zero = self._engine.optimizer
         if self._stage == 3:
+            if not self._is_offloaded:
+                step_partitions(zero)
             return ShardedState(self._optimizer, zero, self._sharding)
         return FlatState(self._optimizer, zero)
 
@@ -292,8 +296,9 @@ def _deepspeed_config(config: EngineConfig, device: torch.device, largest: int) 
         bucket = min(BUCKET_ELEMENTS, largest)
         zero["stage3_param_persistence_threshold"] = WHOLE_ELEMENTS
         zero["stage3_prefetch_bucket_size"] = zero["reduce_bucket_size"] = bucket
-        zero["stage3_max_reuse_distance"] = zero["sub_group_size"] = bucket
+        zero["stage3_max_reuse_distance"] = bucket
         zero["stage3_max_live_parameters"] = 2 * bucket
+        zero["sub_group_size"] = max(bucket // 4, 1)  # a step has three more of each of its numbers
     else:
         zero["allgather_bucket_size"] = BUCKET_ELEMENTS
     return {
