@@ -12,7 +12,9 @@ weights, FSDP2 two units of weights and two of gradients. On top of what is allo
 
 **Time** is an estimate, a roofline: each kernel takes the time of its floating-point operations or
 of the bytes that it reads and writes, whichever is longer, at a share of the GPU's peak. It is
-about the GPU alone: small kernels may wait for the host, whose launches are counted.
+about the GPU alone: small kernels may wait for the host, whose launches are counted. Rather a lower
+bound: detectron2 published five to seven times as much for its ViTDets on A100 (one image per GPU,
+attention that is not fused, 64 GPUs), `tests/published_memory.py`.
 """
 
 from __future__ import annotations
