@@ -20,7 +20,9 @@ class EngineConfig:
     """``deepspeed`` (ZeRO), or ``fsdp``: torch's FSDP2, which shards as ZeRO-3 does."""
     zero_stage: int | None = 2
     """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
-    weights too. Must be null under fsdp."""
+    weights too. Must be null under fsdp. One rank has nobody to share with and runs stage 0, unless
+    something is offloaded or sent in bf16. With accumulation, stage 1 sends gradients once a step,
+    stages 2 and 3 once a micro-batch."""
     shard_over: Literal["all", "node"] = "all"
     """The ranks over which ZeRO-3 and fsdp shard: ``all``, or those of one ``node``, so that each
     node has a whole copy. Then weights are gathered inside a node, and nodes exchange only a rank's

@@ -154,6 +154,11 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
     check_data(config.data)
     check_model(config.model)
     check_engine(config.engine)
+    if config.model.compile and config.engine.zero_stage == 3:
+        raise ConfigError(
+            "model.compile: found true with engine.zero_stage: 3, which gathers weights in hooks "
+            "inside the compiled parts. Write false, another stage, or engine.kind: fsdp."
+        )
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
     refuse_ignored(config, ignored_options(config), written)

@@ -19,9 +19,10 @@ from bigdet import distributed
 from bigdet.engine.parts import Share, Source
 from bigdet.pieces.index import MODEL, NEWEST, Catalog
 
-BUCKET_ELEMENTS = 50_000_000
-"""Numbers that ZeRO sends in one call; stage 3 never more than its largest tensor has. DeepSpeed's
-own 500 million would be a buffer of 2 GB, whatever the model; overlapped communication has two."""
+BUCKET_ELEMENTS = 10_000_000
+"""Numbers that ZeRO sends in one call, 40 MB, not much more than torch's DistributedDataParallel:
+the first call starts early in the backward pass, and the last one is short. DeepSpeed's own 500
+million would be a buffer of 2 GB, whatever the model; overlapped communication has two."""
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 """Called by an engine once the parameters are where and how it wants them."""

@@ -9,6 +9,7 @@ same in all engines (`precision.py`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import math
@@ -93,11 +94,11 @@ class DeepSpeedEngine(StatefulEngine):
         *,
         with_ema: bool = False,
     ) -> None:
-        assert config.zero_stage is not None
         self.module = module
         self._num_micro_batches = num_micro_batches
         self._clip_norm = config.clip_norm
-        self._stage = config.zero_stage
+        distributed.start()
+        self._stage = stage_of_run(config)
         self._scale = LossScale(config.precision)
         self._shapes = weight_shapes(module)
         self._place(device)
@@ -114,10 +115,11 @@ class DeepSpeedEngine(StatefulEngine):
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        distributed.start()
         self._sharding = find_sharding(config, device)
         largest = max(math.prod(shape) for shape in self._shapes.values())
-        settings = _deepspeed_config(config, device, largest)
+        settings = _deepspeed_config(
+            dataclasses.replace(config, zero_stage=self._stage), device, largest
+        )
         if self._stage == 3:
             offload = config.offload == "all"
             if config.gather_precision == "bf16":
@@ -137,6 +139,8 @@ class DeepSpeedEngine(StatefulEngine):
             config=settings,
             dist_init_required=False,
         )[0]
+        # At stage 0 DeepSpeed would send all gradients as one copy, and also where there is 1 rank.
+        self._engine.enable_backward_allreduce = self._stage != 0
         self._state = self._state_access()
         self._ema = None
         if with_ema:
@@ -186,6 +190,8 @@ class DeepSpeedEngine(StatefulEngine):
             self._engine.backward(total, scale_wrt_gas=False)
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)
+        if not self._stage and distributed.world_size() > 1:
+            self._engine.allreduce_gradients(BUCKET_ELEMENTS)
         losses = lane_losses(seen)
         self._settle_ema()
         norm = self._step_sharded(losses) if self._stage else self._step_whole(scale)
@@ -254,12 +260,25 @@ class DeepSpeedEngine(StatefulEngine):
         gc.collect()  # engine and optimizer refer to each other
 
 
+def stage_of_run(config: EngineConfig) -> int:
+    """Return the stage that trains as the config says with the least memory and waiting.
+
+    One rank has nobody to share with: stages 1 to 3 would keep copies of weights and gradients
+    there, and wait for the device in each backward pass and step.
+    """
+    assert config.zero_stage is not None
+    is_alone = distributed.world_size() == 1 and config.offload == "none"
+    is_exact = config.reduce_precision == config.gather_precision == "fp32"
+    return 0 if is_alone and is_exact else config.zero_stage
+
+
 def _deepspeed_config(config: EngineConfig, device: torch.device, largest: int) -> dict[str, Any]:
     """DeepSpeed's own configuration; the largest tensor of the module has so many numbers."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "contiguous_gradients": True,
-        "overlap_comm": device.type == "cuda",  # needs streams
+        # Needs streams, and waits for the device at the end of each backward pass.
+        "overlap_comm": device.type == "cuda" and distributed.world_size() > 1,
         "reduce_bucket_size": BUCKET_ELEMENTS,
     }
     offloaded = {"device": "cpu", "pin_memory": device.type == "cuda"}

@@ -9,7 +9,6 @@ import functools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,8 +105,8 @@ def _groups(ranks: int, device: str) -> tuple[dist.ProcessGroup, dist.ProcessGro
     assert world is not None
     timeout = world._get_backend(torch.device(device)).options._timeout
     rows = torch.arange(distributed.world_size()).view(-1, ranks)
-    own: list[Any] = [
-        dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0]
-        for lines in (rows, rows.T)
-    ]
-    return own[0], own[1]
+    node, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)
+    copies, _ = dist.new_subgroups_by_enumeration(rows.T.tolist(), timeout=timeout)
+    assert isinstance(node, dist.ProcessGroup)
+    assert isinstance(copies, dist.ProcessGroup)
+    return node, copies

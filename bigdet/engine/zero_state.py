@@ -223,7 +223,9 @@ def _average_over_copies(zero: Any, sharding: Sharding) -> None:
         sent = torch.cat([each.reshape(-1) for each in partitions]).to(zero.communication_data_type)
         sent.div_(sharding.copies)
         torch.distributed.all_reduce(sent, group=sharding.copy_group)
-        means = sent.to(zero.gradient_accumulation_dtype).split([len(each) for each in partitions])  # type: ignore[no-untyped-call]
+        means = torch.split(
+            sent.to(zero.gradient_accumulation_dtype), [len(each) for each in partitions]
+        )
         return partition_grads(parameters, list(means))
 
     zero.partition_grads = averaged

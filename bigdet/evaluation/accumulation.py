@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,10 +60,11 @@ def accumulate(
     bounds = np.searchsorted(matched.classes, np.arange(num_classes + 1))
     reached = first_places(totals)
     exists = totals > 0
+    seen = np.zeros(len(right) + 1, dtype=np.int32)
     for threshold, area in np.ndindex(num_thresholds, num_areas):
         bit = 1 << (threshold * num_areas + area)
-        places = np.flatnonzero(right & bit)
-        seen = np.cumsum(counted & bit != 0)
+        places = np.flatnonzero(right & bit != 0)  # ten times as fast as of integers
+        np.cumsum(counted & bit != 0, out=seen[1:])
         values = precision_at_recalls(places, seen, bounds, reached[:, area])
         precision[threshold, :, :, area] = np.where(exists[:, area], values, -1.0)
         for number, limit in enumerate(limits):
@@ -88,22 +90,23 @@ def first_places(totals: Index) -> Index:
     return found.reshape(*totals.shape, len(RECALLS))
 
 
-def precision_at_recalls(places: Index, seen: Index, bounds: Index, reached: Index) -> Numbers:
+def precision_at_recalls(
+    places: Index, seen: NDArray[np.integer[Any]], bounds: Index, reached: Index
+) -> Numbers:
     """Return the highest precision at or beyond each recall, ``(R, K)``.
 
     Precision rises only at right detections, so the others are not needed.
 
     Args:
         places: indices of the right detections, by class, then by falling score.
-        seen: ``(N,)`` number of detections that count, up to each one, over all classes.
+        seen: ``(N + 1,)`` how many of the first 0 to N detections count, over all classes.
         bounds: ``(K + 1,)`` index of the first detection of each class.
         reached: ``(K, R)`` number of right detections before each recall is reached.
     """
     starts = np.searchsorted(places, bounds)
     lengths = np.diff(starts)
-    before = np.append(0, seen)[bounds[:-1]]
     num_right = np.arange(1, len(places) + 1) - np.repeat(starts[:-1], lengths)
-    num_seen = seen[places] - np.repeat(before, lengths)
+    num_seen = seen[places + 1] - np.repeat(seen[bounds[:-1]], lengths)
     precision = num_right / (num_seen + np.spacing(1))
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         backwards = precision[start:end][::-1]

@@ -234,7 +234,7 @@ def _mean_ap(labels: Index, is_right: Flags, totals: Index, asked: Index) -> flo
     small = np.uint16 if len(totals) < 1 << 16 else np.int64  # numpy sorts uint16 10 times faster
     order = np.argsort(labels.astype(small), kind="stable")
     bounds = np.searchsorted(labels[order], np.arange(len(totals) + 1))
-    right, seen = np.flatnonzero(is_right[order]), np.arange(1, len(labels) + 1)
+    right, seen = np.flatnonzero(is_right[order]), np.arange(len(labels) + 1)
     values = precision_at_recalls(right, seen, bounds, first_places(asked))  # (R, K)
     means = np.ascontiguousarray(values.T).mean(axis=1)
     is_asked = (totals > 0) & ((asked > 0) | (np.diff(bounds) > 0))

@@ -163,7 +163,7 @@ def state_bytes(kind: str, gpus: int, work: Work) -> float:
     weights = FP32_BYTES * (work.sizes.parameters + work.sizes.buffers)
     gradients = FP32_BYTES * work.sizes.trained
     optimizer = work.optimizer_tensors * gradients
-    if kind in ("ZeRO-1", "ZeRO-2"):
+    if kind in ("ZeRO-1", "ZeRO-2") and gpus > 1:  # one rank runs ZeRO-0
         optimizer += FP32_BYTES * work.sizes.trained  # DeepSpeed updates a copy
     shares = [1 / gpus if stage >= first else 1.0 for first in (3, 2, 1)]
     sharded = weights * shares[0] + gradients * shares[1] + optimizer * shares[2]

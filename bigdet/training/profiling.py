@@ -57,6 +57,14 @@ class Profile:
             return
         profiler, self._profiler = self._profiler, None
         profiler.stop()
+        try:
+            self._write(profiler)
+        except OSError as error:  # a full disk
+            logger.warning("the profile of %s cannot be written: %s", self._phase, error)
+        if self._device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, profiler: profile) -> None:
         rank = distributed.rank()
         file = self._run_dir.trace(self._phase, rank)
         file.parent.mkdir(exist_ok=True)
@@ -64,7 +72,6 @@ class Profile:
         logger.info("profile of %s: %s (open it in https://ui.perfetto.dev)", self._phase, file)
         if self._device.type == "cuda":
             write_memory(self._run_dir.memory_snapshot(self._phase, rank))
-            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def write_memory(file: Path) -> None:

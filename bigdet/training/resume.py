@@ -16,7 +16,7 @@ from bigdet.config.earlier import keep_former
 from bigdet.config.load import dump_config, parse_config, read_config
 from bigdet.config.phase import PhaseConfig, check_length, in_steps, num_lanes, num_steps
 from bigdet.config.rules import ConfigError
-from bigdet.config.run import RunConfig, phase_data, phase_model, phase_source
+from bigdet.config.run import RunConfig, phase_before, phase_data, phase_model, phase_source
 from bigdet.data.format.phase_sets import DataSets, phases_by_sets
 from bigdet.data.streams.stream import TrainStream
 from bigdet.engine import checkpoint
@@ -41,7 +41,7 @@ from bigdet.training.forks import (
 from bigdet.training.saving import newest_checkpoint
 from bigdet.training.showing import note_start, open_boards
 from bigdet.training.state import NEWEST, RunState
-from bigdet.weights.start import check_start
+from bigdet.weights.start import check_hand_over, check_start
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,11 @@ def check_phases(config: RunConfig, sets: Mapping[str, DataSets], saved: Checkpo
     first = 0 if saved is None else names.index(saved.run["run"]["phase"]) + 1
     for name in names[first:]:
         _any_stream(config, sets, name, config.phases[name])
-        if phase_source(config, name) not in ("random", "previous"):
-            check_start(config, name, sets[name].classes)
+        source, classes = phase_source(config, name), sets[name].classes
+        if source == "previous":
+            check_hand_over(config, name, sets[phase_before(config, name)].classes, classes)
+        elif source != "random":
+            check_start(config, name, classes)
 
 
 def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:

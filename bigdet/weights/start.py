@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from bigdet import distributed
+from bigdet.config.own import is_own
 from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig, phase_before, phase_model, phase_source, start_parts
 from bigdet.config.start import is_timm, stated_cost
@@ -20,7 +21,7 @@ from bigdet.host.strict_json import to_json
 from bigdet.models.build import build_detector
 from bigdet.models.detector import Detector
 from bigdet.models.weights import AVERAGE, FORMAT, LoadedPart, find_weights, part_of, read_metadata
-from bigdet.pieces.building import parameters_in_file
+from bigdet.pieces.building import parameters_in_file, parameters_on_meta
 from bigdet.run_dir import RunDir
 from bigdet.weights.classes import class_rows
 from bigdet.weights.own_runs import load_run, other_sampling
@@ -101,6 +102,35 @@ def check_start(config: RunConfig, name: str, classes: Sequence[str]) -> None:
                 _read(detector, config, name, classes, RunDir(Path(config.output)))
     except ValueError as error:
         raise ValueError(f"phases.{name}.start_from: {error}") from error
+
+
+def check_hand_over(
+    config: RunConfig, name: str, classes_before: Sequence[str], classes: Sequence[str]
+) -> None:
+    """Check that the parts that a phase takes from the one before fit its classes.
+
+    Those of bigdet do; of a user's own detector it may not be known which rows are of which class.
+
+    Raises:
+        ValueError: with the first tensor that does not fit.
+    """
+    if list(classes_before) == list(classes) or not is_own(config.model.detector):
+        return
+    with parameters_on_meta():
+        before, own = (
+            build_detector(phase_model(config, phase), len(names)).state_dict()
+            for phase, names in ((phase_before(config, name), classes_before), (name, classes))
+        )
+    parts = start_parts(config, name)
+    for tensor in own:
+        if part_of(tensor) not in parts or before[tensor].shape == own[tensor].shape:
+            continue
+        if class_rows(tensor, len(own[tensor]), len(classes)) is None:
+            raise ValueError(
+                f"phases.{name}.start_from.parts: found {part_of(tensor)}, but the phase before "
+                f"has other classes, and it is not known which rows of {tensor} are of which "
+                f"class. List the parts without it; it starts anew."
+            )
 
 
 @contextmanager

@@ -28,6 +28,7 @@ def run_and_shards(shapes_shards, tmp_path_factory):
 def _keep_logging(monkeypatch):
     """Commands that run in this process would take the log from other tests."""
     monkeypatch.setattr("bigdet.evaluate.setup_logging", lambda rank: None)
+    monkeypatch.setattr("bigdet.cli.score_file.setup_logging", lambda rank: None)
 
 
 def call(*words, ranks=None):

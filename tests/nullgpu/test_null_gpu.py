@@ -22,7 +22,7 @@ MOST_LAUNCHES = {
     "cascade_mask_rcnn": 1920,
     "cascade_rcnn, mmdet": 1680,
     "keypoint_rcnn": 1380,
-    "mask_rcnn, swin_t": 2730,
+    "mask_rcnn, swin_t": 2610,
     "retinanet": 1360,
     "many images": 1440,
 }

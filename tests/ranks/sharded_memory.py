@@ -157,8 +157,13 @@ class Rank:
         self.report["seconds to save"] = round(time.monotonic() - started, 1)
 
 
-def run(backbone: str, engine_name: str, folder: Path, saved: str | None) -> dict[str, Any]:
-    """Run from the start into a kill, or on from a checkpoint, on all ranks; give the report."""
+def run(
+    backbone: str, engine_name: str, folder: Path, saved: str | None, is_ended: bool = False
+) -> dict[str, Any]:
+    """Run from the start into a kill, or on from a checkpoint, on all ranks; give the report.
+
+    With ``is_ended`` nothing comes after the save.
+    """
     rank = Rank(backbone, engine_name, folder)
     engine = rank.start(None if saved is None else folder / saved)
     if saved is None:
@@ -170,7 +175,7 @@ def run(backbone: str, engine_name: str, folder: Path, saved: str | None) -> dic
         rank.note("resume")
     rank.save(engine, folder / (engine_name if saved is None else f"{saved}-again"))
     rank.note("save")
-    if distributed.world_size() > 1:
+    if not is_ended:
         rank.step(engine, SAVED_AT + 1)
         rank.note("step after")
     if saved is None:
@@ -178,31 +183,39 @@ def run(backbone: str, engine_name: str, folder: Path, saved: str | None) -> dic
     return rank.report
 
 
-def run_ways(backbone: str, ways: Sequence[tuple[str, str]]) -> dict[str, list[dict[str, Any]]]:
-    """Run each way on 4 ranks and resume it on 2; give the reports of all ranks by run."""
+def run_ways(
+    backbone: str, ways: Sequence[tuple[str, str]], ranks: int = 4
+) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Run each way, and resume it on half as many ranks; give the reports of all ranks by run."""
+    half = ranks // 2
     found = {}
     for before, after in ways:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             start = partial(run_ranks, run, timeout_seconds=TIMEOUT)
             try:
-                start(4, folder, backbone, before, folder, None)
+                start(ranks, folder, backbone, before, folder, None)
             except RankError as error:
-                files = [folder / f"killed-{rank}.json" for rank in range(4)]
+                files = [folder / f"killed-{rank}.json" for rank in range(ranks)]
                 if not all(file.is_file() for file in files):
                     raise AssertionError("a rank failed before the kill") from error
-            found[before, 4] = [json.loads(file.read_text()) for file in files]
-            found[after, 2] = start(2, folder, backbone, after, folder, before)
-            expected = found[before, 4][0]["losses"][f"{SAVED_AT + 1}"]
-            resumed = found[after, 2][0]["losses"][f"{SAVED_AT + 1}"]
+            found[before, ranks] = [json.loads(file.read_text()) for file in files]
+            found[after, half] = start(half, folder, backbone, after, folder, before)
+            expected, resumed = (
+                found[run][0]["losses"][f"{SAVED_AT + 1}"]
+                for run in ((before, ranks), (after, half))
+            )
             torch.testing.assert_close(resumed, expected, **LOSSES_CLOSE)
-            write(f"{before} on 4 ranks -> {after} on 2: loss {expected:.6f}, {resumed:.6f}")
-            if (after, 1) not in found and after == "fsdp":  # which has no room for gradients
-                found[after, 1] = start(1, folder, backbone, after, folder, before)
+            write(
+                f"{before} on {ranks} ranks, then {after} on {half}: loss of the next step "
+                f"{expected:.6f} without the kill, {resumed:.6f} after it"
+            )
+            if half > 1 and after == "fsdp":  # to see how long a save takes; without gradients
+                found[after, 1] = start(1, folder, backbone, after, folder, before, True)
     return found
 
 
-def check(reports: dict[Any, list[dict[str, Any]]], bases: dict[str, float]) -> int:
+def check(reports: dict[tuple[str, int], list[dict[str, Any]]], bases: dict[str, float]) -> int:
     """Print the memory of each rank and its limit; give how often it was more."""
     failures = 0
     for (engine, world), ranks in reports.items():
@@ -224,7 +237,7 @@ def check(reports: dict[Any, list[dict[str, Any]]], bases: dict[str, float]) -> 
     return failures
 
 
-def base_of(reports: dict[Any, list[dict[str, Any]]], engine: str) -> float:
+def base_of(reports: dict[tuple[str, int], list[dict[str, Any]]], engine: str) -> float:
     """The most that runs of an engine with a tiny backbone took besides what they held."""
     return max(
         most["resident"] - report["state"] * (2 if part == "save" else 1) - report["gradients"]
@@ -245,14 +258,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="vit_h")
     parser.add_argument("--ways", nargs="+", default=["zero3:fsdp", "fsdp:zero3"])
+    parser.add_argument("--ranks", type=int, default=4, help="half as many resume")
     options = parser.parse_args()
     from tests.ranks.sharded_memory import run_ways  # not of __main__, where ranks find no function
 
     os.environ["MALLOC_MMAP_THRESHOLD_"] = f"{MIB}"
     ways = [tuple(way.split(":")) for way in options.ways]
-    tiny = run_ways(TINY, ways)
+    tiny = run_ways(TINY, ways, options.ranks)
     bases = {engine: base_of(tiny, engine) for engine in ENGINES}
-    return 1 if check(run_ways(options.backbone, ways), bases) else 0
+    return 1 if check(run_ways(options.backbone, ways, options.ranks), bases) else 0
 
 
 if __name__ == "__main__":

@@ -7,13 +7,43 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
-from timm.models.swin_transformer import window_partition, window_reverse
+from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 from torch import Tensor, nn
 
 from bigdet.models.backbone_base import Backbone, pad_to_multiple
 
 PATCH = 4
+
+
+class FusedAttention(WindowAttention):  # type: ignore[misc]
+    """timm's attention within windows; on CUDA in one kernel, without a matrix for each image.
+
+    The positions and what a shift separates are the mask of the kernel, one for all images.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within each of ``(B x windows, N, C)``; the mask is ``(windows, N, N)``."""
+        attended: Tensor = self.fused(x, mask) if x.is_cuda else super().forward(x, mask)
+        return attended
+
+    def fused(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Do what timm's forward does, but for rounding."""
+        assert self.attn_drop.p == 0
+        number, area, channels = x.shape
+        heads = self.num_heads
+        parts = self.qkv(x).view(number, area, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        shifts = self._get_rel_pos_bias()  # (1, heads, N, N)
+        if mask is not None:  # windows and heads in one dimension: (B, windows x heads, N, D)
+            shifts = (shifts + mask.unsqueeze(1)).flatten(0, 1).unsqueeze(0)
+            parts = parts.reshape(3, -1, shifts.shape[1], area, channels // heads)
+        query, key, value = parts.unbind(0)
+        found = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=shifts.to(query.dtype), scale=self.scale
+        )
+        found = found.reshape(number, heads, area, -1).transpose(1, 2).reshape(x.shape)
+        attended: Tensor = self.proj_drop(self.proj(found))
+        return attended
 
 
 class Swin(Backbone):
@@ -42,6 +72,9 @@ class Swin(Backbone):
         )
         self.patch_embed: nn.Module = timm_model.patch_embed
         self.layers: Any = timm_model.layers
+        for module in self.layers.modules():
+            if type(module) is WindowAttention:
+                module.__class__ = FusedAttention  # has the same parameters
         self.channels = [info["num_chs"] for info in timm_model.feature_info]
         self.add_output_norms()
 

@@ -52,6 +52,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
         (["model.roi.nms_iou=1.5"], "model.roi.nms_iou", "in [0, 1]"),
         (["engine.zero_stage=4"], "engine.zero_stage", "0, 1, 2 or 3"),
         (["engine.zero_stage=null"], "engine.zero_stage", "0, 1, 2 or 3"),
+        (["engine.zero_stage=3", "model.compile=true"], "model.compile", "another stage"),
         (["engine.kind=fsdp"], "engine.zero_stage", "has no stages"),
         (["engine.kind=fsdp", "engine.zero_stage=null", "engine.offload=optimizer"],
          "engine.offload", "all or none"),

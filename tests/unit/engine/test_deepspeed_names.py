@@ -13,6 +13,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 from deepspeed.launcher import runner
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import Init
@@ -36,6 +37,8 @@ METHODS = [
     (SHARDED, "checkpoint_event_epilogue"),
     (SHARDED, "_reassign_or_swap_out_partitioned_parameters"),
     (SHARDED, "loss_scale"),
+    (SHARDED, "partition_grads"),
+    (torch_autocast, "PARAM_COMM_DTYPE_ATTR_NAME"),
     (DeepSpeedEngine, "set_gradient_accumulation_boundary"),
     (DeepSpeedEngine, "get_global_grad_norm"),
     (DeepSpeedEngine, "destroy"),
@@ -52,6 +55,8 @@ SET_ON_SELF = [
     (SHARDED, "fp32_partitioned_groups_flat"),
     (SHARDED, "grad_position"),
     (SHARDED, "fp16_groups"),
+    (SHARDED, "communication_data_type"),
+    (SHARDED, "gradient_accumulation_dtype"),
 ]
 
 
@@ -77,6 +82,10 @@ def test_parameters_and_arguments_are_there():
 
 def test_the_list_is_complete():
     code = "".join(file.read_text() for file in sorted(ENGINE_CODE.glob("*.py")))
-    used = set(re.findall(r"(?:self\._zero|self\._engine|self\._engine\.optimizer)\.(\w+)", code))
+    used = set(
+        re.findall(
+            r"(?:self\._zero|self\._engine|self\._engine\.optimizer|(?<![.\w])zero)\.(\w+)", code
+        )
+    )
     ordinary = {"backward", "module", "optimizer", "step", "zero_grad"}  # DeepSpeed documents them
     assert used - ordinary <= {name for _, name in (*METHODS, *SET_ON_SELF)}

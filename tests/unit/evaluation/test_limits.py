@@ -91,7 +91,7 @@ def test_more_objects_than_are_counted_are_reported_after_and_before(dense, resu
 
 
 def test_a_file_of_detections_is_scored_with_another_limit(dense, results, tmp_path, monkeypatch):
-    monkeypatch.setattr("bigdet.evaluate.setup_logging", lambda rank: None)
+    monkeypatch.setattr("bigdet.cli.score_file.setup_logging", lambda rank: None)
     (tmp_path / "found.json").write_text(json.dumps(results))
     words = [str(tmp_path / "found.json"), "--shards", str(dense.folder)]
     out = ["--out", str(tmp_path / "ap.json")]

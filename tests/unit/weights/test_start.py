@@ -13,7 +13,7 @@ from bigdet.models.weights import load_parts, save_detector_weights, weights_met
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
 from bigdet.weights.classes import carry_classes
-from bigdet.weights.start import check_start, start_table
+from bigdet.weights.start import check_hand_over, check_start, start_table
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 SOURCE = ["Person", "Wild Bird", "sports car", "boat"]
@@ -114,3 +114,25 @@ def test_a_phase_starts_from_a_run_with_other_classes(tmp_path, caplog):
     expected = r"They were trained with model\.backbone=resnet10 \(here resnet18\), "
     with pytest.raises(ValueError, match=rf"{expected}model\.fc_width=16 \(here 32\)\.$"):
         check_start(other, "pretrain", OWN)
+
+
+OWN_NETS = """
+output: run
+data: {train: {shards: a}, val: {shards: b}}
+model: {backbone: "tests.own_nets:Plain", detector: "tests.own_nets:points", norm: gn}
+engine: {kind: fsdp, zero_stage: null, precision: fp32}
+phases:
+  first: {steps: 2, images_per_gpu: 2, resize: {kind: direct, size: 64}, lr: 0.01, warmup_steps: 0}
+  second: {steps: 2, images_per_gpu: 2, resize: {kind: direct, size: 64}, lr: 0.01, warmup_steps: 0}
+"""
+
+
+def test_an_own_head_is_not_handed_on_to_other_classes(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text(OWN_NETS)
+    config = load_config(tmp_path / "own.yaml")
+    check_hand_over(config, "second", ["a", "b"], ["a", "b"])
+    said = r"^phases\.second\.start_from\.parts: found points, .* rows of points\.weight are of"
+    with pytest.raises(ValueError, match=said):
+        check_hand_over(config, "second", ["a", "b"], ["b"])
+    without = load_config(tmp_path / "own.yaml", ["phases.second.start_from.parts=[backbone]"])
+    check_hand_over(without, "second", ["a", "b"], ["b"])
