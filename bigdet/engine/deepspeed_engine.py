@@ -205,7 +205,11 @@ class DeepSpeedEngine(StatefulEngine):
     def _step_whole(self, scale: float) -> Tensor:
         """Stage 0: every rank has the same reduced gradients. Return the norm, fp64."""
         parameters = [parameter for parameter, _ in self._trained.values()]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is None:  # no loss depends on it: 0, as DeepSpeed has it
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         if scale != 1:
             torch._foreach_mul_(gradients, 1 / scale)
         # In fp64, as DeepSpeed's other stages: a sum of 10 million squares in fp32 is off by 4e-4.
