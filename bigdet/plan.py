@@ -32,8 +32,9 @@ from collections.abc import Sequence
 import torch
 
 from bigdet.cli.running import run_command
+from bigdet.config.engine import EngineConfig
 from bigdet.config.load import check_phase, load_config
-from bigdet.config.phase import PhaseConfig
+from bigdet.config.phase import PhaseConfig, data_key
 from bigdet.config.run import RunConfig, phase_data
 from bigdet.data.format.mix import open_train_set
 from bigdet.logs.log import setup_logging
@@ -84,6 +85,12 @@ def main(arguments: Sequence[str]) -> int:
         plan_memory(config, phase, train_set.num_classes, options)
         return 0
     hosts, cluster = _cluster(options)
+    if left_out := options_left_out(config.engine):
+        logger.warning(
+            "%s: not part of this prediction, which is of the defaults. --device plans memory with "
+            "engine.shard_over and engine.shard_frozen.",
+            ", ".join(left_out),
+        )
     if options.step_seconds is None:
         words = [options.config, *options.overrides, "--phase", phase]
         logger.info("measuring %d steps on this device", MEASURED_STEPS)
@@ -109,6 +116,13 @@ def main(arguments: Sequence[str]) -> int:
         work = dataclasses.replace(work, activation_bytes=max(0.0, rest))
     _write_tables(config, phase, hosts, cluster, work, room_gib, bool(measured.gib))
     return 0
+
+
+def options_left_out(engine: EngineConfig) -> list[str]:
+    """Return the options, other than the defaults, that the prediction for many GPUs leaves out."""
+    names = ("shard_over", "shard_frozen", "gather_precision", "reduce_precision")
+    default = EngineConfig()
+    return [f"engine.{n}" for n in names if getattr(engine, n) != getattr(default, n)]
 
 
 def _write_tables(
@@ -227,8 +241,9 @@ def plan_devices(config: RunConfig, phase: str, options: argparse.Namespace) -> 
         except (ValueError, OSError):
             classes = CLASSES
             logger.warning(
-                "data.train.shards: no shard set could be opened, so the number of classes is not "
-                "known: planning with %d. --classes gives another.",
+                "%s.shards: no shard set could be opened, so the number of classes is not known: "
+                "planning with %d. --classes gives another.",
+                data_key(phase, config.phases[phase], "train"),
                 CLASSES,
             )
     report_devices(

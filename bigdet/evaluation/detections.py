@@ -372,7 +372,8 @@ def _numbers(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
             raise TypeError("not as many numbers")
         values = list(itertools.chain.from_iterable(values))
     array = np.array(values, dtype=None if values else np.float64)
-    if _has_bool(values) or array.dtype.kind not in "if" or not np.isfinite(array).all():
+    is_number = array.ndim == 1 and array.dtype.kind in "if" and not _has_bool(values)
+    if not is_number or not np.isfinite(array).all():
         raise TypeError("not finite numbers")
     return array.astype(np.float64).reshape(shape)
 

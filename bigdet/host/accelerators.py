@@ -43,6 +43,8 @@ GPUS = {
     "RTX 3090": Gpu(23.6, 936 * GB, 71.0),
 }
 """By name; a name that contains another comes first."""
+_VARIANTS = {"NVL", "Ti", "D", "Laptop", "MIG"}
+"""Words in the names of other GPUs, or of parts of one, whose peak is lower or higher."""
 
 
 def short_name(name: str) -> str:
@@ -60,4 +62,6 @@ def peak_flops(device_name: str) -> float | None:
         None if it is not known.
     """
     padded = f" {device_name.replace('-', ' ')} "
+    if _VARIANTS & set(padded.split()):
+        return None
     return next((1e12 * gpu.teraflops for name, gpu in GPUS.items() if f" {name} " in padded), None)

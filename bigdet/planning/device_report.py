@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from bigdet.config.engine import shards_frozen
 from bigdet.config.run import RunConfig, phase_model
 from bigdet.host.accelerators import Gpu
 from bigdet.planning.devices import (
@@ -64,6 +65,7 @@ def report_devices(
             f"GPU. Plan with engine.offload=none, or with --memory-gib on a GPU."
         )
     over = GPUS_PER_HOST if engine.shard_over == "node" else max(gpus)
+    shared = shards_frozen(engine)
     sizes = model_sizes(config, phase, num_classes)
     height, width = canvas_of(config, phase)
     images = settings.images_per_gpu
@@ -84,13 +86,15 @@ def report_devices(
         kind,
         gpus[0],
     )
-    memory = memory_of(step, kind, gpus[0], sizes, over)
+    memory = memory_of(step, kind, gpus[0], sizes, over, shares_frozen=shared)
     _write_rows(memory)
     larger = simulate(_with_images(config, phase, 2 * images), phase, num_classes, num_objects)
-    totals = memory.total, memory_of(larger, kind, gpus[0], sizes, over).total
+    twice = memory_of(larger, kind, gpus[0], sizes, over, shares_frozen=shared)
+    totals = memory.total, twice.total
     _write_devices(found, step, totals, images, engine.precision)
     if len(gpus) > 1:
-        _write_scaling([scale(step, kind, n, sizes, over, disk) for n in gpus], kind, disk)
+        rows = [scale(step, kind, n, sizes, over, disk, shares_frozen=shared) for n in gpus]
+        _write_scaling(rows, kind, disk)
 
 
 def _write_rows(memory: Memory) -> None:

@@ -3,7 +3,8 @@
 **Memory** of one of n GPUs: what `simulated.simulate` allocates, with weights, gradients and
 optimizer state divided as the engine divides them (`cluster.py`), and what engines need to send and
 gather them, in fp32: ZeRO two buckets of gradients and one of weights, its stage 3 two of gathered
-weights, FSDP2 two units of weights and two of gradients. On top of what is allocated come
+weights (of each kind one holds the largest tensor, which is never cut), FSDP2 two units of weights
+and two of gradients. On top of what is allocated come
 
 - what the allocator reserves but does not use (`allocator.py`), with segments of fixed size: less
   with ``device.expandable_segments``,
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from bigdet.engine.base import BUCKET_ELEMENTS
 from bigdet.host.accelerators import GPUS, Gpu, short_name
 from bigdet.planning.simulated import Step
-from bigdet.training.sizes import FP32_BYTES, ModelSizes
+from bigdet.training.sizes import BF16_BYTES, FP32_BYTES, ModelSizes
 
 CONTEXT_BYTES = 287_047_680
 NCCL_BYTES = {1: 0, 2: 544_000_000}
@@ -87,7 +88,15 @@ def stage_of(kind: str) -> int:
     return 3 if kind == "FSDP2" else int(kind[-1])
 
 
-def memory_of(step: Step, kind: str, gpus: int, sizes: ModelSizes, over: int) -> Memory:
+def memory_of(
+    step: Step,
+    kind: str,
+    gpus: int,
+    sizes: ModelSizes,
+    over: int,
+    *,
+    shares_frozen: bool = False,
+) -> Memory:
     """Return the memory of each of some GPUs in training.
 
     Args:
@@ -96,10 +105,13 @@ def memory_of(step: Step, kind: str, gpus: int, sizes: ModelSizes, over: int) ->
         gpus: number of GPUs, n.
         sizes: of the model.
         over: number of GPUs that share what the engine divides: n, or those of a host.
+        shares_frozen: all GPUs share a frozen backbone; else each has it whole.
     """
     stage = stage_of(kind) if gpus > 1 else 0
     parts = [min(gpus, over) if stage >= first else 1 for first in (3, 2, 1)]
-    weights, gradients = step.weights / parts[0], step.gradients / parts[1]
+    frozen = BF16_BYTES * sizes.frozen
+    weights = (step.weights - frozen) / parts[0] + frozen / (gpus if shares_frozen else 1)
+    gradients = step.gradients / parts[1]
     copies = step.gradients if stage in (1, 2) else 0  # DeepSpeed updates a copy
     optimizer = (step.state + copies) / parts[2]
     fixed = step.weights + step.state
@@ -128,7 +140,8 @@ def _sending(kind: str, gpus: int, step: Step, sizes: ModelSizes) -> float:
     if kind == "FSDP2":
         return 4.0 * FP32_BYTES * step.largest_unit
     if kind == "ZeRO-3":
-        return 4.0 * FP32_BYTES * min(step.largest_tensor, BUCKET_ELEMENTS)
+        largest = step.largest_tensor
+        return 2.0 * FP32_BYTES * (largest + min(largest, BUCKET_ELEMENTS))
     bucket = FP32_BYTES * min(sizes.trained, BUCKET_ELEMENTS)
     return bucket * (1.0 if kind == "ZeRO-0" else 3.0)
 

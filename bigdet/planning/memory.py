@@ -211,5 +211,5 @@ def read_numbers(option: str, text: str) -> list[int]:
     """Read ``224,320,448``: numbers above 0, as a sorted list without repetition."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"{option}: found {text}, expected numbers such as 224,320,448.")
+        raise ValueError(f"{option}: found {text}, expected numbers above 0, with commas.")
     return sorted({int(part) for part in parts})

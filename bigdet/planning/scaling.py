@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bigdet.planning.cluster import link_speed
 from bigdet.planning.devices import Memory, memory_of, stage_of
 from bigdet.planning.simulated import Step
-from bigdet.training.sizes import ModelSizes
+from bigdet.training.sizes import BF16_BYTES, ModelSizes
 
 GPUS_PER_HOST = 8
 
@@ -45,7 +45,16 @@ class Scale:
     wait: float
 
 
-def scale(step: Step, kind: str, gpus: int, sizes: ModelSizes, over: int, disk: float) -> Scale:
+def scale(
+    step: Step,
+    kind: str,
+    gpus: int,
+    sizes: ModelSizes,
+    over: int,
+    disk: float,
+    *,
+    shares_frozen: bool = False,
+) -> Scale:
     """Predict one number of GPUs.
 
     Args:
@@ -55,16 +64,17 @@ def scale(step: Step, kind: str, gpus: int, sizes: ModelSizes, over: int, disk: 
         sizes: of the model.
         over: number of GPUs that share what the engine divides: all, or those of a host.
         disk: bytes per second that a host writes.
+        shares_frozen: all GPUs share a frozen backbone, which is in no checkpoint.
     """
-    checkpoint = float(step.weights + step.state)
+    checkpoint = float(step.weights - BF16_BYTES * sizes.frozen + step.state)
     share = checkpoint / gpus
     hosts = math.ceil(gpus / GPUS_PER_HOST)
-    own = step.weights / (min(gpus, over) if stage_of(kind) == 3 else 1)
+    memory = memory_of(step, kind, gpus, sizes, over, shares_frozen=shares_frozen)
     return Scale(
         gpus=gpus,
-        step=memory_of(step, kind, gpus, sizes, over),
-        start_whole=step.weights + (own if stage_of(kind) == 3 and gpus > 1 else 0.0),
-        start=own,
+        step=memory,
+        start_whole=step.weights + (memory.weights if stage_of(kind) == 3 and gpus > 1 else 0.0),
+        start=memory.weights,
         save_whole=checkpoint,
         save=share,
         write_whole=checkpoint / disk,

@@ -67,7 +67,7 @@ class Results:
             run: its state is changed in place.
             losses: gets the losses of each step.
             meter: learns how much of the wait for data the device did not notice.
-            lanes: of this rank.
+            lanes: numbers of the lanes that this rank runs.
         """
         self._run, self._losses, self._meter, self._lanes = run, losses, meter, lanes
         self._unread: Taken | None = None

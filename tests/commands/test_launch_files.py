@@ -139,6 +139,8 @@ def test_a_slurm_job_that_is_stopped_is_put_into_the_queue_again(
     for name, text in {
         # What srun does: the command as two tasks, and the largest of their exit codes.
         "srun": """
+            [ "$1 $2" = "--cpus-per-task 8" ] || exit 1
+            shift 2
             for rank in 0 1; do
               SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks="$tasks $!"
             done
@@ -152,6 +154,7 @@ def test_a_slurm_job_that_is_stopped_is_put_into_the_queue_again(
     own = variables(
         {
             "SLURM_JOB_ID": 77,
+            "SLURM_CPUS_PER_TASK": 8,
             "SLURM_NTASKS": 2,
             "SLURM_STEP_ID": os.getpid() % 1000,
             "SLURM_STEP_NUM_TASKS": 2,

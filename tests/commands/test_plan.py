@@ -55,6 +55,7 @@ def test_options_that_would_say_nothing_are_refused():
         (["--memory-gib", "8", "--trials", "2"], "--trials: found 2, expected 3 or more"),
         (["--objects", "9"], "--objects: only for a plan with --device"),
         (["--device", "h200", "--memory-gib", "8"], "--memory-gib: only for a plan without --dev"),
+        (["--device", "h200", "--measure"], "--measure: only for a plan without --device"),
         (["--device", "h200", "--disk", "0"], "--disk: found 0.0, expected a number above 0"),
     ]:
         with pytest.raises(ValueError, match=message):

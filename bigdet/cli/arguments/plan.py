@@ -106,8 +106,9 @@ def _check_device(options: argparse.Namespace) -> None:
     """Refuse what has no effect with --device, and what needs it."""
     others = ("link", "latency", "step_seconds", "gpu_memory_gib", "memory_gib", "sizes")
     with_device = ("classes", "objects", "disk")
-    for name in with_device if options.device is None else (*others, "batches", "trials", "check"):
-        if getattr(options, name) is not None:
+    others = (*others, "batches", "trials", "check", "measure")
+    for name in with_device if options.device is None else others:
+        if getattr(options, name) not in (None, False):
             word = "with" if name in with_device else "without"
             raise ValueError(
                 f"--{name.replace('_', '-')}: only for a plan {word} --device. Leave one of them "

@@ -96,6 +96,12 @@ def test_what_is_wrong_is_reported_with_its_number(truth, wrong, message):
         read_detections([result(), result(), wrong, result()], truth, KINDS, "some.json")
 
 
+def test_numbers_in_lists_of_their_own_are_no_numbers(truth):
+    for wrong in (result(score=[0.5]), result(bbox=[[25], [20], [40], [30]])):
+        with pytest.raises(ResultsError, match=r"detection 1: (score|bbox) is"):
+            read_detections([wrong], truth, KINDS, "some.json")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from bigdet.plan import parse_cluster
+from bigdet.config.engine import EngineConfig
+from bigdet.plan import options_left_out, parse_cluster
 from bigdet.planning.cluster import KINDS, Cluster, Work, best, forecast, link_speed, state_bytes
 from bigdet.training.sizes import ModelSizes
 
@@ -53,6 +54,12 @@ def test_every_adapter_of_a_host_carries_rings_and_latency_grows_with_the_logari
     assert cluster.seconds(0.4e9, 8, calls=1, passes=2) == pytest.approx(0.0175 + 0.006)
     # Inside one host the network plays no part: 2 * 3/4 of 0.4 GB at 100 GB/s.
     assert cluster.seconds(0.4e9, 4, calls=1, passes=2) == pytest.approx(0.006 + 0.004)
+
+
+def test_options_that_are_not_part_of_a_forecast_are_named():
+    assert options_left_out(EngineConfig(zero_stage=3)) == []
+    engine = EngineConfig(zero_stage=3, shard_over="node", reduce_precision="bf16")
+    assert options_left_out(engine) == ["engine.shard_over", "engine.reduce_precision"]
 
 
 def test_states_take_what_the_zero_paper_says():

@@ -59,6 +59,12 @@ def test_what_an_engine_shares_is_divided(kind: str, expected: tuple[float, ...]
     assert memory_of(STEP, kind, 32, SIZES, 4).allocated == memory.allocated
 
 
+def test_zero_3_gathers_a_tensor_whole_however_large_it_is():
+    step = dataclasses.replace(STEP, largest_tensor=50_000_000)
+    # Weights and gradients: 50 million numbers, and a bucket of 10 million, 4 bytes each.
+    assert memory_of(step, "ZeRO-3", 4, SIZES, 4).sending == 2 * 4 * 60_000_000
+
+
 def test_an_update_that_takes_more_than_the_activations_counts():
     step = dataclasses.replace(STEP, forward=13_000, backward=17_000, optimizer=24_000)
     assert memory_of(step, "ZeRO-0", 1, SIZES, 1).allocated == 24_000
@@ -88,6 +94,20 @@ def test_start_and_save_follow_the_share():
     assert (row.start_whole, row.start) == (4000 + 250, 250)
     assert (row.save_whole, row.save) == (12_000, 750)
     assert (row.write_whole, row.write) == (12, 6)
+
+
+def test_a_frozen_backbone_is_shared_or_whole_and_in_no_checkpoint():
+    sizes = dataclasses.replace(SIZES, frozen=500)  # 1000 of the 4000 bytes of weights
+    for kind, shares_frozen, expected in (
+        ("ZeRO-2", False, 4000),
+        ("ZeRO-2", True, 3000 + 1000 / 16),
+        ("ZeRO-3", False, 3000 / 8 + 1000),  # one node shares the rest, all ranks the frozen part
+        ("ZeRO-3", True, 3000 / 8 + 1000 / 16),
+    ):
+        memory = memory_of(STEP, kind, 16, sizes, 8, shares_frozen=shares_frozen)
+        assert memory.weights == expected
+        row = scale(STEP, kind, 16, sizes, 8, disk=1000.0, shares_frozen=shares_frozen)
+        assert (row.start, row.save_whole, row.save) == (expected, 11_000, 11_000 / 16)
 
 
 def test_a_step_without_memory_has_the_sizes_of_the_model_and_grows_with_its_images():
