@@ -20,6 +20,9 @@ from bigdet.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
+LATER_SECTIONS = {"device"}
+"""Sections that resolved configs of earlier versions lack."""
+
 FORMER_VALUES: dict[str, Any] = {
     "model.rpn.low_quality_iou": 0.0,
     "model.roi.crowd_coverage": 0.7,
@@ -40,7 +43,8 @@ def fill_in_former(values: DictConfig) -> DictConfig:
 
     A config that a user wrote never has all sections, and is returned as it is.
     """
-    if not all(field.name in values for field in dataclasses.fields(RunConfig)):
+    sections = {field.name for field in dataclasses.fields(RunConfig)} - LATER_SECTIONS
+    if not all(name in values for name in sections):
         return values
     filled = values.copy()
     if OmegaConf.select(filled, "model.detector") == "retinanet":  # they were listed without effect

@@ -51,6 +51,7 @@ from bigdet.engine.zero_state import (
     ShardedState,
     ZeroState,
     let_go_of,
+    step_partitions,
 )
 
 # At stage 3 smaller parameters stay whole on every rank: norms and biases, together less than 1%
@@ -99,6 +100,7 @@ class DeepSpeedEngine(StatefulEngine):
         self._clip_norm = config.clip_norm
         distributed.start()
         self._stage = stage_of_run(config)
+        self._is_offloaded = config.offload != "none"
         self._scale = LossScale(config.precision)
         self._shapes = weight_shapes(module)
         self._place(device)
@@ -168,6 +170,8 @@ class DeepSpeedEngine(StatefulEngine):
             return PlainState(self._optimizer)
         zero = self._engine.optimizer
         if self._stage == 3:
+            if not self._is_offloaded:
+                step_partitions(zero)
             return ShardedState(self._optimizer, zero, self._sharding)
         return FlatState(self._optimizer, zero)
 
@@ -201,7 +205,11 @@ class DeepSpeedEngine(StatefulEngine):
     def _step_whole(self, scale: float) -> Tensor:
         """Stage 0: every rank has the same reduced gradients. Return the norm, fp64."""
         parameters = [parameter for parameter, _ in self._trained.values()]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is None:  # no loss depends on it: 0, as DeepSpeed has it
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         if scale != 1:
             torch._foreach_mul_(gradients, 1 / scale)
         # In fp64, as DeepSpeed's other stages: a sum of 10 million squares in fp32 is off by 4e-4.
@@ -292,8 +300,9 @@ def _deepspeed_config(config: EngineConfig, device: torch.device, largest: int) 
         bucket = min(BUCKET_ELEMENTS, largest)
         zero["stage3_param_persistence_threshold"] = WHOLE_ELEMENTS
         zero["stage3_prefetch_bucket_size"] = zero["reduce_bucket_size"] = bucket
-        zero["stage3_max_reuse_distance"] = zero["sub_group_size"] = bucket
+        zero["stage3_max_reuse_distance"] = bucket
         zero["stage3_max_live_parameters"] = 2 * bucket
+        zero["sub_group_size"] = max(bucket // 4, 1)  # a step has three more of each of its numbers
     else:
         zero["allgather_bucket_size"] = BUCKET_ELEMENTS
     return {

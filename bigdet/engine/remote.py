@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +52,7 @@ class Remote:
         save: Save,
         is_kept: Callable[[str], bool],
         must_end: Callable[[], bool] = lambda: False,
-        needed: Sequence[Path] = (),
+        needed: Mapping[str, Path] | None = None,
     ) -> None:
         """Copy this rank's pieces of a complete checkpoint; on rank 0 also the rest, at the end.
 
@@ -62,8 +62,8 @@ class Remote:
             save: that is written.
             is_kept: tells of the name of a checkpoint whether it stays at the address (rank 0).
             must_end: tells when to wait for the other ranks no longer.
-            needed: files of the run folder that the checkpoint relies on, such as a frozen
-                backbone; copied first, unless they are there.
+            needed: files that the checkpoint relies on, such as a frozen backbone, by their names
+                below the address; copied first, unless they are there.
 
         Raises:
             OSError: it cannot be copied.
@@ -85,8 +85,8 @@ class Remote:
         if problem:
             raise OSError(problem)
         if rank == 0:
-            for needed_file in needed:
-                self._put_once(needed_file, f"{needed_file.parent.name}/{needed_file.name}")
+            for name, source in (needed or {}).items():
+                self._put_once(source, name)
             for name in (index_file(save.number), STATE_FILE):
                 self._put(save.folder / name, f"{save.folder.name}/{name}")
             self._put(save.folder.parent / "latest", "latest")

@@ -247,6 +247,17 @@ class PartitionedInit(deepspeed.zero.Init):  # type: ignore[misc]
             super()._convert_to_zero_parameters([parameter])
 
 
+def step_partitions(zero: Any) -> None:
+    """Let the optimizer of stage 3 step the partitions themselves, and free the copies of them.
+
+    DeepSpeed 0.19.8 means to do so with weights in fp32, but it compares a device with a name.
+    """
+    for stepped, partitions in zip(
+        zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
+    ):
+        stepped.data = partitions.data
+
+
 def let_go_of(wrapped: nn.Module) -> None:
     """Empty what stage 3 of DeepSpeed 0.19.8 keeps of a destroyed engine in globals.
 

@@ -113,15 +113,15 @@ def _write_devices(
     flops, moved = (sum(kinds) for kinds in zip(*step.costs, strict=True))
     logger.info(
         "a micro-batch: %.2f TFLOP, %.1f GB read and written, %d kernels; estimate of the GPU's "
-        "time, not measured: a roofline at %.0f%% of the peak of matrix products and %.0f%% of the "
-        "bandwidth",
+        "time, not measured and rather a lower bound: a roofline at %.0f%% of the peak of matrix "
+        "products and %.0f%% of the bandwidth",
         flops / 1e12,
         moved / 1e9,
         len(step.costs),
         100 * COMPUTE_SHARE,
         100 * BANDWIDTH_SHARE,
     )
-    logger.info("  %-12s %8s  %-8s %15s %11s", "GPU", "GiB", "", "images_per_gpu", "estimate")
+    logger.info("  %-12s %8s  %-8s %15s %11s", "GPU", "GiB", "", "images_per_gpu", "at least")
     for name, gpu in found.items():
         room = GIB * gpu.memory_gib
         seconds = f"{gpu_seconds(step, gpu):9.3f} s"

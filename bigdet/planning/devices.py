@@ -6,15 +6,17 @@ gather them, in fp32: ZeRO two buckets of gradients and one of weights, its stag
 weights (of each kind one holds the largest tensor, which is never cut), FSDP2 two units of weights
 and two of gradients. On top of what is allocated come
 
-- what the allocator reserves but does not use (`allocator.py`; with ``device.expandable_segments``,
-  the default, it is less),
+- what the allocator reserves but does not use (`allocator.py`), with segments of fixed size: less
+  with ``device.expandable_segments``,
 - the CUDA context: 287 MB after the first kernels (PyTorch pull request 86509, lazy loading),
 - NCCL's buffers: 688 MB for a group of more than two GPUs, 544 MB for two (4 A100 with NVLink,
   NVIDIA/nccl issue 964); both together are 0.98 GB, and 1.06 GB was seen on 8 H100 (issue 1685).
 
 **Time** is an estimate, a roofline: each kernel takes the time of its floating-point operations or
 of the bytes that it reads and writes, whichever is longer, at a share of the GPU's peak. It is
-about the GPU alone: small kernels may wait for the host, whose launches are counted.
+about the GPU alone: small kernels may wait for the host, whose launches are counted. Rather a lower
+bound: detectron2 published five to seven times as much for its ViTDets on A100 (one image per GPU,
+attention that is not fused, 64 GPUs), `tests/published_memory.py`.
 """
 
 from __future__ import annotations

@@ -190,7 +190,10 @@ def _step(
     memory.take_peak()
     loss = total(batch)[0]
     forward = memory.take_peak()
-    torch.autograd.backward(loss)  # Tensor.backward would leave `way` out of what it runs again
+    # As torch.autograd.backward, which would leave `way` out of what is run again in it.
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), True, True
+    )
     del loss
     backward = memory.take_peak()
     optimizer.step()

@@ -156,15 +156,24 @@ class Saver:
             is_here = (save.folder.with_name(name) / STATE_FILE).is_file()
             return is_here or keeping.stays(name, kept, keep_every)
 
-        digest, root = save.metadata.get(FROZEN), self._run_dir.root
-        frozen = None if digest is None else find_frozen(root, digest, save.metadata["phase"])
         try:
-            remote.copy(save, is_kept, self._must_end, [] if frozen is None else [frozen])
+            remote.copy(save, is_kept, self._must_end, self._needed(save))
         except (OSError, RuntimeError) as error:
             logger.warning(f"{save.folder} is on this machine only: {errors.explain(error)}")
             return
         seconds = time.perf_counter() - started
         logger.info(f"checkpoint copied to {remote.address} in {seconds:.2f} s")
+
+    def _needed(self, save: Save) -> dict[str, Path]:
+        """Return the frozen backbone of a checkpoint, if any, by its path in the run folder.
+
+        Earlier versions named the file otherwise; whoever fetches it asks for the name of today.
+        """
+        digest, root = save.metadata.get(FROZEN), self._run_dir.root
+        file = None if digest is None else find_frozen(root, digest, save.metadata["phase"])
+        if digest is None or file is None:
+            return {}
+        return {str(self._run_dir.frozen(digest).relative_to(root)): file}
 
     def _write_whole(self) -> list[Path]:
         """Write the weights of the best checkpoint and of ends of phases to one file each (rank 0).

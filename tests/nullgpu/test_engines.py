@@ -14,12 +14,11 @@ from tests.ranks.toy import ENGINES
 from tests.spawn import run_ranks
 from tests.unit.models.test_detector import detector_of
 
-# Of the device, and for one number. One of the numbers for each micro-batch is that of regions on
-# objects. ZeRO 1 to 3 ask for the gradient norm and whether it is finite, several times. On one
-# rank they run as ZeRO-0, which waits for nothing else.
-ALONE = (0, 2)
+# Of the device, and for one number. ZeRO 1 to 3 ask for the gradient norm and whether it is finite,
+# several times. On one rank they run as ZeRO-0, which waits for nothing.
+ALONE = (0, 0)
 MOST_WAITS = {
-    "zero0": (0, 2), "zero1": (3, 6), "zero2": (4, 6), "zero3": (6, 4), "fsdp": (0, 2),
+    "zero0": (0, 0), "zero1": (3, 4), "zero2": (4, 4), "zero3": (6, 2), "fsdp": (0, 0),
 }  # fmt: skip
 MOST_LAUNCHES = {"zero0": 2760, "zero1": 2870, "zero2": 2840, "zero3": 3150, "fsdp": 2930}
 # DeepSpeed copies flags of ZeRO 1 to 3 from ordinary memory, a byte each.
@@ -46,9 +45,10 @@ def test_a_step_waits_and_launches_no_more_than_it_did(seen: list[dict[str, Any]
         for name, found in of_rank.items():
             syncs, items = MOST_WAITS[name] if len(seen) > 1 else ALONE
             assert found["syncs"] <= syncs, (name, found)
-            assert found["waits"] == {"item": items}, (name, found)
+            assert found["waits"] == ({"item": items} if items else {}), (name, found)
             assert found["pageable"] <= (MOST_PAGEABLE[name] if len(seen) > 1 else 0), (name, found)
-            assert found["to_host"] == 1, (name, found)  # the gradient norm, read late
+            # Read late: the gradient norm, and of each micro-batch the regions on objects.
+            assert found["to_host"] == 1 + engines.MICRO_BATCHES, (name, found)
             assert found["refused"] == 0, (name, found)
             assert 1000 < found["launches"] <= MOST_LAUNCHES[name], (name, found)
 

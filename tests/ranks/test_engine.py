@@ -66,6 +66,7 @@ def run_cells(folder: Path) -> dict[str, Any]:
         "skipped": skip_all(),
         "late": read_late_all(),
         "resumed": resume_all(folder, (1, 2)[:world_size]),
+        "unused": decay_unused(),
         "fp16": train_in_fp16(),
         "offloaded": offload_all(),
         "misfits": load_misfits(),
@@ -197,6 +198,19 @@ def save_and_resume(folder: Path, saved_ranks: tuple[int, ...]) -> dict[Any, Any
     gc.freeze()
     save_all(folder)
     return resume_all(folder, saved_ranks)
+
+
+def decay_unused() -> dict[str, tuple[list[float], set[float]]]:
+    """A weight of 2 that no loss depends on after three steps, and all counters of steps."""
+    results = {}
+    for name in ENGINES:
+        engine = make_engine(name, "adamw", has_unused=True)
+        run_steps(engine, "adamw", (1, 2, 3))
+        state = whole_state(engine)
+        counters = {value.item() for value in state.of_kind("step").values()}
+        results[name] = state.model["unused.weight"].flatten().tolist(), counters
+        engine.close()
+    return results
 
 
 def train_in_fp16() -> dict[str, Any]:
@@ -344,6 +358,19 @@ def test_trouble_on_one_rank_skips_the_step_on_all_and_changes_nothing(
             assert rank["skipped"][optimizer, name, trouble] == (False, torch.inf)
         uninterrupted = rank["clipped"][optimizer, name, None][2]
         assert_close(rank["skipped"][optimizer, name], uninterrupted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_weight_without_a_gradient_is_decayed_and_counts_its_steps(
+    cells: Any, world_size: int
+) -> None:
+    # Only the decay of AdamW: each step multiplies by 1 - rate x 0.05, at rates of 0.01 x 2/3, 1
+    # and 1/3. All counters are equal: ZeRO keeps one for a whole group.
+    expected = 2 * (1 - 0.0005 * 2 / 3) * (1 - 0.0005) * (1 - 0.0005 / 3)
+    for name, rank in itertools.product(ENGINES, cells[world_size]):
+        values, counters = rank["unused"][name]
+        assert values == pytest.approx([expected] * 6, rel=1e-6), name
+        assert counters == {3.0}, name
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -178,12 +178,14 @@ def make_engine(
     offload: str = "none",
     with_ema: bool = False,
     on_meta: bool = False,
+    has_unused: bool = False,
     **options: Any,
 ) -> Engine:
     """An engine of `ENGINES` around a new module, the same on all ranks.
 
-    With ``on_meta`` its parameters have no memory at first, and their values come afterwards.
-    ``options`` are more of ``EngineConfig``.
+    With ``on_meta`` its parameters have no memory at first, and their values come afterwards. With
+    ``has_unused`` there is one more weight, ``(3, 2)`` of 2.0, that no loss depends on. ``options``
+    are more of ``EngineConfig``.
     """
     from bigdet.engine import deepspeed_engine  # takes seconds: in the ranks only
     from bigdet.engine.build import build_engine
@@ -197,6 +199,9 @@ def make_engine(
     with parameters_on_meta() if on_meta else contextlib.nullcontext():
         module = Toy(norm)
     assert on_meta == all(parameter.is_meta for parameter in module.parameters())
+    if has_unused:
+        module.unused = nn.Linear(2, 3, bias=False)
+        nn.init.constant_(module.unused.weight, 2.0)
     device = distributed.device()
     engine = build_engine(
         module, make_optimizer, config, num_micro_batches, device, module.units, with_ema=with_ema

@@ -104,9 +104,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _check_device(options: argparse.Namespace) -> None:
     """Refuse what has no effect with --device, and what needs it."""
-    others = ("link", "latency", "step_seconds", "gpu_memory_gib", "memory_gib", "sizes")
-    with_device = ("classes", "objects", "disk")
-    others = (*others, "batches", "trials", "check", "measure")
+    others = ["link", "latency", "step_seconds", "gpu_memory_gib", "memory_gib", "sizes"]
+    others += ["batches", "trials", "check", "measure"]
+    with_device = ["classes", "objects", "disk"]
     for name in with_device if options.device is None else others:
         if getattr(options, name) not in (None, False):
             word = "with" if name in with_device else "without"

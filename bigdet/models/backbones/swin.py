@@ -10,10 +10,13 @@ from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigdet.models.backbone_base import Backbone, pad_to_multiple
 
 PATCH = 4
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's attention. cuDNN's would be planned anew for every number of windows."""
 
 
 class FusedAttention(WindowAttention):  # type: ignore[misc]
@@ -38,9 +41,10 @@ class FusedAttention(WindowAttention):  # type: ignore[misc]
             shifts = (shifts + mask.unsqueeze(1)).flatten(0, 1).unsqueeze(0)
             parts = parts.reshape(3, -1, shifts.shape[1], area, channels // heads)
         query, key, value = parts.unbind(0)
-        found = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=shifts.to(query.dtype), scale=self.scale
-        )
+        with sdpa_kernel(KERNELS):
+            found = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=shifts.to(query.dtype), scale=self.scale
+            )
         found = found.reshape(number, heads, area, -1).transpose(1, 2).reshape(x.shape)
         attended: Tensor = self.proj_drop(self.proj(found))
         return attended

@@ -12,7 +12,7 @@ so importing permutes the rows of the classifier and the columns of that layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from bigdet.models.losses import (
 from bigdet.models.norms import Kind as Norm
 from bigdet.models.norms import conv_norm, valid_rows
 from bigdet.ops.boxes import clip_boxes, decode_deltas, encode_deltas
+from bigdet.ops.later import Later
 
 POOLED_SIZE = 7
 DELTA_WEIGHTS = (10.0, 5.0)  # of shifts and scales
@@ -61,6 +62,7 @@ class Regions:
         is_positive: ``(B, S)`` bool, on an object.
         object_boxes: ``(B, S, 4)`` the box of that object.
         object_rows: ``(B, S)`` int64, its place in the flat targets.
+        num_positives: their number, on its way to the host; None where it was not asked for.
     """
 
     boxes: Tensor
@@ -69,6 +71,13 @@ class Regions:
     is_positive: Tensor
     object_boxes: Tensor
     object_rows: Tensor
+    num_positives: Later | None = None
+
+    def counted(self) -> Regions:
+        """Ask a GPU for the number of positives, which the host needs after more work is queued."""
+        if not self.boxes.is_cuda:
+            return self
+        return replace(self, num_positives=Later(self.is_positive.sum()))
 
 
 class BoxHead(Checkpointed):
@@ -158,7 +167,7 @@ class BoxHead(Checkpointed):
             weights: ``(B,)`` 0 for an image that counts nothing.
             image_sizes: ``(B, 2)`` height, width.
         """
-        regions = self.sample(proposals, objects, weights)
+        regions = self.sample(proposals, objects, weights).counted()
         with valid_rows(self, regions.is_valid.flatten()):
             logits, deltas = self(pool(regions.boxes))
         return self.losses(logits, deltas, regions), regions

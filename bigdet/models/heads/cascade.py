@@ -83,6 +83,8 @@ class CascadeHead(nn.Module):
         for number, stage in enumerate(stages):
             if number > 0:
                 regions = self._next_regions(stage, proposals, objects, weights)
+            if number == NUM_STAGES - 1:
+                learned = self._limited(regions).counted()
             pooled = pool(regions.boxes)
             if self.gradients == "detectron2":
                 pooled = _ScaledGradient.apply(pooled, 1 / NUM_STAGES)
@@ -93,7 +95,7 @@ class CascadeHead(nn.Module):
                 losses[f"stage{number + 1}_{name}"] = factor * loss
             if number < NUM_STAGES - 1:
                 proposals = self._refined(stage, logits, deltas, regions, image_sizes)
-        return losses, self._limited(regions)
+        return losses, learned
 
     def _next_regions(
         self, stage: BoxHead, proposals: Proposals, objects: Objects, weights: Tensor

@@ -49,8 +49,6 @@ def keypoint_cells(keypoints: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 def select_with_keypoints(regions: Regions, keypoints: Tensor, num_classes: int) -> Positives:
     """Take the sampled regions on an object of which a keypoint can be learned there.
 
-    One wait for the device.
-
     Args:
         regions: B x S sampled regions.
         keypoints: ``(M, K, 3)`` of all objects.

@@ -24,7 +24,7 @@ NUM_CONVS = 4
 
 @torch.no_grad()
 def select_positives(regions: Regions, masks: Masks, num_classes: int) -> Positives:
-    """Take the sampled regions that lie on an object with a mask; one wait for the device.
+    """Take the sampled regions that lie on an object with a mask.
 
     Args:
         regions: B x S sampled regions.

@@ -47,7 +47,10 @@ class Positives:
 
 @torch.no_grad()
 def take_positives(regions: Regions, is_wanted: Tensor, num_classes: int) -> Positives:
-    """Take the wanted ones of the regions on objects; one wait for the device.
+    """Take the wanted ones of the regions on objects.
+
+    On a GPU the slots are those for all regions on objects, whose number was asked for before the
+    box head; so the host waits for no more than that.
 
     Args:
         regions: B x S sampled regions.
@@ -55,7 +58,9 @@ def take_positives(regions: Regions, is_wanted: Tensor, num_classes: int) -> Pos
         num_classes: K.
     """
     is_taken = (regions.is_positive & is_wanted).flatten()
-    num_slots = pad_to_bucket(int(is_taken.sum()), is_taken.device)  # the host waits here
+    known = regions.num_positives
+    count = int(is_taken.sum() if known is None else known.read())
+    num_slots = pad_to_bucket(count, is_taken.device)
     chosen = torch.argsort(is_taken, descending=True, stable=True)[:num_slots]
     return Positives(
         boxes=regions.boxes.flatten(0, 1)[chosen],

@@ -28,7 +28,7 @@ NEW_IN_PHASES = ["decay_norms", "decay_biases", "bias_lr_factor"]
 
 
 def former_text(config_name: str, *overrides: str) -> str:
-    """A resolved config as it was written before these options."""
+    """A resolved config as it was written before these options and sections."""
     values: dict[str, Any] = yaml.safe_load(
         dump_config(load_config(CONFIGS / f"{config_name}.yaml", overrides))
     )
@@ -44,6 +44,7 @@ def former_text(config_name: str, *overrides: str) -> str:
         for option in NEW_IN_PHASES:
             del phase[option]
         del phase["resize"]["draw"]
+    del values["device"]
     if values["model"]["rpn"]["train_proposals"] is None:
         values["model"]["rpn"]["train_proposals"] = 2000  # the default then
     return yaml.safe_dump(values, sort_keys=False)

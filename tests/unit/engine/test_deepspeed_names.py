@@ -40,6 +40,7 @@ METHODS = [
     (SHARDED, "partition_grads"),
     (torch_autocast, "PARAM_COMM_DTYPE_ATTR_NAME"),
     (DeepSpeedEngine, "set_gradient_accumulation_boundary"),
+    (DeepSpeedEngine, "allreduce_gradients"),
     (DeepSpeedEngine, "get_global_grad_norm"),
     (DeepSpeedEngine, "destroy"),
     (parameter_offload, "FWD_MODULE_STACK"),
@@ -49,6 +50,7 @@ METHODS = [
     (runner, "parse_args"),
 ]
 SET_ON_SELF = [
+    (DeepSpeedEngine, "enable_backward_allreduce"),
     (FLAT, "_hp_optimizer_states_linked"),
     (FLAT, "overflow"),
     (SHARDED, "overflow"),

@@ -84,7 +84,8 @@ def test_a_file_that_checkpoints_need_is_copied_once_and_stays(tmp_path: Path, m
     times = []
     for step in (1, 2):
         one = save(tmp_path / "checkpoints", step)
-        Remote(ADDRESS).copy(one, lambda name: name == "train-2", needed=[frozen])
+        needed = {"frozen/ab.safetensors": frozen}
+        Remote(ADDRESS).copy(one, lambda name: name == "train-2", needed=needed)
         assert memory.cat_file("/bucket/run/frozen/ab.safetensors") == b"weights"
         times.append(memory.modified("/bucket/run/frozen/ab.safetensors"))
     assert times[0] == times[1]

@@ -76,6 +76,24 @@ def save(saver: Saver, step: int) -> None:
     saver.save(engine, RunState("pretrain", step=step))
 
 
+def test_a_frozen_backbone_that_an_earlier_version_named_goes_away_by_its_name_of_today(
+    run_dir: RunDir, tmp_path: Path
+) -> None:
+    train_set: Any = SimpleNamespace(categories=[])
+    sets = {"pretrain": DataSets(train_set, train_set)}
+    remote = tmp_path / "remote"
+    saver = Saver(load_config(CONFIG, [f"checkpoint.remote=file://{remote}"]), run_dir, sets)
+    digest = "ab" * 32
+    run_dir.frozen("").parent.mkdir()
+    run_dir.frozen("").with_name("pretrain.safetensors").write_bytes(b"backbone")
+    engine: Any = FakeEngine()
+    saver.save(engine, RunState("pretrain", step=1, frozen=digest))
+    saver.wait()
+    # What another machine asks for: see resume._fetch_frozen.
+    assert [path.name for path in (remote / "frozen").iterdir()] == [run_dir.frozen(digest).name]
+    assert (remote / "frozen" / f"{digest[:16]}.safetensors").read_bytes() == b"backbone"
+
+
 def names(run_dir: RunDir) -> list[str]:
     return sorted(path.name for path in run_dir.checkpoints.iterdir())
 
