@@ -66,6 +66,8 @@ WRONG_CLASS, NOTHING_THERE = 0.1, 0.4
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; return seconds, memory and the ratio, after comparing all numbers."""
     if arguments.classes:
+        if arguments.peers is not None:
+            raise ValueError("--peers: with --classes only bigdet runs. Leave one of them out.")
         with tempfile.TemporaryDirectory() as name:
             make_boxes(Path(name), arguments)
             return in_a_process("boxes", Path(name))

@@ -11,7 +11,7 @@ from bigdet.cli.main import COMMANDS
 
 WORDS = {
     "shards": ["coco", "objects365", "voc", "deeppcb", "shapes", "merge"],
-    "benchmark": ["stream", "step", "predict", "evaluate", "resume"],
+    "benchmark": ["stream", "step", "predict", "evaluate", "meetings", "resume"],
     "convert-weights": ["to-torchvision", "from-torchvision"],
 }
 """What some commands take first."""

@@ -59,7 +59,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         type=positive,
-        help="use this many synthetic classes, boxes only, without pycocotools",
+        help="use this many synthetic classes, boxes only, without other programs",
     )
 
 

@@ -142,6 +142,9 @@ def test_benchmark_compares_with_pycocotools_on_made_detections(coco_val):
 def test_benchmark_refuses_peers_that_are_not_there():
     with pytest.raises(ValueError, match="--peers: found 'cocoapi', expected some of hotcoco, "):
         benchmark_evaluate.chosen_peers("pycocotools,cocoapi")
+    arguments = argparse.Namespace(classes=365, peers="pycocotools")
+    with pytest.raises(ValueError, match="--peers: with --classes only bigdet runs"):
+        benchmark_evaluate.run(SimpleNamespace(), arguments)
 
 
 def test_made_boxes_of_many_classes_have_the_numbers_of_pycocotools(tmp_path):
