@@ -117,13 +117,14 @@ def check_hand_over(
     if list(classes_before) == list(classes) or not is_own(config.model.detector):
         return
     with parameters_on_meta():
-        before, own = (
-            build_detector(phase_model(config, phase), len(names)).state_dict()
-            for phase, names in ((phase_before(config, name), classes_before), (name, classes))
+        own, with_another = (
+            build_detector(phase_model(config, name), number).state_dict()
+            for number in (len(classes), len(classes) + 1)
         )
     parts = start_parts(config, name)
     for tensor in own:
-        if part_of(tensor) not in parts or before[tensor].shape == own[tensor].shape:
+        depends_on_classes = own[tensor].shape != with_another[tensor].shape
+        if part_of(tensor) not in parts or not depends_on_classes:
             continue
         if class_rows(tensor, len(own[tensor]), len(classes)) is None:
             raise ValueError(

@@ -132,7 +132,8 @@ def test_an_own_head_is_not_handed_on_to_other_classes(tmp_path: Path):
     config = load_config(tmp_path / "own.yaml")
     check_hand_over(config, "second", ["a", "b"], ["a", "b"])
     said = r"^phases\.second\.start_from\.parts: found points, .* rows of points\.weight are of"
-    with pytest.raises(ValueError, match=said):
-        check_hand_over(config, "second", ["a", "b"], ["b"])
+    for others in (["b"], ["a", "c"], ["b", "a"]):  # as many, and in another order, too
+        with pytest.raises(ValueError, match=said):
+            check_hand_over(config, "second", ["a", "b"], others)
     without = load_config(tmp_path / "own.yaml", ["phases.second.start_from.parts=[backbone]"])
     check_hand_over(without, "second", ["a", "b"], ["b"])
