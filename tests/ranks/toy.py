@@ -184,7 +184,8 @@ def make_engine(
     """An engine of `ENGINES` around a new module, the same on all ranks.
 
     With ``on_meta`` its parameters have no memory at first, and their values come afterwards. With
-    ``has_unused`` there is one more weight, ``(3, 2)`` of 2.0, that no loss depends on. ``options`` are more of ``EngineConfig``.
+    ``has_unused`` there is one more weight, ``(3, 2)`` of 2.0, that no loss depends on. ``options``
+    are more of ``EngineConfig``.
     """
     from bigdet.engine import deepspeed_engine  # takes seconds: in the ranks only
     from bigdet.engine.build import build_engine
