@@ -258,14 +258,6 @@ def begin_gather(share: Tensor) -> tuple[Tensor, Callable[[], Any]]:
     return whole, work.wait
 
 
-def max_over_ranks(value: float) -> float:
-    """Return the highest of the ranks' numbers, on every rank."""
-    highest = torch.tensor(value, dtype=torch.float64)
-    if dist.is_initialized() and world_size() > 1:
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return highest.item()
-
-
 def any_rank(flag: bool) -> bool:
     """Return on every rank whether the flag is set on at least one."""
     return bool(sum_over_ranks(torch.tensor(int(flag))).item() > 0)

@@ -33,7 +33,7 @@ from bigdet.engine.base import (
 from bigdet.engine.ema import MovingAverage
 from bigdet.engine.parts import Part
 from bigdet.engine.precision import LossScale, TotalLoss, lane_losses, rounded_parameters
-from bigdet.engine.sharding import find_sharding
+from bigdet.engine.sharding import find_sharding, stage_of_run
 from bigdet.engine.stateful import StatefulEngine
 from bigdet.engine.stepping import launched, step_where
 from bigdet.pieces.building import materialize, place
@@ -266,18 +266,6 @@ class DeepSpeedEngine(StatefulEngine):
         self._engine = self._ema = self._last = None
         del self._state
         gc.collect()  # engine and optimizer refer to each other
-
-
-def stage_of_run(config: EngineConfig) -> int:
-    """Return the stage that trains as the config says with the least memory and waiting.
-
-    One rank has nobody to share with: stages 1 to 3 would keep copies of weights and gradients
-    there, and wait for the device in each backward pass and step.
-    """
-    assert config.zero_stage is not None
-    is_alone = distributed.world_size() == 1 and config.offload == "none"
-    is_exact = config.reduce_precision == config.gather_precision == "fp32"
-    return 0 if is_alone and is_exact else config.zero_stage
 
 
 def _deepspeed_config(config: EngineConfig, device: torch.device, largest: int) -> dict[str, Any]:

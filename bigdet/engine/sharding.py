@@ -98,6 +98,18 @@ def ranks_per_node(hosts: Sequence[str], numbers: Sequence[int]) -> int:
     return ranks
 
 
+def stage_of_run(config: EngineConfig) -> int:
+    """Return the stage that trains as the config says with the least memory and waiting.
+
+    One rank has nobody to share with: stages 1 to 3 would keep copies of weights and gradients
+    there, and wait for the device in each backward pass and step.
+    """
+    assert config.zero_stage is not None
+    is_alone = distributed.world_size() == 1 and config.offload == "none"
+    is_exact = config.reduce_precision == config.gather_precision == "fp32"
+    return 0 if is_alone and is_exact else config.zero_stage
+
+
 @functools.cache
 def _groups(ranks: int, device: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Make, once per process, the groups of this rank: of its node, and of its copies."""

@@ -22,6 +22,7 @@ from bigdet.data.streams.stream import TrainStream
 from bigdet.engine.base import Engine
 from bigdet.engine.cuda_settings import chosen_convolutions
 from bigdet.engine.parts import Source
+from bigdet.engine.sharding import stage_of_run
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.logs.log import MetricsWriter
 from bigdet.models import norms
@@ -93,7 +94,7 @@ class Run:
         for data, names in by_sets.items():
             self._log_data(data, f" of {', '.join(names)}" * (len(by_sets) > 1))
         engine = self.config.engine
-        stage = "" if engine.zero_stage is None else f" ZeRO-{engine.zero_stage}"
+        stage = "" if engine.zero_stage is None else f" ZeRO-{stage_of_run(engine)}"
         nodes = " inside each node" if engine.shard_over == "node" else ""
         offload = "" if engine.offload == "none" else f", {engine.offload} offloaded to the CPU"
         world_size, device = distributed.world_size(), distributed.device().type

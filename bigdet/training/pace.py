@@ -2,8 +2,8 @@
 
 Ranks meet in every step, inside collectives, so that all of their steps take equally long. What
 differs is the wait for data, and the forward pass: it has no collectives, but for gathered weights
-(whose wait is left out under FSDP2; not under ZeRO-3 or with ``model.compile``, where only a slow
-data stream is seen) and synchronized BN.
+(whose wait is left out under FSDP2 and of frozen backbones; not under ZeRO-3 or with
+``model.compile``, where only a slow data stream is seen) and synchronized BN.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bigdet.config.engine import shards_frozen
 from bigdet.config.run import RunConfig
 from bigdet.models.detector import Detector
+from bigdet.models.frozen import frozen_layers
 
 
 class Mark:
@@ -96,9 +98,13 @@ class ForwardClock:
 
 def clock_for(detector: Detector, config: RunConfig, device: torch.device) -> ForwardClock:
     """Begin to time the forward passes of a detector that an engine has."""
-    parts = [part for unit in detector.units for part in unit]
-    is_known = config.engine.kind == "fsdp" and not config.model.compile
-    return ForwardClock(detector, parts if is_known else [], device)
+    parts: list[nn.Module] = []
+    if not config.model.compile:
+        if config.engine.kind == "fsdp":
+            parts += [part for unit in detector.units for part in unit]
+        if shards_frozen(config.engine):
+            parts += frozen_layers(detector)
+    return ForwardClock(detector, parts, device)
 
 
 def find_straggler(

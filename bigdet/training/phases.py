@@ -186,9 +186,11 @@ def load_frozen(
     if not frozen:
         return
     tensors: Mapping[str, Tensor] = {}
+    file = run_dir.frozen(str(state.frozen))
     with distributed.together():
         if distributed.is_main():
-            tensors = open_frozen(run_dir.root, str(state.frozen), state.phase)
+            tensors = opened = open_frozen(run_dir.root, str(state.frozen), state.phase)
+            file = opened.path  # of earlier versions it has another name
     is_divided = shards_frozen(engine) and distributed.world_size() > 1
     divided = DividedLayers(frozen_layers(detector) if is_divided else [])
     num_bytes = 0
@@ -206,5 +208,5 @@ def load_frozen(
     how = f"divided over {distributed.world_size()}" if is_divided else "the same on each"
     logger.info(
         f"phase {state.phase}: the backbone is frozen: {num_bytes / 2**20:.1f} MiB on each rank "
-        f"({how}), in {run_dir.frozen(str(state.frozen))} and in no checkpoint"
+        f"({how}), in {file} and in no checkpoint"
     )

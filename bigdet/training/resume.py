@@ -129,13 +129,23 @@ def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
 def _fetch_frozen(remote: Remote, run_dir: RunDir) -> None:
     """Copy the frozen backbone of the newest checkpoint here, where it is not yet."""
     newest = newest_checkpoint(run_dir)
-    run = {} if newest is None else read_state(newest).get("run", {})
+    if newest is None:
+        return
+    run = read_state(newest).get("run", {})
     digest = run.get("frozen")
     if digest is None or find_frozen(run_dir.root, digest, run["phase"]) is not None:
         return
     file = run_dir.frozen(digest)
     logger.info(f"{remote.address}: the frozen backbone is copied to {file}")
-    remote.get(str(file.relative_to(run_dir.root)), file)
+    name = str(file.relative_to(run_dir.root))
+    try:
+        remote.get(name, file)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"checkpoint.remote: {remote.address} has no {name}, the frozen backbone of the "
+            f"checkpoint {newest.name}. Earlier versions did not copy it there: "
+            f"copy the folder frozen of its run into {run_dir.root}, and start again."
+        ) from error
 
 
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from bigdet.config.engine import EngineConfig
 from bigdet.distributed import SharedError
 from bigdet.engine.precision import autocast, rounded_parameters
-from bigdet.engine.sharding import ranks_per_node
+from bigdet.engine.sharding import ranks_per_node, stage_of_run
 from bigdet.host import launchers
 
 AB = ["a", "a", "b", "b"]
@@ -84,3 +87,21 @@ def test_only_what_autocast_casts_may_be_sent_rounded() -> None:
             parameter.copy_(parameter.bfloat16())
         after = [module["linear"](rows), module["deconvolution"](module["convolution"](images))]
     torch.testing.assert_close(after, exact, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "expected"),
+    [
+        (1, {"zero_stage": 2}, 0),
+        (1, {"zero_stage": 3, "precision": "bf16"}, 0),
+        (2, {"zero_stage": 2}, 2),
+        (1, {"zero_stage": 1, "offload": "optimizer"}, 1),
+        (1, {"zero_stage": 3, "gather_precision": "bf16"}, 3),
+        (1, {"zero_stage": 3, "reduce_precision": "bf16"}, 3),
+    ],
+)
+def test_one_rank_shares_nothing_unless_it_offloads_or_rounds(
+    ranks: int, options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert stage_of_run(EngineConfig(**options)) == expected

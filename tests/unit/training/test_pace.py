@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from bigdet.config.engine import EngineConfig
+from bigdet.models.backbones.build import build_backbone
+from bigdet.models.frozen import freeze_backbone, frozen_layers
 from bigdet.training import pace
 from bigdet.training.pace import ForwardClock, find_straggler
 from bigdet.training.state import RunState
@@ -111,3 +116,24 @@ def test_a_checkpoint_of_an_earlier_version_counts_from_its_first_start_now() ->
     state = RunState.from_json(old)
     assert state.good_seconds == 0.0
     assert time.time() - state.started < 60
+
+
+def test_the_wait_for_gathered_layers_of_a_frozen_backbone_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(pace, "time", clock)
+    detector: Any = nn.Module()
+    detector.backbone = build_backbone("resnet10", "bn", 0.0)
+    freeze_backbone(detector.backbone)
+    detector.forward = lambda images: detector.backbone(images)
+    layer = frozen_layers(detector)[2]
+    layer.register_forward_pre_hook(lambda *_: clock.passes(4.0))  # gathered
+    layer.register_forward_hook(lambda *_: clock.passes(2.0))  # computed
+    for option, expected in ((True, 2.0), (False, 6.0)):
+        engine = EngineConfig(shard_frozen=option)
+        config: Any = SimpleNamespace(engine=engine, model=SimpleNamespace(compile=False))
+        timed = pace.clock_for(detector, config, CPU)
+        detector(torch.zeros(1, 3, 32, 32))
+        assert timed.take() == expected
+        timed.close()

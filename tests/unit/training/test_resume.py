@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from bigdet.config.run import RunConfig
 from bigdet.data.format.phase_sets import DataSets
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
+from bigdet.engine import keeping
 from bigdet.engine.checkpoint import Checkpoint
+from bigdet.engine.remote import Remote
 from bigdet.run_dir import RunDir
 from bigdet.training.resume import (
+    _fetch_frozen,
     begin,
     check_phases,
     find_checkpoint,
@@ -404,3 +408,28 @@ def test_another_batch_must_be_asked_for():
     asked = load_config(CONFIG, [*sizes, "change_batch=true", "phases.pretrain.lr=3"])
     with pytest.raises(ConfigError, match=r"phases\.pretrain\.lr"):
         settle_config(asked, saved_by(*SIZES), Path("x"))
+
+
+def test_a_frozen_backbone_comes_from_the_remote_or_from_the_run_of_an_earlier_version(
+    tmp_path: Path,
+):
+    run_dir, there = RunDir(tmp_path / "run"), tmp_path / "remote" / "frozen"
+    folder, digest = run_dir.checkpoints / "pretrain-2", "ab" * 32
+    folder.mkdir(parents=True)
+    state = {"files": {}, "run": {"phase": "pretrain", "frozen": digest}}
+    (folder / "state.json").write_text(json.dumps(state))
+    keeping.mark_latest(folder)
+    there.mkdir(parents=True)
+    remote = Remote(f"file://{tmp_path}/remote")
+    words = "has no frozen/abababababababab.safetensors, the frozen backbone of the checkpoint pre"
+    with pytest.raises(ValueError, match=words):
+        _fetch_frozen(remote, run_dir)
+    (there / "abababababababab.safetensors").write_bytes(b"there")
+    earlier = run_dir.frozen("").with_name("pretrain.safetensors")
+    earlier.parent.mkdir(exist_ok=True)
+    earlier.write_bytes(b"here")
+    _fetch_frozen(remote, run_dir)
+    assert not run_dir.frozen(digest).exists()  # the other name is found too
+    earlier.unlink()
+    _fetch_frozen(remote, run_dir)
+    assert run_dir.frozen(digest).read_bytes() == b"there"
