@@ -55,6 +55,7 @@ SET_ON_SELF = [
     (FLAT, "overflow"),
     (SHARDED, "overflow"),
     (SHARDED, "fp32_partitioned_groups_flat"),
+    (SHARDED, "fp16_partitioned_groups_flat"),
     (SHARDED, "grad_position"),
     (SHARDED, "fp16_groups"),
     (SHARDED, "communication_data_type"),
