@@ -100,5 +100,17 @@ class RetinaFPN(FPN):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Mix C3 to C5 into P3 to P7; each has half the size of the one before, rounded up."""
         pyramid: list[Tensor] = self.run(self._mix, *features)
-        p6 = self.p6(features[-1] if self.p6_source == "c5" else pyramid[-1])
-        return [*pyramid, p6, self.p7(torch.relu(p6))]
+        p6 = _halve(self.p6, features[-1] if self.p6_source == "c5" else pyramid[-1])
+        return [*pyramid, p6, _halve(self.p7, torch.relu(p6))]
+
+
+def _halve(layer: nn.Module, feature: Tensor) -> Tensor:
+    """Apply a 3x3 convolution of stride 2 and padding 1.
+
+    On a map of one position, torch 2.15 leaves numbers of the weights' gradient unset in bf16 on a
+    CPU. Zeros next to the position change nothing, and avoid that.
+    """
+    if feature.shape[-2:] == (1, 1):
+        feature = F.pad(feature, (0, 1, 0, 1))
+    result: Tensor = layer(feature)
+    return result

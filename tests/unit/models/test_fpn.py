@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigdet.models.necks.fpn import FPN
+from bigdet.models.necks.fpn import FPN, RetinaFPN
 
 RESNET, SWIN = [256, 512, 1024, 2048], [96, 192, 384, 768]
 
@@ -62,3 +62,25 @@ def test_weights_start_uniform_with_the_variance_of_detectrons_xavier():
             assert layer.weight.abs().max().item() <= math.sqrt(3 / fan_in)
             assert layer.weight.std().item() == pytest.approx(math.sqrt(1 / fan_in), rel=0.03)
             assert not layer.bias.any()
+
+
+def test_gradients_of_retinas_coarse_levels_are_whole_on_a_map_of_one_position():
+    """Torch left most of the weights' gradient unset in bf16."""
+    torch.manual_seed(0)
+    fpn = RetinaFPN([8, 8, 32], 32, "none", "c5")
+    features = [torch.randn(2, c, side, side) for c, side in ((8, 4), (8, 2), (32, 1))]
+    gradients = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        fpn.to(dtype).zero_grad()
+        unset = [torch.full((32, 32, 3, 3), torch.nan, dtype=dtype) for _ in range(8)]
+        del unset  # memory that is taken next
+        levels = fpn([feature.to(dtype) for feature in features])
+        assert [tuple(level.shape[2:]) for level in levels[-2:]] == [(1, 1), (1, 1)]
+        sum(level.sum() for level in levels[-2:]).backward()
+        gradients[dtype] = [layer.weight.grad.double().clone() for layer in (fpn.p6, fpn.p7)]
+    for exact, rounded in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+        assert (exact[:, :, 1, 1] != 0).any()
+        outer = torch.ones(3, 3, dtype=torch.bool)
+        outer[1, 1] = False
+        assert (rounded[:, :, outer] == 0).all()
