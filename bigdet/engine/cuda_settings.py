@@ -19,7 +19,8 @@ def apply(config: DeviceConfig) -> None:
     """Set TF32 and how memory is taken; before the first use of CUDA, which reads the variable."""
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     torch.backends.cudnn.allow_tf32 = config.tf32
-    if config.expandable_segments and not any(map(os.environ.get, _MEMORY_VARIABLES)):
+    is_wanted = config.expandable_segments and torch.cuda.is_available()
+    if is_wanted and not any(map(os.environ.get, _MEMORY_VARIABLES)):
         os.environ[_MEMORY_VARIABLES[0]] = "expandable_segments:True"
 
 

@@ -20,6 +20,7 @@ MEMORY = "PYTORCH_CUDA_ALLOC_CONF"
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (MEMORY, "PYTORCH_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # else what is set in the test would stay
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -31,6 +32,12 @@ def test_each_option_undoes_its_setting(is_on: bool) -> None:
     assert torch.backends.cuda.matmul.allow_tf32 is is_on
     assert torch.backends.cudnn.allow_tf32 is is_on
     assert os.environ[MEMORY] == ("expandable_segments:True" if is_on else "")
+
+
+def test_a_run_on_a_cpu_leaves_the_variable_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda_settings.apply(DeviceConfig(expandable_segments=True))
+    assert os.environ[MEMORY] == ""
 
 
 @pytest.mark.parametrize("name", [MEMORY, "PYTORCH_ALLOC_CONF"])
