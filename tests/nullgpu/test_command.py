@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from tests.commands.runs import Command
@@ -26,6 +27,11 @@ def test_a_run_of_two_phases_is_killed_and_resumed(
 
     run = start()
     run.wait_for("pretrain", 3)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "checkpoints/pretrain-2/state.json").is_file():  # written by a thread
+        assert run.process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     run.kill()
     run = start()
     code, printed = run.finish()
