@@ -31,6 +31,16 @@ def own_logging() -> Iterator[None]:
     found.handlers[:], found.level, found.propagate = handlers, level, propagate
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_environment() -> Iterator[None]:
+    """Leaves the variables as they were: a command that ran in this process may have set some."""
+    found = dict(os.environ)
+    yield
+    now = os.environ.get("PYTEST_CURRENT_TEST")
+    os.environ.clear()
+    os.environ.update({**found, **({"PYTEST_CURRENT_TEST": now} if now else {})})
+
+
 @pytest.fixture
 def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is synced to the disk, and which names are given, in this order."""

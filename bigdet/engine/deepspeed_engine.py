@@ -54,6 +54,10 @@ from bigdet.engine.zero_state import (
     step_partitions,
 )
 
+# The import has read it, once; processes that this one starts may see a GPU.
+if not torch.cuda.is_available() and os.environ["DS_ACCELERATOR"] == "cpu":
+    del os.environ["DS_ACCELERATOR"]
+
 # At stage 3 smaller parameters stay whole on every rank: norms and biases, together less than 1%
 # of a detector. DeepSpeed's own 100,000 would leave half of a ResNet's convolutions whole.
 WHOLE_ELEMENTS = 10_000

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -92,3 +94,14 @@ def test_the_list_is_complete():
     )
     ordinary = {"backward", "module", "optimizer", "step", "zero_grad"}  # DeepSpeed documents them
     assert used - ordinary <= {name for _, name in (*METHODS, *SET_ON_SELF)}
+
+
+def test_the_import_leaves_no_variable_to_other_processes() -> None:
+    code = (
+        "import os; import bigdet.engine.deepspeed_engine;"
+        "from deepspeed.accelerator import get_accelerator;"
+        "print(get_accelerator().device_name(), os.environ.get('DS_ACCELERATOR'))"
+    )
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "cpu None"
