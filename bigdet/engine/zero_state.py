@@ -215,18 +215,28 @@ def _average_over_copies(zero: Any, sharding: Sharding) -> None:
     """Let stage 3 average gradients over nodes too, as DeepSpeed's MiCS did before it was removed.
 
     DeepSpeed averages them over the ranks of a node, which its parameters are partitioned over, and
-    then calls ``partition_grads`` with this rank's partitions.
+    then calls ``partition_grads`` with this rank's partitions, which adds them to those of earlier
+    micro-batches. In the last one of a step the sums are averaged over the nodes.
     """
     partition_grads = zero.partition_grads
+    sums = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
 
     def averaged(parameters: list[nn.Parameter], partitions: list[Tensor]) -> Any:
-        sent = torch.cat([each.reshape(-1) for each in partitions]).to(zero.communication_data_type)
-        sent.div_(sharding.copies)
+        if not zero.is_gradient_accumulation_boundary():
+            return partition_grads(parameters, partitions)
+        sizes, earlier = [len(each) for each in partitions], zero.micro_step_id
+        total = torch.cat(partitions).to(zero.gradient_accumulation_dtype)
+        if earlier:
+            pairs = zip(parameters, sizes, strict=True)  # the last rank's are not padded here
+            found = [sums[zero.get_param_id(each)][:size] for each, size in pairs]
+            total += torch.cat(found).to(total.device)
+        sent = total.to(zero.communication_data_type).div_(sharding.copies)
         torch.distributed.all_reduce(sent, group=sharding.copy_group)
-        means = torch.split(
-            sent.to(zero.gradient_accumulation_dtype), [len(each) for each in partitions]
-        )
-        return partition_grads(parameters, list(means))
+        means = torch.split(sent.to(total.dtype), sizes)
+        zero.micro_step_id = 0  # they replace the sums
+        buffers = partition_grads(parameters, list(means))
+        zero.micro_step_id = earlier
+        return buffers
 
     zero.partition_grads = averaged
 
