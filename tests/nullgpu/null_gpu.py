@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +68,21 @@ def environment(folder: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def last_line(module: str, variables: dict[str, str]) -> dict[str, Any]:
+    """Run a module with these variables, and return the JSON object in the last line it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
 
 
 def counts() -> dict[str, int]:

@@ -6,12 +6,11 @@ from ordinary memory, a type that is twice as large, more launches. Results are 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.nullgpu import null_gpu
 
 # Seen with torch 2.15, and a twentieth more; R-CNNs have 16 to 32 channels, as in other tests.
 MOST_LAUNCHES = {
@@ -31,16 +30,7 @@ MOST_LAUNCHES = {
 @pytest.fixture(scope="module")
 def printed(null_gpu_variables: dict[str, str]) -> dict[str, Any]:
     """What `run.py` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.nullgpu.run"],
-        env=null_gpu_variables,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return null_gpu.last_line("tests.nullgpu.run", null_gpu_variables)
 
 
 @pytest.fixture
