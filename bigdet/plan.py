@@ -180,7 +180,7 @@ def _choices(engine: EngineConfig) -> str:
     chosen = [
         f"engine.{name}={value}"
         for name in names
-        if (value := getattr(engine, name)) not in ("all", "fp32")
+        if (value := getattr(engine, name)) not in (None, "all", "fp32")
     ]
     return f"; {' and '.join(SHARDED)} with {', '.join(chosen)}" if chosen else ""
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigdet import distributed
-from bigdet.config.engine import EngineConfig
+from bigdet.config.engine import EngineConfig, gathers_bf16
 from bigdet.config.rules import ConfigError
 from bigdet.engine.base import (
     Launched,
@@ -199,9 +199,10 @@ class FsdpEngine(StatefulEngine):
 def _sent_precision(module: nn.Module, config: EngineConfig) -> MixedPrecisionPolicy:
     """Say in which types weights are gathered and gradients reduced."""
     reduced = torch.bfloat16 if config.reduce_precision == "bf16" else torch.float32
-    if config.gather_precision == "fp32":
+    is_able = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__
+    if not gathers_bf16(config) or (config.gather_precision is None and not is_able):
         return MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
-    if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
+    if not is_able:
         raise ConfigError(
             f"engine.gather_precision: found bf16, which needs a newer torch under fsdp (2.15 has "
             f"it), found {torch.__version__}. Write fp32, or engine.kind: deepspeed."

@@ -42,7 +42,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from bigdet.config.engine import EngineConfig
+from bigdet.config.engine import EngineConfig, gathers_bf16
 from bigdet.engine.base import BUCKET_ELEMENTS
 from bigdet.training.sizes import BF16_BYTES, FP32_BYTES, ModelSizes
 
@@ -174,8 +174,8 @@ def _gathered_bytes(kind: str, work: Work, engine: EngineConfig) -> float:
     """Return the bytes of the weights that one gather sends."""
     if kind not in SHARDED:
         return FP32_BYTES * work.sizes.trained
-    is_half = engine.gather_precision == "bf16"
-    rounded = work.sizes.rounded if is_half else 0
+    own = dataclasses.replace(engine, kind="fsdp" if kind == "FSDP2" else "deepspeed")
+    rounded = work.sizes.rounded if gathers_bf16(own) else 0
     return FP32_BYTES * (work.sizes.parameters - rounded) + BF16_BYTES * rounded
 
 

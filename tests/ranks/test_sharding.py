@@ -142,7 +142,28 @@ def run_on_one_node(folder: Path) -> dict[str, Any]:
         end = whole_state(engine)
         precise[name, gather, reduce] = losses + more, norms + more_norms, end.tensors, num_bytes
         engine.close()
-    return {"loaded": loaded, "precise": precise}
+    return {"loaded": loaded, "precise": precise, "kept": kept_between_passes()}
+
+
+def kept_between_passes() -> dict[str | None, int]:
+    """Bytes of weights in bf16 that FSDP2 keeps from forward to backward, by what it gathers."""
+    shapes, kept = {(5, 3, 3, 3), (5, 5), (3, 5), (5, 3)}, {}
+    for gather in ("fp32", None):
+        engine: Any = make_engine("fsdp", "sgd", precision="bf16", gather_precision=gather)
+        total, _ = engine._total(lanes_of_rank(1)[0])
+        found, nodes = {}, {total.grad_fn}
+        while nodes:
+            node = nodes.pop()
+            nodes |= {each for each, _ in node.next_functions if each is not None}
+            for name in ("_saved_weight", "_saved_mat2"):
+                value = getattr(node, name, None)
+                if value is not None and tuple(value.shape) in shapes:
+                    assert value.dtype == torch.bfloat16
+                    found[value.data_ptr()] = value.untyped_storage().nbytes()
+        total.backward()
+        engine.close()
+        kept[gather] = sum(found.values())
+    return kept
 
 
 # ---- The tests.
@@ -229,6 +250,12 @@ def test_weights_sent_in_bf16_are_those_that_autocast_would_round(on_one_node: A
     for rank, name, reduce in itertools.product(on_one_node, SHARDED, ("fp32", "bf16")):
         exact = rank["precise"][name, "fp32", reduce][:3]
         torch.testing.assert_close(rank["precise"][name, "bf16", reduce][:3], exact, rtol=0, atol=0)
+
+
+def test_no_copies_of_weights_stay_between_the_passes_of_fsdp(on_one_node: Any) -> None:
+    # Autocast would keep convolution, frozen and last layer; the outermost unit, which is not freed
+    # between the passes, has the last layer, as two rows of each of two ranks.
+    assert on_one_node[0]["kept"] == {"fp32": 2 * (5 * 27 + 25 + 15), None: 2 * (2 * 2 * 5)}
 
 
 def test_sums_of_gradients_in_bf16_are_close_and_weights_stay_fp32(on_one_node: Any) -> None:

@@ -65,7 +65,7 @@ def test_every_adapter_of_a_host_carries_rings_and_latency_grows_with_the_logari
     assert cluster.seconds(0.4e9, 4, calls=1, passes=2) == pytest.approx(0.006 + 0.004)
 
 
-NODE = EngineConfig(kind="fsdp", zero_stage=None, shard_over="node")
+NODE = EngineConfig(kind="fsdp", zero_stage=None, shard_over="node", gather_precision="fp32")
 HALF = dataclasses.replace(NODE, gather_precision="bf16", reduce_precision="bf16")
 
 
@@ -79,6 +79,7 @@ def test_traffic_inside_a_host_and_between_hosts_is_that_of_the_config():
         ("ZeRO-0", default): (7 / 8 * 0.8, 7 / 8 * 0.8),
         ("ZeRO-2", default): (7 / 8 * (2 * 0.4 + 0.4),) * 2,
         ("ZeRO-3", default): (7 / 8 * 2 * 3 * 0.4,) * 2,
+        ("FSDP2", default): (7 / 8 * 2 * (2 * 0.24 + 0.4),) * 2,  # which gathers bf16 by default
         # In a host: 2 gathers and a scatter for each micro-batch; the sum over both hosts once.
         ("ZeRO-3", NODE): (3 / 4 * 2 * 3 * 0.4, 2 * 1 / 2 * 0.4),
         ("FSDP2", NODE): (3 / 4 * 2 * 3 * 0.4, 2 * 1 / 2 * 0.4),
