@@ -16,7 +16,10 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator,
+    iter_params,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -143,6 +146,7 @@ class ShardedState:
         self._optimizer = optimizer
         self._zero = zero
         self._position = sharding.position
+        self._is_first_step = True
         if sharding.copy_group is not None:
             _average_over_copies(zero, sharding)
 
@@ -204,6 +208,22 @@ class ShardedState:
         for number in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(number)
         self._zero.checkpoint_event_epilogue()
+
+    def after_step(self, wrapped: nn.Module, *, is_skipped: bool) -> None:
+        """Prepare the next forward pass (collective).
+
+        In the first step, DeepSpeed finds out which layers use weights of others. After it, hooks
+        stay where there is something to gather; small parameters are whole between steps.
+
+        Args:
+            wrapped: what ``deepspeed.initialize`` was given.
+            is_skipped: after a skipped step DeepSpeed leaves small parameters partitioned.
+        """
+        if is_skipped:
+            self._zero.checkpoint_event_epilogue()
+        if self._is_first_step:
+            _unhook_idle(self._zero, wrapped)
+        self._is_first_step = False
 
 
 def _whole(name: str, key: str, value: Tensor) -> Part:
@@ -268,6 +288,34 @@ def step_partitions(zero: Any) -> None:
         stepped.data = partitions.data
 
 
+def _unhook_idle(zero: Any, wrapped: nn.Module) -> None:
+    """Take stage 3's hooks from layers that have nothing to gather in a step.
+
+    DeepSpeed hooks every module, and each of the four hooks takes host time.
+    """
+    offload = zero.parameter_offload
+    idle = [
+        module
+        for module in wrapped.modules()
+        if module is not wrapped and all(parameter.ds_persist for parameter in iter_params(module))
+    ]
+    hooks = {id(of) for layer in idle for of in (layer._forward_pre_hooks, layer._forward_hooks)}
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) in hooks:
+            handle.remove()
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()  # the order of modules is noted anew
+    _forget_released()
+
+
+def _forget_released() -> None:
+    """Empty what DeepSpeed 0.19.8 caches, for all engines and orders: what a module releases."""
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    decorated = getattr(PartitionedParameterCoordinator, name)
+    inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
+
+
 def let_go_of(wrapped: nn.Module) -> None:
     """Empty what stage 3 of DeepSpeed 0.19.8 keeps of a destroyed engine in globals.
 
@@ -275,9 +323,7 @@ def let_go_of(wrapped: nn.Module) -> None:
         wrapped: what ``deepspeed.initialize`` was given.
     """
     parameter_offload.FWD_MODULE_STACK.remove(wrapped)
-    name = "_PartitionedParameterCoordinator__params_to_release"
-    decorated = getattr(PartitionedParameterCoordinator, name)
-    inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
+    _forget_released()
 
 
 def _add_zeros(optimizer: Optimizer, flat: Tensor, keys: Sequence[str]) -> None:
