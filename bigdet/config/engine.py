@@ -26,8 +26,9 @@ class EngineConfig:
     shard_over: Literal["all", "node"] = "all"
     """The ranks over which ZeRO-3 and fsdp shard: ``all``, or those of one ``node``, so that each
     node has a whole copy. Then weights are gathered inside a node, and nodes exchange only a rank's
-    share of the gradients, but a rank holds as much as on one node alone. All nodes must have
-    equally many ranks."""
+    share of the gradients, once per step (fsdp with offload or ``reduce_precision: bf16``: once per
+    micro-batch), but a rank holds as much as on one node alone. All nodes must have equally many
+    ranks."""
     precision: Precision = "bf16"
     """Precision of convolutions and matrix products; weights, gradients and their sums are fp32.
     ``fp16`` uses automatic loss scaling."""

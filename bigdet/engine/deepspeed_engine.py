@@ -233,6 +233,8 @@ class DeepSpeedEngine(StatefulEngine):
         """Stages 1 to 3: DeepSpeed reduces the norm, clips, and skips a step without a norm."""
         self._engine.step()
         is_skipped = self._engine.optimizer.overflow
+        if isinstance(self._state, ShardedState):
+            self._state.after_step(self._engine.module, is_skipped=is_skipped)
         norm = math.inf if is_skipped else float(self._engine.get_global_grad_norm())
         return torch.full((), norm, dtype=torch.float64, device=losses["total"].device)
 

@@ -91,7 +91,7 @@ def _launch(name: str, count: int = 1) -> None:
 
 
 def _format(*tensors: Tensor) -> torch.memory_format:
-    """The memory format that cuDNN chooses, channels_last if a tensor has it; others it copies."""
+    """The format that cuDNN chooses: channels_last if any tensor has it; it copies others."""
     dense = torch.channels_last
     is_last = [t.is_contiguous(memory_format=dense) and not t.is_contiguous() for t in tensors]
     return dense if any(is_last) else torch.contiguous_format
