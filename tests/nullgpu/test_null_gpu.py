@@ -74,6 +74,16 @@ def test_suppression_is_one_launch_also_of_many_images(seen: dict[str, Any]) -> 
         assert found["step"]["refused"] == 0, name
 
 
+def test_group_norm_of_large_tensors_is_four_kernels_with_the_relu(printed: dict[str, Any]) -> None:
+    large, small = printed["group norm"]["large"], printed["group norm"]["small"]
+    # _gradient is in the name of _gradient_sums. There are also the sum over images and parts of
+    # the gradients of scale and shift, and the additions of three gradients to those before.
+    assert large["kernels"] == [1, 1, 1, 2]
+    assert large["launches"] == 8
+    assert large["refused"] == large["syncs"] == 0
+    assert small["kernels"] == [0, 0, 0, 0]
+
+
 def test_activations_have_the_types_that_they_have_on_a_cpu(seen: dict[str, Any]) -> None:
     assert [(name, of["other types"]) for name, of in seen.items() if of.get("other types")] == []
 
