@@ -35,9 +35,9 @@ class EngineConfig:
     gather_precision: SentPrecision | None = None
     """What ZeRO-3 and fsdp send of the weights of convolutions and linear layers; all others are
     sent in fp32. ``bf16`` is half the traffic. It needs ``precision: bf16``, which rounds the same
-    weights to bf16 before it computes with them, so results are the same. None: bf16 under fsdp
-    with ``precision: bf16`` (and torch 2.15), where fp32 would leave a bf16 copy of all these
-    weights on each rank between the forward and the backward pass; else fp32."""
+    weights to bf16 before it computes with them. None: bf16 under fsdp with ``precision: bf16``
+    and without ``activation_checkpointing`` (torch 2.15), where results are the same and fp32 would
+    leave a bf16 copy of all these weights on each rank until the backward pass; else fp32."""
     reduce_precision: SentPrecision = "fp32"
     """What ZeRO-3 and fsdp send of gradients. ``bf16`` is half the traffic, and sums over ranks are
     rounded to 8 bits. It needs ``precision: bf16``. Weights and optimizer state are fp32 always."""
@@ -61,7 +61,8 @@ class EngineConfig:
 def gathers_bf16(engine: EngineConfig) -> bool:
     """Return whether weights are sent in bf16."""
     if engine.gather_precision is None:
-        return engine.kind == "fsdp" and engine.precision == "bf16"
+        is_half = engine.kind == "fsdp" and engine.precision == "bf16"
+        return is_half and not engine.activation_checkpointing  # where gradients might differ
     return engine.gather_precision == "bf16"
 
 

@@ -133,6 +133,7 @@ class FsdpEngine(StatefulEngine):
         seen: list[dict[str, Tensor]] = []
         for number, batch in enumerate(micro_batches, start=1):
             if self._sums_in_nodes and self._sharding.copies > 1:
+                assert isinstance(self.module, FSDPModule)
                 self.module.set_requires_all_reduce(number == self._num_micro_batches)
             total, losses = self._total(batch)
             (total * (scale / self._num_micro_batches)).backward()
