@@ -206,7 +206,7 @@ def traffic(
         "FSDP2": (2 * times, times),
     }[kind]
     sharded = (over - 1) / over * (numbers[0] * gathered + numbers[1] * reduced)
-    frozen = times * BF16_BYTES * work.sizes.frozen * _shares_frozen(kind, engine)
+    frozen: float = times * BF16_BYTES * work.sizes.frozen * _shares_frozen(kind, engine)
     frozen *= (gpus - 1) / gpus
     copies = math.ceil(gpus / over)
     between = 2 * _exchanges(kind, work, engine) * (copies - 1) / copies * reduced
