@@ -26,7 +26,7 @@ from bigdet.config.run import RunConfig, phase_model
 from bigdet.data.examples.collate import group_bytes
 from bigdet.data.format.class_counts import class_lines
 from bigdet.data.format.phase_sets import open_phase_sets, phases_by_sets
-from bigdet.data.streams.loader import PREFETCHED_GROUPS
+from bigdet.data.streams.reading import PREFETCHED_GROUPS
 from bigdet.host import locks
 from bigdet.host.files import check_folder
 from bigdet.host.limits import host_memory
@@ -264,6 +264,8 @@ def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
         ("/dev/shm", 1, "free_shm"),
         ("loader memory", PREFETCHED_GROUPS + 1, "free_memory"),
     ):
+        if name == "free_shm" and config.data.worker_kind == "threads":
+            continue
         scarce: list[str] = []
         for host in dict.fromkeys(facts.host for facts in everywhere):
             own = [facts for facts in everywhere if facts.host == host]

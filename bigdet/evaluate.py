@@ -66,6 +66,7 @@ CHANGEABLE = (
     "evaluation.max_detections",
     "engine.precision",
     "data.workers",
+    "data.worker_kind",
     "data.cache",
 )
 """The options that an evaluation reads; others are refused, as they would have no effect."""

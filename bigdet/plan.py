@@ -40,6 +40,7 @@ from bigdet.data.format.mix import open_train_set
 from bigdet.logs.log import setup_logging
 from bigdet.planning.cluster import (
     KINDS,
+    SHARDED,
     Cluster,
     Forecast,
     Work,
@@ -85,12 +86,6 @@ def main(arguments: Sequence[str]) -> int:
         plan_memory(config, phase, train_set.num_classes, options)
         return 0
     hosts, cluster = _cluster(options)
-    if left_out := options_left_out(config.engine):
-        logger.warning(
-            "%s: not part of this prediction, which is of the defaults. --device plans memory with "
-            "engine.shard_over and engine.shard_frozen.",
-            ", ".join(left_out),
-        )
     if options.step_seconds is None:
         words = [options.config, *options.overrides, "--phase", phase]
         logger.info("measuring %d steps on this device", MEASURED_STEPS)
@@ -116,13 +111,6 @@ def main(arguments: Sequence[str]) -> int:
         work = dataclasses.replace(work, activation_bytes=max(0.0, rest))
     _write_tables(config, phase, hosts, cluster, work, room_gib, bool(measured.gib))
     return 0
-
-
-def options_left_out(engine: EngineConfig) -> list[str]:
-    """Return the options, other than the defaults, that the prediction for many GPUs leaves out."""
-    names = ("shard_over", "shard_frozen", "gather_precision", "reduce_precision")
-    default = EngineConfig()
-    return [f"engine.{n}" for n in names if getattr(engine, n) != getattr(default, n)]
 
 
 def _write_tables(
@@ -158,9 +146,9 @@ def _write_tables(
         work.micro_batches,
         images,
     )
-    header = "step s  waiting s  efficiency  images/s  GiB per GPU"
+    header = "step s  waiting s  efficiency  images/s  GiB per GPU  GB inside  GB between"
     logger.info("  %-8s %s", "engine", header)
-    rows = [forecast(kind, gpus, cluster, work) for kind in KINDS]
+    rows = [forecast(kind, gpus, cluster, work, config.engine) for kind in KINDS]
     for row in rows:
         logger.info("  %-8s %s", row.kind, _cells(row, gpus, work, images, room_gib))
     chosen = best(rows, room_gib * GIB)
@@ -171,13 +159,30 @@ def _write_tables(
         if chosen is None
         else f"use {_as_options(chosen.kind)}",
     )
+    logger.info(
+        "GB are sent per step, inside a host by each GPU, between hosts by each host%s",
+        _choices(config.engine),
+    )
     logger.info("the best on other numbers of GPUs, at least one micro-batch on each:")
     logger.info("  %6s %-8s %s", "GPUs", "engine", header)
     for number in _SHOWN_GPUS:
         own = _shared_out(work, settings.images_per_step, images, number)
-        fit = best([forecast(kind, number, cluster, own) for kind in KINDS], room_gib * GIB)
+        fit = best(
+            [forecast(kind, number, cluster, own, config.engine) for kind in KINDS], room_gib * GIB
+        )
         text = "nothing fits" if fit is None else _cells(fit, number, own, images, room_gib)
         logger.info("  %6d %-8s %s", number, "" if fit is None else fit.kind, text)
+
+
+def _choices(engine: EngineConfig) -> str:
+    """Name what a config says of the engines that divide weights, unless it is the default."""
+    names = ("shard_over", "gather_precision", "reduce_precision")
+    chosen = [
+        f"engine.{name}={value}"
+        for name in names
+        if (value := getattr(engine, name)) not in (None, "all", "fp32")
+    ]
+    return f"; {' and '.join(SHARDED)} with {', '.join(chosen)}" if chosen else ""
 
 
 def _shared_out(work: Work, images_per_step: int | None, images_per_gpu: int, gpus: int) -> Work:
@@ -191,7 +196,8 @@ def _cells(row: Forecast, gpus: int, work: Work, images_per_gpu: int, room_gib: 
     memory = row.memory_bytes / GIB
     return (
         f"{row.step_seconds:6.3f}  {row.waiting_seconds:9.3f}  {row.efficiency:10.0%}  "
-        f"{rate:8.0f}  {memory:11.1f}{'' if memory <= room_gib else '  does not fit'}"
+        f"{rate:8.0f}  {memory:11.1f}  {row.traffic.inside / 1e9:9.2f}  "
+        f"{row.traffic.between / 1e9:10.2f}{'' if memory <= room_gib else '  does not fit'}"
     )
 
 
@@ -276,8 +282,8 @@ def plan_memory(
         sizes_of_model = model_sizes(config, phase, num_classes)
         work = Work(sizes_of_model, optimizer_tensors(settings), 0.0, 0.0, 1)
         kind = "FSDP2" if config.engine.kind == "fsdp" else f"ZeRO-{config.engine.zero_stage}"
-        shards = gpus if config.engine.shard_over == "all" else cluster.gpus_per_host
-        shift_gib = (state_bytes(kind, shards, work) - state_bytes(kind, 1, work)) / GIB
+        there = state_bytes(kind, gpus, work, cluster.gpus_per_host, config.engine)
+        shift_gib = (there - state_bytes(kind, 1, work)) / GIB
 
     def take(setting: Setting) -> Measured | None:
         words = overrides(phase, settings, setting)

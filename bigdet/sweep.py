@@ -264,6 +264,8 @@ def slurm_script(name: str, runs: Sequence[PlannedRun], command: Sequence[str]) 
             f"wave{number}=$(sbatch --parsable --job-name={shlex.quote(name)} --signal=TERM@120 "
             f"--array=0-{len(wave) - 1}{wait} \"$@\" <<'JOB'",
             "#!/usr/bin/env bash",
+            "# Slurm 22.05 to 23.02 give a task one CPU unless srun asks for them too.",
+            'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
             "commands=(",
             *(f"  {shlex.quote(shlex.join([*command, *run.words]))}" for run in wave),
             ")",

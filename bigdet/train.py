@@ -19,7 +19,7 @@ from pathlib import Path
 from bigdet import distributed
 from bigdet.cli.running import STOPPED, run_command
 from bigdet.config.load import load_config
-from bigdet.config.phase import num_steps
+from bigdet.config.phase import data_key, num_steps
 from bigdet.config.run import RunConfig, phase_data
 from bigdet.data.format.phase_sets import open_phase_sets, phases_by_sets
 from bigdet.doctor import examine
@@ -142,7 +142,7 @@ def run_phase(run: Run) -> bool:
         if run.restored is not None:
             stream.check_state(state.stream)
     state.stream = stream.state()
-    resume.check_same_stream(state.stream)
+    resume.check_same_stream(state.stream, data_key(name, config.phases[name], "train"))
     classes = run.sets[name].classes
     with contextlib.ExitStack() as until_begun:
         detector, start = build_empty(config, name, classes), None

@@ -1,9 +1,9 @@
 """Compares the training stream with decoding the same images and with other loaders.
 
-All numbers are images per second of CPU time, of this process or of the loader processes, so that
-other processes of the machine matter little. The stream does all that a phase needs: reading,
-order, boxes, masks, the canvas, and the transfer from the loader process. It is compared with, in
-turn: decoding the same files and nothing else; decoding and resizing them;
+All numbers are images per second of CPU time, of this process and its loader processes, so that
+other processes of the machine matter little: it is what one core gives. The stream does all that a
+phase needs: reading, order, boxes, masks, the canvas, and the transfer from the loader process. It
+is compared with, in turn: decoding the same files and nothing else; decoding and resizing them;
 webdataset with Pillow (decode and resize, no objects); torchvision's CocoDetection with its v2
 transforms in a DataLoader (resize, flip, boxes, masks where the model has them).
 """
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
+from bigdet.config.data import WorkerKind
 from bigdet.config.load import check_phase
 from bigdet.config.model import has_masks
 from bigdet.config.resize import plan_of
@@ -59,8 +60,8 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
     address = phase_data(config, name).train.shards
 
-    def open_stream(workers: int) -> TrainStream:
-        data = dataclasses.replace(config.data, workers=workers)
+    def open_stream(workers: int, kind: WorkerKind = "processes") -> TrainStream:
+        data = dataclasses.replace(config.data, workers=workers, worker_kind=kind)
         changed = dataclasses.replace(config, data=data)
         return stream_for_phase(changed, name, ShardSet(address))
 
@@ -76,6 +77,9 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if workers:
         measured["stream_in_workers"] = lambda: _stream_rate(open_stream(workers), num_groups)
+        measured["stream_in_threads"] = lambda: _stream_rate(
+            open_stream(workers, "threads"), num_groups
+        )
     with tempfile.TemporaryDirectory() as folder:
         if workers:
             dataset = _torchvision_dataset(Path(folder), samples, plan, phase.flip, with_masks)
@@ -95,6 +99,9 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         "first_batch_seconds": round(_first_batch_seconds(open_stream, workers), 3),
         "images_per_cpu_second": {what: round(rate, 1) for what, rate in rates.items()},
         "ratios": _ratios(rounds),
+        "cores_for_300_images_per_second": {
+            what: round(300 / rate, 2) for what, rate in rates.items() if "stream" in what
+        },
     }
 
 
@@ -104,6 +111,8 @@ def _ratios(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
         ("stream", "decode_and_resize"),
         ("stream", "webdataset_pillow"),
         ("stream_in_workers", "decode_and_resize"),
+        ("stream_in_threads", "decode_and_resize"),
+        ("stream_in_threads", "stream_in_workers"),
         ("stream_in_workers", "torchvision_in_workers"),
     ]
     return {
@@ -141,7 +150,7 @@ def _decode_and_resize(file: bytes, plan: Plan) -> torch.Tensor:
 
 
 def _stream_rate(stream: TrainStream, num_groups: int) -> float:
-    """Return images per CPU second of the stream: of its processes, or of this one without."""
+    """Return images per CPU second of the stream: of this process and its loader processes."""
     with contextlib.closing(stream):
         batches = iter(stream)
         next(batches)  # the clock starts when the processes run
@@ -151,18 +160,16 @@ def _stream_rate(stream: TrainStream, num_groups: int) -> float:
 
 
 def _cpu_seconds() -> float:
-    """Return the CPU time so far of this process's children, or of itself if it has none."""
+    """Return the CPU time so far of this process and its children."""
     children = multiprocessing.active_children()
-    if not children:
-        return time.process_time()
-    ticks = 0
+    own, ticks = time.process_time(), 0
     if not Path("/proc").is_dir():
-        return sum(_ps_cpu_seconds(child.pid) for child in children)
+        return own + sum(_ps_cpu_seconds(child.pid) for child in children)
     for child in children:
         # The name, in brackets, may hold blanks; user and system time are 12th and 13th after it.
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return own + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _ps_cpu_seconds(process: int | None) -> float:
@@ -238,7 +245,7 @@ def _torchvision_dataset(
 
 
 def _torchvision_rate(dataset: Dataset[Any], images_per_gpu: int, workers: int) -> float:
-    """Return images per CPU second of the loader processes, over all but the first batch."""
+    """Return images per CPU second, over all but the first batch."""
     loader = DataLoader(
         dataset,
         images_per_gpu,

@@ -18,6 +18,7 @@ from bigdet.config.rules import (
 )
 
 Order = Literal["shuffled", "windowed"]
+WorkerKind = Literal["processes", "threads"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,10 @@ class DataConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Copies of remote shards."""
     workers: int = 2
-    """Loader processes per rank; 0 decodes in the training process."""
+    """Loader processes or threads per rank; 0 decodes in the training process."""
+    worker_kind: WorkerKind = "processes"
+    """``threads`` copy nothing between processes and need no shared memory, but share Python's lock
+    with the training loop. The batches are the same."""
 
 
 def check_data(data: DataConfig) -> None:

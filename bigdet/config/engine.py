@@ -26,15 +26,18 @@ class EngineConfig:
     shard_over: Literal["all", "node"] = "all"
     """The ranks over which ZeRO-3 and fsdp shard: ``all``, or those of one ``node``, so that each
     node has a whole copy. Then weights are gathered inside a node, and nodes exchange only a rank's
-    share of the gradients, but a rank holds as much as on one node alone. All nodes must have
-    equally many ranks."""
+    share of the gradients, once per step (fsdp with offload or ``reduce_precision: bf16``: once per
+    micro-batch), but a rank holds as much as on one node alone. All nodes must have equally many
+    ranks."""
     precision: Precision = "bf16"
     """Precision of convolutions and matrix products; weights, gradients and their sums are fp32.
     ``fp16`` uses automatic loss scaling."""
-    gather_precision: SentPrecision = "fp32"
+    gather_precision: SentPrecision | None = None
     """What ZeRO-3 and fsdp send of the weights of convolutions and linear layers; all others are
     sent in fp32. ``bf16`` is half the traffic. It needs ``precision: bf16``, which rounds the same
-    weights to bf16 before it computes with them."""
+    weights to bf16 before it computes with them, so results are the same. None: bf16 under fsdp
+    with ``precision: bf16`` (and torch 2.15), where fp32 would leave a bf16 copy of all these
+    weights on each rank between the forward and the backward pass; else fp32."""
     reduce_precision: SentPrecision = "fp32"
     """What ZeRO-3 and fsdp send of gradients. ``bf16`` is half the traffic, and sums over ranks are
     rounded to 8 bits. It needs ``precision: bf16``. Weights and optimizer state are fp32 always."""
@@ -53,6 +56,13 @@ class EngineConfig:
     max_bad_steps: int = 20
     """The run stops after more than this many steps with a loss or gradient that is not finite;
     such steps are skipped."""
+
+
+def gathers_bf16(engine: EngineConfig) -> bool:
+    """Return whether weights are sent in bf16."""
+    if engine.gather_precision is None:
+        return engine.kind == "fsdp" and engine.precision == "bf16"
+    return engine.gather_precision == "bf16"
 
 
 def shards_frozen(engine: EngineConfig) -> bool:
@@ -99,7 +109,7 @@ def _check_sharded(engine: EngineConfig) -> None:
     """Check that what is said of sharded weights is said where weights are sharded."""
     chosen = {
         "shard_over": engine.shard_over != "all",
-        "gather_precision": engine.gather_precision != "fp32",
+        "gather_precision": engine.gather_precision not in (None, "fp32"),
         "reduce_precision": engine.reduce_precision != "fp32",
     }
     for name in (name for name, is_chosen in chosen.items() if is_chosen):

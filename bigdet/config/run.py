@@ -227,3 +227,5 @@ def _ignored_in_data(config: RunConfig, with_keypoints: Sequence[str]) -> Ignore
     for name, key in keys.items():
         split = phase_data(config, name).train
         yield from ignored_in_train_split(key, split, has_keypoints=key in having)
+    if config.data.workers == 0:
+        yield "data.worker_kind", "is for data.workers above 0"

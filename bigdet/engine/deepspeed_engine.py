@@ -147,6 +147,8 @@ class DeepSpeedEngine(StatefulEngine):
         )[0]
         # At stage 0 DeepSpeed would send all gradients as one copy, and also where there is 1 rank.
         self._engine.enable_backward_allreduce = self._stage != 0
+        if self._stage == 0:
+            place(module, _channels_last)
         self._state = self._state_access()
         self._ema = None
         if with_ema:
@@ -231,6 +233,8 @@ class DeepSpeedEngine(StatefulEngine):
         """Stages 1 to 3: DeepSpeed reduces the norm, clips, and skips a step without a norm."""
         self._engine.step()
         is_skipped = self._engine.optimizer.overflow
+        if isinstance(self._state, ShardedState):
+            self._state.after_step(self._engine.module, is_skipped=is_skipped)
         norm = math.inf if is_skipped else float(self._engine.get_global_grad_norm())
         return torch.full((), norm, dtype=torch.float64, device=losses["total"].device)
 
@@ -270,6 +274,15 @@ class DeepSpeedEngine(StatefulEngine):
         self._engine = self._ema = self._last = None
         del self._state
         gc.collect()  # engine and optimizer refer to each other
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    """Lay weights of convolutions out as images are, or cuDNN would copy them in each pass.
+
+    Partitions of the other stages are consecutive numbers of flattened tensors, as are the pieces
+    of checkpoints, so their weights stay contiguous.
+    """
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
 def _deepspeed_config(config: EngineConfig, device: torch.device, largest: int) -> dict[str, Any]:

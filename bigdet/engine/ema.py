@@ -82,7 +82,9 @@ class MovingAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for value, live in zip(self.values, self._live(), strict=True):
-            blocks = (torch.split(tensor.view(-1), SWAPPED_ELEMENTS) for tensor in (value, live))
+            # In the order that they have in memory, which is the same for both.
+            flat = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (value, live))
+            blocks = (torch.split(numbers, SWAPPED_ELEMENTS) for numbers in flat)
             for ours, theirs in zip(*blocks, strict=True):
                 kept = ours.clone()
                 ours.copy_(theirs)

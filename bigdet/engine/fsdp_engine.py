@@ -2,7 +2,8 @@
 
 Each unit (a stage of the backbone, a head) is gathered when its forward or backward pass begins and
 freed when it ends; its gradients are reduced to shards after each micro-batch. Both are done in
-fp32 unless the config says otherwise, as in the other engine; see `precision.py`.
+fp32 unless the config says otherwise, as in the other engine; see `precision.py`. Where each node
+has a copy, gradients are averaged over the nodes after the last micro-batch only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigdet import distributed
-from bigdet.config.engine import EngineConfig
+from bigdet.config.engine import EngineConfig, gathers_bf16
 from bigdet.config.rules import ConfigError
 from bigdet.engine.base import (
     Launched,
@@ -79,6 +80,8 @@ class FsdpEngine(StatefulEngine):
         self._num_micro_batches = num_micro_batches
         self._clip_norm = config.clip_norm
         self._device = device
+        # Until then torch would add them up in the type that is sent, on the device.
+        self._sums_in_nodes = config.reduce_precision == "fp32" and config.offload == "none"
         self._scale = LossScale(config.precision)
         self._shapes = weight_shapes(module)
         place(module, lambda value: value if value.is_meta else value.to(device))
@@ -128,7 +131,9 @@ class FsdpEngine(StatefulEngine):
         """
         scale = self._scale.value
         seen: list[dict[str, Tensor]] = []
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, start=1):
+            if self._sums_in_nodes and self._sharding.copies > 1:
+                self.module.set_requires_all_reduce(number == self._num_micro_batches)
             total, losses = self._total(batch)
             (total * (scale / self._num_micro_batches)).backward()
             seen.append(losses)
@@ -194,9 +199,10 @@ class FsdpEngine(StatefulEngine):
 def _sent_precision(module: nn.Module, config: EngineConfig) -> MixedPrecisionPolicy:
     """Say in which types weights are gathered and gradients reduced."""
     reduced = torch.bfloat16 if config.reduce_precision == "bf16" else torch.float32
-    if config.gather_precision == "fp32":
+    is_able = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__
+    if not gathers_bf16(config) or (config.gather_precision is None and not is_able):
         return MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
-    if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
+    if not is_able:
         raise ConfigError(
             f"engine.gather_precision: found bf16, which needs a newer torch under fsdp (2.15 has "
             f"it), found {torch.__version__}. Write fp32, or engine.kind: deepspeed."

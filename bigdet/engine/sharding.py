@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bigdet import distributed
-from bigdet.config.engine import EngineConfig
+from bigdet.config.engine import EngineConfig, gathers_bf16
 from bigdet.host import launchers
 
 
@@ -106,7 +106,7 @@ def stage_of_run(config: EngineConfig) -> int:
     """
     assert config.zero_stage is not None
     is_alone = distributed.world_size() == 1 and config.offload == "none"
-    is_exact = config.reduce_precision == config.gather_precision == "fp32"
+    is_exact = config.reduce_precision == "fp32" and not gathers_bf16(config)
     return 0 if is_alone and is_exact else config.zero_stage
 
 

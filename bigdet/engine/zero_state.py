@@ -16,7 +16,10 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator,
+    iter_params,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -143,6 +146,7 @@ class ShardedState:
         self._optimizer = optimizer
         self._zero = zero
         self._position = sharding.position
+        self._is_first_step = True
         if sharding.copy_group is not None:
             _average_over_copies(zero, sharding)
 
@@ -205,6 +209,22 @@ class ShardedState:
             self._zero._reassign_or_swap_out_partitioned_parameters(number)
         self._zero.checkpoint_event_epilogue()
 
+    def after_step(self, wrapped: nn.Module, *, is_skipped: bool) -> None:
+        """Prepare the next forward pass (collective).
+
+        In the first step, DeepSpeed finds out which layers use weights of others. After it, hooks
+        stay where there is something to gather; small parameters are whole between steps.
+
+        Args:
+            wrapped: what ``deepspeed.initialize`` was given.
+            is_skipped: after a skipped step DeepSpeed leaves small parameters partitioned.
+        """
+        if is_skipped:
+            self._zero.checkpoint_event_epilogue()
+        if self._is_first_step:
+            _unhook_idle(self._zero, wrapped)
+        self._is_first_step = False
+
 
 def _whole(name: str, key: str, value: Tensor) -> Part:
     """Describe a tensor of the optimizer that every rank has whole."""
@@ -215,18 +235,28 @@ def _average_over_copies(zero: Any, sharding: Sharding) -> None:
     """Let stage 3 average gradients over nodes too, as DeepSpeed's MiCS did before it was removed.
 
     DeepSpeed averages them over the ranks of a node, which its parameters are partitioned over, and
-    then calls ``partition_grads`` with this rank's partitions.
+    then calls ``partition_grads`` with this rank's partitions, which adds them to those of earlier
+    micro-batches. In the last one of a step the sums are averaged over the nodes.
     """
     partition_grads = zero.partition_grads
+    sums = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
 
     def averaged(parameters: list[nn.Parameter], partitions: list[Tensor]) -> Any:
-        sent = torch.cat([each.reshape(-1) for each in partitions]).to(zero.communication_data_type)
-        sent.div_(sharding.copies)
+        if not zero.is_gradient_accumulation_boundary():
+            return partition_grads(parameters, partitions)
+        sizes, earlier = [len(each) for each in partitions], zero.micro_step_id
+        total = torch.cat(partitions).to(zero.gradient_accumulation_dtype)
+        if earlier:
+            pairs = zip(parameters, sizes, strict=True)  # the last rank's are not padded here
+            found = [sums[zero.get_param_id(each)][:size] for each, size in pairs]
+            total += torch.cat(found).to(total.device)
+        sent = total.to(zero.communication_data_type).div_(sharding.copies)
         torch.distributed.all_reduce(sent, group=sharding.copy_group)
-        means = torch.split(
-            sent.to(zero.gradient_accumulation_dtype), [len(each) for each in partitions]
-        )
-        return partition_grads(parameters, list(means))
+        means = torch.split(sent.to(total.dtype), sizes)
+        zero.micro_step_id = 0  # they replace the sums
+        buffers = partition_grads(parameters, list(means))
+        zero.micro_step_id = earlier
+        return buffers
 
     zero.partition_grads = averaged
 
@@ -258,6 +288,34 @@ def step_partitions(zero: Any) -> None:
         stepped.data = partitions.data
 
 
+def _unhook_idle(zero: Any, wrapped: nn.Module) -> None:
+    """Take stage 3's hooks from layers that have nothing to gather in a step.
+
+    DeepSpeed hooks every module, and each of the four hooks takes host time.
+    """
+    offload = zero.parameter_offload
+    idle = [
+        module
+        for module in wrapped.modules()
+        if module is not wrapped and all(parameter.ds_persist for parameter in iter_params(module))
+    ]
+    hooks = {id(of) for layer in idle for of in (layer._forward_pre_hooks, layer._forward_hooks)}
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) in hooks:
+            handle.remove()
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()  # the order of modules is noted anew
+    _forget_released()
+
+
+def _forget_released() -> None:
+    """Empty what DeepSpeed 0.19.8 caches, for all engines and orders: what a module releases."""
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    decorated = getattr(PartitionedParameterCoordinator, name)
+    inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
+
+
 def let_go_of(wrapped: nn.Module) -> None:
     """Empty what stage 3 of DeepSpeed 0.19.8 keeps of a destroyed engine in globals.
 
@@ -265,9 +323,7 @@ def let_go_of(wrapped: nn.Module) -> None:
         wrapped: what ``deepspeed.initialize`` was given.
     """
     parameter_offload.FWD_MODULE_STACK.remove(wrapped)
-    name = "_PartitionedParameterCoordinator__params_to_release"
-    decorated = getattr(PartitionedParameterCoordinator, name)
-    inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
+    _forget_released()
 
 
 def _add_zeros(optimizer: Optimizer, flat: Tensor, keys: Sequence[str]) -> None:

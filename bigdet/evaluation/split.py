@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from bigdet import distributed
+from bigdet.config.data import WorkerKind
 from bigdet.config.engine import Precision
 from bigdet.config.run import RunConfig
 from bigdet.data.format.shard_set import ShardSet
@@ -45,20 +46,23 @@ class Passes:
         size_cap: short side and longest long side to which images are resized, pixels; None for
             modules that resize them themselves.
         images_per_gpu: images in one forward pass of one rank.
-        workers: loader processes per rank.
+        workers: loader processes or threads per rank.
+        worker_kind: which of the two.
         precision: of activations and matrix products; weights are not converted.
     """
 
     size_cap: tuple[int, int] | None
     images_per_gpu: int
     workers: int = 0
+    worker_kind: WorkerKind = "processes"
     precision: Precision = "fp32"
 
 
 def passes_of(config: RunConfig, size_cap: tuple[int, int] | None) -> Passes:
     """Return the passes that a run's config asks for."""
     images_per_gpu, precision = config.evaluation.images_per_gpu, config.engine.precision
-    return Passes(size_cap, images_per_gpu, config.data.workers, precision)
+    data = config.data
+    return Passes(size_cap, images_per_gpu, data.workers, data.worker_kind, precision)
 
 
 @torch.no_grad()
@@ -100,6 +104,7 @@ def predict_split(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         workers=passes.workers,
+        worker_kind=passes.worker_kind,
     )
     results = SavedResults(folder)
     collected = _Collected(category_ids(shards) if ids is None else ids, len(shards), results)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from bigdet import distributed
 from bigdet.models.joint_norm import JointNorm
+from bigdet.ops.group_norm import group_norm
 
 Mode = Literal["live", "sync", "affine", "fixed"]
 Kind = Literal["bn", "gn", "ln", "none"]
@@ -191,6 +192,32 @@ class _FixedNorm(torch.autograd.Function):
         return grad_x, None, None, None, None, None
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalization, with torch's names.
+
+    Attributes:
+        relu: apply the ReLU that follows as well, which a GPU does in the same pass.
+    """
+
+    relu = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``(N, C, H, W)``; dtype and memory format are kept."""
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, relu=self.relu)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the printed model."""
+        return f"{super().extra_repr()}, relu={self.relu}"
+
+
+def take_relu(norm: nn.Module, relu: nn.Module) -> nn.Module:
+    """Let group normalization do the ReLU that follows it; return what is left of the ReLU."""
+    if isinstance(norm, GroupNorm) and isinstance(relu, nn.ReLU):
+        norm.relu = True
+        return nn.Identity()
+    return relu
+
+
 def make_norm(kind: Kind, channels: int) -> nn.Module:
     """Build the normalization of a convolution's output; ``none`` gives the identity.
 
@@ -201,7 +228,7 @@ def make_norm(kind: Kind, channels: int) -> nn.Module:
     if kind == "bn":
         return BatchNorm2d(channels)
     if kind == "gn":
-        return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=1e-5)
+        return GroupNorm(math.gcd(GROUPS, channels), channels, eps=1e-5)
     if kind == "ln":
         norm: nn.Module = LayerNorm2d(channels, eps=1e-6)
         return norm
@@ -230,7 +257,7 @@ def conv_norm(
     if norm != "none":
         layers["norm"] = make_norm(norm, out_channels)
     if relu:
-        layers["relu"] = nn.ReLU(inplace=True)
+        layers["relu"] = take_relu(layers.get("norm", conv), nn.ReLU(inplace=True))
     return nn.Sequential(layers)
 
 

@@ -4,7 +4,9 @@
 optimizer state divided as the engine divides them (`cluster.py`), and what engines need to send and
 gather them, in fp32: ZeRO two buckets of gradients and one of weights, its stage 3 two of gathered
 weights (of each kind one holds the largest tensor, which is never cut), FSDP2 two units of weights
-and two of gradients. On top of what is allocated come
+and two of gradients. Autocast's bf16 copies of matrices are counted whole, although FSDP2 has none
+where it gathers bf16, its default, and ZeRO-3 none of linear layers: there up to two bytes per
+weight too many. On top of what is allocated come
 
 - what the allocator reserves but does not use (`allocator.py`), with segments of fixed size: less
   with ``device.expandable_segments``,

@@ -21,7 +21,10 @@ from bigdet.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-UNCOUNTED = ("output", "seed", "resume", "checkpoint", "log", "data.workers", "data.cache")
+UNCOUNTED = (
+    "output", "seed", "resume", "checkpoint", "log", "data.workers", "data.worker_kind",
+    "data.cache",
+)  # fmt: skip
 """Options and sections in which runs of one group may differ: seed, and those without effect."""
 
 

@@ -24,7 +24,7 @@ DATA_CHANGEABLE = (
 
 CHANGEABLE = (
     "output", "resume", "change_batch", *DATA_CHANGEABLE, "data.cache", "data.workers",
-    "engine.kind", "engine.zero_stage", "engine.shard_over", "engine.offload",
+    "data.worker_kind", "engine.kind", "engine.zero_stage", "engine.shard_over", "engine.offload",
     "engine.shard_frozen", "engine.max_bad_steps", "device.cudnn_benchmark",
     "device.expandable_segments", "evaluation", "checkpoint", "log",
 )  # fmt: skip

@@ -64,21 +64,21 @@ def check_same_everywhere(config: RunConfig, sets: Mapping[str, DataSets]) -> No
     same_hosts.check_same({**same_hosts.own_code(names), "config": config_hash, **shards})
 
 
-def check_same_stream(state: dict[str, Any]) -> None:
+def check_same_stream(state: dict[str, Any], key: str) -> None:
     """Check that all ranks take their batches from the same samples in the same order (collective).
 
     Args:
         state: ``TrainStream.state()`` of this rank.
+        key: the section that the set is of.
 
     Raises:
         SharedError: hosts have different copies of the data.
     """
     states = distributed.all_gather_objects(state)
     for rank, other in enumerate(states):
-        differing = [name for name, value in states[0].items() if other[name] != value]
-        if differing:
+        if differing := [name for name, value in states[0].items() if other[name] != value]:
             raise distributed.SharedError(
-                f"data.train: rank {rank} has another {', '.join(differing)} than rank 0, so they "
+                f"{key}: rank {rank} has another {', '.join(differing)} than rank 0, so they "
                 f"would not train on each image once. Copy the same shards to every host."
             )
 
@@ -383,11 +383,10 @@ def _check_unchanged(
             f"{folder}: the run has the phases {', '.join(before.phases)}, the config "
             f"{', '.join(config.phases)}. Set them back, or choose another output."
         )
-    current = saved.run["run"]["phase"]
-    begins_here = is_fork(config, saved)
-    if begins_here:
-        step = saved.run["run"].get("step", 0)
-        check_fork(current, step, config.phases[current], before.phases[current])
+    position = saved.run["run"]
+    current = position["phase"]
+    if begins_here := is_fork(config, saved):
+        check_fork(current, position.get("step", 0), config.phases[current], before.phases[current])
     changeable = changeable_options(config, current, begins_here)
     if changed := changed_options(config, before, changeable):
         batch = ", ".join(f"phases.{current}.{name}" for name in BATCH_OPTIONS)

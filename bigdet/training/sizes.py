@@ -8,6 +8,7 @@ import torch
 
 from bigdet.config.phase import PhaseConfig
 from bigdet.config.run import RunConfig, phase_model
+from bigdet.engine.precision import rounded_parameters
 from bigdet.models import norms
 from bigdet.models.backbones.build import freeze_stages
 from bigdet.models.build import build_detector
@@ -26,12 +27,14 @@ class ModelSizes:
         trained: weights that the phase trains.
         buffers: running statistics.
         frozen: weights of a frozen backbone, in bf16 and in no checkpoint.
+        rounded: those of ``parameters`` that ``engine.gather_precision: bf16`` rounds.
     """
 
     parameters: int
     trained: int
     buffers: int
     frozen: int = 0
+    rounded: int = 0
 
 
 def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
@@ -50,6 +53,7 @@ def model_sizes(config: RunConfig, phase: str, num_classes: int) -> ModelSizes:
         sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad),
         sum(buffer.numel() for buffer in detector.buffers()) - frozen,
         frozen,
+        sum(parameter.numel() for parameter in rounded_parameters(detector)),
     )
 
 

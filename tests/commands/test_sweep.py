@@ -198,7 +198,7 @@ def test_slurm_arrays_run_every_command_and_forks_wait(tmp_path: Path, shapes_sh
     file = write_sweep(tmp_path, shapes_shards)
     more = "  other: {overrides: [\"data.val.shards='a b'\"]}\n  last: {after: short}\n"
     file.write_text(file.read_text() + more)
-    assert sweep.main([str(file), "--slurm", "--command", "echo srun"]) == 0
+    assert sweep.main([str(file), "--slurm", "--command", "eval echo '$SRUN_CPUS_PER_TASK'"]) == 0
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(FAKE_SBATCH)
@@ -206,6 +206,7 @@ def test_slurm_arrays_run_every_command_and_forks_wait(tmp_path: Path, shapes_sh
     (tmp_path / "submit.sh").write_text(capsys.readouterr().out)
     log = tmp_path / "log"
     environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", "LOG": str(log)}
+    environment["SLURM_CPUS_PER_TASK"] = "7"  # which srun of some versions does not read
     command = ["bash", str(tmp_path / "submit.sh"), "--nodes=2"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     first, second, third = log.read_text().splitlines()
@@ -216,6 +217,7 @@ def test_slurm_arrays_run_every_command_and_forks_wait(tmp_path: Path, shapes_sh
     assert "--dependency=afterok:41" in second
     assert "--dependency=afterok:41" in third
     ran = (tmp_path / "log.ran").read_text().splitlines()
+    assert {line.split()[0] for line in ran} == {"7"}
     outputs = [re.search(r"output=\S+/runs/(\w+)", line).group(1) for line in ran]
     assert outputs == ["trunk", "other", "short", "last"]
 

@@ -1,4 +1,4 @@
-"""Batch normalization over ranks on a GPU."""
+"""Normalization on a GPU: over ranks, and by kernels of our own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigdet import distributed
 from bigdet.models.norms import BatchNorm2d
+from bigdet.ops import group_norm
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -52,3 +53,24 @@ def test_ranks_normalize_by_their_joint_batch_without_waiting(tmp_path: Path) ->
     for one in found:
         torch.testing.assert_close(one["mean"], x.mean((0, 2, 3)), **close)
         torch.testing.assert_close(one["var"], x.var((0, 2, 3)), **close)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("channels", [64, 256, 2048])
+def test_kernels_of_group_norm_give_what_fp64_gives(
+    channels: int, relu: bool, exact: torch.device
+) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 3, channels, 45, 67) + 2
+    weight, bias = torch.randn(2, channels)
+    own = [x.to(exact, memory_format=torch.channels_last), weight.to(exact), bias.to(exact)]
+    other = [x.double(), weight.double(), bias.double()]
+    for tensor in own + other:
+        tensor.requires_grad_()
+    y = group_norm.kernel_group_norm(own[0], 32, own[1], own[2], 1e-5, relu)
+    y.backward(grad.to(exact))
+    expected = group_norm.group_norm(other[0], 32, other[1], other[2], 1e-5, relu=relu)
+    expected.backward(grad.double())
+    pairs = [(y, expected), *((a.grad, b.grad) for a, b in zip(own, other, strict=True))]
+    for found, right in pairs:
+        assert (found.cpu().double() - right).norm() / right.norm() < 1e-5

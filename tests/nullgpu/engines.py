@@ -12,6 +12,7 @@ import torch
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
 from bigdet.engine.build import build_engine
+from bigdet.models.detector import Detector
 from bigdet.models.norms import update_running_statistics
 from bigdet.training.optim import build_optimizer
 from bigdet.training.prefetch import prefetch
@@ -22,6 +23,12 @@ from tests.unit.models.test_detector import detector_of, scene
 
 MICRO_BATCHES = 2
 LIMIT = timedelta(seconds=77)
+
+
+def num_copied(detector: Detector) -> int:
+    """How many weights cuDNN has to copy in each pass, which computes in channels_last."""
+    weights = [value for value in detector.parameters() if value.dim() == 4]
+    return sum(not value.is_contiguous(memory_format=torch.channels_last) for value in weights)
 
 
 def steps() -> dict[str, dict[str, Any]]:
@@ -56,7 +63,10 @@ def steps() -> dict[str, dict[str, Any]]:
             update_running_statistics(detector, counts=launched[-1].counts)
             launched[0].read()
         peak = torch.cuda.max_memory_allocated()
-        found[name] = {**seen(), "nccl": null_gpu.launches_of("nccl"), "peak": peak}
+        found[name] = {
+            **seen(), "nccl": null_gpu.launches_of("nccl"), "peak": peak,
+            "copied": num_copied(detector),
+        }  # fmt: skip
         engine.close()
         del engine, detector
         gc.collect()

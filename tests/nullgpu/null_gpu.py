@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +70,21 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+def last_line(module: str, variables: dict[str, str]) -> dict[str, Any]:
+    """Run a module with these variables, and return the JSON object in the last line it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
+
+
 def counts() -> dict[str, int]:
     """Return the counters since the last ``reset``, and the waits of stand-ins among them."""
     values = (ctypes.c_long * len(COUNTERS))()
@@ -91,7 +108,7 @@ def _launch(name: str, count: int = 1) -> None:
 
 
 def _format(*tensors: Tensor) -> torch.memory_format:
-    """The memory format that cuDNN chooses: channels_last if any tensor has it."""
+    """The format that cuDNN chooses: channels_last if any tensor has it; it copies others."""
     dense = torch.channels_last
     is_last = [t.is_contiguous(memory_format=dense) and not t.is_contiguous() for t in tensors]
     return dense if any(is_last) else torch.contiguous_format
@@ -106,9 +123,11 @@ def _sides(x: Tensor, w: Tensor, padding: list, stride: list, dilation: list) ->
 
 def _convolution(x, w, padding, stride, dilation, groups, *_):
     assert x.dtype == w.dtype, (x.dtype, w.dtype)
-    shape = [len(x), len(w), *_sides(x, w, padding, stride, dilation)]
+    chosen = _format(x, w)
+    x, w = x.contiguous(memory_format=chosen), w.contiguous(memory_format=chosen)
     _launch("convolution")
-    return x.new_empty(shape).contiguous(memory_format=_format(x, w))
+    shape = [len(x), len(w), *_sides(x, w, padding, stride, dilation)]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=chosen)
 
 
 def _transposed(x, w, padding, output_padding, stride, dilation, groups, *_):
@@ -121,17 +140,20 @@ def _transposed(x, w, padding, output_padding, stride, dilation, groups, *_):
         + 1
         for i in (0, 1)
     ]
+    chosen = _format(x, w)
+    x, w = x.contiguous(memory_format=chosen), w.contiguous(memory_format=chosen)
     _launch("convolution")
     shape = [len(x), w.shape[1] * groups, *sides]
-    return x.new_empty(shape).contiguous(memory_format=_format(x, w))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=chosen)
 
 
 def _convolution_backward(grad, x, w, bias_sizes, *options):
     wanted = options[-1]
+    chosen = _format(x, w)
+    grad, x, w = (tensor.contiguous(memory_format=chosen) for tensor in (grad, x, w))
     _launch("convolution backward", sum(wanted[:2]))
-    memory = _format(x, w)
-    grad_x = torch.empty_like(x, memory_format=memory) if wanted[0] else None
-    grad_w = torch.empty_like(w, memory_format=memory) if wanted[1] else None
+    grad_x = torch.empty_like(x) if wanted[0] else None
+    grad_w = torch.empty_like(w) if wanted[1] else None
     return grad_x, grad_w, grad.sum((0, 2, 3)) if wanted[2] else None
 
 

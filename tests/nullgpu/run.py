@@ -11,6 +11,7 @@ import torch
 from bigdet import distributed
 from bigdet.engine.precision import TotalLoss, autocast
 from bigdet.models.detector import Detector
+from bigdet.models.norms import GroupNorm
 from bigdet.structures import Batch, _map_tensors
 from tests.gpu.test_detectors import MODELS, many_images, types_of
 from tests.nullgpu import null_gpu, uploads
@@ -46,6 +47,24 @@ def prediction(detector: Detector) -> dict[str, Any]:
     return seen()
 
 
+def group_norms() -> dict[str, Any]:
+    """Forward and backward pass of group normalization and ReLU, of a large and a small tensor."""
+    norm, found = GroupNorm(32, 64).to(GPU), {}
+    norm.relu = True
+    for name, side in (("large", 512), ("small", 64)):
+        x = torch.empty(2, side, side, 64, dtype=torch.bfloat16, device=GPU).permute(0, 3, 1, 2)
+        x.requires_grad_()
+        for _ in range(2):  # the first compiles
+            null_gpu.reset()
+            with autocast(GPU, "bf16"):
+                y = norm(x)
+            y.backward(y.detach())
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        kernels = ("_moments", "_normalize", "_gradient_sums", "_gradient")
+        found[name] = seen() | {"kernels": [null_gpu.launches_of(kernel) for kernel in kernels]}
+    return found
+
+
 def nccl_limits() -> dict[str, Any]:
     """What NCCL is given where a run may stall for 100 seconds."""
     distributed.start(100.0)
@@ -73,7 +92,8 @@ def main() -> None:
         }
     detector, batch = many_images()
     found["many images"] = {"step": step(detector, pinned(batch))}
-    print(json.dumps({"detectors": found, "uploads": uploads.main(), "NCCL": nccl_limits()}))
+    others = {"uploads": uploads.main(), "NCCL": nccl_limits(), "group norm": group_norms()}
+    print(json.dumps({"detectors": found, **others}))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,14 @@ def test_a_step_waits_and_launches_no_more_than_it_did(seen: list[dict[str, Any]
             assert 1000 < found["launches"] <= MOST_LAUNCHES[name], (name, found)
 
 
+def test_whole_weights_are_laid_out_as_convolutions_read_them(seen: list[dict[str, Any]]) -> None:
+    for of_rank in seen:
+        for name, found in of_rank.items():
+            # Weights in parts are consecutive numbers of flattened tensors. Alone, ZeRO-0 runs.
+            is_whole = name == "zero0" or (len(seen) == 1 and name != "fsdp")
+            assert (found["copied"] == 0) == is_whole, name
+
+
 def test_all_ranks_call_the_same_collectives(seen: list[dict[str, Any]]) -> None:
     for name in ENGINES:
         calls = {of_rank[name]["nccl"] for of_rank in seen}

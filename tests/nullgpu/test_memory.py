@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.nullgpu import null_gpu
 
 
 @pytest.fixture(scope="module")
 def found(null_gpu_variables: dict[str, str]) -> dict[str, Any]:
     """What `memory.py` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.nullgpu.memory"],
-        env=null_gpu_variables,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return printed
+    return null_gpu.last_line("tests.nullgpu.memory", null_gpu_variables)
 
 
 def test_the_simulated_allocator_reserves_what_torch_reserves(found: dict[str, Any]) -> None:

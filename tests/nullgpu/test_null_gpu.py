@@ -6,12 +6,11 @@ from ordinary memory, a type that is twice as large, more launches. Results are 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.nullgpu import null_gpu
 
 # Seen with torch 2.15, and a twentieth more; R-CNNs have 16 to 32 channels, as in other tests.
 MOST_LAUNCHES = {
@@ -31,16 +30,7 @@ MOST_LAUNCHES = {
 @pytest.fixture(scope="module")
 def printed(null_gpu_variables: dict[str, str]) -> dict[str, Any]:
     """What `run.py` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.nullgpu.run"],
-        env=null_gpu_variables,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return null_gpu.last_line("tests.nullgpu.run", null_gpu_variables)
 
 
 @pytest.fixture
@@ -82,6 +72,16 @@ def test_suppression_is_one_launch_also_of_many_images(seen: dict[str, Any]) -> 
     for name, found in seen.items():
         assert found["step"]["suppressions"] == (name != "retinanet"), name
         assert found["step"]["refused"] == 0, name
+
+
+def test_group_norm_of_large_tensors_is_four_kernels_with_the_relu(printed: dict[str, Any]) -> None:
+    large, small = printed["group norm"]["large"], printed["group norm"]["small"]
+    # _gradient is in the name of _gradient_sums. There are also the sum over images and parts of
+    # the gradients of scale and shift, and the additions of three gradients to those before.
+    assert large["kernels"] == [1, 1, 1, 2]
+    assert large["launches"] == 8
+    assert large["refused"] == large["syncs"] == 0
+    assert small["kernels"] == [0, 0, 0, 0]
 
 
 def test_activations_have_the_types_that_they_have_on_a_cpu(seen: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ from tests.spawn import run_ranks
 
 
 def compare_streams() -> tuple[str, str]:
-    check_same_stream({"seed": 1, "index": "a"})
+    key = "phases.pretrain.data.train"
+    check_same_stream({"seed": 1, "index": "a"}, key)
     with pytest.raises(SharedError) as error:
-        check_same_stream({"seed": 1, "index": "ab"[distributed.rank()]})
+        check_same_stream({"seed": 1, "index": "ab"[distributed.rank()]}, key)
     return str(error.value)
 
 
 def test_ranks_with_other_data_stop_together(tmp_path: Path):
     first, second = run_ranks(compare_streams, 2, tmp_path)
     assert first == second
-    assert first.startswith("data.train: rank 1 has another index than rank 0")
+    assert first.startswith("phases.pretrain.data.train: rank 1 has another index than rank 0")

@@ -98,16 +98,16 @@ def train_and_save(folder: Path, name: str, over: str, offload: str) -> Any:
     return losses + more, norms + more_norms, end.model, end.ema, held
 
 
-def send_between_nodes() -> dict[str, tuple[int, int]]:
-    """How many numbers and bytes nodes send each other in a step with bf16."""
+def send_between_nodes() -> dict[tuple[str, str], tuple[int, int]]:
+    """How many numbers and bytes nodes send each other in a step, by engine and precision."""
     sent = {}
-    for name in SHARDED:
-        options = {"gather_precision": "bf16", "reduce_precision": "bf16"}
+    for name, reduce in itertools.product(SHARDED, ("fp32", "bf16")):
+        options = {"gather_precision": "bf16", "reduce_precision": reduce}
         engine = make_engine(name, "sgd", precision="bf16", shard_over="node", **options)
         with Sent() as seen:
             engine.train_step(lanes_of_rank(1))
         calls = [each for each in seen.seen if each[0] == "allreduce" and each[1] > 1]
-        sent[name] = sum(each[1] for each in calls), sum(each[2] for each in calls)
+        sent[name, reduce] = sum(each[1] for each in calls), sum(each[2] for each in calls)
         engine.close()
     return sent
 
@@ -142,7 +142,28 @@ def run_on_one_node(folder: Path) -> dict[str, Any]:
         end = whole_state(engine)
         precise[name, gather, reduce] = losses + more, norms + more_norms, end.tensors, num_bytes
         engine.close()
-    return {"loaded": loaded, "precise": precise}
+    return {"loaded": loaded, "precise": precise, "kept": kept_between_passes()}
+
+
+def kept_between_passes() -> dict[str | None, int]:
+    """Bytes of weights in bf16 that FSDP2 keeps from forward to backward, by what it gathers."""
+    shapes, kept = {(5, 3, 3, 3), (5, 5), (3, 5), (5, 3)}, {}
+    for gather in ("fp32", None):
+        engine: Any = make_engine("fsdp", "sgd", precision="bf16", gather_precision=gather)
+        total, _ = engine._total(lanes_of_rank(1)[0])
+        found, nodes = {}, {total.grad_fn}
+        while nodes:
+            node = nodes.pop()
+            nodes |= {each for each, _ in node.next_functions if each is not None}
+            for name in ("_saved_weight", "_saved_mat2"):
+                value = getattr(node, name, None)
+                if value is not None and tuple(value.shape) in shapes:
+                    assert value.dtype == torch.bfloat16
+                    found[value.data_ptr()] = value.untyped_storage().nbytes()
+        total.backward()
+        engine.close()
+        kept[gather] = sum(found.values())
+    return kept
 
 
 # ---- The tests.
@@ -213,17 +234,28 @@ def test_checkpoints_of_nodes_load_in_every_sharded_engine_on_any_ranks(
     assert run_ranks(load_all, 1, folder, folder, timeout_seconds=600) == [4 * 5]
 
 
-def test_nodes_send_each_other_a_rank_s_share_of_the_gradients(on_nodes: Any) -> None:
-    # After each of two micro-batches: 84 numbers as above, or 3 rows of the first unit and 2 of the
-    # other; 2 bytes each.
-    numbers = {"zero3": 2 * 84, "fsdp": 2 * (3 * (27 + 1 + 1) + 2 * (5 + 1))}
-    assert on_nodes[0]["between"] == {name: (each, 2 * each) for name, each in numbers.items()}
+def test_nodes_send_each_other_a_rank_s_share_of_the_gradients_once_a_step(on_nodes: Any) -> None:
+    # 84 numbers as above, or 3 rows of the first unit and 2 of the other, after the last of two
+    # micro-batches; FSDP2 after both where it would add them up in bf16.
+    zero, fsdp = 84, 3 * (27 + 1 + 1) + 2 * (5 + 1)
+    assert on_nodes[0]["between"] == {
+        ("zero3", "fp32"): (zero, 4 * zero),
+        ("zero3", "bf16"): (zero, 2 * zero),
+        ("fsdp", "fp32"): (fsdp, 4 * fsdp),
+        ("fsdp", "bf16"): (2 * fsdp, 2 * 2 * fsdp),
+    }
 
 
 def test_weights_sent_in_bf16_are_those_that_autocast_would_round(on_one_node: Any) -> None:
     for rank, name, reduce in itertools.product(on_one_node, SHARDED, ("fp32", "bf16")):
         exact = rank["precise"][name, "fp32", reduce][:3]
         torch.testing.assert_close(rank["precise"][name, "bf16", reduce][:3], exact, rtol=0, atol=0)
+
+
+def test_no_copies_of_weights_stay_between_the_passes_of_fsdp(on_one_node: Any) -> None:
+    # Autocast would keep convolution, frozen and last layer; the outermost unit, which is not freed
+    # between the passes, has the last layer, as two rows of each of two ranks.
+    assert on_one_node[0]["kept"] == {"fp32": 2 * (5 * 27 + 25 + 15), None: 2 * (2 * 2 * 5)}
 
 
 def test_sums_of_gradients_in_bf16_are_close_and_weights_stay_fp32(on_one_node: Any) -> None:

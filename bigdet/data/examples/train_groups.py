@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,12 @@ class TrainGroups:
         self._wanted = wanted
         self._key = key
 
+    def for_thread(self) -> TrainGroups:
+        """Return groups with open files and drawn orders of their own, for use by one thread."""
+        own = copy.copy(self)
+        own.shards, own.order = copy.deepcopy(self.shards), self.order.for_thread()
+        return own
+
     def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:
         """Return the group of (step, lane), in memory from ``allocate``."""
         step, lane = key
@@ -86,8 +93,10 @@ class TrainGroups:
         shared = _Shared(group.pass_number, resize, canvas)
         damages: list[Damage] = []
         scenes = (
-            self._sound_scene(int(self.rows[sample]), int(copy), float(weight), shared, damages)
-            for sample, copy, weight in zip(group.samples, group.copies, group.weights, strict=True)
+            self._sound_scene(int(self.rows[sample]), int(number), float(weight), shared, damages)
+            for sample, number, weight in zip(
+                group.samples, group.copies, group.weights, strict=True
+            )
         )
         square = canvas if is_square(resize) else None
         examples = make_examples(scenes, self._phase.augment, square, self._wanted)

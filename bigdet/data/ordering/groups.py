@@ -22,6 +22,7 @@ Letters: N samples, P entries of a pass, L lanes, m images per group.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +124,12 @@ class Order:
         self._pools: dict[int, tuple[tuple[int, int], _Pool]] = {}
         # The last pool of each lane that ``upcoming`` has returned.
         self._expected: dict[int, tuple[int, int]] = {}
+
+    def for_thread(self) -> Order:
+        """Return the same order for another thread, which keeps what it draws to itself."""
+        own = copy.copy(self)
+        own._pools, own._expected = {}, {}
+        return own
 
     def group(self, step: int, lane: int) -> Group:
         """Return the group of a step, from 1, and a lane, ``0..L-1``."""

@@ -1,42 +1,42 @@
 """Loader processes: read groups ahead of the training process, in order, and end with it.
 
-The caller's function reads; this file is about processes, signals, errors and shared memory. The
-start method is fork, by choice: a start takes milliseconds and the index stays shared, while spawn
-and forkserver would import the whole command again in each process, which takes seconds. It is safe
-here, because the children run one thread, never use CUDA or the process group, and call nothing
-whose lock a thread of the parent may hold.
+The caller's function reads; this file is about processes, signals, errors and shared memory
+(``threads.py`` has threads in their place). The start method is fork, by choice: a start takes
+milliseconds and the index stays shared, while spawn and forkserver would import the whole command
+again in each process, which takes seconds. It is safe here, because the children run one thread,
+never use CUDA or the process group, and call nothing whose lock a thread of the parent may hold.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import signal
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from bigdet.data.examples.collate import Allocate, PackedGroup, fresh_memory
+from bigdet.data.examples.collate import PackedGroup, fresh_memory
 from bigdet.data.format.manifest import ShardError
+from bigdet.data.streams.reading import (
+    PREFETCHED_GROUPS,
+    STOP_SECONDS,
+    STOP_SIGNALS,
+    TRIM_GROUPS,
+    Key,
+    Read,
+    give_back_free_memory,
+    read_group,
+    stop_signals_held,
+)
 from bigdet.data.streams.slots import Slots, Stored
+from bigdet.data.streams.threads import Threads
 from bigdet.host import errors
-from bigdet.host.reading import why_unread
-
-Key = TypeVar("Key")
-Read = Callable[[Key, Allocate], PackedGroup]
-
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-"""Signals that ask a run to stop; launchers send them to loader processes too, to no effect."""
-
-PREFETCHED_GROUPS = 2  # per process: being read or ready
-TRIM_GROUPS = 200  # after so many, a process returns unused memory to the system
-STOP_SECONDS = 10  # for a process to finish its group before it is killed
 
 
 class _Reads(Dataset[Any], Generic[Key]):
@@ -55,32 +55,44 @@ class _Reads(Dataset[Any], Generic[Key]):
         worker = get_worker_info()
         self._num_read += 1
         if worker is not None and self._num_read % TRIM_GROUPS == 0:
-            _give_back_free_memory()
-        try:
-            if self._slots is None or worker is None:
-                return self._read(key, fresh_memory)
-            self._slots.begin(worker.id)
-            return self._slots.store(self._read(key, self._slots.allocate))
-        except ShardError as error:
-            return error
-        except MemoryError as error:
-            return ShardError(f"a group of images {why_unread(error)}")
+            give_back_free_memory()
+        if self._slots is None or worker is None:
+            return read_group(self._read, key, fresh_memory)
+        self._slots.begin(worker.id)
+        group = read_group(self._read, key, self._slots.allocate)
+        return self._slots.store(group) if isinstance(group, PackedGroup) else group
 
 
 class Loader(Generic[Key]):
-    """An iterator over ``read(key, ...)`` for each key in order, read ahead by processes.
+    """An iterator over ``read(key, ...)`` for each key in order, read ahead.
 
     Args:
         read: makes the group of a key, in memory from its second argument; depends on nothing that
             changes.
         keys: may be endless.
-        workers: processes; 0 reads in this one, when asked.
-        group_bytes: estimate of the largest group; a larger one is passed on more slowly.
+        workers: processes or threads; 0 reads in this process, when asked.
+        group_bytes: estimate of the largest group; processes pass on a larger one more slowly.
+        thread_read: called in each thread for its own ``read``, which shares no open file with
+            those of others; None for processes.
     """
 
     def __init__(
-        self, read: Read[Key], keys: Iterable[Key], *, workers: int, group_bytes: int
+        self,
+        read: Read[Key],
+        keys: Iterable[Key],
+        *,
+        workers: int,
+        group_bytes: int,
+        thread_read: Callable[[], Read[Key]] | None = None,
     ) -> None:
+        give_back_free_memory()
+        self._slots: Slots | None = None
+        self._finalizer: weakref.finalize[..., Loader[Key]]
+        if workers and thread_read is not None:
+            threads = Threads(thread_read, keys, workers)
+            self._items: list[Iterator[Any]] = [threads]
+            self._finalizer = weakref.finalize(self, threads.close)
+            return
         # One more than are read ahead: the one that is being copied out.
         per_worker = PREFETCHED_GROUPS + 1
         self._slots = Slots(workers, per_worker, group_bytes) if workers else None
@@ -96,9 +108,8 @@ class Loader(Generic[Key]):
                 multiprocessing_context="fork" if workers else None,
                 generator=torch.Generator(),  # for its seed, instead of the global one
             )
-        _give_back_free_memory()
         before = set(multiprocessing.active_children())
-        self._items: list[Iterator[Any]] = [_start(loader)]
+        self._items = [_start(loader)]
         processes = set(multiprocessing.active_children()) - before
         # Also at exit, before multiprocessing waits for children, which ignore its SIGTERM.
         self._finalizer = weakref.finalize(self, _stop, self._items, processes)
@@ -145,23 +156,8 @@ def _no_advice() -> Iterator[None]:
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Fork the processes, with stop signals blocked until each process ignores them."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        with _no_advice():
-            return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-def _give_back_free_memory() -> None:
-    """Return freed arrays to the system: before processes inherit them, and now and then in these.
-
-    The C library keeps up to twice the largest array ever freed: the order of 1.75 million samples
-    leaves 30 MB. And images of many sizes leave gaps: up to 170 MB after some thousand of 800x1333.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has and needs it
-    if trim is not None:
-        trim(0)
+    with stop_signals_held(), _no_advice():
+        return iter(loader)
 
 
 def _begin_worker(_: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.config.data import DataConfig
+from bigdet.config.data import DataConfig, WorkerKind
 from bigdet.config.phase import PhaseConfig, data_key
 from bigdet.config.resize import largest_plan
 from bigdet.data.examples.collate import (
@@ -38,6 +38,7 @@ from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.ordering.groups import Order, aspect_ratios, evaluation_groups, lanes_of_rank
 from bigdet.data.ordering.selection import left_out, select
 from bigdet.data.streams.loader import Loader
+from bigdet.data.streams.reading import Read
 from bigdet.host.limits import num_cpus
 from bigdet.structures import Batch
 
@@ -125,7 +126,7 @@ class TrainStream:
         self.dropped_boxes = 0
         self.damages: dict[int, Damage] = {}
         self.max_damaged = data.train.max_damaged
-        self._workers = data.workers
+        self._workers, self._worker_kind = data.workers, data.worker_kind
         largest = largest_plan(phase.resize)
         self._group_bytes = group_bytes(images_per_gpu, largest, with_masks=with_masks)
         self._first_step = first_step
@@ -158,12 +159,16 @@ class TrainStream:
             f"{order.steps_per_pass:,} steps, order {order.name}"
         )
         if (workers := self._workers) > (cores := num_cpus()):
-            logger.info(f"data.workers: {workers} loader processes for each rank, on {cores} cores")
+            logger.info(f"data.workers: {workers} for each rank, on {cores} cores")
         order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
         steps = itertools.count(self._first_step + 1)
         keys = ((step, lane) for step in steps for lane in self.lanes)
         self._loader = Loader(
-            self._groups.read, keys, workers=self._workers, group_bytes=self._group_bytes
+            self._groups.read,
+            keys,
+            workers=self._workers,
+            group_bytes=self._group_bytes,
+            thread_read=self._thread_read if self._worker_kind == "threads" else None,
         )
         yield from self._loader
 
@@ -225,6 +230,9 @@ class TrainStream:
             self._loader.close()
             self._loader = None
 
+    def _thread_read(self) -> Read[tuple[int, int]]:
+        return self._groups.for_thread().read
+
     def _note(self, packed: PackedGroup) -> None:
         self.dropped_boxes += num_dropped(packed)
         for damage in packed.notes:
@@ -268,6 +276,7 @@ class EvalStream:
         rank: int,
         world_size: int,
         workers: int,
+        worker_kind: WorkerKind = "processes",
     ) -> None:
         """Decide which images this rank gets.
 
@@ -277,14 +286,15 @@ class EvalStream:
             images_per_gpu: images of a batch.
             rank: from 0.
             world_size: number of ranks.
-            workers: loader processes; 0 reads in this process.
+            workers: loader processes or threads; 0 reads in this process.
+            worker_kind: which of the two.
         """
         ratios = aspect_ratios(shards.index)
         rows, weights = evaluation_groups(ratios, images_per_gpu, world_size)
         self._rows, self._weights = rows[:, rank], weights[:, rank]
         self._shards = shards
         self._size_cap = size_cap
-        self._workers = workers
+        self._workers, self._worker_kind = workers, worker_kind
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
@@ -296,6 +306,7 @@ class EvalStream:
             range(len(self)),
             workers=self._workers,
             group_bytes=group_bytes(self._rows.shape[1], self._largest(), with_masks=False),
+            thread_read=self._thread_read if self._worker_kind == "threads" else None,
         )
         with contextlib.closing(loader):
             yield from map(unpack, loader)
@@ -307,6 +318,11 @@ class EvalStream:
         sizes = self._shards.index[["height", "width"]].tolist()
         short, long = (max(map(side, sizes)) for side in (min, max))
         return short, long
+
+    def _thread_read(self) -> Read[int]:
+        own = copy.copy(self)
+        own._shards = copy.deepcopy(self._shards)
+        return own._read
 
     def _read(self, batch: int, allocate: Allocate) -> PackedGroup:
         examples = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bigdet.models.backbone_base import Backbone
 from bigdet.models.backbones.timm_norms import add_biases
-from bigdet.models.norms import Kind, make_norm
+from bigdet.models.norms import Kind, make_norm, take_relu
 
 
 class ResNet(Backbone):
@@ -49,10 +49,23 @@ class ResNet(Backbone):
         self.layer3: nn.Sequential = timm_model.layer3
         self.layer4: nn.Sequential = timm_model.layer4
         self.channels = [info["num_chs"] for info in timm_model.feature_info[1:]]
+        self._join_norms_and_relus()
         if norm == "none":
             add_biases(self)
         if stride_in_1x1:
             self._put_stride_in_1x1()
+
+    def _join_norms_and_relus(self) -> None:
+        """Let group normalization do the ReLUs that follow it, but for those after a sum."""
+        pairs: list[tuple[nn.Module, str, str]] = [(self, "bn1", "act1")]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                pairs.append((block, "bn1", "act1"))
+                if isinstance(block, Bottleneck):
+                    pairs.append((block, "bn2", "act2"))
+        for owner, norm, relu in pairs:
+            left = take_relu(owner.get_submodule(norm), owner.get_submodule(relu))
+            setattr(owner, relu, left)
 
     def _put_stride_in_1x1(self) -> None:
         """Let the first convolutions of bottlenecks make the steps, as in Caffe's ResNets."""

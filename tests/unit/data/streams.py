@@ -19,7 +19,8 @@ def open_stream(shards: ShardSet, **options: Any) -> TrainStream:
         "resize": ResizeConfig(kind="direct", size=32),
         "images_per_gpu": 2,
     } | _taken(options, PhaseConfig)
-    data = DataConfig(train=TrainSplitConfig(**split), workers=options.pop("workers", 0))
+    loading = {name: options.pop(name) for name in ("workers", "worker_kind") if name in options}
+    data = DataConfig(train=TrainSplitConfig(**split), **{"workers": 0, **loading})
     more = {"name": "train", "with_masks": False, "seed": 0, "rank": 0, "world_size": 1}
     return TrainStream(shards, data, PhaseConfig(**phase), **more | options)
 

@@ -106,10 +106,16 @@ def damaged_shards(shapes_shards, tmp_path):
 def test_groups_depend_on_neither_ranks_nor_workers(shards, settings):
     settings = {"images_per_step": 4 * settings.get("images_per_gpu", 3), **settings}
     expected = take(open_stream(shards, **settings), 3)
-    for world_size, workers in ((1, 2), (2, 0), (4, 1)):
+    for world_size, workers, kind in (
+        (1, 2, "processes"),
+        (2, 0, "processes"),
+        (4, 1, "processes"),
+        (1, 3, "threads"),
+    ):
         found = {}
         for rank in range(world_size):
-            options = {"rank": rank, "world_size": world_size, "workers": workers}
+            options = {"rank": rank, "world_size": world_size}
+            options |= {"workers": workers, "worker_kind": kind}
             found |= take(open_stream(shards, **settings, **options), 3)
         assert_same(dict(sorted(found.items())), expected)
 
@@ -249,10 +255,17 @@ def test_a_step_that_is_no_multiple_of_a_batch_is_refused(shards):
         open_stream(shards, images_per_step=13)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_sample_is_replaced_and_counted_once(damaged_shards, caplog, workers):
+LOADING = [
+    {"workers": 0},
+    {"workers": 1},
+    {"workers": 2, "worker_kind": "threads"},
+]
+
+
+@pytest.mark.parametrize("loading", LOADING)
+def test_a_damaged_sample_is_replaced_and_counted_once(damaged_shards, caplog, loading):
     bad_id = int(damaged_shards.index[5]["image_id"])
-    stream = open_stream(damaged_shards, max_damaged=1, workers=workers)
+    stream = open_stream(damaged_shards, max_damaged=1, **loading)
     with caplog.at_level(logging.WARNING):
         batches = take(stream, 4)  # two passes
     assert stream.damaged == {"unreadable": 1}
@@ -268,10 +281,10 @@ def test_a_damaged_sample_is_replaced_and_counted_once(damaged_shards, caplog, w
     assert_same(dict(sorted((halves[0] | halves[1]).items())), batches)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_damaged_samples_end_the_stream_with_their_list(damaged_shards, workers):
+@pytest.mark.parametrize("loading", LOADING)
+def test_too_many_damaged_samples_end_the_stream_with_their_list(damaged_shards, loading):
     with pytest.raises(ShardError, match="1 damaged training samples") as error:
-        take(open_stream(damaged_shards, max_damaged=0, workers=workers), 2)
+        take(open_stream(damaged_shards, max_damaged=0, **loading), 2)
     assert "data.train.max_damaged allows 0" in str(error.value)
     assert damaged_shards.key(5) in str(error.value)
 
@@ -385,9 +398,9 @@ def test_the_config_says_what_the_stream_is(shards, shapes_shards):
     assert next(iter(stream)).targets.masks is None
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (3, 1)])
+@pytest.mark.parametrize(("world_size", "loading"), [(1, 0), (2, 2), (3, 1)])
 def test_evaluation_sees_every_image_once_in_equally_many_batches(
-    shapes_shards, world_size, workers
+    shapes_shards, world_size, loading
 ):
     shards = ShardSet(shapes_shards / "val")  # 8 images
     ids, numbers = [], set()
@@ -398,7 +411,7 @@ def test_evaluation_sees_every_image_once_in_equally_many_batches(
             images_per_gpu=3,
             rank=rank,
             world_size=world_size,
-            workers=workers,
+            **LOADING[loading],
         )
         batches = list(stream)
         numbers.add(len(batches))
@@ -412,10 +425,10 @@ def test_evaluation_sees_every_image_once_in_equally_many_batches(
     assert len(numbers) == 1
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_evaluation_image_is_one_clear_error(damaged_shards, workers):
+@pytest.mark.parametrize("loading", LOADING)
+def test_a_damaged_evaluation_image_is_one_clear_error(damaged_shards, loading):
     stream = EvalStream(
-        damaged_shards, size_cap=(100, 150), images_per_gpu=1, rank=0, world_size=1, workers=workers
+        damaged_shards, size_cap=(100, 150), images_per_gpu=1, rank=0, world_size=1, **loading
     )
     with pytest.raises(ShardError) as error:
         list(stream)

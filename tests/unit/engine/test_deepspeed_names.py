@@ -46,6 +46,9 @@ METHODS = [
     (DeepSpeedEngine, "get_global_grad_norm"),
     (DeepSpeedEngine, "destroy"),
     (parameter_offload, "FWD_MODULE_STACK"),
+    (parameter_offload.DeepSpeedZeRoOffload, "get_param_coordinator"),
+    (PartitionedParameterCoordinator, "is_invalid_trace"),
+    (PartitionedParameterCoordinator, "_invalidate_trace"),
     (PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release"),
     (deepspeed.ops, "__compatible_ops__"),
     (runner, "main"),
@@ -62,6 +65,9 @@ SET_ON_SELF = [
     (SHARDED, "fp16_groups"),
     (SHARDED, "communication_data_type"),
     (SHARDED, "gradient_accumulation_dtype"),
+    (SHARDED, "parameter_offload"),
+    (parameter_offload.DeepSpeedZeRoOffload, "forward_hooks"),
+    (parameter_offload.DeepSpeedZeRoOffload, "backward_hooks"),
 ]
 
 
@@ -77,6 +83,7 @@ def test_attributes_are_set(owner, name):
 
 def test_parameters_and_arguments_are_there():
     assert "param.ds_tensor = " in inspect.getsource(Init)
+    assert "param.ds_persist = True" in inspect.getsource(parameter_offload.DeepSpeedZeRoOffload)
     assert "lp_param._hp_mapping" in inspect.getsource(mixed_precision_linkage)
     assert {"lp_fragment_address"} <= {field.name for field in dataclasses.fields(tensor_fragment)}
     assert {"start", "numel"} == {field.name for field in dataclasses.fields(fragment_address)}

@@ -12,7 +12,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 from bigdet.models.backbones.build import build_backbone, freeze_stages
-from bigdet.models.norms import BatchNorm2d, batch_norms, set_norm_mode
+from bigdet.models.norms import BatchNorm2d, GroupNorm, batch_norms, set_norm_mode
 
 
 def num_parameters(module):
@@ -188,6 +188,23 @@ def test_resnet_starts_with_msra_weights_and_unit_norms():
         if isinstance(layer, nn.GroupNorm):  # the last one of each block too
             assert (layer.weight == 1).all()
             assert (layer.bias == 0).all()
+
+
+def test_resnet_with_group_norm_is_timms_with_relus_of_their_own():
+    torch.manual_seed(0)
+    backbone = randomized(build_backbone("resnet50", "gn", 0.0)).eval()
+    # One after the stem's, two in each of 16 blocks; those after the sums stay.
+    norms = [layer for layer in backbone.modules() if isinstance(layer, GroupNorm)]
+    assert (len(norms), sum(norm.relu for norm in norms)) == (53, 33)
+    assert sum(isinstance(layer, nn.ReLU) for layer in backbone.modules()) == 16
+    reference = timm.create_model(
+        "resnet50", norm_layer=lambda channels, **_: nn.GroupNorm(32, channels), features_only=True
+    ).eval()
+    reference.load_state_dict(backbone.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for own, other in zip(backbone(images), reference(images)[1:], strict=True):
+            torch.testing.assert_close(own, other)
 
 
 def test_without_norm_every_convolution_has_a_bias():

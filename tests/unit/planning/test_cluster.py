@@ -3,8 +3,17 @@ import dataclasses
 import pytest
 
 from bigdet.config.engine import EngineConfig
-from bigdet.plan import options_left_out, parse_cluster
-from bigdet.planning.cluster import KINDS, Cluster, Work, best, forecast, link_speed, state_bytes
+from bigdet.plan import parse_cluster
+from bigdet.planning.cluster import (
+    KINDS,
+    Cluster,
+    Work,
+    best,
+    forecast,
+    link_speed,
+    state_bytes,
+    traffic,
+)
 from bigdet.training.sizes import ModelSizes
 
 # 100 million weights, all trained: 0.4 GB of gradients. AdamW. 0.9 s: 0.3 forward, 0.6 backward.
@@ -56,10 +65,65 @@ def test_every_adapter_of_a_host_carries_rings_and_latency_grows_with_the_logari
     assert cluster.seconds(0.4e9, 4, calls=1, passes=2) == pytest.approx(0.006 + 0.004)
 
 
-def test_options_that_are_not_part_of_a_forecast_are_named():
-    assert options_left_out(EngineConfig(zero_stage=3)) == []
-    engine = EngineConfig(zero_stage=3, shard_over="node", reduce_precision="bf16")
-    assert options_left_out(engine) == ["engine.shard_over", "engine.reduce_precision"]
+NODE = EngineConfig(kind="fsdp", zero_stage=None, shard_over="node", gather_precision="fp32")
+HALF = dataclasses.replace(NODE, gather_precision="bf16", reduce_precision="bf16")
+
+
+def test_traffic_inside_a_host_and_between_hosts_is_that_of_the_config():
+    # Two hosts of 4; 0.4 GB of weights and of gradients; 2 micro-batches. Of n GPUs, each sends
+    # (n-1)/n of what is gathered or scattered; 80 of the 100 million weights are rounded.
+    sizes = dataclasses.replace(WORK.sizes, rounded=80_000_000)
+    work = dataclasses.replace(WORK, sizes=sizes, micro_batches=2)
+    default = EngineConfig()
+    expected = {
+        ("ZeRO-0", default): (7 / 8 * 0.8, 7 / 8 * 0.8),
+        ("ZeRO-2", default): (7 / 8 * (2 * 0.4 + 0.4),) * 2,
+        ("ZeRO-3", default): (7 / 8 * 2 * 3 * 0.4,) * 2,
+        ("FSDP2", default): (7 / 8 * 2 * (2 * 0.24 + 0.4),) * 2,  # which gathers bf16 by default
+        # In a host: 2 gathers and a scatter for each micro-batch; the sum over both hosts once.
+        ("ZeRO-3", NODE): (3 / 4 * 2 * 3 * 0.4, 2 * 1 / 2 * 0.4),
+        ("FSDP2", NODE): (3 / 4 * 2 * 3 * 0.4, 2 * 1 / 2 * 0.4),
+        # Gathered: 20 million of 4 bytes, 80 of 2; reduced: 100 of 2.
+        ("ZeRO-3", HALF): (3 / 4 * 2 * (2 * 0.24 + 0.2), 2 * 1 / 2 * 0.2),
+        ("FSDP2", HALF): (3 / 4 * 2 * (2 * 0.24 + 0.2), 2 * 2 * 1 / 2 * 0.2),
+        ("ZeRO-2", HALF): (7 / 8 * (2 * 0.4 + 0.4),) * 2,  # which has none of these options
+    }
+    for (kind, engine), (inside, between) in expected.items():
+        sent = traffic(kind, 8, 4, work, engine)
+        assert (sent.inside / 1e9, sent.between / 1e9) == pytest.approx((inside, between)), kind
+    assert traffic("FSDP2", 4, 4, work, NODE).between == 0
+
+
+def test_shards_of_a_host_wait_for_the_hosts_once_a_step_over_each_adapter():
+    # 2 hosts of 4 at 10 GB/s inside, 0.1 between. In a host 3/4 of 0.4 GB: 0.03 s each for two
+    # gathers and a scatter; an adapter sends twice 1/2 of a share of 0.1 GB: 1 s.
+    cluster = Cluster(gpus_per_host=4, inside=10e9, between=0.1e9, latency=0.0, overlaps=False)
+    twice = dataclasses.replace(WORK, micro_batches=2)
+    row = forecast("FSDP2", 8, cluster, twice, NODE)
+    assert row.waiting_seconds == pytest.approx(2 * 0.09 + 1.0)
+    assert row.memory_bytes == pytest.approx(1.6e9 / 4 + 1e9)  # 16 bytes of each weight
+    # bf16: 2 gathers of all 100 million in fp32 (none is known to be rounded), scatters of half;
+    # hosts meet for each micro-batch, with half of the bytes.
+    row = forecast("FSDP2", 8, cluster, twice, HALF)
+    assert row.waiting_seconds == pytest.approx(2 * (0.06 + 0.015) + 2 * 0.5)
+    # Over all: 7/8 of 0.4 GB three times at 4 x 0.1 GB/s.
+    assert waiting("FSDP2", 8, cluster, twice) == pytest.approx(2 * 3 * 7 / 8)
+
+
+def test_a_frozen_backbone_is_divided_over_all_gpus_where_the_config_says_so():
+    # 200 million numbers of 2 bytes.
+    work = dataclasses.replace(WORK, sizes=dataclasses.replace(WORK.sizes, frozen=200_000_000))
+    for kind, choice, share in [
+        ("ZeRO-2", None, 0.4),
+        ("ZeRO-2", True, 0.4 / 8),
+        ("FSDP2", None, 0.4 / 8),
+        ("FSDP2", False, 0.4),
+    ]:
+        engine = dataclasses.replace(NODE, shard_frozen=choice)
+        more = state_bytes(kind, 8, work, 4, engine) - state_bytes(kind, 8, WORK, 4, engine)
+        assert more / 1e9 == pytest.approx(share)
+        sent = traffic(kind, 8, 4, work, engine).between - traffic(kind, 8, 4, WORK, engine).between
+        assert sent / 1e9 == pytest.approx(0.0 if share == 0.4 else 7 / 8 * 0.4)
 
 
 def test_states_take_what_the_zero_paper_says():
