@@ -34,11 +34,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from bigdet.benchmarks import engines
+from bigdet.benchmarks import engines, operators
 from bigdet.benchmarks.memory import peak_memory, start_memory
 from bigdet.benchmarks.torchvision_twin import mask_options, training_options
 from bigdet.config.load import check_phase
 from bigdet.config.model import ModelConfig, has_fpn, has_masks, model_parts, used
+from bigdet.config.phase import PhaseConfig
 from bigdet.config.rpn import proposal_limits
 from bigdet.config.run import RunConfig
 from bigdet.engine.precision import autocast
@@ -67,6 +68,8 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
             make_scene, phase.images_per_gpu, (height, width), arguments.objects
         )
         return engines.run(config, phase, scene, NUM_CLASSES, arguments)
+    if arguments.operators:
+        return measure_operators(config, phase, (height, width), arguments)
     check_peer(config.model)
     torch.manual_seed(config.seed)
     detector = build_detector(config.model, NUM_CLASSES).to(device)
@@ -119,6 +122,27 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio": round(speed["bigdet_fp32"] / speed[f"{best}_fp32"], 3),
         "ratio_heads": round(speed["bigdet_fp32"] / speed["torchvision_heads_fp32"], 3),
         "ratio_bf16": round(speed["bigdet_bf16"] / speed[rival], 3),
+    }
+
+
+def measure_operators(
+    config: RunConfig, phase: PhaseConfig, size: tuple[int, int], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the shares of operators in steps of the detector alone, which may be of any kind."""
+    torch.manual_seed(config.seed)
+    detector = build_detector(config.model, NUM_CLASSES).train()
+    if phase.norm_mode is not None:
+        set_norm_mode(detector, phase.norm_mode)
+    if config.engine.activation_checkpointing:
+        enable_checkpointing(detector)
+    batch = make_scene(phase.images_per_gpu, size, arguments.objects, config.seed)
+    report = operators.run(detector, batch, arguments.rounds)
+    return {
+        "what": "operators",
+        "threads": torch.get_num_threads(),
+        "images_per_gpu": phase.images_per_gpu,
+        "canvas_size": list(size),
+        **report,
     }
 
 

@@ -4,6 +4,8 @@ import argparse
 import ast
 import errno
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,13 @@ def test_messages_name_no_files_that_an_installed_package_lacks():
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named = re.findall(r"(?:tools/\w+\.py|\blaunch/\w+)", node.value)
                 assert not named, (file, node.lineno, named)
+
+
+def test_nothing_is_collected_during_imports_and_what_was_imported_never():
+    code = (
+        "import gc; from bigdet.cli.running import answer_early, run_command; answer_early(list)\n"
+        "assert not gc.isenabled()\n"
+        "run_command(lambda words: print(gc.isenabled(), gc.get_freeze_count() > 100_000) or 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("True True\n", 0), ended.stderr

@@ -37,6 +37,11 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
         "--engines", help="compare with DDP instead: all, or a list of zero0,zero1,zero2,zero3,fsdp"
     )
     add_count(parser, "--ranks", 2, "processes for --engines")
+    parser.add_argument(
+        "--operators",
+        action="store_true",
+        help="measure instead, on the CPU, the share of convolutions and matrix products",
+    )
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
