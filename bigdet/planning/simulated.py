@@ -209,10 +209,11 @@ def _most_positives(config: RunConfig, phase: str) -> int:
 
 
 def _make_fake(detector: nn.Module) -> None:
-    """Give parameters and buffers fake memory, in the layout that engines give them."""
+    """Give parameters and buffers fake memory, in the layout that ZeRO-0 gives them."""
 
     def make(value: Tensor) -> Tensor:
-        return torch.empty(value.shape, dtype=value.dtype)
+        layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+        return torch.empty(value.shape, dtype=value.dtype, memory_format=layout)
 
     place(detector, lambda value: value if value.is_meta else make(value))
     materialize(detector, make)
