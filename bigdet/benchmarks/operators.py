@@ -19,7 +19,7 @@ from bigdet.engine.precision import autocast
 from bigdet.models.detector import Detector
 from bigdet.structures import Batch
 
-PRODUCTS = ("conv", "addmm", "bmm", "::mm", "linear", "scaled_dot_product")
+PRODUCTS = ("conv", "addmm", "bmm", "::mm", "::linear", "mkldnn_linear", "scaled_dot_product")
 """Parts of the names of operators that are convolutions or products, forward and backward."""
 WHOLE = "step"
 NUM_SHOWN = 8

@@ -23,3 +23,4 @@ def test_products_are_convolutions_matrix_products_and_attention_in_both_directi
     others = names - found
     assert {"aten::native_group_norm", "aten::native_group_norm_backward"} <= others
     assert {"aten::threshold_backward", "aten::sum", "aten::copy_"} <= others
+    assert not is_product("aten::upsample_bilinear2d")
