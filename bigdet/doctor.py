@@ -249,7 +249,7 @@ def _speed_row(config: RunConfig, facts: Facts, speed: tuple[float, float, bool]
 
 
 def memory_rows(config: RunConfig, everywhere: list[Facts]) -> list[Row]:
-    """Compare the memory that the loader processes of a host take with what is free."""
+    """Compare the memory that loader processes or threads of a host take with what is free."""
     group = max(
         group_bytes(
             phase.images_per_gpu,

@@ -118,7 +118,8 @@ class DataConfig:
     """Loader processes or threads per rank; 0 decodes in the training process."""
     worker_kind: WorkerKind = "processes"
     """``threads`` copy nothing between processes and need no shared memory, but share Python's lock
-    with the training loop. The batches are the same."""
+    with the training loop. The batches are the same. The CPU time of a run has the decoding of
+    threads, not that of processes."""
 
 
 def check_data(data: DataConfig) -> None:

@@ -30,7 +30,10 @@ AXES = {
 """Titles of axes by the names of ``COSTS``."""
 
 GPU_NOTE = "Seconds times GPUs, all phases; during a wait for data the GPU is idle."
-CPU_NOTE = "CPU seconds of all ranks and phases, without loader processes (data.workers)."
+CPU_NOTE = (
+    "CPU seconds of all ranks and phases, with loader threads and without loader processes "
+    "(data.worker_kind)."
+)
 
 Trace = dict[str, Any]
 Layout = dict[str, Any]

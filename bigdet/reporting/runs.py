@@ -22,10 +22,12 @@ from bigdet.run_dir import RunDir
 logger = logging.getLogger(__name__)
 
 UNCOUNTED = (
-    "output", "seed", "resume", "checkpoint", "log", "data.workers", "data.worker_kind",
-    "data.cache",
+    "output", "seed", "resume", "checkpoint", "log", "data.workers", "data.cache",
 )  # fmt: skip
-"""Options and sections in which runs of one group may differ: seed, and those without effect."""
+"""Options and sections in which runs of one group may differ: seed, and those without effect.
+
+``data.worker_kind`` has one: CPU time is without loader processes, but with loader threads.
+"""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from bigdet.reporting.table import Outcome, Table, outcome_table
 RESULTS = (
     "AP in percent at the last evaluation: mean over seeds +- their standard deviation. GPU time "
     "is that of training; data wait is the share of it in which the GPUs waited for data. Runs on "
-    "CPUs have CPU time instead: of all threads of the ranks, without loader processes "
-    "(data.workers)."
+    "CPUs have CPU time instead: of all threads of the ranks, so that of loader threads counts and "
+    "that of loader processes does not (data.worker_kind)."
 )
 OTHER_SETS = (
     "AP in percent at the last evaluation of phases that were evaluated on another set than the "

@@ -23,7 +23,9 @@ from bigdet.cli.parsing import add_count, add_overrides, command_parser, positiv
 def _add_stream(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", help="name of the phase; default: the first of the config")
     add_count(parser, "--images", 300, "images per measurement")
-    parser.add_argument("--workers", type=int, help="loader processes; default data.workers")
+    parser.add_argument(
+        "--workers", type=int, help="loader processes or threads; default data.workers"
+    )
     add_count(parser, "--rounds", 5, "measurements of each, in turn; the median counts")
 
 

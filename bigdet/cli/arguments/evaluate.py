@@ -11,7 +11,8 @@
 The model is a run (its final weights, or its newest checkpoint), a checkpoint folder, or a
 model.safetensors. It is evaluated as its own config says. key=value changes evaluation.* (size,
 batch, test-time augmentation), model.roi.* or model.retina.* (thresholds), engine.precision,
-data.workers and data.cache.*. --max-detections N is the same as evaluation.max_detections=N.
+data.workers, data.worker_kind and data.cache.*. --max-detections N is the same as
+evaluation.max_detections=N.
 
 A file that ends in .json holds detections in COCO results format, written by any program. They are
 scored as they are: as boxes, masks or keypoints, depending on what the first detection has.

@@ -74,9 +74,9 @@ class TrainGroups:
         self._key = key
 
     def for_thread(self) -> TrainGroups:
-        """Return groups with open files and drawn orders of their own, for use by one thread."""
+        """Return groups with shards and drawn orders of their own, for use by one thread."""
         own = copy.copy(self)
-        own.shards, own.order = copy.deepcopy(self.shards), self.order.for_thread()
+        own.shards, own.order = self.shards.for_thread(), self.order.for_thread()
         return own
 
     def read(self, key: tuple[int, int], allocate: Allocate = fresh_memory) -> PackedGroup:

@@ -104,10 +104,16 @@ class Cache:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, created if absent; other processes wait."""
+    """Hold the lock of a file, created if absent; other processes and threads wait.
+
+    A process that was forked meanwhile has the file open too, so closing it would not unlock it.
+    """
     with open(path, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def write_whole(path: Path, fill: Fill) -> None:
@@ -155,4 +161,5 @@ def _remove_unless_locked(path: Path, lock: Path) -> bool:
         except BlockingIOError:
             return False
         path.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_UN)  # see ``locked``
         return True

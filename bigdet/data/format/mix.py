@@ -115,6 +115,12 @@ class MixedSet(ShardSet):
         for part, (start, end) in zip(self.parts, pairwise(self.starts), strict=True):
             part.expect(rows[(rows >= start) & (rows < end)] - start)
 
+    def for_thread(self) -> MixedSet:
+        """Return the same sets for use by one other thread; index and labels are shared."""
+        own = self._alias()
+        own.parts = [part.for_thread() for part in self.parts]
+        return own
+
     def close(self) -> None:
         """Close the tars; they are opened again when needed."""
         for part in self.parts:

@@ -21,7 +21,7 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import orjson
@@ -96,7 +96,8 @@ class ShardSet:
     """Reads samples by row, in any order, from any process.
 
     The index is mapped, not read, so all processes of a host share it. Tars are opened when they
-    are first read from, again in every process that gets a pickled copy. Not thread-safe.
+    are first read from, again in every process that gets a pickled copy. Not thread-safe: each
+    thread needs its own ``for_thread``.
 
     Attributes:
         address: that of the set, for messages.
@@ -220,6 +221,18 @@ class ShardSet:
         )
         columns = (entries["shard"], starts, stops)
         self._tars.expect(list(zip(*(column.tolist() for column in columns), strict=True)))
+
+    def for_thread(self) -> ShardSet:
+        """Return the same set for use by one other thread; index and manifest are shared."""
+        own = self._alias()
+        own._tars = self._tars.for_thread()
+        return own
+
+    def _alias(self) -> Self:
+        """Return another object of the same attributes; ``copy`` would open the files again."""
+        own = object.__new__(type(self))
+        own.__dict__.update(self.__dict__)
+        return own
 
     def close(self) -> None:
         """Close the tars; they are opened again when needed."""

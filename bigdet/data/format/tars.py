@@ -35,12 +35,28 @@ Span = tuple[int, int, int]
 """Number of a tar, its first byte, and the byte after the last."""
 
 
+class _OpenFile:
+    """A file descriptor that is closed when its last user drops it: threads may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            with contextlib.suppress(OSError):  # of a disk that is gone
+                os.close(self.descriptor)
+
+
 class LocalTars:
-    """Reads the tars of a local folder."""
+    """Reads the tars of a local folder, in any thread."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        self._files: dict[int, int] = {}
+        self._files: dict[int, _OpenFile] = {}
+
+    def for_thread(self) -> LocalTars:
+        """Return these tars: all threads share the open files, and so their limit."""
+        return self
 
     def read(self, shard: int, start: int, size: int) -> bytes:
         """Return bytes of a tar, fewer where it ends; ``OSError`` if it cannot be read."""
@@ -48,11 +64,13 @@ class LocalTars:
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
         try:
-            if shard not in self._files:
-                if len(self._files) >= MAX_OPEN_FILES:
-                    os.close(self._files.pop(next(iter(self._files))))
-                self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-            return os.pread(self._files[shard], size, start)
+            files = self._files  # another thread may change or replace it at any time
+            file = files.get(shard)
+            if file is None:
+                file = files[shard] = _OpenFile(self._paths[shard])
+                for old in list(files)[:-MAX_OPEN_FILES]:
+                    files.pop(old, None)
+            return os.pread(file.descriptor, size, start)
         except OSError:
             self.close()  # reopens a stale file, and frees some if too many are open
             raise
@@ -62,10 +80,7 @@ class LocalTars:
 
     def close(self) -> None:
         """Close what is open; it is opened again when needed."""
-        files, self._files = self._files, {}
-        for file in files.values():
-            with contextlib.suppress(OSError):  # of a disk that is gone
-                os.close(file)
+        self._files = {}
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,10 @@ class CachedTars:
         self._is_fetching = False  # the thread will look at the list once more
         self._lock = threading.Lock()  # of the list and of this
 
+    def for_thread(self) -> CachedTars:
+        """Return the same tars with an open file and a fetching thread of their own."""
+        return CachedTars(self._files, self._cache, self._run_bytes)
+
     def read(self, shard: int, start: int, size: int) -> bytes:
         """Return bytes of a tar, fewer where it ends; ``UnreachableError`` if not fetched."""
         parts = []
@@ -116,7 +135,7 @@ class CachedTars:
         try:
             return os.pread(self._descriptor(piece), size, start)
         except OSError:
-            self.close()  # the cache may be on a network folder, where a file can become stale
+            self._close_file()  # the cache may be on a network folder, where one can become stale
             raise
 
     def expect(self, spans: Sequence[Span]) -> None:
@@ -151,7 +170,11 @@ class CachedTars:
                 ahead.clear()
 
     def close(self) -> None:
-        """Close what is open; it is opened again when needed."""
+        """Close what is open, and fetch no more ahead; it is opened again when needed."""
+        self._ahead = []
+        self._close_file()
+
+    def _close_file(self) -> None:
         if self._open is not None:
             os.close(self._open[1])
             self._open = None
@@ -172,7 +195,7 @@ class CachedTars:
 
     def _descriptor(self, piece: _Piece) -> int:
         if self._open is None or self._open[0] != piece.name:
-            self.close()
+            self._close_file()
             try:
                 self._open = (piece.name, self._fetched(piece))
             except UnreachableError:

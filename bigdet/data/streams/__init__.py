@@ -1,1 +1,1 @@
-"""The batches of training and of evaluation, read ahead by loader processes."""
+"""The batches of training and of evaluation, read ahead by loader processes or threads."""

@@ -137,7 +137,7 @@ class Loader(Generic[Key]):
         return item
 
     def close(self) -> None:
-        """End the processes; what they read ahead is lost."""
+        """End the processes or threads; what they read ahead is lost."""
         self._finalizer()
 
 

@@ -20,7 +20,7 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 
 PREFETCHED_GROUPS = 2  # per process or thread: being read or ready
 TRIM_GROUPS = 200  # after so many, a process or thread returns unused memory to the system
-STOP_SECONDS = 10  # for a process or thread to finish its group
+STOP_SECONDS = 10  # for a process, or all threads, to finish what they read
 
 
 def read_group(read: Read[Key], key: Key, allocate: Allocate) -> PackedGroup | ShardError:

@@ -1,8 +1,8 @@
 """The batches of training and of evaluation.
 
 ``TrainStream`` is endless, starts at any step, and gives every group of images the same ids,
-pixels and seed whatever the number of ranks and loader processes (``ordering/groups.py`` says which
-rank gets which group). ``EvalStream`` gives every image once.
+pixels and seed whatever the number of ranks, loader processes or threads (``ordering/groups.py``
+says which rank gets which group). ``EvalStream`` gives every image once.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class TrainStream:
         Args:
             shards: the training set.
             data: of the phase: which of its images in which order, how many damaged ones may be
-                replaced before iteration raises, and the number of loader processes (0 reads in
-                this process). Its paths are ignored.
+                replaced before iteration raises, and the number of loader processes or threads (0
+                reads in this process). Its paths are ignored.
             phase: resize, augmentation, images per batch and per step.
             name: that of the phase; another name is another order.
             with_masks: targets have masks.
@@ -159,8 +159,9 @@ class TrainStream:
             f"{order.steps_per_pass:,} steps, order {order.name}"
         )
         if (workers := self._workers) > (cores := num_cpus()):
-            logger.info(f"data.workers: {workers} for each rank, on {cores} cores")
-        order.group(self._first_step + 1, 0)  # drawn once, and shared by the processes
+            kind = self._worker_kind
+            logger.info(f"data.workers: {workers} loader {kind} for each rank, on {cores} cores")
+        order.group(self._first_step + 1, 0)  # drawn once, and shared by all that read
         steps = itertools.count(self._first_step + 1)
         keys = ((step, lane) for step in steps for lane in self.lanes)
         self._loader = Loader(
@@ -225,7 +226,7 @@ class TrainStream:
             )
 
     def close(self) -> None:
-        """End the loader processes."""
+        """End the loader processes or threads."""
         if self._loader is not None:
             self._loader.close()
             self._loader = None
@@ -321,7 +322,7 @@ class EvalStream:
 
     def _thread_read(self) -> Read[int]:
         own = copy.copy(self)
-        own._shards = copy.deepcopy(self._shards)
+        own._shards = self._shards.for_thread()
         return own._read
 
     def _read(self, batch: int, allocate: Allocate) -> PackedGroup:

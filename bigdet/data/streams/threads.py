@@ -6,9 +6,11 @@ launches kernels, share it. Nothing is copied from process to process, and nothi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -49,6 +51,7 @@ class Threads(Generic[Key]):
         self._keys = iter(keys)
         self._jobs: _Jobs[Key] = queue.SimpleQueue()
         self._results: deque[Future[Result]] = deque()
+        self._lock = threading.Lock()  # of these three, since another thread may close
         ready = threading.Barrier(count + 1)
         self._threads = [
             # A daemon, because one that waits for a lost disk must not keep the run from ending.
@@ -56,45 +59,64 @@ class Threads(Generic[Key]):
             for _ in range(count)
         ]
         num_threads = torch.get_num_threads()
-        with stop_signals_held():
-            for thread in self._threads:
-                thread.start()
-        ready.wait()
-        torch.set_num_threads(num_threads)  # of this thread and new ones, as before
+        try:
+            with stop_signals_held():
+                for thread in self._threads:
+                    thread.start()
+            ready.wait()
+        except RuntimeError as error:
+            ready.abort()
+            self.close()
+            raise ShardError(
+                f"data.workers: {count} loader threads cannot be started ({error}). Lower it, or "
+                "raise the limits of this process (`ulimit -u -v`) or of its container."
+            ) from error
+        finally:
+            torch.set_num_threads(num_threads)  # of this thread and new ones, as before
         self._request(count * PREFETCHED_GROUPS)
 
     def __iter__(self) -> Iterator[Result]:
         return self
 
     def __next__(self) -> Result:
-        if not self._results:
-            raise StopIteration
-        result = self._results.popleft().result()
+        try:
+            future = self._results.popleft()
+        except IndexError:
+            raise StopIteration from None
+        result = future.result()
         self._request(1)
         return result
 
     def _request(self, num_groups: int) -> None:
-        for key in itertools.islice(self._keys, num_groups):
-            future: Future[Result] = Future()
-            self._results.append(future)
-            self._jobs.put((key, future))
+        with self._lock:
+            for key in itertools.islice(self._keys, num_groups):
+                future: Future[Result] = Future()
+                self._results.append(future)
+                self._jobs.put((key, future))
 
     def close(self) -> None:
         """End the threads when they have read the groups that they are at."""
-        self._keys = iter(())
-        while self._results:
-            self._results.pop().cancel()
-        for _ in self._threads:
-            self._jobs.put(None)
+        with self._lock:
+            self._keys = iter(())
+            for _ in self._threads:
+                self._jobs.put(None)
+        with contextlib.suppress(IndexError):  # when it is empty; ``next`` may take some as well
+            while True:
+                self._results.pop().cancel()
+        deadline = time.monotonic() + STOP_SECONDS
         for thread in self._threads:
-            thread.join(STOP_SECONDS)
+            if thread.ident is not None:  # it was started
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _work(make_read: Callable[[], Read[Key]], jobs: _Jobs[Key], ready: threading.Barrier) -> None:
     """Read the groups that are asked for, until there is no job left."""
     torch.set_num_threads(1)
     torch.get_num_threads()  # the first call in a thread fixes its number
-    ready.wait()
+    try:
+        ready.wait()
+    except threading.BrokenBarrierError:  # another thread cannot be started
+        return
     read: Read[Key] | None = None
     num_read = 0
     while (job := jobs.get()) is not None:

@@ -94,6 +94,16 @@ def test_a_mix_goes_through_pickle_and_its_hash_identifies_the_sets(shapes_shard
     assert mix.read(20) == again.read(20)
 
 
+def test_a_mix_for_a_thread_shares_the_index_and_has_parts_of_its_own(shapes_shards, other_set):
+    folder = other_set(["Star ", "circle", "hexagon", "SQUARE"])
+    mix, _ = open_sets(config(shapes_shards / "train", [folder], shapes_shards / "val"))
+    own = mix.for_thread()
+    assert own.index is mix.index
+    assert own.parts[1].index is mix.parts[1].index
+    assert own.parts[1] is not mix.parts[1]
+    assert [own.read(row) for row in (3, 20)] == [mix.read(row) for row in (3, 20)]
+
+
 def test_classes_that_a_set_does_not_know_are_reported(shapes_shards, other_set, caplog):
     folder = other_set(["star", "circle", "hexagon", "square"])
     with caplog.at_level(logging.WARNING):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import pytest
 from bigdet.config.data import CacheConfig
 from bigdet.config.rules import ConfigError
 from bigdet.data.format import remote, tars
+from bigdet.data.format.cache import locked
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.remote import file_address, shown
 from bigdet.data.format.shard_set import ShardSet, UnavailableShardError
@@ -176,6 +178,24 @@ def test_a_cache_of_two_shards_serves_twenty(local, cache):
         assert server.requests["000018.tar"] == 2
         assert_same(shards, local, [NUM_SHARDS * PER_SHARD - 2 * PER_SHARD - 1])
         assert server.requests["000017.tar"] == 3
+
+
+def test_a_process_forked_meanwhile_does_not_keep_a_lock(tmp_path):
+    # A copy of the descriptor is what a fork leaves: both have one open file, and one lock.
+    path = tmp_path / "lock"
+    with locked(path):
+        (number,) = (n for n in os.listdir("/proc/self/fd") if leads_to(n, path))
+        inherited = os.dup(int(number))
+        with open(path) as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(path) as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(inherited)
+
+
+def leads_to(descriptor: str, path: Path) -> bool:
+    link = Path("/proc/self/fd") / descriptor
+    return link.exists() and link.samefile(path)
 
 
 def test_a_shard_that_a_process_has_open_is_not_deleted(local, cache, caplog):

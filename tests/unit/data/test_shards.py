@@ -7,6 +7,7 @@ import pickle
 import shutil
 import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,30 @@ def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     for row in (0, 1, 2, 3, 4, 0):
         assert shards.read(row).record["image_id"] == row
     assert len(os.listdir("/proc/self/fd")) == before + 2
+
+
+def test_threads_share_index_open_files_and_their_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars_module, "MAX_OPEN_FILES", 2)
+    large = encode("JPEG") + bytes(900_000)
+    with writer_for(tmp_path, shard_megabytes=1) as writer:
+        for image_id in range(9):
+            writer.add(large, record_of(image_id))
+    shards = ShardSet(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    copies = [shards.for_thread() for _ in range(4)]
+    assert all(own.index is shards.index for own in copies)
+
+    def read(number: int) -> list[int]:
+        rows = [(3 * number + 2 * i) % 9 for i in range(200)]
+        return [copies[number].read(row).record["image_id"] - row for row in rows]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [[0] * 200] * 4
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    shards.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_index_hash_tells_sets_apart(tmp_path: Path, folder: Path) -> None:

@@ -127,3 +127,42 @@ def test_a_loader_that_nobody_holds_ends_its_threads():
     assert len(loader_threads()) == 2
     del loader
     assert loader_threads() == []
+
+
+def test_threads_of_which_one_cannot_start_end_and_the_error_names_the_option(monkeypatch):
+    start = threading.Thread.start
+    started = []
+
+    def start_third_without_memory(thread):
+        if len(started) == 2:
+            threading.stack_size(1 << 46)  # more than an address has bits for
+        start(thread)
+        started.append(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_third_without_memory)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ShardError, match=r"data\.workers: 4 loader threads cannot be started"):
+            open_loader(lambda: group, count(0), workers=4)
+        assert len(started) == 2
+        assert loader_threads() == []
+        assert torch.get_num_threads() == 2
+    finally:
+        threading.stack_size(0)
+        torch.set_num_threads(before)
+
+
+def test_another_thread_may_close_while_groups_are_taken():
+    for _ in range(20):
+        loader = open_loader(lambda: group, count(0), workers=1)
+        next(loader)
+        found = []
+        reader = threading.Thread(target=found.extend, args=(loader,), daemon=True)
+        reader.start()
+        loader.close()
+        reader.join(60)
+        assert not reader.is_alive()
+        assert [packed.notes for packed in found] == [
+            group(key).notes for key in range(1, 1 + len(found))
+        ]
