@@ -34,6 +34,18 @@ def test_runs_that_differ_in_their_seed_are_one_group(groups):
     }
 
 
+def test_loader_threads_are_another_group_for_their_cpu_time_and_their_number_is_not(
+    tmp_path: Path,
+):
+    folders = [
+        write_run(tmp_path / "a-s0", [0.1], "seed=0", "data.workers=1"),
+        write_run(tmp_path / "a-s1", [0.1], "seed=1", "data.workers=3"),
+        write_run(tmp_path / "b", [0.1], "seed=2", "data.workers=1", "data.worker_kind=threads"),
+    ]
+    groups = group_runs(read_runs(folders))
+    assert [[run.name for run in runs] for runs in groups.values()] == [["a-s0", "a-s1"], ["b"]]
+
+
 def test_a_curve_is_the_mean_over_seeds_with_costs(groups):
     last = compare.ap_curve(groups["fast"], "bbox/AP")[-1]
     assert (last.phase, last.step, last.total_step) == ("finetune", 20, 50)
