@@ -40,6 +40,7 @@ METHODS = [
     (SHARDED, "_reassign_or_swap_out_partitioned_parameters"),
     (SHARDED, "loss_scale"),
     (SHARDED, "partition_grads"),
+    (SHARDED, "is_gradient_accumulation_boundary"),
     (torch_autocast, "PARAM_COMM_DTYPE_ATTR_NAME"),
     (DeepSpeedEngine, "set_gradient_accumulation_boundary"),
     (DeepSpeedEngine, "allreduce_gradients"),
@@ -66,6 +67,8 @@ SET_ON_SELF = [
     (SHARDED, "communication_data_type"),
     (SHARDED, "gradient_accumulation_dtype"),
     (SHARDED, "parameter_offload"),
+    (SHARDED, "micro_step_id"),
+    (SHARDED, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"),
     (parameter_offload.DeepSpeedZeRoOffload, "forward_hooks"),
     (parameter_offload.DeepSpeedZeRoOffload, "backward_hooks"),
 ]
