@@ -81,7 +81,8 @@ def test_functions_and_properties_are_there(owner, name):
 
 @pytest.mark.parametrize(("owner", "name"), SET_ON_SELF, ids=lambda value: str(value))
 def test_attributes_are_set(owner, name):
-    assert re.search(rf"self\.{name}\s*(:[^=]+)?= ", inspect.getsource(owner))
+    written = name.removeprefix(f"_{owner.__name__}")  # inside the class
+    assert re.search(rf"self\.{written}\s*(:[^=]+)?= ", inspect.getsource(owner))
 
 
 def test_parameters_and_arguments_are_there():
