@@ -34,6 +34,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "model.rpn.train_proposals": 2000,
     "model.rpn.low_quality_iou": 0.0,
     "model.roi.crowd_coverage": 0.7,
+    "engine.gather_precision": "fp32",
 }
 """Options of training whose defaults have changed, and the former ones."""
 

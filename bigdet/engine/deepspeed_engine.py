@@ -279,8 +279,8 @@ class DeepSpeedEngine(StatefulEngine):
 def _channels_last(value: Tensor) -> Tensor:
     """Lay weights of convolutions out as images are, or cuDNN would copy them in each pass.
 
-    Partitions of the other stages are consecutive numbers of flattened tensors, as are the pieces
-    of checkpoints, so their weights stay contiguous.
+    Partitions of the other stages are consecutive numbers of flattened tensors, so their weights
+    stay contiguous. Checkpoints are in logical order in any case.
     """
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 

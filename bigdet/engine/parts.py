@@ -119,14 +119,15 @@ def copy_share(parts: Sequence[Part], position: int, size: int, shards: int | No
     catalog: Catalog = {}
     for part in parts:
         catalog.setdefault(part.kind, {})[part.name] = part.spec
-        values = part.values.detach().reshape(-1)
-        first, stop = len(values) * copy // copies, len(values) * (copy + 1) // copies
+        number = part.values.numel()
+        first, stop = number * copy // copies, number * (copy + 1) // copies
         if part.is_whole:
-            first = min(max(begin - offset, 0), len(values))
-            stop = max(min(end - offset, len(values)), first)
-            offset += len(values)
+            first = min(max(begin - offset, 0), number)
+            stop = max(min(end - offset, number), first)
+            offset += number
         if first < stop:
-            copied = _to_cpu(values[first:stop])
+            # In logical order: a copy of the whole tensor if it is channels_last.
+            copied = _to_cpu(part.values.detach().reshape(-1)[first:stop])
             pieces.append(Piece(part.kind, part.name, part.first + first, copied))
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the copies are under way until here

@@ -236,7 +236,9 @@ def _average_over_copies(zero: Any, sharding: Sharding) -> None:
 
     DeepSpeed averages them over the ranks of a node, which its parameters are partitioned over, and
     then calls ``partition_grads`` with this rank's partitions, which adds them to those of earlier
-    micro-batches. In the last one of a step the sums are averaged over the nodes.
+    micro-batches. In the last one of a step the sums are averaged over the nodes, so every weight
+    needs a gradient in that one, as with bigdet's detectors: losses without objects are exactly 0
+    and depend on all weights.
     """
     partition_grads = zero.partition_grads
     sums = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition

@@ -35,15 +35,16 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     )
     add_count(parser, "--objects", 20, "objects per image")
     add_count(parser, "--rounds", 5, "steps to measure of each")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--engines", help="compare with DDP instead: all, or a list of zero0,zero1,zero2,zero3,fsdp"
     )
-    add_count(parser, "--ranks", 2, "processes for --engines")
-    parser.add_argument(
+    instead.add_argument(
         "--operators",
         action="store_true",
         help="measure instead, on the CPU, the share of convolutions and matrix products",
     )
+    add_count(parser, "--ranks", 2, "processes for --engines")
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:

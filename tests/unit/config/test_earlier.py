@@ -113,6 +113,15 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(caplog: pytest.LogC
     assert keep_former(config_of("r50_direct"), again).model == before.model
 
 
+def test_a_resumed_run_goes_on_to_gather_what_it_gathered() -> None:
+    own = config_of("r50_direct")
+    assert own.engine.gather_precision is None
+    text = dump_config(own).replace("gather_precision: null", "gather_precision: fp32")
+    before = parse_config(text, "x")
+    assert keep_former(own, before).engine.gather_precision == "fp32"
+    assert keep_former(own, own).engine.gather_precision is None
+
+
 def test_an_option_that_was_set_is_not_replaced():
     before = parse_config(former_text("r50_direct"), "x")
     own = config_of("r50_direct")
