@@ -9,8 +9,8 @@ anchors that are not rounded), the twin has its own small module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from bigdet.models.conventions import Conventions
 from bigdet.models.detector import Detector
 from bigdet.models.heads import keypoint, mask
 from bigdet.models.heads.box import BoxHead
-from bigdet.models.norms import make_norm
+from bigdet.models.norms import GROUPS
 from bigdet.models.rcnn import RCNN
 from bigdet.models.retinanet import RetinaNet as OwnRetinaNet
 from bigdet.ops.pooling import pyramid_levels
@@ -124,7 +124,12 @@ def _pixels(detector: Detector) -> dict[str, Any]:
 
 
 def _norm_layer(kind: str) -> Any:
-    return {"none": None, "bn": nn.BatchNorm2d, "gn": partial(make_norm, "gn")}[kind]
+    return {"none": None, "bn": nn.BatchNorm2d, "gn": _group_norm}[kind]
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """Give torch's own layer: ours may do the ReLU that follows it."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=1e-5)
 
 
 def _body(detector: Detector) -> Any:
