@@ -94,6 +94,23 @@ def test_a_frozen_backbone_that_an_earlier_version_named_goes_away_by_its_name_o
     assert (remote / "frozen" / f"{digest[:16]}.safetensors").read_bytes() == b"backbone"
 
 
+def test_checkpoints_at_the_address_that_are_of_no_phase_of_the_run_stay(
+    run_dir: RunDir, tmp_path: Path
+) -> None:
+    train_set: Any = SimpleNamespace(categories=[])
+    sets = dict.fromkeys(("pretrain", "finetune"), DataSets(train_set, train_set))
+    remote = tmp_path / "remote"
+    for name in ("train-1", "pretrain-best", "finetune-3", "pretrain-3"):
+        (remote / name).mkdir(parents=True)
+        (remote / name / "index-1.json").touch()
+    saver = Saver(load_config(CONFIG, [f"checkpoint.remote=file://{remote}"]), run_dir, sets)
+    save(saver, 4)
+    saver.wait()
+    assert sorted(path.name for path in remote.iterdir()) == [
+        "latest", "pretrain-4", "pretrain-best", "train-1",
+    ]  # fmt: skip
+
+
 def names(run_dir: RunDir) -> list[str]:
     return sorted(path.name for path in run_dir.checkpoints.iterdir())
 
