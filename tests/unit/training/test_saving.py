@@ -89,7 +89,7 @@ def test_a_frozen_backbone_that_an_earlier_version_named_goes_away_by_its_name_o
     engine: Any = FakeEngine()
     saver.save(engine, RunState("pretrain", step=1, frozen=digest))
     saver.wait()
-    # What another machine asks for: see resume._fetch_frozen.
+    # What another machine asks for: see starting_point._fetch_frozen.
     assert [path.name for path in (remote / "frozen").iterdir()] == [run_dir.frozen(digest).name]
     assert (remote / "frozen" / f"{digest[:16]}.safetensors").read_bytes() == b"backbone"
 
