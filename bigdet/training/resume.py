@@ -113,8 +113,9 @@ def settle_config(
         sets: of each phase; None leaves lengths in passes as they are.
     """
     world_size = distributed.world_size()
-    before = None if saved is None else _config_of(saved.run["config"])
-    if before is not None:
+    before, begun = None, None
+    if saved is not None:
+        before, begun = _config_of(saved.run["config"]), saved.run["run"]["phase"]
         config = keep_former(config, before)
     phases = {}
     for name, phase in config.phases.items():
@@ -131,7 +132,7 @@ def settle_config(
                 f"{world_size} ranks cannot share equally. Change images_per_step, images_per_gpu "
                 f"or the number of ranks."
             )
-        if config.change_batch and saved is not None and phase.steps is None:
+        if config.change_batch and name == begun and phase.steps is None:
             raise ConfigError(
                 f"phases.{name}.steps: not set, but with change_batch a phase that has begun needs "
                 f"its length in steps. Write steps, and null for passes and images."

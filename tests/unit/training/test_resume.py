@@ -340,3 +340,13 @@ def test_another_batch_must_be_asked_for():
     asked = load_config(CONFIG, [*sizes, "change_batch=true", "phases.pretrain.lr=3"])
     with pytest.raises(ConfigError, match=r"phases\.pretrain\.lr"):
         settle_config(asked, saved_by(*SIZES), Path("x"))
+
+
+def test_a_change_of_the_batch_needs_the_steps_of_the_present_phase_only():
+    in_passes = ["steps=null", "passes=12", "warmup_steps=0"]
+    sizes = ["phases.pretrain.images_per_step=64", SIZES[1], "change_batch=true"]
+    asked = load_config(CONFIG, [*sizes, *(f"phases.finetune.{word}" for word in in_passes)])
+    assert settle_config(asked, saved_by(*SIZES), Path("x")) == asked
+    asked = load_config(CONFIG, [*sizes, *(f"phases.pretrain.{word}" for word in in_passes)])
+    with pytest.raises(ConfigError, match=r"phases\.pretrain\.steps: not set, but with change_ba"):
+        settle_config(asked, saved_by(*SIZES), Path("x"))
