@@ -58,8 +58,8 @@ class Saver:
         """Start to write a checkpoint, after the one before it is written (collective).
 
         Raises:
-            SharedError: on all ranks: two saves in a row failed, or the weights are not finite;
-                nothing is written then.
+            SharedError: on all ranks: two saves in a row failed, or weights or optimizer state are
+                not finite; nothing is written then.
         """
         self.wait()
         started = time.perf_counter()
@@ -94,9 +94,12 @@ class Saver:
         return engine.share(sharing.index(distributed.rank()), len(sharing))
 
     def _check_finite(self, share: Share, state: RunState) -> None:
-        """Refuse weights that are not finite (collective)."""
-        weights = {piece.name: piece.values for piece in share.pieces if piece.kind == MODEL}
-        found = distributed.all_gather_objects(describe_not_finite(weights))
+        """Refuse numbers that are not finite, as whoever loads them would (collective)."""
+        tensors = {
+            piece.name if piece.kind == MODEL else f"{piece.name}/{piece.kind}": piece.values
+            for piece in share.pieces
+        }
+        found = distributed.all_gather_objects(describe_not_finite(tensors))
         if any(found):
             raise distributed.SharedError(
                 f"{state.position}: {next(filter(None, found))}. The run has diverged, and no "
