@@ -132,12 +132,13 @@ class Saver:
                 keeping.clean(save.folder.parent, settings.keep, kept, settings.keep_every)
             if distributed.is_main():
                 self._write_whole()
-        except (OSError, ValueError) as error:
-            self._problem = errors.explain(error)
-            return
         except Exception as error:  # of a thread: it would not end the run
-            logger.exception("%s: the checkpoint is not written", save.folder)
-            self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
+            if isinstance(error, (OSError, ValueError)):
+                self._problem = errors.explain(error)
+            else:
+                logger.exception("%s: the checkpoint is not written", save.folder)
+                self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
+            self._warn(self._problem)
             return
         written = time.perf_counter() - started
         logger.info(
@@ -146,6 +147,14 @@ class Saver:
         )
         if self._remote is not None:
             self._copy_away(self._remote, save, kept)
+
+    def _warn(self, problem: str) -> None:
+        """Log at once that a save has failed; `wait` may be far away."""
+        if self._num_failures:
+            outlook = "It is the second save in a row that fails: the run ends before the next one."
+        else:
+            outlook = "The run continues, and stops if the next save fails too."
+        logger.warning("%s %s", problem, outlook)
 
     def _must_end(self) -> bool:
         """Tell the thread whether to wait for the other ranks no longer."""
@@ -198,13 +207,14 @@ class Saver:
         if not self._is_pending:
             return
         self.join()
-        problem = distributed.broadcast_object(self._problem)
+        problems = distributed.all_gather_objects(self._problem)
+        problem = next(filter(None, problems), None)
+        if problem is not None and self._problem is None:  # of another rank
+            self._warn(problem)
         self._is_pending, self._problem = False, None
         self._num_failures = 0 if problem is None else self._num_failures + 1
         if self._num_failures > 1:
             raise distributed.SharedError(f"{problem} Two saves in a row failed.")
-        if problem is not None:
-            logger.warning("%s The run continues, and stops if the next save fails too.", problem)
 
     def finish(self) -> None:
         """Wait until everything is written (collective).
