@@ -32,6 +32,9 @@ from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.1
+"""Ranks that wait for a save meet so often."""
+
 
 class Saver:
     """Writes the checkpoints of a run during training, one at a time.
@@ -133,6 +136,10 @@ class Saver:
             if distributed.is_main():
                 self._write_whole()
         except Exception as error:  # of a thread: it would not end the run
+            if lost := distributed.lost_peer(error):  # the run ends where the ranks meet
+                self._problem = f"{save.folder}: the checkpoint is not written: {lost}"
+                logger.warning(self._problem)
+                return
             if isinstance(error, (OSError, ValueError)):
                 self._problem = errors.explain(error)
             else:
@@ -203,10 +210,17 @@ class Saver:
 
         Raises:
             SharedError: on all ranks: it failed, and the one before it too.
+            RuntimeError: the connection to another rank is lost.
         """
         if not self._is_pending:
             return
-        self.join()
+        is_writing = True
+        while is_writing:  # the ranks meet, or one that is gone would be waited for without end
+            thread = self._thread
+            if thread is not None:
+                thread.join(POLL_SECONDS)
+            is_writing = distributed.any_rank(thread is not None and thread.is_alive())
+        self._thread = None
         problems = distributed.all_gather_objects(self._problem)
         problem = next(filter(None, problems), None)
         if problem is not None and self._problem is None:  # of another rank
