@@ -19,11 +19,12 @@ from bigdet.config.evaluation import MAX_DETECTIONS, Metric
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.accumulation import Matched, accumulate
-from bigdet.evaluation.detections import DetectionTable, Kind, in_order
+from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import Pairs, area_bits, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
+from bigdet.evaluation.sorting import lexsort
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 """Names of the numbers and their indices in ``COCOeval.stats``, for 100 detections."""
@@ -243,7 +244,7 @@ def measure(
     right = pairs.any_of_detection(bits & counting, len(rows))
     counted = right | (area_bits(~is_outside, len(THRESHOLDS)) & ~hit)
     totals = [np.bincount(object_classes[~each], minlength=len(labels)) for each in is_ignored]
-    matched = Matched(classes, found.places[rows], ranks, right, counted)
+    matched = Matched(classes, found.scores[rows], ranks, right, counted)
     counts = np.stack(totals, axis=1)  # (K, A)
     return Measured(rules, labels, *accumulate(matched, counts, len(THRESHOLDS), rules.limits))
 
@@ -266,7 +267,7 @@ def _best(
         is_used &= truth.verified.counted(found.images, found.labels, found.scores)
     rows = np.flatnonzero(is_used)
     groups = class_of[found.labels[rows]] * len(truth.image_ids) + found.images[rows]
-    order = in_order(groups, found.places[rows])
+    order = lexsort(-found.scores[rows], groups)
     rows, groups = rows[order], groups[order]
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     ranks = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))

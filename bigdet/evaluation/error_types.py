@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from bigdet.config.evaluation import MAX_DETECTIONS
 from bigdet.evaluation.accumulation import first_places, precision_at_recalls
 from bigdet.evaluation.coco_metrics import Index, Numbers, never_counts
-from bigdet.evaluation.detections import DetectionTable, Kind, in_order
+from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import overlaps, pair_up
+from bigdet.evaluation.sorting import lexsort
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
 TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
@@ -68,7 +69,7 @@ def find_cover(
     truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
 ) -> Cover:
     """Return the best detections of each image and their overlaps with objects of all classes."""
-    rows = in_order(found.images, found.places)
+    rows = lexsort(-found.scores, found.images)
     images = found.images[rows]
     kept = np.arange(len(rows)) - np.searchsorted(images, images) < max_detections
     if truth.verified is not None:

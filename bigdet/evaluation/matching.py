@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.evaluation.sorting import lexsort
+
 Index = NDArray[np.int64]
 
 NOTHING = -1
@@ -43,7 +45,7 @@ class Pairs:
 
         Of equal overlaps the first object; ``NOTHING`` and 0 for a detection without pairs.
         """
-        order = np.lexsort((self.objects, -self.overlaps, self.detections))
+        order = lexsort(self.objects, -self.overlaps, self.detections)
         first = order[np.flatnonzero(np.diff(self.detections[order], prepend=-1))]
         best, most = np.full(num_detections, NOTHING), np.zeros(num_detections)
         best[self.detections[first]] = self.objects[first]
@@ -86,7 +88,7 @@ def match(
     matched = np.zeros(len(pairs.objects), dtype=np.int64)
     near = np.flatnonzero(pairs.overlaps >= thresholds[0])
     pairs = Pairs(pairs.detections[near], pairs.objects[near], pairs.overlaps[near])
-    by_overlap = np.lexsort((-pairs.objects, -pairs.overlaps, pairs.detections))
+    by_overlap = lexsort(-pairs.objects, -pairs.overlaps, pairs.detections)
     objects = pairs.objects[by_overlap]
     num_passed = np.searchsorted(thresholds, pairs.overlaps[by_overlap], side="right")
     passed = (1 << num_passed * len(is_ignored)) - 1
@@ -131,5 +133,5 @@ def _turns(groups: Index, lengths: Index) -> list[Index]:
     starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
     sizes = np.diff(np.append(starts, len(groups)))
     turns = np.arange(len(groups)) - np.repeat(starts, sizes)
-    order = np.lexsort((-lengths, turns))
+    order = lexsort(-lengths, turns)
     return np.split(order, np.cumsum(np.bincount(turns))[:-1])
