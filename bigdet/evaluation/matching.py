@@ -9,6 +9,7 @@ Letters: N detections, M objects, Q pairs of the two, T IoU thresholds, A area r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +37,8 @@ class Pairs:
     objects: Index
     overlaps: NDArray[np.float64]
 
-    def only(self, kept: NDArray[np.bool_]) -> Pairs:
-        """Return the pairs that a mask ``(Q,)`` keeps."""
+    def only(self, kept: NDArray[np.bool_] | Index) -> Pairs:
+        """Return the pairs that a mask ``(Q,)`` keeps, or those at some indices."""
         return Pairs(self.detections[kept], self.objects[kept], self.overlaps[kept])
 
     def best(self, num_detections: int) -> tuple[Index, NDArray[np.float64]]:
@@ -59,6 +60,11 @@ class Pairs:
         if len(starts):
             found[self.detections[starts]] = np.bitwise_or.reduceat(bits, starts)
         return found
+
+
+def joined(parts: Sequence[tuple[Index, Index, NDArray[np.float64]]]) -> Pairs:
+    """Return pairs in several parts, in this order, as one; there is at least one part."""
+    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def match(
