@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.evaluation.detections import in_order
+from bigdet.evaluation.sorting import lexsort
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 
@@ -27,14 +27,14 @@ class Matched:
 
     Attributes:
         classes: ``(N,)`` in ``0..K-1``, rising.
-        places: ``(N,)`` place of each among all if the best is first.
+        scores: ``(N,)``.
         ranks: ``(N,)`` place among the detections of its class on its image, the best is 0.
         right: ``(N,)`` bits: it found an object that counts.
         counted: ``(N,)`` bits: it is right or wrong, and not ignored.
     """
 
     classes: Index
-    places: Index
+    scores: Numbers
     ranks: Index
     right: Index
     counted: Index
@@ -56,7 +56,7 @@ def accumulate(
     num_classes, num_areas = totals.shape
     precision = np.empty((num_thresholds, len(RECALLS), num_classes, num_areas))
     recall = np.empty((num_thresholds, num_classes, num_areas, len(limits)))
-    by_score = in_order(matched.classes, matched.places)
+    by_score = lexsort(-matched.scores, matched.classes)
     right, counted = matched.right[by_score], matched.counted[by_score]
     bounds = np.searchsorted(matched.classes, np.arange(num_classes + 1))
     others, same = _wrong_everywhere(right, counted, bounds, totals.shape[1], num_thresholds)

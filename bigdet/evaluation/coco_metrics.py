@@ -19,11 +19,12 @@ from bigdet.config.evaluation import MAX_DETECTIONS, Metric
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.accumulation import Matched, accumulate
-from bigdet.evaluation.detections import DetectionTable, Kind, in_order
+from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth
-from bigdet.evaluation.matching import Pairs, area_bits, match
+from bigdet.evaluation.matching import NOTHING, Pairs, area_bits, joined, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
+from bigdet.evaluation.sorting import lexsort
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 """Names of the numbers and their indices in ``COCOeval.stats``, for 100 detections."""
@@ -207,7 +208,11 @@ def category_ids(shards: ShardSet) -> list[int]:
 
 
 def measure(
-    truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
+    truth: GroundTruth,
+    found: DetectionTable,
+    kind: Kind,
+    max_detections: int = MAX_DETECTIONS,
+    known: Pairs | None = None,
 ) -> Measured:
     """Measure precision and recall of one kind, for each class.
 
@@ -216,12 +221,10 @@ def measure(
         found: detections of any of its images.
         kind: boxes, masks or keypoints.
         max_detections: see ``rules_of``.
+        known: all pairs of one class that overlap by 0.5 or more, if they were computed before.
     """
     rules = rules_of(truth, kind, max_detections)
-    is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
-    labels = [k for k, is_one in enumerate(is_measured) if is_one]
-    # Means are sums in this order, as in pycocotools.
-    labels.sort(key=lambda k: truth.categories[k].id)
+    labels = _measured_labels(truth, kind)
     class_of = np.full(len(truth.categories), -1)
     class_of[labels] = np.arange(len(labels))
     rows, classes, ranks = _best(truth, found, class_of, rules.limits[-1])
@@ -230,7 +233,10 @@ def measure(
     object_classes = class_of[truth.labels[objects]]
     groups = classes * len(truth.image_ids) + found.images[rows]
     object_groups = object_classes * len(truth.image_ids) + truth.images[objects]
-    pairs = _near_pairs(truth, found, kind, (rows, groups), (objects, object_groups))
+    if known is None:
+        pairs = _near_pairs(truth, found, kind, (rows, groups), (objects, object_groups))
+    else:
+        pairs = _renumbered(known, rows, objects, (len(found), len(truth.labels)))
     ranges = np.array(rules.areas)[:, :, None]  # (A, 2, 1)
     is_ignored = never_counts(truth, kind)[objects] | _is_outside(truth.areas[objects], ranges)
     is_crowd = truth.is_crowd[objects] | (kind == "segm" and ~truth.has_mask[objects])
@@ -243,9 +249,17 @@ def measure(
     right = pairs.any_of_detection(bits & counting, len(rows))
     counted = right | (area_bits(~is_outside, len(THRESHOLDS)) & ~hit)
     totals = [np.bincount(object_classes[~each], minlength=len(labels)) for each in is_ignored]
-    matched = Matched(classes, found.places[rows], ranks, right, counted)
+    matched = Matched(classes, found.scores[rows], ranks, right, counted)
     counts = np.stack(totals, axis=1)  # (K, A)
     return Measured(rules, labels, *accumulate(matched, counts, len(THRESHOLDS), rules.limits))
+
+
+def _measured_labels(truth: GroundTruth, kind: Kind) -> list[int]:
+    """Return the labels by category id: means are sums in this order, as in pycocotools."""
+    labels = list(range(len(truth.categories)))
+    if kind == "keypoints":
+        labels = [label for label in labels if truth.categories[label].keypoints]
+    return sorted(labels, key=lambda label: truth.categories[label].id)
 
 
 def _best(
@@ -266,7 +280,7 @@ def _best(
         is_used &= truth.verified.counted(found.images, found.labels, found.scores)
     rows = np.flatnonzero(is_used)
     groups = class_of[found.labels[rows]] * len(truth.image_ids) + found.images[rows]
-    order = in_order(groups, found.places[rows])
+    order = lexsort(-found.scores[rows], groups)
     rows, groups = rows[order], groups[order]
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     ranks = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
@@ -297,7 +311,16 @@ def _near_pairs(
         iou = overlaps(kind, truth, found, rows[mine], objects[0][others], THRESHOLDS[0])
         near = iou >= THRESHOLDS[0]
         parts.append((mine[near] + first, others[near], iou[near]))
-    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return joined(parts)
+
+
+def _renumbered(known: Pairs, rows: Index, objects: Index, sizes: tuple[int, int]) -> Pairs:
+    """Return pairs of these rows of the two tables, which have ``sizes`` rows, by their places."""
+    mine, others = (np.full(size, NOTHING) for size in sizes)
+    mine[rows], others[objects] = np.arange(len(rows)), np.arange(len(objects))
+    pairs = Pairs(mine[known.detections], others[known.objects], known.overlaps)
+    order = lexsort(pairs.objects, pairs.detections)
+    return pairs.only(order[(pairs.detections[order] >= 0) & (pairs.objects[order] >= 0)])
 
 
 def never_counts(truth: GroundTruth, kind: Kind) -> NDArray[np.bool_]:

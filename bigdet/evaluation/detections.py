@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import gc
 import itertools
 import json
@@ -79,24 +78,6 @@ class DetectionTable:
     def __len__(self) -> int:
         return len(self.scores)
 
-    @functools.cached_property
-    def places(self) -> NDArray[np.int64]:
-        """Place of each detection if the best is first, ``(N,)`` in ``0..N-1``.
-
-        Of equal scores the earlier image is first, then the earlier detection.
-        """
-        by_image = np.argsort(self.images, kind="stable")
-        places = np.empty(len(self), dtype=np.int64)
-        places[by_image[np.argsort(-self.scores[by_image], kind="stable")]] = np.arange(len(self))
-        return places
-
-
-def in_order(groups: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the indices of detections by group, and within a group by their ``places``."""
-    # Numpy sorts single numbers several times as fast as it sorts pairs.
-    order: NDArray[np.int64] = np.argsort(groups * (places.max(initial=0) + 1) + places)
-    return order
-
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
@@ -112,6 +93,10 @@ def without_collector() -> Iterator[None]:
 
 def load_results(file: Path) -> Iterator[Result]:
     """Yield the detections of a COCO results file; only a part is in memory at a time."""
+    return itertools.chain.from_iterable(_lists(file))  # no step of Python for each
+
+
+def _lists(file: Path) -> Iterator[list[Result]]:
     try:
         with file.open("rb") as opened:
             for part in _parts(opened):
@@ -121,7 +106,7 @@ def load_results(file: Path) -> Iterator[Result]:
                         f"each with image_id, category_id, score and bbox, segmentation or "
                         f"keypoints."
                     )
-                yield from part
+                yield part
     except FileNotFoundError as error:
         raise ResultsError(f"{file}: there is no such results file.") from error
     except orjson.JSONDecodeError as error:
@@ -243,7 +228,7 @@ class _Reader:
         if "bbox" in self._kinds:
             if self._boxes_masks:
                 chunk = [self._boxed(r, n) for r, n in zip(chunk, images.tolist(), strict=True)]
-            boxes = _numbers([r["bbox"] for r in chunk], (count, 4))
+            boxes = _numbers(_column(chunk, "bbox"), (count, 4))
             if (boxes[:, 2:] < 0).any():
                 raise ValueError("negative size")
         if "keypoints" in self._kinds:

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.evaluation.coco_metrics import THRESHOLDS, Index, Numbers
-from bigdet.evaluation.detections import DetectionTable, in_order
+from bigdet.evaluation.detections import DetectionTable
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import Pairs
 from bigdet.evaluation.overlaps import box_overlaps, pair_up
+from bigdet.evaluation.sorting import lexsort
 
 VocMetric = Literal["voc07", "voc12"]
 
@@ -57,7 +58,7 @@ def _labels_in(
     Both in the order of images; within an image the best detections first, and of equal scores the
     earlier ones.
     """
-    by_image = in_order(found.images, found.places)
+    by_image = lexsort(-found.scores, found.images)
     rows = _by_label(found.labels[by_image], labels)
     objects = _by_label(truth.labels, labels)
     return [(by_image[mine], others) for mine, others in zip(rows, objects, strict=True)]
