@@ -38,7 +38,10 @@ class CheckpointConfig:
 
 
 def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseConfig]) -> None:
-    """Check intervals, the address, and that the checkpoints to keep are steps of the run."""
+    """Check intervals, the address, and that the checkpoints to keep are steps of the run.
+
+    Phases whose length is not in steps yet may have any number of them.
+    """
     positive("checkpoint", checkpoint, "every", "keep", "keep_every")
     every, keep_every = checkpoint.every, checkpoint.keep_every
     is_multiple = keep_every is None or keep_every % every == 0
@@ -49,10 +52,11 @@ def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseCon
     require(is_address, "checkpoint.remote", remote, "an address, such as s3://bucket/run")
     for name in checkpoint.at:
         phase, _, step = name.rpartition("-")
-        is_known = phase in phases and step.isdecimal()
+        is_known = phase in phases and step.isdecimal() and step == str(int(step)) != "0"
         steps = phases[phase].steps if is_known else None
-        if not is_known or int(step) < 1 or (steps is not None and int(step) > steps):
+        if not is_known or (steps is not None and int(step) > steps):
+            has = "" if steps is None else f" ({phase} has {steps})"
             raise ConfigError(
                 f"checkpoint.at: found {name}, expected PHASE-STEP, a phase of "
-                f"{', '.join(phases)} and one of its steps."
+                f"{', '.join(phases)} and one of its steps{has}, without leading zeros."
             )
