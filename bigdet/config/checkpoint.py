@@ -28,8 +28,10 @@ class CheckpointConfig:
     a file stays on the host that wrote it."""
     remote: str | None = None
     """An address such as ``s3://bucket/run`` (any that fsspec knows) to which finished checkpoints
-    are copied, for machines that lose their disks: if the run folder has no checkpoint as new,
-    ``resume: auto`` continues from there. One address for each run. None: no copies."""
+    are copied, for machines that lose their disks: if the run folder has no checkpoint as new, the
+    same command continues from there, also with the path of a checkpoint as ``resume``. Of several
+    hosts, each gets what it lacks. One address for each run; other files there stay. None: no
+    copies."""
 
     with_frozen: bool = True
     """The ``model.safetensors`` at the top of the run folder has the frozen backbone of the last
