@@ -255,7 +255,7 @@ def begin(
         note_changes(config, sets, saved, state)
         if is_fork(config, saved):
             # The best AP and an evaluation that waits for its numbers are of the other run.
-            state.best_ap = state.best_checkpoint = state.unscored = None
+            state.best_ap = state.best_checkpoint = state.best_by = state.unscored = None
             state.started, state.good_seconds = time.time(), 0.0
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():

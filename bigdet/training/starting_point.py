@@ -41,6 +41,7 @@ def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
     with distributed.together():
         if distributed.is_main():
             _fetch_frozen(remote, run_dir)
+    _fetch_best(remote, run_dir, disks)
 
 
 def _goes_on_from(remote: Remote, config: RunConfig, run_dir: RunDir) -> bool:
@@ -109,6 +110,32 @@ def _fetch_frozen(remote: Remote, run_dir: RunDir) -> None:
             f"checkpoint {newest.name}. Earlier versions did not copy it there: "
             f"copy the folder frozen of its run into {run_dir.root}, and start again."
         ) from error
+
+
+def _fetch_best(remote: Remote, run_dir: RunDir, disks: Disks) -> None:
+    """Let the best checkpoint be the one that the newest names; copy it where it is not yet.
+
+    Collective.
+    """
+    name = None
+    with distributed.together():
+        newest = newest_checkpoint(run_dir) if distributed.is_main() else None
+        if newest is not None and not checkpoint.is_copy(newest):
+            name = read_state(newest).get("run", {}).get("best_checkpoint")
+    name = distributed.broadcast_object(name)
+    if name is None:
+        return
+    remote.fetch_one(name, run_dir.checkpoints, disks)
+    with distributed.together():
+        folder = run_dir.checkpoints / name
+        if distributed.is_main() and (folder / STATE_FILE).is_file():
+            # If one of a later step was better, its numbers are here, and `Scorer.resume` knows.
+            keeping.mark_best(folder)
+        elif distributed.is_main():
+            logger.warning(
+                f"{name}, the best checkpoint so far, is neither here nor at {remote.address}: "
+                f"until an evaluation gives a higher AP, no checkpoint here is the best"
+            )
 
 
 def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:

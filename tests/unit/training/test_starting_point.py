@@ -156,6 +156,28 @@ def test_a_fork_goes_on_from_its_remote_on_another_machine(tmp_path: Path):
     assert checkpoints(lost) == ["pretrain-10", "pretrain-20", "pretrain-5"]
 
 
+def test_the_best_checkpoint_comes_along_or_is_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    remote, here, other = tmp_path / "remote", RunDir(tmp_path / "here"), RunDir(tmp_path / "other")
+    config = config_of(other, "auto", f"checkpoint.remote=file://{remote}")
+    for step in (1, 2, 3):
+        save(here, step, remote=remote, best="pretrain-1")
+    fetch_newer(config, other)
+    assert checkpoints(other) == ["pretrain-1", "pretrain-3"]
+    assert other.best.read_text() == "pretrain-1\n"
+    assert other.latest.read_text() == "pretrain-3\n"
+    save(here, 4, remote=remote, best="pretrain-4")
+    fetch_newer(config, other)  # again on the other machine, which has the former best
+    assert other.best.read_text() == "pretrain-4\n"
+    assert not caplog.messages
+    save(here, 5, remote=remote, best="pretrain-2")
+    shutil.rmtree(remote / "pretrain-2")
+    fetch_newer(config, other)
+    (message,) = caplog.messages
+    assert message.startswith("pretrain-2, the best checkpoint so far, is neither here nor at file")
+
+
 def test_a_frozen_backbone_comes_from_the_remote_or_from_the_run_of_an_earlier_version(
     tmp_path: Path,
 ):
