@@ -12,6 +12,7 @@ if __name__ == "__main__":
     answer_early(parse_arguments)
 
 import contextlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
     cuda_settings.apply(config.device)  # before CUDA begins
-    distributed.start(config.log.stall_seconds)
+    distributed.start(config.log.stall_seconds or math.inf)
     setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:
         return examine(config)

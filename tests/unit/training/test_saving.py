@@ -149,14 +149,17 @@ def test_a_full_disk_is_a_warning_and_the_next_save_makes_it_good(
     save(saver, 1)
     saver.wait()
     full_disk(True)
-    save(saver, 2)
-    saver.join()
-    full_disk(False)
     with caplog.at_level(logging.WARNING, "bigdet"):
-        save(saver, 3)
-    assert "pretrain-2: cannot write the checkpoint" in caplog.text
-    assert "The run continues" in caplog.text
+        save(saver, 2)
+        saver.join()
+        # At once: the next save may be an hour away.
+        (warning,) = (record.getMessage() for record in caplog.records)
+    assert f"{run_dir.checkpoints}/pretrain-2: cannot write the checkpoint" in warning
+    assert "The run continues" in warning
+    full_disk(False)
+    save(saver, 3)
     saver.finish()
+    assert len(caplog.records) == 1
     assert names(run_dir) == ["latest", "pretrain-3"]
 
 
@@ -231,6 +234,30 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_named(
         f"Last good checkpoint: {run_dir.checkpoints / 'pretrain-1'}."
     )
     assert names(run_dir) == ["latest", "pretrain-1"]
+
+
+class OverflownEngine:
+    """Gives finite weights, and a mean of squared gradients with an infinity."""
+
+    def share(self, position: int, size: int) -> Share:
+        squares = torch.tensor([1.0, float("inf")])
+        parts = [
+            Part("model", "fc.weight", (2,), 0, torch.ones(2), is_whole=True),
+            Part("exp_avg_sq", "fc.weight", (2,), 0, squares, is_whole=True),
+        ]
+        return copy_share(parts, 0, 1)
+
+
+def test_optimizer_state_that_a_resume_would_refuse_is_not_saved_either(
+    saver: Saver, run_dir: RunDir
+) -> None:
+    save(saver, 1)
+    engine: Any = OverflownEngine()
+    with pytest.raises(
+        distributed.SharedError, match=r"1 of 2 tensors is not finite: fc\.weight/exp_avg_sq \(1 of 2"
+    ):
+        saver.save(engine, RunState("pretrain", step=2))
+    assert names(run_dir) == ["latest", "pretrain-1"]  # and not deleted, though checkpoint.keep=1
 
 
 def test_ends_of_phases_and_the_best_have_their_weights_in_one_file(
