@@ -51,7 +51,8 @@ class RunConfig:
     """Seed of everything: weights, order, augmentation, sampling."""
     resume: str = "auto"
     """``auto``: resume if the run folder has a checkpoint. ``never``: refuse a folder that has one.
-    Otherwise the path of a checkpoint to resume from."""
+    Otherwise the path of a checkpoint to resume from; once the run has gone on from there, the same
+    command resumes its newest one."""
     change_batch: bool = False
     """Let a resumed run continue with another ``images_per_step`` or ``images_per_gpu`` of its
     phase. ``lr`` follows by the linear rule (``reference_images_per_step`` must be set), ``steps``,

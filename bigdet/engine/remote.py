@@ -103,33 +103,67 @@ class Remote:
         return name, state
 
     def fetch(self, checkpoints: Path, disks: Disks) -> None:
-        """Copy the newest checkpoint to every disk that has none as new (collective).
+        """Copy the newest checkpoint to every disk that lacks it, unless rank 0 has a newer one.
 
-        The ranks of a disk share the work. The files are checked when they are loaded.
+        Where it is copied, it becomes the latest. Collective.
 
         Raises:
             SharedError: it cannot be copied.
         """
-        found, own = None, 0
+        name = None
+        with distributed.together():
+            if distributed.is_main() and (found := self.newest()) is not None:
+                numbers, number = keeping.numbers(checkpoints), found[1]["number"]
+                own = max(numbers.values(), default=0)
+                if own < number or own == number == numbers.get(found[0]):
+                    name = found[0]
+        name = distributed.broadcast_object(name)
+        if name is None:
+            return
+        is_new = self.fetch_one(name, checkpoints, disks)
+        with distributed.together():
+            if is_new and disks.is_owner:
+                keeping.mark_latest(checkpoints / name)
+
+    def fetch_one(self, name: str, checkpoints: Path, disks: Disks) -> bool:
+        """Copy a checkpoint to every disk that lacks it, if it is at the address (collective).
+
+        The ranks of a disk share the work. The files are checked when they are loaded.
+
+        Returns:
+            Whether it was copied to the disk of this rank.
+
+        Raises:
+            SharedError: it cannot be copied.
+        """
+        state: dict[str, Any] | None = None
         with distributed.together():
             if distributed.is_main():
-                found = self.newest()
-                own = max(keeping.numbers(checkpoints).values(), default=0)
-        found = distributed.broadcast_object(found)
-        if found is None or distributed.broadcast_object(own) >= found[1]["number"]:
-            return
-        name, state = found
-        logger.info(f"{self.address}/{name} is newer than what is here: copied to {checkpoints}")
+                with contextlib.suppress(FileNotFoundError):
+                    state = json.loads(self._read(f"{name}/{STATE_FILE}"))
+        state = distributed.broadcast_object(state)
+        if state is None:
+            return False
+        # A folder of this name and another number is of a save before the run went back.
+        lacks = keeping.numbers(checkpoints).get(name) != state["number"]
+        lacking = distributed.all_gather_objects(lacks)
+        if any(lacking):
+            hosts = {
+                host for host, is_lacking in zip(disks.hosts, lacking, strict=True) if is_lacking
+            }
+            logger.info(
+                f"{self.address}/{name} is copied to {checkpoints} of {', '.join(sorted(hosts))}"
+            )
         folder, sharing = checkpoints / name, disks.sharing
         with distributed.together():
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, file in enumerate(state["files"]):
+            for number, file in enumerate(state["files"] if lacks else ()):
                 if sharing[number % len(sharing)] == distributed.rank():
                     self.get(f"{name}/{file}", folder / file)
         with distributed.together():
-            if disks.is_owner:
+            if lacks and disks.is_owner:
                 write_text(folder / STATE_FILE, self._read(f"{name}/{STATE_FILE}"))
-                keeping.mark_latest(folder)
+                keeping.remove_unnamed(folder, state["files"])
+        return lacks
 
     def _clean(self, save: Save, is_kept: Callable[[str], bool]) -> None:
         """Delete checkpoints that are not kept, and what earlier saves of this name have left."""

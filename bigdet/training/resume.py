@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
+from bigdet.config.checkpoint import check_checkpoint
 from bigdet.config.earlier import keep_former
 from bigdet.config.load import dump_config, parse_config
+from bigdet.config.log import check_log
 from bigdet.config.phase import PhaseConfig, check_length, in_steps, num_lanes, num_steps
 from bigdet.config.rules import ConfigError
 from bigdet.config.run import RunConfig, phase_before, phase_data, phase_model, phase_source
@@ -139,6 +141,8 @@ def settle_config(
             )
         phases[name] = _settle_length(config, name, phase, sets)
     config = dataclasses.replace(config, phases=phases)
+    check_checkpoint(config.checkpoint, phases)  # steps are compared with lengths in steps only
+    check_log(config.log, phases)
     if before is not None:
         assert saved is not None
         _check_unchanged(config, before, saved, folder)
@@ -251,7 +255,7 @@ def begin(
         note_changes(config, sets, saved, state)
         if is_fork(config, saved):
             # The best AP and an evaluation that waits for its numbers are of the other run.
-            state.best_ap = state.best_checkpoint = state.unscored = None
+            state.best_ap = state.best_checkpoint = state.best_by = state.unscored = None
             state.started, state.good_seconds = time.time(), 0.0
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():

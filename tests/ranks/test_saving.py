@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +201,11 @@ def copy_away(folder: Path) -> list[str]:
     distributed.barrier()
     remote.fetch(fresh, writing.find_disks(fresh))
     assert_loaded(fresh / "train-2", 2, owners=(1, 2, 0))
+    if distributed.rank() == 2:
+        shutil.rmtree(fresh)  # the host is replaced by a new one, that of rank 0 is not
+    remote.fetch(fresh, writing.find_disks(fresh))
+    assert (fresh / "latest").read_text() == "train-2\n"
+    assert_loaded(fresh / "train-2", 2, owners=(1, 0, 2))
     return names(fresh / "train-2")
 
 

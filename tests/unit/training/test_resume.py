@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import math
@@ -165,6 +166,27 @@ def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: S
     assert (
         settle_config(parse_config(dump_config(settled), "x"), None, None, sets(shards)) == settled
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (
+            "checkpoint.at=[pretrain-501]",
+            r"^checkpoint\.at: found pretrain-501, .*pretrain has 500\)",
+        ),
+        ("log.profile.steps=[500,501]", r"^log\.profile\.steps: found \[500, 501\], .*most 500\."),
+        ("checkpoint.at=[pretrain-500]", ""),
+        ("log.profile.steps=[499,500]", ""),
+    ],
+)
+def test_steps_are_checked_once_the_length_of_a_phase_in_images_is_known(word: str, said: str):
+    # 4000 images in steps of 8
+    length = ["phases.pretrain.steps=null", "phases.pretrain.images=4_000"]
+    sizes = ["phases.pretrain.images_per_step=8", "phases.pretrain.images_per_gpu=2"]
+    config = load_config(CONFIG, [*length, *sizes, SIZES[1], word])
+    with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+        assert settle_config(config, None, None).phases["pretrain"].steps == 500
 
 
 def test_the_last_60k_and_20k_steps_stay_whatever_the_length_and_the_batch(shards: ShardSet):
