@@ -190,8 +190,10 @@ class Saver:
         keep_every = self._config.checkpoint.keep_every
 
         def is_kept(name: str) -> bool:  # of what a machine before has left, only what always stays
+            phase, _, step = name.rpartition("-")
+            is_of_run = phase in self._config.phases and step.isdecimal()
             is_here = (save.folder.with_name(name) / STATE_FILE).is_file()
-            return is_here or keeping.stays(name, kept, keep_every)
+            return not is_of_run or is_here or keeping.stays(name, kept, keep_every)
 
         uploads.start(save, is_kept, self._needed(save))
 

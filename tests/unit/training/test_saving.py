@@ -92,7 +92,7 @@ def test_a_frozen_backbone_that_an_earlier_version_named_goes_away_by_its_name_o
     saver.save(engine, RunState("pretrain", step=1, frozen=digest))
     saver.wait()
     saver.finish_copies()
-    # What another machine asks for: see resume._fetch_frozen.
+    # What another machine asks for: see starting_point._fetch_frozen.
     assert [path.name for path in (remote / "frozen").iterdir()] == [run_dir.frozen(digest).name]
     assert (remote / "frozen" / f"{digest[:16]}.safetensors").read_bytes() == b"backbone"
 
@@ -158,6 +158,24 @@ def test_a_copy_that_hangs_is_a_warning_at_the_end(
         caplog.text
     )
     assert "its copy takes longer than 0.01 s" in caplog.text
+
+
+def test_checkpoints_at_the_address_that_are_of_no_phase_of_the_run_stay(
+    run_dir: RunDir, tmp_path: Path
+) -> None:
+    train_set: Any = SimpleNamespace(categories=[])
+    sets = dict.fromkeys(("pretrain", "finetune"), DataSets(train_set, train_set))
+    remote = tmp_path / "remote"
+    for name in ("train-1", "pretrain-best", "finetune-3", "pretrain-3"):
+        (remote / name).mkdir(parents=True)
+        (remote / name / "index-1.json").touch()
+    saver = Saver(load_config(CONFIG, [f"checkpoint.remote=file://{remote}"]), run_dir, sets)
+    save(saver, 4)
+    saver.wait()
+    saver.finish_copies()
+    assert sorted(path.name for path in remote.iterdir()) == [
+        "latest", "pretrain-4", "pretrain-best", "train-1",
+    ]  # fmt: skip
 
 
 def names(run_dir: RunDir) -> list[str]:
