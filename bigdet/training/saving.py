@@ -20,7 +20,7 @@ from bigdet.engine import checkpoint, keeping, whole, writing
 from bigdet.engine.base import Engine
 from bigdet.engine.parts import Share, gather_share
 from bigdet.engine.remote import Remote
-from bigdet.engine.writing import Disks, Save, find_disks
+from bigdet.engine.writing import Disks, Save, align, find_disks
 from bigdet.host import errors
 from bigdet.host.files import put_in_place
 from bigdet.models.frozen import FROZEN, add_frozen, find_frozen
@@ -77,6 +77,7 @@ class Saver:
         self._check_finite(share, state)
         plan = None
         folder = self._run_dir.checkpoint(state.phase, state.step)
+        align(self._run_dir.checkpoints, self._disks)
         with distributed.together():
             if self._disks.is_owner:
                 keeping.remove_leftovers(self._run_dir.checkpoints)
