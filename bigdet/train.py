@@ -95,6 +95,8 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
             code = run_phases(run)
             if code == STOPPED and distributed.is_main():  # launchers change exit codes
                 write_text(run_dir.stopped, f"{state.position}\n")
+            watchdog.at(f"{state.position}: copying the last checkpoint")
+            run.saver.finish_copies()
             return code
     finally:
         run.scorer.end()

@@ -30,9 +30,9 @@ class CheckpointConfig:
     """An address such as ``s3://bucket/run`` (any that fsspec knows) to which finished checkpoints
     are copied, for machines that lose their disks: if the run folder has no checkpoint as new, the
     same command continues from there, also with the path of a checkpoint as ``resume``. Of several
-    hosts, each gets what it lacks. One address for each run; other files there stay. None: no
-    copies."""
-
+    hosts, each gets what it lacks. Training and saving do not wait for a copy: checkpoints that are
+    written meanwhile are not copied, and the one that is being copied stays. The end of a run waits
+    for the last one. One address for each run; other files there stay. None: no copies."""
     with_frozen: bool = True
     """The ``model.safetensors`` at the top of the run folder has the frozen backbone of the last
     phase too, so that it is a detector by itself. False: it is left out, as of all checkpoints,

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from bigdet.engine import keeping
 from bigdet.engine.writing import Disks, Save
 from bigdet.host.files import put_in_place, write_text
 from bigdet.host.reading import RETRY_SECONDS
-from bigdet.pieces.index import STATE_FILE, index_file, pieces_file
+from bigdet.pieces.index import STATE_FILE, index_file, is_pieces, number_in, pieces_file
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,27 +71,39 @@ class Remote:
         """
         rank, others = distributed.rank(), range(1, distributed.world_size())
         notes = messages.Notes() if others else None
-        file = pieces_file(save.number, rank)
-        problem = ""
-        try:
-            if (save.folder / file).is_file():
-                self._put(save.folder / file, f"{save.folder.name}/{file}")
-        except (OSError, ValueError, ImportError) as error:
-            problem = f"{self.address}: {error!r}"
+        state = "" if rank else (save.folder / STATE_FILE).read_text(encoding="utf-8")
+        answer = self._copy_pieces(save)
         if notes is not None and rank:
-            notes.leave(f"{save.notes}/copied by {rank}", problem)
-        elif notes is not None:
-            told = [notes.take(f"{save.notes}/copied by {other}", must_end) for other in others]
-            problem = next(filter(None, (problem, *told)), "")
-        if problem:
+            notes.leave(f"{save.notes}/copied by {rank}", json.dumps(answer))
+        answers = [answer]
+        if notes is not None and not rank:
+            names = [f"{save.notes}/copied by {other}" for other in others]
+            answers += [json.loads(notes.take(name, must_end)) for name in names]
+        if problem := next(filter(None, (problem for _, problem in answers)), ""):
             raise OSError(problem)
         if rank == 0:
+            named = json.loads(state)["files"].keys()
+            if gone := set(filter(is_pieces, named)) - {name for name, _ in answers}:
+                raise OSError(f"{save.folder / min(gone)}: deleted before it was copied")
             for name, source in (needed or {}).items():
                 self._put_once(source, name)
-            for name in (index_file(save.number), STATE_FILE):
-                self._put(save.folder / name, f"{save.folder.name}/{name}")
-            self._put(save.folder.parent / "latest", "latest")
-            self._clean(save, is_kept)
+            index = index_file(save.number)
+            self._put(save.folder / index, f"{save.folder.name}/{index}")
+            # As they were at the start: the next save may have begun.
+            self._put_text(state, f"{save.folder.name}/{STATE_FILE}")
+            self._put_text(f"{save.folder.name}\n", "latest")
+            self._clean(save, named, is_kept)
+
+    def _copy_pieces(self, save: Save) -> tuple[str, str]:
+        """Copy what this rank wrote; return the name of the file, if any, and the problem."""
+        file = pieces_file(save.number, distributed.rank())
+        if not (save.folder / file).is_file():
+            return "", ""
+        try:
+            self._put(save.folder / file, f"{save.folder.name}/{file}")
+        except (OSError, ValueError, ImportError) as error:
+            return "", f"{self.address}: {error!r}"
+        return file, ""
 
     def newest(self) -> tuple[str, Mapping[str, Any]] | None:
         """Return the name and ``state.json`` of the newest complete checkpoint, None if none is."""
@@ -165,14 +177,21 @@ class Remote:
                 keeping.remove_unnamed(folder, state["files"])
         return lacks
 
-    def _clean(self, save: Save, is_kept: Callable[[str], bool]) -> None:
-        """Delete checkpoints that are not kept, and what earlier saves of this name have left."""
-        named = keeping.named_files(save.folder)
+    def _clean(self, save: Save, named: Collection[str], is_kept: Callable[[str], bool]) -> None:
+        """Delete checkpoints that are not kept, and what earlier saves of this name have left.
+
+        Args:
+            save: that was copied; other ranks may be copying the next one of this name.
+            named: files of its ``state.json``.
+            is_kept: see `copy`.
+        """
         for path, is_folder in self._entries(self._path("")):
             name = _last(path)
             if name == save.folder.name:
                 for file, _ in self._entries(path):
-                    if keeping.is_of_a_save(_last(file)) and _last(file) not in named:
+                    last = _last(file)
+                    is_old = keeping.is_of_a_save(last) and number_in(last) <= save.number
+                    if is_old and last not in named:
                         self._files.rm(file)
             elif is_folder and not is_kept(name):
                 self._delete(path, save.number)
@@ -213,6 +232,9 @@ class Remote:
             files.put_file(str(source), path)
 
         self._patiently(put, name)
+
+    def _put_text(self, text: str, name: str) -> None:
+        self._patiently(lambda: self._files.pipe_file(self._path(name), text.encode()), name)
 
     def get(self, name: str, file: Path) -> None:
         """Copy a file from the address.

@@ -56,7 +56,9 @@ def assert_loaded(folder: Path, values: float, owners: Sequence[int] = (0, 1, 2)
         assert torch.equal(part.values, wanted.values), part.name
 
 
-def save(folder: Path, values: float, share: Share | None = None) -> str:
+def save(
+    folder: Path, values: float, share: Share | None = None, metadata: dict[str, str] = METADATA
+) -> str:
     """Write a checkpoint on all ranks; return the problem that rank 0 found."""
     disks = writing.find_disks(folder.parent)
     sharing = disks.sharing
@@ -67,7 +69,7 @@ def save(folder: Path, values: float, share: Share | None = None) -> str:
     problem = ""
     try:
         writing.write(
-            Save(folder, number, disks, METADATA, {"step": values}, next(attempts)), share
+            Save(folder, number, disks, metadata, {"step": values}, next(attempts)), share
         )
     except ValueError as error:
         problem = str(error)
@@ -80,8 +82,10 @@ def run_all(folder: Path) -> dict[str, Any]:
         "full": fill_a_disk(folder / "full"),
         "dead": die(folder / "dead"),
         "apart": save_apart(folder / f"host-{distributed.rank() // 2}"),
+        "late": fail_late(folder / f"host-{distributed.rank() // 2}"),
         "lacking": load_what_is_lacking(folder / f"host-{distributed.rank() // 2}"),
         "remote": copy_away(folder),
+        "disks": list(writing.find_disks(folder / f"own-{distributed.rank()}").owners),
         "gathered": gather(folder / f"gathered-{distributed.rank()}"),
     }
 
@@ -161,6 +165,40 @@ def save_apart(folder: Path) -> list[str]:
     return problems
 
 
+def fail_late(folder: Path) -> list[str]:
+    """Rank 2, on a disk of its own, has room for its pieces and not for the index, or is killed."""
+    disks = writing.find_disks(folder)
+    problems = []
+    for name in ("train-3", "train-2"):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if distributed.rank() == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        problems.append(save(folder / name, 3, metadata={"config": "x" * 3000}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert names(folder) == ["latest", "train-1", "train-2"]
+        assert (folder / "latest").read_text() == "train-2\n"
+        assert_loaded(folder / "train-2", 2)
+    distributed.barrier()
+    state = folder / "train-2/state.json"
+    before = state.read_text()
+    problems.append(save(folder / "train-2", 3))
+    if distributed.rank() == 2:
+        state.write_text(before)  # as if it had been killed after rank 0 had named its own
+    distributed.barrier()
+    writing.align(folder, disks)
+    if disks.is_owner:
+        keeping.remove_leftovers(folder)  # the next save
+    assert_loaded(folder / "train-2", 3)
+    if distributed.rank() == 2:
+        state.unlink()  # the same of a checkpoint in a folder of its own
+    distributed.barrier()
+    writing.align(folder, disks)
+    if disks.is_owner:
+        keeping.clean(folder, 1, ["train-1"])
+    assert_loaded(folder / "train-2", 3)
+    return problems
+
+
 def load_what_is_lacking(folder: Path) -> list[str]:
     """Rows that went to another host, and a file that is nowhere."""
     messages = []
@@ -196,16 +234,16 @@ def copy_away(folder: Path) -> list[str]:
     remote = Remote(f"file://{folder}/bucket/run")
     here = folder / f"host-{distributed.rank() // 2}" / "train-2"
     fresh = folder / f"fresh-{distributed.rank() // 2}"
-    one = Save(here, 2, writing.find_disks(here.parent), attempt=next(attempts))
+    one = Save(here, 3, writing.find_disks(here.parent), attempt=next(attempts))
     remote.copy(one, lambda name: name == "train-2")
     distributed.barrier()
     remote.fetch(fresh, writing.find_disks(fresh))
-    assert_loaded(fresh / "train-2", 2, owners=(1, 2, 0))
+    assert_loaded(fresh / "train-2", 3, owners=(1, 2, 0))
     if distributed.rank() == 2:
         shutil.rmtree(fresh)  # the host is replaced by a new one, that of rank 0 is not
     remote.fetch(fresh, writing.find_disks(fresh))
     assert (fresh / "latest").read_text() == "train-2\n"
-    assert_loaded(fresh / "train-2", 2, owners=(1, 0, 2))
+    assert_loaded(fresh / "train-2", 3, owners=(1, 0, 2))
     return names(fresh / "train-2")
 
 
@@ -280,6 +318,19 @@ def test_hosts_without_a_shared_disk_keep_their_own_files(ranks: Any) -> None:
     assert ranks[2]["apart"][2] == ranks[0]["apart"][2]
 
 
+def test_a_host_that_fails_late_keeps_what_it_has_of_the_checkpoint_before(ranks: Any) -> None:
+    # What is there and loads is asserted in the ranks.
+    for message in ranks[0]["late"][:2]:
+        assert "cannot write the checkpoint: [Errno 27] File too large" in message
+        assert "(rank 2 on " in message
+    assert ranks[2]["late"] == ranks[0]["late"]
+    assert ranks[0]["late"][2] == ""
+
+
+def test_ranks_on_hosts_of_one_name_that_share_no_disk_have_one_each(ranks: Any) -> None:
+    assert [rank["disks"] for rank in ranks] == [[0, 1, 2]] * 3
+
+
 def test_what_a_host_lacks_is_said_on_all_ranks(ranks: Any, folder: Path) -> None:
     host = os.uname().nodename
     for rank in ranks:
@@ -297,6 +348,6 @@ def test_gathered_checkpoints_are_on_the_host_of_rank_0_and_sent_from_there(rank
 def test_a_copy_elsewhere_has_what_all_disks_have_and_goes_to_each(
     ranks: Any, folder: Path
 ) -> None:
-    pieces = [f"pieces-2-{rank}.safetensors" for rank in range(3)]
-    assert names(folder / "bucket/run/train-2") == ["index-2.json", *pieces, "state.json"]
-    assert [rank["remote"] for rank in ranks] == [["index-2.json", *pieces, "state.json"]] * 3
+    pieces = [f"pieces-3-{rank}.safetensors" for rank in range(3)]
+    assert names(folder / "bucket/run/train-2") == ["index-3.json", *pieces, "state.json"]
+    assert [rank["remote"] for rank in ranks] == [["index-3.json", *pieces, "state.json"]] * 3

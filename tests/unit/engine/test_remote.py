@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,11 @@ class Flaky(MemoryFileSystem):
             raise ConnectionError("the network is away")
         super().put_file(lpath, rpath, *rest, **more)
 
+    def pipe_file(self, path: Any, value: Any, *rest: Any, **more: Any) -> None:
+        if next(self.calls) % 2 == 0 or (self.never and self.never in path):
+            raise ConnectionError("the network is away")
+        super().pipe_file(path, value, *rest, **more)
+
 
 def test_a_copy_is_tried_again_and_complete_or_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -147,6 +152,51 @@ def test_a_copy_is_tried_again_and_complete_or_not_there(
         assert address.newest() == newest
     monkeypatch.setattr(Flaky, "never", "")
     address.copy(save(tmp_path, 2), lambda name: True)
+    address.fetch(tmp_path / "fresh", Disks())
+    assert checkpoint.load(tmp_path / "fresh/train-2").run == {"step": 2}
+
+
+class Meanwhile(MemoryFileSystem):
+    """A file system to which something happens when a file is put there."""
+
+    protocol = "meanwhile"
+    happens: Callable[[str], None] = lambda name: None
+
+    def put_file(self, lpath: Any, rpath: Any, *rest: Any, **more: Any) -> None:
+        super().put_file(lpath, rpath, *rest, **more)
+        type(self).happens(rpath.rsplit("/", 1)[-1])
+
+
+def test_latest_there_names_a_whole_checkpoint_whatever_is_saved_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("meanwhile", Meanwhile, clobber=True)
+    address = Remote("meanwhile://bucket/run")
+    one = save(tmp_path, 1)
+    # Another checkpoint is saved while the index is copied: `latest` is still about this one.
+    monkeypatch.setattr(
+        Meanwhile, "happens", lambda name: name == "index-1.json" and save(tmp_path, 2)
+    )
+    address.copy(one, lambda name: True)
+    assert (tmp_path / "latest").read_text() == "train-2\n"
+    newest = address.newest()
+    assert newest is not None
+    assert newest[0] == "train-1"
+    # The same one is saved again while its pieces are copied, so that its index is gone. Another
+    # rank may already copy what comes next.
+    two = Save(tmp_path / "train-2", 2)
+    there = fsspec.filesystem("meanwhile")
+    monkeypatch.setattr(
+        Meanwhile, "happens", lambda name: name == "pieces-2-0.safetensors" and save(tmp_path, 2)
+    )
+    with pytest.raises(FileNotFoundError):
+        address.copy(two, lambda name: True)
+    assert address.newest() == newest
+    there.pipe_file(address._path("train-2/pieces-4-1.safetensors"), b"next")
+    address.copy(Save(tmp_path / "train-2", 3), lambda name: True)
+    assert sorted(path.rsplit("/", 1)[1] for path in there.find(address._path("train-2"))) == [
+        "index-3.json", "pieces-3-0.safetensors", "pieces-4-1.safetensors", "state.json",
+    ]  # fmt: skip
     address.fetch(tmp_path / "fresh", Disks())
     assert checkpoint.load(tmp_path / "fresh/train-2").run == {"step": 2}
 

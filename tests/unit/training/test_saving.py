@@ -20,11 +20,13 @@ from bigdet.config.phase import num_steps
 from bigdet.data.format.phase_sets import DataSets
 from bigdet.engine import checkpoint, keeping, writing
 from bigdet.engine.parts import Part, Share, copy_share
+from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Save
 from bigdet.models.weights import find_weights
 from bigdet.run_dir import RunDir
 from bigdet.training.saving import Saver, newest_checkpoint, write_final_weights
 from bigdet.training.state import RunState
+from bigdet.training.uploads import Uploads
 from tests.shipped import unchecked
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -89,9 +91,73 @@ def test_a_frozen_backbone_that_an_earlier_version_named_goes_away_by_its_name_o
     engine: Any = FakeEngine()
     saver.save(engine, RunState("pretrain", step=1, frozen=digest))
     saver.wait()
+    saver.finish_copies()
     # What another machine asks for: see starting_point._fetch_frozen.
     assert [path.name for path in (remote / "frozen").iterdir()] == [run_dir.frozen(digest).name]
     assert (remote / "frozen" / f"{digest[:16]}.safetensors").read_bytes() == b"backbone"
+
+
+@pytest.fixture
+def uploading(run_dir: RunDir, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once files may be copied to the address of a saver, which keeps one checkpoint."""
+    may_copy, put = threading.Event(), Remote._put
+
+    def slow_put(*arguments: Any) -> None:
+        assert may_copy.wait(60)
+        put(*arguments)
+
+    monkeypatch.setattr(Remote, "_put", slow_put)
+    saver._uploads = Uploads(Remote(f"file://{run_dir.root}/remote"))
+    return may_copy
+
+
+def test_saves_do_not_wait_for_a_copy_and_the_last_is_copied_at_the_end(
+    saver: Saver, run_dir: RunDir, uploading: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = run_dir.root / "remote"
+    for step in (1, 2, 3):
+        save(saver, step)
+    saver.finish()  # of a phase
+    # The second is neither newest nor on its way, and keep=1.
+    assert names(run_dir) == ["latest", "pretrain-1", "pretrain-3"]
+    assert newest_checkpoint(run_dir) == run_dir.checkpoints / "pretrain-3"
+    assert not (remote / "latest").exists()
+    assert [f"pretrain-{step} is not copied" in caplog.text for step in (1, 2, 3)] == [
+        False, True, True,
+    ]  # fmt: skip
+    uploading.set()
+    saver.finish_copies()
+    assert sorted(path.name for path in remote.iterdir()) == names(run_dir)
+    assert (remote / "latest").read_text() == "pretrain-3\n"
+    assert checkpoint.load(remote / "pretrain-3").run["run"]["step"] == 3
+
+
+def test_a_checkpoint_that_is_saved_again_while_it_is_copied_is_copied_again(
+    saver: Saver, run_dir: RunDir, uploading: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(saver, 1)
+    save(saver, 1)  # as before and after each evaluation
+    saver.wait()
+    uploading.set()
+    with caplog.at_level(logging.INFO, "bigdet"):
+        saver.finish_copies()
+    assert "pretrain-1 is written again: its earlier state is not copied" in caplog.text
+    assert "is on this machine only" not in caplog.text
+    remote = run_dir.root / "remote"
+    assert checkpoint.load(remote / "pretrain-1").run["run"]["step"] == 1
+    assert {path.name for path in (remote / "pretrain-1").iterdir()} >= {"index-2.json"}
+
+
+def test_a_copy_that_hangs_is_a_warning_at_the_end(
+    saver: Saver, run_dir: RunDir, uploading: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(saver, 1)
+    saver.finish()
+    saver.join(0.01)  # as a run that ends
+    assert f"checkpoint pretrain-1 is on this machine only, not at file://{run_dir.root}" in (
+        caplog.text
+    )
+    assert "its copy takes longer than 0.01 s" in caplog.text
 
 
 def test_checkpoints_at_the_address_that_are_of_no_phase_of_the_run_stay(
@@ -106,6 +172,7 @@ def test_checkpoints_at_the_address_that_are_of_no_phase_of_the_run_stay(
     saver = Saver(load_config(CONFIG, [f"checkpoint.remote=file://{remote}"]), run_dir, sets)
     save(saver, 4)
     saver.wait()
+    saver.finish_copies()
     assert sorted(path.name for path in remote.iterdir()) == [
         "latest", "pretrain-4", "pretrain-best", "train-1",
     ]  # fmt: skip
@@ -254,7 +321,8 @@ def test_optimizer_state_that_a_resume_would_refuse_is_not_saved_either(
     save(saver, 1)
     engine: Any = OverflownEngine()
     with pytest.raises(
-        distributed.SharedError, match=r"1 of 2 tensors is not finite: fc\.weight/exp_avg_sq \(1 of 2"
+        distributed.SharedError,
+        match=r"1 of 2 tensors is not finite: fc\.weight/exp_avg_sq \(1 of 2",
     ):
         saver.save(engine, RunState("pretrain", step=2))
     assert names(run_dir) == ["latest", "pretrain-1"]  # and not deleted, though checkpoint.keep=1
