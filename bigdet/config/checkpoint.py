@@ -29,8 +29,8 @@ class CheckpointConfig:
     remote: str | None = None
     """An address such as ``s3://bucket/run`` (any that fsspec knows) to which finished checkpoints
     are copied, for machines that lose their disks: if the run folder has no checkpoint as new,
-    ``resume: auto`` continues from there. One address for each run. None: no copies."""
-
+    ``resume: auto`` continues from there. One address for each run; in a sweep that of the run NAME
+    is ADDRESS/NAME. None: no copies."""
     with_frozen: bool = True
     """The ``model.safetensors`` at the top of the run folder has the frozen backbone of the last
     phase too, so that it is a detector by itself. False: it is left out, as of all checkpoints,

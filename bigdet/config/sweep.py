@@ -1,7 +1,8 @@
 """Sweeps: a file that lists runs, each a config with overrides, and what follows from it.
 
 A run may fork from another one: it begins at a checkpoint of that run, so that what both share is
-trained only once (paper 1, figure 1: the 2x to 5x schedules are a 6x run that ends earlier).
+trained only once (paper 1, figure 1: the 2x to 5x schedules are a 6x run that ends earlier). Each
+run has its own folder below ``output``, and below ``checkpoint.remote`` where that is set.
 """
 
 from __future__ import annotations
@@ -166,6 +167,9 @@ def _plan(
             raise ConfigError("after: a fork waits for the run in which it begins. Remove it.")
         after = _above("after", entry.after, seed, planned)
     config = load_config(config_file, overrides)
+    if (remote := config.checkpoint.remote) is not None:
+        overrides.append(f"checkpoint.remote={remote.rstrip('/')}/{name}")
+        config = load_config(config_file, overrides)
     return PlannedRun(name, group, config_file, overrides, config, trunk, after)
 
 
