@@ -29,7 +29,7 @@ class ForkConfig:
     run: str = MISSING
     """Name of a run earlier in the list."""
     step: int = MISSING
-    """Step of the phase."""
+    """Step of the phase; in a run that is a fork too, not before it begins."""
     phase: str | None = None
     """Phase of the checkpoint. None: the only one."""
 
@@ -160,6 +160,7 @@ def _plan(
     if entry.fork is not None:
         trunk = _above("fork.run", entry.fork.run, seed, planned)
         checkpoint = _checkpoint(entry.fork, planned[trunk].config)
+        _check_reached(checkpoint, planned[trunk])
         overrides.append(f"resume={sweep.output}/{trunk}/checkpoints/{checkpoint}")
     after = trunk
     if entry.after is not None:
@@ -210,6 +211,23 @@ def _checkpoint(fork: ForkConfig, trunk: RunConfig) -> str:
             f"phase {phase} of {fork.run}."
         )
     return f"{phase}-{fork.step}"
+
+
+def _check_reached(checkpoint: str, trunk: PlannedRun) -> None:
+    """Refuse a checkpoint from before the one at which its run begins, if that is a fork too."""
+    if trunk.fork_of is None:
+        return
+    phases = list(trunk.config.phases)
+    first = Path(trunk.config.resume).name
+    places = [
+        (phases.index(phase), int(step))
+        for phase, _, step in (name.rpartition("-") for name in (checkpoint, first))
+    ]
+    if places[0] < places[1]:
+        raise ConfigError(
+            f"fork.step: found {checkpoint}, but {trunk.name} begins at {first} of "
+            f"{trunk.fork_of}. Fork from {trunk.fork_of}, or name a later step."
+        )
 
 
 def _name(group: str, seed: int | None) -> str:

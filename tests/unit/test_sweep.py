@@ -97,3 +97,27 @@ def test_runs_of_a_sweep_copy_their_checkpoints_to_addresses_of_their_own(tmp_pa
     expected = ["memory://bucket/x/a", "memory://bucket/x/b", None]
     assert [run.config.checkpoint.remote for run in planned] == expected
     assert load_config(*[planned[1].config_file, planned[1].overrides]) == planned[1].config
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "said"),
+    [
+        ("pretrain", 99, "found pretrain-99, but b begins at pretrain-100 of a. Fork from a"),
+        ("pretrain", 100, ""),
+        ("finetune", 1, ""),
+    ],
+)
+def test_a_fork_of_a_fork_begins_where_that_one_has_begun(
+    tmp_path: Path, phase: str, step: int, said: str
+):
+    runs = {
+        "a": {},
+        "b": {"fork": {"run": "a", "phase": "pretrain", "step": 100}},
+        "c": {"fork": {"run": "b", "phase": phase, "step": step}},
+    }
+    file = write_sweep(tmp_path, runs)
+    if not said:
+        assert load_sweep(file)[1][2].config.resume.endswith(f"runs/b/checkpoints/{phase}-{step}")
+    else:
+        with pytest.raises(ConfigError, match=rf"runs\.c: fork\.step: {said}"):
+            load_sweep(file)
