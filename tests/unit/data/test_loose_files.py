@@ -328,6 +328,16 @@ def test_images_of_lvis_are_found_and_say_what_was_looked_for(trial: Trial) -> N
     ]
 
 
+def test_a_list_of_categories_may_lack_classes_that_images_of_lvis_list(trial: Trial) -> None:
+    image = image_of(1, neg_category_ids=[90], not_exhaustive_category_ids=[2, 90])
+    shards = trial.convert([image], [box_of(4)], categories=[Category(1, "bicycle")])
+    record = shards.record(0)
+    assert (record["negative_labels"], record["not_exhaustive_labels"]) == ([], [0])
+    reason = "classes not in the list of categories left out of lists of images"
+    assert trial.log() == [{"changed": reason, "classes": ["toothbrush"]}]
+    assert shards.manifest.changed == {reason: 1}
+
+
 def test_images_of_lvis_are_found_in_one_of_its_folders(trial: Trial) -> None:
     lvis(trial, "val2017")
     assert ShardSet(trial.out).index["image_id"].tolist() == [2]
