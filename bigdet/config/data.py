@@ -101,7 +101,8 @@ class CacheConfig:
     folder: str = "~/.cache/bigdet"
     """Folder of the cache; all processes and runs of a host may share it."""
     gib: float = 100.0
-    """Space for shards, GiB; the least recently used make room for others."""
+    """Space for shards, GiB; the least recently used make room for others. The sets that a phase
+    reads in random order (validation, and training unless ``windowed``) must fit together."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,9 +31,8 @@ def _check_sets(config: RunConfig, name: str, data: DataSets) -> None:
     hint = f" Or write phases.{name}.data.val.shards too." * has_own_classes
     _check_classes(f"{key}.shards", data.train, data.val, hint)
     evaluation_kinds(data.val, False, False, measured.metric, measured.max_detections)
-    data.val.check_random_reads()
-    if phase_data(config, name).train.order != "windowed":
-        data.train.check_random_reads()
+    is_windowed = phase_data(config, name).train.order == "windowed"
+    data.val.check_random_reads(*([] if is_windowed else [data.train]))
     if not len(data.val):
         raise ConfigError(f"{key}.shards: {data.val.address} has no images.")
 

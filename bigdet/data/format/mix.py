@@ -46,6 +46,7 @@ class MixedSet(ShardSet):
         self.parts = list(parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.address, self.folder = parts[0].address, parts[0].folder
+        self._cache = parts[0]._cache
         manifests = [part.manifest for part in parts]
         self.manifest = replace(
             manifests[0],
@@ -91,10 +92,10 @@ class MixedSet(ShardSet):
         part, own_row = self._locate(row)
         return self.parts[part].place(own_row)
 
-    def check_random_reads(self) -> None:
-        """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
-        for part in self.parts:
-            part.check_random_reads()
+    @property
+    def bytes_at(self) -> dict[str, int]:
+        """The bytes of all tars, by the paths or addresses of the sets."""
+        return {path: size for part in self.parts for path, size in part.bytes_at.items()}
 
     def read(self, row: int) -> Sample:
         """Return one sample; ``ShardError`` if its bytes are not those that were written."""

@@ -182,9 +182,16 @@ class ShardSet:
         with open(self.folder / INDEX_NAME, "rb") as file:
             return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
-    def check_random_reads(self) -> None:
-        """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
-        check_random_reads(self._path, self.manifest.shards, self._cache)
+    @property
+    def bytes_at(self) -> dict[str, int]:
+        """The bytes of all tars, by the path or address of the set."""
+        return {self._path: sum(shard.bytes for shard in self.manifest.shards)}
+
+    def check_random_reads(self, *others: ShardSet) -> None:
+        """Raise ``ConfigError`` if reading all in any order would fetch shards over and over."""
+        sets = (self, *others)
+        bytes_at = {path: size for each in sets for path, size in each.bytes_at.items()}
+        check_random_reads(bytes_at, self._cache)
 
     def key(self, row: int) -> str:
         """Return the name of a sample in its tar, without extension."""

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -259,14 +259,19 @@ def open_tars(path: str, shards: Sequence[Shard], config: CacheConfig) -> Tars:
     return CachedTars(files, cache, run_bytes)
 
 
-def check_random_reads(path: str, shards: Sequence[Shard], config: CacheConfig) -> None:
-    """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
-    num_bytes = sum(shard.bytes for shard in shards)
-    if is_remote(path) and num_bytes > _limit_bytes(config):
+def check_random_reads(bytes_at: Mapping[str, int], config: CacheConfig) -> None:
+    """Raise ``ConfigError`` if reading in any order would fetch shards over and over.
+
+    ``bytes_at`` are those of sets that are read in turns, by path or address.
+    """
+    fetched = {shown(path): count for path, count in bytes_at.items() if is_remote(path)}
+    num_bytes = sum(fetched.values())
+    if num_bytes > _limit_bytes(config):
         raise ConfigError(
-            f"data.cache.gib: found {config.gib}, but {shown(path)} is read in random order, so "
-            f"that its {num_bytes / 2**30:.3f} GiB would be fetched over and over. Raise it so "
-            "that they fit."
+            f"data.cache.gib: found {config.gib}, but {' and '.join(fetched)} "
+            f"{'are' if len(fetched) > 1 else 'is'} read in random order, so that "
+            f"{num_bytes / 2**30:.3f} GiB would be fetched over and over. Raise it so that they "
+            "fit."
         )
 
 

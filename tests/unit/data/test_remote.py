@@ -20,11 +20,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from bigdet.config.data import CacheConfig
+from bigdet.config.data import CacheConfig, TrainSplitConfig
 from bigdet.config.rules import ConfigError
 from bigdet.data.format import remote, tars
 from bigdet.data.format.cache import locked
 from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.mix import open_train_set
 from bigdet.data.format.remote import file_address, shown
 from bigdet.data.format.shard_set import ShardSet, UnavailableShardError
 from bigdet.data.making.shard_check import check_shards
@@ -286,6 +287,24 @@ def test_a_cache_that_holds_no_two_pieces_is_refused(local, cache):
         with pytest.raises(ConfigError, match=r"data\.cache\.gib: .* in random order"):
             ShardSet(server.address, cache=small).check_random_reads()
         ShardSet(server.address, cache=cache).check_random_reads()
+
+
+def test_sets_that_fit_only_one_by_one_are_refused_together(local, cache, tmp_path):
+    for name in "ab":
+        shutil.copytree(local.folder, tmp_path / "both" / name)
+    config = CacheConfig(folder=cache.folder, gib=room_for(local, 1.5 * NUM_SHARDS))
+    with ShardServer(tmp_path / "both") as server:
+        a, b = (f"{server.address}/{name}" for name in "ab")
+        sets = [ShardSet(address, cache=config) for address in (a, b)]
+        sets[0].check_random_reads(ShardSet(f"{a}", cache=config))  # the same files
+        message = r"gib: .*/a and .*/b are read in random order"
+        with pytest.raises(ConfigError, match=message):
+            sets[0].check_random_reads(sets[1])
+        split = TrainSplitConfig(shards=a, more_shards=[b])
+        with pytest.raises(ConfigError, match=message):
+            open_train_set(split, config).check_random_reads()
+        split = TrainSplitConfig(shards=a, more_shards=[a, str(local.folder)])
+        open_train_set(split, config).check_random_reads()
 
 
 def read_in_order(address: str, config: CacheConfig, seed: int, results: Path) -> None:

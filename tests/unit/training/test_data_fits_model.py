@@ -30,7 +30,7 @@ class Shards:
     def __len__(self) -> int:
         return 1
 
-    def check_random_reads(self) -> None:
+    def check_random_reads(self, *others: "Shards") -> None:
         pass
 
 
