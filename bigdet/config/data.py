@@ -42,7 +42,8 @@ class TrainSplitConfig:
     ``s3://``, ``gs://``, ``hf://``, ..., or a command ``pipe:ssh HOST cat /data/coco/{}``."""
     more_shards: list[str] = field(default_factory=list)
     """Folders or addresses of further sets to mix in. Categories with the same name are one class;
-    the others are appended to those of ``shards``."""
+    the others are appended to those of ``shards``. Where keypoints are learned, those of a class
+    are the same in all sets, in the same order."""
     weights: list[float] | None = None
     """How often a pass shows each image of each set, ``shards`` first: 1 is exactly once, 0.5 in
     every other pass. None: 1 for all."""

@@ -9,7 +9,7 @@ from bigdet.config.phase import data_key
 from bigdet.config.rules import ConfigError
 from bigdet.config.run import RunConfig, phase_data, phase_model
 from bigdet.data.format.manifest import ShardError
-from bigdet.data.format.mix import class_ids, warn_of_absent
+from bigdet.data.format.mix import check_same_keypoints, class_ids, warn_of_absent
 from bigdet.data.format.phase_sets import DataSets, phases_by_sets
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
@@ -20,6 +20,8 @@ def check_data(config: RunConfig, sets: Mapping[str, DataSets]) -> None:
     for data, names in phases_by_sets(sets).items():
         _check_sets(config, names[0], data)
         for name in names:
+            if has_keypoints(phase_model(config, name)):
+                check_same_keypoints(data.train, data.val)
             _check_model(config, name, data.train)
 
 
