@@ -213,6 +213,9 @@ def ignored_options(config: RunConfig) -> Ignored:
     for name, phase in config.phases.items():
         yield from ignored_in_phase(f"phases.{name}", phase)
     frozen = [phase.freeze is not None for phase in config.phases.values()]
+    own = [phase.model.drop_path is not None for phase in config.phases.values()]
+    if all(map(any, zip(frozen, own, strict=True))):
+        yield "model.drop_path", "every phase has a frozen backbone or a drop_path of its own"
     if not any(frozen):
         yield "engine.shard_frozen", "no phase has freeze: backbone"
     if not (frozen and frozen[-1]):
