@@ -167,6 +167,8 @@ def _read(
         return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0, ""
     if start.ema is not None:
         _check_ema(path, start.ema)
+    if start.pixels is not None:
+        raise ValueError(f"{path}: bigdet wrote it, so images are RGB. Leave out pixels.")
     rows, kept = load_run(detector, path, parts, classes)
     is_warned = source != "previous" and "box_head" in parts
     return rows, kept, other_sampling(detector, path) if is_warned else ""
