@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bigdet.config.compare import flat_options
 from bigdet.config.load import parse_config
-from bigdet.config.model import ModelConfig, has_cascade, used
+from bigdet.config.model import ModelConfig, has_cascade, is_class_agnostic, used
 from bigdet.config.run import phase_model
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
@@ -42,7 +42,14 @@ def load_run(
     kept = None
     theirs = [category["name"] for category in json.loads(metadata.get("categories", "[]"))]
     if theirs and theirs != list(classes):
-        tensors, kept = carry_classes(detector.state_dict(), tensors, theirs, classes)
+        models = (detector.config, _trained_model(metadata, path))
+        is_agnostic = "box_head" in parts and any(
+            model is not None and model.roi is not None and is_class_agnostic(model)
+            for model in models
+        )
+        tensors, kept = carry_classes(
+            detector.state_dict(), tensors, theirs, classes, is_agnostic=is_agnostic
+        )
     try:
         return load_parts(detector, tensors, parts, source), kept
     except ValueError as error:

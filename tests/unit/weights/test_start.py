@@ -13,6 +13,7 @@ from bigdet.models.weights import load_parts, save_detector_weights, weights_met
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
 from bigdet.weights.classes import carry_classes
+from bigdet.weights.own_runs import load_run
 from bigdet.weights.start import check_hand_over, check_start, start_table
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -75,6 +76,23 @@ def test_weights_that_are_the_same_for_all_classes_are_left_alone():
     own = {"box_head.regressor.bias": torch.zeros(4), "fpn.convs.0.bias": torch.zeros(4)}
     source = {name: torch.arange(4.0) for name in own}
     assert carry_classes(own, source, list("abcd"), list("xyz")) == (source, 0)
+
+
+def test_one_box_for_all_classes_is_kept_where_there_is_one_class(tmp_path: Path):
+    words = ["model.width=32", "model.fc_width=16"]
+    heads = {"cascade_rcnn": "stages.2.regressor", "faster_rcnn": "regressor"}
+    for name, layer in heads.items():
+        config = load_config(CONFIG, [*words, f"model.detector={name}"])
+        source, own = (build_detector(config.model, 1) for _ in range(2))
+        path = tmp_path / f"{name}.safetensors"
+        metadata = weights_metadata(config, [{"name": "dog"}], "finetune")
+        save_detector_weights(path, source, metadata)
+        fresh = own.box_head.get_submodule(layer).weight.clone()
+        _, kept = load_run(own, path, ["box_head"], ["cat"])
+        assert kept == 0
+        # A cascade's four rows are of all classes, the other's of the dog alone.
+        expected = source.box_head.get_submodule(layer).weight if "cascade" in name else fresh
+        assert torch.equal(own.box_head.get_submodule(layer).weight, expected), name
 
 
 def test_the_table_says_where_every_part_came_from():
