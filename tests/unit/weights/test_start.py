@@ -128,6 +128,9 @@ def test_a_phase_starts_from_a_run_with_other_classes(tmp_path, caplog):
     assert torch.equal(built.box_head.classifier.bias[2], source.box_head.classifier.bias[0])
     assert any("box_head" in line and "2 of 3" in line for line in caplog.messages)
     assert any("not stated (start_from.cost)" in line for line in caplog.messages)
+    file = f"phases.pretrain.start_from={{source: {tmp_path}/model.safetensors, pixels: bgr}}"
+    with pytest.raises(ValueError, match=r"bigdet wrote it, so images are RGB\. Leave out pixels"):
+        check_start(load_config(CONFIG, [*words[:2], file]), "pretrain", OWN)
     other = load_config(CONFIG, [*words, "model.backbone=resnet18", "model.fc_width=32"])
     expected = r"They were trained with model\.backbone=resnet10 \(here resnet18\), "
     with pytest.raises(ValueError, match=rf"{expected}model\.fc_width=16 \(here 32\)\.$"):
