@@ -7,6 +7,7 @@ there by their path in the run folder. Ranks copy what they have written, all at
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -131,20 +132,40 @@ class Remote:
                 keeping.mark_latest(folder)
 
     def _clean(self, save: Save, is_kept: Callable[[str], bool]) -> None:
-        """Delete what is not kept, and what earlier saves of this name have left."""
-        named = {STATE_FILE, *keeping.named_files(save.folder)}
-        files = self._files
-        for path in files.ls(self._path(""), detail=False):
-            name = path.rstrip("/").rsplit("/", 1)[-1]
+        """Delete checkpoints that are not kept, and what earlier saves of this name have left."""
+        named = keeping.named_files(save.folder)
+        for path, is_folder in self._entries(self._path("")):
+            name = _last(path)
             if name == save.folder.name:
-                for file in files.ls(path, detail=False):
-                    if file.rsplit("/", 1)[-1] not in named:
-                        files.rm(file)
-            elif "-" in name and not is_kept(name):
-                state = f"{path.rstrip('/')}/{STATE_FILE}"
-                if files.exists(state):  # first, so that no half a checkpoint looks complete
-                    files.rm(state)
-                files.rm(path, recursive=True)
+                for file, _ in self._entries(path):
+                    if keeping.is_of_a_save(_last(file)) and _last(file) not in named:
+                        self._files.rm(file)
+            elif is_folder and not is_kept(name):
+                self._delete(path, save.number)
+
+    def _delete(self, path: str, number: int) -> None:
+        """Delete a checkpoint, unless anything else is in its folder or it is a later one.
+
+        Args:
+            path: of its folder.
+            number: of this run's newest checkpoint.
+        """
+        files, inside, state = self._files, self._entries(path), f"{path}/{STATE_FILE}"
+        ours = [keeping.is_of_a_save(_last(file)) or file == state for file, _ in inside]
+        if not all(ours) or any(is_folder for _, is_folder in inside):
+            return
+        if (state, False) in inside:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill
+                if json.loads(files.cat_file(state))["number"] > number:
+                    return
+            files.rm(state)  # first, so that no half a checkpoint looks complete
+        if files.exists(path):  # an object store has no empty folders
+            files.rm(path, recursive=True)
+
+    def _entries(self, path: str) -> list[tuple[str, bool]]:
+        """List a folder: the path of each entry, and whether it is a folder."""
+        found = self._files.ls(path, detail=True)
+        return [(entry["name"].rstrip("/"), entry["type"] == "directory") for entry in found]
 
     def _put_once(self, source: Path, name: str) -> None:
         files, path = self._files, self._path(name)
@@ -204,3 +225,8 @@ class Remote:
     def _path(self, name: str) -> str:
         root: str = fsspec.core.url_to_fs(self.address)[1]
         return f"{root.rstrip('/')}/{name}".rstrip("/")
+
+
+def _last(path: str) -> str:
+    """Return the last part of a path at the address."""
+    return path.rsplit("/", 1)[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -26,6 +27,8 @@ from bigdet.host.files import write_text
 from bigdet.host.strict_json import to_json
 from bigdet.pieces.index import STATE_FILE, Index, Place, index_file, key_in, pieces_file
 from bigdet.pieces.tensor_file import Spec, write_tensors
+
+logger = logging.getLogger(__name__)
 
 Report = dict[str, Any]
 """What a rank reports of its file to rank 0: ``file``, ``bytes``, ``sha256`` and ``pieces`` (kind,
@@ -121,7 +124,7 @@ def write(save: Save, share: Share, must_end: Callable[[], bool] = lambda: False
     Raises:
         ValueError: it cannot be written, by rank 0 or (on rank 0) by another one; earlier
             checkpoints are untouched.
-        RuntimeError: the other ranks are not heard of.
+        DistError: the other ranks are not heard of.
     """
     rank, others = distributed.rank(), range(1, distributed.world_size())
     notes = messages.Notes() if others else None
@@ -147,12 +150,12 @@ def write(save: Save, share: Share, must_end: Callable[[], bool] = lambda: False
 
 
 def _explained(save: Save, work: Callable[[], Report | None]) -> Report:
-    """Do a part of a save; what fails becomes a report."""
+    """Do a part of a save; what fails becomes a report, for which other ranks wait."""
     try:
         return work() or {}
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError):
-            return {"problem": str(error)}
+    except ValueError as error:
+        return {"problem": str(error)}
+    except OSError as error:
         free_gib = shutil.disk_usage(_existing(save.folder)).free / 2**30
         host = f" (rank {distributed.rank()} on {socket.gethostname()})"
         return {
@@ -160,6 +163,9 @@ def _explained(save: Save, work: Callable[[], Report | None]) -> Report:
             f"are free{host if distributed.world_size() > 1 else ''}. Earlier checkpoints are "
             f"untouched; make room."
         }
+    except Exception as error:
+        logger.exception("%s: the checkpoint is not written", save.folder)
+        return {"problem": f"{save.folder}: cannot write the checkpoint: {error!r}."}
 
 
 def _write_pieces(save: Save, share: Share) -> Report:

@@ -19,7 +19,7 @@ from bigdet.config.evaluation import MAX_DETECTIONS, Metric
 from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.accumulation import Matched, accumulate
-from bigdet.evaluation.detections import DetectionTable, Kind
+from bigdet.evaluation.detections import DetectionTable, Kind, in_order
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import Pairs, area_bits, match
@@ -222,9 +222,12 @@ def measure(
     labels = [k for k, is_one in enumerate(is_measured) if is_one]
     # Means are sums in this order, as in pycocotools.
     labels.sort(key=lambda k: truth.categories[k].id)
-    parts = labels_in(truth, found, labels)
-    rows, classes, ranks = _best(truth, found, [mine for mine, _ in parts], rules.limits[-1])
-    objects, object_classes = _joined([others for _, others in parts])
+    class_of = np.full(len(truth.categories), -1)
+    class_of[labels] = np.arange(len(labels))
+    rows, classes, ranks = _best(truth, found, class_of, rules.limits[-1])
+    objects = np.argsort(class_of[truth.labels], kind="stable")
+    objects = objects[np.count_nonzero(class_of[truth.labels] < 0) :]
+    object_classes = class_of[truth.labels[objects]]
     groups = classes * len(truth.image_ids) + found.images[rows]
     object_groups = object_classes * len(truth.image_ids) + truth.images[objects]
     pairs = _near_pairs(truth, found, kind, (rows, groups), (objects, object_groups))
@@ -240,37 +243,35 @@ def measure(
     right = pairs.any_of_detection(bits & counting, len(rows))
     counted = right | (area_bits(~is_outside, len(THRESHOLDS)) & ~hit)
     totals = [np.bincount(object_classes[~each], minlength=len(labels)) for each in is_ignored]
-    matched = Matched(classes, found.scores[rows], ranks, right, counted)
+    matched = Matched(classes, found.places[rows], ranks, right, counted)
     counts = np.stack(totals, axis=1)  # (K, A)
     return Measured(rules, labels, *accumulate(matched, counts, len(THRESHOLDS), rules.limits))
 
 
 def _best(
-    truth: GroundTruth, found: DetectionTable, of_classes: Sequence[Index], limit: int
+    truth: GroundTruth, found: DetectionTable, class_of: Index, limit: int
 ) -> tuple[Index, Index, Index]:
     """Return the rows of the detections that count, their classes, and their ranks.
+
+    They are in the order of the classes, then of the images; within an image the best first.
 
     Args:
         truth: all objects.
         found: all detections.
-        of_classes: the rows of each class, by image, within an image the best first.
+        class_of: ``(K,)`` class of each label in ``0..K-1``, -1 for one that is not measured.
         limit: how many count per class and image; the first one has rank 0.
     """
-    rows, classes = _joined(of_classes)
+    is_used = class_of[found.labels] >= 0
     if truth.verified is not None:
-        counts = truth.verified.counted(found.images, found.labels, found.scores)[rows]
-        rows, classes = rows[counts], classes[counts]
-    groups = classes * len(truth.image_ids) + found.images[rows]
-    ranks = np.arange(len(rows)) - np.searchsorted(groups, groups)
+        is_used &= truth.verified.counted(found.images, found.labels, found.scores)
+    rows = np.flatnonzero(is_used)
+    groups = class_of[found.labels[rows]] * len(truth.image_ids) + found.images[rows]
+    order = in_order(groups, found.places[rows])
+    rows, groups = rows[order], groups[order]
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    ranks = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
     kept = ranks < limit
-    return rows[kept], classes[kept], ranks[kept]
-
-
-def _joined(parts: Sequence[Index]) -> tuple[Index, Index]:
-    """Return the indices of all classes in one array, and the class of each."""
-    lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    every = np.concatenate([np.zeros(0, np.int64), *parts])
-    return every, np.repeat(np.arange(len(parts)), lengths)
+    return rows[kept], class_of[found.labels[rows[kept]]], ranks[kept]
 
 
 def _near_pairs(
@@ -297,27 +298,6 @@ def _near_pairs(
         near = iou >= THRESHOLDS[0]
         parts.append((mine[near] + first, others[near], iou[near]))
     return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def labels_in(
-    truth: GroundTruth, found: DetectionTable, labels: Sequence[int]
-) -> list[tuple[Index, Index]]:
-    """Return the detections and the objects of each label.
-
-    Both in the order of images; within an image the best detections first, and of equal scores the
-    earlier ones.
-    """
-    by_image = np.lexsort((-found.scores, found.images))
-    rows = _by_label(found.labels[by_image], labels)
-    objects = _by_label(truth.labels, labels)
-    return [(by_image[mine], others) for mine, others in zip(rows, objects, strict=True)]
-
-
-def _by_label(values: Index, labels: Sequence[int]) -> list[Index]:
-    """Return the indices of each label in ``values``, rising."""
-    order = np.argsort(values, kind="stable")
-    bounds = np.searchsorted(values[order], [[label, label + 1] for label in labels])
-    return [order[first:end] for first, end in bounds.reshape(-1, 2).tolist()]
 
 
 def never_counts(truth: GroundTruth, kind: Kind) -> NDArray[np.bool_]:

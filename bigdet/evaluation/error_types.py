@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bigdet.config.evaluation import MAX_DETECTIONS
 from bigdet.evaluation.accumulation import first_places, precision_at_recalls
 from bigdet.evaluation.coco_metrics import Index, Numbers, never_counts
-from bigdet.evaluation.detections import DetectionTable, Kind
+from bigdet.evaluation.detections import DetectionTable, Kind, in_order
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import NOTHING, Pairs, match
 from bigdet.evaluation.overlaps import overlaps, pair_up
@@ -68,7 +68,7 @@ def find_cover(
     truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
 ) -> Cover:
     """Return the best detections of each image and their overlaps with objects of all classes."""
-    rows = np.lexsort((-found.scores, found.images))
+    rows = in_order(found.images, found.places)
     images = found.images[rows]
     kept = np.arange(len(rows)) - np.searchsorted(images, images) < max_detections
     if truth.verified is not None:
@@ -234,8 +234,8 @@ def _mean_ap(labels: Index, is_right: Flags, totals: Index, asked: Index) -> flo
     small = np.uint16 if len(totals) < 1 << 16 else np.int64  # numpy sorts uint16 10 times faster
     order = np.argsort(labels.astype(small), kind="stable")
     bounds = np.searchsorted(labels[order], np.arange(len(totals) + 1))
-    right, seen = np.flatnonzero(is_right[order]), np.arange(len(labels) + 1)
-    values = precision_at_recalls(right, seen, bounds, first_places(asked))  # (R, K)
+    right = np.flatnonzero(is_right[order])
+    values = precision_at_recalls(right, right + 1, bounds, bounds, first_places(asked))  # (R, K)
     means = np.ascontiguousarray(values.T).mean(axis=1)
     is_asked = (totals > 0) & ((asked > 0) | (np.diff(bounds) > 0))
     aps = np.where(asked > 0, means, 0.0)[is_asked].tolist()

@@ -32,6 +32,9 @@ from bigdet.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.1
+"""Ranks that wait for a save meet so often."""
+
 
 class Saver:
     """Writes the checkpoints of a run during training, one at a time.
@@ -58,8 +61,8 @@ class Saver:
         """Start to write a checkpoint, after the one before it is written (collective).
 
         Raises:
-            SharedError: on all ranks: two saves in a row failed, or the weights are not finite;
-                nothing is written then.
+            SharedError: on all ranks: two saves in a row failed, or weights or optimizer state are
+                not finite; nothing is written then.
         """
         self.wait()
         started = time.perf_counter()
@@ -94,9 +97,12 @@ class Saver:
         return engine.share(sharing.index(distributed.rank()), len(sharing))
 
     def _check_finite(self, share: Share, state: RunState) -> None:
-        """Refuse weights that are not finite (collective)."""
-        weights = {piece.name: piece.values for piece in share.pieces if piece.kind == MODEL}
-        found = distributed.all_gather_objects(describe_not_finite(weights))
+        """Refuse numbers that are not finite, as whoever loads them would (collective)."""
+        tensors = {
+            piece.name if piece.kind == MODEL else f"{piece.name}/{piece.kind}": piece.values
+            for piece in share.pieces
+        }
+        found = distributed.all_gather_objects(describe_not_finite(tensors))
         if any(found):
             raise distributed.SharedError(
                 f"{state.position}: {next(filter(None, found))}. The run has diverged, and no "
@@ -129,12 +135,17 @@ class Saver:
                 keeping.clean(save.folder.parent, settings.keep, kept, settings.keep_every)
             if distributed.is_main():
                 self._write_whole()
-        except (OSError, ValueError) as error:
-            self._problem = errors.explain(error)
-            return
         except Exception as error:  # of a thread: it would not end the run
-            logger.exception("%s: the checkpoint is not written", save.folder)
-            self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
+            if lost := distributed.lost_peer(error):  # the run ends where the ranks meet
+                self._problem = f"{save.folder}: the checkpoint is not written: {lost}"
+                logger.warning(self._problem)
+                return
+            if isinstance(error, (OSError, ValueError)):
+                self._problem = errors.explain(error)
+            else:
+                logger.exception("%s: the checkpoint is not written", save.folder)
+                self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
+            self._warn(self._problem)
             return
         written = time.perf_counter() - started
         logger.info(
@@ -143,6 +154,14 @@ class Saver:
         )
         if self._remote is not None:
             self._copy_away(self._remote, save, kept)
+
+    def _warn(self, problem: str) -> None:
+        """Log at once that a save has failed; `wait` may be far away."""
+        if self._num_failures:
+            outlook = "It is the second save in a row that fails: the run ends before the next one."
+        else:
+            outlook = "The run continues, and stops if the next save fails too."
+        logger.warning("%s %s", problem, outlook)
 
     def _must_end(self) -> bool:
         """Tell the thread whether to wait for the other ranks no longer."""
@@ -153,8 +172,10 @@ class Saver:
         started, keep_every = time.perf_counter(), self._config.checkpoint.keep_every
 
         def is_kept(name: str) -> bool:  # of what a machine before has left, only what always stays
+            phase, _, step = name.rpartition("-")
+            is_of_run = phase in self._config.phases and step.isdecimal()
             is_here = (save.folder.with_name(name) / STATE_FILE).is_file()
-            return is_here or keeping.stays(name, kept, keep_every)
+            return not is_of_run or is_here or keeping.stays(name, kept, keep_every)
 
         try:
             remote.copy(save, is_kept, self._must_end, self._needed(save))
@@ -191,17 +212,25 @@ class Saver:
 
         Raises:
             SharedError: on all ranks: it failed, and the one before it too.
+            RuntimeError: the connection to another rank is lost.
         """
         if not self._is_pending:
             return
-        self.join()
-        problem = distributed.broadcast_object(self._problem)
+        is_writing = True
+        while is_writing:  # the ranks meet, or one that is gone would be waited for without end
+            thread = self._thread
+            if thread is not None:
+                thread.join(POLL_SECONDS)
+            is_writing = distributed.any_rank(thread is not None and thread.is_alive())
+        self._thread = None
+        problems = distributed.all_gather_objects(self._problem)
+        problem = next(filter(None, problems), None)
+        if problem is not None and self._problem is None:  # of another rank
+            self._warn(problem)
         self._is_pending, self._problem = False, None
         self._num_failures = 0 if problem is None else self._num_failures + 1
         if self._num_failures > 1:
             raise distributed.SharedError(f"{problem} Two saves in a row failed.")
-        if problem is not None:
-            logger.warning("%s The run continues, and stops if the next save fails too.", problem)
 
     def finish(self) -> None:
         """Wait until everything is written (collective).

@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,20 @@ import torch
 from safetensors.torch import load_file
 
 from bigdet import distributed
+from bigdet.config.load import load_config
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.engine import checkpoint, keeping, whole, writing
 from bigdet.engine.parts import Part, Share, copy_share, fill, gather_share
 from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Save
+from bigdet.logs.log import setup_logging
 from bigdet.pieces.reading import open_stored
-from tests.spawn import run_ranks
+from bigdet.run_dir import RunDir
+from bigdet.training.saving import Saver
+from bigdet.training.state import RunState
+from tests.spawn import ROOT, RankError, run_ranks
 
+CONFIG = ROOT / "configs" / "quickstart.yaml"
 ROWS, STATISTICS = torch.arange(60.0).view(6, 10), torch.arange(7.0)
 METADATA = {"config": "output: x"}
 attempts = itertools.count(1)
@@ -195,6 +203,24 @@ def copy_away(folder: Path) -> list[str]:
     return names(fresh / "train-2")
 
 
+def lose_a_rank(folder: Path) -> None:
+    """Rank 1 dies while it writes; rank 0 leaves what it was told in a file."""
+    run_dir = RunDir(folder)
+    setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
+    train_set: Any = SimpleNamespace(categories=[])
+    saver = Saver(load_config(CONFIG), run_dir, {"pretrain": DataSets(train_set, train_set)})
+    if distributed.rank() == 1:
+        writing.write = lambda *_: os._exit(9)
+    engine: Any = SimpleNamespace(share=lambda rank, _: copy_share(parts_of(), rank, 3))
+    saver.save(engine, RunState("pretrain", step=1))
+    with pytest.raises(RuntimeError) as caught:
+        saver.wait()
+    (folder / "raised").write_text(distributed.lost_peer(caught.value))
+    saver.join(0.2)  # as a run that ends
+    (folder / "done").touch()
+    os._exit(0)  # nobody is left to meet
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -227,6 +253,18 @@ def test_a_full_disk_of_one_rank_is_one_error_and_earlier_checkpoints_stay(
 def test_a_save_during_which_a_rank_dies_is_no_checkpoint(ranks: Any) -> None:
     assert ranks[0]["dead"] == ["", "no word of save -2 2/from 1", ""]
     assert [rank["dead"] for rank in ranks[1:]] == [["", "", ""], ["", "", ""]]
+
+
+def test_a_rank_that_dies_in_a_save_is_noticed_at_once_and_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RankError, match="of 2 failed first"):
+        run_ranks(lose_a_rank, 2, tmp_path, tmp_path)
+    assert (tmp_path / "done").is_file()
+    assert (tmp_path / "raised").read_text().startswith("lost the connection to another rank (")
+    (line,) = (tmp_path / "logs/rank-0.log").read_text().splitlines()
+    assert f"WARNING bigdet.training.saving: {tmp_path}/checkpoints/pretrain-1: the che" in line
+    assert "not written: lost the connection to another rank (no word of save 1 1/from 1)" in line
 
 
 def test_hosts_without_a_shared_disk_keep_their_own_files(ranks: Any) -> None:

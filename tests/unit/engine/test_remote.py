@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bigdet.engine import checkpoint, keeping, remote, writing
 from bigdet.engine.parts import Part, copy_share
 from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Disks, Save
+from bigdet.pieces.index import read_state
 
 ADDRESS = "memory://bucket/run"
 
@@ -74,6 +76,27 @@ def test_what_is_not_kept_here_goes_there_too(tmp_path: Path, memory: Any) -> No
     assert [path for path in found(memory) if "train-3" in path] == [
         "train-3/index-4.json", "train-3/pieces-4-0.safetensors", "train-3/state.json",
     ]  # fmt: skip
+
+
+def test_nothing_but_own_earlier_checkpoints_is_deleted_there(tmp_path: Path, memory: Any) -> None:
+    others = ["coco-shards/000000.tar", "other-run/train-900/state.json", "thesis-final.pdf",
+              "train-7/notes.txt", "train-7/state.json", "train-8/old/pieces-1-0.safetensors",
+              "train-2/notes.txt"]  # fmt: skip
+    for name in others:
+        memory.pipe_file(f"/bucket/run/{name}", b"{}")
+    newer, two = save(tmp_path / "b", 9), [save(tmp_path / "a", step) for step in (1, 2)][1]
+    keeping.clean(tmp_path / "a", keep=1, protected=[])
+    for name in ("index-1.json", "pieces-1-0.safetensors"):
+        for step in (3, 4):  # saves that were killed while they were copied
+            memory.put_file(str(newer.folder / name), f"/bucket/run/train-{step}/{name}")
+    memory.pipe_file("/bucket/run/train-4/state.json", b'{"numb')
+    state = {**read_state(newer.folder), "number": 3}  # a later one, of another machine
+    memory.pipe_file("/bucket/run/train-9/state.json", json.dumps(state).encode())
+    memory.put_file(str(two.folder / "index-2.json"), "/bucket/run/train-2/index-1.json")
+    memory.pipe_file("/bucket/run/train-1/state.json", b'{"number": 1}')
+    copy(two)
+    own = [f"train-2/{name}" for name in ("index-2.json", "pieces-2-0.safetensors", "state.json")]
+    assert found(memory) == sorted([*others, *own, "latest", "train-9/state.json"])
 
 
 def test_a_file_that_checkpoints_need_is_copied_once_and_stays(tmp_path: Path, memory: Any) -> None:

@@ -15,7 +15,8 @@ from bigdet.engine.parts import Piece, Share
 from bigdet.pieces.tensor_file import Spec
 from bigdet.run_dir import RunDir
 from bigdet.training.forks import changed_options, is_fork
-from bigdet.training.resume import begin, find_checkpoint
+from bigdet.training.resume import begin
+from bigdet.training.starting_point import find_checkpoint
 from bigdet.training.state import RunState
 from tests.shipped import unchecked
 
