@@ -187,8 +187,8 @@ CONFIGS = Path(__file__).parents[3] / "configs"
          "phases.finetune.start_from.parts", "a.pth has weights of the backbone only"),
         (["phases.pretrain.start_from.source=a.pkl"], "phases.pretrain.start_from.pixels",
          "bgr_255"),
-        (["phases.pretrain.start_from.source=a.pth", "phases.pretrain.start_from.pixels=rgb"],
-         "phases.pretrain.start_from.pixels", "for .pkl files"),
+        (["phases.pretrain.start_from.source=timm", "phases.pretrain.start_from.pixels=rgb"],
+         "phases.pretrain.start_from.pixels", "found rgb with source timm"),
         (["model.norm_scope=all", "phases.pretrain.norm_mode=fixed",
           "phases.pretrain.start_from.source=a.pth"], "phases.pretrain.norm_mode",
          "loaded into fpn, mask_head"),
@@ -239,6 +239,7 @@ def test_rules_name_the_key_and_the_reason(overrides: list[str], key: str, reaso
         ["phases.pretrain.start_from.source=a.pth", "phases.pretrain.freeze_stages=2"],
         ["phases.pretrain.start_from.source=timm:resnet18.x", "phases.pretrain.norm_mode=fixed"],
         ["phases.pretrain.start_from={source: a.pkl, pixels: bgr_255, parts: [backbone]}"],
+        ["phases.pretrain.start_from={source: a.pth, pixels: bgr, parts: [backbone]}"],
         [
             "model.backbone=convnext_t",
             "model.drop_path=0.1",
