@@ -49,6 +49,7 @@ from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections
 
 KINDS: tuple[Kind, ...] = ("bbox", "segm")
+Scorer = Callable[[Path, Sequence[Kind]], dict[str, Any]]
 PEERS = {
     "hotcoco": (("hotcoco", "COCO"), ("hotcoco", "COCOeval")),
     "faster_coco_eval": (("faster_coco_eval", "COCO"), ("faster_coco_eval", "COCOeval_faster")),
@@ -296,7 +297,7 @@ def in_a_process(program: str, folder: Path, kinds: Sequence[Kind]) -> dict[str,
 
 
 def _measure(program: str, folder: Path, kinds: Sequence[Kind]) -> dict[str, Any]:
-    own = {"bigdet": score_bigdet, "boxes": score_boxes}
+    own: dict[str, Scorer] = {"bigdet": score_bigdet, "boxes": score_boxes}
     score = own[program] if program in own else peer_scorer(program)
     cpu = torch.device("cpu")
     before = start_memory(cpu)
@@ -321,7 +322,7 @@ def score_boxes(folder: Path, _kinds: Sequence[Kind] = ()) -> dict[str, Any]:
     return dict(evaluate_detections(ShardSet(folder / "shards"), results, ["bbox"])["bbox"])
 
 
-def peer_scorer(name: str) -> Callable[[Path, Sequence[Kind]], dict[str, Any]]:
+def peer_scorer(name: str) -> Scorer:
     """Import a program and return what scores with it."""
     coco, evaluator = (
         getattr(importlib.import_module(module), attribute) for module, attribute in PEERS[name]

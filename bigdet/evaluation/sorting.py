@@ -28,4 +28,5 @@ def _as_integers(key: NDArray[np.number[Any]]) -> NDArray[np.uint64]:
     if key.dtype.kind == "f":
         bits = (key + 0.0).view(np.int64)  # -0.0 becomes 0.0
         key = bits ^ (bits >> 63 & np.iinfo(np.int64).max)  # the larger, the more negative
-    return (key - key.min(initial=np.iinfo(np.int64).max)).view(np.uint64)
+    numbers: NDArray[np.uint64] = (key - key.min(initial=np.iinfo(np.int64).max)).view(np.uint64)
+    return numbers
