@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig, shards_frozen
+from bigdet.config.resize import has_few_shapes
 from bigdet.config.run import RunConfig, phase_model
 from bigdet.engine.divided import DividedLayers
 from bigdet.models import norms
@@ -154,6 +155,8 @@ def _prepare(detector: Detector, config: RunConfig, name: str) -> None:
         enable_checkpointing(detector)
     if phase_model(config, name).compile:
         detector.compile_dense()
+    if config.device.cuda_graphs and has_few_shapes(phase.resize):
+        detector.graph_dense()
     detector.train()
 
 
