@@ -12,6 +12,7 @@ from tests.commands.runs import Command
 OPTIONS = [
     "phases.pretrain.steps=4", "phases.finetune.steps=2", "phases.pretrain.images_per_step=4",
     "phases.finetune.images_per_step=4", "engine.precision=bf16", "data.workers=1",
+    "device.cuda_graphs=true",  # of the first phase, whose canvases have one shape
     "device.expandable_segments=false",  # needs an allocator that only a driver has
 ]  # fmt: skip
 
