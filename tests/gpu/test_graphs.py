@@ -42,13 +42,12 @@ def test_losses_and_gradients_are_those_of_launched_steps(name: str, exact: torc
 
 
 def test_replays_take_no_more_memory_and_do_not_wait(exact: torch.device) -> None:
-    total = TotalLoss(graphed().to(exact), "bf16", exact)
+    total = TotalLoss(graphed(CASES["retinanet, bf16"]).to(exact), "bf16", exact)
     moved = [batch.to(exact) for batch in batches(0)]
     reserved = []
     for number in range(4):
         torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
         for batch in moved:
-            # Waits for the number of regions on objects, by an event, which is no error.
             total(batch)[0].backward()
         torch.cuda.set_sync_debug_mode("default")
         total.zero_grad()

@@ -2,9 +2,10 @@
 
     python -m tests.nullgpu.table [--steps 5] [ROW ...]
 
-Launches, waits of the host, copies and the peak of allocated memory are those of a real GPU and the
-same in each run. Host time is the CPU seconds of the process, the median over steps: it depends on
-the machine. All rows are plain PyTorch but one, ``r50_zero0``, which has the engine.
+Launches, waits of the host, copies, the peak of allocated memory and what torch's allocator has
+reserved for it are those of a real GPU and the same in each run. Host time is the CPU seconds of
+the process, the median over steps: it depends on the machine. All rows are plain PyTorch but one,
+``r50_zero0``, which has the engine.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from tests.nullgpu.run import GPU, pinned
 OBJECTS = 7  # of an image, as in COCO
 LARGE, SMALL = (800, 1344), (448, 448)
 TWO_FC = "model.box_head=2fc"
-HEADER = ("step", "launches", "waits", "copies", "peak GiB", "host ms")
+GRAPHS = "device.cuda_graphs=true"
+HEADER = ("step", "launches", "waits", "copies", "peak GiB", "reserved GiB", "host ms")
 Step = Callable[[Batch], None]
 
 
@@ -60,6 +62,11 @@ class Row:
 ROWS = {
     "r50": Row(["configs/r50_direct.yaml", TWO_FC], "finetune", LARGE),
     "r50_zero0": Row(["configs/r50_direct.yaml", TWO_FC], "finetune", LARGE, has_engine=True),
+    "r50_graphs": Row(
+        ["configs/r50_direct.yaml", TWO_FC, GRAPHS, "phases.finetune.resize.pad_to=two_shapes"],
+        "finetune",
+        LARGE,
+    ),
     "r50_gn": Row(["configs/r50_gn_scratch.yaml"], "train", LARGE),
     "r50_gn_cascade": Row(["configs/r50_gn_cascade.yaml"], "cascade", LARGE),
     "swin_t": Row(["configs/swin_t_direct.yaml"], "finetune", LARGE),
@@ -67,6 +74,9 @@ ROWS = {
     "x152_gn": Row(["configs/x152_gn_late_cascade.yaml"], "train", LARGE),
     "x152_gn_cascade": Row(["configs/x152_gn_late_cascade.yaml"], "cascade", LARGE),
     "448_2fc": Row(["configs/r50_direct.yaml", TWO_FC], "pretrain", SMALL, images=64),
+    "448_2fc_graphs": Row(
+        ["configs/r50_direct.yaml", TWO_FC, GRAPHS], "pretrain", SMALL, images=64
+    ),
     "448_4conv1fc": Row(
         ["configs/r50_direct.yaml", "model.box_head=4conv1fc"], "pretrain", SMALL, images=64
     ),
@@ -97,7 +107,9 @@ def _engine_step(detector: Detector, config: RunConfig, phase: str) -> Step:
 def measure(row: Row, num_steps: int) -> list[str]:
     """What the steps after the second one take, each the same: the columns after the name."""
     config = load_config(row.words[0], row.words[1:])
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
+    reserved_before = torch.cuda.memory_reserved()
     detector = build_empty(config, row.phase, [str(number) for number in range(NUM_CLASSES)])
     step = (_engine_step if row.has_engine else _plain_step)(detector, config, row.phase)
     batch = pinned(make_scene(row.images, row.size, OBJECTS, seed=0))
@@ -111,11 +123,17 @@ def measure(row: Row, num_steps: int) -> list[str]:
         step(batch)
         update_running_statistics(detector)
         seconds.append(time.process_time() - start)
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        gib = [
+            f"{number / 2**30:.1f}"
+            for number in (
+                torch.cuda.max_memory_allocated() - before,
+                torch.cuda.memory_reserved() - reserved_before,
+            )
+        ]
         counts = null_gpu.counts()
         waits = counts["syncs"] + sum(null_gpu.waits.values())
         copies = counts["to_device"] + counts["to_host"]
-        seen.append([f"{counts['launches']:,}", str(waits), str(copies), f"{peak:.1f}"])
+        seen.append([f"{counts['launches']:,}", str(waits), str(copies), *gib])
         assert counts["refused"] == counts["pageable"] == 0, counts
     assert all(found == seen[2] for found in seen[2:]), seen
     return [*seen[2], f"{1000 * statistics.median(seconds[2:]):.0f}"]
