@@ -27,7 +27,7 @@ CASES = {
     "faster_rcnn swin_t, bf16": replace(FASTER, backbone="swin_t", drop_path=0.5),
     "faster_rcnn convnext_t, fp32": replace(FASTER, backbone="convnext_t", drop_path=0.5),
     "faster_rcnn vit_s, bf16": replace(FASTER, backbone="vit_s", drop_path=0.5),
-    "retinanet, bf16": MODELS["retinanet"],
+    "retinanet, fp32": MODELS["retinanet"],
 }
 
 
