@@ -22,6 +22,6 @@ class DeviceConfig:
     cuda_graphs: bool = False
     """In phases whose canvases have one or two shapes (``direct``, ``jitter``, ``pad_to:
     two_shapes``), backbone, FPN and RPN (or RetinaNet's) head are recorded as CUDA graphs and
-    replayed: about half as many launches in a step, for GPUs that wait for their host. What they
-    keep for the backward pass stays allocated. Ranks exchange gradients after the backward pass of
-    these parts, not during it."""
+    replayed: half as many launches in a step, for GPUs that wait for their host. The memory of
+    their backward pass is kept between steps, and ``memory`` in the log does not count it. Ranks
+    exchange the gradients of these parts after their backward pass, not during it."""

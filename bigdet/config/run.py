@@ -183,7 +183,7 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
 
 
 def graphed_phases(config: RunConfig) -> list[str]:
-    """Return the phases whose dense parts ``device.cuda_graphs`` records: few shapes of canvases."""
+    """Return the phases that ``device.cuda_graphs`` is for: canvases of one or two shapes."""
     return [name for name, phase in config.phases.items() if has_few_shapes(phase.resize)]
 
 

@@ -8,12 +8,14 @@ micro-batches are wrong (pytorch/pytorch#181723). It also lets autocast cast a w
 levels, as it does without graphs, and records a shape when it first comes.
 
 What is recorded must not wait for the device, copy from the host, call a collective, or keep a
-tensor for the next call that it computes anew for another shape.
+tensor for the next call that it computes anew for another shape. While a shape is recorded, the
+warm-ups take as much memory again as the recording will keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ WARM_UPS = 3
 
 
 class Graphs:
-    """Records a function of tensors for each shape of them, and replays it.
+    """Records a function of tensors for each shape of them and type of autocast, and replays it.
 
     All recordings share their memory, so the backward pass of a call comes before the next call.
 
@@ -35,7 +37,7 @@ class Graphs:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
+        self._recordings: dict[tuple[Any, ...], _Recording] = {}
         self._pool: Any = None
         self._num_calls = 0
 
@@ -47,12 +49,14 @@ class Graphs:
                 same in all calls. Only its first call with inputs of a shape runs it.
             inputs: without gradients, on the GPU.
         """
-        shapes = tuple(value.shape for value in inputs)
-        if shapes not in self._recordings:
+        kind = inputs[0].device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (*(value.shape for value in inputs), autocast)
+        if key not in self._recordings:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            trained = [p for part in self._modules for p in part.parameters() if p.requires_grad]
-            self._recordings[shapes] = _Recording(function, inputs, trained, self._pool)
-        recording = self._recordings[shapes]
+            with _aliases(self._modules) as trained:
+                self._recordings[key] = _Recording(function, inputs, trained, self._pool)
+        recording = self._recordings[key]
         self._num_calls += 1
         recording.take(inputs)
         outputs = _Replay.apply(self, recording, self._num_calls, *recording.parameters)
@@ -63,6 +67,30 @@ class Graphs:
         assert call == self._num_calls, f"call {call} of {self._num_calls}"
 
 
+@contextmanager
+def _aliases(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Let modules have other parameters with the same memory; give those that are trained.
+
+    An engine may keep the nodes of autograd that add up the gradients of its parameters, which wait
+    for another stream: torch refuses to record them.
+    """
+    places = [
+        (part, name, parameter)
+        for module in modules
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+    others = {p: nn.Parameter(p.detach(), p.requires_grad) for _, _, p in places}
+    try:
+        for part, name, parameter in places:
+            part._parameters[name] = others[parameter]
+        yield {p: other for p, other in others.items() if p.requires_grad}
+    finally:
+        for part, name, parameter in places:
+            part._parameters[name] = parameter
+
+
 class _Recording:
     """The graphs of a forward and a backward pass, and the tensors that they read and write."""
 
@@ -70,11 +98,11 @@ class _Recording:
         self,
         function: Callable[..., Any],
         inputs: Sequence[Tensor],
-        parameters: list[nn.Parameter],
+        trained: dict[nn.Parameter, nn.Parameter],
         pool: Any,
     ) -> None:
-        self.parameters = parameters
-        self._addresses = [parameter.data_ptr() for parameter in parameters]
+        self.parameters, self._aliases = list(trained), list(trained.values())
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._inputs = [value.clone() for value in inputs]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         device = inputs[0].device
@@ -93,6 +121,7 @@ class _Recording:
             self.output_gradients = [torch.zeros_like(value) for value in trained]
             with torch.cuda.graph(self.backward, **options):
                 self.gradients = self._differentiate(trained, self.output_gradients)
+        self._aliases.clear()
         torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(device).wait_stream(stream)
         # Without the autograd graph, whose nodes would belong to the stream of the recording.
@@ -112,9 +141,7 @@ class _Recording:
     ) -> list[Tensor | None]:
         """Give the gradients of the parameters; None where the outputs do not depend on one."""
         with torch.autocast(outputs[0].device.type, enabled=False):  # as where engines call it
-            return list(
-                torch.autograd.grad(outputs, self.parameters, gradients, allow_unused=True)
-            )
+            return list(torch.autograd.grad(outputs, self._aliases, gradients, allow_unused=True))
 
     def take(self, inputs: Sequence[Tensor]) -> None:
         """Copy the inputs to where the graph reads them."""

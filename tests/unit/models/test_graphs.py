@@ -9,6 +9,7 @@ import torch
 
 from bigdet.engine.precision import TotalLoss
 from bigdet.models.detector import Detector
+from bigdet.models.graphs import WARM_UPS, Graphs
 from bigdet.models.norms import update_running_statistics
 from bigdet.ops.devices import as_on_gpu
 from bigdet.structures import Batch
@@ -84,3 +85,63 @@ def test_losses_gradients_and_weights_are_the_same(name: str) -> None:
     state = pair[1].state_dict()
     for key, value in pair[0].state_dict().items():
         torch.testing.assert_close(state[key], value, rtol=0, atol=0, msg=key)
+
+
+def doubled(layer: torch.nn.Linear, seen: list[tuple[int, ...]]):
+    """A function that notes the shapes that it is run with."""
+
+    def function(x: torch.Tensor) -> dict[str, object]:
+        seen.append(tuple(x.shape))
+        return {"y": layer(2 * x), "rows": len(x), "mean": x.mean()}
+
+    return function
+
+
+def test_a_shape_and_a_precision_are_recorded_once() -> None:
+    layer, seen = torch.nn.Linear(3, 2), []
+    graphs, function = Graphs([layer]), doubled(layer, seen)
+    for rows in (4, 5, 4, 5):
+        x = torch.randn(rows, 3)
+        found = graphs(function, x)
+        torch.testing.assert_close(found["y"], layer(2 * x))
+        torch.testing.assert_close(found["mean"], x.mean())
+        assert found["rows"] == rows
+        assert found["y"].requires_grad
+        assert not found["mean"].requires_grad
+    assert seen == [(4, 3)] * (WARM_UPS + 1) + [(5, 3)] * (WARM_UPS + 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert graphs(function, torch.randn(4, 3))["y"].dtype == torch.bfloat16
+    assert graphs(function, torch.randn(4, 3))["y"].dtype == torch.float32
+
+
+def test_gradients_are_given_out_as_copies() -> None:
+    layer = torch.nn.Linear(1, 1, bias=False)
+    graphs, function = Graphs([layer]), doubled(layer, [])
+    for value in (1.0, 10.0, 100.0):  # added up: 2 + 20 + 200
+        graphs(function, torch.full((1, 1), value))["y"].sum().backward()
+    assert layer.weight.grad.item() == 222
+
+
+def test_what_a_replay_would_spoil_is_an_error() -> None:
+    layer = torch.nn.Linear(3, 2)
+    graphs, function = Graphs([layer]), doubled(layer, [])
+    first = graphs(function, torch.randn(4, 3))["y"]
+    graphs(function, torch.randn(5, 3))
+    with pytest.raises(AssertionError, match="call 1 of 2"):
+        first.sum().backward()
+    layer.weight.data = layer.weight.data.clone()
+    with pytest.raises(AssertionError, match="weights were moved"):
+        graphs(function, torch.randn(4, 3))
+
+
+def test_only_training_is_recorded() -> None:
+    detector, batch = graphed(), batches(0)[0]
+    with as_on_gpu():
+        with torch.no_grad():
+            detector(batch)
+        detector.eval()
+        detector(batch)
+        assert not detector._graphs._recordings
+        detector.train()
+        detector(batch)
+    assert len(detector._graphs._recordings) == 1
