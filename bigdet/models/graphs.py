@@ -109,18 +109,18 @@ class _Recording:
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         # Threads that read data use CUDA meanwhile, so only this one must not do what is forbidden.
-        options = {"stream": stream, "pool": pool, "capture_error_mode": "thread_local"}
+        options: Any = {"stream": stream, "pool": pool, "capture_error_mode": "thread_local"}
         with torch.random.fork_rng([device]):  # the first replay draws what a call would draw
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    _, outputs = self._run(function)
-                    self._differentiate(outputs, [torch.zeros_like(value) for value in outputs])
-                    del outputs
+                    ends = self._run(function)[1]
+                    self._differentiate(ends, [torch.zeros_like(end) for end in ends])
+                    del ends
             with torch.cuda.graph(self.forward, **options):
-                leaves, trained = self._run(function)
-            self.output_gradients = [torch.zeros_like(value) for value in trained]
+                leaves, ends = self._run(function)
+            self.output_gradients = [torch.zeros_like(end) for end in ends]
             with torch.cuda.graph(self.backward, **options):
-                self.gradients = self._differentiate(trained, self.output_gradients)
+                self.gradients = self._differentiate(ends, self.output_gradients)
         self._aliases.clear()
         torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(device).wait_stream(stream)
