@@ -122,7 +122,7 @@ class _Recording:
             with torch.cuda.graph(self.backward, **options):
                 self.gradients = self._differentiate(ends, self.output_gradients)
         self._aliases.clear()
-        torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache()
         torch.cuda.current_stream(device).wait_stream(stream)
         # Without the autograd graph, whose nodes would belong to the stream of the recording.
         self.outputs = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -132,7 +132,7 @@ class _Recording:
 
     def _run(self, function: Callable[..., Any]) -> tuple[list[Any], list[Tensor]]:
         """Call the function; give all that it gives, and the tensors that have gradients."""
-        torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache()
         leaves, self._structure = tree_flatten(function(*self._inputs))
         return leaves, [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
 
