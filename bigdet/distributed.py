@@ -32,10 +32,13 @@ T = TypeVar("T")
 
 JOIN_SECONDS = 300.0
 """How long the first ranks wait for the last one to start; BIGDET_JOIN_SECONDS changes it."""
-NCCL_SECONDS = 60.0
-"""NCCL waits for so much longer than the watchdog, which writes where each rank is."""
+MARGIN_SECONDS = 60.0
+"""Collectives wait for so much longer than the watchdog, which writes where each rank is."""
+WAIT_SECONDS = 1800.0
+"""How long gloo waits at least, and NCCL where nothing else is said."""
+NEVER_SECONDS = 365 * 86400.0
 POLL_SECONDS = 0.05
-_nccl_limit: datetime.timedelta | None = None
+_limits: dict[str, datetime.timedelta] = {}
 REPORT_SECONDS = 5.0
 """How long a rank that prints no error waits for the rank that prints it."""
 START_SECONDS = 20.0
@@ -55,8 +58,9 @@ def start(stall_seconds: float | None = None) -> None:
     Without a launcher the group has one member and needs no port.
 
     Args:
-        stall_seconds: how long a rank may wait for others on a GPU, plus `NCCL_SECONDS`; then NCCL
-            ends the process. None: 30 minutes. Variables that are set go before.
+        stall_seconds: how long a rank may wait for others, plus `MARGIN_SECONDS`; then NCCL ends
+            the process, and gloo raises an error, but no sooner than after 30 minutes. Infinity:
+            without end. None: 30 minutes. Variables that are set go before.
     """
     if dist.is_initialized():
         return
@@ -68,14 +72,16 @@ def start(stall_seconds: float | None = None) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
-    global _nccl_limit
-    if stall_seconds is not None and torch.cuda.is_available():
-        _nccl_limit = datetime.timedelta(seconds=stall_seconds + NCCL_SECONDS)
-        # What NCCL does then: end the process, also where its own watchdog is stuck.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
-        heartbeat = str(math.ceil(_nccl_limit.total_seconds()))
-        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", heartbeat)
-    timeout = datetime.timedelta(minutes=30)
+    timeout = datetime.timedelta(seconds=WAIT_SECONDS)
+    if stall_seconds is not None:
+        seconds = min(stall_seconds + MARGIN_SECONDS, NEVER_SECONDS)
+        timeout = _limits["cpu"] = datetime.timedelta(seconds=max(seconds, WAIT_SECONDS))
+        if torch.cuda.is_available():
+            _limits["cuda"] = datetime.timedelta(seconds=seconds)
+            # What NCCL does then: end the process, also where its own watchdog is stuck.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+            heartbeat = str(math.ceil(seconds))
+            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", heartbeat)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _make_group(backend, timeout=timeout)  # torchrun's agents have met already
     else:
@@ -85,12 +91,12 @@ def start(stall_seconds: float | None = None) -> None:
 
 def limit_waiting() -> None:
     """Apply the limit that `start` was given to all groups so far; engines make their own."""
-    if _nccl_limit is None:
-        return
     for group in dist.distributed_c10d._world.pg_map:
-        backend: Any = group._get_backend(torch.device("cuda"))
-        # The second is that of torch 2.15's new NCCL backend, which lacks the first.
-        (getattr(backend, "_set_default_timeout", None) or backend.set_timeout)(_nccl_limit)
+        for device in {kind.type for kind in group._device_types} & _limits.keys():
+            backend: Any = group._get_backend(torch.device(device))
+            # The second is that of torch 2.15's new NCCL backend, which lacks the first.
+            set_limit = getattr(backend, "_set_default_timeout", None) or backend.set_timeout
+            set_limit(_limits[device])
 
 
 def _meet_and_make_group(backend: str, timeout: datetime.timedelta) -> None:

@@ -57,11 +57,11 @@ class Notes:
         """Wait for a note, and remove it.
 
         Raises:
-            RuntimeError: rank 0, which keeps the notes, is gone, or ``must_end`` says so.
+            DistError: rank 0, which keeps the notes, is gone, or ``must_end`` says so.
         """
         while not self._store.check([f"note/{name}"]):
             if must_end():
-                raise RuntimeError(f"no word of {name}")
+                raise dist.DistError(f"no word of {name}")
             time.sleep(POLL_SECONDS)
         text: str = self._store.get(f"note/{name}").decode()
         self._store.delete_key(f"note/{name}")

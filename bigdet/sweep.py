@@ -12,6 +12,7 @@ if __name__ == "__main__":
     answer_early(parse_arguments)
 
 import argparse
+import dataclasses
 import logging
 import shlex
 import shutil
@@ -23,12 +24,14 @@ from pathlib import Path
 from types import FrameType
 
 from bigdet.cli.running import STOPPED, run_command
-from bigdet.config.compare import comparable, flat_options, place_of
+from bigdet.config.compare import place_of
 from bigdet.config.load import read_config
 from bigdet.config.phase import in_steps
 from bigdet.config.rules import ConfigError
 from bigdet.config.run import RunConfig
 from bigdet.config.sweep import PlannedRun, SweepConfig, load_sweep
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.phase_sets import open_phase_sets
 from bigdet.host import locks
 from bigdet.host.errors import explain_exit
 from bigdet.host.files import check_folder, write_text
@@ -38,14 +41,13 @@ from bigdet.reporting.table import Outcome, outcome_table, read_metrics, read_ou
 from bigdet.reporting.writing import write_report
 from bigdet.run_dir import RunDir
 from bigdet.training.forks import CHANGEABLE, changeable_options, changed_options, check_fork
+from bigdet.training.resume import settle_config
 
 logger = logging.getLogger("bigdet.sweep")  # not __name__, which is __main__ as a command
 
 LOCK_NAME = "sweep.lock"
 """In the sweep's folder: which process trains its runs; see ``host/locks.py``."""
 SLURM_COMMAND = "srun python -m bigdet.train"
-SETTLED = (".steps", ".passes", ".images", ".drops", ".images_per_step")
-"""Endings of the keys that a run sets when it begins, from its data and number of ranks."""
 
 _stop_requested = False
 
@@ -298,19 +300,41 @@ def _check_finished(run: PlannedRun) -> None:
     """Refuse a sweep whose finished runs were trained with other options than it now lists."""
     if not _run_dir(run).is_finished:
         return
-    made = flat_options(read_config(_run_dir(run).config))
-    changed = [
-        f"{key} (was {made.get(key)}, now {value})"
-        for key, value in flat_options(run.config).items()
-        if comparable(key, made.get(key)) != comparable(key, value)
-        and not (key.startswith("phases.") and key.endswith(SETTLED))
-        and not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
-    ]
+    made = read_config(_run_dir(run).config)
+    changed = changed_options(_settled(run, made), made, CHANGEABLE)
     if changed:
         raise ConfigError(
             f"runs.{run.group}: {_run_dir(run).root} holds a finished run with other options: "
             f"{', '.join(changed)}. Give this one another name, or remove the folder."
         )
+
+
+def _settled(run: PlannedRun, made: RunConfig) -> RunConfig:
+    """Return the config of a run as its folder has it: with all lengths in steps.
+
+    Images per step that it does not set, as they follow from the number of ranks, are those of
+    ``made``, the config in the folder; so are lengths in passes if the data are not here.
+    """
+    phases = {
+        name: dataclasses.replace(
+            phase, images_per_step=phase.images_per_step or made.phases[name].images_per_step
+        )
+        for name, phase in run.config.phases.items()
+        if name in made.phases
+    }
+    config = dataclasses.replace(run.config, phases={**run.config.phases, **phases})
+    sets = None
+    if any(phase.passes is not None for phase in config.phases.values()):
+        try:
+            sets = open_phase_sets(config)
+        except (ShardError, OSError) as error:
+            logger.warning("%s: its lengths in passes cannot be compared: %s", run.name, error)
+    phases = settle_config(config, None, None, sets).phases
+    for name, phase in phases.items():
+        if phase.passes is not None and name in made.phases:
+            steps, drops = made.phases[name].steps, made.phases[name].drops
+            phases[name] = dataclasses.replace(phase, passes=None, steps=steps, drops=drops)
+    return dataclasses.replace(config, phases=phases)
 
 
 def _run_dir(run: PlannedRun) -> RunDir:

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     answer_early(parse_arguments)
 
 import contextlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from bigdet.host.files import check_folder, write_text
 from bigdet.logs.log import setup_logging
 from bigdet.models.frozen import FROZEN, frozen_tensors
 from bigdet.run_dir import RunDir
-from bigdet.training import failures, optim, resume, saving, stopping
+from bigdet.training import failures, optim, resume, saving, starting_point, stopping
 from bigdet.training.data_checks import check_data
 from bigdet.training.loop import PhaseTrainer, Run
 from bigdet.training.phase_stream import stream_for_phase
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
     cuda_settings.apply(config.device)  # before CUDA begins
-    distributed.start(config.log.stall_seconds)
+    distributed.start(config.log.stall_seconds or math.inf)
     setup_logging(distributed.rank(), as_json=options.log_json)
     if options.doctor:
         return examine(config)
@@ -71,12 +72,12 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
         sets = open_phase_sets(config)
         check_data(config, sets)
         warn_at_start(config, [data.val for data in phases_by_sets(sets)])
-    resume.fetch_newer(config, run_dir)
+    starting_point.fetch_newer(config, run_dir)
     with distributed.together():
         if distributed.is_main():
             run_dir.stop.unlink(missing_ok=True)
             run_dir.stopped.unlink(missing_ok=True)
-            folder = resume.find_checkpoint(config, run_dir)
+            folder = starting_point.find_checkpoint(config, run_dir)
     resume.check_same_everywhere(config, sets)
     folder = distributed.broadcast_object(folder)
     saved = None if folder is None else checkpoint.load(folder)
@@ -94,6 +95,8 @@ def train(config: RunConfig, run_dir: RunDir, log_json: bool) -> int:
             code = run_phases(run)
             if code == STOPPED and distributed.is_main():  # launchers change exit codes
                 write_text(run_dir.stopped, f"{state.position}\n")
+            watchdog.at(f"{state.position}: copying the last checkpoint")
+            run.saver.finish_copies()
             return code
     finally:
         run.scorer.end()

@@ -4,10 +4,10 @@ The images repeat those of the validation set. The detections are masks and boxe
 moved; some have a wrong class or are where no object is. pycocotools, and hotcoco and
 faster-coco-eval where they are installed, score the same results file, from reading it to the
 numbers, in turn and each in its own process; as in pycocotools, the area of a detection is that of
-its box. The numbers must be equal to the last digit. Seconds, CPU seconds (which depend less on the
-load of the machine) and memory are medians over --rounds; ``memory_gib`` is the peak of each
-process minus what it had after its imports, and ``cpu_ratio`` a program's CPU seconds over
-bigdet's.
+its box. With --boxes it has no masks. The numbers must be equal to the last digit. Seconds, CPU
+seconds (which depend less on the load of the machine) and memory are medians over --rounds;
+``memory_gib`` is the peak of each process minus what it had after its imports, and ``cpu_ratio`` a
+program's CPU seconds over bigdet's.
 
 With --classes, objects and detections are entirely synthetic: boxes only, many of a few classes and
 few of most. Only bigdet runs, and computes all that ``bigdet evaluate --analysis`` prints: for sets
@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orjson
@@ -44,7 +44,7 @@ from bigdet.data.format.manifest import Category
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.shard_writer import ShardWriter
 from bigdet.evaluation.coco_metrics import METRICS, measure
-from bigdet.evaluation.detections import Kind, load_results, read_detections
+from bigdet.evaluation.detections import RESULT_KEYS, Kind, load_results, read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.scoring import evaluate_detections
 
@@ -70,13 +70,14 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError("--peers: with --classes only bigdet runs. Leave one of them out.")
         with tempfile.TemporaryDirectory() as name:
             make_boxes(Path(name), arguments)
-            return in_a_process("boxes", Path(name))
+            return in_a_process("boxes", Path(name), ())
     source = ShardSet(config.data.val.shards, cache=config.data.cache)
     peers = chosen_peers(arguments.peers)
+    kinds = KINDS[:1] if arguments.boxes else KINDS
     with tempfile.TemporaryDirectory() as name:
-        make_inputs(source, Path(name), arguments)
+        make_inputs(source, Path(name), arguments, kinds)
         turns = [
-            {program: in_a_process(program, Path(name)) for program in ("bigdet", *peers)}
+            {program: in_a_process(program, Path(name), kinds) for program in ("bigdet", *peers)}
             for _ in range(arguments.rounds)
         ]
     numbers = turns[0]["bigdet"]["numbers"]
@@ -141,26 +142,41 @@ def blank_image() -> bytes:
     return file.getvalue()
 
 
-def make_inputs(source: ShardSet, folder: Path, arguments: argparse.Namespace) -> None:
+def make_inputs(
+    source: ShardSet, folder: Path, arguments: argparse.Namespace, kinds: Sequence[Kind]
+) -> None:
     """Write shards of blank images, their annotations as a COCO file, and synthetic results."""
+    left_out = {RESULT_KEYS[kind] for kind in KINDS} - {RESULT_KEYS[kind] for kind in kinds}
     random = np.random.default_rng(arguments.seed)
     records = [source.record(row) for row in range(len(source))]
     for record in records:
         record["annotations"] = [a for a in record["annotations"] if "segmentation" in a]
     pools: dict[int, list[dict[str, Any]]] = {}
-    results: list[dict[str, Any]] = []
     blank = blank_image()
-    with new_shards(folder, source.categories) as writer:
+    with (
+        new_shards(folder, source.categories) as writer,
+        (folder / "results.json").open("wb") as results,
+    ):
         for image_id in range(1, arguments.images + 1):
             number = int(random.integers(len(records)))
             writer.add(blank, {**records[number], "image_id": image_id})
             if number not in pools:
                 pools[number] = make_pool(records[number], records, source, random)
+                for result in pools[number]:
+                    for key in left_out:
+                        del result[key]
             chosen = random.choice(len(pools[number]), arguments.detections, replace=False)
-            results += [{"image_id": image_id, **pools[number][place]} for place in chosen]
+            made = [{"image_id": image_id, **pools[number][place]} for place in chosen]
+            add_results(results, made)
+        results.write(b"]")
     truth = coco_ground_truth(ShardSet(folder / "shards"))
     (folder / "truth.json").write_bytes(orjson.dumps(truth))
-    (folder / "results.json").write_bytes(orjson.dumps(results))
+
+
+def add_results(file: IO[bytes], results: list[dict[str, Any]]) -> None:
+    """Append results to a JSON list, whose end is still to be written."""
+    file.write(b"," if file.tell() else b"[")
+    file.write(orjson.dumps(results)[1:-1])
 
 
 def make_boxes(folder: Path, arguments: argparse.Namespace) -> None:
@@ -174,8 +190,7 @@ def make_boxes(folder: Path, arguments: argparse.Namespace) -> None:
         for image_id in range(1, arguments.images + 1):
             record, made = make_image(image_id, arguments.detections, commonness, random)
             writer.add(blank, record)
-            results.write(b"[" if image_id == 1 else b",")
-            results.write(orjson.dumps(made)[1:-1])
+            add_results(results, made)
         results.write(b"]")
 
 
@@ -273,51 +288,51 @@ def moved_mask(
     return rle
 
 
-def in_a_process(program: str, folder: Path) -> dict[str, Any]:
+def in_a_process(program: str, folder: Path, kinds: Sequence[Kind]) -> dict[str, Any]:
     """Run a program in a fresh process; return its numbers, seconds and peak memory in GiB."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_measure, program, folder).result()
+        return pool.submit(_measure, program, folder, kinds).result()
 
 
-def _measure(program: str, folder: Path) -> dict[str, Any]:
+def _measure(program: str, folder: Path, kinds: Sequence[Kind]) -> dict[str, Any]:
     own = {"bigdet": score_bigdet, "boxes": score_boxes}
     score = own[program] if program in own else peer_scorer(program)
     cpu = torch.device("cpu")
     before = start_memory(cpu)
     started, cpu_started = time.perf_counter(), time.process_time()
-    numbers = score(folder)
+    numbers = score(folder, kinds)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     found = {"numbers": numbers, "seconds": seconds, "cpu_seconds": cpu_seconds}
     return {**found, "memory_gib": (peak_memory(cpu) - before) / (1 << 30)}
 
 
-def score_bigdet(folder: Path) -> dict[str, Any]:
+def score_bigdet(folder: Path, kinds: Sequence[Kind]) -> dict[str, Any]:
     """Return our numbers."""
-    truth = read_ground_truth(ShardSet(folder / "shards"), with_masks=True, with_keypoints=False)
+    truth = read_ground_truth(ShardSet(folder / "shards"), "segm" in kinds, with_keypoints=False)
     results = load_results(folder / "results.json")
-    found = read_detections(results, truth, KINDS, one_area=True)
-    return {kind: measure(truth, found, kind).stats() for kind in KINDS}
+    found = read_detections(results, truth, kinds, one_area=True)
+    return {kind: measure(truth, found, kind).stats() for kind in kinds}
 
 
-def score_boxes(folder: Path) -> dict[str, Any]:
+def score_boxes(folder: Path, _kinds: Sequence[Kind] = ()) -> dict[str, Any]:
     """Return our numbers of boxes, after all else that an evaluation computes."""
     results = load_results(folder / "results.json")
     return dict(evaluate_detections(ShardSet(folder / "shards"), results, ["bbox"])["bbox"])
 
 
-def peer_scorer(name: str) -> Callable[[Path], dict[str, Any]]:
+def peer_scorer(name: str) -> Callable[[Path, Sequence[Kind]], dict[str, Any]]:
     """Import a program and return what scores with it."""
     coco, evaluator = (
         getattr(importlib.import_module(module), attribute) for module, attribute in PEERS[name]
     )
 
-    def score(folder: Path) -> dict[str, Any]:
+    def score(folder: Path, kinds: Sequence[Kind]) -> dict[str, Any]:
         numbers: dict[str, Any] = {}
         with contextlib.redirect_stdout(io.StringIO()):
             truth = coco(str(folder / "truth.json"))
             found = truth.loadRes(str(folder / "results.json"))
-            for kind in KINDS:
+            for kind in kinds:
                 evaluation = evaluator(truth, found, kind)
                 evaluation.evaluate()
                 evaluation.accumulate()

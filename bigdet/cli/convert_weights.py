@@ -17,8 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bigdet.cli.running import run_command
@@ -36,6 +34,7 @@ from bigdet.models.weights import (
     save_detector_weights,
     weights_metadata,
 )
+from bigdet.pieces import tensor_file
 from bigdet.weights.classes import carry_classes
 from bigdet.weights.tensor_files import read_tensors
 from bigdet.weights.torchvision_layout import from_torchvision, to_torchvision
@@ -126,13 +125,12 @@ def check_out(path: Path, suffixes: Sequence[str]) -> None:
 
 def write_state(path: Path, state: dict[str, Tensor]) -> None:
     """Write a ``state_dict`` in the format of the file's suffix."""
-    contiguous = {name: value.contiguous() for name, value in state.items()}
+    if path.suffix == ".safetensors":
+        tensor_file.write_state(path, state)
+        return
     try:
-        if path.suffix == ".safetensors":
-            save_file(contiguous, path)
-        else:
-            torch.save(contiguous, path)
-    except (SafetensorError, RuntimeError) as error:  # a full disk
+        torch.save({name: value.contiguous() for name, value in state.items()}, path)
+    except RuntimeError as error:  # a full disk
         path.unlink(missing_ok=True)
         problem = str(error).splitlines()[0]
         raise OSError(f"{path}: cannot be written: {problem}. Free some space.") from error

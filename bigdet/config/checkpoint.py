@@ -28,9 +28,12 @@ class CheckpointConfig:
     a file stays on the host that wrote it."""
     remote: str | None = None
     """An address such as ``s3://bucket/run`` (any that fsspec knows) to which finished checkpoints
-    are copied, for machines that lose their disks: if the run folder has no checkpoint as new,
-    ``resume: auto`` continues from there. One address for each run. None: no copies."""
-
+    are copied, for machines that lose their disks: if the run folder has no checkpoint as new, the
+    same command continues from there, also with the path of a checkpoint as ``resume``. Of several
+    hosts, each gets what it lacks. Training and saving do not wait for a copy: checkpoints that are
+    written meanwhile are not copied, and the one that is being copied stays. The end of a run waits
+    for the last one. One address for each run, in a sweep ADDRESS/NAME for the run NAME; other
+    files there stay. None: no copies."""
     with_frozen: bool = True
     """The ``model.safetensors`` at the top of the run folder has the frozen backbone of the last
     phase too, so that it is a detector by itself. False: it is left out, as of all checkpoints,
@@ -38,7 +41,10 @@ class CheckpointConfig:
 
 
 def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseConfig]) -> None:
-    """Check intervals, the address, and that the checkpoints to keep are steps of the run."""
+    """Check intervals, the address, and that the checkpoints to keep are steps of the run.
+
+    Phases whose length is not in steps yet may have any number of them.
+    """
     positive("checkpoint", checkpoint, "every", "keep", "keep_every")
     every, keep_every = checkpoint.every, checkpoint.keep_every
     is_multiple = keep_every is None or keep_every % every == 0
@@ -49,10 +55,11 @@ def check_checkpoint(checkpoint: CheckpointConfig, phases: Mapping[str, PhaseCon
     require(is_address, "checkpoint.remote", remote, "an address, such as s3://bucket/run")
     for name in checkpoint.at:
         phase, _, step = name.rpartition("-")
-        is_known = phase in phases and step.isdecimal()
+        is_known = phase in phases and step.isdecimal() and step == str(int(step)) != "0"
         steps = phases[phase].steps if is_known else None
-        if not is_known or int(step) < 1 or (steps is not None and int(step) > steps):
+        if not is_known or (steps is not None and int(step) > steps):
+            has = "" if steps is None else f" ({phase} has {steps})"
             raise ConfigError(
                 f"checkpoint.at: found {name}, expected PHASE-STEP, a phase of "
-                f"{', '.join(phases)} and one of its steps."
+                f"{', '.join(phases)} and one of its steps{has}, without leading zeros."
             )

@@ -42,7 +42,8 @@ class TrainSplitConfig:
     ``s3://``, ``gs://``, ``hf://``, ..., or a command ``pipe:ssh HOST cat /data/coco/{}``."""
     more_shards: list[str] = field(default_factory=list)
     """Folders or addresses of further sets to mix in. Categories with the same name are one class;
-    the others are appended to those of ``shards``."""
+    the others are appended to those of ``shards``. Where keypoints are learned, those of a class
+    are the same in all sets, in the same order."""
     weights: list[float] | None = None
     """How often a pass shows each image of each set, ``shards`` first: 1 is exactly once, 0.5 in
     every other pass. None: 1 for all."""
@@ -101,7 +102,8 @@ class CacheConfig:
     folder: str = "~/.cache/bigdet"
     """Folder of the cache; all processes and runs of a host may share it."""
     gib: float = 100.0
-    """Space for shards, GiB; the least recently used make room for others."""
+    """Space for shards, GiB; the least recently used make room for others. The sets that a phase
+    reads in random order (validation, and training unless ``windowed``) must fit together."""
 
 
 @dataclass(frozen=True, kw_only=True)

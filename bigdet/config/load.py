@@ -158,8 +158,9 @@ def _known_keys() -> frozenset[str]:
 def _repeated(layers: Sequence[Layer]) -> set[str]:
     """Return the keys that layers set to the values that they had anyway.
 
-    Keys set to null are left out (the option is off or not given), and so are options of a part
-    that a later layer replaces, so that one config may serve a sweep over optimizers or detectors.
+    Keys set to null are left out (the option is off or not given), and so are those that a later
+    layer sets back, and options of a part that a later layer replaces, so that one config may serve
+    a sweep over optimizers or detectors.
     """
     repeated: set[str] = set()
     for before, values, after in layers:
@@ -167,7 +168,8 @@ def _repeated(layers: Sequence[Layer]) -> set[str]:
         same = {key for key in keys if _value_at(after, key) is not None}
         same = {key for key in same if _value_at(before, key) in (None, _value_at(after, key))}
         changed = [key for key in keys if key not in same]
-        repeated = {key for key in repeated if not _is_chosen_anew(key, changed)} | same
+        kept = (key for key in repeated if key not in changed and not _is_chosen_anew(key, changed))
+        repeated = {*kept, *same}
     return repeated
 
 

@@ -62,7 +62,10 @@ class LogConfig:
 
 
 def check_log(log: LogConfig, phases: Mapping[str, PhaseConfig]) -> None:
-    """Check intervals, the steps to profile, and that a user's own boards can be imported."""
+    """Check intervals, the steps to profile, and that a user's own boards can be imported.
+
+    Phases whose length is not in steps yet may have any number of them.
+    """
     positive("log", log, "every", "stall_seconds")
     if log.profile is not None:
         first, last = log.profile.steps

@@ -51,7 +51,8 @@ class RunConfig:
     """Seed of everything: weights, order, augmentation, sampling."""
     resume: str = "auto"
     """``auto``: resume if the run folder has a checkpoint. ``never``: refuse a folder that has one.
-    Otherwise the path of a checkpoint to resume from."""
+    Otherwise the path of a checkpoint to resume from; once the run has gone on from there, the same
+    command resumes its newest one."""
     change_batch: bool = False
     """Let a resumed run continue with another ``images_per_step`` or ``images_per_gpu`` of its
     phase. ``lr`` follows by the linear rule (``reference_images_per_step`` must be set), ``steps``,
@@ -253,6 +254,9 @@ def ignored_options(config: RunConfig) -> Ignored:
     for name, phase in config.phases.items():
         yield from ignored_in_phase(f"phases.{name}", phase)
     frozen = [phase.freeze is not None for phase in config.phases.values()]
+    own = [phase.model.drop_path is not None for phase in config.phases.values()]
+    if all(map(any, zip(frozen, own, strict=True))):
+        yield "model.drop_path", "every phase has a frozen backbone or a drop_path of its own"
     if not any(frozen):
         yield "engine.shard_frozen", "no phase has freeze: backbone"
     if not (frozen and frozen[-1]):

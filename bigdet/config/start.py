@@ -50,9 +50,11 @@ class StartFromConfig:
     backbone from ``timm`` and files of other codebases (which for ``vgg16`` also have fc6 and fc7,
     of ``box_head``)."""
     pixels: Pixels | None = None
-    """For ``.pkl`` files, which do not record it: how images were given to the network. ``rgb``: as
-    in torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d); ``bgr_255``:
-    reversed and not divided by the deviation (MSRA's R-50 and R-101)."""
+    """For the file of a backbone from another codebase: how images were given to the network.
+    ``rgb``: as in torchvision and bigdet; ``bgr``: in reversed order (X-101-32x8d, X-152-32x8d);
+    ``bgr_255``: reversed and not divided by the deviation (MSRA's R-50 and R-101, mmdetection's
+    caffe models). Needed for ``.pkl`` files, and for files with detectron2's names that do not say
+    it. None: what the file says (its ``pixel_mean`` and ``pixel_std``), else ``rgb``."""
     ema: bool | None = None
     """For files with both plain weights and their moving average (EMA): true for the average, false
     for the plain ones. None: the plain ones, but the average for files of mmengine, which puts it
@@ -115,11 +117,17 @@ def check_start(
             f"the path of a run or a model.safetensors."
         )
     _check_parts(f"{key}.parts", start.parts, source, model)
-    if source.endswith(".pkl") != (start.pixels is not None):
+    if source.endswith(".pkl") and start.pixels is None:
         raise ConfigError(
-            f"{key}.pixels: found {start.pixels} with source {source}. It is for .pkl files, which "
-            f"do not say it: rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's R-50 and R-101 "
-            f"and what was trained from them)."
+            f"{key}.pixels: found none with source {source}. Such files do not say how images were "
+            f"given to the network: write rgb, bgr (X-101-32x8d, X-152-32x8d) or bgr_255 (MSRA's "
+            f"R-50 and R-101 and what was trained from them)."
+        )
+    is_file = is_foreign_file(source) or source.endswith(".safetensors")
+    if start.pixels is not None and not is_file:
+        raise ConfigError(
+            f"{key}.pixels: found {start.pixels} with source {source}. It is for a file of "
+            f"another codebase. Remove it."
         )
     if start.ema is not None and (source in ("random", "previous") or is_timm(source)):
         raise ConfigError(

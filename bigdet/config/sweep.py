@@ -1,7 +1,8 @@
 """Sweeps: a file that lists runs, each a config with overrides, and what follows from it.
 
 A run may fork from another one: it begins at a checkpoint of that run, so that what both share is
-trained only once (paper 1, figure 1: the 2x to 5x schedules are a 6x run that ends earlier).
+trained only once (paper 1, figure 1: the 2x to 5x schedules are a 6x run that ends earlier). Each
+run has its own folder below ``output``, and below ``checkpoint.remote`` where that is set.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ForkConfig:
     run: str = MISSING
     """Name of a run earlier in the list."""
     step: int = MISSING
-    """Step of the phase."""
+    """Step of the phase; in a run that is a fork too, not before it begins."""
     phase: str | None = None
     """Phase of the checkpoint. None: the only one."""
 
@@ -159,6 +160,7 @@ def _plan(
     if entry.fork is not None:
         trunk = _above("fork.run", entry.fork.run, seed, planned)
         checkpoint = _checkpoint(entry.fork, planned[trunk].config)
+        _check_reached(checkpoint, planned[trunk])
         overrides.append(f"resume={sweep.output}/{trunk}/checkpoints/{checkpoint}")
     after = trunk
     if entry.after is not None:
@@ -166,6 +168,9 @@ def _plan(
             raise ConfigError("after: a fork waits for the run in which it begins. Remove it.")
         after = _above("after", entry.after, seed, planned)
     config = load_config(config_file, overrides)
+    if (remote := config.checkpoint.remote) is not None:
+        overrides.append(f"checkpoint.remote={remote.rstrip('/')}/{name}")
+        config = load_config(config_file, overrides)
     return PlannedRun(name, group, config_file, overrides, config, trunk, after)
 
 
@@ -206,6 +211,23 @@ def _checkpoint(fork: ForkConfig, trunk: RunConfig) -> str:
             f"phase {phase} of {fork.run}."
         )
     return f"{phase}-{fork.step}"
+
+
+def _check_reached(checkpoint: str, trunk: PlannedRun) -> None:
+    """Refuse a checkpoint from before the one at which its run begins, if that is a fork too."""
+    if trunk.fork_of is None:
+        return
+    phases = list(trunk.config.phases)
+    first = Path(trunk.config.resume).name
+    places = [
+        (phases.index(phase), int(step))
+        for phase, _, step in (name.rpartition("-") for name in (checkpoint, first))
+    ]
+    if places[0] < places[1]:
+        raise ConfigError(
+            f"fork.step: found {checkpoint}, but {trunk.name} begins at {first} of "
+            f"{trunk.fork_of}. Fork from {trunk.fork_of}, or name a later step."
+        )
 
 
 def _name(group: str, seed: int | None) -> str:

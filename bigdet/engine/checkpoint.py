@@ -167,6 +167,8 @@ def newest_usable(checkpoints: Path, before: Path | None = None) -> Path | None:
 def adopt(folder: Path, checkpoints: Path) -> None:
     """Copy a checkpoint of another run in and make it the latest (rank 0 only).
 
+    It takes the place of a copy that an earlier start made, which was refused or killed then.
+
     Raises:
         ValueError: its weights or optimizer state are not finite. Whether it is damaged is for
             `load` to find.
@@ -185,8 +187,17 @@ def adopt(folder: Path, checkpoints: Path) -> None:
     (partial / ADOPTED_FILE).write_text(f"{folder}\n{number}\n", encoding="utf-8")
     for path in partial.iterdir():
         sync(path)
+    (checkpoints / "latest").unlink(missing_ok=True)
+    for file in checkpoints.glob(f"*/{ADOPTED_FILE}"):
+        if file.parent != partial:
+            keeping.delete(file.parent)
     put_in_place(partial, checkpoints / folder.name)
     keeping.mark_latest(checkpoints / folder.name)
+
+
+def is_copy(folder: Path) -> bool:
+    """Tell whether a checkpoint was copied from another run, and not written again since."""
+    return _is_adopted(folder, {"number": keeping.numbers(folder.parent).get(folder.name)})
 
 
 def _is_adopted(folder: Path, content: Mapping[str, Any]) -> bool:

@@ -87,7 +87,7 @@ def remove_leftovers(checkpoints: Path) -> None:
                 delete(folder)
         elif (folder / STATE_FILE).is_file():
             remove_unnamed(folder, named_files(folder), only_pieces=True)
-        elif all(_is_of_a_save(path.name) for path in folder.iterdir()):
+        elif all(is_of_a_save(path.name) for path in folder.iterdir()):
             delete(folder)  # what else has no state.json is not ours
 
 
@@ -108,11 +108,11 @@ def remove_unnamed(folder: Path, named: Collection[str], only_pieces: bool = Fal
         only_pieces: so does all but the pieces and index of another save.
     """
     for path in folder.iterdir():
-        if path.name not in (STATE_FILE, *named) and (_is_of_a_save(path.name) or not only_pieces):
+        if path.name not in (STATE_FILE, *named) and (is_of_a_save(path.name) or not only_pieces):
             delete(path)
 
 
-def _is_of_a_save(name: str) -> bool:
+def is_of_a_save(name: str) -> bool:
     """Tell whether a file of a checkpoint is, or was to become, a part of it."""
     return is_pieces(name) or is_index(name) or name.endswith(".tmp")
 

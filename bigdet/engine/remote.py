@@ -7,10 +7,11 @@ there by their path in the run folder. Ranks copy what they have written, all at
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from bigdet.engine import keeping
 from bigdet.engine.writing import Disks, Save
 from bigdet.host.files import put_in_place, write_text
 from bigdet.host.reading import RETRY_SECONDS
-from bigdet.pieces.index import STATE_FILE, index_file, pieces_file
+from bigdet.pieces.index import STATE_FILE, index_file, is_pieces, number_in, pieces_file
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,27 +71,39 @@ class Remote:
         """
         rank, others = distributed.rank(), range(1, distributed.world_size())
         notes = messages.Notes() if others else None
-        file = pieces_file(save.number, rank)
-        problem = ""
-        try:
-            if (save.folder / file).is_file():
-                self._put(save.folder / file, f"{save.folder.name}/{file}")
-        except (OSError, ValueError, ImportError) as error:
-            problem = f"{self.address}: {error!r}"
+        state = "" if rank else (save.folder / STATE_FILE).read_text(encoding="utf-8")
+        answer = self._copy_pieces(save)
         if notes is not None and rank:
-            notes.leave(f"{save.notes}/copied by {rank}", problem)
-        elif notes is not None:
-            told = [notes.take(f"{save.notes}/copied by {other}", must_end) for other in others]
-            problem = next(filter(None, (problem, *told)), "")
-        if problem:
+            notes.leave(f"{save.notes}/copied by {rank}", json.dumps(answer))
+        answers = [answer]
+        if notes is not None and not rank:
+            names = [f"{save.notes}/copied by {other}" for other in others]
+            answers += [json.loads(notes.take(name, must_end)) for name in names]
+        if problem := next(filter(None, (problem for _, problem in answers)), ""):
             raise OSError(problem)
         if rank == 0:
+            named = json.loads(state)["files"].keys()
+            if gone := set(filter(is_pieces, named)) - {name for name, _ in answers}:
+                raise OSError(f"{save.folder / min(gone)}: deleted before it was copied")
             for name, source in (needed or {}).items():
                 self._put_once(source, name)
-            for name in (index_file(save.number), STATE_FILE):
-                self._put(save.folder / name, f"{save.folder.name}/{name}")
-            self._put(save.folder.parent / "latest", "latest")
-            self._clean(save, is_kept)
+            index = index_file(save.number)
+            self._put(save.folder / index, f"{save.folder.name}/{index}")
+            # As they were at the start: the next save may have begun.
+            self._put_text(state, f"{save.folder.name}/{STATE_FILE}")
+            self._put_text(f"{save.folder.name}\n", "latest")
+            self._clean(save, named, is_kept)
+
+    def _copy_pieces(self, save: Save) -> tuple[str, str]:
+        """Copy what this rank wrote; return the name of the file, if any, and the problem."""
+        file = pieces_file(save.number, distributed.rank())
+        if not (save.folder / file).is_file():
+            return "", ""
+        try:
+            self._put(save.folder / file, f"{save.folder.name}/{file}")
+        except (OSError, ValueError, ImportError) as error:
+            return "", f"{self.address}: {error!r}"
+        return file, ""
 
     def newest(self) -> tuple[str, Mapping[str, Any]] | None:
         """Return the name and ``state.json`` of the newest complete checkpoint, None if none is."""
@@ -102,49 +115,110 @@ class Remote:
         return name, state
 
     def fetch(self, checkpoints: Path, disks: Disks) -> None:
-        """Copy the newest checkpoint to every disk that has none as new (collective).
+        """Copy the newest checkpoint to every disk that lacks it, unless rank 0 has a newer one.
 
-        The ranks of a disk share the work. The files are checked when they are loaded.
+        Where it is copied, it becomes the latest. Collective.
 
         Raises:
             SharedError: it cannot be copied.
         """
-        found, own = None, 0
+        name = None
+        with distributed.together():
+            if distributed.is_main() and (found := self.newest()) is not None:
+                numbers, number = keeping.numbers(checkpoints), found[1]["number"]
+                own = max(numbers.values(), default=0)
+                if own < number or own == number == numbers.get(found[0]):
+                    name = found[0]
+        name = distributed.broadcast_object(name)
+        if name is None:
+            return
+        is_new = self.fetch_one(name, checkpoints, disks)
+        with distributed.together():
+            if is_new and disks.is_owner:
+                keeping.mark_latest(checkpoints / name)
+
+    def fetch_one(self, name: str, checkpoints: Path, disks: Disks) -> bool:
+        """Copy a checkpoint to every disk that lacks it, if it is at the address (collective).
+
+        The ranks of a disk share the work. The files are checked when they are loaded.
+
+        Returns:
+            Whether it was copied to the disk of this rank.
+
+        Raises:
+            SharedError: it cannot be copied.
+        """
+        state: dict[str, Any] | None = None
         with distributed.together():
             if distributed.is_main():
-                found = self.newest()
-                own = max(keeping.numbers(checkpoints).values(), default=0)
-        found = distributed.broadcast_object(found)
-        if found is None or distributed.broadcast_object(own) >= found[1]["number"]:
-            return
-        name, state = found
-        logger.info(f"{self.address}/{name} is newer than what is here: copied to {checkpoints}")
+                with contextlib.suppress(FileNotFoundError):
+                    state = json.loads(self._read(f"{name}/{STATE_FILE}"))
+        state = distributed.broadcast_object(state)
+        if state is None:
+            return False
+        # A folder of this name and another number is of a save before the run went back.
+        lacks = keeping.numbers(checkpoints).get(name) != state["number"]
+        lacking = distributed.all_gather_objects(lacks)
+        if any(lacking):
+            hosts = {
+                host for host, is_lacking in zip(disks.hosts, lacking, strict=True) if is_lacking
+            }
+            logger.info(
+                f"{self.address}/{name} is copied to {checkpoints} of {', '.join(sorted(hosts))}"
+            )
         folder, sharing = checkpoints / name, disks.sharing
         with distributed.together():
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, file in enumerate(state["files"]):
+            for number, file in enumerate(state["files"] if lacks else ()):
                 if sharing[number % len(sharing)] == distributed.rank():
                     self.get(f"{name}/{file}", folder / file)
         with distributed.together():
-            if disks.is_owner:
+            if lacks and disks.is_owner:
                 write_text(folder / STATE_FILE, self._read(f"{name}/{STATE_FILE}"))
-                keeping.mark_latest(folder)
+                keeping.remove_unnamed(folder, state["files"])
+        return lacks
 
-    def _clean(self, save: Save, is_kept: Callable[[str], bool]) -> None:
-        """Delete what is not kept, and what earlier saves of this name have left."""
-        named = {STATE_FILE, *keeping.named_files(save.folder)}
-        files = self._files
-        for path in files.ls(self._path(""), detail=False):
-            name = path.rstrip("/").rsplit("/", 1)[-1]
+    def _clean(self, save: Save, named: Collection[str], is_kept: Callable[[str], bool]) -> None:
+        """Delete checkpoints that are not kept, and what earlier saves of this name have left.
+
+        Args:
+            save: that was copied; other ranks may be copying the next one of this name.
+            named: files of its ``state.json``.
+            is_kept: see `copy`.
+        """
+        for path, is_folder in self._entries(self._path("")):
+            name = _last(path)
             if name == save.folder.name:
-                for file in files.ls(path, detail=False):
-                    if file.rsplit("/", 1)[-1] not in named:
-                        files.rm(file)
-            elif "-" in name and not is_kept(name):
-                state = f"{path.rstrip('/')}/{STATE_FILE}"
-                if files.exists(state):  # first, so that no half a checkpoint looks complete
-                    files.rm(state)
-                files.rm(path, recursive=True)
+                for file, _ in self._entries(path):
+                    last = _last(file)
+                    is_old = keeping.is_of_a_save(last) and number_in(last) <= save.number
+                    if is_old and last not in named:
+                        self._files.rm(file)
+            elif is_folder and not is_kept(name):
+                self._delete(path, save.number)
+
+    def _delete(self, path: str, number: int) -> None:
+        """Delete a checkpoint, unless anything else is in its folder or it is a later one.
+
+        Args:
+            path: of its folder.
+            number: of this run's newest checkpoint.
+        """
+        files, inside, state = self._files, self._entries(path), f"{path}/{STATE_FILE}"
+        ours = [keeping.is_of_a_save(_last(file)) or file == state for file, _ in inside]
+        if not all(ours) or any(is_folder for _, is_folder in inside):
+            return
+        if (state, False) in inside:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill
+                if json.loads(files.cat_file(state))["number"] > number:
+                    return
+            files.rm(state)  # first, so that no half a checkpoint looks complete
+        if files.exists(path):  # an object store has no empty folders
+            files.rm(path, recursive=True)
+
+    def _entries(self, path: str) -> list[tuple[str, bool]]:
+        """List a folder: the path of each entry, and whether it is a folder."""
+        found = self._files.ls(path, detail=True)
+        return [(entry["name"].rstrip("/"), entry["type"] == "directory") for entry in found]
 
     def _put_once(self, source: Path, name: str) -> None:
         files, path = self._files, self._path(name)
@@ -158,6 +232,9 @@ class Remote:
             files.put_file(str(source), path)
 
         self._patiently(put, name)
+
+    def _put_text(self, text: str, name: str) -> None:
+        self._patiently(lambda: self._files.pipe_file(self._path(name), text.encode()), name)
 
     def get(self, name: str, file: Path) -> None:
         """Copy a file from the address.
@@ -204,3 +281,8 @@ class Remote:
     def _path(self, name: str) -> str:
         root: str = fsspec.core.url_to_fs(self.address)[1]
         return f"{root.rstrip('/')}/{name}".rstrip("/")
+
+
+def _last(path: str) -> str:
+    """Return the last part of a path at the address."""
+    return path.rsplit("/", 1)[-1]

@@ -2,14 +2,16 @@
 
 Each rank writes its pieces and reports them to rank 0, which writes the index and, when all of it
 is on the disk, ``state.json``: a save that any rank did not finish leaves the checkpoints before
-it as they were. Where hosts share no disk, the first rank of each host that does not see the disk
-of rank 0 writes the same index and ``state.json`` there, next to the pieces of its host.
+it as they were. Where hosts share no disk, the first rank of each other disk writes the same index
+and ``state.json`` there, next to the pieces of its host: rank 0 completes the checkpoint once all
+of it is on all disks, and only then do the others give their ``state.json`` its name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -22,10 +24,14 @@ from typing import Any
 from bigdet import distributed, messages
 from bigdet.engine import keeping
 from bigdet.engine.parts import Share
-from bigdet.host.files import write_text
+from bigdet.host.files import put_in_place, sync, write_text
 from bigdet.host.strict_json import to_json
 from bigdet.pieces.index import STATE_FILE, Index, Place, index_file, key_in, pieces_file
 from bigdet.pieces.tensor_file import Spec, write_tensors
+
+logger = logging.getLogger(__name__)
+
+UNNAMED = f"{STATE_FILE}.tmp"
 
 Report = dict[str, Any]
 """What a rank reports of its file to rank 0: ``file``, ``bytes``, ``sha256`` and ``pieces`` (kind,
@@ -58,23 +64,52 @@ class Disks:
 
 def find_disks(checkpoints: Path) -> Disks:
     """Find out which ranks see the same folder of checkpoints (collective)."""
-    probe = ""
+    rank = distributed.rank()
+    begin = distributed.broadcast_object(f".seen-{os.getpid()}-{time.time_ns()}")
+    probe = checkpoints / f"{begin}-{rank}"
+
+    def leave_probe() -> None:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+
+    with distributed.together():
+        if rank == 0:
+            leave_probe()
+    owner = 0
+    with distributed.together():
+        if not (checkpoints / f"{begin}-0").exists():
+            owner = rank
+            leave_probe()
+    if owner:  # names of hosts may be alike, and two hosts may share a disk that rank 0 lacks
+        owner = min(int(path.name.rsplit("-", 1)[1]) for path in checkpoints.glob(f"{begin}-*"))
+    found = distributed.all_gather_objects((owner, socket.gethostname()))
+    probe.unlink(missing_ok=True)
+    return Disks([owner for owner, _ in found], [host for _, host in found])
+
+
+def align(checkpoints: Path, disks: Disks) -> None:
+    """Complete on the other disks what is complete on that of rank 0 (collective).
+
+    A process that was killed may not have given its ``state.json`` its name. Without it, the files
+    of a checkpoint that the run continues from would count as leftovers.
+    """
+    if set(disks.owners) == {0}:
+        return
+    states = {}
     with distributed.together():
         if distributed.is_main():
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = f".seen-{os.getpid()}-{time.time_ns()}"
-            (checkpoints / probe).touch()
-    probe = distributed.broadcast_object(probe)
-    found = distributed.all_gather_objects((socket.gethostname(), (checkpoints / probe).exists()))
-    if distributed.is_main():
-        (checkpoints / probe).unlink()
-    first: dict[str, int] = {}
-    for rank, (host, is_seen) in enumerate(found):
-        if not is_seen:
-            first.setdefault(host, rank)
-    return Disks(
-        [0 if is_seen else first[host] for host, is_seen in found], [host for host, _ in found]
-    )
+            for name, number in keeping.numbers(checkpoints).items():
+                if number:
+                    states[name] = (checkpoints / name / STATE_FILE).read_text(encoding="utf-8")
+    states = distributed.broadcast_object(states)
+    with distributed.together():
+        if disks.is_owner and not distributed.is_main():
+            own = keeping.numbers(checkpoints)
+            for name, text in states.items():
+                content = json.loads(text)
+                is_here = any((checkpoints / name / file).is_file() for file in content["files"])
+                if is_here and own.get(name) != content["number"]:
+                    write_text(checkpoints / name / STATE_FILE, text)
 
 
 @dataclass(frozen=True)
@@ -121,38 +156,81 @@ def write(save: Save, share: Share, must_end: Callable[[], bool] = lambda: False
     Raises:
         ValueError: it cannot be written, by rank 0 or (on rank 0) by another one; earlier
             checkpoints are untouched.
-        RuntimeError: the other ranks are not heard of.
+        DistError: the other ranks are not heard of.
     """
-    rank, others = distributed.rank(), range(1, distributed.world_size())
-    notes = messages.Notes() if others else None
+    post = _Post(save, must_end)
     report = _explained(save, lambda: _write_pieces(save, share))
-    if notes is None or rank == 0:
-        reports = [report]
-        if notes is not None:
-            reports += [json.loads(notes.take(f"{save.notes}/from {k}", must_end)) for k in others]
-        verdict = _explained(save, lambda: _complete(save, share, reports))
-        for owner in set(save.disks.owners) - {0}:
-            assert notes is not None
-            notes.leave(f"{save.notes}/to {owner}", json.dumps(verdict))
+    if distributed.is_main():
+        result = _complete(save, share, report, post)
     else:
-        notes.leave(f"{save.notes}/from {rank}", json.dumps(report))
-        verdict = report
-        if save.disks.is_owner:
-            verdict = json.loads(notes.take(f"{save.notes}/to {rank}", must_end))
-            _explained(save, lambda: _finish(save, verdict))
-    if "problem" in verdict:
-        if save.disks.is_owner:
-            _discard(save)
-        raise ValueError(verdict["problem"])
+        post.send(f"from {distributed.rank()}", report)
+        result = _follow(save, post) if save.disks.is_owner else report
+    if "problem" in result:
+        raise ValueError(result["problem"])
+
+
+@dataclass(frozen=True)
+class _Post:
+    """Reports between rank 0 and the others."""
+
+    save: Save
+    must_end: Callable[[], bool]
+
+    def send(self, name: str, report: Report) -> None:
+        messages.Notes().leave(f"{self.save.notes}/{name}", json.dumps(report))
+
+    def get(self, *names: str) -> list[Report]:
+        notes = messages.Notes() if names else None
+        paths = [f"{self.save.notes}/{name}" for name in names]
+        return [json.loads(notes.take(path, self.must_end)) for path in paths if notes is not None]
+
+
+def _complete(save: Save, share: Share, report: Report, post: _Post) -> Report:
+    """Complete a checkpoint once it is on all disks (rank 0)."""
+    others = range(1, distributed.world_size())
+    owners = sorted(set(save.disks.owners) - {0})
+    reports = [report, *post.get(*(f"from {rank}" for rank in others))]
+    plan = _explained(save, lambda: _put_together(save, share, reports))
+    for owner in owners:
+        post.send(f"to {owner}", plan)
+    if "problem" not in plan:
+        prepared = [
+            _explained(save, lambda: _prepare(save, plan)),
+            *post.get(*(f"ready {owner}" for owner in owners)),
+        ]
+        failed = [report for report in prepared if "problem" in report]
+        outcome = failed[0] if failed else _explained(save, lambda: _name(save, plan))
+        for owner in owners:
+            post.send(f"end {owner}", outcome)
+        if "problem" not in outcome:
+            return _explained(save, lambda: _tidy(save, plan))
+        plan = outcome
+    _discard(save)
+    return plan
+
+
+def _follow(save: Save, post: _Post) -> Report:
+    """Do the same on another disk: all that may fail before rank 0 completes the checkpoint."""
+    rank = distributed.rank()
+    (plan,) = post.get(f"to {rank}")
+    if "problem" not in plan:
+        post.send(f"ready {rank}", _explained(save, lambda: _prepare(save, plan)))
+        (outcome,) = post.get(f"end {rank}")
+        if "problem" not in outcome:
+            report = _explained(save, lambda: _name(save, plan))
+            return report or _explained(save, lambda: _tidy(save, plan))
+        plan = outcome
+    _discard(save)
+    return plan
 
 
 def _explained(save: Save, work: Callable[[], Report | None]) -> Report:
-    """Do a part of a save; what fails becomes a report."""
+    """Do a part of a save; what fails becomes a report, for which other ranks wait."""
     try:
         return work() or {}
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError):
-            return {"problem": str(error)}
+    except ValueError as error:
+        return {"problem": str(error)}
+    except OSError as error:
         free_gib = shutil.disk_usage(_existing(save.folder)).free / 2**30
         host = f" (rank {distributed.rank()} on {socket.gethostname()})"
         return {
@@ -160,6 +238,9 @@ def _explained(save: Save, work: Callable[[], Report | None]) -> Report:
             f"are free{host if distributed.world_size() > 1 else ''}. Earlier checkpoints are "
             f"untouched; make room."
         }
+    except Exception as error:
+        logger.exception("%s: the checkpoint is not written", save.folder)
+        return {"problem": f"{save.folder}: cannot write the checkpoint: {error!r}."}
 
 
 def _write_pieces(save: Save, share: Share) -> Report:
@@ -178,8 +259,8 @@ def _write_pieces(save: Save, share: Share) -> Report:
     return {"file": file, "bytes": path.stat().st_size, "sha256": digest, "pieces": listed}
 
 
-def _complete(save: Save, share: Share, reports: Sequence[Report]) -> Report:
-    """Put the checkpoint together from what all ranks reported, and finish it (rank 0)."""
+def _put_together(save: Save, share: Share, reports: Sequence[Report]) -> Report:
+    """Make index and ``state.json`` of what all ranks reported (rank 0)."""
     for report in reports:
         if "problem" in report:
             raise ValueError(report["problem"])
@@ -203,23 +284,29 @@ def _complete(save: Save, share: Share, reports: Sequence[Report]) -> Report:
     }  # fmt: skip
     content = json.loads(to_json(content))
     content["sha256"] = hash_of_json(content)
-    verdict = {"index": index, "state": to_json(content, indent=1), "files": list(files)}
-    _finish(save, verdict)
-    return verdict
+    return {"index": index, "state": to_json(content, indent=1), "files": list(files)}
 
 
-def _finish(save: Save, verdict: Report) -> None:
-    """Write the index and, last, ``state.json``; what the folder had before goes."""
-    if "problem" in verdict:
-        return
+def _prepare(save: Save, plan: Report) -> None:
+    """Write the index and, under another name, ``state.json``."""
     save.folder.mkdir(parents=True, exist_ok=True)
-    write_text(save.folder / index_file(save.number), verdict["index"])
+    write_text(save.folder / index_file(save.number), plan["index"])
+    (save.folder / UNNAMED).write_text(plan["state"], encoding="utf-8")
+    sync(save.folder / UNNAMED)
+
+
+def _name(save: Save, plan: Report) -> None:
+    """Give ``state.json`` its name: from now on the checkpoint is complete."""
     if (save.folder / STATE_FILE).is_file():  # what was made of the old pieces, if anything was
-        named = [*keeping.named_files(save.folder), *verdict["files"]]
+        named = [*keeping.named_files(save.folder), *plan["files"], UNNAMED]
         keeping.remove_unnamed(save.folder, named)
-    write_text(save.folder / STATE_FILE, verdict["state"])
+    put_in_place(save.folder / UNNAMED, save.folder / STATE_FILE)
+
+
+def _tidy(save: Save, plan: Report) -> None:
+    """Let ``latest`` name the checkpoint; what the folder had before goes."""
     keeping.mark_latest(save.folder)
-    keeping.remove_unnamed(save.folder, verdict["files"])
+    keeping.remove_unnamed(save.folder, plan["files"])
 
 
 def _discard(save: Save) -> None:

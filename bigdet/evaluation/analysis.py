@@ -31,7 +31,14 @@ from numpy.typing import NDArray
 
 from bigdet.config.evaluation import MAX_DETECTIONS
 from bigdet.data.format.manifest import unique_names
-from bigdet.evaluation.coco_metrics import THRESHOLDS, Measured, mean_of_defined, never_counts
+from bigdet.evaluation.coco_metrics import (
+    THRESHOLDS,
+    Measured,
+    mean_of_defined,
+    measure,
+    never_counts,
+    rules_of,
+)
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.error_types import (
     TYPES,
@@ -50,19 +57,22 @@ CONFUSION_SCORE = 0.3
 Analysis = dict[str, Any]
 
 
-def analyze(truth: GroundTruth, found: DetectionTable, kind: Kind, measured: Measured) -> Analysis:
-    """Return the numbers in this module's docstring for one kind.
+def analyze(
+    truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
+) -> tuple[Measured, Analysis]:
+    """Return precision and recall of one kind, and the numbers in this module's docstring.
 
     Args:
         truth: the objects.
         found: the detections.
         kind: boxes, masks or keypoints.
-        measured: precision and recall of that kind.
+        max_detections: see ``coco_metrics.rules_of``.
     """
-    limit = max(MAX_DETECTIONS, measured.rules.limits[-1])
-    cover = find_cover(truth, found, kind, limit)
+    limit = rules_of(truth, kind, max_detections).limits[-1]
+    cover = find_cover(truth, found, kind, max(MAX_DETECTIONS, limit))
+    measured = measure(truth, found, kind, max_detections, cover.same_class)
     errors = find_errors(truth, cover, kind)
-    return {
+    return measured, {
         "by_iou": {
             f"{threshold:.2f}": mean_of_defined(precision[..., 0])
             for threshold, precision in zip(THRESHOLDS, measured.precision, strict=True)

@@ -22,8 +22,9 @@ from bigdet.evaluation.accumulation import Matched, accumulate
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.federated import LVIS_DETECTIONS
 from bigdet.evaluation.ground_truth import GroundTruth
-from bigdet.evaluation.matching import Pairs, area_bits, match
+from bigdet.evaluation.matching import NOTHING, Pairs, area_bits, joined, match
 from bigdet.evaluation.overlaps import detection_areas, overlaps, pair_up
+from bigdet.evaluation.sorting import lexsort
 
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 """Names of the numbers and their indices in ``COCOeval.stats``, for 100 detections."""
@@ -207,7 +208,11 @@ def category_ids(shards: ShardSet) -> list[int]:
 
 
 def measure(
-    truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
+    truth: GroundTruth,
+    found: DetectionTable,
+    kind: Kind,
+    max_detections: int = MAX_DETECTIONS,
+    known: Pairs | None = None,
 ) -> Measured:
     """Measure precision and recall of one kind, for each class.
 
@@ -216,18 +221,22 @@ def measure(
         found: detections of any of its images.
         kind: boxes, masks or keypoints.
         max_detections: see ``rules_of``.
+        known: all pairs of one class that overlap by 0.5 or more, if they were computed before.
     """
     rules = rules_of(truth, kind, max_detections)
-    is_measured = [kind != "keypoints" or bool(c.keypoints) for c in truth.categories]
-    labels = [k for k, is_one in enumerate(is_measured) if is_one]
-    # Means are sums in this order, as in pycocotools.
-    labels.sort(key=lambda k: truth.categories[k].id)
-    parts = labels_in(truth, found, labels)
-    rows, classes, ranks = _best(truth, found, [mine for mine, _ in parts], rules.limits[-1])
-    objects, object_classes = _joined([others for _, others in parts])
+    labels = _measured_labels(truth, kind)
+    class_of = np.full(len(truth.categories), -1)
+    class_of[labels] = np.arange(len(labels))
+    rows, classes, ranks = _best(truth, found, class_of, rules.limits[-1])
+    objects = np.argsort(class_of[truth.labels], kind="stable")
+    objects = objects[np.count_nonzero(class_of[truth.labels] < 0) :]
+    object_classes = class_of[truth.labels[objects]]
     groups = classes * len(truth.image_ids) + found.images[rows]
     object_groups = object_classes * len(truth.image_ids) + truth.images[objects]
-    pairs = _near_pairs(truth, found, kind, (rows, groups), (objects, object_groups))
+    if known is None:
+        pairs = _near_pairs(truth, found, kind, (rows, groups), (objects, object_groups))
+    else:
+        pairs = _renumbered(known, rows, objects, (len(found), len(truth.labels)))
     ranges = np.array(rules.areas)[:, :, None]  # (A, 2, 1)
     is_ignored = never_counts(truth, kind)[objects] | _is_outside(truth.areas[objects], ranges)
     is_crowd = truth.is_crowd[objects] | (kind == "segm" and ~truth.has_mask[objects])
@@ -245,32 +254,38 @@ def measure(
     return Measured(rules, labels, *accumulate(matched, counts, len(THRESHOLDS), rules.limits))
 
 
+def _measured_labels(truth: GroundTruth, kind: Kind) -> list[int]:
+    """Return the labels by category id: means are sums in this order, as in pycocotools."""
+    labels = list(range(len(truth.categories)))
+    if kind == "keypoints":
+        labels = [label for label in labels if truth.categories[label].keypoints]
+    return sorted(labels, key=lambda label: truth.categories[label].id)
+
+
 def _best(
-    truth: GroundTruth, found: DetectionTable, of_classes: Sequence[Index], limit: int
+    truth: GroundTruth, found: DetectionTable, class_of: Index, limit: int
 ) -> tuple[Index, Index, Index]:
     """Return the rows of the detections that count, their classes, and their ranks.
+
+    They are in the order of the classes, then of the images; within an image the best first.
 
     Args:
         truth: all objects.
         found: all detections.
-        of_classes: the rows of each class, by image, within an image the best first.
+        class_of: ``(K,)`` class of each label in ``0..K-1``, -1 for one that is not measured.
         limit: how many count per class and image; the first one has rank 0.
     """
-    rows, classes = _joined(of_classes)
+    is_used = class_of[found.labels] >= 0
     if truth.verified is not None:
-        counts = truth.verified.counted(found.images, found.labels, found.scores)[rows]
-        rows, classes = rows[counts], classes[counts]
-    groups = classes * len(truth.image_ids) + found.images[rows]
-    ranks = np.arange(len(rows)) - np.searchsorted(groups, groups)
+        is_used &= truth.verified.counted(found.images, found.labels, found.scores)
+    rows = np.flatnonzero(is_used)
+    groups = class_of[found.labels[rows]] * len(truth.image_ids) + found.images[rows]
+    order = lexsort(-found.scores[rows], groups)
+    rows, groups = rows[order], groups[order]
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    ranks = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
     kept = ranks < limit
-    return rows[kept], classes[kept], ranks[kept]
-
-
-def _joined(parts: Sequence[Index]) -> tuple[Index, Index]:
-    """Return the indices of all classes in one array, and the class of each."""
-    lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    every = np.concatenate([np.zeros(0, np.int64), *parts])
-    return every, np.repeat(np.arange(len(parts)), lengths)
+    return rows[kept], class_of[found.labels[rows[kept]]], ranks[kept]
 
 
 def _near_pairs(
@@ -296,28 +311,16 @@ def _near_pairs(
         iou = overlaps(kind, truth, found, rows[mine], objects[0][others], THRESHOLDS[0])
         near = iou >= THRESHOLDS[0]
         parts.append((mine[near] + first, others[near], iou[near]))
-    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return joined(parts)
 
 
-def labels_in(
-    truth: GroundTruth, found: DetectionTable, labels: Sequence[int]
-) -> list[tuple[Index, Index]]:
-    """Return the detections and the objects of each label.
-
-    Both in the order of images; within an image the best detections first, and of equal scores the
-    earlier ones.
-    """
-    by_image = np.lexsort((-found.scores, found.images))
-    rows = _by_label(found.labels[by_image], labels)
-    objects = _by_label(truth.labels, labels)
-    return [(by_image[mine], others) for mine, others in zip(rows, objects, strict=True)]
-
-
-def _by_label(values: Index, labels: Sequence[int]) -> list[Index]:
-    """Return the indices of each label in ``values``, rising."""
-    order = np.argsort(values, kind="stable")
-    bounds = np.searchsorted(values[order], [[label, label + 1] for label in labels])
-    return [order[first:end] for first, end in bounds.reshape(-1, 2).tolist()]
+def _renumbered(known: Pairs, rows: Index, objects: Index, sizes: tuple[int, int]) -> Pairs:
+    """Return pairs of these rows of the two tables, which have ``sizes`` rows, by their places."""
+    mine, others = (np.full(size, NOTHING) for size in sizes)
+    mine[rows], others[objects] = np.arange(len(rows)), np.arange(len(objects))
+    pairs = Pairs(mine[known.detections], others[known.objects], known.overlaps)
+    order = lexsort(pairs.objects, pairs.detections)
+    return pairs.only(order[(pairs.detections[order] >= 0) & (pairs.objects[order] >= 0)])
 
 
 def never_counts(truth: GroundTruth, kind: Kind) -> NDArray[np.bool_]:

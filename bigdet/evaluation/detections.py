@@ -16,6 +16,7 @@ import gc
 import itertools
 import json
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ RESULT_KEYS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation", "keypoin
 
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 CHUNK = 4096  # results converted to arrays at once
-PART_BYTES = 1 << 21  # bytes of a file of results parsed at once
+PART_BYTES = 1 << 18  # bytes of a file of results parsed at once: their objects fit into a cache
 _BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
+_PYTHON_TYPES: dict[type, type] = {np.int64: int, np.float64: float}
+_TAIL_BYTES = 1 << 14  # where the end of the last object but one is searched first
 
 
 class ResultsError(ValueError):
@@ -90,6 +93,10 @@ def without_collector() -> Iterator[None]:
 
 def load_results(file: Path) -> Iterator[Result]:
     """Yield the detections of a COCO results file; only a part is in memory at a time."""
+    return itertools.chain.from_iterable(_lists(file))  # no step of Python for each
+
+
+def _lists(file: Path) -> Iterator[list[Result]]:
     try:
         with file.open("rb") as opened:
             for part in _parts(opened):
@@ -99,7 +106,7 @@ def load_results(file: Path) -> Iterator[Result]:
                         f"each with image_id, category_id, score and bbox, segmentation or "
                         f"keypoints."
                     )
-                yield from part
+                yield part
     except FileNotFoundError as error:
         raise ResultsError(f"{file}: there is no such results file.") from error
     except orjson.JSONDecodeError as error:
@@ -117,7 +124,8 @@ def _parts(opened: IO[bytes]) -> Iterator[Any]:
     text = b""
     while more := opened.read(max(PART_BYTES, len(text))):
         text += more
-        for cut in collections.deque(_BETWEEN_OBJECTS.finditer(text), maxlen=1):
+        tail = max(len(text) - _TAIL_BYTES, 0)
+        for cut in _last_cut(text, tail) or _last_cut(text, 0):
             try:  # if valid, the cut was not inside a string or an inner list
                 part = orjson.loads(text[: cut.start() + 1] + b"]")
             except orjson.JSONDecodeError:
@@ -125,6 +133,10 @@ def _parts(opened: IO[bytes]) -> Iterator[Any]:
             yield part
             text = b"[" + text[cut.end() - 1 :]
     yield orjson.loads(text)
+
+
+def _last_cut(text: bytes, first: int) -> collections.deque[re.Match[bytes]]:
+    return collections.deque(_BETWEEN_OBJECTS.finditer(text, first), maxlen=1)
 
 
 def read_detections(
@@ -204,24 +216,24 @@ class _Reader:
     def _read(self, chunk: Sequence[Result]) -> DetectionTable:
         """Return the table; one of ``_UNREADABLE`` if a detection is wrong."""
         count = len(chunk)
-        ids, labels = _integers([r["image_id"] for r in chunk]), self._labels(chunk)
+        ids, labels = _integers(_column(chunk, "image_id")), self._labels(chunk)
         known = self._truth.image_ids
         images = np.searchsorted(known, ids)
         if count and (images.max() == len(known) or (known[images] != ids).any()):
             raise ValueError("unknown image")
-        scores = _numbers([r["score"] for r in chunk], (count,))
+        scores = _numbers(_column(chunk, "score"), (count,))
         boxes, keypoints = np.zeros((0, 4)), np.zeros((0, self._num_points, 3))
         masks: list[bytes] = []
         areas = np.zeros(0)
         if "bbox" in self._kinds:
             if self._boxes_masks:
                 chunk = [self._boxed(r, n) for r, n in zip(chunk, images.tolist(), strict=True)]
-            boxes = _numbers([r["bbox"] for r in chunk], (count, 4))
+            boxes = _numbers(_column(chunk, "bbox"), (count, 4))
             if (boxes[:, 2:] < 0).any():
                 raise ValueError("negative size")
         if "keypoints" in self._kinds:
             shape = (count, 3 * self._num_points)
-            points = _numbers([r["keypoints"] for r in chunk], shape)
+            points = _numbers(_column(chunk, "keypoints"), shape)
             keypoints = points.reshape(count, self._num_points, 3)
         if "segm" in self._kinds or self._area_kind == "segm":
             sizes = self._truth.sizes[images].tolist()
@@ -251,7 +263,7 @@ class _Reader:
         return ""
 
     def _labels(self, chunk: Sequence[Result]) -> NDArray[np.int64]:
-        ids = _integers([r["category_id"] for r in chunk])
+        ids = _integers(_column(chunk, "category_id"))
         places = np.searchsorted(self._ids, ids, sorter=self._by_id)
         labels: NDArray[np.int64] = self._by_id[np.minimum(places, len(self._ids) - 1)]
         if (self._ids[labels] != ids).any():
@@ -345,20 +357,33 @@ def _outline(result: Result) -> Any:
     return [[x, y, x, bottom, right, bottom, right, y]]
 
 
+def _column(chunk: Sequence[Result], key: str) -> list[Any]:
+    return list(map(operator.itemgetter(key), chunk))
+
+
 def _integers(values: list[Any]) -> NDArray[np.int64]:
     """Return whole numbers as an array; 1.0 is one, true and "1" are errors."""
-    array = np.array(values)
-    if array.size and (array.dtype.kind not in "if" or array.ndim != 1 or _has_bool(values)):
-        raise TypeError("not whole numbers")
-    whole = array.astype(np.int64)
+    array = _array(values, np.int64)
+    whole = array.astype(np.int64, copy=False)
     if (whole != array).any():
         raise TypeError("not whole numbers")
     return whole
 
 
-def _has_bool(values: Iterable[Any]) -> bool:
-    """Return whether there are booleans, which numpy converts to numbers."""
-    return not {bool, np.bool_}.isdisjoint(map(type, values))
+def _array(values: list[Any], usual: type[np.int64 | np.float64]) -> NDArray[Any]:
+    """Return numbers as an array; numpy alone would also convert strings and booleans.
+
+    Args:
+        values: numbers.
+        usual: the type that all of them have; others take more time.
+    """
+    types = set(map(type, values))
+    if types <= {_PYTHON_TYPES[usual]}:  # numpy need not find out the type: twice as fast
+        return np.array(values, dtype=usual)
+    array = np.array(values)
+    if array.dtype.kind not in "if" or array.ndim != 1 or not types.isdisjoint({bool, np.bool_}):
+        raise TypeError("not numbers")
+    return array
 
 
 def _is_whole(value: Any) -> bool:
@@ -366,16 +391,15 @@ def _is_whole(value: Any) -> bool:
 
 
 def _numbers(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Return finite numbers as an array; numpy alone would also convert strings."""
+    """Return finite numbers as an array."""
     if len(shape) == 2:
         if any(length != shape[1] for length in set(map(len, values))):
             raise TypeError("not as many numbers")
         values = list(itertools.chain.from_iterable(values))
-    array = np.array(values, dtype=None if values else np.float64)
-    is_number = array.ndim == 1 and array.dtype.kind in "if" and not _has_bool(values)
-    if not is_number or not np.isfinite(array).all():
+    array = _array(values, np.float64).astype(np.float64, copy=False)
+    if not np.isfinite(array).all():
         raise TypeError("not finite numbers")
-    return array.astype(np.float64).reshape(shape)
+    return array.reshape(shape)
 
 
 def _are_numbers(values: Any, count: int) -> bool:

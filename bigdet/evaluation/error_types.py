@@ -31,8 +31,9 @@ from bigdet.evaluation.accumulation import first_places, precision_at_recalls
 from bigdet.evaluation.coco_metrics import Index, Numbers, never_counts
 from bigdet.evaluation.detections import DetectionTable, Kind
 from bigdet.evaluation.ground_truth import GroundTruth
-from bigdet.evaluation.matching import NOTHING, Pairs, match
+from bigdet.evaluation.matching import NOTHING, Pairs, joined, match
 from bigdet.evaluation.overlaps import overlaps, pair_up
+from bigdet.evaluation.sorting import lexsort
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
 TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
@@ -52,6 +53,8 @@ class Cover:
         labels: ``(N,)``.
         scores: ``(N,)``.
         pairs: overlaps of 0.1 or more with objects of any class that count.
+        same_class: all overlaps of 0.5 or more with objects of the same class, numbered by the rows
+            of the two tables; None if some detections of the table are not among the best.
         in_crowd: ``(N,)`` more than half of the detection is in an ignored region of its class, or
             not all objects of its class are annotated on the image.
     """
@@ -61,6 +64,7 @@ class Cover:
     labels: Index
     scores: Numbers
     pairs: Pairs
+    same_class: Pairs | None
     in_crowd: Flags
 
 
@@ -68,7 +72,7 @@ def find_cover(
     truth: GroundTruth, found: DetectionTable, kind: Kind, max_detections: int = MAX_DETECTIONS
 ) -> Cover:
     """Return the best detections of each image and their overlaps with objects of all classes."""
-    rows = np.lexsort((-found.scores, found.images))
+    rows = lexsort(-found.scores, found.images)
     images = found.images[rows]
     kept = np.arange(len(rows)) - np.searchsorted(images, images) < max_detections
     if truth.verified is not None:
@@ -76,7 +80,7 @@ def find_cover(
     rows, images = rows[kept], images[kept]
     is_ignored = never_counts(truth, kind)
     in_crowd = np.zeros(len(rows), dtype=np.bool_)
-    parts = []
+    parts, of_same = [], []
     for first in range(0, len(truth.image_ids), IMAGES_AT_ONCE):
         start, end = np.searchsorted(images, [first, first + IMAGES_AT_ONCE])
         detections, objects = pair_up(images[start:end], truth.images)
@@ -85,13 +89,14 @@ def find_cover(
         of_crowd = is_ignored[objects]
         is_same = found.labels[rows[detections]] == truth.labels[objects]
         in_crowd[detections[of_crowd & is_same & (iou > FOREGROUND_IOU)]] = True
+        same = is_same & (iou >= FOREGROUND_IOU)
+        of_same.append((rows[detections[same]], objects[same], iou[same]))
         near = ~of_crowd & (iou >= BACKGROUND_IOU)
         parts.append((detections[near], objects[near], iou[near]))
     if truth.verified is not None:  # such errors do not count
         in_crowd |= truth.verified.is_partial(images, found.labels[rows])
-    detections, objects, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
-    pairs = Pairs(detections, objects, iou)
-    return Cover(rows, images, found.labels[rows], found.scores[rows], pairs, in_crowd)
+    pairs, same_class = joined(parts), joined(of_same) if len(rows) == len(found) else None
+    return Cover(rows, images, found.labels[rows], found.scores[rows], pairs, same_class, in_crowd)
 
 
 @dataclass(frozen=True)
@@ -234,8 +239,8 @@ def _mean_ap(labels: Index, is_right: Flags, totals: Index, asked: Index) -> flo
     small = np.uint16 if len(totals) < 1 << 16 else np.int64  # numpy sorts uint16 10 times faster
     order = np.argsort(labels.astype(small), kind="stable")
     bounds = np.searchsorted(labels[order], np.arange(len(totals) + 1))
-    right, seen = np.flatnonzero(is_right[order]), np.arange(len(labels) + 1)
-    values = precision_at_recalls(right, seen, bounds, first_places(asked))  # (R, K)
+    right = np.flatnonzero(is_right[order])
+    values = precision_at_recalls(right, right + 1, bounds, bounds, first_places(asked))  # (R, K)
     means = np.ascontiguousarray(values.T).mean(axis=1)
     is_asked = (totals > 0) & ((asked > 0) | (np.diff(bounds) > 0))
     aps = np.where(asked > 0, means, 0.0)[is_asked].tolist()

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bigdet.evaluation.sorting import lexsort
+
 LVIS_DETECTIONS = 300
 
 Index = NDArray[np.int64]
@@ -45,7 +47,7 @@ class Verified:
 
     def counted(self, images: Index, labels: Index, scores: NDArray[np.float64]) -> Flags:
         """Return which of all detections count, ``(N,)``; of equal scores the first ones."""
-        by_image = np.lexsort((-scores, images))
+        by_image = lexsort(-scores, images)
         ranks = np.arange(len(images)) - np.searchsorted(images[by_image], images[by_image])
         counts = self.is_known(images, labels)
         counts[by_image[ranks >= LVIS_DETECTIONS]] = False

@@ -88,19 +88,18 @@ def read_ground_truth(shards: ShardSet, with_masks: bool, with_keypoints: bool) 
             source_ids[record["source_id"]] = record["image_id"]
         for pairs, name in zip((absent, partial), LABEL_LISTS, strict=True):
             pairs.extend(place * shards.num_classes + label for label in record.get(name, []))
-        for annotation in record["annotations"]:
-            images.append(place)
-            labels.append(annotation["label"])
-            boxes.extend(annotation["bbox"])
-            # 0 in sets that were not made by bigdet means unknown, not small.
-            size = (record["height"], record["width"])
-            areas.append(annotation["area"] or own_area(annotation, size)[1])
-            is_crowd.append(annotation["iscrowd"])
-            if with_masks:
-                masks.append(_run_lengths(annotation, record["height"], record["width"]))
-                has_mask.append("segmentation" in annotation)
-            if num_points:
-                points.extend(annotation.get("keypoints", none))
+        objects, size = record["annotations"], (record["height"], record["width"])
+        images.extend([place] * len(objects))
+        labels.extend([each["label"] for each in objects])
+        boxes.extend([number for each in objects for number in each["bbox"]])
+        # 0 in sets that were not made by bigdet means unknown, not small.
+        areas.extend([each["area"] or own_area(each, size)[1] for each in objects])
+        is_crowd.extend([each["iscrowd"] for each in objects])
+        if with_masks:
+            masks += [_run_lengths(each, *size) for each in objects]
+            has_mask += ["segmentation" in each for each in objects]
+        if num_points:
+            points.extend([n for each in objects for n in each.get("keypoints", none)])
     count = len(labels)
     sizes = np.stack([shards.index["height"][order], shards.index["width"][order]], axis=1)
     image_of_object = np.array(images, dtype=np.int64)

@@ -9,10 +9,13 @@ Letters: N detections, M objects, Q pairs of the two, T IoU thresholds, A area r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bigdet.evaluation.sorting import lexsort
 
 Index = NDArray[np.int64]
 
@@ -34,8 +37,8 @@ class Pairs:
     objects: Index
     overlaps: NDArray[np.float64]
 
-    def only(self, kept: NDArray[np.bool_]) -> Pairs:
-        """Return the pairs that a mask ``(Q,)`` keeps."""
+    def only(self, kept: NDArray[np.bool_] | Index) -> Pairs:
+        """Return the pairs that a mask ``(Q,)`` keeps, or those at some indices."""
         return Pairs(self.detections[kept], self.objects[kept], self.overlaps[kept])
 
     def best(self, num_detections: int) -> tuple[Index, NDArray[np.float64]]:
@@ -43,7 +46,7 @@ class Pairs:
 
         Of equal overlaps the first object; ``NOTHING`` and 0 for a detection without pairs.
         """
-        order = np.lexsort((self.objects, -self.overlaps, self.detections))
+        order = lexsort(self.objects, -self.overlaps, self.detections)
         first = order[np.flatnonzero(np.diff(self.detections[order], prepend=-1))]
         best, most = np.full(num_detections, NOTHING), np.zeros(num_detections)
         best[self.detections[first]] = self.objects[first]
@@ -57,6 +60,11 @@ class Pairs:
         if len(starts):
             found[self.detections[starts]] = np.bitwise_or.reduceat(bits, starts)
         return found
+
+
+def joined(parts: Sequence[tuple[Index, Index, NDArray[np.float64]]]) -> Pairs:
+    """Return pairs in several parts, in this order, as one; there is at least one part."""
+    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def match(
@@ -86,7 +94,7 @@ def match(
     matched = np.zeros(len(pairs.objects), dtype=np.int64)
     near = np.flatnonzero(pairs.overlaps >= thresholds[0])
     pairs = Pairs(pairs.detections[near], pairs.objects[near], pairs.overlaps[near])
-    by_overlap = np.lexsort((-pairs.objects, -pairs.overlaps, pairs.detections))
+    by_overlap = lexsort(-pairs.objects, -pairs.overlaps, pairs.detections)
     objects = pairs.objects[by_overlap]
     num_passed = np.searchsorted(thresholds, pairs.overlaps[by_overlap], side="right")
     passed = (1 << num_passed * len(is_ignored)) - 1
@@ -131,5 +139,5 @@ def _turns(groups: Index, lengths: Index) -> list[Index]:
     starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
     sizes = np.diff(np.append(starts, len(groups)))
     turns = np.arange(len(groups)) - np.repeat(starts, sizes)
-    order = np.lexsort((-lengths, turns))
+    order = lexsort(-lengths, turns)
     return np.split(order, np.cumsum(np.bincount(turns))[:-1])

@@ -51,8 +51,10 @@ def pair_up(images: Index, truth_images: Index) -> tuple[Index, Index]:
     Returns:
         Indices of detections and of objects, ``(Q,)`` each, by detection, then by object.
     """
-    first = np.searchsorted(truth_images, images, side="left")
-    count = np.searchsorted(truth_images, images, side="right") - first
+    is_first = np.diff(images, prepend=-1) != 0
+    bounds = np.searchsorted(truth_images, [images[is_first], images[is_first] + 1])
+    first, end = bounds[:, np.cumsum(is_first) - 1]
+    count = end - first
     detections = np.repeat(np.arange(len(images)), count)
     within = np.arange(len(detections)) - np.repeat(np.cumsum(count) - count, count)
     return detections, np.repeat(first, count) + within

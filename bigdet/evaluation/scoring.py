@@ -15,7 +15,6 @@ from bigdet.evaluation.coco_metrics import (
     KIND_NAMES,
     LVIS_METRICS,
     THRESHOLDS,
-    measure,
     metric_places,
 )
 from bigdet.evaluation.detection_limits import warn_of_dense
@@ -71,7 +70,7 @@ def evaluate_detections(
     per_class: Metrics = {}
     analysis: Metrics = {}
     for kind in kinds:
-        measured = measure(truth, found, kind, max_detections)
+        measured, analysis[kind] = analyze(truth, found, kind, max_detections)
         stats = measured.stats()
         places = metric_places(truth, kind, max_detections)
         metrics[kind] = {name: stats[place] for name, place in places.items()}
@@ -79,7 +78,6 @@ def evaluate_detections(
             metrics[kind] |= measured.frequency_aps(truth.categories)
         aps = measured.class_aps()
         per_class[kind] = {name: aps.get(k) for k, name in enumerate(names)}
-        analysis[kind] = analyze(truth, found, kind, measured)
     metrics |= {"per_class": per_class, "analysis": analysis}
     if truth.verified is not None:
         metrics["rule"] = "lvis"
@@ -111,7 +109,7 @@ def _evaluate_voc(truth: GroundTruth, found: DetectionTable, metric: VocMetric) 
     box = {"AP": float(defined.mean()) if len(defined) else None, "AP50": at[0.5], "AP75": at[0.75]}
     names = unique_names(truth.categories)
     of_class = dict(zip(names, aps, strict=True))
-    analysis = analyze(truth, found, "bbox", measure(truth, found, "bbox"))
+    _, analysis = analyze(truth, found, "bbox")
     analysis["by_iou"] = {f"{threshold:.2f}": ap for threshold, ap in at.items()}
     for name, numbers in analysis["per_class"].items():
         row = dict(zip(at, of_class[name], strict=True))

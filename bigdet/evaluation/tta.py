@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +69,8 @@ class AugmentedDetector(nn.Module):
         detector, sizes = self.detector, batch.image_sizes
         settings, num_classes = detector.eval_settings, detector.num_classes
         seen = []
-        is_pooled = self.config.pool == "candidates"
         for view in self._views(batch):
-            features = detector.features(view.batch)
-            if is_pooled:
-                found = usable(detector.candidates(features, view.batch), view.batch.image_sizes)
-            else:
-                found = detector.find(features, view.batch)
+            found = detector(view.batch, self._find)
             seen.append(replace(found, boxes=view.to_image(found.boxes, found.images)))
         candidates = FlatDetections(
             images=torch.cat([one.images for one in seen]),
@@ -90,13 +86,20 @@ class AugmentedDetector(nn.Module):
             maps = self._mean_maps(batch, found)
         return detector.finish(found, maps, len(sizes))
 
+    def _find(self, seen: Batch) -> FlatDetections:
+        """Return what one view adds to the pool."""
+        features = self.detector.features(seen)
+        if self.config.pool == "candidates":
+            return usable(self.detector.candidates(features, seen), seen.image_sizes)
+        return self.detector.find(features, seen)
+
     def _mean_maps(self, batch: Batch, found: FlatDetections) -> dict[str, Tensor]:
         """Return the maps of the detections, averaged over the views."""
         sums: dict[str, Tensor] = {}
         num_views = 0
         for view in self._views(batch):
             moved = replace(found, boxes=view.from_image(found.boxes, found.images))
-            maps = self.detector.maps(self.detector.features(view.batch), moved)
+            maps = self.detector(view.batch, partial(self._maps, moved))
             for name, values in maps.items():
                 if view.is_flipped:
                     values = values.flip(-1)
@@ -105,6 +108,9 @@ class AugmentedDetector(nn.Module):
                 sums[name] = sums[name] + values if name in sums else values
             num_views += 1
         return {name: values / num_views for name, values in sums.items()}
+
+    def _maps(self, found: FlatDetections, seen: Batch) -> dict[str, Tensor]:
+        return self.detector.maps(self.detector.features(seen), found)
 
     def _views(self, batch: Batch) -> Iterator[View]:
         """Yield the views of a batch, one at a time."""

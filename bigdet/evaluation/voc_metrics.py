@@ -10,16 +10,18 @@ Letters: T IoU thresholds, N detections and M objects of a class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigdet.evaluation.coco_metrics import THRESHOLDS, Index, Numbers, labels_in
+from bigdet.evaluation.coco_metrics import THRESHOLDS, Index, Numbers
 from bigdet.evaluation.detections import DetectionTable
 from bigdet.evaluation.ground_truth import GroundTruth
 from bigdet.evaluation.matching import Pairs
 from bigdet.evaluation.overlaps import box_overlaps, pair_up
+from bigdet.evaluation.sorting import lexsort
 
 VocMetric = Literal["voc07", "voc12"]
 
@@ -44,8 +46,29 @@ def measure_voc(
     """
     return [
         [_class_ap(truth, found, rows, objects, metric, threshold) for threshold in thresholds]
-        for rows, objects in labels_in(truth, found, range(len(truth.categories)))
+        for rows, objects in _labels_in(truth, found, range(len(truth.categories)))
     ]
+
+
+def _labels_in(
+    truth: GroundTruth, found: DetectionTable, labels: Sequence[int]
+) -> list[tuple[Index, Index]]:
+    """Return the detections and the objects of each label.
+
+    Both in the order of images; within an image the best detections first, and of equal scores the
+    earlier ones.
+    """
+    by_image = lexsort(-found.scores, found.images)
+    rows = _by_label(found.labels[by_image], labels)
+    objects = _by_label(truth.labels, labels)
+    return [(by_image[mine], others) for mine, others in zip(rows, objects, strict=True)]
+
+
+def _by_label(values: Index, labels: Sequence[int]) -> list[Index]:
+    """Return the indices of each label in ``values``, rising."""
+    order = np.argsort(values, kind="stable")
+    bounds = np.searchsorted(values[order], [[label, label + 1] for label in labels])
+    return [order[first:end] for first, end in bounds.reshape(-1, 2).tolist()]
 
 
 def _class_ap(

@@ -5,8 +5,10 @@ A board takes numbers and pictures. Resuming and reports read only ``metrics.jso
 
 from __future__ import annotations
 
+import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigdet.host.files import write_text
+
+logger = logging.getLogger(__name__)
 
 
 class Board(Protocol):
@@ -71,21 +75,38 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._folder, self._has_warned = folder, False
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         """See ``Board``."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with self._writing():
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def add_picture(self, name: str, picture: NDArray[np.uint8], step: int) -> None:
         """See ``Board``."""
-        self._writer.add_image(name, picture, step, dataformats="HWC")
-        self._writer.flush()
+        with self._writing():
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+            self._writer.flush()
 
     def close(self) -> None:
         """See ``Board``."""
-        self._writer.close()
+        with self._writing():
+            self._writer.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Warn once where the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning(
+                    "%s: cannot be written (%s). TensorBoard may lack what comes until the run is "
+                    "started again; metrics.jsonl has it.", self._folder, error,
+                )  # fmt: skip
+            self._has_warned = True
 
 
 class WeightsAndBiases:

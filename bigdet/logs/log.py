@@ -20,6 +20,9 @@ from bigdet.logs.boards import Board
 
 logger = logging.getLogger(__name__)
 
+MOST_WAITING = 1 << 20
+"""So many bytes of ``metrics.jsonl`` at most wait in memory while they cannot be written."""
+
 
 class JsonFormatter(logging.Formatter):
     """Writes a line as a JSON object: ``time``, ``level``, ``logger``, ``message``, ``values``.
@@ -41,6 +44,21 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
+class LogFile(logging.FileHandler):
+    """A log file. On a full disk, lines wait in the buffer of the file as long as they fit."""
+
+    has_warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, a name of logging
+        """Warn once where a line cannot be written, in place of a traceback for each line."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.has_warned:
+            self.has_warned = True  # first: the warning is a line of this file too
+            logger.warning("%s: lines may be missing here, %s", self.baseFilename, error)
+
+
 def setup_logging(rank: int, file: Path | None = None, as_json: bool = False) -> None:
     """Set the handlers, once: rank 0 to the console, every rank to its own file.
 
@@ -60,7 +78,7 @@ def setup_logging(rank: int, file: Path | None = None, as_json: bool = False) ->
     root.addHandler(console)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(file)
+        handler = LogFile(file)
         layout = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
         handler.setFormatter(logging.Formatter(layout))
         root.addHandler(handler)
@@ -81,13 +99,14 @@ class MetricsWriter:
             boards: also get every number; closed with the file.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("a", encoding="utf-8")
+        self._file = file.open("ab", buffering=0)
+        self._waiting, self._has_warned = bytearray(), False
         self.boards = boards
 
     def write(
         self, values: Mapping[str, Any], total_step: int, names: Mapping[str, str] | None = None
     ) -> None:
-        """Add one line.
+        """Add one line; while the disk is full, it waits for a later one.
 
         Args:
             values: the object, numbers that are not finite become null; boards get them as they
@@ -95,8 +114,9 @@ class MetricsWriter:
             total_step: optimizer steps over all phases, the axis of boards.
             names: what boards call some of the numbers. None: as in the file.
         """
-        self._file.write(to_json(values) + "\n")
-        self._file.flush()
+        if len(self._waiting) < MOST_WAITING:
+            self._waiting += f"{to_json(values)}\n".encode()
+        self._write_waiting()
         scalars = {
             (names or {}).get(key, key): value
             for key, value in values.items()
@@ -105,6 +125,21 @@ class MetricsWriter:
         for board in self.boards:
             board.add_scalars(scalars, total_step)
 
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning(
+                    "%s: cannot be written (%s). The run continues, and keeps its lines in memory "
+                    "until they can be, up to %d MiB. Make room.",
+                    self._file.name, error, MOST_WAITING >> 20,
+                )  # fmt: skip
+            self._has_warned = True
+        else:
+            self._has_warned = False
+
     def show(self, name: str, picture: NDArray[np.uint8], total_step: int) -> None:
         """Show a picture ``(H, W, 3)`` RGB on all boards."""
         for board in self.boards:
@@ -112,6 +147,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the file and the boards."""
+        self._write_waiting()
         self._file.close()
         for board in self.boards:
             board.close()

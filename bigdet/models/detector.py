@@ -100,17 +100,22 @@ class Detector(nn.Module):
         ]
         return [*stages, *([head] for head in heads)]
 
-    def forward(self, batch: Batch) -> dict[str, Tensor] | list[Detections]:
+    def forward(self, batch: Batch, detect: Callable[[Batch], Any] | None = None) -> Any:
         """Give the losses of a batch in training mode, else the detections of its images.
 
-        Losses are scalars by name; their sum is minimized. Boxes of detections are in pixels of
-        the canvas.
+        Losses are scalars by name; their sum is minimized. Detections are one of
+        `structures.Detections` per image, boxes in pixels of the canvas.
+
+        Args:
+            batch: images, and in training mode their objects.
+            detect: in evaluation mode what to return of the batch instead. It may call the
+                detector's other methods: engines gather sharded weights in a forward pass only.
         """
         if not self.training:
             # Test images have many sizes: compiled for each, they would take longer than they save.
             eager = torch.compiler.set_stance("force_eager" if self._is_compiled else "default")
             with torch.no_grad(), eager:
-                return self._detect(batch)
+                return (detect or self._detect)(batch)
         torch.manual_seed(batch.seed)  # all randomness of the model comes after this line
         losses = self.losses(batch)
         count_lane(self)

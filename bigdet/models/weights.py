@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bigdet.config.load import dump_config, parse_config
@@ -28,7 +26,7 @@ from bigdet.models.norms import set_norm_mode
 from bigdet.ops.finite import describe_not_finite
 from bigdet.pieces.index import MODEL_FILE, STATE_FILE
 from bigdet.pieces.reading import open_stored
-from bigdet.pieces.tensor_file import TensorFile
+from bigdet.pieces.tensor_file import TensorFile, write_state
 from bigdet.pieces.unread import Unread
 from bigdet.run_dir import RunDir
 
@@ -88,10 +86,7 @@ def save_detector_weights(path: Path, detector: nn.Module, metadata: dict[str, s
         OSError: the file cannot be written.
     """
     tensors = {name: tensor.contiguous().cpu() for name, tensor in detector.state_dict().items()}
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}. Make room for it.") from error
+    write_state(path, tensors, metadata)
 
 
 def load_detector(path: str | Path, *, keep_frozen: bool = True) -> Detector:

@@ -13,6 +13,7 @@ all of the optimizer to ``optimizer.safetensors``, and no index; both kinds are 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,12 @@ def is_pieces(name: str) -> bool:
 def is_index(name: str) -> bool:
     """Tell whether a file of a checkpoint is its index."""
     return name.startswith("index-")
+
+
+def number_in(name: str) -> int:
+    """Return the number of the checkpoint that pieces or an index belong to; 0 for other files."""
+    found = re.match(r"(?:pieces|index)-(\d+)", name)
+    return 0 if found is None else int(found[1])
 
 
 def key_in(file: str, kind: str, name: str, first: int) -> str:

@@ -84,6 +84,26 @@ def write_tensors(
     return digest.hexdigest()
 
 
+def write_state(
+    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors, which are on the CPU; see `write_tensors`.
+
+    safetensors' own ``save_file`` makes files that only their owner can read, whatever the umask.
+
+    Raises:
+        OSError: the file cannot be written, with the path and what to do.
+    """
+    specs = {name: Spec(NAMES[value.dtype], tuple(value.shape)) for name, value in state.items()}
+    try:
+        write_tensors(path, specs, state.values(), metadata)
+    except OSError as error:
+        problem = error.strerror or error
+        raise OSError(
+            f"{path}: cannot be written: {problem}. Make room for it, or give another place."
+        ) from error
+
+
 def _blocks(
     specs: Mapping[str, Spec], tensors: Iterable[Tensor], metadata: Mapping[str, str]
 ) -> Iterable[bytes | memoryview]:

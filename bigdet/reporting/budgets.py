@@ -74,7 +74,9 @@ def equal_budgets(groups: Groups) -> list[Budget]:
             hours = {
                 name: curve[-1].costs[time]
                 for name, runs in groups.items()
-                if (curve := ap_curve(runs, measure)) and time in curve[-1].costs
+                if finals[name]  # empty where only an earlier phase has the measure
+                and (curve := ap_curve(runs, measure))
+                and time in curve[-1].costs
             }
             for names in alike(hours):
                 means = {name: statistics.mean(finals[name]) for name in names}

@@ -226,10 +226,12 @@ def equal_ap(groups: Groups) -> list[Reached]:
     found = []
     for measure in measures_of(groups):
         curves = {name: ap_curve(runs, measure) for name, runs in groups.items()}
+        # Empty where only an earlier phase has the measure: the end of that curve is not the last.
+        finals = {name: final_values(runs, measure) for name, runs in groups.items()}
         decimals = decimals_of([curve[-1].mean for curve in curves.values() if curve])
         for name, curve in curves.items():
             for other, goal in curves.items():
-                if name == other or not goal or not curve:
+                if name == other or not goal or not curve or not finals[other]:
                     continue
                 end = goal[-1]
                 words = f"{other}'s {100 * end.mean:.{decimals}f} {MEASURES[measure]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from bigdet.reporting.runs import Groups, Run
@@ -16,6 +16,16 @@ from bigdet.reporting.table import (
     spread,
     unit_of,
 )
+
+TIME_PARTS = {
+    "CPU": {"training": "cpu_seconds", "evaluation": "evaluation_cpu_seconds"},
+    "GPU": {
+        "compute": "compute_gpu_seconds",
+        "data wait": "data_gpu_seconds",
+        "evaluation": "evaluation_gpu_seconds",
+    },
+}
+"""The parts of the time that a run took, by `device_of` it: names, and keys of `phase_costs`."""
 
 
 def run_table(groups: Groups) -> Table:
@@ -58,43 +68,41 @@ def _phase_words(options: Mapping[str, Any], phase: str) -> str:
 def cost_table(groups: Groups) -> Table:
     """Return the cost of each phase of each run."""
     found = [
-        (run.name, phase, taken)
+        (run, phase, taken)
         for members in groups.values()
         for run in members
         for phase in run.phases
         if (taken := phase_costs(run, phase))
     ]
     pixels = unit_of([taken.get("pixels") for _, _, taken in found], COUNTS)
-    device, times = time_parts([taken for _, _, taken in found])
-    seconds = [taken.get(key) for _, _, taken in found for key in times.values()]
-    size, unit = unit_of(seconds, TIMES)
+    times = {
+        f"{part} {device}": [taken.get(key) if device_of(run) == device else None
+                             for run, _, taken in found]
+        for device, parts in TIME_PARTS.items()
+        for part, key in parts.items()
+    }  # fmt: skip
+    size, unit = unit_of([each for seconds in times.values() for each in seconds], TIMES)
     counts = ["steps", "images", "instances"]
     rows = [
         [
-            name,
+            run.name,
             phase,
             *(f"{taken[key]:,}" if key in taken else "" for key in counts),
             amount(taken.get("pixels"), pixels[0]),
-            *(amount(taken.get(key), size) for key in times.values()),
+            *(amount(each, size) for each in seconds),
             amount(taken.get("energy_joules"), 3.6e6),
         ]
-        for name, phase, taken in found
+        for (run, phase, taken), *seconds in zip(found, *times.values(), strict=True)
     ]
     header = ["run", "phase", *counts, f"pixels ({pixels[1]})" if pixels[1] else "pixels"]
-    header += [*(f"{part} {device}-{unit}" for part in times), "energy (kWh)"]
+    header += [*(f"{name}-{unit}" for name in times), "energy (kWh)"]
     return Table(header, rows).without_empty()
 
 
-def time_parts(costs: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
-    """Return ``CPU`` or ``GPU``, and the keys of the parts of the time by their names.
-
-    Args:
-        costs: of phases, see ``phase_costs``; CPU time is used if all phases have counted it.
-    """
-    if costs and all("cpu_seconds" in taken for taken in costs):
-        return "CPU", {"training": "cpu_seconds", "evaluation": "evaluation_cpu_seconds"}
-    parts = {"compute": "compute", "data wait": "data", "evaluation": "evaluation"}
-    return "GPU", {name: f"{part}_gpu_seconds" for name, part in parts.items()}
+def device_of(run: Run) -> str:
+    """Return whose time a run is measured by: ``CPU`` if all its phases have counted that."""
+    costs = [taken for phase in run.phases if (taken := phase_costs(run, phase))]
+    return "CPU" if costs and all("cpu_seconds" in taken for taken in costs) else "GPU"
 
 
 def phase_costs(run: Run, phase: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigdet.reporting.compare import COSTS, Point, ap_curve, measures_of
-from bigdet.reporting.facts import phase_costs, time_parts
-from bigdet.reporting.runs import Groups
+from bigdet.reporting.facts import TIME_PARTS, device_of, phase_costs
+from bigdet.reporting.runs import Groups, Run
 from bigdet.reporting.table import MEASURES, TIMES, unit_of
 
 MAX_POINTS = 1000
@@ -29,11 +29,11 @@ AXES = {
 }
 """Titles of axes by the names of ``COSTS``."""
 
-GPU_NOTE = "Seconds times GPUs, all phases; during a wait for data the GPU is idle."
-CPU_NOTE = (
-    "CPU seconds of all ranks and phases, with loader threads and without loader processes "
-    "(data.worker_kind)."
-)
+NOTES = {
+    "CPU": "CPU seconds of all ranks and phases, with loader threads and without loader processes "
+    "(data.worker_kind).",
+    "GPU": "Seconds times GPUs, all phases; during a wait for data the GPU is idle.",
+}
 
 Trace = dict[str, Any]
 Layout = dict[str, Any]
@@ -219,17 +219,22 @@ def thinned(points: Sequence[tuple[int, float, str]]) -> list[tuple[int, float, 
 
 
 def cost_figures(groups: Groups) -> list[Figure]:
-    """Return the parts of each run's time; no figure if none was counted."""
+    """Return the parts of each run's time: a figure for runs on CPUs, and one for those on GPUs."""
     runs = [run for members in groups.values() for run in members]
     counted = [run for run in runs if any(phase_costs(run, phase) for phase in run.phases)]
-    if not counted:
-        return []
-    names = [run.name for run in counted]
-    taken = [[phase_costs(run, phase) for phase in run.phases] for run in counted]
-    device, keys = time_parts([cost for costs in taken for cost in costs if cost])
+    return [
+        _cost_figure(device, own)
+        for device in TIME_PARTS
+        if (own := [run for run in counted if device_of(run) == device])
+    ]
+
+
+def _cost_figure(device: str, runs: Sequence[Run]) -> Figure:
+    names = [run.name for run in runs]
+    taken = [[phase_costs(run, phase) for phase in run.phases] for run in runs]
     parts = {
         name: [sum(cost.get(key, 0) for cost in costs) for costs in taken]
-        for name, key in keys.items()
+        for name, key in TIME_PARTS[device].items()
     }
     unit, word = unit_of([second for seconds in parts.values() for second in seconds], TIMES)
     style: Trace = {
@@ -249,9 +254,9 @@ def cost_figures(groups: Groups) -> list[Figure]:
     layout["legend"] = {"orientation": "h", "traceorder": "normal"}
     layout["legend"] |= {"x": 0, "y": 1.02, "yanchor": "bottom"}
     layout["showlegend"] = True
-    note = CPU_NOTE if device == "CPU" else GPU_NOTE
-    height = 130 + 26 * len(names)
-    return [Figure("gpu-hours", "Where the time went", note, [Choice("", traces, layout)], height)]
+    key, title = f"{device.lower()}-hours", f"Where the {device} time went"
+    choices, height = [Choice("", traces, layout)], 130 + 26 * len(names)
+    return Figure(key, title, NOTES[device], choices, height)
 
 
 def _line(number: int, name: str, x: Sequence[float], y: Sequence[float]) -> Trace:

@@ -173,8 +173,14 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         times[options, seed] += 1
     groups: dict[str, list[Run]] = {}
     for members in by_options.values():
-        name = common_name([run.name for run in members])
-        groups[name if name not in groups else members[0].name] = members
+        names = [run.name for run in members]
+        others = groups.keys() | {run.name for run in runs} - set(names)
+        name = common_name(names)
+        if name in others:
+            name = _first_of(names)
+        while name in others:  # of a folder that is called so
+            name += "*"
+        groups[name] = members
     return groups
 
 
@@ -184,7 +190,11 @@ def common_name(names: Sequence[str]) -> str:
         return names[0]
     without = {re.sub(r"[-_.]?(s|seed)[-_]?\d+$", "", name) for name in names}
     shared = without.pop() if len(without) == 1 else ""
-    return shared or f"{names[0]} and {len(names) - 1} more"
+    return shared or _first_of(names)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more"
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

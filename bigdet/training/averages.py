@@ -33,7 +33,10 @@ class LossMeter:
         if len(ranks) == distributed.world_size():  # the same sums in the same order: bit-equal
             self._before = ranks[distributed.rank()]
         elif distributed.is_main() and ranks:
-            self._before = {name: math.fsum(rank[name] for rank in ranks) for name in ranks[0]}
+            names = dict.fromkeys(name for rank in ranks for name in rank)  # some have had no step
+            self._before = {
+                name: math.fsum(rank.get(name, 0.0) for rank in ranks) for name in names
+            }
         else:
             self._before = {}
         self._names: list[str] = []

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from bigdet import distributed
+from bigdet.config.compare import flat_options
 from bigdet.config.model import has_keypoints, has_masks
 from bigdet.config.phase import num_steps
 from bigdet.config.run import RunConfig, phase_data, phase_model
@@ -45,6 +46,8 @@ from bigdet.training.state import RunState, Unscored
 logger = logging.getLogger(__name__)
 
 _FORK = multiprocessing.get_context("fork")  # like loaders: shard sets are open, nothing is pickled
+NO_EFFECT_ON_AP = ("every", "images_per_gpu", "pictures")
+"""Options of evaluations that change no AP, or (by another padding) hardly."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
@@ -222,14 +225,28 @@ class Scorer:
         state, box_ap = self._state, metrics["bbox"]["AP"]
         if box_ap is None or not math.isfinite(box_ap):
             return  # no objects
+        measured_by, best = self._measured_by(entry), state.best_checkpoint
+        if state.best_ap is not None and not self._is_comparable(entry, measured_by):
+            logger.info(f"AP is measured in another way than that of {best}: the best begins anew")
+            state.best_ap = None
         # Older versions may have stored NaN, which nothing exceeds.
-        if state.best_ap is None or not self._is_comparable(entry) or not box_ap <= state.best_ap:
+        if state.best_ap is None or not box_ap <= state.best_ap:
             folder = self._run_dir.checkpoint(entry.phase, entry.step)
             state.best_ap, state.best_checkpoint = box_ap, folder.name
+            state.best_by = measured_by
             keeping.mark_best(folder)
 
-    def _is_comparable(self, entry: Unscored) -> bool:
-        """Tell whether the best checkpoint was evaluated on the same set; later sets count."""
+    def _measured_by(self, entry: Unscored) -> str:
+        """Return what AP depends on besides the weights, as JSON."""
+        options = flat_options(self._config.evaluation)
+        val_set = self._sets[entry.phase].val  # may be elsewhere after a resume
+        values = {key: value for key, value in options.items() if key not in NO_EFFECT_ON_AP}
+        return to_json({**values, "val_set": val_set.index_hash()})
+
+    def _is_comparable(self, entry: Unscored, measured_by: str) -> bool:
+        """Tell whether the best AP was measured in the same way; later ways count."""
+        if self._state.best_by is not None:
+            return self._state.best_by == measured_by
         best = str(self._state.best_checkpoint).rpartition("-")[0]
         return (
             best not in self._config.phases

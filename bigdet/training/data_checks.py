@@ -9,7 +9,7 @@ from bigdet.config.phase import data_key
 from bigdet.config.rules import ConfigError
 from bigdet.config.run import RunConfig, phase_data, phase_model
 from bigdet.data.format.manifest import ShardError
-from bigdet.data.format.mix import class_ids, warn_of_absent
+from bigdet.data.format.mix import check_same_keypoints, class_ids, warn_of_absent
 from bigdet.data.format.phase_sets import DataSets, phases_by_sets
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, ShardSet
 from bigdet.evaluation.coco_metrics import evaluation_kinds
@@ -20,6 +20,8 @@ def check_data(config: RunConfig, sets: Mapping[str, DataSets]) -> None:
     for data, names in phases_by_sets(sets).items():
         _check_sets(config, names[0], data)
         for name in names:
+            if has_keypoints(phase_model(config, name)):
+                check_same_keypoints(data.train, data.val)
             _check_model(config, name, data.train)
 
 
@@ -31,9 +33,8 @@ def _check_sets(config: RunConfig, name: str, data: DataSets) -> None:
     hint = f" Or write phases.{name}.data.val.shards too." * has_own_classes
     _check_classes(f"{key}.shards", data.train, data.val, hint)
     evaluation_kinds(data.val, False, False, measured.metric, measured.max_detections)
-    data.val.check_random_reads()
-    if phase_data(config, name).train.order != "windowed":
-        data.train.check_random_reads()
+    is_windowed = phase_data(config, name).train.order == "windowed"
+    data.val.check_random_reads(*([] if is_windowed else [data.train]))
     if not len(data.val):
         raise ConfigError(f"{key}.shards: {data.val.address} has no images.")
 

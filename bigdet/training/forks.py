@@ -11,7 +11,7 @@ from bigdet.config.data import PhaseDataConfig
 from bigdet.config.load import parse_config
 from bigdet.config.phase import PhaseConfig, num_steps
 from bigdet.config.rules import ConfigError
-from bigdet.config.run import RunConfig
+from bigdet.config.run import RunConfig, ignored_options
 from bigdet.engine.checkpoint import Checkpoint
 from bigdet.run_dir import RunDir
 from bigdet.training import optim
@@ -126,11 +126,15 @@ def changeable_options(config: RunConfig, current: str, is_fork: bool) -> list[s
 
 
 def changed_options(config: RunConfig, before: RunConfig, changeable: Sequence[str]) -> list[str]:
-    """Return the options that differ although they may not, with both values."""
+    """Return the options that differ although they may not, with both values.
+
+    Those that have no effect in ``config`` may differ.
+    """
+    may_differ = [*changeable, *(key for key, _ in ignored_options(config))]
     new, old = flat_options(config), flat_options(before)
     return [
         f"{key} (was {old.get(key)}, now {new.get(key)})"
         for key in sorted(new.keys() | old.keys())
         if comparable(key, new.get(key)) != comparable(key, old.get(key))
-        and not any(key == name or key.startswith(f"{name}.") for name in changeable)
+        and not any(key == name or key.startswith(f"{name}.") for name in may_differ)
     ]

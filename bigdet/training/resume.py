@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from bigdet import distributed
+from bigdet.config.checkpoint import check_checkpoint
 from bigdet.config.earlier import keep_former
-from bigdet.config.load import dump_config, parse_config, read_config
+from bigdet.config.load import dump_config, parse_config
+from bigdet.config.log import check_log
 from bigdet.config.phase import PhaseConfig, check_length, in_steps, num_lanes, num_steps
 from bigdet.config.rules import ConfigError
 from bigdet.config.run import RunConfig, phase_before, phase_data, phase_model, phase_source
 from bigdet.data.format.phase_sets import DataSets, phases_by_sets
 from bigdet.data.streams.stream import TrainStream
-from bigdet.engine import checkpoint
 from bigdet.engine.checkpoint import Checkpoint
-from bigdet.engine.remote import Remote
-from bigdet.engine.writing import find_disks
 from bigdet.host.files import write_text
 from bigdet.logs.log import MetricsWriter, cut_metrics
-from bigdet.models.frozen import find_frozen
-from bigdet.pieces.index import STATE_FILE, read_state
 from bigdet.run_dir import RunDir
 from bigdet.training import optim, same_hosts
 from bigdet.training.forks import (
@@ -35,10 +32,7 @@ from bigdet.training.forks import (
     changed_options,
     check_fork,
     is_fork,
-    is_same_request,
-    own_checkpoint,
 )
-from bigdet.training.saving import newest_checkpoint
 from bigdet.training.showing import note_start, open_boards
 from bigdet.training.state import NEWEST, RunState
 from bigdet.weights.start import check_hand_over, check_start
@@ -105,96 +99,6 @@ def check_phases(config: RunConfig, sets: Mapping[str, DataSets], saved: Checkpo
             check_start(config, name, classes)
 
 
-def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
-    """Copy the newest checkpoint of ``checkpoint.remote`` here if it is newer (collective).
-
-    Raises:
-        SharedError: it cannot be copied, or there is one although ``resume`` is ``never``.
-    """
-    if config.checkpoint.remote is None or config.resume not in ("auto", "never"):
-        return
-    with distributed.together():
-        remote = Remote(config.checkpoint.remote)
-        if config.resume == "never" and distributed.is_main() and remote.newest() is not None:
-            raise ConfigError(
-                f"resume: found never, but checkpoint.remote, {remote.address}, has checkpoints. "
-                f"Choose another address, remove them, or write resume=auto to continue."
-            )
-    remote.fetch(run_dir.checkpoints, find_disks(run_dir.checkpoints))
-    with distributed.together():
-        if distributed.is_main():
-            _fetch_frozen(remote, run_dir)
-
-
-def _fetch_frozen(remote: Remote, run_dir: RunDir) -> None:
-    """Copy the frozen backbone of the newest checkpoint here, where it is not yet."""
-    newest = newest_checkpoint(run_dir)
-    if newest is None:
-        return
-    run = read_state(newest).get("run", {})
-    digest = run.get("frozen")
-    if digest is None or find_frozen(run_dir.root, digest, run["phase"]) is not None:
-        return
-    file = run_dir.frozen(digest)
-    logger.info(f"{remote.address}: the frozen backbone is copied to {file}")
-    name = str(file.relative_to(run_dir.root))
-    try:
-        remote.get(name, file)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"checkpoint.remote: {remote.address} has no {name}, the frozen backbone of the "
-            f"checkpoint {newest.name}. Earlier versions did not copy it there: "
-            f"copy the folder frozen of its run into {run_dir.root}, and start again."
-        ) from error
-
-
-def find_checkpoint(config: RunConfig, run_dir: RunDir) -> Path | None:
-    """Return the checkpoint to continue from, None for a fresh start (rank 0).
-
-    If ``resume`` names a checkpoint of another run, it is copied into the run folder first: later
-    starts continue from there. One of this run becomes the latest again.
-
-    Raises:
-        ConfigError: the folder holds a finished run, or another run than ``resume`` expects.
-    """
-    newest = newest_checkpoint(run_dir)
-    if run_dir.is_finished or (run_dir.weights.is_file() and newest is None):
-        raise ConfigError(
-            f"output: {run_dir.root} holds a finished run (it has {run_dir.weights.name}). "
-            f"Choose another output, or remove the folder to run again."
-        )
-    if newest is not None and config.resume == "never":
-        raise ConfigError(
-            f"resume: found never, but {run_dir.root} has checkpoints. Choose another output, "
-            f"remove the folder, or write resume=auto to continue."
-        )
-    if config.resume in ("auto", "never"):
-        return newest
-    folder = Path(config.resume)
-    if not (folder / STATE_FILE).is_file():
-        raise ConfigError(
-            f"resume: {folder} is not a checkpoint (it has no {STATE_FILE}). Write "
-            f"auto, never, or the path of a checkpoint such as runs/x/checkpoints/train-1000."
-        )
-    is_new = newest is None or not is_same_request(config, read_config(run_dir.config))
-    if (own := own_checkpoint(folder, run_dir)) is not None:
-        if is_new:  # asked for the first time
-            write_text(run_dir.latest, f"{own.name}\n")
-        return own if is_new else newest
-    if newest is None:
-        checkpoint.adopt(folder.resolve(), run_dir.checkpoints)
-        frozen = RunDir(folder.resolve().parents[1]).frozen("").parent
-        if frozen.is_dir():
-            shutil.copytree(frozen, run_dir.frozen("").parent, dirs_exist_ok=True)
-        return newest_checkpoint(run_dir)
-    if is_new:
-        raise ConfigError(
-            f"resume: {run_dir.root} has its own checkpoints, so it cannot begin at {folder}. "
-            f"Choose another output, or write resume=auto to continue from {newest}."
-        )
-    return newest
-
-
 def settle_config(
     config: RunConfig,
     saved: Checkpoint | None,
@@ -211,8 +115,9 @@ def settle_config(
         sets: of each phase; None leaves lengths in passes as they are.
     """
     world_size = distributed.world_size()
-    before = None if saved is None else _config_of(saved.run["config"])
-    if before is not None:
+    before, begun = None, None
+    if saved is not None:
+        before, begun = _config_of(saved.run["config"]), saved.run["run"]["phase"]
         config = keep_former(config, before)
     phases = {}
     for name, phase in config.phases.items():
@@ -229,13 +134,15 @@ def settle_config(
                 f"{world_size} ranks cannot share equally. Change images_per_step, images_per_gpu "
                 f"or the number of ranks."
             )
-        if config.change_batch and saved is not None and phase.steps is None:
+        if config.change_batch and name == begun and phase.steps is None:
             raise ConfigError(
                 f"phases.{name}.steps: not set, but with change_batch a phase that has begun needs "
                 f"its length in steps. Write steps, and null for passes and images."
             )
         phases[name] = _settle_length(config, name, phase, sets)
     config = dataclasses.replace(config, phases=phases)
+    check_checkpoint(config.checkpoint, phases)  # steps are compared with lengths in steps only
+    check_log(config.log, phases)
     if before is not None:
         assert saved is not None
         _check_unchanged(config, before, saved, folder)
@@ -348,7 +255,7 @@ def begin(
         note_changes(config, sets, saved, state)
         if is_fork(config, saved):
             # The best AP and an evaluation that waits for its numbers are of the other run.
-            state.best_ap = state.best_checkpoint = state.unscored = None
+            state.best_ap = state.best_checkpoint = state.best_by = state.unscored = None
             state.started, state.good_seconds = time.time(), 0.0
             state.needs_evaluation |= state.step == num_steps(config.phases[state.phase])
     if not distributed.is_main():

@@ -20,7 +20,7 @@ from bigdet.engine import checkpoint, keeping, whole, writing
 from bigdet.engine.base import Engine
 from bigdet.engine.parts import Share, gather_share
 from bigdet.engine.remote import Remote
-from bigdet.engine.writing import Disks, Save, find_disks
+from bigdet.engine.writing import Disks, Save, align, find_disks
 from bigdet.host import errors
 from bigdet.host.files import put_in_place
 from bigdet.models.frozen import FROZEN, add_frozen, find_frozen
@@ -29,8 +29,14 @@ from bigdet.ops.finite import describe_not_finite
 from bigdet.pieces.index import MODEL, MODEL_FILE, STATE_FILE
 from bigdet.run_dir import RunDir
 from bigdet.training.state import RunState
+from bigdet.training.uploads import Uploads
 
 logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+"""Ranks that wait for a save meet so often."""
+COPY_PART = 0.9
+"""The last copy may take this part of ``log.stall_seconds``."""
 
 
 class Saver:
@@ -39,7 +45,8 @@ class Saver:
     Training waits only for the copy of each rank's share to its own memory; a thread of each rank
     writes it. If a write fails on any rank, the run continues with a warning and the checkpoints
     before it stay; if the next write fails too, or it was the last one of a phase or before a stop,
-    the run ends with the reason.
+    the run ends with the reason. Copies to ``checkpoint.remote`` are made meanwhile, one at a time:
+    what is saved while another checkpoint is being copied is not copied, but at the end of the run.
     """
 
     def __init__(self, config: RunConfig, run_dir: RunDir, sets: Mapping[str, DataSets]) -> None:
@@ -47,7 +54,8 @@ class Saver:
         self._config, self._run_dir, self._sets = config, run_dir, sets
         self._disks: Disks | None = None
         address = config.checkpoint.remote
-        self._remote = None if address is None else Remote(address)
+        self._uploads = None if address is None else Uploads(Remote(address))
+        self._uncopied: tuple[Save, Collection[str]] | None = None  # the last one, if it is not
         self._is_pending = False  # the same on all ranks, as is the number of failures
         self._num_failures = self._num_saves = 0
         self._thread: threading.Thread | None = None
@@ -58,8 +66,8 @@ class Saver:
         """Start to write a checkpoint, after the one before it is written (collective).
 
         Raises:
-            SharedError: on all ranks: two saves in a row failed, or the weights are not finite;
-                nothing is written then.
+            SharedError: on all ranks: two saves in a row failed, or weights or optimizer state are
+                not finite; nothing is written then.
         """
         self.wait()
         started = time.perf_counter()
@@ -68,13 +76,16 @@ class Saver:
         share = self._copy(engine, self._disks.sharing)
         self._check_finite(share, state)
         plan = None
+        folder = self._run_dir.checkpoint(state.phase, state.step)
+        align(self._run_dir.checkpoints, self._disks)
         with distributed.together():
             if self._disks.is_owner:
                 keeping.remove_leftovers(self._run_dir.checkpoints)
             if distributed.is_main():
-                plan = writing.next_number(self._run_dir.checkpoints), self._kept(state)
-        number, kept = distributed.broadcast_object(plan) or (0, set())
-        folder = self._run_dir.checkpoint(state.phase, state.step)
+                number = writing.next_number(self._run_dir.checkpoints)
+                busy = "" if self._uploads is None else self._uploads.under_way
+                plan = number, {*self._kept(state), busy}, busy
+        number, kept, busy = distributed.broadcast_object(plan) or (0, set(), "")
         metadata, run = {}, {}
         if distributed.is_main():
             categories = [asdict(each) for each in self._sets[state.phase].train.categories]
@@ -83,7 +94,11 @@ class Saver:
         self._num_saves += 1
         save = Save(folder, number, self._disks, metadata, run, self._num_saves)
         copied = time.perf_counter() - started
-        self._thread = threading.Thread(target=self._write, args=(save, share, kept, copied))
+        # A copy of the same checkpoint ends by itself: this save replaces its files.
+        is_copied = busy in ("", folder.name)
+        self._uncopied = None if is_copied else (save, kept)
+        arguments = (save, share, kept, copied, is_copied)
+        self._thread = threading.Thread(target=self._write, args=arguments)
         self._thread.start()
         self._is_pending = True
 
@@ -94,9 +109,12 @@ class Saver:
         return engine.share(sharing.index(distributed.rank()), len(sharing))
 
     def _check_finite(self, share: Share, state: RunState) -> None:
-        """Refuse weights that are not finite (collective)."""
-        weights = {piece.name: piece.values for piece in share.pieces if piece.kind == MODEL}
-        found = distributed.all_gather_objects(describe_not_finite(weights))
+        """Refuse numbers that are not finite, as whoever loads them would (collective)."""
+        tensors = {
+            piece.name if piece.kind == MODEL else f"{piece.name}/{piece.kind}": piece.values
+            for piece in share.pieces
+        }
+        found = distributed.all_gather_objects(describe_not_finite(tensors))
         if any(found):
             raise distributed.SharedError(
                 f"{state.position}: {next(filter(None, found))}. The run has diverged, and no "
@@ -119,7 +137,9 @@ class Saver:
         phases = self._config.phases.items()
         return [self._run_dir.checkpoint(name, num_steps(phase)).name for name, phase in phases]
 
-    def _write(self, save: Save, share: Share, kept: Collection[str], copied: float) -> None:
+    def _write(
+        self, save: Save, share: Share, kept: Collection[str], copied: float, is_copied: bool
+    ) -> None:
         """Write a checkpoint and delete those that are not kept (a thread of each rank)."""
         started = time.perf_counter()
         settings = self._config.checkpoint
@@ -129,40 +149,54 @@ class Saver:
                 keeping.clean(save.folder.parent, settings.keep, kept, settings.keep_every)
             if distributed.is_main():
                 self._write_whole()
-        except (OSError, ValueError) as error:
-            self._problem = errors.explain(error)
-            return
         except Exception as error:  # of a thread: it would not end the run
-            logger.exception("%s: the checkpoint is not written", save.folder)
-            self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
+            if lost := distributed.lost_peer(error):  # the run ends where the ranks meet
+                self._problem = f"{save.folder}: the checkpoint is not written: {lost}"
+                logger.warning(self._problem)
+                return
+            if isinstance(error, (OSError, ValueError)):
+                self._problem = errors.explain(error)
+            else:
+                logger.exception("%s: the checkpoint is not written", save.folder)
+                self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
+            self._warn(self._problem)
             return
         written = time.perf_counter() - started
         logger.info(
             f"checkpoint written: {save.folder} (copied in {copied:.2f} s, written during training "
             f"in {written:.2f} s)"
         )
-        if self._remote is not None:
-            self._copy_away(self._remote, save, kept)
+        if self._uploads is not None and is_copied:
+            self._copy_away(self._uploads, save, kept)
+        elif self._uploads is not None and distributed.is_main():
+            logger.warning(
+                f"{save.folder} is not copied to {self._uploads.address}, as an earlier checkpoint "
+                f"still is being copied. Raise checkpoint.every if this comes again."
+            )
+
+    def _warn(self, problem: str) -> None:
+        """Log at once that a save has failed; `wait` may be far away."""
+        if self._num_failures:
+            outlook = "It is the second save in a row that fails: the run ends before the next one."
+        else:
+            outlook = "The run continues, and stops if the next save fails too."
+        logger.warning("%s %s", problem, outlook)
 
     def _must_end(self) -> bool:
         """Tell the thread whether to wait for the other ranks no longer."""
         return time.monotonic() > self._deadline
 
-    def _copy_away(self, remote: Remote, save: Save, kept: Collection[str]) -> None:
-        """Copy a checkpoint to ``checkpoint.remote`` (a thread of each rank)."""
-        started, keep_every = time.perf_counter(), self._config.checkpoint.keep_every
+    def _copy_away(self, uploads: Uploads, save: Save, kept: Collection[str]) -> None:
+        """Start to copy a checkpoint to ``checkpoint.remote`` (a thread of each rank)."""
+        keep_every = self._config.checkpoint.keep_every
 
         def is_kept(name: str) -> bool:  # of what a machine before has left, only what always stays
+            phase, _, step = name.rpartition("-")
+            is_of_run = phase in self._config.phases and step.isdecimal()
             is_here = (save.folder.with_name(name) / STATE_FILE).is_file()
-            return is_here or keeping.stays(name, kept, keep_every)
+            return not is_of_run or is_here or keeping.stays(name, kept, keep_every)
 
-        try:
-            remote.copy(save, is_kept, self._must_end, self._needed(save))
-        except (OSError, RuntimeError) as error:
-            logger.warning(f"{save.folder} is on this machine only: {errors.explain(error)}")
-            return
-        seconds = time.perf_counter() - started
-        logger.info(f"checkpoint copied to {remote.address} in {seconds:.2f} s")
+        uploads.start(save, is_kept, self._needed(save))
 
     def _needed(self, save: Save) -> dict[str, Path]:
         """Return the frozen backbone of a checkpoint, if any, by its path in the run folder.
@@ -191,17 +225,25 @@ class Saver:
 
         Raises:
             SharedError: on all ranks: it failed, and the one before it too.
+            RuntimeError: the connection to another rank is lost.
         """
         if not self._is_pending:
             return
-        self.join()
-        problem = distributed.broadcast_object(self._problem)
+        is_writing = True
+        while is_writing:  # the ranks meet, or one that is gone would be waited for without end
+            thread = self._thread
+            if thread is not None:
+                thread.join(POLL_SECONDS)
+            is_writing = distributed.any_rank(thread is not None and thread.is_alive())
+        self._thread = None
+        problems = distributed.all_gather_objects(self._problem)
+        problem = next(filter(None, problems), None)
+        if problem is not None and self._problem is None:  # of another rank
+            self._warn(problem)
         self._is_pending, self._problem = False, None
         self._num_failures = 0 if problem is None else self._num_failures + 1
         if self._num_failures > 1:
             raise distributed.SharedError(f"{problem} Two saves in a row failed.")
-        if problem is not None:
-            logger.warning("%s The run continues, and stops if the next save fails too.", problem)
 
     def finish(self) -> None:
         """Wait until everything is written (collective).
@@ -223,16 +265,30 @@ class Saver:
                 f"{newest_checkpoint(self._run_dir) or 'its beginning'}."
             )
 
+    def finish_copies(self) -> None:
+        """Wait until the last checkpoint is at ``checkpoint.remote`` too (called on all ranks).
+
+        For so long that the watchdog does not end the run; after that it is a warning.
+        """
+        if self._uploads is None:
+            return
+        if self._uncopied is not None:
+            self._copy_away(self._uploads, *self._uncopied)
+            self._uncopied = None
+        self._uploads.join(COPY_PART * (self._config.log.stall_seconds or math.inf))
+
     def join(self, seconds: float = math.inf) -> None:
-        """Wait for this rank's thread.
+        """Wait for this rank's threads.
 
         Args:
-            seconds: after these the thread no longer waits for the other ranks.
+            seconds: after these they no longer wait for the other ranks, nor this one for copies.
         """
         if self._thread is not None:
             self._deadline = time.monotonic() + seconds
             self._thread.join()
             self._thread = None
+        if self._uploads is not None and seconds < math.inf:
+            self._uploads.join(seconds)
 
 
 def write_final_weights(config: RunConfig, run_dir: RunDir) -> None:

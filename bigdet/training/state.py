@@ -123,6 +123,8 @@ class RunState:
         best_ap: highest box AP of an evaluation so far on the newest validation set, in [0, 1];
             None before the first.
         best_checkpoint: name of the checkpoint with this AP.
+        best_by: how this AP was measured, as JSON: options of the evaluation, hash of the
+            validation set. None if an earlier version measured it.
         stream: what the order of the data depends on (``TrainStream.state``).
         stream_shift: step of that order minus ``step``; not 0 after a change of the batch size.
         frozen: hash of the frozen backbone of the phase, None where there is none.
@@ -146,6 +148,7 @@ class RunState:
     damaged_rows: list[int] = field(default_factory=list)
     best_ap: float | None = None
     best_checkpoint: str | None = None
+    best_by: str | None = None
     stream: dict[str, Any] = field(default_factory=dict)
     stream_shift: int = 0
     frozen: str | None = None

@@ -14,13 +14,16 @@ from bigdet.data.format.mix import name_key
 from bigdet.pieces.unread import Unread
 
 
-def class_rows(name: str, num_rows: int, num_classes: int) -> Tensor | None:
+def class_rows(
+    name: str, num_rows: int, num_classes: int, *, is_agnostic: bool = False
+) -> Tensor | None:
     """Return which rows of a tensor belong to which class.
 
     Args:
         name: of the tensor in the detector's state.
         num_rows: R, its first dimension.
         num_classes: K of the detector.
+        is_agnostic: a region has one box for all classes, which for one class R does not show.
 
     Returns:
         ``(K + 1, r)`` int64, the last entry for the background, or ``(K, r)`` where there is none;
@@ -32,7 +35,7 @@ def class_rows(name: str, num_rows: int, num_classes: int) -> Tensor | None:
     if (part, layer) == ("box_head", "classifier"):
         return rows[:, None] if num_rows == num_classes + 1 else None
     if (part, layer) == ("box_head", "regressor"):
-        return rows.view(-1, 4) if num_rows == 4 * num_classes else None  # else class-agnostic
+        return rows.view(-1, 4) if num_rows == 4 * num_classes and not is_agnostic else None
     if (part, layer) == ("mask_head", "predictor"):
         return rows[:, None] if num_rows == num_classes else None
     if (part, layer) == ("retina_head", "classifier") and num_rows % num_classes == 0:
@@ -45,6 +48,8 @@ def carry_classes(
     tensors: Mapping[str, Tensor],
     source_classes: Sequence[str],
     classes: Sequence[str],
+    *,
+    is_agnostic: bool = False,
 ) -> tuple[Mapping[str, Tensor], int]:
     """Move the classes of named tensors to a detector's own labels, by name.
 
@@ -53,6 +58,7 @@ def carry_classes(
         tensors: of the source, by the same names.
         source_classes: names in the order of the source's labels.
         classes: K names in the order of the detector's labels.
+        is_agnostic: the detector or the source has one box for all classes of a region.
 
     Returns:
         The tensors, those with class rows in the detector's shape, and how many classes both have.
@@ -67,7 +73,7 @@ def carry_classes(
     for name in tensors:
         if name not in own or not own[name].ndim:
             continue
-        rows = class_rows(name, len(own[name]), len(classes))
+        rows = class_rows(name, len(own[name]), len(classes), is_agnostic=is_agnostic)
         if rows is None or not (tensor := tensors[name]).ndim:
             continue
         if tensor.shape[1:] != own[name].shape[1:]:

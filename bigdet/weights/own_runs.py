@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bigdet.config.compare import flat_options
+from bigdet.config.families import LACKS
 from bigdet.config.load import parse_config
-from bigdet.config.model import ModelConfig, has_cascade, used
+from bigdet.config.model import ModelConfig, has_cascade, is_class_agnostic, lacking
 from bigdet.config.run import phase_model
 from bigdet.models.detector import Detector
 from bigdet.models.heads.cascade import spread_over_stages
@@ -21,6 +22,23 @@ from bigdet.models.weights import (
     read_weights,
 )
 from bigdet.weights.classes import carry_classes
+
+_HEAD = ("norm", "roi.sampling_ratio")
+_HIDDEN: dict[str, tuple[str, ...]] = {
+    "backbone": (
+        "norm", "taps", "token_window", "rope_window", "global_blocks", "image_windows",
+        "pad_to_square", "stride_in_1x1",
+    ),
+    "fpn": ("norm", "neck"),
+    "rpn": ("rpn.anchor_sizes", "rpn.anchor_ratios"),
+    "box_head": _HEAD,
+    "mask_head": _HEAD,
+    "keypoint_head": _HEAD,
+    "retina_head": (
+        "norm", "retina.anchor_sizes", "retina.scales_per_octave", "retina.anchor_ratios",
+    ),
+}  # fmt: skip
+"""Options of ``model`` by the parts whose weights they change, but not the shapes of them."""
 
 
 def load_run(
@@ -42,24 +60,48 @@ def load_run(
     kept = None
     theirs = [category["name"] for category in json.loads(metadata.get("categories", "[]"))]
     if theirs and theirs != list(classes):
-        tensors, kept = carry_classes(detector.state_dict(), tensors, theirs, classes)
+        models = (detector.config, _trained_model(metadata, path))
+        is_agnostic = "box_head" in parts and any(
+            model is not None and model.roi is not None and is_class_agnostic(model)
+            for model in models
+        )
+        tensors, kept = carry_classes(
+            detector.state_dict(), tensors, theirs, classes, is_agnostic=is_agnostic
+        )
     try:
         return load_parts(detector, tensors, parts, source), kept
     except ValueError as error:
         raise ValueError(f"{error}{_other_options(detector, metadata, path)}") from error
 
 
-def other_sampling(detector: Detector, path: Path) -> str:
-    """Say that a detector pools regions otherwise than its weights were trained to, if it does."""
+def hidden_differences(detector: Detector, path: Path, parts: Sequence[str]) -> str:
+    """Say which options of loaded parts, that shapes do not show, were others in training."""
     trained = _trained_model(read_metadata(find_weights(path)), path)
-    own = used(detector.config.roi).sampling_ratio
-    theirs = own if trained is None or trained.roi is None else trained.roi.sampling_ratio
-    if theirs == own:
+    if trained is None:
         return ""
-    return (
-        f"{path} was trained with model.roi.sampling_ratio: {theirs}, and this run has {own}. "
-        f"Write model.roi.sampling_ratio: {theirs} to pool regions as its heads have learned them."
+    own, theirs = flat_options(detector.config), flat_options(trained)
+    keys = {key: None for part in parts for key in _hidden(part, detector.config)}
+    differing = [key for key in keys if key in own and key in theirs and own[key] != theirs[key]]
+    if "norm" in differing and {own["norm"], theirs["norm"]} != {"gn", "ln"}:
+        differing.remove("norm")  # other pairs differ in shapes where a part has any
+    if not differing:
+        return ""
+    found = "; ".join(
+        f"model.{key}: {theirs[key]}, and this run has {own[key]}" for key in differing
     )
+    written = ", ".join(f"model.{key}: {theirs[key]}" for key in differing)
+    return (
+        f"{path} was trained with {found}. Its weights fit either way. Write {written} to use them "
+        f"as they were trained."
+    )
+
+
+def _hidden(part: str, model: ModelConfig) -> list[str]:
+    """List the options of a part that shapes do not show; for a backbone those that it takes."""
+    keys = _HIDDEN.get(part, ())
+    if part != "backbone":
+        return list(keys)
+    return [key for key in keys if key not in LACKS or not lacking(model, key)]
 
 
 def _other_options(detector: Detector, metadata: Mapping[str, str], path: Path) -> str:

@@ -14,25 +14,42 @@ import torch
 from torch import Tensor
 
 from bigdet.config.start import Pixels
+from bigdet.models.backbone_base import Backbone
+from bigdet.models.backbones.resnet import ResNet
+from bigdet.models.backbones.timm_net import TimmBackbone
 from bigdet.models.detector import PIXEL_DEVIATION, PIXEL_MEAN, Detector
 
 logger = logging.getLogger(__name__)
 
+_DETECTRONS = re.compile(r"^conv1_w$|(^|\.)stem\.conv1\.weight$")
 MEAN_TOLERANCE = 1.0  # grey levels; Detectron's mean is not quite ours
 
 
-def to_rgb(state: Mapping[str, Tensor], pixels: Pixels, source: str) -> dict[str, Tensor]:
-    """Let the first convolution take images as ours: RGB, divided by the deviation.
+def with_rgb(
+    tensors: Mapping[str, Tensor], backbone: Backbone, pixels: Pixels, source: str
+) -> dict[str, Tensor]:
+    """Let a backbone's first convolution take images as ours: RGB, divided by the deviation.
 
     The means of Detectron and ours differ by less than one grey level, which is ignored.
+
+    Args:
+        tensors: by the backbone's names.
+        backbone: to be filled with them.
+        pixels: how images were given to the network.
+        source: where they come from, for messages.
     """
-    found = [name for name in state if re.search(r"(^|\.)(conv1_w|stem\.conv1\.weight)$", name)]
-    if len(found) != 1 or state[found[0]].ndim != 4:
+    if pixels == "rgb":
+        return dict(tensors)
+    convolutions = [name for name, each in backbone.state_dict().items()
+                    if each.ndim == 4 and each.shape[1] == 3]  # fmt: skip
+    first = next(iter(convolutions), "")
+    weight = tensors.get(first, torch.zeros(0))
+    if weight.ndim != 4 or weight.shape[1] != 3 or isinstance(backbone, TimmBackbone):
         raise ValueError(
-            f"{source}: found no first convolution (conv1_w or stem.conv1.weight), expected that "
-            f"of a ResNet, which start_from.pixels is for."
+            f"{source}: found no first convolution of a backbone of bigdet's own, which pixels: "
+            f"{pixels} changes. Choose another model.backbone, or weights for RGB images."
         )
-    return {**state, found[0]: taking_rgb(state[found[0]], pixels)}
+    return {**tensors, first: taking_rgb(weight, pixels)}
 
 
 def taking_rgb(weight: Tensor, pixels: Pixels) -> Tensor:
@@ -59,21 +76,46 @@ def warn_of_stride(detector: Detector, pixels: Pixels, source: str) -> None:
         )
 
 
-def checked_pixels(tensors: Mapping[str, Tensor], pixels: Pixels | None, source: str) -> Pixels:
+def backbone_pixels(
+    tensors: Mapping[str, Tensor], backbone: Backbone, pixels: Pixels | None, source: str
+) -> Pixels:
+    """Return how images were given to a backbone: `checked_pixels`, and RGB where nobody says.
+
+    Args:
+        tensors: by the names of the file.
+        backbone: to be filled with them.
+        pixels: ``start_from.pixels``.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: nobody says, and it is a ResNet by the names of Detectron or detectron2.
+    """
+    is_named = isinstance(backbone, ResNet) and any(_DETECTRONS.search(name) for name in tensors)
+    default: Pixels | None = None if is_named else "rgb"
+    return checked_pixels(tensors, pixels, source, "start_from.pixels", default)
+
+
+def checked_pixels(
+    tensors: Mapping[str, Tensor],
+    pixels: Pixels | None,
+    source: str,
+    option: str = "--pixels",
+    default: Pixels | None = None,
+) -> Pixels:
     """Return how images were given to the network, as stated by the user or by the file."""
     stated = _stated_pixels(tensors, source)
-    chosen = pixels or stated
+    chosen = pixels or stated or default
     if chosen is None:
         raise ValueError(
-            f"{source}: does not say how images were given to the network. Say it with --pixels: "
+            f"{source}: does not say how images were given to the network. Say it with {option}: "
             f"bgr_255 (detectron2's R-50 and R-101, mmdetection's 'caffe' models: reversed, and "
             f"not divided by the deviation), bgr (detectron2's and mmdetection's X-101-32x8d, "
             f"X-152-32x8d: reversed), or rgb (mmdetection's others, detectron2's from torchvision)."
         )
     if stated not in (None, chosen):
         raise ValueError(
-            f"{source}: --pixels is {pixels}, but its pixel_mean and pixel_std are those of "
-            f"{stated}. Leave --pixels out."
+            f"{source}: {option} is {pixels}, but its pixel_mean and pixel_std are those of "
+            f"{stated}. Leave {option} out."
         )
     return chosen
 

@@ -20,12 +20,14 @@ from bigdet.models.detector import Detector
 from bigdet.models.heads.box import BoxHead
 from bigdet.models.weights import LoadedPart, load_parts, refuse_not_finite
 from bigdet.weights.backbone_names import rename
-from bigdet.weights.pixel_order import to_rgb, warn_of_stride
+from bigdet.weights.pixel_order import backbone_pixels, warn_of_stride, with_rgb
 from bigdet.weights.tensor_files import read_tensors
 from bigdet.weights.timm_layout import (
+    cfg_next_to,
     describe_cfg,
     download,
     input_tensors,
+    normalization,
     published_cfg,
     tensors_of_timm,
 )
@@ -84,13 +86,7 @@ def load_timm_backbone(
             f"'{name}', pretrained=True)\", copy its Hugging Face cache folder "
             f"(~/.cache/huggingface) to this one, and point HF_HOME at it."
         ) from error
-    mean, deviation = timm_model.pretrained_cfg["mean"], timm_model.pretrained_cfg["std"]
-    if (tuple(mean), tuple(deviation)) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        raise ValueError(
-            f"{name} was trained with pixel mean {mean} and deviation "
-            f"{deviation}, but the detector uses {IMAGENET_DEFAULT_MEAN} and "
-            f"{IMAGENET_DEFAULT_STD}. Choose other weights."
-        )
+    _check_normalization(timm_model.pretrained_cfg, name)
     return _load(detector, timm_model.state_dict(), name, parts)
 
 
@@ -107,7 +103,7 @@ def load_backbone_file(
         detector: to fill.
         path: of the file.
         parts: ``start_from.parts``; with ``box_head`` VGG's fc6 and fc7 too.
-        pixels: ``start_from.pixels``, how images were given to the network that a pickle holds.
+        pixels: ``start_from.pixels``, how images were given to the network. None: as the file says.
         ema: ``start_from.ema``, whether to take the moving average of the weights.
     """
     if parts is None and path.suffix == ".safetensors":
@@ -116,13 +112,26 @@ def load_backbone_file(
             f"the backbone from it, the rest starts from random weights."
         )
     state, _ = read_tensors(path, ema)
-    if pixels is not None and pixels != "rgb":
-        state = to_rgb(state, pixels, str(path))
-        warn_of_stride(detector, pixels, str(path))
-    if isinstance(detector.backbone, TimmBackbone):
-        tensors = tensors_of_timm(state, detector.backbone, str(path))
-        return _load_net(detector, tensors, published_cfg(path, detector.backbone), str(path))
-    return _load(detector, state, str(path), parts or ())
+    backbone = detector.backbone
+    pixels = backbone_pixels(state, backbone, pixels, str(path))
+    if isinstance(backbone, TimmBackbone):
+        tensors = tensors_of_timm(state, backbone, str(path))
+        tensors = with_rgb(tensors, backbone, pixels, str(path))
+        return _load_net(detector, tensors, published_cfg(path, backbone), str(path))
+    _check_normalization(cfg_next_to(path) or {}, f"{path} (by the config.json next to it)")
+    warn_of_stride(detector, pixels, str(path))
+    return _load(detector, state, str(path), parts or (), pixels)
+
+
+def _check_normalization(cfg: Mapping[str, Any], source: str) -> None:
+    """Check that weights, by timm's ``pretrained_cfg``, take images normalized as ours."""
+    mean, deviation = normalization(cfg)
+    if (mean, deviation) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        raise ValueError(
+            f"{source} was trained with pixel mean {mean} and deviation {deviation}, but the "
+            f"detector uses {IMAGENET_DEFAULT_MEAN} and {IMAGENET_DEFAULT_STD}. Choose other "
+            f"weights, or a model.backbone timm:NAME, which takes images as its weights expect."
+        )
 
 
 def _load_net(
@@ -144,9 +153,14 @@ def _load_net(
 
 
 def _load(
-    detector: Detector, state: Mapping[str, Tensor], source: str, parts: Sequence[str]
+    detector: Detector,
+    state: Mapping[str, Tensor],
+    source: str,
+    parts: Sequence[str],
+    pixels: Pixels = "rgb",
 ) -> list[LoadedPart]:
-    tensors = {f"backbone.{k}": v for k, v in rename(state, detector.backbone).items()}
+    named = with_rgb(rename(state, detector.backbone), detector.backbone, pixels, source)
+    tensors = {f"backbone.{k}": v for k, v in named.items()}
     own = detector.state_dict()
     for name in own:
         if _OWN.match(name.removeprefix("backbone.")) and name not in tensors:

@@ -24,7 +24,7 @@ from bigdet.models.weights import AVERAGE, FORMAT, LoadedPart, find_weights, par
 from bigdet.pieces.building import parameters_in_file, parameters_on_meta
 from bigdet.run_dir import RunDir
 from bigdet.weights.classes import class_rows
-from bigdet.weights.own_runs import load_run, other_sampling
+from bigdet.weights.own_runs import hidden_differences, load_run
 from bigdet.weights.published_backbones import load_backbone_file, load_timm_backbone
 
 logger = logging.getLogger(__name__)
@@ -167,9 +167,11 @@ def _read(
         return load_backbone_file(detector, path, start.parts, start.pixels, start.ema), 0, ""
     if start.ema is not None:
         _check_ema(path, start.ema)
+    if start.pixels is not None:
+        raise ValueError(f"{path}: bigdet wrote it, so images are RGB. Leave out pixels.")
     rows, kept = load_run(detector, path, parts, classes)
-    is_warned = source != "previous" and "box_head" in parts
-    return rows, kept, other_sampling(detector, path) if is_warned else ""
+    is_warned = source != "previous"  # phases differ in their detectors alone
+    return rows, kept, hidden_differences(detector, path, parts) if is_warned else ""
 
 
 def _check_ema(path: Path, is_wanted: bool) -> None:

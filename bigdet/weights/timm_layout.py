@@ -92,28 +92,34 @@ def published_cfg(file: Path, backbone: TimmBackbone) -> dict[str, Any]:
 
     Else that of the weights that timm takes for the network if none are named.
     """
-    config = file.parent / "config.json"
-    if config.is_file():
-        found = json.loads(config.read_text(encoding="utf-8")).get("pretrained_cfg")
-        if isinstance(found, dict):
-            return found
+    if (found := cfg_next_to(file)) is not None:
+        return found
     cfg = timm.get_pretrained_cfg(backbone.name)
     return {} if cfg is None else {**cfg.to_dict(), "of": backbone.name}
+
+
+def cfg_next_to(file: Path) -> dict[str, Any] | None:
+    """Return timm's ``pretrained_cfg`` in the ``config.json`` next to a file, if there is one."""
+    config = file.parent / "config.json"
+    if not config.is_file():
+        return None
+    found = json.loads(config.read_text(encoding="utf-8")).get("pretrained_cfg")
+    return found if isinstance(found, dict) else None
 
 
 def input_tensors(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the ``input_scale`` and ``input_shift`` of weights, by timm's ``pretrained_cfg``."""
     ours_mean, ours_deviation = torch.tensor(PIXEL_MEAN) / 255, torch.tensor(PIXEL_DEVIATION) / 255
-    mean, deviation = map(torch.tensor, _pixels(cfg))
+    mean, deviation = map(torch.tensor, normalization(cfg))
     scale, shift = ours_deviation / deviation, (ours_mean - mean) / deviation
-    if _pixels(cfg) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+    if normalization(cfg) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         scale, shift = torch.ones(3), torch.zeros(3)  # to the last bit
     return {"input_scale": scale.view(3, 1, 1), "input_shift": shift.view(3, 1, 1)}
 
 
 def describe_cfg(cfg: Mapping[str, Any]) -> str:
     """Say how images were normalized for weights, and what their licence is."""
-    mean, deviation = (" ".join(f"{each:g}" for each in values) for values in _pixels(cfg))
+    mean, deviation = (" ".join(f"{each:g}" for each in values) for values in normalization(cfg))
     licence = cfg.get("license")
     note = f"pixel mean {mean}, deviation {deviation} (of 1)"
     if "of" in cfg:
@@ -122,7 +128,8 @@ def describe_cfg(cfg: Mapping[str, Any]) -> str:
     return f"{note}; licence: {licence or 'timm names none'}{terms}"
 
 
-def _pixels(cfg: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(cfg: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of pixels in [0, 1] for weights, by timm's ``pretrained_cfg``."""
     mean, deviation = cfg.get("mean"), cfg.get("std")
     return tuple(mean or IMAGENET_DEFAULT_MEAN), tuple(deviation or IMAGENET_DEFAULT_STD)
 

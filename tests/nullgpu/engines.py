@@ -42,7 +42,7 @@ def steps() -> dict[str, dict[str, Any]]:
     device = distributed.device()
     batches = [pinned(scene()) for _ in range(MICRO_BATCHES)]
     found = {}
-    distributed._nccl_limit = LIMIT  # as `start` would set it
+    distributed._limits["cuda"] = LIMIT  # as `start` would set it
     for name, options in (ENGINES | GRAPHED).items():
         detector = detector_of()
         if name in GRAPHED:

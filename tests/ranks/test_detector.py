@@ -8,14 +8,17 @@ import torch
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
+from bigdet.config.evaluation import TtaConfig
 from bigdet.config.heads import RoiConfig
 from bigdet.config.model import ModelConfig
 from bigdet.config.phase import PhaseConfig
 from bigdet.config.rpn import RpnConfig
 from bigdet.engine import deepspeed_engine
 from bigdet.engine.build import build_engine
+from bigdet.evaluation.tta import AugmentedDetector
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
+from bigdet.models.detector import evaluating
 from bigdet.models.norms import update_running_statistics
 from bigdet.training import optim
 from tests.ranks.toy import ENGINES, whole_state
@@ -58,15 +61,14 @@ def new_detector(model=MODEL):
 
 
 def detect(detector, rank):
-    """Scores on one image, another one on each rank, in evaluation mode.
+    """Scores on one image, another one on each rank: with augmentation, then without.
 
     Boxes of an untrained model have nearly equal scores: rounding changes their order.
     """
     batch = make_scene([[]], [(64, 48 - 16 * rank)], (64, 64), seed=100 + rank)
-    detector.eval()
-    scores = detector(batch)[0].scores
-    detector.train()
-    return scores
+    augmented = AugmentedDetector(detector, TtaConfig(scales=[64], cap=64, vote_iou=None), [])
+    with evaluating(detector):
+        return torch.cat([found.scores for each in (augmented, detector) for found in each(batch)])
 
 
 def train_with_engines(names, model, is_checkpointed):

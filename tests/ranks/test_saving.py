@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +16,20 @@ import torch
 from safetensors.torch import load_file
 
 from bigdet import distributed
+from bigdet.config.load import load_config
+from bigdet.data.format.phase_sets import DataSets
 from bigdet.engine import checkpoint, keeping, whole, writing
 from bigdet.engine.parts import Part, Share, copy_share, fill, gather_share
 from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Save
+from bigdet.logs.log import setup_logging
 from bigdet.pieces.reading import open_stored
-from tests.spawn import run_ranks
+from bigdet.run_dir import RunDir
+from bigdet.training.saving import Saver
+from bigdet.training.state import RunState
+from tests.spawn import ROOT, RankError, run_ranks
 
+CONFIG = ROOT / "configs" / "quickstart.yaml"
 ROWS, STATISTICS = torch.arange(60.0).view(6, 10), torch.arange(7.0)
 METADATA = {"config": "output: x"}
 attempts = itertools.count(1)
@@ -47,7 +56,9 @@ def assert_loaded(folder: Path, values: float, owners: Sequence[int] = (0, 1, 2)
         assert torch.equal(part.values, wanted.values), part.name
 
 
-def save(folder: Path, values: float, share: Share | None = None) -> str:
+def save(
+    folder: Path, values: float, share: Share | None = None, metadata: dict[str, str] = METADATA
+) -> str:
     """Write a checkpoint on all ranks; return the problem that rank 0 found."""
     disks = writing.find_disks(folder.parent)
     sharing = disks.sharing
@@ -58,7 +69,7 @@ def save(folder: Path, values: float, share: Share | None = None) -> str:
     problem = ""
     try:
         writing.write(
-            Save(folder, number, disks, METADATA, {"step": values}, next(attempts)), share
+            Save(folder, number, disks, metadata, {"step": values}, next(attempts)), share
         )
     except ValueError as error:
         problem = str(error)
@@ -71,8 +82,10 @@ def run_all(folder: Path) -> dict[str, Any]:
         "full": fill_a_disk(folder / "full"),
         "dead": die(folder / "dead"),
         "apart": save_apart(folder / f"host-{distributed.rank() // 2}"),
+        "late": fail_late(folder / f"host-{distributed.rank() // 2}"),
         "lacking": load_what_is_lacking(folder / f"host-{distributed.rank() // 2}"),
         "remote": copy_away(folder),
+        "disks": list(writing.find_disks(folder / f"own-{distributed.rank()}").owners),
         "gathered": gather(folder / f"gathered-{distributed.rank()}"),
     }
 
@@ -152,6 +165,40 @@ def save_apart(folder: Path) -> list[str]:
     return problems
 
 
+def fail_late(folder: Path) -> list[str]:
+    """Rank 2, on a disk of its own, has room for its pieces and not for the index, or is killed."""
+    disks = writing.find_disks(folder)
+    problems = []
+    for name in ("train-3", "train-2"):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if distributed.rank() == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        problems.append(save(folder / name, 3, metadata={"config": "x" * 3000}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert names(folder) == ["latest", "train-1", "train-2"]
+        assert (folder / "latest").read_text() == "train-2\n"
+        assert_loaded(folder / "train-2", 2)
+    distributed.barrier()
+    state = folder / "train-2/state.json"
+    before = state.read_text()
+    problems.append(save(folder / "train-2", 3))
+    if distributed.rank() == 2:
+        state.write_text(before)  # as if it had been killed after rank 0 had named its own
+    distributed.barrier()
+    writing.align(folder, disks)
+    if disks.is_owner:
+        keeping.remove_leftovers(folder)  # the next save
+    assert_loaded(folder / "train-2", 3)
+    if distributed.rank() == 2:
+        state.unlink()  # the same of a checkpoint in a folder of its own
+    distributed.barrier()
+    writing.align(folder, disks)
+    if disks.is_owner:
+        keeping.clean(folder, 1, ["train-1"])
+    assert_loaded(folder / "train-2", 3)
+    return problems
+
+
 def load_what_is_lacking(folder: Path) -> list[str]:
     """Rows that went to another host, and a file that is nowhere."""
     messages = []
@@ -187,12 +234,35 @@ def copy_away(folder: Path) -> list[str]:
     remote = Remote(f"file://{folder}/bucket/run")
     here = folder / f"host-{distributed.rank() // 2}" / "train-2"
     fresh = folder / f"fresh-{distributed.rank() // 2}"
-    one = Save(here, 2, writing.find_disks(here.parent), attempt=next(attempts))
+    one = Save(here, 3, writing.find_disks(here.parent), attempt=next(attempts))
     remote.copy(one, lambda name: name == "train-2")
     distributed.barrier()
     remote.fetch(fresh, writing.find_disks(fresh))
-    assert_loaded(fresh / "train-2", 2, owners=(1, 2, 0))
+    assert_loaded(fresh / "train-2", 3, owners=(1, 2, 0))
+    if distributed.rank() == 2:
+        shutil.rmtree(fresh)  # the host is replaced by a new one, that of rank 0 is not
+    remote.fetch(fresh, writing.find_disks(fresh))
+    assert (fresh / "latest").read_text() == "train-2\n"
+    assert_loaded(fresh / "train-2", 3, owners=(1, 0, 2))
     return names(fresh / "train-2")
+
+
+def lose_a_rank(folder: Path) -> None:
+    """Rank 1 dies while it writes; rank 0 leaves what it was told in a file."""
+    run_dir = RunDir(folder)
+    setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
+    train_set: Any = SimpleNamespace(categories=[])
+    saver = Saver(load_config(CONFIG), run_dir, {"pretrain": DataSets(train_set, train_set)})
+    if distributed.rank() == 1:
+        writing.write = lambda *_: os._exit(9)
+    engine: Any = SimpleNamespace(share=lambda rank, _: copy_share(parts_of(), rank, 3))
+    saver.save(engine, RunState("pretrain", step=1))
+    with pytest.raises(RuntimeError) as caught:
+        saver.wait()
+    (folder / "raised").write_text(distributed.lost_peer(caught.value))
+    saver.join(0.2)  # as a run that ends
+    (folder / "done").touch()
+    os._exit(0)  # nobody is left to meet
 
 
 def names(folder: Path) -> list[str]:
@@ -229,11 +299,36 @@ def test_a_save_during_which_a_rank_dies_is_no_checkpoint(ranks: Any) -> None:
     assert [rank["dead"] for rank in ranks[1:]] == [["", "", ""], ["", "", ""]]
 
 
+def test_a_rank_that_dies_in_a_save_is_noticed_at_once_and_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RankError, match="of 2 failed first"):
+        run_ranks(lose_a_rank, 2, tmp_path, tmp_path)
+    assert (tmp_path / "done").is_file()
+    assert (tmp_path / "raised").read_text().startswith("lost the connection to another rank (")
+    (line,) = (tmp_path / "logs/rank-0.log").read_text().splitlines()
+    assert f"WARNING bigdet.training.saving: {tmp_path}/checkpoints/pretrain-1: the che" in line
+    assert "not written: lost the connection to another rank (no word of save 1 1/from 1)" in line
+
+
 def test_hosts_without_a_shared_disk_keep_their_own_files(ranks: Any) -> None:
     # What is there and loads, and the weights in one file, is asserted in the ranks.
     assert ranks[0]["apart"][:2] == ["", ""]
     assert "(rank 2 on " in ranks[0]["apart"][2]
     assert ranks[2]["apart"][2] == ranks[0]["apart"][2]
+
+
+def test_a_host_that_fails_late_keeps_what_it_has_of_the_checkpoint_before(ranks: Any) -> None:
+    # What is there and loads is asserted in the ranks.
+    for message in ranks[0]["late"][:2]:
+        assert "cannot write the checkpoint: [Errno 27] File too large" in message
+        assert "(rank 2 on " in message
+    assert ranks[2]["late"] == ranks[0]["late"]
+    assert ranks[0]["late"][2] == ""
+
+
+def test_ranks_on_hosts_of_one_name_that_share_no_disk_have_one_each(ranks: Any) -> None:
+    assert [rank["disks"] for rank in ranks] == [[0, 1, 2]] * 3
 
 
 def test_what_a_host_lacks_is_said_on_all_ranks(ranks: Any, folder: Path) -> None:
@@ -253,6 +348,6 @@ def test_gathered_checkpoints_are_on_the_host_of_rank_0_and_sent_from_there(rank
 def test_a_copy_elsewhere_has_what_all_disks_have_and_goes_to_each(
     ranks: Any, folder: Path
 ) -> None:
-    pieces = [f"pieces-2-{rank}.safetensors" for rank in range(3)]
-    assert names(folder / "bucket/run/train-2") == ["index-2.json", *pieces, "state.json"]
-    assert [rank["remote"] for rank in ranks] == [["index-2.json", *pieces, "state.json"]] * 3
+    pieces = [f"pieces-3-{rank}.safetensors" for rank in range(3)]
+    assert names(folder / "bucket/run/train-2") == ["index-3.json", *pieces, "state.json"]
+    assert [rank["remote"] for rank in ranks] == [["index-3.json", *pieces, "state.json"]] * 3

@@ -52,6 +52,24 @@ def test_the_first_host_of_a_slurm_list_is_the_meeting_place(node_list: str, hos
     assert distributed.first_host(node_list) == host
 
 
+@pytest.mark.parametrize(
+    ("stall_seconds", "seconds"),
+    [("None", 1800), ("1200.0", 1800), ("7200.0", 7260), ("math.inf", 365 * 86400)],
+)
+def test_gloo_waits_no_less_than_the_watchdog(stall_seconds: str, seconds: int):
+    """Also in groups that an engine makes later."""
+    code = (
+        "import math, os, torch; from bigdet import distributed as d\n"
+        f"d.start({stall_seconds})\n"
+        "torch.distributed.new_group([0]); d.limit_waiting()\n"
+        "for group in torch.distributed.distributed_c10d._world.pg_map:\n"
+        "    gloo = group._get_backend(torch.device('cpu'))\n"
+        "    print(int(gloo.options._timeout.total_seconds()), flush=True)\n"
+        "os._exit(0)"
+    )
+    assert outputs([python(code, CUDA_VISIBLE_DEVICES="")]) == [f"{seconds}\n{seconds}"]
+
+
 def test_tasks_of_srun_meet():
     tasks = [
         python(

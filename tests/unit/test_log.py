@@ -1,9 +1,12 @@
 import json
 import logging
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bigdet.logs import log
 from bigdet.logs.boards import TensorBoard
 from bigdet.logs.log import MetricsWriter, cut_metrics, setup_logging
 
@@ -20,6 +23,63 @@ def test_metrics_are_one_object_a_line_and_scalars_of_tensorboard(tmp_path: Path
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss/total" in events.read_bytes()
     assert b"train/bbox/AP" in events.read_bytes()
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Callable[[int], None]]:
+    """Gives a function that lets no file grow beyond some bytes, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# TensorBoard's own thread may end with a traceback.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_on_a_full_disk_numbers_wait_with_one_warning_until_there_is_room(
+    tmp_path: Path,
+    limit_files: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    setup_logging(rank=0)
+    file = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(file, [TensorBoard(tmp_path / "tensorboard", first_step=1)])
+    limit_files(15)
+    for step in (1, 2, 3):
+        writer.write({"step": step, "loss": 1.0}, step)
+    assert file.read_text() == '{"step": 1, "lo'  # a line and more do not fit
+    limit_files(1 << 20)
+    writer.write({"step": 4}, 4)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
+    metrics, tensorboard = capsys.readouterr().err.splitlines()
+    assert f"{file}: cannot be written ([Errno 27] File too large). The run continues" in metrics
+    assert f"{tmp_path}/tensorboard: cannot be written ([Errno 27] File too large)" in tensorboard
+    monkeypatch.setattr(log, "MOST_WAITING", 10)
+    limit_files(15)
+    for step in (5, 6, 7):
+        writer.write({"step": step}, step)
+    limit_files(1 << 20)
+    writer.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_log_on_a_full_disk_is_one_warning_on_the_console(
+    tmp_path: Path, limit_files: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "rank-0.log"
+    setup_logging(rank=0, file=file)
+    logger = logging.getLogger("bigdet.training.loop")
+    limit_files(10)
+    logger.info("one")
+    logger.info("two")
+    limit_files(1 << 20)
+    logger.info("three")
+    one, warning, two, three = capsys.readouterr().err.splitlines()
+    assert [line.split(" ", 1)[1] for line in (one, two, three)] == ["one", "two", "three"]
+    assert f"{file}: lines may be missing here, [Errno 27] File too large" in warning
+    assert [line.rsplit(": ", 1)[1] for line in file.read_text().splitlines()] == [
+        "one", "lines may be missing here, [Errno 27] File too large", "two", "three",
+    ]  # fmt: skip
 
 
 def test_cutting_keeps_what_came_before_and_drops_half_a_line(tmp_path: Path):

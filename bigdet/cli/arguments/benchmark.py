@@ -64,6 +64,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--peers",
         help="list of hotcoco,faster_coco_eval,pycocotools; default: all that are installed",
     )
+    parser.add_argument("--boxes", action="store_true", help="score boxes only, no masks")
     parser.add_argument(
         "--classes",
         type=positive,

@@ -201,7 +201,7 @@ def paste(below: Example, above: Example, words: Words) -> Example:
     What they hide is removed from the masks below, and boxes shrink to what is left; an object that
     is hidden completely is dropped and counted. There is no blending: Ghiasi et al., *Simple
     Copy-Paste is a Strong Data Augmentation Method*, found no gain from it. Both images have masks;
-    crowds and objects without a mask are not pasted.
+    crowds, and objects without a mask or a pixel of it on this image, are not pasted.
     """
     assert above.objects.masks is not None
     is_drawn = [words.uniform(0.0, 1.0) < PASTED_PART for _ in above.objects.labels]
@@ -209,6 +209,7 @@ def paste(below: Example, above: Example, words: Words) -> Example:
     drawn = np.flatnonzero(np.logical_and(is_drawn, has_mask))
     size = (below.image.shape[1], below.image.shape[2])
     pasted = clip(select(above.objects, drawn), size)
+    pasted = select(pasted, np.flatnonzero([mask.any() for mask in pasted.masks or []]))
     cover = _cover(pasted, size)
     image = below.image.clone()
     rows, columns = np.nonzero(cover)

@@ -72,6 +72,17 @@ class Cache:
             os.utime(path)
         return is_there
 
+    def remove(self, name: str, file: int | None) -> None:
+        """Delete a file whose content is damaged; it is fetched again when it is needed.
+
+        ``file`` is a descriptor of what was read: one that was fetched since stays. None: any.
+        """
+        path = self.folder / name
+        with locked(path.with_name(name + _LOCK)):
+            found = _stat(path)
+            if found is not None and (file is None or os.path.samestat(found, os.fstat(file))):
+                path.unlink()
+
     def _make_room(self, path: Path, size: int) -> None:
         """Delete the least recently used files until a new one fits, and reserve its space."""
         with locked(self.folder / "lock"):

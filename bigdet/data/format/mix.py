@@ -46,6 +46,7 @@ class MixedSet(ShardSet):
         self.parts = list(parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         self.address, self.folder = parts[0].address, parts[0].folder
+        self._cache = parts[0]._cache
         manifests = [part.manifest for part in parts]
         self.manifest = replace(
             manifests[0],
@@ -91,10 +92,10 @@ class MixedSet(ShardSet):
         part, own_row = self._locate(row)
         return self.parts[part].place(own_row)
 
-    def check_random_reads(self) -> None:
-        """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
-        for part in self.parts:
-            part.check_random_reads()
+    @property
+    def bytes_at(self) -> dict[str, int]:
+        """The bytes of all tars, by the paths or addresses of the sets."""
+        return {path: size for part in self.parts for path, size in part.bytes_at.items()}
 
     def read(self, row: int) -> Sample:
         """Return one sample; ``ShardError`` if its bytes are not those that were written."""
@@ -212,6 +213,28 @@ def with_categories(shards: ShardSet, categories: Sequence[Category]) -> ShardSe
     return MixedSet([shards], renumbered)
 
 
+def check_same_keypoints(*sets: ShardSet) -> None:
+    """Check that classes of one name have the same keypoints in the same order, in all parts.
+
+    Raises:
+        ShardError: with both sets and their keypoints.
+    """
+    known: dict[str, tuple[str, list[str]]] = {}
+    for shards in sets:
+        for part in shards.parts if isinstance(shards, MixedSet) else [shards]:
+            for category in part.categories:
+                if not category.keypoints:
+                    continue
+                key, own = name_key(category.name), (part.address, category.keypoints)
+                address, expected = known.setdefault(key, own)
+                if category.keypoints != expected:
+                    raise ShardError(
+                        f"{part.address}: the keypoints of {category.name} are "
+                        f"{', '.join(category.keypoints)}, expected those of {address}, in their "
+                        f"order: {', '.join(expected)}. Make both sets with the same keypoints."
+                    )
+
+
 def class_ids(shards: ShardSet, names: Sequence[str]) -> list[int | None]:
     """Return the id that a set has for each class of a model; None where it lacks the class.
 
@@ -255,12 +278,19 @@ def warn_of_absent(shards: ShardSet, names: Sequence[str]) -> None:
 
 
 def _union(lists: Sequence[Sequence[Category]]) -> list[Category]:
-    """Return the categories of all lists, each name once; later ones get new ids if needed."""
+    """Return the categories of all lists, each name once; later ones get new ids if needed.
+
+    Keypoints are those of the first list that has any for the name.
+    """
     union: dict[str, Category] = {}
     used: set[int] = set()
     for category in (category for categories in lists for category in categories):
-        if name_key(category.name) not in union:
-            union[name_key(category.name)] = replace(category, id=take_id(category.id, used))
+        key = name_key(category.name)
+        if key not in union:
+            union[key] = replace(category, id=take_id(category.id, used))
+        elif not union[key].keypoints:
+            names, lines, pairs = category.keypoints, category.skeleton, category.flip_pairs
+            union[key] = replace(union[key], keypoints=names, skeleton=lines, flip_pairs=pairs)
     return list(union.values())
 
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import orjson
@@ -31,10 +33,13 @@ from bigdet.config.data import CacheConfig
 from bigdet.data.format.manifest import MANIFEST_NAME, Category, Manifest, Shard, ShardError
 from bigdet.data.format.orientation import as_seen
 from bigdet.data.format.remote import UnreachableError, file_address, is_remote, shown
-from bigdet.data.format.tars import check_random_reads, local_copy, open_tars
+from bigdet.data.format.tars import Span, check_random_reads, local_copy, open_tars
 from bigdet.data.format.web_pages import found_page
 from bigdet.host.files import file_sha256
 from bigdet.host.reading import patiently, why_unread
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 INDEX_DTYPE = np.dtype(
     [
@@ -177,9 +182,16 @@ class ShardSet:
         with open(self.folder / INDEX_NAME, "rb") as file:
             return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
-    def check_random_reads(self) -> None:
-        """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
-        check_random_reads(self._path, self.manifest.shards, self._cache)
+    @property
+    def bytes_at(self) -> dict[str, int]:
+        """The bytes of all tars, by the path or address of the set."""
+        return {self._path: sum(shard.bytes for shard in self.manifest.shards)}
+
+    def check_random_reads(self, *others: ShardSet) -> None:
+        """Raise ``ConfigError`` if reading all in any order would fetch shards over and over."""
+        sets = (self, *others)
+        bytes_at = {path: size for each in sets for path, size in each.bytes_at.items()}
+        check_random_reads(bytes_at, self._cache)
 
     def key(self, row: int) -> str:
         """Return the name of a sample in its tar, without extension."""
@@ -197,6 +209,26 @@ class ShardSet:
 
     def read(self, row: int) -> Sample:
         """Return one sample; ``ShardError`` if its bytes are not those that were written."""
+        return self._twice(row, self._read)
+
+    def record(self, row: int) -> dict[str, Any]:
+        """Return the annotations of one sample, see ``Sample``, without reading its image."""
+        return self._twice(row, self._record)
+
+    def _twice(self, row: int, read: Callable[[int], T]) -> T:
+        """Read a sample; where the cached copy of a remote set is damaged, from a new one."""
+        try:
+            return read(row)
+        except UnavailableShardError:
+            raise
+        except ShardError as error:
+            if not self._tars.forget(*self._spans(np.array([row]))[0]):
+                raise
+            what = f"{self.place(row)}: sample {self.key(row)}: {error.finding}"
+            logger.warning("%s; fetched again, as its copy in the cache may be damaged", what)
+        return read(row)
+
+    def _read(self, row: int) -> Sample:
         entry = self.index[row]
         image = self._bytes(row, int(entry["image_offset"]), int(entry["image_size"]))
         text = self._bytes(row, int(entry["annotation_offset"]), int(entry["annotation_size"]))
@@ -205,14 +237,17 @@ class ShardSet:
             raise self._damaged(row, f"CRC-32 is {found:08x}, expected {expected:08x}")
         return Sample(image, self._parse(row, text), orientation_of(int(entry["flags"])))
 
-    def record(self, row: int) -> dict[str, Any]:
-        """Return the annotations of one sample, see ``Sample``, without reading its image."""
+    def _record(self, row: int) -> dict[str, Any]:
         entry = self.index[row]
         offset, size = int(entry["annotation_offset"]), int(entry["annotation_size"])
         return self._parse(row, self._bytes(row, offset, size))
 
     def expect(self, rows: NDArray[np.integer[Any]]) -> None:
         """Take note of samples that will be read soon, in this order."""
+        self._tars.expect(self._spans(rows))
+
+    def _spans(self, rows: NDArray[np.integer[Any]]) -> list[Span]:
+        """Return what samples take in the tars."""
         entries = self.index[rows]
         starts = np.minimum(entries["image_offset"], entries["annotation_offset"])
         stops = np.maximum(
@@ -220,7 +255,7 @@ class ShardSet:
             entries["annotation_offset"] + entries["annotation_size"],
         )
         columns = (entries["shard"], starts, stops)
-        self._tars.expect(list(zip(*(column.tolist() for column in columns), strict=True)))
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def for_thread(self) -> ShardSet:
         """Return the same set for use by one other thread; index and manifest are shared."""

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from bigdet.data.format.remote import (
     is_remote,
     shown,
 )
+from bigdet.host.files import file_sha256
 from bigdet.host.reading import MAY_PASS, patiently
 
 MAX_OPEN_FILES = 64  # per process; Objects365 has more tars than a process may have open files
@@ -75,6 +76,10 @@ class LocalTars:
             self.close()  # reopens a stale file, and frees some if too many are open
             raise
 
+    def forget(self, shard: int, start: int, stop: int) -> bool:
+        """Return False: there is no other copy of what is damaged here."""
+        return False
+
     def expect(self, spans: Sequence[Span]) -> None:
         """Do nothing: all files are local."""
 
@@ -110,6 +115,7 @@ class CachedTars:
         self._cache = cache
         self._run_bytes = run_bytes
         self._open: tuple[str, int] | None = None  # name and file descriptor
+        self._forgotten: set[str] = set()  # names
         self._ahead: list[_Piece] = []  # to be fetched ahead
         self._thread: threading.Thread | None = None
         self._is_fetching = False  # the thread will look at the list once more
@@ -137,6 +143,24 @@ class CachedTars:
         except OSError:
             self._close_file()  # the cache may be on a network folder, where one can become stale
             raise
+
+    def forget(self, shard: int, start: int, stop: int) -> bool:
+        """Delete what the cache has of a damaged part of a tar, but each piece only once.
+
+        Returns whether reading it again may find something else.
+        """
+        may_differ = False
+        while start < min(stop, self._size(shard)):
+            piece = self._piece(shard, start)
+            if piece.name not in self._forgotten:
+                self._forgotten.add(piece.name)
+                name, file = self._open or ("", None)
+                with contextlib.suppress(OSError):  # what cannot be deleted is found again
+                    self._cache.remove(piece.name, file if name == piece.name else None)
+                may_differ = True
+            start = piece.stop
+        self._close_file()
+        return may_differ
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Keep what will be read soon, in this order, and fetch it ahead if it fits in twice."""
@@ -235,14 +259,19 @@ def open_tars(path: str, shards: Sequence[Shard], config: CacheConfig) -> Tars:
     return CachedTars(files, cache, run_bytes)
 
 
-def check_random_reads(path: str, shards: Sequence[Shard], config: CacheConfig) -> None:
-    """Raise ``ConfigError`` if reading in any order would fetch shards over and over."""
-    num_bytes = sum(shard.bytes for shard in shards)
-    if is_remote(path) and num_bytes > _limit_bytes(config):
+def check_random_reads(bytes_at: Mapping[str, int], config: CacheConfig) -> None:
+    """Raise ``ConfigError`` if reading in any order would fetch shards over and over.
+
+    ``bytes_at`` are those of sets that are read in turns, by path or address.
+    """
+    fetched = {shown(path): count for path, count in bytes_at.items() if is_remote(path)}
+    num_bytes = sum(fetched.values())
+    if num_bytes > _limit_bytes(config):
         raise ConfigError(
-            f"data.cache.gib: found {config.gib}, but {shown(path)} is read in random order, so "
-            f"that its {num_bytes / 2**30:.3f} GiB would be fetched over and over. Raise it so "
-            "that they fit."
+            f"data.cache.gib: found {config.gib}, but {' and '.join(fetched)} "
+            f"{'are' if len(fetched) > 1 else 'is'} read in random order, so that "
+            f"{num_bytes / 2**30:.3f} GiB would be fetched over and over. Raise it so that they "
+            "fit."
         )
 
 
@@ -250,7 +279,7 @@ def local_copy(path: str, config: CacheConfig) -> Path:
     """Return the folder that holds manifest and index: the set's own, or that of the copies.
 
     The manifest is fetched whenever a set is opened, so that a set made again at the same
-    address is noticed. The index is fetched once per host.
+    address is noticed. The index is fetched once per host, and again if the copy is damaged.
     """
     if not is_remote(path):
         return Path(path)
@@ -261,10 +290,18 @@ def local_copy(path: str, config: CacheConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     index = RemoteFile(file_address(path, "index.npy"), sha256=_index_sha256(text))
     with locked(folder / "lock"):
-        if not (folder / "manifest.json").exists():
+        if not _is_whole(folder, text, index.sha256):
             write_whole(folder / "index.npy", lambda file: fetch(index, file))
             write_whole(folder / "manifest.json", lambda file: file.write(text))
     return folder
+
+
+def _is_whole(folder: Path, manifest: bytes, index_sha256: str | None) -> bool:
+    """Return whether a folder holds these copies, the index with this hash where it is known."""
+    own, index = folder / "manifest.json", folder / "index.npy"
+    if not own.is_file() or own.read_bytes() != manifest or not index.is_file():
+        return False
+    return index_sha256 is None or file_sha256(index) == index_sha256
 
 
 def _index_sha256(manifest: bytes) -> str | None:

@@ -116,11 +116,23 @@ def scale_annotation(annotation: Json, old_size: tuple[int, int], size: tuple[in
     elif mask is not None and (runs := _scale_runs(mask, (x_scale, y_scale), size)) is not None:
         scaled["segmentation"] = runs
     if "keypoints" in annotation:
-        scales = (x_scale, y_scale, 1)
-        scaled["keypoints"] = [
-            value if place % 3 == 2 else round(value * scales[place % 3], DECIMALS)
-            for place, value in enumerate(annotation["keypoints"])
-        ]
+        scaled["keypoints"] = _scale_keypoints(annotation["keypoints"], (x_scale, y_scale))
+    return scaled
+
+
+def _scale_keypoints(keypoints: list[float], scales: tuple[float, float]) -> list[float]:
+    """Return x, y, visibility of each keypoint, flat; those that are not labeled stay.
+
+    COCO counts pixels here, so 0 is the center of the first one; nothing is below it.
+    """
+    scaled: list[float] = []
+    for *point, visibility in zip(keypoints[::3], keypoints[1::3], keypoints[2::3], strict=True):
+        if visibility:
+            point = [
+                max(0, round((value + 0.5) * scale - 0.5, DECIMALS))
+                for value, scale in zip(point, scales, strict=True)
+            ]
+        scaled += [*point, visibility]
     return scaled
 
 

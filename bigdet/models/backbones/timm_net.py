@@ -125,7 +125,8 @@ class TimmBackbone(Backbone):
         self.net.set_grad_checkpointing(
             self.is_checkpointed and self.training and torch.is_grad_enabled()
         )
-        return pad_to_multiple(images * self.input_scale + self.input_shift, multiple)
+        # Padding first: it is then like what is outside an image, which is 0 as it comes here.
+        return pad_to_multiple(images, multiple) * self.input_scale + self.input_shift
 
 
 class TimmPyramid(TimmBackbone):

@@ -79,6 +79,28 @@ def test_it_is_refused_in_a_file_too(tmp_path: Path):
     assert "evaluation.resize.pad_to: is for training" in refusal(written(tmp_path, more=more))
 
 
+def test_a_factor_of_a_warm_up_that_is_off_is_refused(tmp_path: Path):
+    path = written(tmp_path, phase="norm_mode: live, warmup_factor: 0.1")
+    assert refusal(path) == ""
+    said = "phases.train.warmup_factor: is for warmup_steps above 0, so it would be ignored."
+    assert said in refusal(path, "phases.train.warmup_steps=0")
+    assert refusal(path, "phases.train.warmup_steps=0", "phases.train.warmup_factor=0.001") == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("phases.train.layer_decay=0.7", "layer_decay: the backbone is frozen, and all other"),
+        ("phases.train.model.drop_path=0.1", "drop_path: a frozen backbone has no drop path"),
+        ("model.drop_path=0.1", "model.drop_path: every phase has a frozen backbone"),
+    ],
+)
+def test_options_of_a_backbone_that_is_not_trained_are_refused(word: str, said: str):
+    frozen = QUICKSTART.with_name("dinov3_l_frozen.yaml")
+    assert said in refusal(frozen, word)
+    assert refusal(frozen, word, "phases.train.freeze=null") == ""
+
+
 def test_norm_of_a_backbone_with_layer_norm_is_refused(tmp_path: Path):
     model = "detector: faster_rcnn, backbone: swin_t, norm: bn"
     path = written(tmp_path, model=model, phase="norm_mode: null")

@@ -17,7 +17,7 @@ from bigdet.data.making.loose_values import truth_value, whole_number
 from bigdet.data.making.sources.categories import load_categories
 from bigdet.data.making.sources.coco import convert_coco, convert_objects365
 from bigdet.data.ordering.selection import select
-from tests.unit.data.coco_trial import HEIGHT, WIDTH, Trial, box_of, image_of
+from tests.unit.data.coco_trial import CATEGORIES, HEIGHT, WIDTH, Trial, box_of, image_of
 
 SQUARE = [[1, 2, 3, 2, 3, 4, 1, 4]]  # 2 x 2 pixels in the box of 3 x 2 that box_of has
 
@@ -109,6 +109,16 @@ def test_image_ids_that_are_names_become_places_in_the_file(trial: Trial) -> Non
     ids = [[entry["id"] for entry in record["annotations"]] for record in records]
     assert ids == [[2, 3], [1]]
     assert shards.manifest.changed == {"annotation dropped: its image is not listed": 1}
+
+
+@pytest.mark.parametrize("is_escaped", [True, False])
+def test_image_ids_beyond_ascii_find_their_annotations(trial: Trial, is_escaped: bool) -> None:
+    image = image_of("stra\u00dfe \u4e00", file_name="1.jpg")
+    content = {"images": [image], "annotations": [box_of(4, image["id"])]}
+    content["categories"] = CATEGORIES
+    trial.file.write_text(json.dumps(content, ensure_ascii=is_escaped), encoding="utf-8")
+    manifest = convert_coco(trial.images, trial.file, trial.out)
+    assert (manifest.images, manifest.instances, manifest.changed) == (1, 1, {})
 
 
 def test_a_subset_may_list_the_names(trial: Trial, tmp_path: Path) -> None:
@@ -316,6 +326,16 @@ def test_images_of_lvis_are_found_and_say_what_was_looked_for(trial: Trial) -> N
         Category(2, "acorn", frequency="r"),
         Category(90, "clock", frequency="c"),
     ]
+
+
+def test_a_list_of_categories_may_lack_classes_that_images_of_lvis_list(trial: Trial) -> None:
+    image = image_of(1, neg_category_ids=[90], not_exhaustive_category_ids=[2, 90])
+    shards = trial.convert([image], [box_of(4)], categories=[Category(1, "bicycle")])
+    record = shards.record(0)
+    assert (record["negative_labels"], record["not_exhaustive_labels"]) == ([], [0])
+    reason = "classes not in the list of categories left out of lists of images"
+    assert trial.log() == [{"changed": reason, "classes": ["toothbrush"]}]
+    assert shards.manifest.changed == {reason: 1}
 
 
 def test_images_of_lvis_are_found_in_one_of_its_folders(trial: Trial) -> None:

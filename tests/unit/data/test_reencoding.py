@@ -9,6 +9,8 @@ import simplejpeg
 from pycocotools import mask as coco_mask
 
 from bigdet.data.examples.decode import decode_pixels
+from bigdet.data.examples.objects import Wanted, objects_in_view
+from bigdet.data.examples.views import whole_view
 from bigdet.data.format.manifest import ShardError
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.making.conversion import Making
@@ -40,8 +42,21 @@ def test_all_that_refers_to_pixels_is_scaled_by_each_sides_own_factor() -> None:
         "bbox": [7.5, 10, 22.5, 20],
         "area": 337.5,
         "segmentation": [[7.5, 10, 30, 10, 30, 30]],
-        "keypoints": [7.5, 10, 2, 0, 0, 0],
+        "keypoints": [7.375, 9.75, 2, 0, 0, 0],  # centers of pixels: 10.5 x 3/4 and 20.5 / 2
     }
+
+
+@pytest.mark.parametrize("point", [(100, 200), (0.5, 479), (639, 0)])
+def test_a_keypoint_is_seen_at_the_same_place_in_both_sizes(point: tuple[float, float]) -> None:
+    wanted = Wanted(keypoint_order=np.array([0]))
+    whole = {**BOX, "bbox": [0, 0, 640, 480], "keypoints": [*point, 2]}
+    small = scale_annotation(whole, (480, 640), (240, 320))
+    expected, found = (
+        objects_in_view([each], whole_view(size, (224, 224)), wanted).keypoints
+        for each, size in ((whole, (480, 640)), (small, (240, 320)))
+    )
+    # At 0 of the large image it would be at -0.25 of the small one, but stays at 0: 0.175 pixels.
+    np.testing.assert_allclose(found, expected, atol=1e-3 if 0 not in point else 0.176)
 
 
 def test_a_run_length_mask_is_sampled_at_the_new_pixels() -> None:

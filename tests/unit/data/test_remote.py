@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -19,11 +20,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from bigdet.config.data import CacheConfig
+from bigdet.config.data import CacheConfig, TrainSplitConfig
 from bigdet.config.rules import ConfigError
 from bigdet.data.format import remote, tars
 from bigdet.data.format.cache import locked
 from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.mix import open_train_set
 from bigdet.data.format.remote import file_address, shown
 from bigdet.data.format.shard_set import ShardSet, UnavailableShardError
 from bigdet.data.making.shard_check import check_shards
@@ -287,6 +289,24 @@ def test_a_cache_that_holds_no_two_pieces_is_refused(local, cache):
         ShardSet(server.address, cache=cache).check_random_reads()
 
 
+def test_sets_that_fit_only_one_by_one_are_refused_together(local, cache, tmp_path):
+    for name in "ab":
+        shutil.copytree(local.folder, tmp_path / "both" / name)
+    config = CacheConfig(folder=cache.folder, gib=room_for(local, 1.5 * NUM_SHARDS))
+    with ShardServer(tmp_path / "both") as server:
+        a, b = (f"{server.address}/{name}" for name in "ab")
+        sets = [ShardSet(address, cache=config) for address in (a, b)]
+        sets[0].check_random_reads(ShardSet(f"{a}", cache=config))  # the same files
+        message = r"gib: .*/a and .*/b are read in random order"
+        with pytest.raises(ConfigError, match=message):
+            sets[0].check_random_reads(sets[1])
+        split = TrainSplitConfig(shards=a, more_shards=[b])
+        with pytest.raises(ConfigError, match=message):
+            open_train_set(split, config).check_random_reads()
+        split = TrainSplitConfig(shards=a, more_shards=[a, str(local.folder)])
+        open_train_set(split, config).check_random_reads()
+
+
 def read_in_order(address: str, config: CacheConfig, seed: int, results: Path) -> None:
     """A process of its own: reads all of a set and leaves what it found."""
     shards = ShardSet(address, cache=config)
@@ -420,6 +440,61 @@ def test_a_cached_shard_that_was_cut_is_fetched_again(local, cache):
         os.truncate(cached(cache)[0], 100)
         assert_same(ShardSet(server.address, cache=cache), local, [0, 1])
         assert server.requests["000000.tar"] == 2
+
+
+def damage(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)  # the same file, which readers have open
+
+
+@pytest.mark.parametrize("mode", ["shards", "ranges"])
+def test_a_damaged_file_of_the_cache_is_fetched_again(local, cache, mode, caplog):
+    config = CacheConfig(folder=cache.folder, gib=cache.gib, mode=mode)
+    with ShardServer(local.folder) as server:
+        readers = [ShardSet(server.address, cache=config) for _ in range(3)]
+        readers.append(readers[2].for_thread())
+        for reader in readers:
+            assert_same(reader, local, [1])
+        (file,) = cached(config)
+        damage(file, int(local.index["image_offset"][0]) + 50)
+        damage(file, int(local.index["annotation_offset"][2]) + 5)
+        assert readers[0].record(2) == local.record(2)
+        for reader in readers:  # they see that another one has replaced it
+            assert_same(reader, local, [0, 2])
+        assert server.requests["000000.tar"] == 2
+        assert cached(config) == [file]
+        assert "sample 000000000001: CRC-32 is" in caplog.text
+        # Found once more by the same reader, it is reported.
+        damage(file, int(local.index["image_offset"][0]) + 50)
+        with pytest.raises(ShardError, match=r"CRC-32 is .* check-shards http://"):
+            readers[0].read(0)
+        assert server.requests["000000.tar"] == 2
+
+
+@pytest.mark.parametrize("name", ["index.npy", "manifest.json"])
+def test_a_damaged_copy_of_the_index_or_manifest_is_fetched_again(local, cache, name):
+    with ShardServer(local.folder) as server:
+        copy = ShardSet(server.address, cache=cache).folder / name
+        damage(copy, 200)
+        assert_same(ShardSet(server.address, cache=cache), local, [0, 1])
+        assert copy.read_bytes() == (local.folder / name).read_bytes()
+        assert server.requests["index.npy"] == 2
+
+
+def test_a_remote_shard_that_is_damaged_itself_is_fetched_once_more_and_reported(
+    local, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tars, "RUN_BYTES", 4096)
+    folder = shutil.copytree(local.folder, tmp_path / "set")
+    damage(folder / "000000.tar", int(local.index["image_offset"][0]) + 50)
+    config = CacheConfig(folder=cache.folder, gib=cache.gib, mode="ranges")
+    with ShardServer(folder) as server:
+        shards = ShardSet(server.address, cache=config)
+        for _ in range(2):
+            with pytest.raises(ShardError, match="The shard is damaged"):
+                shards.read(0)
+            assert set(Counter(server.ranges["000000.tar"]).values()) == {2}
 
 
 def test_a_full_disk_ends_the_run_and_leaves_no_half_file(local, cache, monkeypatch):

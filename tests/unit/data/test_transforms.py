@@ -106,6 +106,18 @@ def test_what_is_pasted_is_cut_at_the_image_below():
     torch.testing.assert_close(nothing.image, below.image)
 
 
+def test_an_object_of_which_no_pixel_is_on_the_image_below_is_not_pasted():
+    # Its box reaches into the image of 10 rows, its mask only has rows 12 to 14.
+    mask = np.zeros((10, 4), np.uint8)
+    mask[7:] = 1
+    above = example(2, objects([[3, 5, 7, 15]], [mask], [[3, 5]]))
+    below = example(1, objects([], [], []), size=(10, 12))
+    mixed = paste(below, above, Always())
+    assert len(mixed.objects) == 0
+    assert (mixed.image == 1).all()
+    assert len(paste(example(1, objects([], [], [])), above, Always()).objects) == 1
+
+
 def scene(number, height=60, width=90, resize=SHORT_SIDE):
     """An image of value 40 x number with one bright rectangle, which is its object."""
     image = torch.full((height, width, 3), 10 * number, dtype=torch.uint8).permute(2, 0, 1)

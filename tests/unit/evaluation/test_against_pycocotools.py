@@ -12,8 +12,10 @@ from pycocotools.cocoeval import COCOeval
 
 from bigdet.benchmarks.evaluate import coco_ground_truth
 from bigdet.data.format.shard_set import Category
+from bigdet.evaluation.analysis import analyze
 from bigdet.evaluation.coco_metrics import measure
 from bigdet.evaluation.detections import read_detections
+from bigdet.evaluation.error_types import find_cover
 from bigdet.evaluation.ground_truth import read_ground_truth
 from tests.unit.evaluation.reference_scores import pycocotools_stats, truth_of
 
@@ -110,6 +112,18 @@ def test_numbers_are_those_of_pycocotools(make_shards, kind, seed):
     assert sum(number is not None and 0 < number < 1 for number in stats) > 4
     by_id = {truth.categories[k].id: ap for k, ap in measured.class_aps().items()}
     assert by_id == class_aps
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm", "keypoints"])
+def test_overlaps_that_the_analysis_computes_give_the_same_numbers(make_shards, kind):
+    images, results = random_scene(1)
+    truth = read_ground_truth(make_shards(images, CATEGORIES), True, True)
+    for some in (results, [r for r in results if r["image_id"] != 10]):  # it has 150 detections
+        found = read_detections(some, truth, ("bbox", "segm", "keypoints"))
+        assert (find_cover(truth, found, kind).same_class is None) == (some is results)
+        measured, expected = analyze(truth, found, kind)[0], measure(truth, found, kind)
+        assert (measured.precision == expected.precision).all()
+        assert (measured.recall == expected.recall).all()
 
 
 def test_numbers_without_detections_are_zero(make_shards):

@@ -16,7 +16,7 @@ from bigdet.evaluation import tta
 from bigdet.evaluation.split import Passes, predict_split
 from bigdet.evaluation.tta import AugmentedDetector, View, mirror, vote
 from bigdet.models.build import build_detector
-from bigdet.models.detector import Detector, collate_images
+from bigdet.models.detector import Detector, collate_images, evaluating
 from bigdet.models.heads.detections import FlatDetections, best_detections
 from bigdet.structures import Batch
 
@@ -166,6 +166,22 @@ def test_one_view_and_twice_the_same_view_are_the_detector_itself() -> None:
         torch.testing.assert_close(found.scores, expected.scores)
         torch.testing.assert_close(found.labels, expected.labels)
         torch.testing.assert_close(found.masks, expected.masks, rtol=1e-3, atol=1e-4)
+
+
+def test_views_of_many_sizes_compile_nothing() -> None:
+    detector = build_detector(CONFIG, 3)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    detector.compile_dense(backend=backend)
+    augmented = AugmentedDetector(detector, replace(ONE, scales=[32, 64]), [])
+    with evaluating(augmented):
+        augmented(two_images())
+    assert graphs == []
+    torch.compiler.reset()
 
 
 def test_boxes_move_to_the_mean_of_those_that_agree() -> None:

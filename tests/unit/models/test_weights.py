@@ -1,7 +1,11 @@
+import os
+import stat
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bigdet.cli.convert_weights import write_state
 from bigdet.config.load import parse_config
 from bigdet.models.build import build_detector
 from bigdet.models.norms import batch_norms
@@ -58,6 +62,16 @@ def test_a_saved_detector_comes_back_with_weights_categories_and_size(tmp_path):
     assert loaded.eval_size == (80, 133)  # the phase's short side, and 1333 / 800 of it
     assert not loaded.training
     assert {norm.mode for norm in batch_norms(loaded)} == {"fixed"}
+
+
+def test_a_weights_file_is_for_all_whom_the_umask_lets_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_detector_weights(tmp_path / "a.safetensors", torch.nn.Linear(2, 3), {"a": "b"})
+        write_state(tmp_path / "b.safetensors", torch.nn.Linear(2, 3).state_dict())
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(each.stat().st_mode) for each in tmp_path.iterdir()] == [0o640, 0o640]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,43 @@ def test_runs_with_and_without_cpu_time_each_have_their_own(tmp_path: Path):
     columns = [table.header.index(name) for name in ("CPU-minutes", "GPU-minutes")]
     assert [[row[column] for column in columns] for row in table.rows] == [["", "30"], ["15", ""]]
     assert budgets.equal_budgets(groups) == []  # times of different kinds are not alike
+    costs = facts.cost_table(groups)
+    # Of finetune 20 steps: 36 s on the GPU, a quarter of it waiting, and 3.6 s of evaluations;
+    # 18 s on the CPU, and half as much of evaluations.
+    own = {
+        "gpu": {"compute GPU-minutes": "9", "data wait GPU-minutes": "3",
+                "evaluation GPU-minutes": "1.2"},
+        "cpu": {"training CPU-minutes": "6", "evaluation CPU-minutes": "3"},
+    }  # fmt: skip
+    for name, expected in own.items():
+        row = next(row for row in costs.rows if row[:2] == [name, "finetune"])
+        cells = dict(zip(costs.header, row, strict=True))
+        assert {k: cell for k, cell in cells.items() if "-minutes" in k and cell} == expected
+    figures = {figure.title: figure.choices[0].traces for figure in cost_figures(groups)}
+    assert {title: [(each["name"], each["y"]) for each in traces]
+            for title, traces in figures.items()} == {
+        "Where the CPU time went": [("training", ["cpu"]), ("evaluation", ["cpu"])],
+        "Where the GPU time went": [("compute", ["gpu"]), ("data wait", ["gpu"]),
+                                    ("evaluation", ["gpu"])],
+    }  # fmt: skip
+
+
+def test_a_measure_that_only_an_earlier_phase_has_is_compared_nowhere(tmp_path: Path):
+    folders = [write_run(tmp_path / "a", [0.1] * 5), write_run(tmp_path / "b", [0.2] * 5, OTHER)]
+    for folder in folders:
+        file = folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            if line["phase"] == "finetune":  # as of a detector without masks
+                line.pop("segm/AP", None)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    groups = group_runs(read_runs(folders))
+    assert compare.measures_of(groups) == ["bbox/AP", "segm/AP"]
+    assert [each.measure for each in budgets.equal_budgets(groups)] == ["bbox/AP"]
+    assert [each.goal for each in compare.equal_ap(groups)] == [
+        "b's 20.0 box AP",
+        "a's 10.0 box AP",
+    ]
 
 
 def test_a_time_that_is_near_none_does_not_part_those_that_are_near_each_other():

@@ -91,6 +91,27 @@ def test_seeds_on_the_same_shards_are_one_group_however_these_are_written(
     assert [len(members) for members in groups.values()] == [3, 1]
 
 
+def test_groups_with_the_same_common_name_are_all_kept(tmp_path: Path):
+    # Two pairs of seeds, and a run that is called what the names of either pair have in common.
+    options = {
+        "direct-s0": [],
+        "direct-s1": ["seed=1"],
+        "direct": ["phases.pretrain.lr=0.5"],
+        "direct-seed0": ["phases.pretrain.lr=0.25"],
+        "direct-seed1": ["phases.pretrain.lr=0.25", "seed=1"],
+        "direct-s0 and 1 more": ["phases.pretrain.lr=0.125"],
+    }
+    runs = read_runs([write_run(tmp_path / name, [0.1], *each) for name, each in options.items()])
+    assert {name: [run.name for run in members] for name, members in group_runs(runs).items()} == {
+        "direct-s0 and 1 more*": ["direct-s0", "direct-s1"],
+        "direct": ["direct"],
+        "direct-seed0 and 1 more": ["direct-seed0", "direct-seed1"],
+        "direct-s0 and 1 more": ["direct-s0 and 1 more"],
+    }
+    first = group_runs(runs[:2] + runs[3:5])
+    assert list(first) == ["direct", "direct-seed0 and 1 more"]
+
+
 def test_an_ended_run_with_an_evaluation_unscored_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

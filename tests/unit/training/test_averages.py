@@ -110,3 +110,12 @@ def test_sums_of_two_ranks_go_on_in_one() -> None:
         "loss/box": pytest.approx(5 / 9),
         "grad_norm": pytest.approx(42 / 9),
     }
+
+
+def test_sums_that_only_some_ranks_have_go_on_in_one() -> None:
+    # Two ranks go on in four, which save before a step: rank 0 has all, here in the second place.
+    ranks: list[dict[str, float]] = [{}, {"total": 12.0, "box": 3.5}, {}, {}]
+    meter = LossMeter(CPU, Interval(5.0, ranks, 5.0, 22.0))
+    assert add(meter, FULL).means()["loss/total"] == pytest.approx(20 / 9)
+    in_first_place = Interval(5.0, ranks[1:], 5.0, 22.0)
+    assert add(LossMeter(CPU, in_first_place), FULL).means()["loss/box"] == pytest.approx(5 / 9)

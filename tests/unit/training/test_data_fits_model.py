@@ -1,5 +1,6 @@
 """What a model needs of its data is known before the first step."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bigdet.config.data import DataConfig, TrainSplitConfig, ValSplitConfig
 from bigdet.config.load import load_config
 from bigdet.config.rules import ConfigError
+from bigdet.data.format.manifest import ShardError
+from bigdet.data.format.mix import open_sets
 from bigdet.data.format.phase_sets import DataSets
 from bigdet.data.format.shard_set import FLAG_KEYPOINTS, FLAG_MASKS, Category
 from bigdet.training.data_checks import check_data
+from tests.unit.data.small_shards import write_set
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
@@ -30,7 +35,7 @@ class Shards:
     def __len__(self) -> int:
         return 1
 
-    def check_random_reads(self) -> None:
+    def check_random_reads(self, *others: "Shards") -> None:
         pass
 
 
@@ -64,6 +69,40 @@ def test_a_keypoint_head_has_as_many_as_the_categories() -> None:
 def test_a_keypoint_head_has_objects_with_keypoints() -> None:
     with pytest.raises(ConfigError, match="needs keypoints, but no object of somewhere has any"):
         check(Shards(FLAG_MASKS, 17), "model.detector=keypoint_rcnn")
+
+
+def test_sets_that_are_mixed_have_their_keypoints_in_one_order(tmp_path: Path) -> None:
+    names = ["left_ear", "right_ear"]
+    for folder, own in (("plain", None), ("first", names), ("turned", names[::-1])):
+        write_set(tmp_path / folder, num_shards=1, per_shard=1)
+        file = tmp_path / folder / "manifest.json"
+        values = json.loads(file.read_text())
+        values["categories"] = [
+            {"id": 1, "name": "cat", "keypoints": own},
+            {"id": 2, "name": "dog"},
+        ]
+        del values["sha256"]
+        file.write_text(json.dumps(values))
+    plain, first, turned = (str(tmp_path / folder) for folder in ("plain", "first", "turned"))
+
+    def check_mix(train: list[str], val: str, *overrides: str) -> list[Category]:
+        split = TrainSplitConfig(shards=train[0], more_shards=train[1:])
+        data = DataConfig(train=split, val=ValSplitConfig(shards=val))
+        mixed, measured = open_sets(data)
+        check_data(load_config(CONFIG, overrides), sets(mixed, measured))
+        return mixed.categories
+
+    boxes = "model.detector=faster_rcnn"
+    categories = check_mix([plain, first], plain, boxes)
+    assert categories == [Category(1, "cat", keypoints=names), Category(2, "dog")]
+    check_mix([plain, first, turned], turned, boxes)  # which learn none of them
+    points = ["model.detector=keypoint_rcnn", "model.keypoint.num_keypoints=2"]
+    message = r"turned: the keypoints of cat are right_ear, left_ear, .*first, in their order: left"
+    for train, val in (([first, turned], plain), ([plain, first], turned)):
+        with pytest.raises(ShardError, match=message):
+            check_mix(train, val, *points)
+    with pytest.raises(ConfigError, match=r"no object of .*plain has any"):
+        check_mix([plain, first], first, *points)
 
 
 def test_classes_of_the_two_sets_go_together_by_name(caplog) -> None:

@@ -15,7 +15,8 @@ from bigdet.engine.parts import Piece, Share
 from bigdet.pieces.tensor_file import Spec
 from bigdet.run_dir import RunDir
 from bigdet.training.forks import changed_options, is_fork
-from bigdet.training.resume import begin, find_checkpoint
+from bigdet.training.resume import begin
+from bigdet.training.starting_point import find_checkpoint
 from bigdet.training.state import RunState
 from tests.shipped import unchecked
 
@@ -167,3 +168,16 @@ def test_weights_to_start_from_are_the_same_file_by_any_path(folder: Path) -> No
     (changed,) = changed_options(start_from("run/checkpoints/pretrain-2"), before, [])
     assert changed.startswith("phases.pretrain.start_from.source (was run/checkpoints/pretrain-4,")
     assert len(changed_options(start_from("random"), start_from("previous"), [])) == 1
+
+
+def test_an_option_without_effect_may_be_removed_from_a_run() -> None:
+    # Earlier versions took a factor of a warm-up that is off; now it is refused.
+    off = [*WORDS, "output=x", "phases.pretrain.warmup_steps=0"]
+    before = unchecked(CONFIG, [*off, "phases.pretrain.warmup_factor=0.5"])
+    assert changed_options(unchecked(CONFIG, off), before, []) == []
+    on = unchecked(CONFIG, [*off, "phases.pretrain.warmup_steps=5"])
+    changed = changed_options(on, before, [])
+    assert [each.partition(" ")[0] for each in changed] == [
+        "phases.pretrain.warmup_factor",
+        "phases.pretrain.warmup_steps",
+    ]

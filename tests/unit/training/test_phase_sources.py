@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from bigdet.models.rcnn import RCNN
 from bigdet.models.weights import save_detector_weights, weights_metadata
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
+from bigdet.weights.own_runs import hidden_differences
 from bigdet.weights.whole_detectors import with_sampling
 
 CONFIG = """
@@ -141,3 +143,25 @@ def test_a_start_from_heads_that_pool_otherwise_is_warned(
         assert len(warned) == expected
         for message in warned:
             assert "trained with model.roi.sampling_ratio: 0, and this run has 2" in message
+
+
+def test_options_that_shapes_do_not_show_are_warned_for_the_parts_that_are_loaded(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.safetensors"
+    text = CONFIG.replace("SOURCE", str(path)).replace("CHECKPOINTED", "false")
+    config = parse_config(text, "test")
+    detector = build_detector(config.model, 3)
+    save_detector_weights(path, detector, weights_metadata(config, [], "train"))
+    assert hidden_differences(detector, path, ["backbone", "fpn", "rpn", "box_head"]) == ""
+    rpn = replace(config.model.rpn, anchor_sizes=[16, 32, 64, 128, 256])
+    detector.config = replace(config.model, neck="simple", pad_to_square=True, rpn=rpn)
+    said = hidden_differences(detector, path, ["fpn", "rpn"])
+    assert said.startswith(
+        f"{path} was trained with model.neck: fpn, and this run has simple; "
+        "model.rpn.anchor_sizes: [32, 64, 128, 256, 512], and this run has [16, 32, 64, 128, 256]. "
+    )
+    assert "model.pad_to_square: False, and this run has True" in hidden_differences(
+        detector, path, ["backbone"]
+    )
+    assert hidden_differences(detector, path, ["box_head"]) == ""

@@ -1,6 +1,6 @@
+import contextlib
 import copy
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -13,18 +13,9 @@ from bigdet.config.run import RunConfig
 from bigdet.data.format.phase_sets import DataSets
 from bigdet.data.format.shard_set import ShardSet
 from bigdet.data.streams.stream import TrainStream
-from bigdet.engine import keeping
 from bigdet.engine.checkpoint import Checkpoint
-from bigdet.engine.remote import Remote
 from bigdet.run_dir import RunDir
-from bigdet.training.resume import (
-    _fetch_frozen,
-    begin,
-    check_phases,
-    find_checkpoint,
-    note_changes,
-    settle_config,
-)
+from bigdet.training.resume import begin, check_phases, note_changes, settle_config
 from bigdet.training.state import RunState
 from tests.shipped import unchecked
 
@@ -177,6 +168,27 @@ def test_lengths_in_images_and_passes_become_steps_and_drops_with_them(shards: S
     )
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (
+            "checkpoint.at=[pretrain-501]",
+            r"^checkpoint\.at: found pretrain-501, .*pretrain has 500\)",
+        ),
+        ("log.profile.steps=[500,501]", r"^log\.profile\.steps: found \[500, 501\], .*most 500\."),
+        ("checkpoint.at=[pretrain-500]", ""),
+        ("log.profile.steps=[499,500]", ""),
+    ],
+)
+def test_steps_are_checked_once_the_length_of_a_phase_in_images_is_known(word: str, said: str):
+    # 4000 images in steps of 8
+    length = ["phases.pretrain.steps=null", "phases.pretrain.images=4_000"]
+    sizes = ["phases.pretrain.images_per_step=8", "phases.pretrain.images_per_gpu=2"]
+    config = load_config(CONFIG, [*length, *sizes, SIZES[1], word])
+    with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+        assert settle_config(config, None, None).phases["pretrain"].steps == 500
+
+
 def test_the_last_60k_and_20k_steps_stay_whatever_the_length_and_the_batch(shards: ShardSet):
     # Paper 1, 2x: 180k steps of 16 images, drops at 120k and 160k; with 64 images a quarter.
     words = [
@@ -285,64 +297,6 @@ def test_a_fork_leaves_the_best_behind_and_ends_its_phase_with_an_evaluation(
         assert (state.step, state.seen.images) == (40, 7)
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> RunDir:
-    """A run with one checkpoint."""
-    run_dir = RunDir(tmp_path / "run")
-    run_dir.checkpoint("pretrain", 5).mkdir(parents=True)
-    (run_dir.checkpoint("pretrain", 5) / "state.json").write_text("{}")
-    run_dir.latest.write_text("pretrain-5\n")
-    run_dir.config.write_text(dump_config(load_config(CONFIG)))
-    return run_dir
-
-
-def test_auto_continues_from_the_latest_and_never_refuses_it(run_dir: RunDir):
-    newest = run_dir.checkpoint("pretrain", 5)
-    assert find_checkpoint(load_config(CONFIG), run_dir) == newest
-    assert find_checkpoint(load_config(CONFIG), RunDir(run_dir.root / "new")) is None
-    with pytest.raises(ConfigError, match=r"resume: found never, but .* has checkpoints"):
-        find_checkpoint(load_config(CONFIG, ["resume=never"]), run_dir)
-
-
-def test_a_named_checkpoint_begins_a_new_folder_and_no_other(run_dir: RunDir, tmp_path: Path):
-    named = run_dir.checkpoint("pretrain", 5)
-    config = load_config(CONFIG, [f"resume={named}"])
-    new = RunDir(tmp_path / "new")
-    assert find_checkpoint(config, new) == new.checkpoint("pretrain", 5)
-    assert (new.checkpoint("pretrain", 5) / "state.json").is_file()
-    new.config.write_text(dump_config(config))
-    assert find_checkpoint(config, new) == new.checkpoint("pretrain", 5)  # the same command again
-    elsewhere = load_config(CONFIG, [f"resume={new.checkpoint('pretrain', 5)}"])
-    with pytest.raises(ConfigError, match="has its own checkpoints"):
-        find_checkpoint(elsewhere, run_dir)
-
-
-def test_an_ended_run_continues_only_for_an_evaluation_that_is_not_scored(run_dir: RunDir):
-    config, newest = load_config(CONFIG), run_dir.checkpoint("pretrain", 5)
-    run_dir.weights.touch()
-    with pytest.raises(ConfigError, match="holds a finished run"):
-        find_checkpoint(config, run_dir)
-    left = run_dir.detections("pretrain", 5)
-    left.parent.mkdir()
-    left.touch()
-    assert not run_dir.is_finished
-    assert find_checkpoint(config, run_dir) == newest
-    run_dir.latest.unlink()  # without a checkpoint it would begin anew
-    with pytest.raises(ConfigError, match="holds a finished run"):
-        find_checkpoint(config, run_dir)
-
-
-def test_an_earlier_checkpoint_of_the_run_becomes_the_latest_once(run_dir: RunDir):
-    earlier, newest = run_dir.checkpoint("pretrain", 3), run_dir.checkpoint("pretrain", 5)
-    earlier.mkdir()
-    (earlier / "state.json").write_text("{}")
-    config = load_config(CONFIG, [f"resume={earlier}"])
-    assert find_checkpoint(config, run_dir) == earlier
-    run_dir.config.write_text(dump_config(config))  # as the run that began there writes it
-    run_dir.latest.write_text("pretrain-5\n")
-    assert find_checkpoint(config, run_dir) == newest
-
-
 def stream_of(shards: ShardSet, config: RunConfig, **more: int) -> TrainStream:
     """The stream of ``pretrain`` on one rank."""
     ranks = {"rank": 0, "world_size": 1}
@@ -410,26 +364,11 @@ def test_another_batch_must_be_asked_for():
         settle_config(asked, saved_by(*SIZES), Path("x"))
 
 
-def test_a_frozen_backbone_comes_from_the_remote_or_from_the_run_of_an_earlier_version(
-    tmp_path: Path,
-):
-    run_dir, there = RunDir(tmp_path / "run"), tmp_path / "remote" / "frozen"
-    folder, digest = run_dir.checkpoints / "pretrain-2", "ab" * 32
-    folder.mkdir(parents=True)
-    state = {"files": {}, "run": {"phase": "pretrain", "frozen": digest}}
-    (folder / "state.json").write_text(json.dumps(state))
-    keeping.mark_latest(folder)
-    there.mkdir(parents=True)
-    remote = Remote(f"file://{tmp_path}/remote")
-    words = "has no frozen/abababababababab.safetensors, the frozen backbone of the checkpoint pre"
-    with pytest.raises(ValueError, match=words):
-        _fetch_frozen(remote, run_dir)
-    (there / "abababababababab.safetensors").write_bytes(b"there")
-    earlier = run_dir.frozen("").with_name("pretrain.safetensors")
-    earlier.parent.mkdir(exist_ok=True)
-    earlier.write_bytes(b"here")
-    _fetch_frozen(remote, run_dir)
-    assert not run_dir.frozen(digest).exists()  # the other name is found too
-    earlier.unlink()
-    _fetch_frozen(remote, run_dir)
-    assert run_dir.frozen(digest).read_bytes() == b"there"
+def test_a_change_of_the_batch_needs_the_steps_of_the_present_phase_only():
+    in_passes = ["steps=null", "passes=12", "warmup_steps=0"]
+    sizes = ["phases.pretrain.images_per_step=64", SIZES[1], "change_batch=true"]
+    asked = load_config(CONFIG, [*sizes, *(f"phases.finetune.{word}" for word in in_passes)])
+    assert settle_config(asked, saved_by(*SIZES), Path("x")) == asked
+    asked = load_config(CONFIG, [*sizes, *(f"phases.pretrain.{word}" for word in in_passes)])
+    with pytest.raises(ConfigError, match=r"phases\.pretrain\.steps: not set, but with change_ba"):
+        settle_config(asked, saved_by(*SIZES), Path("x"))

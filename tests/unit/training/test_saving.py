@@ -20,11 +20,13 @@ from bigdet.config.phase import num_steps
 from bigdet.data.format.phase_sets import DataSets
 from bigdet.engine import checkpoint, keeping, writing
 from bigdet.engine.parts import Part, Share, copy_share
+from bigdet.engine.remote import Remote
 from bigdet.engine.writing import Save
 from bigdet.models.weights import find_weights
 from bigdet.run_dir import RunDir
 from bigdet.training.saving import Saver, newest_checkpoint, write_final_weights
 from bigdet.training.state import RunState
+from bigdet.training.uploads import Uploads
 from tests.shipped import unchecked
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -89,9 +91,91 @@ def test_a_frozen_backbone_that_an_earlier_version_named_goes_away_by_its_name_o
     engine: Any = FakeEngine()
     saver.save(engine, RunState("pretrain", step=1, frozen=digest))
     saver.wait()
-    # What another machine asks for: see resume._fetch_frozen.
+    saver.finish_copies()
+    # What another machine asks for: see starting_point._fetch_frozen.
     assert [path.name for path in (remote / "frozen").iterdir()] == [run_dir.frozen(digest).name]
     assert (remote / "frozen" / f"{digest[:16]}.safetensors").read_bytes() == b"backbone"
+
+
+@pytest.fixture
+def uploading(run_dir: RunDir, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once files may be copied to the address of a saver, which keeps one checkpoint."""
+    may_copy, put = threading.Event(), Remote._put
+
+    def slow_put(*arguments: Any) -> None:
+        assert may_copy.wait(60)
+        put(*arguments)
+
+    monkeypatch.setattr(Remote, "_put", slow_put)
+    saver._uploads = Uploads(Remote(f"file://{run_dir.root}/remote"))
+    return may_copy
+
+
+def test_saves_do_not_wait_for_a_copy_and_the_last_is_copied_at_the_end(
+    saver: Saver, run_dir: RunDir, uploading: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = run_dir.root / "remote"
+    for step in (1, 2, 3):
+        save(saver, step)
+    saver.finish()  # of a phase
+    # The second is neither newest nor on its way, and keep=1.
+    assert names(run_dir) == ["latest", "pretrain-1", "pretrain-3"]
+    assert newest_checkpoint(run_dir) == run_dir.checkpoints / "pretrain-3"
+    assert not (remote / "latest").exists()
+    assert [f"pretrain-{step} is not copied" in caplog.text for step in (1, 2, 3)] == [
+        False, True, True,
+    ]  # fmt: skip
+    uploading.set()
+    saver.finish_copies()
+    assert sorted(path.name for path in remote.iterdir()) == names(run_dir)
+    assert (remote / "latest").read_text() == "pretrain-3\n"
+    assert checkpoint.load(remote / "pretrain-3").run["run"]["step"] == 3
+
+
+def test_a_checkpoint_that_is_saved_again_while_it_is_copied_is_copied_again(
+    saver: Saver, run_dir: RunDir, uploading: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(saver, 1)
+    save(saver, 1)  # as before and after each evaluation
+    saver.wait()
+    uploading.set()
+    with caplog.at_level(logging.INFO, "bigdet"):
+        saver.finish_copies()
+    assert "pretrain-1 is written again: its earlier state is not copied" in caplog.text
+    assert "is on this machine only" not in caplog.text
+    remote = run_dir.root / "remote"
+    assert checkpoint.load(remote / "pretrain-1").run["run"]["step"] == 1
+    assert {path.name for path in (remote / "pretrain-1").iterdir()} >= {"index-2.json"}
+
+
+def test_a_copy_that_hangs_is_a_warning_at_the_end(
+    saver: Saver, run_dir: RunDir, uploading: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(saver, 1)
+    saver.finish()
+    saver.join(0.01)  # as a run that ends
+    assert f"checkpoint pretrain-1 is on this machine only, not at file://{run_dir.root}" in (
+        caplog.text
+    )
+    assert "its copy takes longer than 0.01 s" in caplog.text
+
+
+def test_checkpoints_at_the_address_that_are_of_no_phase_of_the_run_stay(
+    run_dir: RunDir, tmp_path: Path
+) -> None:
+    train_set: Any = SimpleNamespace(categories=[])
+    sets = dict.fromkeys(("pretrain", "finetune"), DataSets(train_set, train_set))
+    remote = tmp_path / "remote"
+    for name in ("train-1", "pretrain-best", "finetune-3", "pretrain-3"):
+        (remote / name).mkdir(parents=True)
+        (remote / name / "index-1.json").touch()
+    saver = Saver(load_config(CONFIG, [f"checkpoint.remote=file://{remote}"]), run_dir, sets)
+    save(saver, 4)
+    saver.wait()
+    saver.finish_copies()
+    assert sorted(path.name for path in remote.iterdir()) == [
+        "latest", "pretrain-4", "pretrain-best", "train-1",
+    ]  # fmt: skip
 
 
 def names(run_dir: RunDir) -> list[str]:
@@ -132,14 +216,17 @@ def test_a_full_disk_is_a_warning_and_the_next_save_makes_it_good(
     save(saver, 1)
     saver.wait()
     full_disk(True)
-    save(saver, 2)
-    saver.join()
-    full_disk(False)
     with caplog.at_level(logging.WARNING, "bigdet"):
-        save(saver, 3)
-    assert "pretrain-2: cannot write the checkpoint" in caplog.text
-    assert "The run continues" in caplog.text
+        save(saver, 2)
+        saver.join()
+        # At once: the next save may be an hour away.
+        (warning,) = (record.getMessage() for record in caplog.records)
+    assert f"{run_dir.checkpoints}/pretrain-2: cannot write the checkpoint" in warning
+    assert "The run continues" in warning
+    full_disk(False)
+    save(saver, 3)
     saver.finish()
+    assert len(caplog.records) == 1
     assert names(run_dir) == ["latest", "pretrain-3"]
 
 
@@ -214,6 +301,31 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_named(
         f"Last good checkpoint: {run_dir.checkpoints / 'pretrain-1'}."
     )
     assert names(run_dir) == ["latest", "pretrain-1"]
+
+
+class OverflownEngine:
+    """Gives finite weights, and a mean of squared gradients with an infinity."""
+
+    def share(self, position: int, size: int) -> Share:
+        squares = torch.tensor([1.0, float("inf")])
+        parts = [
+            Part("model", "fc.weight", (2,), 0, torch.ones(2), is_whole=True),
+            Part("exp_avg_sq", "fc.weight", (2,), 0, squares, is_whole=True),
+        ]
+        return copy_share(parts, 0, 1)
+
+
+def test_optimizer_state_that_a_resume_would_refuse_is_not_saved_either(
+    saver: Saver, run_dir: RunDir
+) -> None:
+    save(saver, 1)
+    engine: Any = OverflownEngine()
+    with pytest.raises(
+        distributed.SharedError,
+        match=r"1 of 2 tensors is not finite: fc\.weight/exp_avg_sq \(1 of 2",
+    ):
+        saver.save(engine, RunState("pretrain", step=2))
+    assert names(run_dir) == ["latest", "pretrain-1"]  # and not deleted, though checkpoint.keep=1
 
 
 def test_ends_of_phases_and_the_best_have_their_weights_in_one_file(

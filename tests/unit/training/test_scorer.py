@@ -285,3 +285,32 @@ def test_the_best_is_of_the_newest_validation_set(run: Fixed, is_other_set: bool
     run.scorer().resume()
     best = (0.5, "finetune-10") if is_other_set else (0.75, "pretrain-30")
     assert (run.state.best_ap, run.state.best_checkpoint) == best
+
+
+def note(run: Fixed, step: int, ap: float) -> tuple[float | None, str | None]:
+    """Let an evaluation give this AP, in a run that was started again; return the best."""
+    run.state = RunState.from_json(json.loads(json.dumps(run.state.to_json())))
+    run.state.unscored = Unscored("pretrain", step, step, {})
+    numbers = run.run_dir.evaluation("pretrain", step)
+    numbers.parent.mkdir(exist_ok=True)
+    numbers.write_text(json.dumps({"bbox": {"AP": ap}}))
+    run.scorer().resume()
+    return run.state.best_ap, run.state.best_checkpoint
+
+
+@pytest.mark.parametrize("word", ["metric=voc12", "tta.flip=false", "resize.size=64", "val_set"])
+def test_the_best_begins_anew_where_ap_is_measured_in_another_way(
+    run: Fixed, word: str, tmp_path: Path
+) -> None:
+    assert note(run, 10, 0.75) == (0.75, "pretrain-10")
+    words = ["evaluation.every=7", "evaluation.pictures=2", "data.val.shards=moved"]
+    run.config = unchecked(CONFIG, words)
+    assert note(run, 20, 0.5) == (0.75, "pretrain-10")
+    if word == "val_set":
+        run.val_set = write_set(tmp_path / "other", num_shards=1, per_shard=3)
+    else:
+        more = ["evaluation.resize.kind=direct"] if word.startswith("resize") else []
+        run.config = unchecked(CONFIG, [*words, *more, f"evaluation.{word}"])
+    assert note(run, 30, 0.5) == (0.5, "pretrain-30")
+    assert run.run_dir.best.read_text() == "pretrain-30\n"
+    assert note(run, 40, 0.25) == (0.5, "pretrain-30")

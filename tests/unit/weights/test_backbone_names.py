@@ -241,10 +241,10 @@ def test_detectrons_group_norm_loads():
     }
 
 
-def write_detectron2(folder, reference):
+def write_detectron2(folder, state):
     """What detectron2's tools/convert-torchvision-to-d2.py makes of a torchvision ResNet."""
     tensors = {}
-    for key, tensor in reference.state_dict().items():
+    for key, tensor in state.items():
         name = key if "layer" in key else f"stem.{key}"
         for number in (1, 2, 3, 4):
             name = name.replace(f"layer{number}", f"res{number + 1}")
@@ -260,10 +260,38 @@ def write_detectron2(folder, reference):
 def test_detectron2s_resnet_loads_to_the_last_tensor(tmp_path):
     reference = randomized(torchvision.models.resnet18()).float()
     detector = make_detector("resnet18")
-    load_backbone_file(detector, write_detectron2(tmp_path, reference), None, "rgb")
     expected = reference.state_dict()
+    load_backbone_file(detector, write_detectron2(tmp_path, expected), None, "rgb")
     for key, tensor in detector.backbone.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
+
+
+def test_a_file_of_a_detector_gives_its_first_convolution_for_our_images(tmp_path):
+    ours = randomized(torchvision.models.resnet18()).float().state_dict()
+    theirs = pickle.loads(write_detectron2(tmp_path, ours).read_bytes())["model"]
+    state = {f"backbone.bottom_up.{name}": torch.tensor(each) for name, each in theirs.items()}
+    first = "backbone.bottom_up.stem.conv1.weight"
+    # What gives on BGR, 0 to 255 minus the mean, what ours gives on normalized RGB.
+    state[first] = (ours["conv1.weight"] / DEVIATION.view(1, 3, 1, 1)).flip(1).float()
+    mean = torch.tensor([103.53, 116.28, 123.675])
+    buffers = {"pixel_mean": mean.view(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    torch.save({"model": {**state, **buffers}}, tmp_path / "says.pth")
+    torch.save({"model": state}, tmp_path / "silent.pth")
+    for name, pixels in (("says", None), ("says", "bgr_255"), ("silent", "bgr_255")):
+        detector = make_detector("resnet18")
+        load_backbone_file(detector, tmp_path / f"{name}.pth", ["backbone"], pixels)
+        torch.testing.assert_close(detector.backbone.conv1.weight.detach(), ours["conv1.weight"])
+    for name, pixels, said in (
+        ("silent", None, r"does not say how .* Say it with start_from\.pixels"),
+        ("says", "rgb", r"start_from\.pixels is rgb, but its .* are those of bgr_255"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_backbone_file(make_detector("resnet18"), tmp_path / f"{name}.pth", None, pixels)
+    # mmdetection's names are torchvision's: RGB, unless it is stated.
+    torch.save({f"backbone.{name}": each for name, each in ours.items()}, tmp_path / "mm.pth")
+    for pixels, expected in ((None, ours["conv1.weight"]), ("bgr", ours["conv1.weight"].flip(1))):
+        load_backbone_file(detector, tmp_path / "mm.pth", ["backbone"], pixels)
+        assert torch.equal(detector.backbone.conv1.weight, expected)
 
 
 def test_the_backbone_is_taken_out_of_a_detector():
@@ -331,6 +359,17 @@ def test_weights_for_other_pixels_are_refused(monkeypatch):
         load_timm_backbone(
             make_detector("vit_s"), "timm:vit_small_patch16_224.augreg_in1k", "vit_s"
         )
+
+
+def test_a_file_whose_config_names_other_pixels_is_refused(tmp_path):
+    torch.save(build_backbone("resnet10", "bn", 0.0).state_dict(), tmp_path / "a.pth")
+    cfg = tmp_path / "config.json"
+    cfg.write_text('{"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}')
+    with pytest.raises(ValueError, match=r"a\.pth \(by the config\.json next .* mean \(0\.5"):
+        load_backbone_file(make_detector("resnet10"), tmp_path / "a.pth", None, None)
+    for text in ("{}", '{"pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}'):
+        cfg.write_text(text)
+        load_backbone_file(make_detector("resnet10"), tmp_path / "a.pth", None, None)
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):

@@ -13,6 +13,7 @@ from bigdet.models.weights import load_parts, save_detector_weights, weights_met
 from bigdet.run_dir import RunDir
 from bigdet.training.phases import build_for_phase
 from bigdet.weights.classes import carry_classes
+from bigdet.weights.own_runs import load_run
 from bigdet.weights.start import check_hand_over, check_start, start_table
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -77,6 +78,23 @@ def test_weights_that_are_the_same_for_all_classes_are_left_alone():
     assert carry_classes(own, source, list("abcd"), list("xyz")) == (source, 0)
 
 
+def test_one_box_for_all_classes_is_kept_where_there_is_one_class(tmp_path: Path):
+    words = ["model.width=32", "model.fc_width=16"]
+    heads = {"cascade_rcnn": "stages.2.regressor", "faster_rcnn": "regressor"}
+    for name, layer in heads.items():
+        config = load_config(CONFIG, [*words, f"model.detector={name}"])
+        source, own = (build_detector(config.model, 1) for _ in range(2))
+        path = tmp_path / f"{name}.safetensors"
+        metadata = weights_metadata(config, [{"name": "dog"}], "finetune")
+        save_detector_weights(path, source, metadata)
+        fresh = own.box_head.get_submodule(layer).weight.clone()
+        _, kept = load_run(own, path, ["box_head"], ["cat"])
+        assert kept == 0
+        # A cascade's four rows are of all classes, the other's of the dog alone.
+        expected = source.box_head.get_submodule(layer).weight if "cascade" in name else fresh
+        assert torch.equal(own.box_head.get_submodule(layer).weight, expected), name
+
+
 def test_the_table_says_where_every_part_came_from():
     source, own = detector(SOURCE, 1), detector(OWN, 2)
     tensors, kept = carry_classes(own.state_dict(), source.state_dict(), SOURCE, OWN)
@@ -110,6 +128,9 @@ def test_a_phase_starts_from_a_run_with_other_classes(tmp_path, caplog):
     assert torch.equal(built.box_head.classifier.bias[2], source.box_head.classifier.bias[0])
     assert any("box_head" in line and "2 of 3" in line for line in caplog.messages)
     assert any("not stated (start_from.cost)" in line for line in caplog.messages)
+    file = f"phases.pretrain.start_from={{source: {tmp_path}/model.safetensors, pixels: bgr}}"
+    with pytest.raises(ValueError, match=r"bigdet wrote it, so images are RGB\. Leave out pixels"):
+        check_start(load_config(CONFIG, [*words[:2], file]), "pretrain", OWN)
     other = load_config(CONFIG, [*words, "model.backbone=resnet18", "model.fc_width=32"])
     expected = r"They were trained with model\.backbone=resnet10 \(here resnet18\), "
     with pytest.raises(ValueError, match=rf"{expected}model\.fc_width=16 \(here 32\)\.$"):

@@ -167,9 +167,9 @@ def test_images_of_a_mean_of_a_half_are_made_of_ours():
     assert (same["input_shift"] == 0).all()
     backbone = TimmPlain("vit_tiny_patch16_224", **SMALL_VIT)
     backbone.load_state_dict({**backbone.state_dict(), **tensors})
-    assert torch.equal(
-        backbone._prepared(torch.zeros(1, 3, 32, 32), 32)[0, :, :1, :1], tensors["input_shift"]
-    )
+    # What pads a canvas to 64 x 64 looks to the network as what is outside an image on the canvas.
+    prepared = backbone._prepared(torch.zeros(1, 3, 32, 32), 64)
+    assert torch.equal(prepared, tensors["input_shift"].expand(1, 3, 64, 64))
 
 
 def test_mean_deviation_and_licence_are_of_the_config_next_to_the_file(tmp_path):

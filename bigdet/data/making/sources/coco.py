@@ -111,7 +111,8 @@ def in_order(coco: CocoFile, categories: list[Category] | None) -> CocoFile:
     """Return a file with its classes in the order of a list, matched by name as ``mix.py`` does.
 
     A class keeps the id that it has in the file, so that results fit the file; one that the file
-    lacks gets that of the list, or a free one.
+    lacks gets that of the list, or a free one. Classes that are not in the list leave the images'
+    lists of classes (LVIS) too, which is noted.
 
     Raises:
         ShardError: there are objects of a class that is not in the list.
@@ -135,7 +136,25 @@ def in_order(coco: CocoFile, categories: list[Category] | None) -> CocoFile:
             f"{coco.path}: {len(left_out)} objects of {len(names)} categories that are not in the "
             f"list: {', '.join(names[:5])}. Add them to it."
         )
-    return replace(coco, categories=ordered)
+    return _only_classes(replace(coco, categories=ordered), set(ids), coco.categories)
+
+
+def _only_classes(coco: CocoFile, ids: set[int], before: list[Category]) -> CocoFile:
+    """Return a file whose images list no other classes than these; ``before`` has them all."""
+    listed = {n for image in coco.images for n in (*image.negative, *image.not_exhaustive)}
+    names = [category.name for category in before if category.id in listed - ids]
+    if not names:
+        return coco
+    images = [
+        replace(
+            image,
+            negative=tuple(number for number in image.negative if number in ids),
+            not_exhaustive=tuple(number for number in image.not_exhaustive if number in ids),
+        )
+        for image in coco.images
+    ]
+    note = {"changed": "classes not in the list of categories left out of lists of images"}
+    return replace(coco, images=images, notes=[*coco.notes, {**note, "classes": names}])
 
 
 class CocoSource:

@@ -129,7 +129,7 @@ def _read(path: Path, data: mmap.mmap) -> CocoFile:
         if isinstance(entry, str):
             keys.append(entry)
         elif entry.name == "annotations":
-            lists.add_annotation(entry)
+            lists.add_annotation(entry, _with_its_image(path, data, entry))
         elif entry.name == "images":
             lists.add_image(entry, _with_characters(path, data, entry))
         else:
@@ -194,9 +194,8 @@ class _Lists:
         self.images.append(ImageEntry(number, name, height, width, source_id, negative, others))
         self.counts["images"] += 1
 
-    def add_annotation(self, entry: Entry) -> None:
-        """Add the ids of one annotation and its place in the file."""
-        value = entry.value if isinstance(entry.value, dict) else {}
+    def add_annotation(self, entry: Entry, value: Json) -> None:
+        """Add the ids of one annotation, its image's decoded from UTF-8, and its place."""
         number = whole_number(value.get("id"))
         self.columns["id"].append(NO_ID if number is None else number)
         self.columns["image_id"].append(self._image_id(entry, "image_id", value))
@@ -371,6 +370,14 @@ def _with_characters(path: Path, data: mmap.mmap, entry: Entry) -> Json:
             f"{path}: not JSON (byte {entry.offset}: {error.reason}). Store the file as UTF-8."
         ) from error
     return value if isinstance(value, dict) else {}
+
+
+def _with_its_image(path: Path, data: mmap.mmap, entry: Entry) -> Json:
+    """Return an annotation, decoded from UTF-8 if the id of its image needs it, which is slow."""
+    value = entry.value if isinstance(entry.value, dict) else {}
+    image_id = value.get("image_id")
+    is_ascii = not isinstance(image_id, str) or image_id.isascii()
+    return value if is_ascii else _with_characters(path, data, entry)
 
 
 def _refuse(path: Path, what: str, ids: Iterable[int | str]) -> None:
