@@ -212,7 +212,8 @@ def _check_graphs(config: RunConfig) -> None:
             found.append((f"the detector {detector}", keeps, "one of bigdet's own"))
         if phase.norm_mode == "sync":
             why = "which exchanges statistics between the ranks"
-            found.append((f"phases.{name}.norm_mode: sync", why, "live"))
+            key = f"phases.{name}.norm_mode"
+            found.append((f"{key}: sync", why, f"{key}: live"))
         if phase.freeze == "backbone" and shards_frozen(engine):
             why = "which gathers the frozen backbone in each step"
             found.append(("engine.shard_frozen: true", why, "engine.shard_frozen: false"))
