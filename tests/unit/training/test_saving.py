@@ -254,7 +254,8 @@ def test_optimizer_state_that_a_resume_would_refuse_is_not_saved_either(
     save(saver, 1)
     engine: Any = OverflownEngine()
     with pytest.raises(
-        distributed.SharedError, match=r"1 of 2 tensors is not finite: fc\.weight/exp_avg_sq \(1 of 2"
+        distributed.SharedError,
+        match=r"1 of 2 tensors is not finite: fc\.weight/exp_avg_sq \(1 of 2",
     ):
         saver.save(engine, RunState("pretrain", step=2))
     assert names(run_dir) == ["latest", "pretrain-1"]  # and not deleted, though checkpoint.keep=1
