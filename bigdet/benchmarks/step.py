@@ -41,7 +41,7 @@ from bigdet.config.load import check_phase
 from bigdet.config.model import ModelConfig, has_fpn, has_masks, model_parts, used
 from bigdet.config.phase import PhaseConfig
 from bigdet.config.rpn import proposal_limits
-from bigdet.config.run import RunConfig
+from bigdet.config.run import RunConfig, graphed_phases
 from bigdet.engine.precision import autocast
 from bigdet.models.activation_checkpointing import enable_checkpointing
 from bigdet.models.build import build_detector
@@ -85,6 +85,8 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     saving = copy.deepcopy(detector) if config.engine.activation_checkpointing else None
     if config.model.compile:
         detector.compile_dense()
+    if config.device.cuda_graphs and name in graphed_phases(config):
+        detector.graph_dense()
     batch = make_scene(phase.images_per_gpu, (height, width), arguments.objects, config.seed)
     batch = batch.to(device)
     images, targets = as_torchvision(batch)

@@ -19,3 +19,9 @@ class DeviceConfig:
     expandable_segments: bool = True
     """Memory is taken in pieces that grow, so that images of many sizes leave no gaps. A variable
     PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF that is set goes before."""
+    cuda_graphs: bool = False
+    """In phases whose canvases have one or two shapes (``direct``, ``jitter``, ``pad_to:
+    two_shapes``), backbone, FPN and RPN (or RetinaNet's) head are recorded as CUDA graphs and
+    replayed: half as many launches in a step, for GPUs that wait for their host. The memory of
+    their backward pass is kept between steps, and ``memory`` in the log does not count it. Ranks
+    exchange the gradients of these parts after their backward pass, not during it."""

@@ -22,9 +22,9 @@ from bigdet.config.data import (
     ignored_in_train_split,
 )
 from bigdet.config.device import DeviceConfig
-from bigdet.config.engine import EngineConfig, check_engine
+from bigdet.config.engine import EngineConfig, check_engine, shards_frozen
 from bigdet.config.evaluation import EvaluationConfig, check_evaluation, ignored_in_evaluation
-from bigdet.config.families import detector_facts
+from bigdet.config.families import BACKBONES, DETECTORS, detector_facts
 from bigdet.config.log import LogConfig, check_log
 from bigdet.config.model import (
     ModelConfig,
@@ -36,7 +36,7 @@ from bigdet.config.model import (
     used,
 )
 from bigdet.config.phase import SPLITS, PhaseConfig, check_phase, data_key, ignored_in_phase
-from bigdet.config.resize import ResizeConfig
+from bigdet.config.resize import ResizeConfig, has_few_shapes
 from bigdet.config.rules import ConfigError, Ignored, ignored_by_choice, refuse_ignored
 from bigdet.config.start import check_start, loaded_parts, source_of, stated_cost
 
@@ -162,6 +162,8 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
         )
     if not config.phases:
         raise ConfigError("phases: found none, expected at least one, such as train: {...}.")
+    if config.device.cuda_graphs:
+        _check_graphs(config)
     refuse_ignored(config, ignored_options(config), written)
     _check_splits_used(config)
     for name, phase in config.phases.items():
@@ -179,6 +181,46 @@ def check_config(config: RunConfig, written: Collection[str] = ()) -> None:
     check_evaluation(config.evaluation)
     check_checkpoint(config.checkpoint, config.phases)
     check_log(config.log, config.phases)
+
+
+def graphed_phases(config: RunConfig) -> list[str]:
+    """Return the phases that ``device.cuda_graphs`` is for: canvases of one or two shapes."""
+    return [name for name, phase in config.phases.items() if has_few_shapes(phase.resize)]
+
+
+def _check_graphs(config: RunConfig) -> None:
+    """Check that nothing is recorded that is not the same in each step."""
+    engine, model, found = config.engine, config.model, []
+    if engine.kind == "fsdp" or engine.zero_stage == 3:
+        kind = "engine.kind: fsdp" if engine.kind == "fsdp" else "engine.zero_stage: 3"
+        found.append((kind, "which gathers weights anew in each step", "engine.zero_stage: 2"))
+    if engine.activation_checkpointing:
+        key = "engine.activation_checkpointing"
+        found.append((f"{key}: true", "which draws random numbers again", f"{key}: false"))
+    if model.compile:
+        found.append(("model.compile: true", "which launches less too", "model.compile: false"))
+    keeps = "which may keep tensors from one step to the next"
+    if model.backbone not in BACKBONES:
+        found.append((f"model.backbone: {model.backbone}", keeps, "a backbone of bigdet's own"))
+    names = graphed_phases(config)
+    if not names:
+        few = "resize.kind: direct or jitter, or pad_to: two_shapes"
+        found.append(("no phase with one or two shapes of canvases", "so nothing is recorded", few))
+    for name in names:
+        phase, detector = config.phases[name], phase_model(config, name).detector
+        if detector not in DETECTORS:
+            found.append((f"the detector {detector}", keeps, "one of bigdet's own"))
+        if phase.norm_mode == "sync":
+            why = "which exchanges statistics between the ranks"
+            key = f"phases.{name}.norm_mode"
+            found.append((f"{key}: sync", why, f"{key}: live"))
+        if phase.freeze == "backbone" and shards_frozen(engine):
+            why = "which gathers the frozen backbone in each step"
+            found.append(("engine.shard_frozen: true", why, "engine.shard_frozen: false"))
+    for what, why, instead in found:
+        raise ConfigError(
+            f"device.cuda_graphs: found true with {what}, {why}. Write false, or {instead}."
+        )
 
 
 def _check_splits_used(config: RunConfig) -> None:

@@ -157,7 +157,7 @@ class Remote:
         if state is None:
             return False
         # A folder of this name and another number is of a save before the run went back.
-        lacks = keeping.numbers(checkpoints).get(name) != state["number"]
+        lacks: bool = keeping.numbers(checkpoints).get(name) != state["number"]
         lacking = distributed.all_gather_objects(lacks)
         if any(lacking):
             hosts = {

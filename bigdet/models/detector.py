@@ -31,10 +31,12 @@ from torch import Tensor, nn
 
 from bigdet.config.model import ModelConfig
 from bigdet.models.backbone_base import Backbone, layers_with_weights
+from bigdet.models.graphs import Graphs
 from bigdet.models.heads.detections import EvalSettings, FlatDetections
 from bigdet.models.heads.keypoint import find_keypoints
 from bigdet.models.norms import count_lane
 from bigdet.ops.boxes import scale_boxes
+from bigdet.ops.devices import is_gpu
 from bigdet.ops.resize import resize_image
 from bigdet.ops.sizes import canvas_size, eval_size
 from bigdet.pictures.files import Picture, list_pixels
@@ -70,6 +72,7 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone = backbone
         self._is_compiled = False
+        self._graphs: Graphs | None = None
         self.categories: list[dict[str, Any]] = []
         self.eval_size = (800, 1333)
         mean, deviation = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_DEVIATION)
@@ -196,6 +199,26 @@ class Detector(nn.Module):
             if name in self.dense_parts:  # a model without a pyramid has no fpn
                 part.compile(dynamic=False, **options)
         self._is_compiled = True
+
+    def graph_dense(self) -> None:
+        """Let CUDA replay the dense parts in training, recorded once for each shape of a batch."""
+        dense = [part for name, part in self.named_children() if name in self.dense_parts]
+        self._graphs = Graphs(dense)
+
+    def run_dense(self, dense: Callable[[Batch], Any], batch: Batch) -> Any:
+        """Give ``dense(batch)``, what the dense parts compute, replayed where that is wanted.
+
+        Args:
+            dense: reads the images and their sizes alone; the same in all calls.
+            batch: of the training.
+        """
+        if self._graphs is None or not torch.is_grad_enabled() or not is_gpu(batch.images.device):
+            return dense(batch)
+
+        def given(images: Tensor, image_sizes: Tensor) -> Any:
+            return dense(replace(batch, images=images, image_sizes=image_sizes))
+
+        return self._graphs(given, batch.images, batch.image_sizes)
 
     def use_eval_settings(self, config: ModelConfig) -> None:
         """Take thresholds and limits of the detections from a config."""

@@ -20,7 +20,7 @@ from bigdet.models.heads.keypoint import KeypointHead, select_with_keypoints
 from bigdet.models.heads.mask import POOLED_SIZE as MASK_POOLED_SIZE
 from bigdet.models.heads.mask import MaskHead, select_positives
 from bigdet.models.heads.positives import pad_to_bucket
-from bigdet.models.heads.rpn import Proposals, RegionProposals
+from bigdet.models.heads.rpn import AnchorPredictions, Proposals, RegionProposals
 from bigdet.models.necks.fpn import FPN
 from bigdet.models.norms import valid_rows
 from bigdet.ops.pooling import FeatureTable, roi_align, tabulate
@@ -82,17 +82,21 @@ class RCNN(Detector):
         images = torch.arange(num_images, device=boxes.device).repeat_interleave(num_slots)
         return self._pool(table, boxes.flatten(0, 1), images, BOX_POOLED_SIZE)
 
+    def _dense(self, batch: Batch) -> tuple[AnchorPredictions, FeatureTable]:
+        """Give what the dense parts do for the rest of a training step."""
+        features = self._features(batch)
+        predictions: AnchorPredictions = self.rpn(features, self.strides, self.seen_size(batch))
+        return predictions, self._table(features)
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""
-        features = self._features(batch)
-        predictions = self.rpn(features, self.strides, self.seen_size(batch))
+        predictions, table = self.run_dense(self._dense, batch)
         objects = pad_objects(batch.targets, predictions.anchors.dtype)
         losses: dict[str, Tensor] = self.rpn.losses(
             predictions, objects, batch.weights, batch.image_sizes
         )
 
         proposals = self.rpn.propose(predictions, batch.image_sizes)
-        table = self._table(features)
         pool = partial(self._pool_all, table)
         box_losses, regions = self.box_head.train_on(
             pool, proposals, objects, batch.weights, batch.image_sizes

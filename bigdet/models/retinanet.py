@@ -39,7 +39,7 @@ class RetinaNet(Detector):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the losses of a batch, means over the lane."""
-        predictions = self._predictions(batch)
+        predictions: RetinaPredictions = self.run_dense(self._predictions, batch)
         objects = pad_objects(batch.targets, predictions.anchors.dtype)
         return self.retina_head.losses(predictions, objects, batch.weights)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import register_dataclass
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from bigdet.ops.boxes import box_areas
@@ -44,6 +45,9 @@ class FeatureTable:
     levels: Tensor
     strides: list[int]
     facts: list[tuple[int, int, int, int]]
+
+
+register_dataclass(FeatureTable)
 
 
 def tabulate(features: Sequence[Tensor], strides: Sequence[int]) -> FeatureTable:

@@ -8,7 +8,7 @@ Fake tensors are on the CPU, since torch has no backward pass of fake CUDA tenso
 the code takes the way of a GPU (`ops.devices`), and attention that of CUDA's fused kernels.
 
 Not seen: what kernels allocate themselves (workspaces of cuDNN and cuBLAS, sorting), and
-``model.compile``, which takes less.
+``model.compile``, which takes less, and ``device.cuda_graphs``, which keeps more.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def simulate(
         way: replaces functions of torch; None: attention by fused kernels.
     """
     settings = config.phases[phase]
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compile=False))
+    model = dataclasses.replace(config.model, compile=False)
+    device = dataclasses.replace(config.device, cuda_graphs=False)
+    config = dataclasses.replace(config, model=model, device=device)
     detector = build_empty(config, phase, [str(label) for label in range(num_classes)])
     return run_steps(
         detector,

@@ -26,7 +26,7 @@ CHANGEABLE = (
     "output", "resume", "change_batch", *DATA_CHANGEABLE, "data.cache", "data.workers",
     "data.worker_kind", "engine.kind", "engine.zero_stage", "engine.shard_over", "engine.offload",
     "engine.shard_frozen", "engine.max_bad_steps", "device.cudnn_benchmark",
-    "device.expandable_segments", "evaluation", "checkpoint", "log",
+    "device.cuda_graphs", "device.expandable_segments", "evaluation", "checkpoint", "log",
 )  # fmt: skip
 """Options and sections that a resumed run may change: they have no effect on the weights."""
 

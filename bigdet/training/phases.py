@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig, shards_frozen
-from bigdet.config.run import RunConfig, phase_model
+from bigdet.config.run import RunConfig, graphed_phases, phase_model
 from bigdet.engine.divided import DividedLayers
 from bigdet.models import norms
 from bigdet.models.activation_checkpointing import enable_checkpointing
@@ -154,6 +154,10 @@ def _prepare(detector: Detector, config: RunConfig, name: str) -> None:
         enable_checkpointing(detector)
     if phase_model(config, name).compile:
         detector.compile_dense()
+    if config.device.cuda_graphs and name in graphed_phases(config):
+        detector.graph_dense()
+    elif config.device.cuda_graphs:
+        logger.info(f"phase {name}: no CUDA graphs, as its canvases have many shapes")
     detector.train()
 
 

@@ -23,6 +23,7 @@ from tests.unit.models.test_detector import detector_of, scene
 
 MICRO_BATCHES = 2
 LIMIT = timedelta(seconds=77)
+GRAPHED = {f"{name}, graphs": ENGINES[name] for name in ("zero0", "zero1", "zero2")}
 
 
 def num_copied(detector: Detector) -> int:
@@ -42,8 +43,10 @@ def steps() -> dict[str, dict[str, Any]]:
     batches = [pinned(scene()) for _ in range(MICRO_BATCHES)]
     found = {}
     distributed._limits["cuda"] = LIMIT  # as `start` would set it
-    for name, options in ENGINES.items():
+    for name, options in (ENGINES | GRAPHED).items():
         detector = detector_of()
+        if name in GRAPHED:
+            detector.graph_dense()
         make_optimizer = partial(build_optimizer, phase=OPTIMIZERS["adamw"])
         config = EngineConfig(**options)
         engine = build_engine(

@@ -23,7 +23,7 @@ static const size_t TOTAL = 141ull << 30, PAGE = 2ull << 20;
 static const int SHARED = 49152, SHARED_OPTIN = 232448;
 
 // ---- counters, read by null_gpu.py
-enum { LAUNCHES, SYNCS, TO_DEVICE, ON_SIDE, TO_HOST, PAGEABLE, REFUSED, NUM_COUNTERS };
+enum { LAUNCHES, SYNCS, TO_DEVICE, ON_SIDE, TO_HOST, PAGEABLE, REFUSED, IN_GRAPHS, NUM_COUNTERS };
 static std::mutex mutex;
 static long counters[NUM_COUNTERS];
 static std::map<std::string, long>& launches() {
@@ -36,8 +36,14 @@ API void null_reset() {
   memset(counters, 0, sizeof counters);
   launches().clear();
 }
+static cudaStream_t captured_stream = nullptr;  // null outside of captures
+static long num_captured = 0;                    // launches of this capture
 API void null_launch(const char* name, long count) {
   std::lock_guard<std::mutex> lock(mutex);
+  if (captured_stream) {
+    num_captured += count;
+    return;
+  }
   launches()[name] += count;
   counters[LAUNCHES] += count;
 }
@@ -166,6 +172,10 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpy
                                 cudaStream_t stream) {
   std::lock_guard<std::mutex> lock(mutex);
   bool is_to = is_in(on_device, to), is_from = is_in(on_device, from);
+  if (stream && stream == captured_stream && is_to != is_from) {
+    counters[REFUSED]++;  // a replay would read or write the host's memory of then
+    return fail(cudaErrorStreamCaptureUnsupported);
+  }
   if (is_to && !is_from) {
     counters[TO_DEVICE]++, counters[ON_SIDE] += stream != nullptr;
     counters[PAGEABLE] += !is_in(pinned, from);
@@ -173,6 +183,11 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpy
   if (is_from && !is_to) counters[TO_HOST]++, memset(to, 0, n);
   if (!is_from && !is_to) memcpy(to, from, n);
   return cudaSuccess;
+}
+static cudaError_t wait_for(cudaStream_t stream) {
+  counters[captured_stream && stream == captured_stream ? REFUSED : SYNCS]++;
+  bool is_captured = captured_stream && stream == captured_stream;
+  return is_captured ? fail(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
 }
 API cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind kind) {
   counters[SYNCS]++;
@@ -191,16 +206,9 @@ API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned, int) {
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) {
   return *e = (cudaEvent_t)new_handle(), cudaSuccess;
 }
-API cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) {
-  return *s = cudaStreamCaptureStatusNone, cudaSuccess;
-}
-API int capture_info(void*, cudaStreamCaptureStatus* s) __asm__("cudaStreamGetCaptureInfo");
-API int capture_info(void*, cudaStreamCaptureStatus* s) {
-  return *s = cudaStreamCaptureStatusNone, 0;
-}
 API cudaError_t cudaStreamGetPriority(cudaStream_t, int* p) { return *p = 0, cudaSuccess; }
-API cudaError_t cudaStreamSynchronize(cudaStream_t) { return counters[SYNCS]++, cudaSuccess; }
-API cudaError_t cudaDeviceSynchronize() { return counters[SYNCS]++, cudaSuccess; }
+API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait_for(stream); }
+API cudaError_t cudaDeviceSynchronize() { return wait_for(captured_stream); }
 API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
   return *milliseconds = 0, cudaSuccess;
 }
@@ -209,6 +217,48 @@ SUCCEEDS(cudaStreamWaitEvent) SUCCEEDS(cudaStreamQuery) SUCCEEDS(cudaStreamDestr
 SUCCEEDS(cudaEventRecord) SUCCEEDS(cudaEventRecordWithFlags) SUCCEEDS(cudaEventQuery)
 SUCCEEDS(cudaEventDestroy) SUCCEEDS(cudaThreadExchangeStreamCaptureMode)
 SUCCEEDS(cudaProfilerStart) SUCCEEDS(cudaProfilerStop)
+
+// ---- graphs: what a capture launches is counted in the graph, and a replay is one launch
+static unsigned long long capture_number = 0;
+API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (captured_stream || !stream) return fail(cudaErrorStreamCaptureUnsupported);
+  return captured_stream = stream, num_captured = 0, capture_number++, cudaSuccess;
+}
+API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  if (stream != captured_stream) return fail(cudaErrorStreamCaptureUnmatched);
+  return *graph = (cudaGraph_t) new long(num_captured), captured_stream = nullptr, cudaSuccess;
+}
+static cudaStreamCaptureStatus status_of(cudaStream_t stream) {
+  bool is_captured = stream && stream == captured_stream;
+  return is_captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+}
+API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  return *status = status_of(stream), cudaSuccess;
+}
+API int capture_info(cudaStream_t, cudaStreamCaptureStatus*, unsigned long long*)
+    __asm__("cudaStreamGetCaptureInfo");
+API int capture_info(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id) {
+  if (id) *id = capture_number;
+  return *status = status_of(stream), 0;
+}
+API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* count) {
+  return *count = *(long*)graph, cudaSuccess;
+}
+API int instantiate(long** made, long* graph, unsigned long long) __asm__("cudaGraphInstantiate");
+API int instantiate(long** made, long* graph, unsigned long long) {
+  return *made = new long(*graph), 0;
+}
+API int instantiate_with(long** made, long* graph, unsigned long long)
+    __asm__("cudaGraphInstantiateWithFlags");
+API int instantiate_with(long** made, long* graph, unsigned long long) {
+  return *made = new long(*graph), 0;
+}
+API int replay(long* made, void*) __asm__("cudaGraphLaunch");
+API int replay(long* made, void*) {
+  null_launch("graph", 1);
+  return counters[IN_GRAPHS] += *made, 0;
+}
+SUCCEEDS(cudaGraphDestroy) SUCCEEDS(cudaGraphExecDestroy) SUCCEEDS(cudaGraphRetainUserObject)
 
 // ---- kernels
 struct Kernel {

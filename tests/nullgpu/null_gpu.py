@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COUNTERS = ("launches", "syncs", "to_device", "on_side", "to_host", "pageable", "refused")
+COUNTERS = (
+    "launches", "syncs", "to_device", "on_side", "to_host", "pageable", "refused", "in_graphs",
+)  # fmt: skip
 waits: collections.Counter[str] = collections.Counter()
 """How often the host has waited for the device's answer, by operation."""
 _libraries: list[torch.library.Library] = []

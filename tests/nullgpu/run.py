@@ -92,7 +92,10 @@ def main() -> None:
         }
     detector, batch = many_images()
     found["many images"] = {"step": step(detector, pinned(batch))}
+    from tests.nullgpu import graphs  # here, as it imports from this module
+
     others = {"uploads": uploads.main(), "NCCL": nccl_limits(), "group norm": group_norms()}
+    others["graphs"] = graphs.main()
     print(json.dumps({"detectors": found, **others}))
 
 

@@ -42,8 +42,9 @@ def seen(
 
 def test_a_step_waits_and_launches_no_more_than_it_did(seen: list[dict[str, Any]]) -> None:
     for of_rank in seen:
-        assert of_rank.keys() == ENGINES.keys()
-        for name, found in of_rank.items():
+        assert of_rank.keys() == ENGINES.keys() | engines.GRAPHED.keys()
+        for name in ENGINES:
+            found = of_rank[name]
             syncs, items = MOST_WAITS[name] if len(seen) > 1 else ALONE
             assert found["syncs"] <= syncs, (name, found)
             assert found["waits"] == ({"item": items} if items else {}), (name, found)
@@ -56,10 +57,20 @@ def test_a_step_waits_and_launches_no_more_than_it_did(seen: list[dict[str, Any]
 
 def test_whole_weights_are_laid_out_as_convolutions_read_them(seen: list[dict[str, Any]]) -> None:
     for of_rank in seen:
-        for name, found in of_rank.items():
+        for name in ENGINES:
             # Weights in parts are consecutive numbers of flattened tensors. Alone, ZeRO-0 runs.
             is_whole = name == "zero0" or (len(seen) == 1 and name != "fsdp")
-            assert (found["copied"] == 0) == is_whole, name
+            assert (of_rank[name]["copied"] == 0) == is_whole, name
+
+
+def test_graphs_are_replayed_and_all_else_is_the_same(seen: list[dict[str, Any]]) -> None:
+    same = ("nccl", "syncs", "waits", "pageable", "to_device", "to_host", "refused")
+    for of_rank in seen:
+        for name in engines.GRAPHED:
+            graphed, eager = of_rank[name], of_rank[name.removesuffix(", graphs")]
+            assert {key: graphed[key] for key in same} == {key: eager[key] for key in same}, name
+            assert graphed["in_graphs"] > 400 * engines.MICRO_BATCHES, name
+            assert graphed["launches"] < eager["launches"] - 0.8 * graphed["in_graphs"], name
 
 
 def test_all_ranks_call_the_same_collectives(seen: list[dict[str, Any]]) -> None:

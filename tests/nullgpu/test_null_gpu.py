@@ -84,6 +84,26 @@ def test_group_norm_of_large_tensors_is_four_kernels_with_the_relu(printed: dict
     assert small["kernels"] == [0, 0, 0, 0]
 
 
+def test_graphs_of_two_shapes_launch_the_same_kernels_and_deliver_the_same_gradients(
+    printed: dict[str, Any],
+) -> None:
+    for name, found in printed["graphs"].items():
+        eager, graphed = found["eager"], found["graphed"]
+        for number, (one, other) in enumerate(zip(eager, graphed, strict=True)):
+            is_first = number < 2  # of its shape: warm-ups and recordings
+            assert other["gradients"] == one["gradients"], name
+            assert other["delivered"] == one["delivered"] == sorted(one["gradients"]), name
+            assert other["waits"] == {} == one["waits"], name
+            assert other["refused"] == other["pageable"] == 0, name
+            assert (other["syncs"] > 0) == is_first, name
+            assert 400 < other["in_graphs"] < one["launches"], name
+            if not is_first:
+                # Two replays, and copies of inputs and gradients to and from where they happen.
+                more = other["launches"] + other["in_graphs"] - one["launches"]
+                assert 0 <= more < 10, (name, more)
+        assert {step["in_graphs"] for step in graphed[:2]} == {graphed[2]["in_graphs"]}
+
+
 def test_activations_have_the_types_that_they_have_on_a_cpu(seen: dict[str, Any]) -> None:
     assert [(name, of["other types"]) for name, of in seen.items() if of.get("other types")] == []
 

@@ -107,10 +107,11 @@ class RetinaFPN(FPN):
 def _halve(layer: nn.Module, feature: Tensor) -> Tensor:
     """Apply a 3x3 convolution of stride 2 and padding 1.
 
-    On a map of one position, torch 2.15 leaves numbers of the weights' gradient unset in bf16 on a
-    CPU. Zeros next to the position change nothing, and avoid that.
+    On a map of one row or column, torch 2.15 leaves numbers of the weights' gradient unset in bf16
+    on a CPU. Zeros next to it change nothing, and avoid that.
     """
-    if feature.shape[-2:] == (1, 1):
-        feature = F.pad(feature, (0, 1, 0, 1))
+    height, width = feature.shape[-2:]
+    if 1 in (height, width):
+        feature = F.pad(feature, (0, int(width == 1), 0, int(height == 1)))
     result: Tensor = layer(feature)
     return result

@@ -64,11 +64,13 @@ def test_weights_start_uniform_with_the_variance_of_detectrons_xavier():
             assert not layer.bias.any()
 
 
-def test_gradients_of_retinas_coarse_levels_are_whole_on_a_map_of_one_position():
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1)])
+def test_gradients_of_retinas_coarse_levels_are_whole_on_a_map_of_one_row_or_column(size):
     """Torch left most of the weights' gradient unset in bf16."""
     torch.manual_seed(0)
     fpn = RetinaFPN([8, 8, 32], 32, "none", "c5")
-    features = [torch.randn(2, c, side, side) for c, side in ((8, 4), (8, 2), (32, 1))]
+    scales = ((8, 4), (8, 2), (32, 1))
+    features = [torch.randn(2, c, scale * size[0], scale * size[1]) for c, scale in scales]
     gradients = {}
     for dtype in (torch.float64, torch.bfloat16):
         fpn.to(dtype).zero_grad()
@@ -81,6 +83,5 @@ def test_gradients_of_retinas_coarse_levels_are_whole_on_a_map_of_one_position()
     for exact, rounded in zip(*gradients.values(), strict=True):
         torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
         assert (exact[:, :, 1, 1] != 0).any()
-        outer = torch.ones(3, 3, dtype=torch.bool)
-        outer[1, 1] = False
-        assert (rounded[:, :, outer] == 0).all()
+        assert (exact == 0).sum() >= 32 * 32 * 6  # what meets the padding alone
+        assert (rounded[exact == 0] == 0).all()
