@@ -32,8 +32,8 @@ class CheckpointConfig:
     same command continues from there, also with the path of a checkpoint as ``resume``. Of several
     hosts, each gets what it lacks. Training and saving do not wait for a copy: checkpoints that are
     written meanwhile are not copied, and the one that is being copied stays. The end of a run waits
-    for the last one. One address for each run, in a sweep ADDRESS/NAME for the run NAME; other
-    files there stay. None: no copies."""
+    for the last one. One address for each run; one of a whole sweep, or of all seeds of a run,
+    becomes ADDRESS/NAME for the run NAME. Other files there stay. None: no copies."""
     with_frozen: bool = True
     """The ``model.safetensors`` at the top of the run folder has the frozen backbone of the last
     phase too, so that it is a detector by itself. False: it is left out, as of all checkpoints,

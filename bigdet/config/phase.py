@@ -301,8 +301,6 @@ def ignored_in_phase(key: str, phase: PhaseConfig) -> Ignored:
     """Yield the options without effect, except those that `only_for` declares."""
     yield from ignored_in_resize(f"{key}.resize", phase.resize)
     yield from ignored_in_start(key, phase.start_from)
-    if phase.warmup_steps == 0:
-        yield f"{key}.warmup_factor", "is for warmup_steps above 0"
     if phase.freeze is not None:
         yield f"{key}.layer_decay", "the backbone is frozen, and all other layers have lr"
         yield f"{key}.model.drop_path", "a frozen backbone has no drop path"

@@ -168,7 +168,9 @@ def _plan(
             raise ConfigError("after: a fork waits for the run in which it begins. Remove it.")
         after = _above("after", entry.after, seed, planned)
     config = load_config(config_file, overrides)
-    if (remote := config.checkpoint.remote) is not None:
+    has_own = any(word.partition("=")[0].strip() == "checkpoint.remote" for word in entry.overrides)
+    remote = config.checkpoint.remote
+    if remote is not None and (seed is not None or not has_own):
         overrides.append(f"checkpoint.remote={remote.rstrip('/')}/{name}")
         config = load_config(config_file, overrides)
     return PlannedRun(name, group, config_file, overrides, config, trunk, after)

@@ -97,9 +97,9 @@ class Remote:
     def _copy_pieces(self, save: Save) -> tuple[str, str]:
         """Copy what this rank wrote; return the name of the file, if any, and the problem."""
         file = pieces_file(save.number, distributed.rank())
-        if not (save.folder / file).is_file():
-            return "", ""
         try:
+            if not (save.folder / file).is_file():
+                return "", ""
             self._put(save.folder / file, f"{save.folder.name}/{file}")
         except (OSError, ValueError, ImportError) as error:
             return "", f"{self.address}: {error!r}"
@@ -114,10 +114,13 @@ class Remote:
             return None
         return name, state
 
-    def fetch(self, checkpoints: Path, disks: Disks) -> None:
+    def fetch(self, checkpoints: Path, disks: Disks) -> bool:
         """Copy the newest checkpoint to every disk that lacks it, unless rank 0 has a newer one.
 
         Where it is copied, it becomes the latest. Collective.
+
+        Returns:
+            Whether it was copied to the disk of this rank.
 
         Raises:
             SharedError: it cannot be copied.
@@ -131,16 +134,25 @@ class Remote:
                     name = found[0]
         name = distributed.broadcast_object(name)
         if name is None:
-            return
+            return False
         is_new = self.fetch_one(name, checkpoints, disks)
         with distributed.together():
             if is_new and disks.is_owner:
                 keeping.mark_latest(checkpoints / name)
+        return is_new
 
-    def fetch_one(self, name: str, checkpoints: Path, disks: Disks) -> bool:
+    def fetch_one(
+        self, name: str, checkpoints: Path, disks: Disks, *, only_newer: bool = False
+    ) -> bool:
         """Copy a checkpoint to every disk that lacks it, if it is at the address (collective).
 
         The ranks of a disk share the work. The files are checked when they are loaded.
+
+        Args:
+            name: of the checkpoint.
+            checkpoints: the folder of checkpoints.
+            disks: which ranks share it.
+            only_newer: one of this name here stays if it was saved later than the one there.
 
         Returns:
             Whether it was copied to the disk of this rank.
@@ -157,7 +169,8 @@ class Remote:
         if state is None:
             return False
         # A folder of this name and another number is of a save before the run went back.
-        lacks: bool = keeping.numbers(checkpoints).get(name) != state["number"]
+        number, own = state["number"], keeping.numbers(checkpoints).get(name, -1)
+        lacks = bool(own < number if only_newer else own != number)
         lacking = distributed.all_gather_objects(lacks)
         if any(lacking):
             hosts = {

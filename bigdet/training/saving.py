@@ -110,10 +110,10 @@ class Saver:
 
     def _check_finite(self, share: Share, state: RunState) -> None:
         """Refuse numbers that are not finite, as whoever loads them would (collective)."""
-        tensors = {
-            piece.name if piece.kind == MODEL else f"{piece.name}/{piece.kind}": piece.values
-            for piece in share.pieces
-        }
+        tensors = {}
+        for piece in share.pieces:  # several of one tensor where rank 0 gathers those of all ranks
+            name = piece.name if piece.kind == MODEL else f"{piece.name}/{piece.kind}"
+            tensors[name if name not in tensors else f"{name} from {piece.first}"] = piece.values
         found = distributed.all_gather_objects(describe_not_finite(tensors))
         if any(found):
             raise distributed.SharedError(
@@ -160,6 +160,8 @@ class Saver:
                 logger.exception("%s: the checkpoint is not written", save.folder)
                 self._problem = f"{save.folder}: cannot write the checkpoint: {error!r}."
             self._warn(self._problem)
+            if self._uploads is not None and is_copied and not distributed.is_main():
+                self._copy_away(self._uploads, save, kept)  # rank 0 may be waiting for it
             return
         written = time.perf_counter() - started
         logger.info(
@@ -266,7 +268,7 @@ class Saver:
             )
 
     def finish_copies(self) -> None:
-        """Wait until the last checkpoint is at ``checkpoint.remote`` too (called on all ranks).
+        """Wait until the last checkpoint is at ``checkpoint.remote`` too (collective).
 
         For so long that the watchdog does not end the run; after that it is a warning.
         """
@@ -276,6 +278,7 @@ class Saver:
             self._copy_away(self._uploads, *self._uncopied)
             self._uncopied = None
         self._uploads.join(COPY_PART * (self._config.log.stall_seconds or math.inf))
+        distributed.barrier()  # launchers kill all ranks some seconds after the first one ends
 
     def join(self, seconds: float = math.inf) -> None:
         """Wait for this rank's threads.

@@ -33,15 +33,19 @@ def fetch_newer(config: RunConfig, run_dir: RunDir) -> None:
         return
     with distributed.together():
         remote = Remote(config.checkpoint.remote)
-        is_wanted = distributed.is_main() and _goes_on_from(remote, config, run_dir)
+        is_wanted = (
+            distributed.is_main()
+            and not run_dir.is_finished  # which will be refused
+            and _goes_on_from(remote, config, run_dir)
+        )
     if not distributed.broadcast_object(is_wanted):
         return
     disks = find_disks(run_dir.checkpoints)
-    remote.fetch(run_dir.checkpoints, disks)
+    is_new = remote.fetch(run_dir.checkpoints, disks)
     with distributed.together():
         if distributed.is_main():
             _fetch_frozen(remote, run_dir)
-    _fetch_best(remote, run_dir, disks)
+    _fetch_best(remote, run_dir, disks, is_new)
 
 
 def _goes_on_from(remote: Remote, config: RunConfig, run_dir: RunDir) -> bool:
@@ -112,10 +116,11 @@ def _fetch_frozen(remote: Remote, run_dir: RunDir) -> None:
         ) from error
 
 
-def _fetch_best(remote: Remote, run_dir: RunDir, disks: Disks) -> None:
-    """Let the best checkpoint be the one that the newest names; copy it where it is not yet.
+def _fetch_best(remote: Remote, run_dir: RunDir, disks: Disks, is_new: bool) -> None:
+    """Copy the best checkpoint, which the newest names, to where it is not yet (collective).
 
-    Collective.
+    It becomes the best here if the newest is new here, or none is yet. Else a later evaluation may
+    have chosen another one.
     """
     name = None
     with distributed.together():
@@ -125,12 +130,13 @@ def _fetch_best(remote: Remote, run_dir: RunDir, disks: Disks) -> None:
     name = distributed.broadcast_object(name)
     if name is None:
         return
-    remote.fetch_one(name, run_dir.checkpoints, disks)
+    remote.fetch_one(name, run_dir.checkpoints, disks, only_newer=True)
     with distributed.together():
         folder = run_dir.checkpoints / name
+        marked = run_dir.checkpoints / keeping.read_mark(run_dir.checkpoints, "best")
         if distributed.is_main() and (folder / STATE_FILE).is_file():
-            # If one of a later step was better, its numbers are here, and `Scorer.resume` knows.
-            keeping.mark_best(folder)
+            if is_new or not (marked / STATE_FILE).is_file():
+                keeping.mark_best(folder)
         elif distributed.is_main():
             logger.warning(
                 f"{name}, the best checkpoint so far, is neither here nor at {remote.address}: "

@@ -83,8 +83,9 @@ class Uploads:
             else:
                 self._warn(str(save.folder), distributed.lost_peer(error) or errors.explain(error))
             return
-        seconds = time.perf_counter() - started
-        logger.info(f"checkpoint copied to {self._remote.address} in {seconds:.2f} s")
+        if distributed.is_main():
+            seconds = time.perf_counter() - started
+            logger.info(f"checkpoint copied to {self._remote.address} in {seconds:.2f} s")
 
     def _warn(self, what: str, reason: str) -> None:
         logger.warning("%s is on this machine only, not at %s: %s", what, self.address, reason)

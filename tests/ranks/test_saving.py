@@ -6,6 +6,7 @@ import itertools
 import os
 import resource
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +266,21 @@ def lose_a_rank(folder: Path) -> None:
     os._exit(0)  # nobody is left to meet
 
 
+def end_with_a_slow_copy(folder: Path) -> None:
+    """The copy of rank 0 takes longer; as launchers do, rank 1 ends all ranks when it ends."""
+
+    class Slow:
+        def join(self, seconds: float) -> None:
+            if distributed.is_main():
+                time.sleep(1.0)
+                (folder / "copied").touch()
+
+    saver = Saver(load_config(CONFIG), RunDir(folder), {})
+    saver._uploads = Slow()  # type: ignore[assignment]
+    saver.finish_copies()
+    assert (folder / "copied").is_file()
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -309,6 +325,10 @@ def test_a_rank_that_dies_in_a_save_is_noticed_at_once_and_without_a_traceback(
     (line,) = (tmp_path / "logs/rank-0.log").read_text().splitlines()
     assert f"WARNING bigdet.training.saving: {tmp_path}/checkpoints/pretrain-1: the che" in line
     assert "not written: lost the connection to another rank (no word of save 1 1/from 1)" in line
+
+
+def test_no_rank_ends_before_the_last_checkpoint_is_copied(tmp_path: Path) -> None:
+    run_ranks(end_with_a_slow_copy, 2, tmp_path, tmp_path)
 
 
 def test_hosts_without_a_shared_disk_keep_their_own_files(ranks: Any) -> None:

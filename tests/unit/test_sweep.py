@@ -91,10 +91,11 @@ def test_lengths_in_passes_are_compared_where_the_data_are(tmp_path: Path, caplo
 
 
 def test_runs_of_a_sweep_copy_their_checkpoints_to_addresses_of_their_own(tmp_path: Path):
-    runs = {"a": {}, "b": {}, "c": {"overrides": ["checkpoint.remote=null"]}}
+    own = "checkpoint.remote=memory://bucket/of_c"
+    runs = {"a": {}, "b": {}, "c": {"overrides": [own]}}
     file = write_sweep(tmp_path, runs, "checkpoint.remote=memory://bucket/x/")
     planned = load_sweep(file)[1]
-    expected = ["memory://bucket/x/a", "memory://bucket/x/b", None]
+    expected = ["memory://bucket/x/a", "memory://bucket/x/b", "memory://bucket/of_c"]
     assert [run.config.checkpoint.remote for run in planned] == expected
     assert load_config(*[planned[1].config_file, planned[1].overrides]) == planned[1].config
 

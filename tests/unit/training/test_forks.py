@@ -171,13 +171,13 @@ def test_weights_to_start_from_are_the_same_file_by_any_path(folder: Path) -> No
 
 
 def test_an_option_without_effect_may_be_removed_from_a_run() -> None:
-    # Earlier versions took a factor of a warm-up that is off; now it is refused.
-    off = [*WORDS, "output=x", "phases.pretrain.warmup_steps=0"]
-    before = unchecked(CONFIG, [*off, "phases.pretrain.warmup_factor=0.5"])
+    # Earlier versions took the rates of a frozen backbone's layers; now they are refused.
+    off = [*WORDS, "output=x", "phases.pretrain.freeze=backbone"]
+    before = unchecked(CONFIG, [*off, "phases.pretrain.layer_decay=0.5"])
     assert changed_options(unchecked(CONFIG, off), before, []) == []
-    on = unchecked(CONFIG, [*off, "phases.pretrain.warmup_steps=5"])
+    on = unchecked(CONFIG, [*off, "phases.pretrain.freeze=null"])
     changed = changed_options(on, before, [])
     assert [each.partition(" ")[0] for each in changed] == [
-        "phases.pretrain.warmup_factor",
-        "phases.pretrain.warmup_steps",
+        "phases.pretrain.freeze",
+        "phases.pretrain.layer_decay",
     ]

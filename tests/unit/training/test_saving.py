@@ -304,13 +304,14 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_named(
 
 
 class OverflownEngine:
-    """Gives finite weights, and a mean of squared gradients with an infinity."""
+    """Gives finite weights, and a mean of squared gradients with an infinity in its first piece."""
 
     def share(self, position: int, size: int) -> Share:
         squares = torch.tensor([1.0, float("inf")])
         parts = [
             Part("model", "fc.weight", (2,), 0, torch.ones(2), is_whole=True),
-            Part("exp_avg_sq", "fc.weight", (2,), 0, squares, is_whole=True),
+            Part("exp_avg_sq", "fc.weight", (4,), 0, squares),
+            Part("exp_avg_sq", "fc.weight", (4,), 2, torch.ones(2)),
         ]
         return copy_share(parts, 0, 1)
 
@@ -322,7 +323,7 @@ def test_optimizer_state_that_a_resume_would_refuse_is_not_saved_either(
     engine: Any = OverflownEngine()
     with pytest.raises(
         distributed.SharedError,
-        match=r"1 of 2 tensors is not finite: fc\.weight/exp_avg_sq \(1 of 2",
+        match=r"1 of 3 tensors is not finite: fc\.weight/exp_avg_sq \(1 of 2",
     ):
         saver.save(engine, RunState("pretrain", step=2))
     assert names(run_dir) == ["latest", "pretrain-1"]  # and not deleted, though checkpoint.keep=1

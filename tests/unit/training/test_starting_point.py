@@ -167,6 +167,9 @@ def test_the_best_checkpoint_comes_along_or_is_missed(
     assert checkpoints(other) == ["pretrain-1", "pretrain-3"]
     assert other.best.read_text() == "pretrain-1\n"
     assert other.latest.read_text() == "pretrain-3\n"
+    keeping.mark_best(other.checkpoint("pretrain", 3))  # its evaluation, after it was saved
+    fetch_newer(config, other)
+    assert other.best.read_text() == "pretrain-3\n"
     save(here, 4, remote=remote, best="pretrain-4")
     fetch_newer(config, other)  # again on the other machine, which has the former best
     assert other.best.read_text() == "pretrain-4\n"
