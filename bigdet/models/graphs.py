@@ -29,7 +29,8 @@ WARM_UPS = 3
 class Graphs:
     """Records a function of tensors for each shape of them and type of autocast, and replays it.
 
-    All recordings share their memory, so the backward pass of a call comes before the next call.
+    All recordings share their memory, which torch allows on one stream, so the backward pass of a
+    call comes before the next call.
 
     Args:
         modules: whose parameters get gradients; these stay where they are in memory.
@@ -39,6 +40,7 @@ class Graphs:
         self._modules = modules
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
         self._pool: Any = None
+        self._stream: Any = None
         self._num_calls = 0
 
     def __call__(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -54,8 +56,11 @@ class Graphs:
         key = (*(value.shape for value in inputs), autocast)
         if key not in self._recordings:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
+            device = inputs[0].device
+            self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             with _aliases(self._modules) as trained:
-                self._recordings[key] = _Recording(function, inputs, trained, self._pool)
+                made = _Recording(function, inputs, trained, self._pool, self._stream)
+            self._recordings[key] = made
         recording = self._recordings[key]
         self._num_calls += 1
         recording.take(inputs)
@@ -100,13 +105,13 @@ class _Recording:
         inputs: Sequence[Tensor],
         trained: dict[nn.Parameter, nn.Parameter],
         pool: Any,
+        stream: Any,
     ) -> None:
         self.parameters, self._aliases = list(trained), list(trained.values())
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._inputs = [value.clone() for value in inputs]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         device = inputs[0].device
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         # Threads that read data use CUDA meanwhile, so only this one must not do what is forbidden.
         options: Any = {"stream": stream, "pool": pool, "capture_error_mode": "thread_local"}

@@ -103,7 +103,14 @@ def cfg_next_to(file: Path) -> dict[str, Any] | None:
     config = file.parent / "config.json"
     if not config.is_file():
         return None
-    found = json.loads(config.read_text(encoding="utf-8")).get("pretrained_cfg")
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{config}: not a JSON file ({error}). It should say how images were normalized for "
+            f"{file.name}; correct it or move it away."
+        ) from error
+    found = content.get("pretrained_cfg") if isinstance(content, dict) else None
     return found if isinstance(found, dict) else None
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from bigdet.engine.precision import TotalLoss
 from bigdet.models.detector import Detector
+from bigdet.models.graphs import Graphs
 from bigdet.structures import Batch
 from tests.gpu.test_detectors import MODELS
 from tests.nullgpu import null_gpu
@@ -41,6 +45,21 @@ def steps(detector: Detector) -> list[dict[str, Any]]:
             if p.grad is not None
         }
         found.append({**seen(), "gradients": gradients, "delivered": sorted(delivered)})
+    return found
+
+
+def reserved() -> list[int]:
+    """Bytes that the allocator holds after recordings of one, two and three shapes of one size."""
+    layers = [nn.Sequential(nn.Linear(256, 256, bias=False), nn.GELU()) for _ in range(8)]
+    net = nn.Sequential(*layers).to(GPU)
+    graphs, found = Graphs([net]), []
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for shape in ((65536, 256), (2, 32768, 256), (4, 16384, 256)):
+        graphs(net, torch.ones(shape, device=GPU)).sum().backward()
+        net.zero_grad()
+        torch.cuda.empty_cache()
+        found.append(torch.cuda.memory_reserved() - before)
     return found
 
 

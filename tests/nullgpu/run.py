@@ -95,7 +95,7 @@ def main() -> None:
     from tests.nullgpu import graphs  # here, as it imports from this module
 
     others = {"uploads": uploads.main(), "NCCL": nccl_limits(), "group norm": group_norms()}
-    others["graphs"] = graphs.main()
+    others |= {"graphs": graphs.main(), "graph_memory": graphs.reserved()}
     print(json.dumps({"detectors": found, **others}))
 
 

@@ -104,6 +104,13 @@ def test_graphs_of_two_shapes_launch_the_same_kernels_and_deliver_the_same_gradi
         assert {step["in_graphs"] for step in graphed[:2]} == {graphed[2]["in_graphs"]}
 
 
+def test_graphs_of_several_shapes_share_their_memory(printed: dict[str, Any]) -> None:
+    one, two, three = printed["graph_memory"]
+    # Apart from the copies of inputs and outputs, 1 of 9 maps here each: 64 MiB in fp32.
+    assert one > 9 * (64 << 20)
+    assert max(two - one, three - two) < 4 * (64 << 20)
+
+
 def test_activations_have_the_types_that_they_have_on_a_cpu(seen: dict[str, Any]) -> None:
     assert [(name, of["other types"]) for name, of in seen.items() if of.get("other types")] == []
 
