@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
@@ -97,8 +98,11 @@ def refuse_ignored(
         if dataclasses.is_dataclass(value):
             inner = [(f"{key}.{option.name}", reason) for option in dataclasses.fields(value)]
             refuse_ignored(config, inner, written)
-        elif value != default_of(section, name) or key in written:
-            raise ConfigError(f"{key}: {reason}, so it would be ignored. Remove it.")
+        elif value != (default := default_of(section, name)) or key in written:
+            advice = "Remove it"
+            if value != default and isinstance(default, str | int | float | None):
+                advice += f", or write {key}={json.dumps(default)} if a config that you use sets it"
+            raise ConfigError(f"{key}: {reason}, so it would be ignored. {advice}.")
 
 
 def default_of(section: Any, name: str) -> Any:
