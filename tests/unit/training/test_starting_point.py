@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, on its own machine and on another one."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,7 @@ def test_a_fork_goes_on_from_its_remote_on_another_machine(tmp_path: Path):
 def test_the_best_checkpoint_comes_along_or_is_missed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
+    caplog.set_level(logging.WARNING)
     remote, here, other = tmp_path / "remote", RunDir(tmp_path / "here"), RunDir(tmp_path / "other")
     config = config_of(other, "auto", f"checkpoint.remote=file://{remote}")
     for step in (1, 2, 3):
