@@ -15,7 +15,6 @@ import contextlib
 import gc
 import itertools
 import json
-import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from bigdet.evaluation.ground_truth import GroundTruth
+from bigdet.evaluation.json_numbers import are_finite_numbers, as_integers, as_numbers, is_whole
 from bigdet.evaluation.run_lengths import all_counts, are_outlines, mask_areas, mask_counts
 
 Kind = Literal["bbox", "segm", "keypoints"]
@@ -41,7 +41,6 @@ _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 CHUNK = 4096  # results converted to arrays at once
 PART_BYTES = 1 << 18  # bytes of a file of results parsed at once: their objects fit into a cache
 _BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
-_PYTHON_TYPES: dict[type, type] = {np.int64: int, np.float64: float}
 _TAIL_BYTES = 1 << 14  # where the end of the last object but one is searched first
 
 
@@ -216,24 +215,24 @@ class _Reader:
     def _read(self, chunk: Sequence[Result]) -> DetectionTable:
         """Return the table; one of ``_UNREADABLE`` if a detection is wrong."""
         count = len(chunk)
-        ids, labels = _integers(_column(chunk, "image_id")), self._labels(chunk)
+        ids, labels = as_integers(_column(chunk, "image_id")), self._labels(chunk)
         known = self._truth.image_ids
         images = np.searchsorted(known, ids)
         if count and (images.max() == len(known) or (known[images] != ids).any()):
             raise ValueError("unknown image")
-        scores = _numbers(_column(chunk, "score"), (count,))
+        scores = as_numbers(_column(chunk, "score"), (count,))
         boxes, keypoints = np.zeros((0, 4)), np.zeros((0, self._num_points, 3))
         masks: list[bytes] = []
         areas = np.zeros(0)
         if "bbox" in self._kinds:
             if self._boxes_masks:
                 chunk = [self._boxed(r, n) for r, n in zip(chunk, images.tolist(), strict=True)]
-            boxes = _numbers(_column(chunk, "bbox"), (count, 4))
+            boxes = as_numbers(_column(chunk, "bbox"), (count, 4))
             if (boxes[:, 2:] < 0).any():
                 raise ValueError("negative size")
         if "keypoints" in self._kinds:
             shape = (count, 3 * self._num_points)
-            points = _numbers(_column(chunk, "keypoints"), shape)
+            points = as_numbers(_column(chunk, "keypoints"), shape)
             keypoints = points.reshape(count, self._num_points, 3)
         if "segm" in self._kinds or self._area_kind == "segm":
             sizes = self._truth.sizes[images].tolist()
@@ -263,7 +262,7 @@ class _Reader:
         return ""
 
     def _labels(self, chunk: Sequence[Result]) -> NDArray[np.int64]:
-        ids = _integers(_column(chunk, "category_id"))
+        ids = as_integers(_column(chunk, "category_id"))
         places = np.searchsorted(self._ids, ids, sorter=self._by_id)
         labels: NDArray[np.int64] = self._by_id[np.minimum(places, len(self._ids) - 1)]
         if (self._ids[labels] != ids).any():
@@ -291,25 +290,25 @@ class _Reader:
                     "; ground truth is not a results file." if key == "score" else "."
                 )
         image_id, score = result["image_id"], result["score"]
-        place = int(np.searchsorted(truth.image_ids, image_id)) if _is_whole(image_id) else -1
+        place = int(np.searchsorted(truth.image_ids, image_id)) if is_whole(image_id) else -1
         if place not in range(len(truth.image_ids)) or truth.image_ids[place] != image_id:
             return (
                 f"image_id is {_shown(image_id)}, which none of the {len(truth.image_ids)} images "
                 f"of {truth.address} has. Give results of the same images."
             )
         category_id = result["category_id"]
-        if not _is_whole(category_id) or category_id not in self._ids.tolist():
+        if not is_whole(category_id) or category_id not in self._ids.tolist():
             return (
                 f"category_id is {_shown(category_id)}, which none of the "
                 f"{len(self._ids)} categories of {truth.address} has. Use the data set's ids."
             )
-        if not _are_numbers([score], 1):
+        if not are_finite_numbers([score], 1):
             return f"score is {_shown(score)}, expected a number."
         box = result.get("bbox")
-        if "bbox" in keys and not (_are_numbers(box, 4) and min(result["bbox"][2:]) >= 0):
+        if "bbox" in keys and not (are_finite_numbers(box, 4) and min(result["bbox"][2:]) >= 0):
             return f"bbox is {_shown(box)}, expected four numbers: x, y, width, height in pixels."
         expected = 3 * self._num_points
-        if "keypoints" in self._kinds and not _are_numbers(result["keypoints"], expected):
+        if "keypoints" in self._kinds and not are_finite_numbers(result["keypoints"], expected):
             return (
                 f"keypoints are {_shown(result['keypoints'])}, expected {expected} numbers: x, y "
                 f"and a score of each of {self._num_points} points."
@@ -359,55 +358,6 @@ def _outline(result: Result) -> Any:
 
 def _column(chunk: Sequence[Result], key: str) -> list[Any]:
     return list(map(operator.itemgetter(key), chunk))
-
-
-def _integers(values: list[Any]) -> NDArray[np.int64]:
-    """Return whole numbers as an array; 1.0 is one, true and "1" are errors."""
-    array = _array(values, np.int64)
-    whole = array.astype(np.int64, copy=False)
-    if (whole != array).any():
-        raise TypeError("not whole numbers")
-    return whole
-
-
-def _array(values: list[Any], usual: type[np.int64 | np.float64]) -> NDArray[Any]:
-    """Return numbers as an array; numpy alone would also convert strings and booleans.
-
-    Args:
-        values: numbers.
-        usual: the type that all of them have; others take more time.
-    """
-    types = set(map(type, values))
-    if types <= {_PYTHON_TYPES[usual]}:  # numpy need not find out the type: twice as fast
-        return np.array(values, dtype=usual)
-    array = np.array(values)
-    if array.dtype.kind not in "if" or array.ndim != 1 or not types.isdisjoint({bool, np.bool_}):
-        raise TypeError("not numbers")
-    return array
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int or (type(value) is float and value.is_integer())
-
-
-def _numbers(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Return finite numbers as an array."""
-    if len(shape) == 2:
-        if any(length != shape[1] for length in set(map(len, values))):
-            raise TypeError("not as many numbers")
-        values = list(itertools.chain.from_iterable(values))
-    array = _array(values, np.float64).astype(np.float64, copy=False)
-    if not np.isfinite(array).all():
-        raise TypeError("not finite numbers")
-    return array.reshape(shape)
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    )
 
 
 def _shown(value: Any) -> str:
