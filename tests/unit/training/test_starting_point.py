@@ -183,6 +183,21 @@ def test_the_best_checkpoint_comes_along_or_is_missed(
     assert message.startswith("pretrain-2, the best checkpoint so far, is neither here nor at file")
 
 
+def test_the_best_here_stays_if_it_is_later_and_a_finished_run_is_left_as_it_is(tmp_path: Path):
+    remote, run_dir = tmp_path / "remote", RunDir(tmp_path / "run")
+    config = config_of(run_dir, "auto", f"checkpoint.remote=file://{remote}")
+    for step in (1, 2):
+        save(run_dir, step, remote=remote, best="pretrain-1")
+    save(run_dir, 1, best="pretrain-1")  # again, and not copied
+    fetch_newer(config, run_dir)
+    assert keeping.numbers(run_dir.checkpoints) == {"pretrain-1": 3, "pretrain-2": 2}
+    assert run_dir.best.read_text() == "pretrain-1\n"
+    run_dir.best.unlink()
+    run_dir.weights.touch()
+    fetch_newer(config, run_dir)
+    assert not run_dir.best.exists()
+
+
 def test_a_frozen_backbone_comes_from_the_remote_or_from_the_run_of_an_earlier_version(
     tmp_path: Path,
 ):
