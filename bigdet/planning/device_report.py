@@ -64,6 +64,13 @@ def report_devices(
             f"engine.offload: found {engine.offload}, expected none: with --device all is on the "
             f"GPU. Plan with engine.offload=none, or with --memory-gib on a GPU."
         )
+    if config.device.cuda_graphs:
+        logger.warning(
+            "device.cuda_graphs: planned without graphs, which keep more memory between steps "
+            "(a third more was reserved for an R50 at 800x1344)"
+        )
+    if phase_model(config, phase).compile:
+        logger.warning("model.compile: planned without it; a compiled detector takes less memory")
     over = GPUS_PER_HOST if engine.shard_over == "node" else max(gpus)
     shared = shards_frozen(engine)
     sizes = model_sizes(config, phase, num_classes)

@@ -4,6 +4,7 @@ import pytest
 
 from bigdet.config.load import load_config
 from bigdet.host.accelerators import GPUS, Gpu
+from bigdet.planning import device_report
 from bigdet.planning.devices import (
     BANDWIDTH_SHARE,
     COMPUTE_SHARE,
@@ -87,6 +88,21 @@ def test_gpus_are_found_by_name_and_others_refused():
     assert find_gpus("H200,rtx4090") == {name: GPUS[name] for name in ("H200", "RTX 4090")}
     with pytest.raises(ValueError, match="--device: found tpu, expected one of b200, gh200"):
         find_gpus("h100,tpu")
+
+
+@pytest.mark.parametrize("option", ["device.cuda_graphs", "model.compile"])
+def test_a_plan_says_what_it_leaves_out(
+    option: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(device_report, "simulate", lambda *_: STEP)
+    for value in ("true", "false"):
+        caplog.clear()
+        config = load_config(TINY[0], [*TINY[1:], "engine.kind=deepspeed", f"{option}={value}"])
+        device_report.report_devices(
+            config, "pretrain", devices="h200", gpus=[1], num_classes=3, num_objects=20, disk=1e9
+        )
+        warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+        assert [text.split(":")[0] for text in warnings] == ([option] if value == "true" else [])
 
 
 def test_start_and_save_follow_the_share():
