@@ -281,6 +281,30 @@ def end_with_a_slow_copy(folder: Path) -> None:
     assert (folder / "copied").is_file()
 
 
+def fail_after_writing(folder: Path) -> None:
+    """Each rank has a disk of its own; rank 1 writes its pieces and fails at what follows."""
+    remote = f"file://{folder}/bucket"
+    run_dir = RunDir(folder / f"host-{distributed.rank()}")
+    setup_logging(distributed.rank(), run_dir.log(distributed.rank()))
+    train_set: Any = SimpleNamespace(categories=[])
+    config = load_config(CONFIG, [f"checkpoint.remote={remote}", "log.stall_seconds=40"])
+    saver = Saver(config, run_dir, {"pretrain": DataSets(train_set, train_set)})
+    engine: Any = SimpleNamespace(share=lambda rank, count: copy_share(parts_of(5), rank, count))
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "no room")
+
+    clean = keeping.clean
+    keeping.clean = fail if distributed.rank() == 1 else clean
+    saver.save(engine, RunState("pretrain", step=1))
+    saver.wait()
+    keeping.clean = clean
+    saver.finish_copies()
+    fresh = folder / f"fresh-{distributed.rank()}"
+    Remote(remote).fetch(fresh, writing.find_disks(fresh))
+    assert_loaded(fresh / "pretrain-1", 5, owners=(1, 2, 0))
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -329,6 +353,14 @@ def test_a_rank_that_dies_in_a_save_is_noticed_at_once_and_without_a_traceback(
 
 def test_no_rank_ends_before_the_last_checkpoint_is_copied(tmp_path: Path) -> None:
     run_ranks(end_with_a_slow_copy, 2, tmp_path, tmp_path)
+
+
+def test_a_rank_that_fails_after_writing_still_copies_what_it_wrote(tmp_path: Path) -> None:
+    run_ranks(fail_after_writing, 3, tmp_path, tmp_path)
+    logs = [(tmp_path / f"host-{rank}/logs/rank-{rank}.log").read_text() for rank in range(3)]
+    assert all("no room" in log for log in logs)
+    assert all("is on this machine only" not in log for log in logs)
+    assert "checkpoint copied to file://" in logs[0]
 
 
 def test_hosts_without_a_shared_disk_keep_their_own_files(ranks: Any) -> None:
