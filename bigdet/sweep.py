@@ -205,7 +205,8 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
             f"- runs on {place}: {_report_folder(name)}/report.html\n"
             for place, name in zip(places, names, strict=True)
         )
-    write_text(folder / "report.md", table + links)
+    about = f"{sweep.about}\n\n" if sweep.about else ""
+    write_text(folder / "report.md", about + table + links)
     for place, name in zip(places, names, strict=True):
         own = [run for run in begun if shards[run.name] == place]
         try:
@@ -221,7 +222,7 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> None:
         else:
             out, title = folder / _report_folder(name), f"{folder.name}, {name}"
             outcomes = _outcomes(groups, own)
-        _, page = write_report(groups, out, title, outcomes)
+        _, page = write_report(groups, out, title, outcomes, sweep.about)
         logger.info("written: %s", page)
     logger.info("%s:\n%s", folder / "report.md", table)
 

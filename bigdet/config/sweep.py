@@ -55,6 +55,8 @@ class SweepConfig:
 
     output: str = MISSING
     """Folder of the report and of the run folders, which have the names of the runs."""
+    about: str = ""
+    """What the report says first, such as the question and what others found."""
     command: str = "python -m bigdet.train"
     """What starts a run; the config and the overrides are appended."""
     config: str | None = None

@@ -66,7 +66,11 @@ OTHER_METRIC = (
 
 
 def write_report(
-    groups: Groups, out: Path, title: str, outcomes: Mapping[str, Sequence[Outcome | None]]
+    groups: Groups,
+    out: Path,
+    title: str,
+    outcomes: Mapping[str, Sequence[Outcome | None]],
+    about: str = "",
 ) -> tuple[Path, Path]:
     """Write both files and return their paths.
 
@@ -75,6 +79,7 @@ def write_report(
         out: folder, made if needed.
         title: heading of the HTML file.
         outcomes: rows of the first table; may have groups whose runs have not begun.
+        about: a paragraph before the results.
     """
     results, results_note = outcome_table(outcomes), RESULTS + _limit_note(groups)
     same, environment = environment_table(groups)
@@ -94,7 +99,7 @@ def write_report(
         "Equal time": budget_sentences(groups),
         "Cost at equal AP": equal_ap_sentences(groups),
     }
-    markdown = [results.markdown(), f"\n{results_note}\n"]
+    markdown = [f"{about}\n\n" if about else "", results.markdown(), f"\n{results_note}\n"]
     for heading, (table, note) in tables.items():
         if table.rows:
             said = "".join(f"{line}\n\n" for line in sentences.get(heading, []))
@@ -102,13 +107,14 @@ def write_report(
             markdown.append(f"\n## {heading}\n\n{text}" + (f"\n{note}\n" if note else ""))
     written = out / "report.md", out / "report.html"
     write_text(written[0], "".join(markdown))
-    write_text(written[1], _page(groups, title, results, tables, sentences))
+    write_text(written[1], _page(groups, title, about, results, tables, sentences))
     return written
 
 
 def _page(
     groups: Groups,
     title: str,
+    about: str,
     results: Table,
     tables: Mapping[str, tuple[Table, str]],
     sentences: Mapping[str, Sequence[str]],
@@ -126,6 +132,7 @@ def _page(
         for heading, (table, note) in tables.items()
     }
     sections = {
+        "About": paragraph_html(about),
         "Results": table_html(results)
         + paragraph_html(RESULTS + _limit_note(groups), is_note=True),
         "Runs": html["Runs"],

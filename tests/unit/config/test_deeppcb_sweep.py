@@ -33,7 +33,7 @@ def test_budgets_are_a_quarter_a_half_one_and_two():
         one = lengths(runs[name].config)
         for suffix, factor in (("x2", 2), ("half", 0.5), ("quarter", 0.25)):
             other = runs[f"{name}_{suffix}"]
-            assert lengths(other.config) == [length * factor for length in one]
+            assert lengths(other.config) == [int(length * factor) for length in one]
             assert other.fork_of == (None if suffix == "x2" else f"{name}_x2-s0")
 
 

@@ -55,6 +55,17 @@ def test_a_report_names_how_many_detections_ap_counts(tmp_path: Path):
             assert (note in file.read_text()) == bool(words)
 
 
+def test_a_report_begins_with_what_it_is_about(tmp_path: Path):
+    groups = group_runs(read_runs([write_run(tmp_path / "run", [0.1])]))
+    outcomes = {name: [run.outcome for run in runs] for name, runs in groups.items()}
+    text, page = write_report(groups, tmp_path, "title", outcomes, "Is 1 < 2?")
+    assert text.read_text().startswith("Is 1 < 2?\n\n| run | seeds |")
+    assert "<p>Is 1 &lt; 2?</p>" in page.read_text().partition(">Results<")[0]
+    text, page = write_report(groups, tmp_path, "title", outcomes)
+    assert text.read_text().startswith("| run | seeds |")
+    assert ">About<" not in page.read_text()
+
+
 def test_metrics_of_another_config_are_reported(tmp_path: Path):
     run = write_run(tmp_path / "a", [0.1])
     with (run / "metrics.jsonl").open("a") as file:
