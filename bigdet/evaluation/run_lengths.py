@@ -1,7 +1,7 @@
 """Masks as compressed RLE: whether they are valid, and their areas.
 
-pycocotools checks nothing: with counts that do not add up to the image it runs forever, and with
-counts that end too early it writes beyond its memory.
+pycocotools checks nothing: with counts that are negative or do not add up to the image it runs
+forever, and with counts that end too early it writes beyond its memory.
 
 Letters: N masks.
 """
@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from bigdet.data.making.annotations import are_numbers
 
-_AT_ONCE = 200  # pycocotools.mask.area fails from 256 masks on
+_AT_ONCE = 256  # masks whose counts fit into a cache
 _MORE, _SIGN, _VALUE = 0x20, 0x10, 0x1F
 _DIGIT_BITS = 5
 _MAX_DIGITS = 6  # 30 bits hold any image
@@ -91,74 +91,74 @@ def mask_areas(
 
     Returns:
         ``(N,)`` float64 areas in pixels, 0 for invalid masks; and ``(N,)`` bool, True for counts
-        that are well-formed and add up to the image.
+        that are well-formed, not negative, and add up to the image.
+    """
+    is_mask = np.array([b"0" <= text[-1:] < b"P" for text in masks], dtype=np.bool_)
+    areas = np.zeros(len(masks))
+    if not is_mask.all():  # a count goes on in the next mask
+        ended = np.flatnonzero(is_mask)
+        part = [masks[n] for n in ended.tolist()]
+        areas[ended], is_mask[ended] = mask_areas(part, num_pixels[ended])
+        return areas, is_mask
+    for start in range(0, len(masks), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        areas[some], is_mask[some] = _areas(masks[some], num_pixels[some])
+    return np.where(is_mask, areas, 0.0), is_mask
+
+
+def _areas(masks: Sequence[bytes], num_pixels: Index) -> tuple[Index, NDArray[np.bool_]]:
+    """Return the areas of masks that end with a count, ``(N,)``, and which masks are valid.
+
+    Counts of background and mask alternate, and background comes first. From the fourth count on,
+    the difference to the count two places before is written.
     """
     lengths = np.array(list(map(len, masks)), dtype=np.int64)
-    is_mask = lengths > 0
-    if is_mask.all() and len(masks):
-        digits = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        is_mask = digits[ends - 1] & _MORE == 0
-        if digits.max() >= 64:
-            is_mask &= np.maximum.reduceat(digits, starts) < 64
-        if is_mask.all():
-            areas = _areas(masks)
-            is_mask = areas + _backgrounds(masks, digits, starts) == num_pixels
-            return np.where(is_mask, areas, 0.0), is_mask
-    # pycocotools would write beyond its memory with these: give it the others only.
-    areas, some = np.zeros(len(masks)), np.flatnonzero(is_mask)
-    if len(some):
-        part = [masks[n] for n in some.tolist()]
-        areas[some], is_mask[some] = mask_areas(part, num_pixels[some])
-    return areas, is_mask
+    starts = np.cumsum(lengths) - lengths
+    digits = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)
+    counts, is_last, is_long = _written_counts(digits)
+    number = np.add.reduceat(is_last.view(np.uint8), starts, dtype=np.int64)  # of counts
+    firsts = np.cumsum(number) - number
+    background = counts[firsts].astype(np.int64)
+    counts[firsts] = 0  # to which the third count is no difference
+    is_mask = (background >= 0) & (np.maximum.reduceat(digits, starts) < 2 * _MORE)
+    if is_long.any():
+        is_mask &= ~np.logical_or.reduceat(is_long, starts)
+    sums = np.zeros((2, len(masks)), dtype=np.int64)
+    for parity in (0, 1):  # every second count of all masks
+        differences = np.ascontiguousarray(counts[parity::2])
+        first = (firsts + 1 - parity) // 2
+        number = np.diff(first, append=len(differences))
+        before = np.zeros(len(differences) + 1, dtype=np.int32)
+        np.cumsum(differences, dtype=np.int32, out=before[1:])
+        runs = before[1:] - np.repeat(before[first], number)
+        is_mask[np.searchsorted(first, np.flatnonzero(runs < 0), side="right") - 1] = False
+        total = np.append(0, np.cumsum(runs, dtype=np.int64))
+        sums[parity] = total[first + number] - total[first]
+    areas = sums[1 - firsts % 2, np.arange(len(masks))]
+    background += sums.sum(axis=0) - areas
+    return areas, is_mask & (areas + background == num_pixels)
 
 
-def _areas(masks: Sequence[bytes]) -> NDArray[np.float64]:
-    """Return the areas of well-formed masks, ``(N,)`` pixels, modulo 2^32."""
-    areas = np.zeros(len(masks))
-    rles: list[dict[str, Any]] = [{"size": (1, 1)} for _ in range(_AT_ONCE)]  # it is ignored
-    for start in range(0, len(masks), _AT_ONCE):
-        part = masks[start : start + _AT_ONCE]
-        for rle, counts in zip(rles, part, strict=False):
-            rle["counts"] = counts
-        areas[start : start + len(part)] = coco_mask.area(rles[: len(part)])
-    return areas
+def _written_counts(
+    digits: NDArray[np.uint8],
+) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the counts as written; which digits end a count; and which are beyond 30 bits.
 
-
-def _backgrounds(
-    masks: Sequence[bytes], digits: NDArray[np.uint8], starts: Index
-) -> NDArray[np.float64]:
-    """Return the pixels outside of well-formed masks, ``(N,)``; -inf if the first count is wrong.
-
-    COCO writes each count in digits of 5 bits, lowest first, plus 48; bit 5 means that another
-    digit follows, bit 4 of the last digit is the sign. Counts of background and mask alternate.
-    From the fourth count on, the difference to the count two places before is written, and so not
-    in the third. Without the first count, the others of the background are at the places of the
-    mask, and their sum is an area.
+    A count has digits of 5 bits, lowest first. Bit 5 means that another digit follows, bit 4 of the
+    last digit is the sign. As in pycocotools, numbers have 32 bits.
 
     Args:
-        masks: counts of compressed RLE.
-        digits: the digits of all masks, minus 48.
-        starts: ``(N,)`` index of each mask's first digit.
+        digits: ``(D,)``, minus 48; the last one ends a count.
     """
-    first, length = _first_counts(digits, starts)
-    others = _areas([text[n:] for text, n in zip(masks, length.tolist(), strict=True)])
-    return np.where(first >= 0, first + others, -np.inf)
-
-
-def _first_counts(digits: NDArray[np.uint8], starts: Index) -> tuple[Index, Index]:
-    """Return the first count of each mask and the number of its digits, ``(N,)`` each.
-
-    The count is negative if it has more digits than any image needs.
-    """
-    first, length = np.zeros_like(starts), np.zeros_like(starts)
-    is_open = np.ones(len(starts), dtype=np.bool_)
-    for place in range(_MAX_DIGITS):
-        digit = digits[np.minimum(starts + place, len(digits) - 1)].astype(np.int64)
-        first += np.where(is_open, (digit & _VALUE) << (_DIGIT_BITS * place), 0)
-        length += is_open
-        is_last = is_open & (digit & _MORE == 0)
-        first -= np.where(is_last & (digit & _SIGN > 0), 1 << (_DIGIT_BITS * (place + 1)), 0)
-        is_open &= ~is_last
-    return np.where(is_open, -1, first), length
+    is_last = digits < _MORE
+    values = ((digits ^ _SIGN) - np.uint8(_SIGN)).view(np.int8).astype(np.int32)
+    low, more = digits & _VALUE, (~is_last).view(np.uint8)
+    follows = np.ones_like(more)
+    for place in range(1, _MAX_DIGITS + 1):  # as many digits before the last one
+        follows[place:] &= more[:-place]
+        follows[:place] = 0
+        if not follows.any() or place == _MAX_DIGITS:
+            break
+        values <<= _DIGIT_BITS * follows
+        values[place:] += low[:-place] * follows[place:]
+    return values[is_last], is_last, follows.view(np.bool_)

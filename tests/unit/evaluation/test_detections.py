@@ -6,6 +6,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from bigdet.data.format.shard_set import Category
+from bigdet.data.making.annotations import decode_counts
 from bigdet.evaluation.detections import ResultsError, load_results, read_detections
 from bigdet.evaluation.ground_truth import read_ground_truth
 from bigdet.evaluation.run_lengths import mask_areas
@@ -18,6 +19,20 @@ def rle(height=100, width=100, area=50):
     bitmap = np.zeros((height, width), dtype=np.uint8, order="F")
     bitmap.reshape(-1, order="A")[:area] = 1
     return {"size": [height, width], "counts": coco_mask.encode(bitmap)["counts"].decode()}
+
+
+def written(counts):
+    """Return counts as COCO writes them, of any sign and sum."""
+    text = b""
+    for n, count in enumerate(counts):
+        rest = count - counts[n - 2] if n > 2 else count
+        while not -16 <= rest < 16:
+            text, rest = text + bytes([(rest & 31 | 32) + 48]), rest >> 5
+        text += bytes([(rest & 31) + 48])
+    return text
+
+
+BELOW_ZERO = written([10, -5, 50, 10, 9935]).decode()
 
 
 def result(**changes):
@@ -72,6 +87,7 @@ def test_only_what_is_measured_need_be_there(truth):
         (result(segmentation=rle() | {"counts": [50, 49]}), "do not make an image"),
         (result(segmentation=rle() | {"counts": [9950.5, 49.5]}), "do not make an image"),
         (result(segmentation=rle() | {"counts": [10050, -50]}), "do not make an image"),
+        (result(segmentation=rle() | {"counts": BELOW_ZERO}), "do not make an image"),
         (result(segmentation=rle() | {"counts": {}}), "expected compressed RLE"),
         (result(segmentation=None, bbox=None), "bbox is null"),
         (result(image_id=True), "image_id is true, which none"),
@@ -153,6 +169,37 @@ def test_masks_are_told_from_what_only_looks_like_one():
     assert is_mask.tolist() == [False] * len(broken) + [True]
     assert areas.tolist() == [0] * len(broken) + [bitmaps[2].sum()]
     assert mask_areas([], np.zeros(0, dtype=np.int64))[1].tolist() == []
+
+
+def test_masks_with_counts_below_zero_are_none():
+    # The counts add up, but pycocotools takes -5 as 2^32 - 5 and runs forever on the first pair.
+    masks = [written(counts) for counts in ([4, 2, 50, 30, 14], [10, -5, 50, 10, 35], [-1, 101])]
+    areas, is_mask = mask_areas(masks, np.full(3, 100))
+    assert is_mask.tolist() == [True, False, False]
+    assert areas.tolist() == [32, 0, 0]
+
+
+def test_any_text_is_judged_as_by_reading_its_counts_one_by_one():
+    random = np.random.default_rng(0)
+    texts, sizes = [], []
+    for _ in range(3000):  # of them some are broken
+        counts = random.geometric(1 / random.choice([2, 20, 3000]), random.integers(1, 12))
+        counts[random.random(len(counts)) < 0.1] *= random.choice([0, 1, 1, -1])
+        text, size = bytearray(written(counts.tolist())), int(counts.sum())
+        if random.random() < 0.2:
+            text[random.integers(len(text))] = random.integers(48, 114)
+        texts.append(bytes(text))
+        sizes.append(max(size, 1))
+    counts_of = [decode_counts(text.decode()) for text in texts]
+    expected = [
+        counts is not None and min(counts) >= 0 and sum(counts) == size
+        for counts, size in zip(counts_of, sizes, strict=True)
+    ]
+    areas, is_mask = mask_areas(texts, np.array(sizes))
+    assert is_mask.tolist() == expected
+    assert 300 < sum(expected) < 2700
+    pixels = [sum(c[1::2]) if ok else 0 for c, ok in zip(counts_of, expected, strict=True)]
+    assert areas.tolist() == pixels
 
 
 def test_whole_numbers_may_be_written_with_a_point(truth):
