@@ -73,11 +73,11 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     check_peer(config.model)
     torch.manual_seed(config.seed)
     detector = build_detector(config.model, NUM_CLASSES).to(device)
-    heads = torchvision_detector(detector, config.model).to(device)
+    heads = torchvision_detector(detector, config.model, (height, width)).to(device)
     peers = {"torchvision_heads": heads}
     if config.model.backbone in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
         own = own_pyramid(config.model, is_live=phase.norm_mode in ("live", "sync"))
-        peers["torchvision"] = torchvision_rcnn(own, config.model).to(device)
+        peers["torchvision"] = torchvision_rcnn(own, config.model, (height, width)).to(device)
     for model in (detector, *peers.values()):
         if phase.norm_mode is not None:
             set_norm_mode(model, phase.norm_mode)
@@ -177,7 +177,7 @@ class Taker:
     precision: Callable[[], contextlib.AbstractContextManager[Any]]
     device: torch.device
     times: list[dict[str, float]] = field(default_factory=list)
-    peaks: list[float] = field(default_factory=list)
+    peak: float = 0.0
     mask_regions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ class Taker:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-9, momentum=0.9)
 
     def step(self) -> None:
-        """Take and time one training step."""
+        """Take and time one training step; the first one, whose time does not count, is weighed."""
         head = getattr(self.model, "mask_head", None)
         if isinstance(self.model, FasterRCNN):
             head = self.model.roi_heads.mask_head
@@ -193,7 +193,8 @@ class Taker:
         hook = (
             head.register_forward_pre_hook(lambda _, x: count.append(len(x[0]))) if head else None
         )
-        before = start_memory(self.device)
+        # Gives free memory back, which would have to come anew in a step whose time counts.
+        before = None if self.times else start_memory(self.device)
         clock = [self._now()]
         with self.precision():
             losses = self.losses()
@@ -203,7 +204,8 @@ class Taker:
         self.optimizer.step()
         self.optimizer.zero_grad()
         clock.append(self._now())
-        self.peaks.append(peak_memory(self.device) - before)
+        if before is not None:
+            self.peak = peak_memory(self.device) - before
         spans = [end - start for start, end in itertools.pairwise(clock)]
         self.times.append(dict(zip(PARTS, spans, strict=True)))
         self.mask_regions += count
@@ -221,7 +223,7 @@ class Taker:
                 for part in PARTS
             },
             "images_per_second": round(num_images / seconds, 3),
-            "peak_memory_gib": round(max(self.peaks) / 2**30, 3),
+            "peak_memory_gib": round(self.peak / 2**30, 3),
             "mask_regions": statistics.median(self.mask_regions) if self.mask_regions else 0,
         }
 
@@ -263,16 +265,23 @@ def own_pyramid(config: ModelConfig, *, is_live: bool) -> nn.Module:
     return pyramid
 
 
-def torchvision_detector(detector: Detector, config: ModelConfig) -> FasterRCNN:
+def torchvision_detector(
+    detector: Detector, config: ModelConfig, size: tuple[int, int]
+) -> FasterRCNN:
     """Build torchvision's heads on our backbone and pyramid, in channels_last memory."""
-    model = torchvision_rcnn(Pyramid(detector, config.width), config)
+    model = torchvision_rcnn(Pyramid(detector, config.width), config, size)
     return model.to(memory_format=torch.channels_last)
 
 
-def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig) -> FasterRCNN:
-    """Build torchvision's detector with the settings of ours on a backbone with pyramid."""
+def torchvision_rcnn(pyramid: nn.Module, config: ModelConfig, size: tuple[int, int]) -> FasterRCNN:
+    """Build torchvision's detector with the settings of ours on a backbone with pyramid.
+
+    ``size`` is the height and width of the images, which it would resize to a side of 800.
+    """
     rpn = proposal_limits(used(config.rpn), config.detector)
     options = training_options(config, rpn, config.width, NUM_CLASSES) | {
+        "min_size": min(size),
+        "max_size": max(size),
         "image_mean": [value / 255 for value in PIXEL_MEAN],
         "image_std": [value / 255 for value in PIXEL_DEVIATION],
         "rpn_anchor_generator": AnchorGenerator(

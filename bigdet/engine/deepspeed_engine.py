@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from bigdet import distributed
 from bigdet.config.engine import EngineConfig
+from bigdet.engine.averaging import GradientAverage
 from bigdet.engine.base import (
     BUCKET_ELEMENTS,
     Launched,
@@ -145,10 +146,14 @@ class DeepSpeedEngine(StatefulEngine):
             config=settings,
             dist_init_required=False,
         )[0]
-        # At stage 0 DeepSpeed would send all gradients as one copy, and also where there is 1 rank.
-        self._engine.enable_backward_allreduce = self._stage != 0
+        self._average: GradientAverage | None = None
         if self._stage == 0:
+            self._engine.enable_backward_allreduce = False
             place(module, _channels_last)
+            if distributed.world_size() > 1:
+                parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
+                sent_type = torch.bfloat16 if config.reduce_precision == "bf16" else torch.float32
+                self._average = GradientAverage(parameters, sent_type)
         self._state = self._state_access()
         self._ema = None
         if with_ema:
@@ -193,6 +198,8 @@ class DeepSpeedEngine(StatefulEngine):
         seen: list[dict[str, Tensor]] = []
         for number, batch in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == self._num_micro_batches)
+            if self._average is not None and number == self._num_micro_batches:
+                self._average.expect()
             total, losses = self._engine(batch)
             total = total / self._num_micro_batches
             if not self._stage:
@@ -200,8 +207,8 @@ class DeepSpeedEngine(StatefulEngine):
             self._engine.backward(total, scale_wrt_gas=False)
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)
-        if not self._stage and distributed.world_size() > 1:
-            self._engine.allreduce_gradients(BUCKET_ELEMENTS)
+        if self._average is not None:
+            self._average.finish()
         losses = lane_losses(seen)
         self._settle_ema()
         norm = self._step_sharded(losses) if self._stage else self._step_whole(scale)
@@ -265,13 +272,15 @@ class DeepSpeedEngine(StatefulEngine):
     def close(self) -> None:
         """Free all memory but the module's own."""
         wrapped = self._engine.module
+        if self._average is not None:
+            self._average.close()
         self._engine.destroy()
         if self._stage == 3:
             let_go_of(wrapped)
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         self._trained.clear()
-        self._engine = self._ema = self._last = None
+        self._engine = self._ema = self._last = self._average = None
         del self._state
         gc.collect()  # engine and optimizer refer to each other
 

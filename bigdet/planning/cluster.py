@@ -43,6 +43,7 @@ import math
 from dataclasses import dataclass
 
 from bigdet.config.engine import EngineConfig, gathers_bf16
+from bigdet.engine.averaging import SENT_ELEMENTS
 from bigdet.engine.base import BUCKET_ELEMENTS
 from bigdet.training.sizes import BF16_BYTES, FP32_BYTES, ModelSizes
 
@@ -239,7 +240,8 @@ def _waiting(kind: str, gpus: int, cluster: Cluster, work: Work, engine: EngineC
             + (work.micro_batches - exchanges) * exposed(gather + scatter, backward, _UNITS)
             + exchanges * exposed(gather + scatter + exchange, backward, _UNITS)
         )
-    calls = math.ceil(work.sizes.trained / BUCKET_ELEMENTS)
+    sent = SENT_ELEMENTS if kind == "ZeRO-0" else BUCKET_ELEMENTS
+    calls = math.ceil(work.sizes.trained / sent)
     first = cluster.seconds(frozen, gpus, _UNITS if frozen else 0)
     waiting = work.micro_batches * exposed(first, forward, _UNITS)
     if kind == "ZeRO-0":

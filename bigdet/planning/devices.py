@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bigdet.engine.averaging import SENT_ELEMENTS
 from bigdet.engine.base import BUCKET_ELEMENTS
 from bigdet.host.accelerators import GPUS, Gpu, short_name
 from bigdet.planning.simulated import Step
@@ -144,8 +145,9 @@ def _sending(kind: str, gpus: int, step: Step, sizes: ModelSizes) -> float:
     if kind == "ZeRO-3":
         largest = step.largest_tensor
         return 2.0 * FP32_BYTES * (largest + min(largest, BUCKET_ELEMENTS))
-    bucket = FP32_BYTES * min(sizes.trained, BUCKET_ELEMENTS)
-    return bucket * (1.0 if kind == "ZeRO-0" else 3.0)
+    if kind == "ZeRO-0":  # the part of a bucket whose gradients are still to come
+        return float(FP32_BYTES * min(sizes.trained, SENT_ELEMENTS))
+    return 3.0 * FP32_BYTES * min(sizes.trained, BUCKET_ELEMENTS)
 
 
 def gpu_seconds(step: Step, gpu: Gpu) -> float:

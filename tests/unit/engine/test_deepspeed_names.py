@@ -43,7 +43,6 @@ METHODS = [
     (SHARDED, "is_gradient_accumulation_boundary"),
     (torch_autocast, "PARAM_COMM_DTYPE_ATTR_NAME"),
     (DeepSpeedEngine, "set_gradient_accumulation_boundary"),
-    (DeepSpeedEngine, "allreduce_gradients"),
     (DeepSpeedEngine, "get_global_grad_norm"),
     (DeepSpeedEngine, "destroy"),
     (parameter_offload, "FWD_MODULE_STACK"),
