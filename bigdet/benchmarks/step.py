@@ -51,6 +51,8 @@ from bigdet.structures import Batch, Masks, Targets
 
 NUM_CLASSES = 80
 PARTS = ("forward", "backward", "optimizer")
+UNCOUNTED = 2
+"""Steps of each whose time does not count: one that is weighed, and one that gets memory anew."""
 
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         rival = f"{best}_bf16"
         theirs = functools.partial(peers[best], images, targets)
         takers[rival] = Taker(peers[best], theirs, bf16, device)
-    for _ in range(arguments.rounds + 1):
+    for _ in range(arguments.rounds + UNCOUNTED):
         for taker in takers.values():
             taker.step()
     report = {name: taker.report(phase.images_per_gpu) for name, taker in takers.items()}
@@ -185,7 +187,7 @@ class Taker:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-9, momentum=0.9)
 
     def step(self) -> None:
-        """Take and time one training step; the first one, whose time does not count, is weighed."""
+        """Take and time one training step; the first one is weighed."""
         head = getattr(self.model, "mask_head", None)
         if isinstance(self.model, FasterRCNN):
             head = self.model.roi_heads.mask_head
@@ -193,7 +195,7 @@ class Taker:
         hook = (
             head.register_forward_pre_hook(lambda _, x: count.append(len(x[0]))) if head else None
         )
-        # Gives free memory back, which would have to come anew in a step whose time counts.
+        # It gives free memory back, which has to come anew in the steps that follow.
         before = None if self.times else start_memory(self.device)
         clock = [self._now()]
         with self.precision():
@@ -213,8 +215,8 @@ class Taker:
             hook.remove()
 
     def report(self, num_images: int) -> dict[str, Any]:
-        """Return the medians of all steps but the first."""
-        times = self.times[1:]
+        """Return the medians of the steps that count."""
+        times = self.times[UNCOUNTED:]
         seconds = statistics.median(sum(one.values()) for one in times)
         return {
             "step_seconds": round(seconds, 4),

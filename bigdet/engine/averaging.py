@@ -28,24 +28,25 @@ class GradientAverage:
 
     Args:
         parameters: what is trained, by name, in about the order of the forward pass.
-        sent_type: in which gradients are sent and added up.
+        group: all ranks, for nothing else: a rank that lacks a gradient sends later than others do,
+            maybe after a collective of its modules (SyncBN).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], sent_type: torch.dtype) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Any = None) -> None:
         self._buckets: list[_Bucket] = []
         self._num_sent = 0
         self._is_last_pass = False
         self._hooks: list[Any] = []
         for name, parameter in reversed(list(parameters.items())):
             if not self._buckets or self._buckets[-1].size >= SENT_ELEMENTS:
-                self._buckets.append(_Bucket(sent_type))
+                self._buckets.append(_Bucket(group))
             bucket = self._buckets[-1]
             bucket.add(name, parameter)
             add_hook: Any = parameter.register_post_accumulate_grad_hook
             self._hooks.append(add_hook(partial(self._arrived, bucket, name)))
 
     def expect(self) -> None:
-        """Tell that the backward pass that follows is the last one of this step."""
+        """Tell that the next backward pass is the last one of this step."""
         self._is_last_pass = True
 
     def finish(self) -> None:
@@ -82,12 +83,12 @@ class _Bucket:
         missing: names of those whose gradient has not been taken in this step.
     """
 
-    def __init__(self, sent_type: torch.dtype) -> None:
+    def __init__(self, group: Any) -> None:
         self.size = 0
-        self._places: dict[str, tuple[nn.Parameter, int]] = {}
         self.missing: set[str] = set()
-        self._sent_type = sent_type
-        self._flat = self._sent = torch.empty(0)
+        self._places: dict[str, tuple[nn.Parameter, int]] = {}
+        self._flat = torch.empty(0)
+        self._group = group
         self._work: Any = None
 
     def add(self, name: str, parameter: nn.Parameter) -> None:
@@ -116,17 +117,13 @@ class _Bucket:
 
     def send(self) -> None:
         """Begin to add up the gradients of all ranks."""
-        self._sent = self._flat.to(self._sent_type)
-        self._work = dist.all_reduce(self._sent, async_op=True)
+        self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
 
     def settle(self) -> None:
         """Wait for the sum, and make it the average."""
         self._work.wait()
-        self._sent *= 1 / distributed.world_size()
-        if self._sent is not self._flat:
-            self._flat.copy_(self._sent)
-        self._flat = self._sent = torch.empty(0)  # the gradients keep it in memory
-        self._work = None
+        self._flat *= 1 / distributed.world_size()
+        self._flat, self._work = torch.empty(0), None  # the gradients keep it in memory
         self.missing = set(self._places)
 
 

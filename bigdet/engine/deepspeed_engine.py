@@ -1,9 +1,9 @@
 """The engine on DeepSpeed: ZeRO stages 0 to 3.
 
-DeepSpeed reduces gradients over the ranks, shards gradients, optimizer state and weights, and takes
-the optimizer step. Precision, accumulation, the decision whether a step counts, and the state by
-parameter name are bigdet's. DeepSpeed itself always runs in fp32: autocast and loss scale are the
-same in all engines (`precision.py`).
+DeepSpeed shards gradients, optimizer state and weights, reduces gradients over the ranks (at stage
+0 `averaging.py` does) and takes the optimizer step. Precision, accumulation, the decision whether a
+step counts, and the state by parameter name are bigdet's. DeepSpeed itself always runs in fp32:
+autocast and loss scale are the same in all engines (`precision.py`).
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class DeepSpeedEngine(StatefulEngine):
             place(module, _channels_last)
             if distributed.world_size() > 1:
                 parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
-                sent_type = torch.bfloat16 if config.reduce_precision == "bf16" else torch.float32
-                self._average = GradientAverage(parameters, sent_type)
+                group = self._engine.seq_data_parallel_group  # DeepSpeed's own copy of all ranks
+                self._average = GradientAverage(parameters, group)
         self._state = self._state_access()
         self._ema = None
         if with_ema:
@@ -198,12 +198,12 @@ class DeepSpeedEngine(StatefulEngine):
         seen: list[dict[str, Tensor]] = []
         for number, batch in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == self._num_micro_batches)
-            if self._average is not None and number == self._num_micro_batches:
-                self._average.expect()
             total, losses = self._engine(batch)
             total = total / self._num_micro_batches
             if not self._stage:
                 total = total * scale
+            if self._average is not None and number == self._num_micro_batches:
+                self._average.expect()
             self._engine.backward(total, scale_wrt_gas=False)
             seen.append(losses)
         assert len(seen) == self._num_micro_batches, len(seen)

@@ -20,7 +20,7 @@ from bigdet.data.making.annotations import are_numbers
 _AT_ONCE = 256  # masks whose counts fit into a cache
 _MORE, _SIGN, _VALUE = 0x20, 0x10, 0x1F
 _DIGIT_BITS = 5
-_MAX_DIGITS = 6  # 30 bits hold any image
+_MAX_DIGITS = 6  # 30 bits with the sign: images of up to 2^29 pixels
 
 Index = NDArray[np.int64]
 

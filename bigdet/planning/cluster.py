@@ -24,7 +24,7 @@ The model, for n GPUs, P weights of which P_t are trained, A micro-batches per G
 - **Overlap.** On GPUs, gradients are sent during the backward pass of their micro-batch, and
   weights are gathered during the pass that needs them. A GPU waits for the time by which sending
   exceeds the pass, and for one call at least: a bucket is sent when it is full. ZeRO-1 and 2 wait
-  for their gathered weights. On CPUs nothing overlaps.
+  for their gathered weights. On CPUs no overlap is counted.
 - **Memory.** fp32: weights 4P, gradients 4 P_t, optimizer state 4 P_t for each of its tensors (with
   AdamW 16 bytes per weight, as the 2+2+12 of ZeRO's section 3.1); at ZeRO-1 and 2 a rank updates a
   copy of its part of the trained weights. Sharded over n: optimizer state from stage 1 on,

@@ -2,11 +2,11 @@
 
 **Memory** of one of n GPUs: what `simulated.simulate` allocates, with weights, gradients and
 optimizer state divided as the engine divides them (`cluster.py`), and what engines need to send and
-gather them, in fp32: ZeRO two buckets of gradients and one of weights, its stage 3 two of gathered
-weights (of each kind one holds the largest tensor, which is never cut), FSDP2 two units of weights
-and two of gradients. Autocast's bf16 copies of matrices are counted whole, although FSDP2 has none
-where it gathers bf16, its default, and ZeRO-3 none of linear layers: there up to two bytes per
-weight too many. On top of what is allocated come
+gather them, in fp32: ZeRO-0 a bucket of gradients, ZeRO-1 and 2 two of them and one of weights, its
+stage 3 two of gathered weights (of each kind one holds the largest tensor, which is never cut),
+FSDP2 two units of weights and two of gradients. Autocast's bf16 copies of matrices are counted
+whole, although FSDP2 has none where it gathers bf16, its default, and ZeRO-3 none of linear layers:
+there up to two bytes per weight too many. On top of what is allocated come
 
 - what the allocator reserves but does not use (`allocator.py`), with segments of fixed size: less
   with ``device.expandable_segments``,
@@ -146,7 +146,7 @@ def _sending(kind: str, gpus: int, step: Step, sizes: ModelSizes) -> float:
         largest = step.largest_tensor
         return 2.0 * FP32_BYTES * (largest + min(largest, BUCKET_ELEMENTS))
     if kind == "ZeRO-0":  # the part of a bucket whose gradients are still to come
-        return float(FP32_BYTES * min(sizes.trained, SENT_ELEMENTS))
+        return float(FP32_BYTES * min(sizes.trained, SENT_ELEMENTS + step.largest_tensor))
     return 3.0 * FP32_BYTES * min(sizes.trained, BUCKET_ELEMENTS)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from bigdet.cli.benchmark import main
 
@@ -27,8 +30,16 @@ def benchmark(part: str, config: str, *words: str) -> int:
      "phases.finetune.norm_mode=null", "model.box_head=4conv1fc"],  # 32 groups do not divide 48
 ])  # fmt: skip
 def test_a_step_of_a_narrow_model_is_compared_with_one_as_narrow(
-    more: list[str], capsys: pytest.CaptureFixture[str]
+    more: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shapes = set()
+    batch_images = GeneralizedRCNNTransform.batch_images
+
+    def note(self: Any, images: list[Tensor], *rest: Any) -> Tensor:
+        shapes.update(tuple(image.shape) for image in images)
+        return batch_images(self, images, *rest)
+
+    monkeypatch.setattr(GeneralizedRCNNTransform, "batch_images", note)
     words = ["--phase", "pretrain", *SMALL, *more]
     assert benchmark("step", "small_direct.yaml", *words) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -36,6 +47,7 @@ def test_a_step_of_a_narrow_model_is_compared_with_one_as_narrow(
     for name in ("bigdet_fp32", "torchvision_fp32", "torchvision_heads_fp32", "bigdet_bf16"):
         assert printed[name]["images_per_second"] > 0
     assert printed["ratio"] > 0
+    assert shapes == {(3, 64, 64)}  # torchvision's are as large as ours
 
 
 @pytest.mark.parametrize(("part", "config", "words", "found"), [

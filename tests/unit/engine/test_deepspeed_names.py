@@ -56,6 +56,7 @@ METHODS = [
 ]
 SET_ON_SELF = [
     (DeepSpeedEngine, "enable_backward_allreduce"),
+    (DeepSpeedEngine, "seq_data_parallel_group"),
     (FLAT, "_hp_optimizer_states_linked"),
     (FLAT, "overflow"),
     (SHARDED, "overflow"),
