@@ -119,7 +119,8 @@ def timed(predict: Callable[[], int], device: torch.device) -> tuple[float, int]
 def settle(detector: Detector, image: Tensor) -> None:
     """Set statistics of normalization from an image, and the spread of class logits."""
     device = detector.get_buffer("pixel_mean").device
-    small = collate_images([image], (256, 256)).to(device)
+    part = image[:, :256, :256]  # noise, of which little is left in an image that is made smaller
+    small = collate_images([part], (256, 256)).to(device)
     set_norm_mode(detector, "live")
     detector.train()
     detector.features(small)

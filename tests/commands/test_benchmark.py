@@ -35,9 +35,9 @@ def test_a_step_of_a_narrow_model_is_compared_with_one_as_narrow(
     shapes = set()
     batch_images = GeneralizedRCNNTransform.batch_images
 
-    def note(self: Any, images: list[Tensor], *rest: Any) -> Tensor:
+    def note(self: Any, images: list[Tensor], **options: Any) -> Tensor:
         shapes.update(tuple(image.shape) for image in images)
-        return batch_images(self, images, *rest)
+        return batch_images(self, images, **options)
 
     monkeypatch.setattr(GeneralizedRCNNTransform, "batch_images", note)
     words = ["--phase", "pretrain", *SMALL, *more]
@@ -48,6 +48,16 @@ def test_a_step_of_a_narrow_model_is_compared_with_one_as_narrow(
         assert printed[name]["images_per_second"] > 0
     assert printed["ratio"] > 0
     assert shapes == {(3, 64, 64)}  # torchvision's are as large as ours
+
+
+def test_inference_is_measured_with_as_many_detections_as_a_trained_model_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    resize = "evaluation.resize={kind: short_side, size: 300, cap: 400}"
+    assert benchmark("predict", "small_direct.yaml", "--rounds", "1", resize) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["image_size"] == [300, 400]
+    assert all(count > 50 for count in printed["detections"].values()), printed["detections"]
 
 
 @pytest.mark.parametrize(("part", "config", "words", "found"), [
