@@ -92,6 +92,30 @@ def test_every_rank_gets_the_mean(tmp_path: Path, always: bool) -> None:
             assert step["in pass"] == (2 if always or rank else 0)
 
 
+def meet_in_the_pass() -> list[Tensor]:
+    """Rank 0 lacks a gradient that rank 1 sends before a collective of the backward pass."""
+    averaging.SENT_ELEMENTS = 1
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 4, bias=False), nn.Linear(4, 5, bias=False)
+    rank = distributed.rank()
+    named = {"first": first.weight, "last": last.weight}
+    average = averaging.GradientAverage(named, dist.new_group())
+    average.expect()
+    x = distributed.sum_with_gradient(first(torch.full((1, 3), 1.0 + rank)))
+    (last(x) if rank else x).sum().backward()
+    average.finish()
+    return [first.weight.grad, last.weight.grad]
+
+
+def test_what_one_rank_lacks_does_not_cross_collectives_of_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 4, bias=False), nn.Linear(4, 5, bias=False)
+    x = first(torch.full((1, 3), 1.0)) + first(torch.full((1, 3), 2.0))
+    ((x.sum() + last(x).sum()) / 2).backward()
+    for found in run_ranks(meet_in_the_pass, 2, tmp_path):
+        torch.testing.assert_close(found, [first.weight.grad, last.weight.grad])
+
+
 def close_early() -> tuple[float, float]:
     """Return a gradient after a closed average, and that of this rank alone."""
     layer = nn.Linear(1, 1, bias=False)
