@@ -164,8 +164,7 @@ def test_the_blocks_of_python_import_what_is_there(document: Document, tmp_path,
             continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(str(node.module))
-                assert all(hasattr(module, name.name) for name in node.names)
+                exec(compile(ast.Module([node], []), str(document), "exec"), {})
         if document is DESIGN:
             exec(compile(text, str(document), "exec"), {"__name__": "block"})
 
